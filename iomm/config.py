@@ -1,0 +1,102 @@
+"""What a model is made of: presets and their shapes.
+
+Shape letters, used as suffixes of tensor names in the whole project:
+
+    B images (or captions) in a batch   P image tokens of the MLLM before masking, V visible after it
+    T condition tokens (packed)         Q residual queries
+    C tokens that condition the generator
+    N latent tokens   L = C + N         K values in one latent token (channels x patch x patch)
+    D width           A attention heads G key-value heads    E head dim
+"""
+
+from dataclasses import dataclass, replace
+
+class InputError(ValueError):
+    """Something that the user gave is wrong. The message is one line: what, what was wanted, what to do."""
+
+
+def choice(key, value, allowed):
+    """Raises InputError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise InputError(f"{key} must be one of {', '.join(map(str, allowed))}; got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorConfig:
+    """Shape of a generator. `token_dim` (K) follows from the VAE, `condition_dim` from the MLLM."""
+
+    kind: str = "mmdit"            # mmdit: dual-stream FLUX blocks | single_stream: Z-Image blocks
+    width: int                     # D
+    num_heads: int                 # A
+    num_blocks: int                # dual-stream blocks (mmdit) or layers (single_stream)
+    num_single_blocks: int = 0     # single-stream FLUX blocks after the dual-stream ones
+    num_refiner_blocks: int = 0    # single_stream only: refiners of latents and of condition, each
+    token_dim: int = 64            # K
+    condition_dim: int = 1536      # width of the MLLM
+    rope_theta: float = 10000.0
+
+    def __post_init__(self):
+        choice("generator.kind", self.kind, ("mmdit", "single_stream"))
+        if self.width % self.num_heads:
+            raise InputError(f"generator.width must be a multiple of num_heads, got {self.width} and {self.num_heads}")
+        if self.head_dim % 16:
+            raise InputError(f"generator head dim must be a multiple of 16, got {self.head_dim}")
+
+    @property
+    def head_dim(self):
+        return self.width // self.num_heads
+
+    @property
+    def rope_axes(self):
+        """Rotary dims of the (index, row, column) axes; FLUX's (16, 56, 56) at E = 128, same shares elsewhere."""
+        return self.head_dim // 8, self.head_dim * 7 // 16, self.head_dim * 7 // 16
+
+
+PRESETS = {
+    "demo": GeneratorConfig(width=192, num_heads=6, num_blocks=4),
+    "iomm-b": GeneratorConfig(width=1536, num_heads=12, num_blocks=19),
+    "iomm-l": GeneratorConfig(width=2048, num_heads=16, num_blocks=18),
+}
+
+
+def generator_config(preset, *, token_dim, condition_dim):
+    """The preset's shape for this VAE and this MLLM."""
+    choice("model.preset", preset, tuple(PRESETS))
+    return replace(PRESETS[preset], token_dim=token_dim, condition_dim=condition_dim)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig:
+    """Which image tokens the MLLM does not see (METHOD: stage 1, step 4)."""
+
+    ratio: float = 0.85            # probability that an image token is hidden
+    mode: str = "drop"             # drop: hidden tokens never enter | zero: they enter as zeros
+    count: str = "bernoulli"       # bernoulli: each with probability ratio | fixed: exactly round((1 - ratio) P) stay
+    positions: str = "original"    # original: visible tokens keep their position ids | compact: counted over what is left
+
+    def __post_init__(self):
+        if not 0.0 <= self.ratio <= 1.0:
+            raise InputError(f"mask.ratio must be between 0 and 1, got {self.ratio}")
+        choice("mask.mode", self.mode, ("drop", "zero"))
+        choice("mask.count", self.count, ("bernoulli", "fixed"))
+        choice("mask.positions", self.positions, ("original", "compact"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """What is appended to the condition before the MLLM reads it (METHOD: stage 1, step 6)."""
+
+    kind: str = "rqa"              # rqa: queries cross-attend to the condition | metaquery: queries alone | none
+    num_queries: int = 256         # Q
+    head_dim: int = 128            # E of the cross-attention
+    attention: str = "causal"      # among the queries inside the MLLM: causal | bidirectional
+    conditions: str = "query"      # MLLM outputs that condition the generator: query | all
+
+    def __post_init__(self):
+        choice("adapter.kind", self.kind, ("rqa", "metaquery", "none"))
+        choice("adapter.attention", self.attention, ("causal", "bidirectional"))
+        choice("adapter.conditions", self.conditions, ("query", "all"))
+        if self.num_queries < 1:
+            raise InputError(f"adapter.num_queries must be >= 1, got {self.num_queries}")
+        if self.kind == "none" and self.conditions == "query":
+            raise InputError("adapter.kind none has no queries: set adapter.conditions=all")

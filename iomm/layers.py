@@ -1,0 +1,119 @@
+"""Parts that both generators are made of: rotary tables, time embedding, fused linear, attention, fresh weights."""
+
+import hashlib
+import math
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class FusedLinear(nn.Linear):
+    """Linear (..., in) -> (..., sum(parts)): several matrices of one input as one product.
+
+    `parts` are the output sizes. Fresh weights and exports treat each part as a matrix of its own."""
+
+    def __init__(self, in_features, parts, bias=True):
+        super().__init__(in_features, sum(parts), bias=bias)
+        self.parts = tuple(parts)
+
+
+def at_least_float32(x):
+    """`x` in float32, or in float64 if it comes so: half types lose too much in sines, norms and sums."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def sinusoids(t_B, num_features):
+    """Times (B,), unitless -> (B, num_features): cosines, then sines, of t times frequencies from 1 to 1/10000.
+
+    FLUX's and Z-Image's features. The frequencies are float32 as theirs are, the rest at least float32."""
+    half = num_features // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=t_B.device) / half
+    angles_BF = at_least_float32(t_B)[:, None] * torch.exp(-math.log(10000.0) * exponents)
+    return torch.cat((angles_BF.cos(), angles_BF.sin()), dim=-1)
+
+
+class TimeEmbedding(nn.Module):
+    """Times (B,) in [0, 1] -> vectors (B, width_out): 256 sinusoids of 1000 t, linear, SiLU, linear.
+
+    t is scaled and turned into sinusoids in float32 even in a bf16 model, where t alone would be off by up to
+    0.2 % (diffusers rounds it; the difference is gone in float32)."""
+
+    num_features = 256
+
+    def __init__(self, width_hidden, width_out):
+        super().__init__()
+        self.linear_in = nn.Linear(self.num_features, width_hidden)
+        self.linear_out = nn.Linear(width_hidden, width_out)
+
+    def forward(self, t_B):
+        features = sinusoids(at_least_float32(t_B) * 1000, self.num_features)
+        return self.linear_out(F.silu(self.linear_in(features.to(self.linear_in.weight.dtype))))
+
+
+def rope_angles(positions_LX, axes, theta):
+    """Positions (L, axes) -> rotary angles (L, sum(axes) / 2) in radians, float64; axis a turns axes[a] / 2 pairs."""
+    columns = [
+        positions_LX[:, axis : axis + 1].double() * theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        for axis, dim in enumerate(axes)
+    ]
+    return torch.cat(columns, dim=1)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # a table made while sampling is used in training too, where autograd saves it
+def grid_tables(grid, axes, theta, index, device, dtype):
+    """Cosines and sines (N, E / 2) for a grid (rows, columns) of latent tokens at (index, row, column).
+
+    The angles are float64 and only the result is rounded to `dtype`. 0.5 MB at 1024 tokens of 128."""
+    rows, columns = grid
+    positions_N3 = torch.cartesian_prod(torch.tensor([index]), torch.arange(rows), torch.arange(columns))
+    angles = rope_angles(positions_N3, axes, theta)
+    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+
+
+def rotate(x_BLAE, cos_LF, sin_LF):
+    """Turns the pairs (2f, 2f + 1) of every head by the angle of its position; F = E / 2. RoFormer, arXiv 2104.09864."""
+    even, odd = at_least_float32(x_BLAE).unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos_LF[:, None], sin_LF[:, None]
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x_BLAE.dtype)
+
+
+def attend(q_BLAE, k_BLAE, v_BLAE):
+    """Dense softmax attention, (B, L, A, E) -> (B, L, D). Never a mask: cuDNN's backward has a bug with one."""
+    heads_BALE = F.scaled_dot_product_attention(q_BLAE.transpose(1, 2), k_BLAE.transpose(1, 2), v_BLAE.transpose(1, 2))
+    return heads_BALE.transpose(1, 2).flatten(2)
+
+
+def attention_flops(num_queries, num_keys, width):
+    """Forward FLOPs of `attend` on one sequence: two products, 2 m n k each."""
+    return 4 * num_queries * num_keys * width
+
+
+def generator_for(seed, name):
+    """A CPU generator for the parameter `name`: its numbers depend on nothing else, neither on the order nor on ranks."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+@torch.no_grad()
+def init_weights(model, seed, zero):
+    """Sets every parameter of `model`: Xavier-uniform matrices, zero biases, unit norm scales; modules in `zero` all zero.
+
+    This is DiT's start (arXiv 2212.09748, section 3 "adaLN-Zero", and its released code), with the time embedding
+    Xavier-uniform like the rest. Draws on the CPU in float32, so that the device and the dtype do not matter."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.RMSNorm) and module.weight is not None:
+            module.weight.fill_(1.0)
+        if not isinstance(module, nn.Linear):
+            continue
+        if module.bias is not None:
+            module.bias.zero_()
+        if module in zero:
+            module.weight.zero_()
+            continue
+        random = generator_for(seed, name)
+        for rows in module.weight.split(getattr(module, "parts", module.out_features)):
+            bound = math.sqrt(6.0 / sum(rows.shape))
+            rows.copy_(torch.empty(rows.shape).uniform_(-bound, bound, generator=random))

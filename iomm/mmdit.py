@@ -1,0 +1,158 @@
+"""Dual-stream diffusion transformer (MM-DiT) with FLUX blocks: noisy latent tokens + condition tokens -> velocity.
+
+The architecture is FLUX.1's (github.com/black-forest-labs/flux) without the pooled text vector: two streams with weights of
+their own meet in joint attention, condition tokens first. iomm/weights.py maps it to diffusers' FluxTransformer2DModel."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from iomm.layers import (
+    FusedLinear, TimeEmbedding, at_least_float32, attend, attention_flops, grid_tables, init_weights, rotate,
+)
+
+EPS = 1e-6  # of every norm, FLUX's
+
+
+def norm_modulate(x_BLD, shift_BD, scale_BD):
+    """Layer norm without parameters, then x (1 + scale) + shift, one shift and scale per sample."""
+    return F.layer_norm(x_BLD, x_BLD.shape[-1:], eps=EPS) * (1 + scale_BD[:, None]) + shift_BD[:, None]
+
+
+class Stream(nn.Module):
+    """One modality's half of a dual-stream block. `last`: nothing reads its output, so it ends at keys and values."""
+
+    def __init__(self, width, num_heads, last=False):
+        super().__init__()
+        self.num_heads, self.last = num_heads, last
+        self.modulation = nn.Linear(width, (2 if last else 6) * width)
+        self.qkv = FusedLinear(width, (width, width, width))
+        self.q_norm = nn.RMSNorm(width // num_heads, eps=EPS)
+        self.k_norm = nn.RMSNorm(width // num_heads, eps=EPS)
+        if not last:
+            self.out = nn.Linear(width, width)
+            self.mlp_in = nn.Linear(width, 4 * width)
+            self.mlp_out = nn.Linear(4 * width, width)
+
+    def open(self, x_BLD, time_BD):
+        """-> q, k, v (B, L, A, E), and what `close` needs of the modulation."""
+        shift, scale, *rest = self.modulation(time_BD).chunk(2 if self.last else 6, dim=-1)
+        q, k, v = self.qkv(norm_modulate(x_BLD, shift, scale)).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        return (self.q_norm(q), self.k_norm(k), v), rest
+
+    def close(self, x_BLD, attended_BLD, rest):
+        """Adds the gated attention and the gated MLP to the residual stream."""
+        gate, mlp_shift, mlp_scale, mlp_gate = rest
+        x_BLD = x_BLD + gate[:, None] * self.out(attended_BLD)
+        hidden = F.gelu(self.mlp_in(norm_modulate(x_BLD, mlp_shift, mlp_scale)), approximate="tanh")
+        return x_BLD + mlp_gate[:, None] * self.mlp_out(hidden)
+
+
+class DualBlock(nn.Module):
+    """Two streams, one attention: (latents_BND, condition_BCD) -> the same. With `last` the condition comes back as None.
+
+    FLUX computes the last condition output too and drops it; leaving it out saves 0.7 % of IOMM-B's forward FLOPs and 31 M
+    parameters that would never see a gradient."""
+
+    def __init__(self, width, num_heads, last=False):
+        super().__init__()
+        self.latent_stream = Stream(width, num_heads)
+        self.condition_stream = Stream(width, num_heads, last)
+
+    def forward(self, latents_BND, condition_BCD, time_BD, cos_NF, sin_NF):
+        """`time_BD` has been through SiLU. Condition tokens sit at position 0, where a rotation does nothing."""
+        num_condition = condition_BCD.shape[1]
+        (q, k, v), rest = self.latent_stream.open(latents_BND, time_BD)
+        (condition_q, condition_k, condition_v), condition_rest = self.condition_stream.open(condition_BCD, time_BD)
+        q, k = rotate(q, cos_NF, sin_NF), rotate(k, cos_NF, sin_NF)
+        keys, values = torch.cat((condition_k, k), dim=1), torch.cat((condition_v, v), dim=1)
+        if self.condition_stream.last:
+            return self.latent_stream.close(latents_BND, attend(q, keys, values), rest), None
+        attended = attend(torch.cat((condition_q, q), dim=1), keys, values)
+        latents_BND = self.latent_stream.close(latents_BND, attended[:, num_condition:], rest)
+        return latents_BND, self.condition_stream.close(condition_BCD, attended[:, :num_condition], condition_rest)
+
+
+class SingleBlock(nn.Module):
+    """FLUX's single-stream block: attention and MLP side by side on the joint sequence (B, L, D)."""
+
+    def __init__(self, width, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.modulation = nn.Linear(width, 3 * width)
+        self.linear_in = FusedLinear(width, (width, width, width, 4 * width))
+        self.q_norm = nn.RMSNorm(width // num_heads, eps=EPS)
+        self.k_norm = nn.RMSNorm(width // num_heads, eps=EPS)
+        self.linear_out = nn.Linear(5 * width, width)
+
+    def forward(self, joint_BLD, time_BD, cos_LF, sin_LF):
+        shift, scale, gate = self.modulation(time_BD).chunk(3, dim=-1)
+        q, k, v, hidden = self.linear_in(norm_modulate(joint_BLD, shift, scale)).split(self.linear_in.parts, dim=-1)
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in (q, k, v))
+        q, k = rotate(self.q_norm(q), cos_LF, sin_LF), rotate(self.k_norm(k), cos_LF, sin_LF)
+        both = torch.cat((attend(q, k, v), F.gelu(hidden, approximate="tanh")), dim=-1)
+        return joint_BLD + gate[:, None] * self.linear_out(both)
+
+
+class MMDiT(nn.Module):
+    """(noisy_BNK, t_B in [0, 1], condition_BCD, grid (rows, columns)) -> velocity_BNK = noise - image."""
+
+    block_classes = (DualBlock, SingleBlock)  # each gathered whole under ZeRO-3 and compiled as one graph
+
+    def __init__(self, config):
+        super().__init__()
+        width = config.width
+        self.config = config
+        self.latents_in = nn.Linear(config.token_dim, width)
+        self.condition_in = nn.Linear(config.condition_dim, width)
+        self.time_in = TimeEmbedding(width, width)
+        self.blocks = nn.ModuleList(
+            DualBlock(width, config.num_heads, last=index == config.num_blocks - 1 and not config.num_single_blocks)
+            for index in range(config.num_blocks)
+        )
+        self.single_blocks = nn.ModuleList(SingleBlock(width, config.num_heads) for _ in range(config.num_single_blocks))
+        self.final_modulation = nn.Linear(width, 2 * width)  # scale first, then shift: diffusers' order
+        self.final = nn.Linear(width, config.token_dim)
+
+    def forward(self, noisy_BNK, t_B, condition_BCD, grid):
+        num_condition, (rows, columns) = condition_BCD.shape[1], grid
+        assert noisy_BNK.shape[1] == rows * columns, f"{noisy_BNK.shape[1]} latent tokens do not fill a grid of {rows} x {columns}"
+        latents, condition = self.latents_in(noisy_BNK), self.condition_in(condition_BCD)
+        time_BD = F.silu(self.time_in(t_B))
+        cos, sin = grid_tables(
+            (rows, columns), self.config.rope_axes, self.config.rope_theta, 0, latents.device, at_least_float32(latents[:0]).dtype
+        )
+        for block in self.blocks:
+            latents, condition = block(latents, condition, time_BD, cos, sin)
+        if self.single_blocks:
+            joint = torch.cat((condition, latents), dim=1)
+            cos, sin = F.pad(cos, (0, 0, num_condition, 0), value=1.0), F.pad(sin, (0, 0, num_condition, 0))
+            for block in self.single_blocks:
+                joint = block(joint, time_BD, cos, sin)
+            latents = joint[:, num_condition:]
+        scale, shift = self.final_modulation(time_BD).chunk(2, dim=-1)
+        return self.final(norm_modulate(latents, shift, scale))
+
+    def init_weights(self, seed):
+        """Fresh weights, a pure function of the seed; every block starts as the identity and the velocity as zero (adaLN-zero)."""
+        zero = {module for name, module in self.named_modules() if name.split(".")[-1] in ("modulation", "final_modulation", "final")}
+        init_weights(self, seed, zero)
+
+    def flops_per_image(self, grid, num_condition):
+        """Forward FLOPs of one image: 2 m n k of every matrix product, nothing else."""
+        rows, columns = grid
+        num_latents, width = rows * columns, self.config.width
+        num_joint = num_latents + num_condition
+        rows_of = {self.condition_in: num_condition, self.latents_in: num_latents, self.final: num_latents, self.final_modulation: 1}
+        total = 0
+        for block in self.blocks:
+            for stream, num_tokens in ((block.latent_stream, num_latents), (block.condition_stream, num_condition)):
+                rows_of |= {module: num_tokens for module in stream.children() if isinstance(module, nn.Linear)}
+                rows_of[stream.modulation] = 1
+            num_queries = num_latents if block.condition_stream.last else num_joint
+            total += attention_flops(num_queries, num_joint, width)
+        for block in self.single_blocks:
+            rows_of |= {block.modulation: 1, block.linear_in: num_joint, block.linear_out: num_joint}
+            total += attention_flops(num_joint, num_joint, width)
+        rows_of |= {self.time_in.linear_in: 1, self.time_in.linear_out: 1}
+        return total + sum(2 * num_tokens * module.weight.numel() for module, num_tokens in rows_of.items())

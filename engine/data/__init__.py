@@ -1,0 +1,1 @@
+"""From tars of images to batches on a device."""

@@ -1,0 +1,122 @@
+"""The order of samples: exactly once per epoch, random access, no visible structure, local reads."""
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from iomm.config import InputError
+from iomm.engine.data.order import Order, mix, permute
+
+sizes = st.lists(st.integers(0, 40), min_size=1, max_size=30).filter(any)
+seeds = st.integers(-2**63, 2**64 - 1)
+
+
+@settings(deadline=None, max_examples=150)
+@given(seeds, sizes, st.integers(1, 8), st.integers(0, 10**6))
+def test_every_epoch_visits_every_sample_once(seed, shard_sizes, group_shards, epoch):
+    order = Order(seed, shard_sizes, group_shards)
+    entries = order(np.arange(order.total) + epoch * order.total)
+    assert entries.dtype == np.int64
+    assert np.array_equal(np.sort(entries), np.arange(order.total))
+
+
+@settings(deadline=None, max_examples=100)
+@given(seeds, sizes, st.integers(1, 8), st.data())
+def test_random_access_equals_sequential(seed, shard_sizes, group_shards, data):
+    sequential = Order(seed, shard_sizes, group_shards)
+    span = 3 * sequential.total
+    expected = sequential(np.arange(span))
+    picks = data.draw(st.lists(st.integers(0, span - 1), min_size=1, max_size=20))
+    fresh = Order(seed, shard_sizes, group_shards)
+    assert [int(fresh(n)) for n in picks] == expected[picks].tolist()
+    assert fresh(np.array(picks).reshape(1, -1)).tolist() == [expected[picks].tolist()]
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(1, 10**12), seeds.map(lambda s: s % 2**64), st.integers(1, 50))
+def test_permute_stays_inside_and_never_collides(size, key, count):
+    x = np.unique(np.linspace(0, size - 1, count).astype(np.int64))
+    y = permute(x, np.int64(size), np.uint64(key))
+    assert ((0 <= y) & (y < size)).all() and len(np.unique(y)) == len(y)
+
+
+def test_epochs_and_seeds_differ():
+    order = Order(7, [50] * 20)
+    n = np.arange(order.total)
+    rows = [order(n), order(n + order.total), order(n + 2 * order.total), Order(8, [50] * 20)(n), Order(-7, [50] * 20)(n)]
+    for i, a in enumerate(rows):
+        for b in rows[:i]:
+            assert (a == b).mean() < 0.01      # two random orders of 1,000 agree in one place on average
+
+
+def test_the_order_is_these_numbers():
+    """Pinned: another order would silently change what a resumed run trains on."""
+    assert Order(0, [5, 0, 7, 3], group_shards=2)(np.arange(30)).tolist() == PINNED
+
+
+PINNED = [0, 10, 1, 9, 2, 6, 8, 4, 3, 11, 5, 7, 13, 14, 12, 3, 9, 4, 6, 0, 5, 7, 1, 8, 10, 11, 2, 13, 12, 14]
+
+
+@pytest.mark.parametrize("total", [2, 3, 4, 5, 7, 16])
+def test_every_place_is_equally_likely(total):
+    """Chi-square of (position, entry) over many keys, each cell expecting 1,000: within six standard deviations."""
+    keys = mix(np.arange(1000 * total, dtype=np.uint64), 1)
+    x = np.arange(total)
+    y = permute(np.tile(x, len(keys)), np.int64(total), np.repeat(keys, total)).reshape(-1, total)
+    counts = np.array([np.bincount(y[:, i], minlength=total) for i in x])
+    freedom = (total - 1) ** 2
+    chi2 = ((counts - 1000) ** 2 / 1000).sum()
+    assert abs(chi2 - freedom) < 6 * np.sqrt(2 * freedom), (chi2, freedom)
+
+
+def test_small_permutations_are_all_reached_evenly():
+    """All 24 orders of four samples, 1,000 expected each."""
+    keys = mix(np.arange(24000, dtype=np.uint64), 2)
+    y = permute(np.tile(np.arange(4), len(keys)), np.int64(4), np.repeat(keys, 4)).reshape(-1, 4)
+    counts = np.unique(y @ [64, 16, 4, 1], return_counts=True)[1]
+    assert len(counts) == 24
+    chi2 = ((counts - 1000) ** 2 / 1000).sum()
+    assert chi2 < 23 + 6 * np.sqrt(2 * 23), chi2
+
+
+@pytest.mark.parametrize("total", [1000, 1024, 4096, 9999, 100_000])
+def test_no_visible_structure(total):
+    """Rank correlation at lags 0 to 32, of neighbours and of strides: each within five standard deviations of chance."""
+    x = np.arange(total)
+    y = permute(x, np.int64(total), mix(np.zeros(1, np.uint64), 3))
+    bound = 5 / np.sqrt(total)
+    assert abs(np.corrcoef(x, y)[0, 1]) < bound
+    for lag in [1, 2, 3, 4, 8, 16, 31, 32, int(np.sqrt(total)), int(np.sqrt(total)) + 1]:
+        assert abs(np.corrcoef(y[lag:], y[:-lag])[0, 1]) < bound, lag
+    steps = np.bincount(np.diff(y) % total, minlength=total)      # of a random order: Poisson with mean 1
+    assert steps.max() < 12
+    assert abs((steps == 0).mean() - np.exp(-1)) < 0.03
+
+
+def test_reads_stay_within_a_group_of_shards():
+    order = Order(1, [100] * 64, group_shards=4)
+    shard = order(np.arange(order.total)) // 100
+    for start in range(0, order.total, 400):
+        assert len(np.unique(shard[start:start + 400])) == 4
+    assert len(np.unique(shard[::400] // 4)) > 4      # the groups are made of shuffled shards
+
+
+def test_ten_million_samples_need_no_memory_per_sample():
+    order = Order(0, [10_000] * 1000)
+    started = time.perf_counter()
+    entries = order(np.arange(1024) + 10**11)
+    assert len(np.unique(entries)) == 1024
+    assert time.perf_counter() - started < 1.0
+    assert sum(a.nbytes for a in order._plan(10**11 // order.total)) < 100_000
+
+
+def test_wrong_input_is_one_line():
+    for sizes in ([], [0, 0]):
+        with pytest.raises(InputError, match="no samples"):
+            Order(0, sizes)
+    with pytest.raises(InputError, match="position must be >= 0, got -1"):
+        Order(0, [3])(-1)
+    with pytest.raises(InputError, match="group_shards"):
+        Order(0, [3], group_shards=0)

@@ -34,11 +34,16 @@ class GeneratorConfig:
     token_dim: int = 64            # K
     condition_dim: int = 1536      # width of the MLLM
     rope_theta: float = 10000.0
+    norm_affine: bool = True       # single_stream only: RMS norms carry a learned scale
 
     def __post_init__(self):
         choice("generator.kind", self.kind, ("mmdit", "single_stream"))
         if self.width % self.num_heads:
             raise InputError(f"generator.width must be a multiple of num_heads, got {self.width} and {self.num_heads}")
+        if self.kind == "single_stream" and self.num_single_blocks:
+            raise InputError("generator.num_single_blocks is for kind mmdit; a single_stream's layers are num_blocks")
+        if self.kind == "mmdit" and (self.num_refiner_blocks or not self.norm_affine):
+            raise InputError("generator.num_refiner_blocks and norm_affine are for kind single_stream")
         if self.head_dim % 16:
             raise InputError(f"generator head dim must be a multiple of 16, got {self.head_dim}")
 
@@ -48,14 +53,17 @@ class GeneratorConfig:
 
     @property
     def rope_axes(self):
-        """Rotary dims of the (index, row, column) axes; FLUX's (16, 56, 56) at E = 128, same shares elsewhere."""
-        return self.head_dim // 8, self.head_dim * 7 // 16, self.head_dim * 7 // 16
+        """Rotary dims of the (index, row, column) axes: FLUX's (16, 56, 56) or Z-Image's (32, 48, 48) at E = 128, same shares elsewhere."""
+        index, place = (2, 7) if self.kind == "mmdit" else (4, 6)
+        return self.head_dim * index // 16, self.head_dim * place // 16, self.head_dim * place // 16
 
 
 PRESETS = {
     "demo": GeneratorConfig(width=192, num_heads=6, num_blocks=4),
     "iomm-b": GeneratorConfig(width=1536, num_heads=12, num_blocks=19),
     "iomm-l": GeneratorConfig(width=2048, num_heads=16, num_blocks=18),
+    "iomm-xl": GeneratorConfig(
+        kind="single_stream", width=3840, num_heads=30, num_blocks=30, num_refiner_blocks=2, rope_theta=256.0),
 }
 
 

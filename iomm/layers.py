@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -52,29 +51,24 @@ class TimeEmbedding(nn.Module):
         return self.linear_out(F.silu(self.linear_in(features.to(self.linear_in.weight.dtype))))
 
 
-def rope_angles(positions_LX, axes, theta):
-    """Positions (L, axes) -> rotary angles (L, sum(axes) / 2) in radians, float64; axis a turns axes[a] / 2 pairs."""
-    columns = [
-        positions_LX[:, axis : axis + 1].double() * theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+def rope_tables(positions_LX, axes, theta, device, dtype):
+    """Integer positions (L, axes) -> cosines, sines (L, E / 2); axis a turns axes[a] / 2 pairs. RoPE, arXiv 2104.09864.
+
+    The angles are float64 and only the results are rounded to `dtype`."""
+    angles_LF = torch.cat([
+        positions_LX[:, axis, None] * theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
         for axis, dim in enumerate(axes)
-    ]
-    return torch.cat(columns, dim=1)
+    ], dim=1)
+    return angles_LF.cos().to(device, dtype), angles_LF.sin().to(device, dtype)
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)  # a table made while sampling is used in training too, where autograd saves it
-def grid_tables(grid, axes, theta, index, device, dtype):
-    """Cosines and sines (N, E / 2) for a grid (rows, columns) of latent tokens at (index, row, column).
-
-    The angles are float64 and only the result is rounded to `dtype`. 0.5 MB at 1024 tokens of 128."""
-    rows, columns = grid
-    positions_N3 = torch.cartesian_prod(torch.tensor([index]), torch.arange(rows), torch.arange(columns))
-    angles = rope_angles(positions_N3, axes, theta)
-    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+def grid_positions(index, rows, columns):
+    """(N, 3) positions (index, row, column) of a grid of latent tokens, rows first."""
+    return torch.cartesian_prod(torch.tensor([index]), torch.arange(rows), torch.arange(columns))
 
 
 def rotate(x_BLAE, cos_LF, sin_LF):
-    """Turns the pairs (2f, 2f + 1) of every head by the angle of its position; F = E / 2. RoFormer, arXiv 2104.09864."""
+    """Turns the pairs (2f, 2f + 1) of every head by the angle of its position; F = E / 2."""
     even, odd = at_least_float32(x_BLAE).unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos_LF[:, None], sin_LF[:, None]
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x_BLAE.dtype)

@@ -3,12 +3,14 @@
 The architecture is FLUX.1's (github.com/black-forest-labs/flux) without the pooled text vector: two streams with weights of
 their own meet in joint attention, condition tokens first. iomm/weights.py maps it to diffusers' FluxTransformer2DModel."""
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from iomm.layers import (
-    FusedLinear, TimeEmbedding, at_least_float32, attend, attention_flops, grid_tables, init_weights, rotate,
+    FusedLinear, TimeEmbedding, at_least_float32, attend, attention_flops, grid_positions, init_weights, rope_tables, rotate,
 )
 
 EPS = 1e-6  # of every norm, FLUX's
@@ -94,6 +96,13 @@ class SingleBlock(nn.Module):
         return joint_BLD + gate[:, None] * self.linear_out(both)
 
 
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # a table first made while sampling is used in training too, where autograd saves it
+def grid_tables(grid, axes, theta, device, dtype):
+    """Cosines and sines (N, E / 2) of the latent tokens at (0, row, column). 0.5 MB at 1024 tokens of 128."""
+    return rope_tables(grid_positions(0, *grid), axes, theta, device, dtype)
+
+
 class MMDiT(nn.Module):
     """(noisy_BNK, t_B in [0, 1], condition_BCD, grid (rows, columns)) -> velocity_BNK = noise - image."""
 
@@ -120,7 +129,7 @@ class MMDiT(nn.Module):
         latents, condition = self.latents_in(noisy_BNK), self.condition_in(condition_BCD)
         time_BD = F.silu(self.time_in(t_B))
         cos, sin = grid_tables(
-            (rows, columns), self.config.rope_axes, self.config.rope_theta, 0, latents.device, at_least_float32(latents[:0]).dtype
+            (rows, columns), self.config.rope_axes, self.config.rope_theta, latents.device, at_least_float32(latents[:0]).dtype
         )
         for block in self.blocks:
             latents, condition = block(latents, condition, time_BD, cos, sin)

@@ -1,0 +1,108 @@
+"""Which body of an op runs: the first one registered that can, unless IOMM_KERNELS says otherwise.
+
+`IOMM_KERNELS=op:body[,op:body]` forces a body; naming one that cannot run is an error. `table()` says what was picked and
+why the others were not; a run prints it at its start.
+"""
+
+import importlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Body:
+    """One implementation of an op. `why_not()` returns the reason why it cannot run on this machine, or None."""
+
+    name: str
+    fn: callable
+    devices: tuple = ()      # device types; empty: any
+    dtypes: tuple = ()       # torch dtypes; empty: any
+    why_not: callable = None
+
+    def refusal(self, device, dtype=None):
+        """Why this body cannot serve the device type and dtype, or None."""
+        if self.devices and device not in self.devices:
+            return f"for {', '.join(self.devices)} only"
+        if dtype is not None and self.dtypes and dtype not in self.dtypes:
+            return f"takes {self.dtype_names} only"
+        return self.why_not() if self.why_not else None
+
+    @property
+    def dtype_names(self):
+        return ", ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
+
+
+_bodies = {}
+
+
+def register(op, name, fn, *, devices=(), dtypes=(), why_not=None):
+    """Adds a body to an op. The order of registration is the order of preference."""
+    _bodies.setdefault(op, []).append(Body(name=name, fn=fn, devices=devices, dtypes=dtypes, why_not=why_not))
+
+
+def ops():
+    """Names of all ops: the folders beside this file that are packages."""
+    return sorted(path.parent.name for path in Path(__file__).resolve().parent.glob("*/__init__.py"))
+
+
+def overrides():
+    """IOMM_KERNELS as {op: body}. Raises ValueError if it cannot be read or names an unknown op."""
+    chosen = {}
+    for item in filter(None, os.environ.get("IOMM_KERNELS", "").replace(" ", "").split(",")):
+        op, colon, body = item.partition(":")
+        if not (op and colon and body):
+            raise ValueError(f"IOMM_KERNELS must read op:body[,op:body], got {item!r}")
+        if op not in ops():
+            raise ValueError(f"IOMM_KERNELS names the unknown op {op!r}; ops are {', '.join(ops())}")
+        chosen[op] = body
+    return chosen
+
+
+def _choose(op, device, dtype=None):
+    bodies = _bodies[op]
+    forced = overrides().get(op) if os.environ.get("IOMM_KERNELS") else None
+    if forced is not None:
+        body = next((body for body in bodies if body.name == forced), None)
+        if body is None:
+            names = ", ".join(body.name for body in bodies)
+            raise ValueError(f"IOMM_KERNELS names the unknown body {forced!r} of {op}; bodies are {names}")
+        if refusal := body.refusal(device, dtype):
+            raise ValueError(f"IOMM_KERNELS asks for {op}:{forced}, which cannot run on {device}: {refusal}")
+        return body
+    for body in bodies:
+        if body.refusal(device, dtype) is None:
+            return body
+    reasons = "; ".join(f"{body.name}: {body.refusal(device, dtype)}" for body in bodies)
+    raise ValueError(f"{op} has no body for {dtype} on {device} ({reasons})")
+
+
+def pick(op, device, dtype=None):
+    """The function that runs `op` on this torch.device (and dtype, where bodies differ by it)."""
+    return _choose(op, device.type, dtype).fn
+
+
+def table(device="cpu"):
+    """Rows (op, device, picked body, [(other body, why not)]) of every op on a device type."""
+    rows = []
+    for op in ops():
+        importlib.import_module(f"iomm.kernels.{op}")
+        picked = _choose(op, device)
+        others = []
+        for body in _bodies[op]:
+            if body is not picked:
+                reason = body.refusal(device) or ("not the one that IOMM_KERNELS names" if op in overrides() else "later in the order")
+                if picked.dtypes and not body.dtypes and not body.refusal(device):
+                    reason += f"; runs where {picked.name} ({picked.dtype_names}) does not take the dtype"
+                others.append((body.name, reason))
+        rows.append((op, device, picked.name, others))
+    return rows
+
+
+def format_table(device="cpu"):
+    """`table()` as text, a line per op."""
+    lines = []
+    for op, device_type, picked, others in table(device):
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in others)
+        lines.append(f"{op:<18} {device_type:<5} {picked:<10} {'not ' + reasons if reasons else ''}".rstrip())
+    return "\n".join(lines)

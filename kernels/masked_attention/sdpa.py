@@ -1,0 +1,141 @@
+"""The PyTorch body: one scaled_dot_product_attention, without a mask where the batch is regular, padded to dense otherwise."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from iomm.kernels.masked_attention.reference import masked_attention_reference
+
+# cuDNN's backward gives NaN with a mask at lengths % 128 == 64 (pytorch #196678), so masked calls go without it.
+_MASKED_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where packed rows go in the dense layout. Keys of a sample lie in slots [prefix | suffix]."""
+
+    num_samples: int
+    num_queries: int          # longest sample
+    num_prefix: int           # longest prefix
+    regular: bool             # all samples alike: packed is dense already
+    total_queries: int
+    total_prefix: int
+    query_rows: torch.Tensor | None = None    # (S,) row of each query in (B * num_queries)
+    suffix_rows: torch.Tensor | None = None   # (S,) row of each suffix key in (B * num_slots)
+    prefix_rows: torch.Tensor | None = None   # (Tp,)
+    mask: torch.Tensor | None = None          # (B, 1, num_queries, num_slots), True where visible
+
+
+_recent = []  # the plans of the last batches: all layers of a model ask for the same one, and making it waits for the GPU
+
+
+def _plan(offsets, prefix_offsets, has_suffix, causal):
+    cacheable = not offsets.is_inference() and not (prefix_offsets is not None and prefix_offsets.is_inference())
+    if not cacheable:
+        return _make_plan(offsets, prefix_offsets, has_suffix, causal)
+    key = (offsets._version, None if prefix_offsets is None else prefix_offsets._version, has_suffix, causal)
+    for known_offsets, known_prefix, known_key, plan in _recent:
+        if known_offsets is offsets and known_prefix is prefix_offsets and known_key == key:
+            return plan
+    plan = _make_plan(offsets, prefix_offsets, has_suffix, causal)
+    _recent.insert(0, (offsets, prefix_offsets, key, plan))
+    del _recent[4:]
+    return plan
+
+
+def _lengths(name, offsets):
+    bounds = offsets.tolist()
+    lengths = [stop - start for start, stop in zip(bounds, bounds[1:])]
+    if bounds[0] != 0 or min(lengths, default=0) < 0:
+        raise ValueError(f"{name} must start at 0 and never fall, got {bounds}")
+    return lengths
+
+
+def _rows(lengths, stride, first, device):
+    """Row of each packed token when sample b starts at b * stride + first."""
+    sample = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.int64))
+    starts = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0)
+    return (sample * stride + first + torch.arange(len(sample)) - starts[sample]).to(device)
+
+
+def _make_plan(offsets, prefix_offsets, has_suffix, causal):
+    lengths = _lengths("offsets", offsets)
+    prefix_lengths = [0] * len(lengths) if prefix_offsets is None else _lengths("prefix_offsets", prefix_offsets)
+    num_queries, num_prefix = max(lengths, default=0), max(prefix_lengths, default=0)
+    alike = len(set(lengths)) <= 1 and len(set(prefix_lengths)) <= 1
+    plan = dict(num_samples=len(lengths), num_queries=num_queries, num_prefix=num_prefix,
+                total_queries=sum(lengths), total_prefix=sum(prefix_lengths))
+    if alike and not (causal and has_suffix and num_prefix):
+        return Plan(regular=True, **plan)
+    num_slots = num_prefix + (num_queries if has_suffix else 0)
+    device = offsets.device
+    slot = torch.arange(num_slots)
+    visible = (slot < torch.tensor(prefix_lengths)[:, None])[:, None].expand(-1, num_queries, -1).clone()
+    if has_suffix:
+        suffix = slot - num_prefix
+        own = (suffix >= 0) & (suffix < torch.tensor(lengths)[:, None])
+        allowed = suffix <= torch.arange(num_queries)[:, None] if causal else torch.ones(num_queries, num_slots, dtype=torch.bool)
+        visible |= own[:, None] & allowed
+    # A row that sees nothing would be 0/0. Slot 0 of such a sample is padding, all zeros: so are its output and gradients.
+    if num_slots:
+        visible[..., 0] |= ~visible.any(-1)
+    return Plan(
+        regular=False, **plan, mask=visible[:, None].to(device),
+        query_rows=_rows(lengths, num_queries, 0, device),
+        suffix_rows=_rows(lengths, num_slots, num_prefix, device) if has_suffix else None,
+        prefix_rows=_rows(prefix_lengths, num_slots, 0, device))
+
+
+def _heads_first(x, num_samples):
+    return x.unflatten(0, (num_samples, -1)).transpose(1, 2)
+
+
+def masked_attention_sdpa(q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, causal, scale):
+    """(S, A, E) as `masked_attention` describes it."""
+    plan = _plan(offsets, prefix_offsets, k is not None, causal)
+    num_prefix = 0 if prefix_k is None else prefix_k.shape[0]
+    if plan.total_queries != q.shape[0] or plan.total_prefix != num_prefix:
+        raise ValueError(f"offsets end at {plan.total_queries} and {plan.total_prefix}, but there are {q.shape[0]} queries and {num_prefix} prefix keys")
+    num_keys = num_prefix + (0 if k is None else k.shape[0])
+    if not q.shape[0] or not num_keys:  # nothing to compute, but a graph to keep
+        return masked_attention_reference(q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, causal, scale)
+    run = _regular if plan.regular else _padded
+    return run(plan, q, k, v, prefix_k, prefix_v, causal, scale)
+
+
+def _regular(plan, q, k, v, prefix_k, prefix_v, causal, scale):
+    def joined(prefix, suffix):
+        parts = [_heads_first(x, plan.num_samples) for x in (prefix, suffix) if x is not None and x.shape[0]]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+    keys, values = joined(prefix_k, k), joined(prefix_v, v)
+    out = F.scaled_dot_product_attention(
+        _heads_first(q, plan.num_samples), keys, values, is_causal=causal and k is not None, scale=scale,
+        enable_gqa=keys.shape[1] != q.shape[1])
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+def _padded(plan, q, k, v, prefix_k, prefix_v, causal, scale):
+    num_slots = plan.mask.shape[-1]
+    repeat = q.shape[1] // (prefix_k if k is None else k).shape[1]
+
+    def dense(prefix, suffix):
+        some = prefix if suffix is None else suffix
+        slots = some.new_zeros(plan.num_samples * num_slots, *some.shape[1:])
+        if prefix is not None:
+            slots = slots.index_copy(0, plan.prefix_rows, prefix)
+        if suffix is not None:
+            slots = slots.index_copy(0, plan.suffix_rows, suffix)
+        # Heads are repeated by hand: the CUDA kernels that take a mask do not take grouped heads.
+        return _heads_first(slots, plan.num_samples).repeat_interleave(repeat, dim=1)
+
+    queries = q.new_zeros(plan.num_samples * plan.num_queries, *q.shape[1:]).index_copy(0, plan.query_rows, q)
+    arguments = _heads_first(queries, plan.num_samples), dense(prefix_k, k), dense(prefix_v, v)
+    if q.is_cuda:
+        with sdpa_kernel(_MASKED_BACKENDS):
+            out = F.scaled_dot_product_attention(*arguments, attn_mask=plan.mask, scale=scale)
+    else:
+        out = F.scaled_dot_product_attention(*arguments, attn_mask=plan.mask, scale=scale)
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, plan.query_rows)

@@ -1,0 +1,100 @@
+"""Loads the libraries that setup.py compiles from csrc/, and calls their entry points.
+
+Calling convention: every entry takes int64, double and raw pointers, then how to run (CPU: number of threads; CUDA: the
+stream), and returns 0 or an error code. A library older than the sources beside it is not loaded.
+"""
+
+import ctypes
+import functools
+import hashlib
+import json
+import platform
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).resolve().parent / "lib"
+CSRC = FOLDER.parent.parent / "csrc"
+REBUILD = "run `pip install -e .` again"
+
+
+def source_hash():
+    """SHA-256 over csrc/ as setup.py computes it, or None where there are no sources (an installed wheel)."""
+    if not (CSRC / "philox.h").exists():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(CSRC.iterdir()):
+        if path.suffix in (".h", ".cpp", ".cu"):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def build_facts(folder=FOLDER):
+    """Content of build.json: source hash, what was built by which compiler, what is missing and why."""
+    try:
+        return json.loads((folder / "build.json").read_text())
+    except (OSError, ValueError):
+        return {"source_hash": None, "built": {}, "missing": {}}
+
+
+def cpu_library_name():
+    """The build for this CPU: v3 needs AVX2, FMA, BMI and MOVBE, which x86 has had since 2013 (Intel) and 2015 (AMD)."""
+    if platform.machine() in ("x86_64", "AMD64"):
+        try:
+            flags = set(Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split())
+        except OSError:
+            flags = set()
+        if {"avx2", "fma", "bmi1", "bmi2", "movbe", "f16c", "abm"} <= flags and (FOLDER / "libiomm_cpu_v3.so").exists():
+            return "libiomm_cpu_v3.so"
+    return "libiomm_cpu.so"
+
+
+@functools.cache
+def load(device):
+    """(library, None) or (None, why not) for device type "cpu" or "cuda"."""
+    name = cpu_library_name() if device == "cpu" else "libiomm_cuda.so"
+    if not (FOLDER / name).exists():
+        return None, build_facts()["missing"].get(name, f"{name} was not built: {REBUILD}")
+    try:
+        library = ctypes.CDLL(str(FOLDER / name))
+        library.iomm_source_hash.restype = ctypes.c_char_p
+        built_from = library.iomm_source_hash().decode()
+    except (OSError, AttributeError) as error:
+        return None, f"{name} does not load: {error}"
+    if source_hash() not in (None, built_from):
+        return None, f"{name} is older than csrc/: {REBUILD}"
+    if device == "cuda":
+        library.iomm_error_string.restype = ctypes.c_char_p
+        if torch.cuda.is_available() and (code := library.iomm_probe()):
+            return None, f"{name} cannot use this GPU: {library.iomm_error_string(code).decode()}"
+    return library, None
+
+
+def why_not(device):
+    """Why the native bodies cannot run on a device type, or None."""
+    return load(device)[1]
+
+
+def launch(device, entry, *arguments):
+    """Calls `<entry>_cpu` or `<entry>_cuda`. Tensors go as pointers (contiguous, on `device`), ints as int64, floats as double.
+
+    Raises RuntimeError with the reason if the library is absent or the call fails."""
+    library, reason = load(device.type)
+    if library is None:
+        raise RuntimeError(f"{entry} has no native body on {device.type}: {reason}")
+    values = []
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            assert argument.is_contiguous() and argument.device == device
+            values.append(ctypes.c_void_p(argument.data_ptr()))
+        else:
+            values.append(ctypes.c_double(argument) if isinstance(argument, float) else ctypes.c_int64(argument))
+    function = getattr(library, f"{entry}_{device.type}")
+    if device.type == "cpu":
+        code = function(*values, ctypes.c_int64(torch.get_num_threads()))
+    else:
+        with torch.cuda.device(device):
+            code = function(*values, ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream))
+    if code:
+        reason = library.iomm_error_string(code).decode() if device.type == "cuda" else f"code {code}"
+        raise RuntimeError(f"{entry}_{device.type} failed: {reason}")

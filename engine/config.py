@@ -1,0 +1,318 @@
+"""RunConfig: one YAML file and dotted overrides, every key typed, checked once, named in every error.
+
+YAML scalars stay text until the field's type reads them, so `lr: 1e-4` is a number, `NO` is a string where a string is
+wanted, `010` is no octal, and an error knows its file and line."""
+
+import difflib
+import math
+import types
+import typing
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+
+import yaml
+
+from iomm.config import PRESETS, AdapterConfig, InputError, MaskConfig, choice
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+def positive(key, value, least=1):
+    if value < least:
+        raise InputError(f"{key} must be >= {least}, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSection:
+    dir: str = "runs/demo"
+    seed: int = 0
+
+    def __post_init__(self):
+        positive("run.seed", self.seed, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSection:
+    preset: str = "iomm-b"             # shape of the generator, iomm/config.py
+    mllm: str = "shapes"               # folder or hub id of an InternVL; "shapes": the tiny one of the shapes world
+    mllm_revision: str | None = None   # commit of a hub checkpoint
+    vae: str = "pixel:4"               # folder or hub id of an AutoencoderKL; "pixel:<patch>": no VAE
+
+    def __post_init__(self):
+        choice("model.preset", self.preset, tuple(PRESETS))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSection:
+    shards: str = "shapes"             # tars, globs, folders, comma-separated; "shapes": draw the shapes world
+    size_px: int = 512
+    flip: bool = False                 # mirror half of the images
+    num_images: int = 4096             # size of the shapes world, when that is what is trained on
+    threads: int = 2                   # decoding threads a rank
+
+    def __post_init__(self):
+        positive("data.size_px", self.size_px, 16)
+        positive("data.num_images", self.num_images)
+        positive("data.threads", self.threads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSection:
+    steps: int = 1000
+    global_batch: int = 1024           # images an optimizer step, over all ranks
+    micro_batch: int | None = None     # images a rank and pass; unset: global_batch / ranks
+    threads: int | None = None         # torch CPU threads a rank; unset: cores / ranks of this machine
+    timeout_s: float = 1800.0          # a collective that takes longer ends the run
+
+    def __post_init__(self):
+        positive("train.steps", self.steps)
+        positive("train.global_batch", self.global_batch)
+        positive("train.micro_batch", self.micro_batch if self.micro_batch is not None else 1)
+        positive("train.threads", self.threads if self.threads is not None else 1)
+        positive("train.timeout_s", self.timeout_s)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimSection:
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 1.0                  # global gradient norm; 0 turns clipping off
+    warmup_steps: int = 1000           # learning rate rises linearly, then stays
+
+    def __post_init__(self):
+        positive("optim.warmup_steps", self.warmup_steps, 0)
+        positive("optim.clip", self.clip, 0)
+        if not self.lr > 0:
+            raise InputError(f"optim.lr must be > 0, got {self.lr}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmaSection:
+    decay: float = 0.999               # 0 turns the average off
+
+    def __post_init__(self):
+        if not 0 <= self.decay < 1:
+            raise InputError(f"ema.decay must be in [0, 1), got {self.decay}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroSection:
+    stage: int = 3
+
+    def __post_init__(self):
+        choice("zero.stage", self.stage, (3,))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSection:
+    every_steps: int = 1000
+    keep: int = 3                      # newest checkpoints that stay
+
+    def __post_init__(self):
+        positive("checkpoint.every_steps", self.every_steps)
+        positive("checkpoint.keep", self.keep)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogSection:
+    every_steps: int = 10              # lines on the terminal; log.jsonl has every step
+    sample_images: int = 16            # images of the grid drawn at the end
+    sample_steps: int = 20             # Euler steps of that grid
+
+    def __post_init__(self):
+        positive("log.every_steps", self.every_steps)
+        positive("log.sample_images", self.sample_images, 0)
+        positive("log.sample_steps", self.sample_steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardSection:
+    max_skips: int = 5                 # steps in a row with a non-finite loss before the run stops
+
+    def __post_init__(self):
+        positive("guard.max_skips", self.max_skips, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that a run is made of. A run is a pure function of this and of its data."""
+
+    run: RunSection = field(default_factory=RunSection)
+    model: ModelSection = field(default_factory=ModelSection)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    data: DataSection = field(default_factory=DataSection)
+    train: TrainSection = field(default_factory=TrainSection)
+    optim: OptimSection = field(default_factory=OptimSection)
+    ema: EmaSection = field(default_factory=EmaSection)
+    precision: str = "bf16"            # bf16 | fp32: arithmetic of the trained parts; masters are always fp32
+    zero: ZeroSection = field(default_factory=ZeroSection)
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    log: LogSection = field(default_factory=LogSection)
+    guard: GuardSection = field(default_factory=GuardSection)
+
+    def __post_init__(self):
+        choice("precision", self.precision, ("bf16", "fp32"))
+
+    def to_yaml(self):
+        return yaml.safe_dump(as_plain(asdict(self)), sort_keys=False)
+
+
+# A resumed run may change these: none of them changes what is computed in a step.
+FREE_KEYS = ("run.dir", "train.steps", "train.micro_batch", "train.threads", "train.timeout_s", "data.threads",
+             "checkpoint.every_steps", "checkpoint.keep", "log.every_steps", "log.sample_images", "log.sample_steps",
+             "guard.max_skips")
+
+
+def load_config(name, overrides=()):
+    """Config file (path, or name of one in engine/configs) and "a.b=value" overrides -> RunConfig."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else CONFIGS / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yaml")))
+        raise InputError(f"--config {name}: no such file; give a path ending in .yaml or one of: {known}")
+    return parse(path.read_text(encoding="utf-8"), str(path), overrides)
+
+
+def parse(text, source="config", overrides=()):
+    """YAML text and overrides -> RunConfig. Raises InputError with file, line and key."""
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise InputError(f"{source}: YAML aliases (*name) are not allowed; write the value out")
+        node = yaml.compose(text, yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise InputError(f"{source}{line}: not valid YAML: {getattr(error, 'problem', error)}") from error
+    values = {}
+    if node is not None:
+        read_section(RunConfig, node, source, (), values)
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise InputError(f"override {override!r} must look like section.key=value")
+        names = tuple(key.split("."))
+        kind = field_type(RunConfig, names, "command line")
+        if is_dataclass(kind):
+            raise InputError(f"command line: {key} is a section; set one of its keys: "
+                             + ", ".join(f"{key}.{f.name}" for f in fields(kind)))
+        values[names] = scalar(kind, value, f"command line: {key}")
+    return build(RunConfig, (), values)
+
+
+def read_section(cls, node, source, path, values):
+    if not isinstance(node, yaml.MappingNode):
+        raise InputError(f"{source}:{node.start_mark.line + 1}: {'.'.join(path) or 'the file'} must be a section of keys")
+    for key_node, value_node in node.value:
+        where = f"{source}:{key_node.start_mark.line + 1}"
+        names = (*path, str(key_node.value))
+        kind = field_type(RunConfig, names, where)
+        if is_dataclass(kind):
+            read_section(kind, value_node, source, names, values)
+            continue
+        if names in values:
+            raise InputError(f"{where}: {'.'.join(names)} is given twice")
+        values[names] = value_of(kind, value_node, f"{where}: {'.'.join(names)}")
+
+
+def field_type(cls, names, where):
+    """Type of the field at a dotted path; an unknown name is an error that offers the nearest known key."""
+    kind, hints = cls, {}
+    for i, name in enumerate(names):
+        hints = typing.get_type_hints(kind) if is_dataclass(kind) else {}
+        if name not in hints:
+            key = ".".join(names)
+            near = difflib.get_close_matches(key, all_keys(cls), n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise InputError(f"{where}: unknown key {key}{hint}")
+        kind = hints[name]
+    return kind
+
+
+def all_keys(cls, prefix=""):
+    keys = []
+    for name, kind in typing.get_type_hints(cls).items():
+        keys += all_keys(kind, f"{prefix}{name}.") if is_dataclass(kind) else [prefix + name]
+    return keys
+
+
+def value_of(kind, node, where):
+    if isinstance(node, yaml.SequenceNode):
+        if typing.get_origin(kind) is not tuple:
+            raise InputError(f"{where} must be {spell(kind)}, got a list")
+        return scalar(kind, ",".join(str(item.value) for item in node.value), where)
+    if not isinstance(node, yaml.ScalarNode):
+        raise InputError(f"{where} must be {spell(kind)}, got a section")
+    if node.style in ("'", '"') and str not in (kind, *typing.get_args(kind)):
+        raise InputError(f"{where} must be {spell(kind)}, got the quoted text {node.value!r}")
+    return scalar(kind, node.value, where)
+
+
+def scalar(kind, text, where):
+    """Reads `text` as `kind`, strictly."""
+    if typing.get_origin(kind) is types.UnionType:
+        if text in ("null", "~", ""):
+            return None
+        kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[text]
+        if kind is int:
+            if text.lstrip("+-") != str(abs(int(text))):
+                raise ValueError
+            return int(text)
+        if kind is float:
+            if not math.isfinite(float(text)):
+                raise ValueError
+            return float(text)
+        if typing.get_origin(kind) is tuple:
+            kinds, items = typing.get_args(kind), text.strip("[]()").split(",")
+            if len(items) != len(kinds):
+                raise ValueError
+            return tuple(scalar(k, item.strip(), where) for k, item in zip(kinds, items))
+        return text
+    except (ValueError, KeyError):
+        raise InputError(f"{where} must be {spell(kind)}, got {text!r}") from None
+
+
+def spell(kind):
+    if typing.get_origin(kind) is types.UnionType:
+        return " or ".join(spell(k) for k in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return f"{len(typing.get_args(kind))} numbers separated by commas"
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "text", types.NoneType: "null"}[kind]
+
+
+def build(cls, path, values):
+    given = {}
+    for name, kind in typing.get_type_hints(cls).items():
+        if is_dataclass(kind):
+            given[name] = build(kind, (*path, name), values)
+        elif (*path, name) in values:
+            given[name] = values[(*path, name)]
+    return cls(**given)
+
+
+def as_plain(value):
+    if isinstance(value, dict):
+        return {k: as_plain(v) for k, v in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def flat(config):
+    """RunConfig -> {dotted key: value}."""
+    rows = {}
+
+    def walk(value, prefix):
+        for key, item in value.items():
+            walk(item, f"{prefix}{key}.") if isinstance(item, dict) else rows.update({prefix + key: item})
+    walk(asdict(config), "")
+    return rows
+
+
+def differences(config, other):
+    """Dotted keys, FREE_KEYS excepted, in which two configs differ: ["optim.lr: 0.0001 became 0.001"]."""
+    mine, theirs = flat(config), flat(other)
+    return [f"{key}: {theirs[key]} became {mine[key]}" for key in mine
+            if mine[key] != theirs[key] and key not in FREE_KEYS]

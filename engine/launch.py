@@ -1,0 +1,151 @@
+"""Start training: deepspeed engine/launch.py --stage pretrain [--config NAME] [--resume auto] [section.key=value ...]"""
+
+import sys
+from pathlib import Path
+
+if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
+    del sys.path[0]              # a script's own folder: engine/ would shadow whatever else is called `config` or `data`
+
+import argparse
+import os
+
+import torch
+
+from iomm.config import InputError, choice
+from iomm.engine import checkpoint, loop, parts, zero
+from iomm.engine.config import differences, load_config
+from iomm.engine.data.shards import Shards
+from iomm.engine.data.source import ImageSource
+from iomm.engine.draw import draw_run
+from iomm.engine.ema import Ema
+from iomm.engine.guard import Guard
+from iomm.engine.metrics import Metrics
+from iomm.engine.optim import make_optimizer
+from iomm.kernels import dispatch
+
+STAGES = ("pretrain",)
+
+
+def main(argv=None):
+    """Exit code: 0 done, 2 something that the user gave is wrong (one line on stderr, said by rank 0)."""
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        args = parse_args(argv)
+        choice("--stage", args.stage, STAGES)
+        config = load_config(args.config, args.overrides)
+        ranks = zero.start(config.train.timeout_s, args.local_rank)
+        run(config, args, ranks)
+        return 0
+    except InputError as error:
+        if first:
+            print(f"iomm: {error}", file=sys.stderr, flush=True)
+        if os.environ.get("IOMM_TRACEBACK"):
+            raise
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        zero.stop()
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", default="pretrain", help=f"one of: {', '.join(STAGES)}")
+    parser.add_argument("--config", default="demo", help="name of a file in engine/configs, or a path ending in .yaml")
+    parser.add_argument("--resume", default="none", help="none, auto (newest intact checkpoint of run.dir, if any), or a checkpoint folder")
+    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)       # the launcher adds it
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    args = parser.parse_intermixed_args(argv)
+    return args
+
+
+def run(config, args, ranks):
+    """Builds every part, then hands over to the loop."""
+    say = print if ranks.first else lambda *_, **__: None
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(config.train.threads or max(1, cores // ranks.local_size))
+    world, batch = ranks.size, config.train.global_batch
+    micro_batch = config.train.micro_batch or max(1, batch // world)
+    if batch % (micro_batch * world):
+        raise InputError(f"train.global_batch {batch} must be a multiple of train.micro_batch {micro_batch} x {world} ranks")
+
+    folder = ranks.on_first(lambda: open_run_dir(config, args))
+    index_dir = ranks.on_first(lambda: parts.prepare_data(config))
+    mllm_name = ranks.on_first(lambda: parts.prepare_mllm(config))
+    shards = Shards(index_dir)
+    model = parts.build_model(config, mllm_name, ranks.device)
+    mllm, vae = model.frozen
+    if ranks.first:
+        say(f"{len(shards)} images, {ranks.size} rank(s) on {ranks.device.type}, {config.precision}, ZeRO-{config.zero.stage}; "
+            f"trained parameters {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M")
+        say("\n".join(f"  {' '.join(map(str, row))}" for row in dispatch.table(ranks.device)))
+    flops = model.flops_per_image(config.data.size_px)
+    sharded = zero.Sharded(
+        model.to(ranks.device), lambda p: make_optimizer(p, config.optim), config=config, ranks=ranks,
+        leaves=model.generator.block_classes, micro_batch=micro_batch, accumulation=batch // (micro_batch * world))
+    state = loop.State(sharded, Ema(sharded.masters, config.ema.decay), Guard(config.guard.max_skips), ranks)
+    if folder is not None:
+        loop.restore(state, folder)
+        say(f"resumed from {folder}: step {state.step} of {config.train.steps}")
+    metrics = Metrics(config.run.dir, flops_per_image=flops, global_batch=batch, num_steps=config.train.steps, ranks=ranks,
+                      start_step=state.step, gpu_hours=state.gpu_hours) if ranks.first else None
+    source = ImageSource(
+        shards, seed=config.run.seed, global_batch=batch, micro_batch=micro_batch, rank=ranks.rank, world_size=world,
+        size_px=config.data.size_px, vit_px=mllm.vit_px, device=ranks.device, start_step=state.step,
+        num_steps=config.train.steps - state.step, flip=config.data.flip, num_threads=config.data.threads)
+    loop.train(state, source, config, metrics)
+    ranks.on_first(lambda: finish(config, metrics, ranks.device))
+
+
+def open_run_dir(config, args):
+    """Checks and writes run.dir/config.yaml; returns the checkpoint folder to resume from, or None."""
+    run_dir = Path(config.run.dir)
+    saved, checkpoints = run_dir / "config.yaml", run_dir / "checkpoints"
+    if saved.is_file():
+        changed = differences(config, load_config(str(saved)))
+        if changed:
+            raise InputError(f"{run_dir} is the run of another config ({'; '.join(changed)}): "
+                             "choose another run.dir, or give the same values to resume it")
+    if args.resume == "none":
+        if checkpoint.steps(checkpoints):
+            raise InputError(f"{run_dir} already holds a run: add --resume auto to go on with it, or choose another run.dir")
+        folder = None
+    elif args.resume == "auto":
+        folder = checkpoint.newest(checkpoints)
+        if folder is None:
+            if checkpoint.steps(checkpoints):
+                raise InputError(f"no checkpoint under {checkpoints} is intact: choose another run.dir to start anew")
+            print(f"no checkpoint under {checkpoints} yet: starting at step 0")
+    else:
+        folder = Path(args.resume)
+        problem = checkpoint.damage(folder, checkpoint.read_manifest(folder))
+        if problem:
+            raise InputError(f"--resume {folder}: {problem}")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        partial = run_dir / ".config.yaml.partial"
+        partial.write_text(config.to_yaml(), encoding="utf-8")
+        partial.replace(saved)
+    except OSError as error:
+        raise InputError(f"run.dir {run_dir} cannot be written: {error.strerror}") from error
+    return None if folder is None else str(folder)
+
+
+def finish(config, metrics, device):
+    """Draws the sample grid from the checkpoint just written and says what to type next."""
+    run_dir = config.run.dir
+    if config.log.sample_images:
+        path = draw_run(run_dir, num=config.log.sample_images, steps=config.log.sample_steps, device=device)
+        metrics.image("samples", path, config.train.steps)
+        print(f"samples     {path}")
+    metrics.close()
+    print(f"log         {run_dir}/log.jsonl, {run_dir}/tb (tensorboard --logdir {run_dir}/tb)\n"
+          f"checkpoint  {checkpoint.newest(Path(run_dir) / 'checkpoints')}\n"
+          f"GPU-hours   {metrics.gpu_hours:.3f}\n"
+          f"next        iomm sample --run {run_dir} --num 16\n"
+          f"            deepspeed engine/launch.py --stage pretrain --resume auto run.dir={run_dir} "
+          f"train.steps={2 * config.train.steps}   (train on)", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

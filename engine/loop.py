@@ -1,0 +1,84 @@
+"""The training step, and the loop around it."""
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from iomm.engine import checkpoint
+from iomm.engine.metrics import line
+from iomm.engine.optim import learning_rate
+
+
+def train_step(sharded, micro_batches):
+    """One optimizer step over this rank's micro-batches -> (mean loss over them, whether weights changed)."""
+    losses = []
+    for batch in micro_batches:
+        loss, _, _ = sharded(batch.pixels_BCHW, batch.vit_pixels_BCHW, batch.n_B)
+        sharded.backward(loss)
+        applied = sharded.step()                 # acts only on the last one
+        losses.append(loss.detach())
+    return torch.stack(losses).mean(), applied
+
+
+def train(state, source, config, metrics=None):
+    """Runs steps state.step + 1 ... train.steps. `metrics` is None on all ranks but the first."""
+    sharded, ema, guard, ranks = state.sharded, state.ema, state.guard, state.ranks
+    batches, accumulation = iter(source), source.accumulation
+    bar = tqdm(total=config.train.steps, initial=state.step, disable=None if ranks.first else True, unit="step")
+    while state.step < config.train.steps:
+        micro_batches = [next(batches) for _ in range(accumulation)]
+        lr = learning_rate(state.step, config.optim)
+        sharded.set_lr(lr)
+        loss, applied = train_step(sharded, micro_batches)
+        if applied:
+            ema.update(state.step)
+        first = state.step * config.train.global_batch
+        state.step += 1
+        guard.saw(state.step, first, first + config.train.global_batch - 1, applied)
+        dist.all_reduce(loss)
+        if metrics is not None:
+            row = metrics.record(
+                step=state.step, loss=float(loss) / ranks.size, grad_norm=sharded.grad_norm() if applied else None, lr=lr,
+                data_wait_s=sum(b.wait_s for b in micro_batches), skipped_steps=guard.total, skipped_samples=0)
+            state.gpu_hours = row["gpu_hours"]
+            if state.step % config.log.every_steps == 0 or state.step == 1:
+                bar.write(line(row, config.train.steps))
+        bar.update()
+        if state.step % config.checkpoint.every_steps == 0 or state.step == config.train.steps:
+            save(state, config)
+    bar.close()
+
+
+class State:
+    """What a checkpoint holds: weights, moments, average, step. Everything else is a function of the config."""
+
+    def __init__(self, sharded, ema, guard, ranks):
+        self.sharded, self.ema, self.guard, self.ranks = sharded, ema, guard, ranks
+        self.step, self.gpu_hours = 0, 0.0
+
+    def tensors(self):
+        slots = self.sharded.slots()
+        if self.ema.flats:
+            slots["ema"] = self.ema.flats
+        return {f"{slot}/{name}": view for slot, flats in slots.items() for name, view in self.sharded.views(flats).items()}
+
+
+def save(state, config):
+    """Commits a checkpoint of the state, on all ranks together."""
+    facts = {"config": config.to_yaml(), "shapes": state.sharded.shapes, "ema": bool(state.ema.flats),
+             "optimizer_step": state.sharded.optimizer_step, "skipped_steps": state.guard.total,
+             "samples_seen": state.step * config.train.global_batch, "gpu_hours": state.gpu_hours}
+    return checkpoint.save(f"{config.run.dir}/checkpoints", state.step, state.tensors(), facts, state.ranks,
+                           config.checkpoint.keep)
+
+
+@torch.no_grad()
+def restore(state, folder):
+    """Reads a checkpoint into the state, whatever number of ranks wrote it."""
+    reader = checkpoint.Reader(folder)
+    for key, view in state.tensors().items():
+        slot, name = key.split("/", 1)
+        view.copy_(reader.piece(slot, name, state.ranks.rank, state.ranks.size))
+    state.sharded.restored(reader.manifest["optimizer_step"])
+    state.step, state.gpu_hours = reader.manifest["step"], reader.manifest["gpu_hours"]
+    state.guard.total = reader.manifest["skipped_steps"]

@@ -1,0 +1,269 @@
+"""The frozen multimodal LLM: image tokens, text tokens, the prefix without gradient, the queries with it.
+
+The only door to transformers. Weights stay in transformers' own modules; the two passes over them are ours because no
+library runs a packed, gradient-free prefix followed by queries that see it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from iomm.config import InputError
+from iomm.kernels.masked_attention import masked_attention
+
+# One user turn, then the assistant's turn, where the queries stand: the Qwen2.5 chat format without a system prompt.
+TURN = ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")
+IMAGE = ("<img>", "</img>")
+RECONSTRUCT = "Generate an image that is identical to the reference image:"
+IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)   # ImageNet, as InternVL was trained
+
+
+class Frozen(nn.Module):
+    """Holds a backbone that never trains and never leaves eval mode, whatever model.train() says."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone.eval().requires_grad_(False)
+
+    def train(self, mode=True):
+        return super().train(False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Condition:
+    """Condition tokens of a batch, packed: sample b owns rows offsets[b] to offsets[b + 1].
+
+    tokens_TD embeddings; positions_T their position ids (int64, gaps where tokens were dropped);
+    offsets (B + 1,) int32; end_B the position id of the first token after each sample (int64)."""
+
+    tokens_TD: torch.Tensor
+    positions_T: torch.Tensor
+    offsets: torch.Tensor
+    end_B: torch.Tensor
+
+    @property
+    def batch(self):
+        return len(self.end_B)
+
+
+class MLLM(Frozen):
+    """A frozen InternVL (ViT, projector, Qwen2 decoder) in transformers' own modules, without its language-model head.
+
+    Attributes: width D of the decoder, num_image_tokens P, vit_px side of the ViT's square input in pixels."""
+
+    def __init__(self, internvl, tokenizer):
+        super().__init__(internvl)
+        config = internvl.config
+        if config.text_config.model_type not in ("qwen2", "qwen3"):
+            raise InputError(f"model.mllm: the decoder must be qwen2 or qwen3, got {config.text_config.model_type}")
+        self.tokenizer = tokenizer
+        self.width = config.text_config.hidden_size
+        self.vit_px = config.vision_config.image_size[0]
+        side = self.vit_px // config.vision_config.patch_size[0]
+        self.num_image_tokens = int(side * config.downsample_ratio) ** 2
+        self.max_positions = config.text_config.max_position_embeddings
+
+    @property
+    def dtype(self):
+        return self.backbone.dtype
+
+    @torch.no_grad()
+    def image_tokens(self, vit_pixels_BCHW):
+        """(B, 3, vit_px, vit_px) normalised by IMAGE_MEAN and IMAGE_STD -> (B, P, D). No gradient."""
+        return self.backbone.get_image_features(vit_pixels_BCHW.to(self.dtype)).pooler_output
+
+    def token_ids(self, text):
+        """Text -> list of token ids, special tokens in the text included, none added."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def vit_flops(self):
+        """Forward FLOPs of one image through ViT and projector: 2 m n k of every matrix product."""
+        vision, width = self.backbone.config.vision_config, self.width
+        patches = (vision.image_size[0] // vision.patch_size[0]) ** 2
+        tokens, inner = patches + 1, vision.hidden_size
+        layer = tokens * (8 * inner**2 + 4 * inner * vision.intermediate_size) + 4 * tokens**2 * inner
+        shuffled = inner * patches // self.num_image_tokens
+        return (2 * patches * 3 * vision.patch_size[0]**2 * inner + vision.num_hidden_layers * layer
+                + 2 * self.num_image_tokens * (shuffled * width + width**2))
+
+    def decoder_flops(self, num_prefix, num_queries):
+        """(prefix, queries forward, queries backward) FLOPs of one image with the prefix split.
+
+        Backward is for activations alone: weights are frozen, and the prefix's keys and values get no gradient. Attention
+        counts its whole rectangle, causal or not, as FlopCounterMode does."""
+        text = self.backbone.config.text_config
+        layers, heads = text.num_hidden_layers, text.num_attention_heads
+        width, head_dim = text.hidden_size, getattr(text, "head_dim", None) or text.hidden_size // heads
+        keys = 4 * width * text.num_key_value_heads * head_dim
+        rest = 4 * width * heads * head_dim + 6 * width * text.intermediate_size
+        pair = 4 * heads * head_dim
+        prefix = layers * num_prefix * keys + (layers - 1) * (num_prefix * rest + num_prefix**2 * pair)
+        linears = layers * num_queries * (keys + rest)
+        seen, own = layers * num_queries * num_prefix * pair, layers * num_queries**2 * pair
+        return prefix, linears + seen + own, linears + seen + 2 * own
+
+    @torch.no_grad()
+    def condition(self, texts, image_tokens_IPD=None, *, has_image=None, visible=None, mode="drop", positions="original"):
+        """Packs the user turn [text, visible image tokens] of each sample. No gradient.
+
+        texts: B strings ("" is legal: the unconditional). image_tokens_IPD: tokens of the I samples with an image, in
+        order; has_image: B bools, default all (or none without tokens). visible: (I * P,) bool, default all.
+        mode: "drop" leaves hidden tokens out, "zero" keeps them as zeros. positions: "original" position ids, with gaps
+        where tokens were dropped, or "compact". Raises InputError if a text exceeds the decoder's context."""
+        device, num_image = self.backbone.device, self.num_image_tokens
+        has_image = [image_tokens_IPD is not None] * len(texts) if has_image is None else has_image
+        ids, is_image, lengths = [], [], []
+        for text, image in zip(texts, has_image, strict=True):
+            opened, closed = IMAGE if image else ("", "")
+            before = self.token_ids(TURN[0] + text + opened)
+            after = self.token_ids(closed + TURN[1])
+            middle = num_image if image else 0
+            ids += before + [0] * middle + after
+            is_image += [False] * len(before) + [True] * middle + [False] * len(after)
+            lengths.append(len(before) + middle + len(after))
+            if lengths[-1] > self.max_positions:
+                raise InputError(f"a prompt of {lengths[-1]} tokens exceeds the MLLM's context of {self.max_positions}: "
+                                 "shorten it")
+        lengths_B = torch.tensor(lengths, device=device)
+        starts_B = lengths_B.cumsum(0) - lengths_B
+        sample_T = torch.repeat_interleave(torch.arange(len(texts), device=device), lengths_B)
+        positions_T = torch.arange(len(ids), device=device) - starts_B[sample_T]
+        tokens_TD = self.backbone.get_input_embeddings()(torch.tensor(ids, device=device))
+        end_B = lengths_B
+        if any(has_image):
+            image_T = torch.tensor(is_image, device=device)
+            image_TD = image_tokens_IPD.flatten(0, 1).to(tokens_TD.dtype)
+            if visible is not None and mode == "zero":
+                image_TD = image_TD * visible[:, None]
+            tokens_TD = tokens_TD.masked_scatter(image_T[:, None], image_TD)
+            if visible is not None and mode == "drop":
+                keep_T = torch.ones_like(image_T).masked_scatter(image_T, visible)
+                rows = keep_T.nonzero().squeeze(1)
+                lengths_B = torch.zeros_like(lengths_B).index_add(0, sample_T, keep_T.long())
+                tokens_TD, sample_T, positions_T = tokens_TD[rows], sample_T[rows], positions_T[rows]
+                if positions == "compact":
+                    positions_T = torch.arange(len(rows), device=device) - (lengths_B.cumsum(0) - lengths_B)[sample_T]
+                    end_B = lengths_B
+        offsets = torch.nn.functional.pad(lengths_B.cumsum(0), (1, 0)).int()
+        return Condition(tokens_TD=tokens_TD, positions_T=positions_T, offsets=offsets, end_B=end_B)
+
+    @torch.no_grad()
+    def prefix(self, condition):
+        """Condition -> keys and values of every layer, [(k_TGE, v_TGE)]. No gradient, no final norm, and of the last
+        layer only its keys and values: nothing else of it is ever read."""
+        decoder = self.backbone.language_model
+        x_TD = condition.tokens_TD
+        rotary = decoder.rotary_emb(x_TD, condition.positions_T[None])
+        cache = []
+        for i, layer in enumerate(decoder.layers):
+            last = i == len(decoder.layers) - 1
+            q, k, v = heads(layer, x_TD, rotary, with_query=not last)
+            cache.append((k, v))
+            if not last:
+                x_TD = finish(layer, x_TD, masked_attention(q, k, v, condition.offsets, causal=True))
+        return cache
+
+    def queries(self, queries_BQD, condition, cache, *, causal=True):
+        """Runs Q queries per sample behind the cached prefix -> hidden states (B, Q, D) after the final norm.
+
+        Gradients flow to queries_BQD, never into the prefix. causal: queries see earlier queries; else all of them."""
+        decoder = self.backbone.language_model
+        batch, num, width = queries_BQD.shape
+        if int(condition.end_B.max()) + num > self.max_positions:
+            raise InputError(f"prompt and {num} queries exceed the MLLM's context of {self.max_positions}: shorten it")
+        positions = condition.end_B[:, None] + torch.arange(num, device=queries_BQD.device)
+        x_SD = queries_BQD.flatten(0, 1)
+        rotary = decoder.rotary_emb(x_SD, positions.flatten()[None])
+        offsets = torch.arange(0, batch * num + 1, num, dtype=torch.int32, device=queries_BQD.device)
+        for layer, (prefix_k, prefix_v) in zip(decoder.layers, cache, strict=True):
+            q, k, v = heads(layer, x_SD, rotary)
+            mixed = masked_attention(q, k, v, offsets, prefix_k=prefix_k, prefix_v=prefix_v,
+                                     prefix_offsets=condition.offsets, causal=causal)
+            x_SD = finish(layer, x_SD, mixed)
+        return decoder.norm(x_SD).view(batch, num, width)
+
+
+def heads(layer, x_TD, rotary, with_query=True):
+    """Queries (or None), keys and values of one decoder layer, rotated: (T, A, E), (T, G, E), (T, G, E)."""
+    attention = layer.self_attn
+    x_TD = layer.input_layernorm(x_TD)
+
+    def project(linear, norm):
+        y = linear(x_TD).unflatten(-1, (-1, attention.head_dim))
+        norm = getattr(attention, norm, None)            # Qwen3 normalises queries and keys, Qwen2 does not
+        return rotate(y if norm is None else norm(y), rotary)
+
+    q = project(attention.q_proj, "q_norm") if with_query else None
+    return q, project(attention.k_proj, "k_norm"), attention.v_proj(x_TD).unflatten(-1, (-1, attention.head_dim))
+
+
+def finish(layer, x_TD, mixed_TAE):
+    """The rest of a decoder layer after its attention: output projection, residual, feed-forward."""
+    x_TD = x_TD + layer.self_attn.o_proj(mixed_TAE.flatten(-2))
+    return x_TD + layer.mlp(layer.post_attention_layernorm(x_TD))
+
+
+def rotate(x_TAE, rotary):
+    """Rotary embedding in the half-split layout of Qwen2 (Su et al., arXiv 2104.09864)."""
+    cos, sin = (r[0, :, None] for r in rotary)
+    first, second = x_TAE.chunk(2, dim=-1)
+    return x_TAE * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def load_mllm(name, *, revision=None, dtype=torch.bfloat16, device="cpu"):
+    """Loads a frozen InternVL from a local folder or a hub id in transformers' own format, safetensors only.
+
+    Never runs code from the checkpoint. Raises InputError when there is none or it is of another architecture."""
+    from transformers import AutoConfig, AutoTokenizer, InternVLModel
+    from transformers.utils import logging
+    logging.disable_progress_bar()
+    local = Path(name).is_dir()
+    if not local and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+        raise InputError(f"model.mllm: no folder {name}; give a folder or a hub id such as OpenGVLab/InternVL3-2B-hf")
+    options = dict(revision=revision, trust_remote_code=False, local_files_only=local)
+    try:
+        config = AutoConfig.from_pretrained(name, **options)
+        if config.model_type != "internvl":
+            raise InputError(f"model.mllm: {name} is a {config.model_type} checkpoint; "
+                             "wanted InternVL in transformers' format (its hub names end in -hf)")
+        internvl = InternVLModel.from_pretrained(name, use_safetensors=True, dtype=dtype, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"model.mllm: cannot load {name}: {reason}") from error
+    return MLLM(internvl.to(device), tokenizer)
+
+
+def create_mllm(folder, *, texts, vision, text, seed=0, vocab_size=512):
+    """Writes a new InternVL with random weights to `folder`, in transformers' own format, and returns the folder.
+
+    vision, text: keyword arguments of InternVLVisionConfig and Qwen2Config. texts: strings on which a byte-level BPE
+    vocabulary of at most vocab_size tokens is trained, so that any other text still has an encoding. Weights are drawn
+    on the CPU from `seed`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import (InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig,
+                              PreTrainedTokenizerFast, Qwen2Config)
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=special[0], pad_token=special[0],
+                                        additional_special_tokens=special[1:])
+    vision = InternVLVisionConfig(**vision)
+    config = InternVLConfig(
+        vision_config=vision,
+        text_config=Qwen2Config(vocab_size=bpe.get_vocab_size(), **text),
+        image_token_id=bpe.token_to_id("<IMG_CONTEXT>"),
+        image_seq_length=(vision.image_size[0] // vision.patch_size[0] // 2) ** 2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = InternVLForConditionalGeneration(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,118 @@
+"""Prefix without gradient, queries with it: the same numbers as transformers' own pass with an attention mask."""
+
+import pytest
+import torch
+
+from iomm.config import InputError
+from iomm.mllm import RECONSTRUCT, create_mllm, load_mllm
+
+VISION = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=96, image_size=32, patch_size=4,
+              attention_bias=True)
+TEXT = dict(hidden_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=80,
+            max_position_embeddings=256)
+Q = 7
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return create_mllm(tmp_path_factory.mktemp("mllm") / "tiny", texts=[RECONSTRUCT, "a red circle"], vision=VISION, text=TEXT)
+
+
+@pytest.fixture(scope="module")
+def mllm(folder):
+    return load_mllm(str(folder), dtype=torch.float64)
+
+
+def literal(mllm, texts, image_tokens, has_image, visible, queries_BQD, causal):
+    """Algorithm 1 as written: whole sequences through transformers' forward, hidden tokens barred by a 4D mask."""
+    batch, num_image = len(texts), mllm.num_image_tokens
+    rows, keeps, images = [], [], iter(range(batch))
+    for text, image in zip(texts, has_image):
+        before = mllm.token_ids("<|im_start|>user\n" + text + ("<img>" if image else ""))
+        after = mllm.token_ids(("</img>" if image else "") + "<|im_end|>\n<|im_start|>assistant\n")
+        embed = mllm.backbone.get_input_embeddings()
+        parts, keep = [embed(torch.tensor(before))], [True] * len(before)
+        if image:
+            i = next(images)
+            parts.append(image_tokens[i])
+            keep += visible[i * num_image:(i + 1) * num_image].tolist()
+        parts.append(embed(torch.tensor(after)))
+        rows.append(torch.cat(parts))
+        keeps.append(keep + [True] * len(after))
+    hidden = []
+    for row, keep, queries_QD in zip(rows, keeps, queries_BQD):
+        x = torch.cat((row, queries_QD))[None]
+        length = x.shape[1]
+        see = torch.ones(length, length, dtype=torch.bool).tril()
+        if not causal:
+            see[-Q:, -Q:] = True
+        see &= torch.tensor(keep + [True] * Q)[None]
+        see |= torch.eye(length, dtype=torch.bool)            # a hidden row may look at itself: nobody looks at it
+        mask = torch.zeros(1, 1, length, length, dtype=x.dtype).masked_fill(~see, torch.finfo(x.dtype).min)
+        out = mllm.backbone.language_model(inputs_embeds=x, attention_mask=mask, position_ids=torch.arange(length)[None],
+                                           use_cache=False).last_hidden_state
+        hidden.append(out[0, -Q:])
+    return torch.stack(hidden)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.45, 0.85, 0.95, 1.0])
+@pytest.mark.parametrize("batch, kinds", [(1, "image"), (2, "image"), (3, "mixed"), (5, "mixed"), (4, "text")])
+def test_split_pass_equals_transformers_forward(mllm, ratio, batch, kinds):
+    generator = torch.Generator().manual_seed(batch)
+    has_image = [kinds == "image" or (kinds == "mixed" and b % 2 == 0) for b in range(batch)]
+    texts = [RECONSTRUCT if image else "a red circle" * b for b, image in enumerate(has_image)]
+    num_images = sum(has_image)
+    visible = torch.rand(num_images * mllm.num_image_tokens, generator=generator) >= ratio
+    tokens = None
+    if num_images:
+        tokens = mllm.image_tokens(torch.randn(num_images, 3, 32, 32, generator=generator, dtype=torch.float64))
+    queries = torch.randn(batch, Q, mllm.width, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(batch, Q, mllm.width, generator=generator, dtype=torch.float64)
+    for causal in (True, False):
+        condition = mllm.condition(texts, tokens, has_image=has_image, visible=visible)
+        ours = mllm.queries(queries, condition, mllm.prefix(condition), causal=causal)
+        (ours * weight).sum().backward()
+        ours_grad, queries.grad = queries.grad, None
+        theirs = literal(mllm, texts, tokens, has_image, visible, queries, causal)
+        (theirs * weight).sum().backward()
+        theirs_grad, queries.grad = queries.grad, None
+        assert (ours - theirs).abs().max() <= 1e-12 * theirs.abs().max()
+        assert (ours_grad - theirs_grad).abs().max() <= 1e-12 * theirs_grad.abs().max()
+
+
+def test_zero_keeps_hidden_tokens_as_zeros(mllm):
+    tokens = torch.randn(2, mllm.num_image_tokens, mllm.width, dtype=torch.float64)
+    visible = torch.arange(2 * mllm.num_image_tokens) % 3 == 0
+    zeroed = mllm.condition(["", "x"], tokens, visible=visible, mode="zero")
+    plain = mllm.condition(["", "x"], (tokens.flatten(0, 1) * visible[:, None]).view_as(tokens))
+    assert torch.equal(zeroed.tokens_TD, plain.tokens_TD) and torch.equal(zeroed.positions_T, plain.positions_T)
+
+
+def test_positions_survive_dropping_or_are_compact(mllm):
+    tokens = torch.randn(1, mllm.num_image_tokens, mllm.width, dtype=torch.float64)
+    visible = torch.zeros(mllm.num_image_tokens, dtype=torch.bool)
+    visible[[2, 5]] = True
+    gapped = mllm.condition([""], tokens, visible=visible)
+    compact = mllm.condition([""], tokens, visible=visible, positions="compact")
+    start = len(mllm.token_ids("<|im_start|>user\n<img>"))
+    assert gapped.positions_T[start:start + 2].tolist() == [start + 2, start + 5]
+    assert int(gapped.end_B) == int(gapped.positions_T[-1]) + 1
+    assert compact.positions_T.tolist() == list(range(len(compact.tokens_TD))) and int(compact.end_B) == len(compact.tokens_TD)
+
+
+def test_prefix_keeps_no_graph_and_stays_frozen(mllm):
+    mllm.train()
+    assert not any(module.training for module in mllm.modules())
+    assert not any(p.requires_grad for p in mllm.parameters())
+    condition = mllm.condition(["a red circle"])
+    assert not any(k.requires_grad or v.requires_grad for k, v in mllm.prefix(condition))
+
+
+def test_errors_say_what_was_wanted(mllm, tmp_path):
+    with pytest.raises(InputError, match="context of 256: shorten it"):
+        mllm.condition(["a red circle " * 200])
+    with pytest.raises(InputError, match="no folder"):
+        load_mllm(str(tmp_path / "none"))
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(InputError, match="is a bert checkpoint; wanted InternVL"):
+        load_mllm(str(tmp_path))

@@ -1,0 +1,163 @@
+"""What samples lie in: a tar, or a folder of files. Only ever read, by position; nothing is extracted."""
+
+import os
+from pathlib import Path
+
+SUFFIXES = ("jpg", "jpeg", "png", "webp", "txt", "json")
+BLOCK = 512
+MAX_NAME_BYTES = 1 << 20     # a pax or long-name member larger than this is damage, not a name
+REGULAR = b"0\x007"
+NO_DATA = b"123456"          # links, devices, folders, pipes: their size field says nothing
+
+
+class TarError(Exception):
+    """The tar is damaged from some byte on. The message says where."""
+
+
+class Tar:
+    """An open tar. Read with pread, never mapped: a mapped file that shrinks kills its reader with SIGBUS."""
+
+    def __init__(self, path):
+        """Raises OSError if the file cannot be opened."""
+        self.path = str(path)
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def members(self):
+        """Yields (name, offset, num_bytes) of each regular member. Raises TarError where the tar is damaged."""
+        return walk(self._fd, os.fstat(self._fd).st_size)
+
+    def read(self, offset, num_bytes):
+        """bytes; fewer than num_bytes if the file ends before. Raises OSError."""
+        return os.pread(self._fd, num_bytes, offset)
+
+    def name(self, offset):
+        """Name of the member whose data starts at offset, for messages (a name over 100 bytes is cut by the format)."""
+        return _ustar_name(self.read(offset - BLOCK, BLOCK)).decode("utf-8", "replace")
+
+    def __del__(self):
+        # closed by the last thread that holds it, so that dropping it from a cache cannot pull it from under a reader
+        if hasattr(self, "_fd"):
+            os.close(self._fd)
+
+
+class Folder:
+    """A folder of files, read as if it were a tar: the offset of a member is its place in the sorted list `files`."""
+
+    def __init__(self, path, files=None):
+        """Lists the folder and what lies below it, unless the list is given. Raises OSError if it cannot be read."""
+        self.path = str(path)
+        self.files = files if files is not None else sorted(
+            str((Path(root) / name).relative_to(path))
+            for root, _, names in os.walk(path) for name in names if name.rpartition(".")[2].lower() in SUFFIXES)
+
+    def members(self):
+        """Yields (name, offset, num_bytes) of each file."""
+        for offset, name in enumerate(self.files):
+            yield name, offset, os.stat(os.path.join(self.path, name)).st_size
+
+    def read(self, offset, num_bytes):
+        """bytes; fewer than num_bytes if the file is shorter, one more if it is longer. Raises OSError."""
+        with open(os.path.join(self.path, self.files[offset]), "rb") as f:
+            return f.read(num_bytes + 1)
+
+    def name(self, offset):
+        return self.files[offset]
+
+
+def walk(fd, num_bytes):
+    """Yields (name, offset, size) of the regular members of the open tar fd, num_bytes long; offset is where the data starts.
+
+    ustar, pax and GNU names of any length; links, devices and folders are passed over. Blocks of zeros are stepped over, so
+    members behind a premature end (two tars joined) are found, and a missing end is no fault. Raises TarError at
+    the first header or member that is damaged. (Python's tarfile ends there without a word.)
+    """
+    position, long_name, pax = 0, None, {}
+    while position < num_bytes:
+        header = os.pread(fd, BLOCK, position)
+        if header and not any(header):
+            position = _past_zeros(fd, position, num_bytes)
+            continue
+        if len(header) < BLOCK or not _checksum_fits(header):
+            raise TarError(f"no valid header at byte {position} of {num_bytes}" + _what_instead(header, position))
+        kind = header[156:157]
+        size = int(pax["size"]) if pax.get("size", "").isdecimal() else _number(header[124:136], position)
+        start = position + BLOCK
+        if kind in NO_DATA:
+            size = 0
+        if size < 0 or start + size > num_bytes:
+            raise TarError(f"the member at byte {position} claims {size} bytes, {num_bytes - start} are left")
+        if kind in b"xgLK":
+            if size > MAX_NAME_BYTES:
+                raise TarError(f"the name record at byte {position} claims {size} bytes")
+            data = os.pread(fd, size, start)
+            if kind == b"x":
+                pax = _pax_records(data, position)
+            elif kind == b"L":
+                long_name = data.rstrip(b"\0")
+        else:
+            if kind in REGULAR:
+                name = pax["path"].encode("utf-8", "surrogateescape") if "path" in pax else long_name or _ustar_name(header)
+                if not name.endswith(b"/"):      # how V7 tars write folders
+                    yield name.decode("utf-8", "surrogateescape"), start, size
+            long_name, pax = None, {}
+        position = start + -(-size // BLOCK) * BLOCK
+
+
+def _checksum_fits(header):
+    """The header's sum with its own field read as blanks; old tars added the bytes up as signed."""
+    try:
+        wanted = int(header[148:156].strip(b" \0"), 8)
+    except ValueError:
+        return False
+    rest = header[:148] + header[156:]
+    unsigned = sum(rest) + 8 * 0x20
+    return wanted in (unsigned, unsigned - 256 * sum(byte > 127 for byte in rest))
+
+
+def _number(field, position):
+    if field[0] & 0x80:                # base 256, for sizes over 8 GiB; 0xff leads a negative one
+        return int.from_bytes(field, "big", signed=True) if field[0] == 0xFF else int.from_bytes(field[1:], "big")
+    try:
+        return int(field.strip(b" \0") or b"0", 8)
+    except ValueError:
+        raise TarError(f"the header at byte {position} has no readable size") from None
+
+
+def _ustar_name(header):
+    name = header[:100].split(b"\0", 1)[0]
+    prefix = header[345:500].split(b"\0", 1)[0] if header[257:263] == b"ustar\0" else b""
+    return prefix + b"/" + name if prefix else name
+
+
+def _pax_records(data, position):
+    """{key: value} of `LENGTH key=value\\n` records."""
+    records = {}
+    while data:
+        length, _, _ = data.partition(b" ")
+        if not length.isdigit() or not len(length) + 2 < int(length) <= len(data):
+            raise TarError(f"the pax record at byte {position} is damaged")
+        key, _, value = data[len(length) + 1:int(length) - 1].partition(b"=")
+        records[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
+        data = data[int(length):]
+    return records
+
+
+def _past_zeros(fd, position, num_bytes):
+    """Where the run of zero blocks ends; read 1 MiB at a time."""
+    while position < num_bytes:
+        chunk = os.pread(fd, 1 << 20, position)
+        zeros = len(chunk) - len(chunk.lstrip(b"\0"))
+        if zeros < len(chunk) or not chunk:
+            return position + zeros // BLOCK * BLOCK
+        position += len(chunk)
+    return position
+
+
+def _what_instead(header, position):
+    if position:
+        return ""
+    if header[:2] == b"\x1f\x8b":
+        return " (it is compressed with gzip: unpack it first)"
+    if header[:4] == b"\x28\xb5\x2f\xfd":
+        return " (it is compressed with zstd: unpack it first)"
+    return " (it is not a tar)"

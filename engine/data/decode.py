@@ -1,0 +1,74 @@
+"""DALI graph: encoded images -> VAE pixels and ViT pixels. The only file that knows DALI."""
+
+import numpy as np
+import torch
+from nvidia.dali import fn, types
+from nvidia.dali.pipeline import Pipeline
+
+IMAGENET_MEAN = 0.485, 0.456, 0.406
+IMAGENET_STD = 0.229, 0.224, 0.225
+
+
+class Decoder:
+    """Decodes batches of images in threads of its own, `prefetch` batches ahead of whoever reads them.
+
+    batches: iterable of (list of `batch_size` encoded images as bytes, bool array of flips). Iterating yields, in the same order,
+    (pixels_BCHW, vit_pixels_BCHW), float32 on `device`, in memory of their own: RGB in [-1, 1] at size_px, and RGB normalised with
+    ImageNet's mean and deviation at vit_px. The shorter edge is resized to size_px (cubic, antialiased), the centre is
+    cropped, a flipped sample is mirrored left to right, and the ViT sees that very crop, resized. EXIF orientation is
+    applied; grey, CMYK and 16-bit images become 8-bit RGB; an alpha channel is dropped. On CUDA nvJPEG decodes.
+    Nothing is read beyond the end of `batches`, and an error raised by it is raised here.
+    """
+
+    def __init__(self, batch_size, size_px, vit_px, device, num_threads=2, prefetch=2):
+        self.batch_size = batch_size
+        self.size_px = size_px
+        self.vit_px = vit_px
+        self.device = torch.device(device)
+        self.num_threads = num_threads
+        self.prefetch = prefetch
+
+    def __call__(self, batches):
+        """Iterator of (pixels_BCHW, vit_pixels_BCHW) over `batches`; it owns one DALI pipeline and frees it at its end."""
+        pipe = self._pipeline(iter(batches))
+        pipe.build()
+        try:
+            while True:
+                try:
+                    outputs = pipe.run()
+                except StopIteration:
+                    return
+                # DALI reuses its buffers after the next run, so the tensors are copied: 0.4 ms for 16 images of 512 px
+                yield tuple(torch.from_dlpack(output.as_tensor()).clone() for output in outputs)
+        finally:
+            del pipe
+
+    def _pipeline(self, batches):
+        cuda = self.device.type == "cuda"
+        device = "gpu" if cuda else "cpu"
+        cubic = {"interp_type": types.INTERP_CUBIC, "antialias": True, "device": device}
+
+        def read():
+            images, flips = next(batches)
+            return ([np.frombuffer(image, dtype=np.uint8) for image in images],
+                    np.asarray(flips, dtype=np.int32).reshape(-1, 1))
+
+        index = self.device.index if self.device.index is not None else (torch.cuda.current_device() if cuda else None)
+        pipe = Pipeline(batch_size=self.batch_size, num_threads=self.num_threads, device_id=index,
+                        prefetch_queue_depth=self.prefetch)
+        with pipe:
+            encoded, flip = fn.external_source(source=read, num_outputs=2, batch=True, dtype=[types.UINT8, types.INT32], ndim=[1, 1])
+            flip = fn.reshape(flip, shape=[])
+            images = fn.decoders.image(encoded, device="mixed" if cuda else "cpu", output_type=types.RGB)
+            images = fn.resize(images, resize_shorter=self.size_px, subpixel_scale=False, **cubic)
+            images = fn.crop(images, crop=[self.size_px, self.size_px], rounding="truncate", device=device)
+            vit_images = fn.resize(images, size=[self.vit_px, self.vit_px], **cubic)
+            pipe.set_outputs(_normalise(images, flip, (0.5,) * 3, (0.5,) * 3, device),
+                             _normalise(vit_images, flip, IMAGENET_MEAN, IMAGENET_STD, device))
+        return pipe
+
+
+def _normalise(images, flip, mean, std, device):
+    """HWC bytes -> CHW float32 (x / 255 - mean) / std, mirrored where flip is 1."""
+    return fn.crop_mirror_normalize(images, mirror=flip, mean=[255 * m for m in mean], std=[255 * s for s in std],
+                                    dtype=types.FLOAT, output_layout="CHW", device=device)

@@ -1,0 +1,45 @@
+"""A folder that appears whole or not at all."""
+
+import os
+import shutil
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+from iomm.config import InputError
+
+
+@contextmanager
+def whole_folder(path, marker):
+    """Yields an empty folder beside `path` to write into; it takes the place of `path` when the block ends well.
+
+    A folder already at `path` is replaced only if it is empty or holds a file called `marker`, by which it is known to be one
+    of ours; anything else raises InputError. If the block raises, nothing changes. A killed process leaves at
+    most a folder `.NAME.*` behind, which nobody reads.
+    """
+    path = Path(path).absolute()
+    if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or (path / marker).is_file())):
+        raise InputError(f"{path} exists and holds something else (it has no {marker}): give another folder or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield fresh
+        fresh.chmod(0o777 & ~_umask())
+        for file in fresh.iterdir():
+            with open(file, "rb") as f:
+                os.fsync(f.fileno())
+        if path.exists():
+            retired = fresh.with_name(f"{fresh.name}.old")
+            path.rename(retired)
+            fresh.rename(path)
+            shutil.rmtree(retired)
+        else:
+            fresh.rename(path)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

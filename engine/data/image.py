@@ -1,0 +1,128 @@
+"""What Pillow says about an encoded image: good or not, and why not."""
+
+import io
+import struct
+
+from PIL import Image, ImageOps
+
+FORMATS = ("JPEG", "PNG", "WEBP")      # an allow-list: Pillow would start Ghostscript for an EPS file
+MAX_PIXELS = 1 << 27                   # 400 MB as RGB; a PNG of 109 KB can claim 9.5 GB
+MAX_SIDE_PX = 65535                    # what the index has room for, and what JPEG can say
+EXIF_ORIENTATION = 0x0112
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I", "I;16", "I;16B")
+OTHER_IMAGES = (b"GIF8", b"BM", b"II*\0", b"MM\0*", b"%!PS", b"\0\0\1\0", b"8BPS", b"\0\0\0\x0cjP  ", b"\xff\x0a")
+
+
+class Rejected(Exception):
+    """An image or a caption that training will not see. `reason` is one word, counted; the message has the details."""
+
+    def __init__(self, reason, detail=""):
+        super().__init__(detail)
+        self.reason = reason
+
+
+def check_image(data, *, min_size_px, max_aspect, max_pixels=MAX_PIXELS):
+    """(width, height, transparent) of an image as training sees it, EXIF orientation applied. Raises Rejected.
+
+    Decodes the whole image, after its header has passed: size and format are judged before anything is allocated.
+    `transparent` says that some pixel is not opaque. Reasons: truncated, not_image, unsupported, bad_header, too_large, too_small, aspect,
+    animated.
+    """
+    kind = _kind(data)
+    if kind == "JPEG":
+        _check_jpeg_frame(data, max_pixels)
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_size(*image.size, min_size_px, max_aspect, max_pixels)
+            if image.mode not in MODES:
+                raise Rejected("unsupported", f"pixel mode {image.mode}")
+            if kind != "JPEG" and getattr(image, "n_frames", 1) > 1:      # a JPEG with several frames (MPO) shows its first
+                raise Rejected("animated", f"{image.n_frames} frames")
+            image.load()
+            width, height = image.size
+            if image.getexif().get(EXIF_ORIENTATION) in (5, 6, 7, 8):
+                width, height = height, width
+            transparent = image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255
+            return width, height, transparent
+    except Rejected:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise Rejected("too_large", str(error)) from None
+    except MemoryError:
+        raise Rejected("too_large", "not enough memory to decode it") from None
+    except Exception as error:      # Pillow's parsers raise OSError, SyntaxError, struct.error, ValueError, IndexError and more
+        reason = "truncated" if "truncated" in str(error).lower() or _ends_early(kind, data) else "bad_header"
+        raise Rejected(reason, f"{type(error).__name__}: {error}") from None
+
+
+def opaque(data):
+    """The same image laid on white, upright, as an uncompressed PNG. For the few images that DALI would strip of their alpha."""
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        image = ImageOps.exif_transpose(image).convert("RGBA")
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    out = io.BytesIO()
+    Image.alpha_composite(white, image).convert("RGB").save(out, "PNG", compress_level=0)
+    return out.getvalue()
+
+
+def _kind(data):
+    """Format by the first bytes, whatever the file is called."""
+    if data[:3] == b"\xff\xd8\xff":
+        return "JPEG"
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
+        return "PNG"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP"
+    if not data or any(start.startswith(data) for start in (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")) or data[:4] == b"RIFF" and len(data) < 12:
+        raise Rejected("truncated", f"{len(data)} bytes")
+    if data.startswith(OTHER_IMAGES) or data[4:8] == b"ftyp":
+        raise Rejected("unsupported", "neither JPEG, PNG nor WebP")
+    raise Rejected("not_image", f"starts with {data[:8]!r}")
+
+
+def _check_jpeg_frame(data, max_pixels):
+    """Walks the markers up to the frame header; what Pillow and libjpeg would decode to garbage, or allocate, ends here."""
+    at = 2
+    while True:
+        at = data.find(b"\xff", at)
+        if at < 0 or at + 4 > len(data):
+            raise Rejected("truncated", "ends before the frame header")
+        marker = data[at + 1]
+        if marker in (0x00, 0xFF):
+            at += 1
+        elif marker == 0xD9:
+            raise Rejected("truncated", "ends before the frame header")
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD8:
+            at += 2
+        elif marker == 0xDA:
+            raise Rejected("bad_header", "a scan before the frame header")
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            break
+        else:
+            at += 2 + int.from_bytes(data[at + 2:at + 4], "big")
+    if at + 10 > len(data):
+        raise Rejected("truncated", "ends inside the frame header")
+    precision, height, width, components = struct.unpack_from(">BHHB", data, at + 4)
+    if marker not in (0xC0, 0xC1, 0xC2) or precision != 8 or components not in (1, 3, 4):
+        raise Rejected("unsupported", f"JPEG process {marker:#x}, {precision} bits, {components} components")
+    if not width or not height:
+        raise Rejected("bad_header", f"claims {width} x {height}")
+    if width * height > max_pixels:
+        raise Rejected("too_large", f"{width} x {height}")
+
+
+def _check_size(width, height, min_size_px, max_aspect, max_pixels):
+    if width * height > max_pixels or max(width, height) > MAX_SIDE_PX:
+        raise Rejected("too_large", f"{width} x {height}")
+    if min(width, height) < min_size_px:
+        raise Rejected("too_small", f"{width} x {height}")
+    if max(width, height) > max_aspect * min(width, height):
+        raise Rejected("aspect", f"{width} x {height}")
+
+
+def _ends_early(kind, data):
+    if kind == "JPEG":
+        return b"\xff\xd9" not in data
+    if kind == "PNG":
+        return b"IEND" not in data
+    return int.from_bytes(data[4:8], "little") + 8 > len(data)

@@ -1,0 +1,264 @@
+"""A world of coloured shapes with captions: real JPEG tars, drawn from a seed.
+
+Every picture shows one to three shapes (circle, square, triangle) in one of eight colours, and has one right caption, in GenEval's six kinds:
+
+    single_object, colors     "a red circle"                           one shape (the kinds ask different things of a picture)
+    counting                  "two red circles", "three blue squares"  equal shapes of one colour
+    two_object, color_attr    "a red circle and a blue square"         two shapes on a diagonal; in color_attr of different colours
+    position                  "a red circle left of a blue square"     two shapes side by side or one above the other
+
+Of two shapes the caption names the larger one first, so a picture decides its caption.
+
+Held out: every shape in a picture has a role (ROLES: alone, and, one of two, one of three, left of, right of, above or below another).
+For each shape and role one of the eight colours is held out: (colour + 3 shape + role) % 8 == 0, by the indices in COLOURS, SHAPES, ROLES. No
+picture of the "train" split shows such a combination, and every picture of the "test" split shows at least one. Each coloured shape and each
+role occurs in training, only not together.
+"""
+
+import io
+import json
+import math
+import tarfile
+from colorsys import hsv_to_rgb
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from iomm.config import InputError, choice
+from iomm.engine.data.folder import whole_folder
+from iomm.kernels.philox import WORLD, uniform
+
+VERSION = 1      # a change of what is drawn raises it, so that older folders are drawn again
+SHAPES = ("circle", "square", "triangle")
+COLOURS = {      # name -> ranges of hue (degrees), saturation and value; far enough apart to be told by eye
+    "red": ((-7, 5), (0.85, 1.0), (0.75, 0.95)),
+    "green": ((112, 140), (0.75, 1.0), (0.5, 0.75)),
+    "blue": ((216, 234), (0.8, 1.0), (0.7, 1.0)),
+    "yellow": ((52, 58), (0.85, 1.0), (0.9, 1.0)),
+    "orange": ((24, 32), (0.9, 1.0), (0.92, 1.0)),
+    "purple": ((276, 294), (0.7, 0.95), (0.5, 0.75)),
+    "white": ((0, 360), (0.0, 0.03), (0.94, 1.0)),
+    "black": ((0, 360), (0.0, 0.2), (0.0, 0.1)),
+}
+ROLES = ("alone", "and", "two", "three", "left of", "right of", "above", "below")
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above", "and": "and"}
+DIRECTION = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+KINDS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+SPLITS = ("train", "test")
+MANIFEST = "manifest.json"
+NUM_DRAWS = 48             # uniform numbers that make a scene
+SUPERSAMPLE = 4            # side; edges are averages of 16 points
+MARGIN = 0.03              # of the side, between a shape and the border
+REACH = {"circle": 1.0, "square": 1.25, "triangle": 1.4}      # centre to corner, in radii: areas within a fifth
+TEST_OFFSET = 1 << 62      # the test split draws from sample numbers that no training picture has
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One shape. Lengths in parts of the picture's side, y downwards; rgb in 0..255."""
+
+    shape: str
+    colour: str
+    x: float
+    y: float
+    radius: float
+    turn_degrees: float
+    rgb: tuple
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows. The first shape is the first one named."""
+
+    kind: str
+    caption: str
+    shapes: tuple
+    background_rgb: tuple
+    light: tuple          # brightness change from left to right and from top to bottom, in grey levels of 255
+    noise_level: float    # largest noise, in grey levels
+    noise_key: int
+
+
+def held_out(colour, shape, role):
+    """Whether no training picture shows a `colour` `shape` in that role."""
+    return (tuple(COLOURS).index(colour) + 3 * SHAPES.index(shape) + ROLES.index(role)) % len(COLOURS) == 0
+
+
+def scene(seed, i, split="train", kind=None):
+    """Scene i (>= 0) of a split: a pure function of its arguments. `kind` is drawn too, unless it is given."""
+    choice("split", split, SPLITS)
+    if not 0 <= i < TEST_OFFSET:
+        raise InputError(f"a scene number must be >= 0, got {i}")
+    n = i + (TEST_OFFSET if split == "test" else 0)
+    draws = _Draws(uniform(seed, WORLD, torch.tensor([n]), NUM_DRAWS)[0].tolist())
+    drawn_kind = draws.pick(KINDS)
+    kind = kind or drawn_kind
+    choice("kind", kind, KINDS)
+    if kind in ("single_object", "colors"):
+        shapes, caption = _alone(draws, split)
+    elif kind == "counting":
+        shapes, caption = _counted(draws, split)
+    else:
+        shapes, caption = _pair(draws, split, kind)
+    grey = draws.between(0.42, 0.72)
+    background = tuple(round(255 * (grey + draws.between(-0.04, 0.04))) for _ in range(3))
+    return Scene(kind=kind, caption=caption, shapes=shapes, background_rgb=background,
+                 light=(draws.between(-10, 10), draws.between(-10, 10)),
+                 noise_level=draws.between(2, 8), noise_key=int(draws.between(0, 1 << 24)))
+
+
+def draw(scene, size_px=64):
+    """RGB PIL image of size_px x size_px: shapes with smooth edges, slanted light, slight noise."""
+    side = size_px * SUPERSAMPLE
+    canvas = Image.new("RGB", (side, side), scene.background_rgb)
+    pen = ImageDraw.Draw(canvas)
+    for shape in scene.shapes:
+        x, y, radius = shape.x * side, shape.y * side, shape.radius * side
+        if shape.shape == "circle":
+            pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=shape.rgb)
+        else:
+            corners_degrees = (-90, 30, 150) if shape.shape == "triangle" else (-135, -45, 45, 135)
+            angles = [math.radians(corner + shape.turn_degrees) for corner in corners_degrees]
+            reach = radius * REACH[shape.shape]
+            pen.polygon([(x + reach * math.cos(a), y + reach * math.sin(a)) for a in angles], fill=shape.rgb)
+    pixels = np.asarray(canvas.reduce(SUPERSAMPLE), dtype=np.float32)
+    ramp = np.linspace(-0.5, 0.5, size_px, dtype=np.float32)
+    light = scene.light[0] * ramp[None, :, None] + scene.light[1] * ramp[:, None, None]
+    # raw Philox words, not numpy's distributions: only the words are promised to stay the same between versions
+    words = np.random.Philox(key=scene.noise_key).random_raw(-(-pixels.size * 2 // 8))
+    noise = words.view(np.uint8)[:pixels.size * 2].reshape(2, *pixels.shape).astype(np.float32).sum(0) / 255 - 1
+    return Image.fromarray((pixels + light + scene.noise_level * noise).round().clip(0, 255).astype(np.uint8))
+
+
+def write_world(folder, num_images=4096, size_px=64, seed=0, shard_size=1024, split="train"):
+    """Tars of samples 000000.jpg, .txt (the caption) and .json (the scene), shard_size to a tar; returns their paths.
+
+    A folder that already holds this very world is left as it is. The folder appears only when complete; a folder of another world is
+    replaced, anything else at that path raises InputError.
+    """
+    folder = Path(folder)
+    if num_images < 1 or shard_size < 1 or size_px < 16:
+        raise InputError(f"a world needs num_images and shard_size >= 1 and size_px >= 16, got {num_images}, {shard_size}, {size_px}")
+    settings = {"version": VERSION, "num_images": num_images, "size_px": size_px, "seed": seed, "shard_size": shard_size, "split": split}
+    names = [f"{shard:05d}.tar" for shard in range(-(-num_images // shard_size))]
+    if not _is_complete(folder, settings, names):
+        with whole_folder(folder, MANIFEST) as fresh:
+            for shard, name in enumerate(names):
+                first = shard * shard_size
+                _write_shard(fresh / name, seed, range(first, min(first + shard_size, num_images)), size_px, split)
+            sizes = {name: (fresh / name).stat().st_size for name in names}
+            (fresh / MANIFEST).write_text(json.dumps({"settings": settings, "bytes": sizes}, indent=1), encoding="utf-8")
+    return [folder / name for name in names]
+
+
+def _write_shard(path, seed, numbers, size_px, split):
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for i in numbers:
+            picture = scene(seed, i, split)
+            jpeg = io.BytesIO()
+            # full chroma: at 64 px the usual halving would smear a colour over a tenth of a shape
+            draw(picture, size_px).save(jpeg, "JPEG", quality=92, subsampling=0)
+            for suffix, data in (("jpg", jpeg.getvalue()), ("txt", picture.caption.encode()),
+                                 ("json", json.dumps(asdict(picture)).encode())):
+                member = tarfile.TarInfo(f"{i:06d}.{suffix}")      # its time stays 0: the same world is the same bytes
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+def _is_complete(folder, settings, names):
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return manifest["settings"] == settings and all((folder / name).stat().st_size == manifest["bytes"][name] for name in names)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+class _Draws:
+    """Uniform numbers in [0, 1), used up one by one."""
+
+    def __init__(self, values):
+        self._values = iter(values)
+
+    def between(self, low, high):
+        return low + (high - low) * next(self._values)
+
+    def pick(self, options):
+        return options[int(next(self._values) * len(options))]
+
+
+def _alone(draws, split):
+    shape = draws.pick(SHAPES)
+    colour = _colour(draws, shape, "alone", novel=split == "test")
+    radius = draws.between(0.14, 0.28)
+    low = radius * REACH[shape] + MARGIN
+    x, y = draws.between(low, 1 - low), draws.between(low, 1 - low)
+    return (_shape(draws, shape, colour, x, y, radius),), _name(colour, shape)
+
+
+def _counted(draws, split):
+    number = draws.pick((2, 3))
+    role = ROLES[number]
+    shape = draws.pick(SHAPES)
+    colour = _colour(draws, shape, role, novel=split == "test")
+    radius = draws.between(0.11, 0.145)
+    # a quarter of the picture each, one or two quarters empty: they never touch
+    quarters = [(0.26, 0.26), (0.74, 0.26), (0.26, 0.74), (0.74, 0.74)]
+    for _ in range(4 - number):
+        quarters.remove(draws.pick(quarters))
+    slack = 0.23 - radius * REACH[shape]
+    shapes = tuple(_shape(draws, shape, colour, x + draws.between(-slack, slack), y + draws.between(-slack, slack), radius)
+                   for x, y in quarters)
+    return shapes, f"{role} {colour} {shape}s"
+
+
+def _pair(draws, split, kind):
+    role = draws.pick(tuple(DIRECTION)) if kind == "position" else "and"
+    first = draws.pick(SHAPES)
+    second = draws.pick(tuple(shape for shape in SHAPES if shape != first))
+    novel = draws.pick(((True, False), (False, True))) if split == "test" else (False, False)
+    colours = [None, None]
+    # in color_attr the colours differ; the novel one has a single candidate, so it chooses first
+    for which in sorted((0, 1), key=lambda which: not novel[which]):
+        shape, its_role = ((first, role), (second, OPPOSITE[role]))[which]
+        taken = colours[1 - which] if kind == "color_attr" else None
+        colours[which] = _colour(draws, shape, its_role, novel=novel[which], known=split == "train", taken=taken)
+    large, small = draws.between(0.155, 0.185), draws.between(0.10, 0.12)
+    distance = draws.between(0.42, 0.50)
+    lean = math.radians(draws.between(-10, 10))
+    if role == "and":
+        angle = math.radians(draws.pick((45, 135, 225, 315))) + lean
+    else:
+        angle = math.atan2(DIRECTION[role][1], DIRECTION[role][0]) + 0.8 * lean
+    dx, dy = distance * math.cos(angle), distance * math.sin(angle)
+    reach = large * REACH[first], small * REACH[second]
+    # the second shape is at the origin, the first at (dx, dy); then both move as far as the borders let them
+    x, y = (_between_borders(draws, ((d, reach[0]), (0.0, reach[1]))) for d in (dx, dy))
+    shapes = (_shape(draws, first, colours[0], x + dx, y + dy, large), _shape(draws, second, colours[1], x, y, small))
+    return shapes, f"{_name(colours[0], first)} {role} {_name(colours[1], second)}"
+
+
+def _between_borders(draws, places):
+    """A shift that keeps every (centre, reach) inside the picture."""
+    low = max(MARGIN + reach - centre for centre, reach in places)
+    high = min(1 - MARGIN - reach - centre for centre, reach in places)
+    return draws.between(low, high)
+
+
+def _colour(draws, shape, role, *, novel, known=True, taken=None):
+    """A colour for a shape in a role: the held-out one if `novel`; else one of the others if `known`, else any; never `taken`."""
+    options = tuple(colour for colour in COLOURS
+                    if colour != taken and (held_out(colour, shape, role) if novel else not (known and held_out(colour, shape, role))))
+    return draws.pick(options)
+
+
+def _name(colour, shape):
+    return f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {shape}"
+
+
+def _shape(draws, shape, colour, x, y, radius):
+    hue, saturation, value = (draws.between(low, high) for low, high in COLOURS[colour])
+    turn = draws.between(-6, 6)
+    return Shape(shape=shape, colour=colour, x=x, y=y, radius=radius, turn_degrees=turn, rgb=tuple(round(255 * level) for level in hsv_to_rgb(hue / 360 % 1, saturation, value)))

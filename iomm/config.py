@@ -44,8 +44,9 @@ class GeneratorConfig:
             raise InputError("generator.num_single_blocks is for kind mmdit; a single_stream's layers are num_blocks")
         if self.kind == "mmdit" and (self.num_refiner_blocks or not self.norm_affine):
             raise InputError("generator.num_refiner_blocks and norm_affine are for kind single_stream")
-        if self.head_dim % 16:
-            raise InputError(f"generator head dim must be a multiple of 16, got {self.head_dim}")
+        if any(dim % 2 for dim in self.rope_axes) or sum(self.rope_axes) != self.head_dim:
+            multiple = 32 if self.kind == "mmdit" else 16
+            raise InputError(f"generator head dim must be a multiple of {multiple} for its rotary axes, got {self.head_dim}")
 
     @property
     def head_dim(self):

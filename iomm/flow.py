@@ -1,4 +1,6 @@
-"""Rectified flow between image (t = 0) and noise (t = 1): times, noisy tokens, velocity, loss. Draws nothing itself."""
+"""Rectified flow between image (t = 0) and noise (t = 1): times and loss. Draws nothing itself.
+
+The noisy tokens and their velocity are an op: kernels/noisy_tokens."""
 
 import torch
 
@@ -26,12 +28,6 @@ def sample_time(uniform_B, kind="uniform", mean=0.0, std=1.0, shift=1.0):
         tiny = torch.finfo(t_B.dtype).eps / 2  # a drawn 0 would be minus infinity
         t_B = torch.sigmoid(mean + std * torch.special.ndtri(t_B.clamp(tiny, 1 - tiny)))
     return shift_time(t_B, shift)
-
-
-def noisy_tokens(tokens_BNK, noise_BNK, t_B):
-    """-> (noisy, velocity), both (B, N, K): (1 - t) x + t z, and z - x (METHOD: stage 1, steps 2 and 8)."""
-    t = t_B.to(tokens_BNK.dtype)[:, None, None]
-    return (1 - t) * tokens_BNK + t * noise_BNK, noise_BNK - tokens_BNK
 
 
 def velocity_loss(velocity_BNK, target_BNK):

@@ -22,25 +22,24 @@ def norm_modulate(x_BLD, shift_BD, scale_BD):
 
 
 class Stream(nn.Module):
-    """One modality's half of a dual-stream block. `last`: nothing reads its output, so it ends at keys and values."""
+    """One modality's half of a dual-stream block: `open` before the joint attention, `close` after it."""
 
-    def __init__(self, width, num_heads, last=False):
+    def __init__(self, width, num_heads):
         super().__init__()
-        self.num_heads, self.last = num_heads, last
-        self.modulation = nn.Linear(width, (2 if last else 6) * width)
+        self.num_heads = num_heads
+        self.modulation = nn.Linear(width, 6 * width)
         self.qkv = FusedLinear(width, (width, width, width))
         self.q_norm = nn.RMSNorm(width // num_heads, eps=EPS)
         self.k_norm = nn.RMSNorm(width // num_heads, eps=EPS)
-        if not last:
-            self.out = nn.Linear(width, width)
-            self.mlp_in = nn.Linear(width, 4 * width)
-            self.mlp_out = nn.Linear(4 * width, width)
+        self.out = nn.Linear(width, width)
+        self.mlp_in = nn.Linear(width, 4 * width)
+        self.mlp_out = nn.Linear(4 * width, width)
 
     def open(self, x_BLD, time_BD):
         """-> q, k, v (B, L, A, E), and what `close` needs of the modulation."""
-        shift, scale, *rest = self.modulation(time_BD).chunk(2 if self.last else 6, dim=-1)
+        shift, scale, *rest = self.modulation(time_BD).chunk(6, dim=-1)
         q, k, v = self.qkv(norm_modulate(x_BLD, shift, scale)).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        return (self.q_norm(q), self.k_norm(k), v), rest
+        return self.q_norm(q), self.k_norm(k), v, rest
 
     def close(self, x_BLD, attended_BLD, rest):
         """Adds the gated attention and the gated MLP to the residual stream."""
@@ -50,29 +49,50 @@ class Stream(nn.Module):
         return x_BLD + mlp_gate[:, None] * self.mlp_out(hidden)
 
 
-class DualBlock(nn.Module):
-    """Two streams, one attention: (latents_BND, condition_BCD) -> the same. With `last` the condition comes back as None.
+class ReadStream(nn.Module):
+    """The condition's half of the last block: the latents read its keys and values, and nothing reads its output."""
 
-    FLUX computes the last condition output too and drops it; leaving it out saves 0.7 % of IOMM-B's forward FLOPs and 31 M
-    parameters that would never see a gradient."""
+    def __init__(self, width, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.modulation = nn.Linear(width, 2 * width)
+        self.kv = FusedLinear(width, (width, width))
+        self.k_norm = nn.RMSNorm(width // num_heads, eps=EPS)
+
+    def open(self, x_BLD, time_BD):
+        """-> k, v (B, L, A, E)."""
+        shift, scale = self.modulation(time_BD).chunk(2, dim=-1)
+        k, v = self.kv(norm_modulate(x_BLD, shift, scale)).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
+        return self.k_norm(k), v
+
+
+class DualBlock(nn.Module):
+    """Two streams, one attention, condition first: (latents_BND, condition_BCD) -> the same; `last` gives None for the condition.
+
+    FLUX computes the last condition output too and drops it. Without it IOMM-B's forward is 0.9 % cheaper and has no
+    33 M parameters that never see a gradient."""
 
     def __init__(self, width, num_heads, last=False):
         super().__init__()
+        self.last = last
         self.latent_stream = Stream(width, num_heads)
-        self.condition_stream = Stream(width, num_heads, last)
+        self.condition_stream = (ReadStream if last else Stream)(width, num_heads)
 
     def forward(self, latents_BND, condition_BCD, time_BD, cos_NF, sin_NF):
         """`time_BD` has been through SiLU. Condition tokens sit at position 0, where a rotation does nothing."""
-        num_condition = condition_BCD.shape[1]
-        (q, k, v), rest = self.latent_stream.open(latents_BND, time_BD)
-        (condition_q, condition_k, condition_v), condition_rest = self.condition_stream.open(condition_BCD, time_BD)
+        q, k, v, rest = self.latent_stream.open(latents_BND, time_BD)
         q, k = rotate(q, cos_NF, sin_NF), rotate(k, cos_NF, sin_NF)
-        keys, values = torch.cat((condition_k, k), dim=1), torch.cat((condition_v, v), dim=1)
-        if self.condition_stream.last:
-            return self.latent_stream.close(latents_BND, attend(q, keys, values), rest), None
-        attended = attend(torch.cat((condition_q, q), dim=1), keys, values)
-        latents_BND = self.latent_stream.close(latents_BND, attended[:, num_condition:], rest)
-        return latents_BND, self.condition_stream.close(condition_BCD, attended[:, :num_condition], condition_rest)
+        if self.last:
+            condition_k, condition_v = self.condition_stream.open(condition_BCD, time_BD)
+        else:
+            condition_q, condition_k, condition_v, condition_rest = self.condition_stream.open(condition_BCD, time_BD)
+            q = torch.cat((condition_q, q), dim=1)
+        attended = attend(q, torch.cat((condition_k, k), dim=1), torch.cat((condition_v, v), dim=1))
+        if self.last:
+            return self.latent_stream.close(latents_BND, attended, rest), None
+        num_condition = condition_BCD.shape[1]
+        condition_BCD = self.condition_stream.close(condition_BCD, attended[:, :num_condition], condition_rest)
+        return self.latent_stream.close(latents_BND, attended[:, num_condition:], rest), condition_BCD
 
 
 class SingleBlock(nn.Module):
@@ -158,7 +178,7 @@ class MMDiT(nn.Module):
             for stream, num_tokens in ((block.latent_stream, num_latents), (block.condition_stream, num_condition)):
                 rows_of |= {module: num_tokens for module in stream.children() if isinstance(module, nn.Linear)}
                 rows_of[stream.modulation] = 1
-            num_queries = num_latents if block.condition_stream.last else num_joint
+            num_queries = num_latents if block.last else num_joint
             total += attention_flops(num_queries, num_joint, width)
         for block in self.single_blocks:
             rows_of |= {block.modulation: 1, block.linear_in: num_joint, block.linear_out: num_joint}

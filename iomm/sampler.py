@@ -1,5 +1,7 @@
 """From noise to an image: the probability-flow ODE dx/dt = F(x, t, condition) from t = 1 to t = 0."""
 
+from itertools import pairwise
+
 import torch
 
 from iomm.config import InputError, choice
@@ -51,7 +53,7 @@ def sample(velocity_fn, noise_BNK, condition_BCD, uncondition_BCD=None, *, steps
     velocity = guided(velocity_fn, condition_BCD, uncondition_BCD, guidance)
     x = noise_BNK.to(torch.promote_types(noise_BNK.dtype, torch.float32))
     times = step_times(steps, shift).tolist()
-    for t, t_next in zip(times, times[1:]):
+    for t, t_next in pairwise(times):
         slope = velocity(x, torch.full((len(x),), t, device=x.device)).to(x.dtype)
         if method == "heun":
             ahead = x + (t_next - t) * slope

@@ -83,11 +83,11 @@ def padded(length):
     return -(-length // PAD_MULTIPLE) * PAD_MULTIPLE
 
 
-def fill_up(x_BLD, pad_D):
+def fill_up(x_BLD, pad_1D):
     """Appends the pad token until the length is a multiple of 32."""
     batch, length, width = x_BLD.shape
     missing = padded(length) - length
-    return torch.cat((x_BLD, pad_D.to(x_BLD.dtype).expand(batch, missing, width)), dim=1) if missing else x_BLD
+    return torch.cat((x_BLD, pad_1D.to(x_BLD.dtype).expand(batch, missing, width)), dim=1) if missing else x_BLD
 
 
 @lru_cache(maxsize=64)
@@ -114,8 +114,8 @@ class SingleStream(nn.Module):
         self.latents_in = nn.Linear(config.token_dim, width)
         self.condition_norm = nn.RMSNorm(config.condition_dim, eps=EPS, elementwise_affine=config.norm_affine)
         self.condition_in = nn.Linear(config.condition_dim, width)
-        self.latent_pad_D = nn.Parameter(torch.empty(width))
-        self.condition_pad_D = nn.Parameter(torch.empty(width))
+        self.latent_pad_1D = nn.Parameter(torch.empty(1, width))
+        self.condition_pad_1D = nn.Parameter(torch.empty(1, width))
         self.time_in = TimeEmbedding(TIME_HIDDEN, time_width(width))
         self.latent_refiners = nn.ModuleList(Layer(config) for _ in range(config.num_refiner_blocks))
         self.condition_refiners = nn.ModuleList(Layer(config, modulated=False) for _ in range(config.num_refiner_blocks))
@@ -126,8 +126,8 @@ class SingleStream(nn.Module):
     def forward(self, noisy_BNK, t_B, condition_BCD, grid):
         num_latents, (rows, columns) = noisy_BNK.shape[1], grid
         assert num_latents == rows * columns, f"{num_latents} latent tokens do not fill a grid of {rows} x {columns}"
-        latents = fill_up(self.latents_in(noisy_BNK), self.latent_pad_D)
-        condition = fill_up(self.condition_in(self.condition_norm(condition_BCD)), self.condition_pad_D)
+        latents = fill_up(self.latents_in(noisy_BNK), self.latent_pad_1D)
+        condition = fill_up(self.condition_in(self.condition_norm(condition_BCD)), self.condition_pad_1D)
         config = self.config
         cos, sin = joint_tables(
             (rows, columns), condition.shape[1], config.rope_axes, config.rope_theta, latents.device, at_least_float32(latents[:0]).dtype
@@ -152,9 +152,9 @@ class SingleStream(nn.Module):
         Pad tokens are normal with standard deviation 0.02: at zero, an RMS norm would multiply their gradient by 1 / sqrt(eps) = 316."""
         zero = {module for name, module in self.named_modules() if name.split(".")[-1] in ("modulation", "final_modulation", "final")}
         init_weights(self, seed, zero)
-        for name in ("latent_pad_D", "condition_pad_D"):
-            pad_D = getattr(self, name)
-            pad_D.copy_(torch.empty(pad_D.shape).normal_(std=0.02, generator=generator_for(seed, name)))
+        for name in ("latent_pad_1D", "condition_pad_1D"):
+            pad_1D = getattr(self, name)
+            pad_1D.copy_(torch.empty(pad_1D.shape).normal_(std=0.02, generator=generator_for(seed, name)))
 
     def flops_per_image(self, grid, num_condition):
         """Forward FLOPs of one image: 2 m n k of every matrix product, pad tokens included, nothing else."""

@@ -1,31 +1,19 @@
-"""Pixels to latents and back, frozen: the FLUX autoencoder through diffusers (this file is its only door), or pixels as they are."""
+"""Pixels to latents and back, frozen: the FLUX autoencoder, or the pixels as they are. The only door to diffusers.
 
+A latent token is `patch` x `patch` latents; kernels/noisy_tokens packs and unpacks them."""
 
+import json
+from pathlib import Path
+
+import torch
 from torch import nn
 
 from iomm.config import InputError
-
-
-def to_tokens(latents_BCHW, patch):
-    """(B, C, H, W) -> (B, N, K): patches of patch x patch, rows first; inside a token channel, row, column, as FLUX packs them.
-
-    Raises InputError unless patch divides H and W."""
-    batch, channels, height, width = latents_BCHW.shape
-    if height % patch or width % patch:
-        raise InputError(f"a latent of {height} x {width} does not divide into patches of {patch} x {patch}: choose another image size")
-    latents = latents_BCHW.reshape(batch, channels, height // patch, patch, width // patch, patch)
-    return latents.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * patch * patch)
-
-
-def from_tokens(tokens_BNK, grid, patch):
-    """(B, N, K) and grid (rows, columns) -> (B, C, H, W): the inverse of to_tokens."""
-    (batch, _, token_dim), (rows, columns) = tokens_BNK.shape, grid
-    latents = tokens_BNK.reshape(batch, rows, columns, token_dim // (patch * patch), patch, patch)
-    return latents.permute(0, 3, 1, 4, 2, 5).reshape(batch, -1, rows * patch, columns * patch)
+from iomm.mllm import Frozen
 
 
 class Latents:
-    """What every VAE says of its latents: `channels`, `factor` (pixels per latent), `patch` (latents per token side)."""
+    """What every VAE says of its latents: `channels`, `factor` (pixels per latent), `patch` (latents per side of a token)."""
 
     @property
     def token_dim(self):
@@ -59,9 +47,118 @@ class PixelVAE(Latents, nn.Module):
         return 0
 
 
-def load_vae(name):
-    """`pixel:<patch>` -> the VAE. Raises InputError for anything else."""
-    kind, _, patch = name.partition(":")
-    if kind == "pixel" and patch.isdigit() and int(patch) > 0:
-        return PixelVAE(int(patch))
-    raise InputError(f"model.vae must be pixel:<patch>, for example pixel:4; got {name!r}")
+class FluxVAE(Latents, Frozen):
+    """A frozen AutoencoderKL of diffusers, in channels_last: pixels (B, 3, H, W) in [-1, 1] <-> latents of about unit variance.
+
+    The model sees (z - shift) * scale, with FLUX's 0.3611 and 0.1159 read from the checkpoint (0 where it has no shift).
+    `tiling` encodes and decodes in overlapping tiles of the checkpoint's own sample size where an image is larger: less
+    memory, results close but not equal."""
+
+    patch = 2  # FLUX packs 2 x 2 latents into a token
+
+    def __init__(self, autoencoder, tiling=False):
+        super().__init__(autoencoder.to(memory_format=torch.channels_last))
+        config = autoencoder.config
+        self.channels, self.factor = config.latent_channels, 2 ** (len(config.block_out_channels) - 1)
+        self.scale, self.shift = config.scaling_factor, config.shift_factor or 0.0
+        if tiling:
+            autoencoder.enable_tiling()
+
+    def batch(self, x_BCHW):
+        """In the layout and dtype of the weights."""
+        return x_BCHW.to(dtype=self.backbone.dtype, memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def encode(self, pixels_BCHW, noise_BCHW=None):
+        """-> latents (B, C, H / factor, W / factor) in the input's dtype: the posterior's mean, or with standard normal noise
+        of the latents' shape a sample of it. Raises InputError for sizes that do not divide."""
+        self.grid(*pixels_BCHW.shape[-2:])
+        posterior = self.backbone.encode(self.batch(pixels_BCHW)).latent_dist
+        latents = posterior.mean.to(pixels_BCHW.dtype)
+        if noise_BCHW is not None:
+            latents = latents + posterior.std.to(latents.dtype) * noise_BCHW.to(latents.dtype)
+        return ((latents - self.shift) * self.scale).contiguous()
+
+    @torch.no_grad()
+    def decode(self, latents_BCHW):
+        """-> pixels (B, 3, H, W) in the latents' dtype, about [-1, 1], not clipped."""
+        pixels = self.backbone.decode(self.batch(latents_BCHW / self.scale + self.shift)).sample
+        return pixels.to(latents_BCHW.dtype).contiguous()
+
+    def flops_per_image(self, size_px, decode=False):
+        """Forward FLOPs of encoding (or decoding) one square image untiled: 2 m n k of every convolution and product."""
+        coder, side = (self.backbone.decoder, size_px // self.factor) if decode else (self.backbone.encoder, size_px)
+        quant_conv = self.backbone.post_quant_conv if decode else self.backbone.quant_conv
+        total = 0 if quant_conv is None else products(quant_conv, size_px // self.factor)
+        if decode:
+            total += products(coder.conv_in, side) + products(coder.mid_block, side)
+            for block in coder.up_blocks:
+                total += products(block.resnets, side)
+                if block.upsamplers:
+                    side *= 2
+                    total += products(block.upsamplers, side)
+        else:
+            total += products(coder.conv_in, side)
+            for block in coder.down_blocks:
+                total += products(block.resnets, side)
+                if block.downsamplers:
+                    side //= 2
+                    total += products(block.downsamplers, side)
+            total += products(coder.mid_block, side)
+        return total + products(coder.conv_out, side)
+
+
+def products(module, side):
+    """FLOPs of every matrix product inside `module` on a side x side map: 2 per weight and place, and attention's two products."""
+    total = 0
+    for part in module.modules():
+        if isinstance(part, (nn.Conv2d, nn.Linear)):
+            total += 2 * side**2 * part.weight.numel()
+        if hasattr(part, "to_q"):
+            total += 4 * side**4 * part.to_q.out_features
+    return total
+
+
+def load_vae(name, *, revision=None, dtype=torch.float32, device="cpu", tiling=False):
+    """`pixel:<patch>`, a local folder, or a hub id owner/name[/subfolder] -> a frozen VAE. Safetensors only.
+
+    A folder holds an AutoencoderKL of diffusers, itself or in `vae/`; with a folder nothing is ever downloaded. Raises InputError
+    when there is none, or it is of another architecture."""
+    kind, colon, patch = name.partition(":")
+    if colon:
+        if kind != "pixel" or not patch.isdigit() or int(patch) < 1:
+            raise InputError(f"model.vae must be pixel:<patch>, a folder or a hub id; got {name!r}")
+        return PixelVAE(int(patch)).to(device)
+    folder = Path(name)
+    if folder.is_dir():
+        options = {"pretrained_model_name_or_path": find_autoencoder(folder), "local_files_only": True}
+    else:
+        owner, *repository = name.split("/", 2)
+        if not repository or name.startswith((".", "/", "~")) or not all((owner, *repository)):
+            raise InputError(f"model.vae: no folder {name}; give a folder, a hub id such as black-forest-labs/FLUX.1-dev/vae, or pixel:4")
+        options = {"pretrained_model_name_or_path": f"{owner}/{repository[0]}", "revision": revision}
+        options |= {"subfolder": repository[1]} if repository[1:] else {}
+    from diffusers import AutoencoderKL  # seconds to import, and a demo needs none of it
+
+    try:
+        autoencoder = AutoencoderKL.from_pretrained(**options, use_safetensors=True, torch_dtype=dtype)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"model.vae: cannot load {name}: {reason}") from error
+    return FluxVAE(autoencoder, tiling=tiling).to(device)
+
+
+def find_autoencoder(folder):
+    """The folder itself or its `vae/`, whichever is an AutoencoderKL in safetensors. Raises InputError if neither is."""
+    here = next((place for place in (folder, folder / "vae") if (place / "config.json").is_file()), None)
+    if here is None:
+        raise InputError(f"model.vae: {folder} has no config.json; wanted an AutoencoderKL as diffusers saves it")
+    try:
+        architecture = json.loads((here / "config.json").read_text()).get("_class_name")
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"model.vae: {here / 'config.json'} is not a JSON object") from error
+    if architecture != "AutoencoderKL":
+        raise InputError(f"model.vae: {here} holds {architecture or 'no diffusers model'}; wanted AutoencoderKL")
+    if not any(here.glob("*.safetensors")):
+        raise InputError(f"model.vae: {here} has no .safetensors file; other formats are not loaded")
+    return str(here)

@@ -1,0 +1,166 @@
+"""MMDiT against diffusers' FluxTransformer2DModel: outputs and every gradient in float64, sizes, counts, fresh weights."""
+
+import pytest
+import torch
+from parity import randomize, relative_error, true_float64
+from torch.utils.flop_counter import FlopCounterMode
+
+from iomm.config import PRESETS, GeneratorConfig, generator_config
+from iomm.generator import empty_generator, new_generator
+from iomm.mmdit import MMDiT
+from iomm.weights import Layout, describe
+
+SMALL = GeneratorConfig(width=64, num_heads=2, num_blocks=2, token_dim=12, condition_dim=20)
+MIXED = GeneratorConfig(width=96, num_heads=3, num_blocks=2, num_single_blocks=2, token_dim=8, condition_dim=16)
+
+
+def count(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def inputs(config, grid, num_condition, batch=2, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    shapes = (batch, grid[0] * grid[1], config.token_dim), (batch, num_condition, config.condition_dim)
+    noisy, condition = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
+    return noisy.requires_grad_(), torch.rand(batch, generator=generator, dtype=torch.float64).to(dtype), condition.requires_grad_()
+
+
+def twin(model, dtype=torch.float64):
+    """diffusers' model with our weights."""
+    from diffusers import FluxTransformer2DModel
+
+    description = {key: value for key, value in describe(model.config, 1).items() if key != "_class_name"}
+    theirs = FluxTransformer2DModel(**description).to(dtype)
+    theirs.load_state_dict(Layout(model.config, 1).to_theirs(model.state_dict()), strict=True)
+    return theirs
+
+
+def run_twin(theirs, noisy, t, condition, grid):
+    rows, columns = grid
+    latent_ids = torch.cartesian_prod(torch.arange(1), torch.arange(rows), torch.arange(columns))
+    pooled = noisy.new_zeros(len(noisy), theirs.config.pooled_projection_dim)
+    text_ids = torch.zeros(condition.shape[1], 3)
+    return theirs(noisy, condition, pooled, t, latent_ids.float(), text_ids, return_dict=False)[0]
+
+
+@pytest.mark.parametrize("config", [SMALL, MIXED], ids=["dual", "dual+single"])
+@pytest.mark.parametrize("grid, num_condition", [((3, 5), 7), ((4, 2), 1), ((1, 6), 9)])
+def test_outputs_and_all_gradients_equal_diffusers(config, grid, num_condition):
+    ours = randomize(MMDiT(config).double())
+    theirs = twin(ours)
+    mine, other = inputs(config, grid, num_condition), inputs(config, grid, num_condition)
+    velocity = ours(*mine, grid)
+    with true_float64():
+        expected = run_twin(theirs, *other, grid)
+        (expected * expected.detach().cos()).sum().backward()
+    (velocity * expected.detach().cos()).sum().backward()
+    errors = {"velocity": relative_error(velocity, expected)}
+    errors |= {"noisy": relative_error(mine[0].grad, other[0].grad), "condition": relative_error(mine[2].grad, other[2].grad)}
+    layout, their_gradients = Layout(config, 1), {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        errors[name] = relative_error(parameter.grad, layout.to_ours(name, their_gradients.__getitem__))
+    worst = max(errors, key=errors.get)
+    assert all(error <= 1e-10 for error in errors.values()), f"{worst}: {errors[worst]:.1e}"  # measured: 2e-15
+
+
+def test_what_only_theirs_has_is_dead():
+    """Whatever stands in the tensors that ours leaves out (the pooled vector's aside), theirs computes the same."""
+    theirs = twin(randomize(MMDiT(SMALL).double()))
+    arguments = *inputs(SMALL, (3, 4), 5), (3, 4)
+    before = run_twin(theirs, *arguments)
+    layout = Layout(SMALL, 1)
+    rows = {their: count for pieces in layout.pieces.values() for their, count in pieces}
+    dead = [name for name in layout.fillers if not name.startswith("time_text_embed.text_embedder")]
+    with torch.no_grad():
+        for name in dead:
+            theirs.get_parameter(name)[rows.get(name, 0):] = 1.0
+    after = run_twin(theirs, *arguments)
+    after.square().sum().backward()
+    gradients = [(name, theirs.get_parameter(name).grad) for name in dead]
+    assert len(dead) == 11 and torch.equal(before, after)
+    assert all(gradient is None or not gradient[rows.get(name, 0):].any() for name, gradient in gradients)
+
+
+def test_float32_is_as_near_to_the_exact_result_as_diffusers():
+    ours = randomize(MMDiT(MIXED).double())
+    exact = ours(*inputs(MIXED, (5, 3), 6), (5, 3))
+    ours.float()
+    arguments = *inputs(MIXED, (5, 3), 6, dtype=torch.float32), (5, 3)
+    got, theirs = ours(*arguments), run_twin(twin(ours, torch.float32), *arguments)
+    budget = 2 * (theirs - exact).abs().max() + torch.finfo(torch.float32).eps * exact.abs().max()
+    assert (got - exact).abs().max() <= budget
+
+
+def test_bfloat16_stays_near():
+    ours = randomize(MMDiT(MIXED).double())
+    exact = ours(*inputs(MIXED, (4, 4), 6), (4, 4))
+    ours.bfloat16()
+    noisy, t, condition = inputs(MIXED, (4, 4), 6)
+    arguments = noisy.bfloat16(), condition.bfloat16()
+    got = ours(arguments[0], t.float(), arguments[1], (4, 4))
+    theirs = run_twin(twin(ours, torch.bfloat16), arguments[0], t.float(), arguments[1], (4, 4))
+    budget = 2 * (theirs - exact).abs().max() + torch.finfo(torch.bfloat16).eps * exact.abs().max()
+    assert got.dtype == torch.bfloat16 and (got - exact).abs().max() <= budget
+
+
+@pytest.mark.parametrize("preset, low, high", [("iomm-b", 1.55e9, 1.65e9), ("iomm-l", 2.65e9, 2.8e9)])
+def test_presets_have_the_papers_size(preset, low, high):
+    assert low < count(empty_generator(PRESETS[preset], device="meta")) < high
+
+
+@pytest.mark.parametrize("config", [SMALL, MIXED, PRESETS["iomm-b"]], ids=["dual", "dual+single", "iomm-b"])
+@pytest.mark.parametrize("grid, num_condition", [((32, 32), 256), ((5, 7), 11)])
+def test_counted_flops_agree_with_pytorch(config, grid, num_condition):
+    model = empty_generator(config, device="meta")
+    arguments = (torch.empty(shape, device="meta") for shape in (
+        (1, grid[0] * grid[1], config.token_dim), (1,), (1, num_condition, config.condition_dim)))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(*arguments, grid)
+    assert model.flops_per_image(grid, num_condition) == counter.get_total_flops()
+
+
+def test_fresh_weights_depend_on_the_seed_alone():
+    torch.manual_seed(1)
+    first = new_generator(MIXED, 3)
+    torch.manual_seed(2)
+    torch.rand(7)
+    state = torch.get_rng_state()
+    second = new_generator(MIXED, 3, dtype=torch.float64)
+    assert torch.equal(state, torch.get_rng_state())
+    third = new_generator(MIXED, 4)
+    for (name, one), two, three in zip(first.named_parameters(), second.parameters(), third.parameters(), strict=True):
+        assert torch.equal(one.double(), two), name
+        drawn = name.endswith("weight") and "norm" not in name and one.any()
+        assert not (drawn and torch.equal(one, three)), name
+
+
+def test_fresh_blocks_are_the_identity_and_the_fresh_velocity_is_zero():
+    model = new_generator(SMALL, 0)
+    noisy, t, condition = inputs(SMALL, (3, 3), 4, dtype=torch.float32)
+    assert not model(noisy, t, condition, (3, 3)).any()
+    latents, tables = torch.randn(2, 9, 64), (torch.zeros(9, 16), torch.zeros(9, 16))
+    assert torch.equal(model.blocks[0](latents, torch.randn(2, 4, 64), torch.randn(2, 64), *tables)[0], latents)
+    q, k, v = model.blocks[0].latent_stream.qkv.weight.chunk(3)
+    assert all(abs(part.std() / (2 / 128) ** 0.5 - 1) < 0.05 for part in (q, k, v))  # Xavier of 64 x 64, not of 192 x 64
+
+
+def test_a_table_made_while_sampling_serves_training():
+    model, grid = randomize(MMDiT(SMALL)), (2, 11)
+    with torch.inference_mode():
+        model(*inputs(SMALL, grid, 3, dtype=torch.float32), grid)
+    model(*inputs(SMALL, grid, 3, dtype=torch.float32), grid).sum().backward()
+
+
+def test_blocks_compile_as_one_graph():
+    model, grid = randomize(MMDiT(MIXED)), (3, 3)
+    arguments = *inputs(MIXED, grid, 5, dtype=torch.float32), grid
+    expected = model(*arguments)
+    for block in model.modules():
+        if isinstance(block, MMDiT.block_classes):
+            block.forward = torch.compile(block.forward, fullgraph=True, backend="eager")
+    assert torch.equal(model(*arguments), expected)
+
+
+def test_the_presets_follow_vae_and_mllm():
+    config = generator_config("demo", token_dim=48, condition_dim=64)
+    assert (config.token_dim, config.condition_dim, config.rope_axes) == (48, 64, (4, 14, 14))

@@ -185,9 +185,9 @@ def parse(text, source="config", overrides=()):
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise InputError(f"{source}{line}: not valid YAML: {getattr(error, 'problem', error)}") from error
-    values = {}
+    values, where = {}, {}
     if node is not None:
-        read_section(RunConfig, node, source, (), values)
+        read_section(node, source, (), values, where)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
@@ -197,11 +197,15 @@ def parse(text, source="config", overrides=()):
         if is_dataclass(kind):
             raise InputError(f"command line: {key} is a section; set one of its keys: "
                              + ", ".join(f"{key}.{f.name}" for f in fields(kind)))
-        values[names] = scalar(kind, value, f"command line: {key}")
-    return build(RunConfig, (), values)
+        values[names], where[names] = scalar(kind, value, f"command line: {key}"), "command line"
+    try:
+        return build(RunConfig, (), values)
+    except InputError as error:                  # a value out of range: say where it was given
+        given = [place for names, place in where.items() if ".".join(names) in str(error)]
+        raise InputError(f"{given[-1]}: {error}" if given else str(error)) from None
 
 
-def read_section(cls, node, source, path, values):
+def read_section(node, source, path, values, places):
     if not isinstance(node, yaml.MappingNode):
         raise InputError(f"{source}:{node.start_mark.line + 1}: {'.'.join(path) or 'the file'} must be a section of keys")
     for key_node, value_node in node.value:
@@ -209,11 +213,11 @@ def read_section(cls, node, source, path, values):
         names = (*path, str(key_node.value))
         kind = field_type(RunConfig, names, where)
         if is_dataclass(kind):
-            read_section(kind, value_node, source, names, values)
+            read_section(value_node, source, names, values, places)
             continue
         if names in values:
             raise InputError(f"{where}: {'.'.join(names)} is given twice")
-        values[names] = value_of(kind, value_node, f"{where}: {'.'.join(names)}")
+        values[names], places[names] = value_of(kind, value_node, f"{where}: {'.'.join(names)}"), where
 
 
 def field_type(cls, names, where):

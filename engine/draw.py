@@ -33,17 +33,14 @@ def draw_run(run_dir, *, num=16, steps=20, seed=0, prompts=(), weights="ema", de
         batch = next(iter(ImageSource(
             shards, seed=config.run.seed, global_batch=num, micro_batch=num, rank=0, world_size=1, size_px=size_px,
             vit_px=mllm.vit_px, device=torch.device(device), num_steps=1)))
-        visible = visible_mask(config.mask, config.run.seed, batch.n_B, mllm.num_image_tokens)
+        visible = visible_mask(config.mask, config.run.seed, batch.n_B.to(device), mllm.num_image_tokens)
         condition = mllm.condition([RECONSTRUCT] * num, mllm.image_tokens(batch.vit_pixels_BCHW), visible=visible,
                                    mode=config.mask.mode, positions=config.mask.positions)
         references = to_images(batch.pixels_BCHW)
     drawn = to_images(draw(model, condition, image_B, size_px=size_px, steps=steps, seed=seed))
     columns = min(8, num)
-    rows = []
-    for start in range(0, num, columns):
-        for images in (references, drawn):
-            row = images[start:start + columns]
-            rows += row + [row[-1].copy()] * 0 if row else []
+    rows = [image for start in range(0, num, columns) for images in (references, drawn)
+            for image in images[start:start + columns]]
     path = Path(out) if out else Path(run_dir) / "samples" / f"step-{manifest['step']:08d}-seed{seed}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     image_grid(rows, columns).save(path)

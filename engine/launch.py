@@ -33,6 +33,7 @@ def main(argv=None):
         args = parse_args(argv)
         choice("--stage", args.stage, STAGES)
         config = load_config(args.config, args.overrides)
+        check_kernels()
         ranks = zero.start(config.train.timeout_s, args.local_rank)
         run(config, args, ranks)
         return 0
@@ -59,15 +60,19 @@ def parse_args(argv):
     return args
 
 
+def check_kernels():
+    """Raises InputError if IOMM_KERNELS asks for a body that is unknown or cannot run here."""
+    try:
+        dispatch.table("cuda" if torch.cuda.is_available() else "cpu")
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
 def run(config, args, ranks):
     """Builds every part, then hands over to the loop."""
     say = print if ranks.first else lambda *_, **__: None
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(config.train.threads or max(1, cores // ranks.local_size))
-    world, batch = ranks.size, config.train.global_batch
-    micro_batch = config.train.micro_batch or max(1, batch // world)
-    if batch % (micro_batch * world):
-        raise InputError(f"train.global_batch {batch} must be a multiple of train.micro_batch {micro_batch} x {world} ranks")
 
     folder = ranks.on_first(lambda: open_run_dir(config, args))
     index_dir = ranks.on_first(lambda: parts.prepare_data(config))
@@ -78,21 +83,24 @@ def run(config, args, ranks):
     if ranks.first:
         say(f"{len(shards)} images, {ranks.size} rank(s) on {ranks.device.type}, {config.precision}, ZeRO-{config.zero.stage}; "
             f"trained parameters {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M")
-        say("\n".join(f"  {' '.join(map(str, row))}" for row in dispatch.table(ranks.device)))
+        say(dispatch.format_table(ranks.device.type))
+    source = ImageSource(
+        shards, seed=config.run.seed, global_batch=config.train.global_batch,
+        micro_batch=config.train.micro_batch or max(1, config.train.global_batch // ranks.size), rank=ranks.rank,
+        world_size=ranks.size, size_px=config.data.size_px, vit_px=mllm.vit_px, device=ranks.device,
+        start_step=0, num_steps=config.train.steps, flip=config.data.flip, num_threads=config.data.threads)
     flops = model.flops_per_image(config.data.size_px)
     sharded = zero.Sharded(
         model.to(ranks.device), lambda p: make_optimizer(p, config.optim), config=config, ranks=ranks,
-        leaves=model.generator.block_classes, micro_batch=micro_batch, accumulation=batch // (micro_batch * world))
+        leaves=model.generator.block_classes, micro_batch=source.micro_batch, accumulation=source.accumulation_steps)
     state = loop.State(sharded, Ema(sharded.masters, config.ema.decay), Guard(config.guard.max_skips), ranks)
     if folder is not None:
         loop.restore(state, folder)
         say(f"resumed from {folder}: step {state.step} of {config.train.steps}")
-    metrics = Metrics(config.run.dir, flops_per_image=flops, global_batch=batch, num_steps=config.train.steps, ranks=ranks,
-                      start_step=state.step, gpu_hours=state.gpu_hours) if ranks.first else None
-    source = ImageSource(
-        shards, seed=config.run.seed, global_batch=batch, micro_batch=micro_batch, rank=ranks.rank, world_size=world,
-        size_px=config.data.size_px, vit_px=mllm.vit_px, device=ranks.device, start_step=state.step,
-        num_steps=config.train.steps - state.step, flip=config.data.flip, num_threads=config.data.threads)
+    source.start_step = state.step
+    metrics = Metrics(config.run.dir, flops_per_image=flops, global_batch=config.train.global_batch,
+                      num_steps=config.train.steps, ranks=ranks, start_step=state.step,
+                      gpu_hours=state.gpu_hours) if ranks.first else None
     loop.train(state, source, config, metrics)
     ranks.on_first(lambda: finish(config, metrics, ranks.device))
 

@@ -23,7 +23,7 @@ def train_step(sharded, micro_batches):
 def train(state, source, config, metrics=None):
     """Runs steps state.step + 1 ... train.steps. `metrics` is None on all ranks but the first."""
     sharded, ema, guard, ranks = state.sharded, state.ema, state.guard, state.ranks
-    batches, accumulation = iter(source), source.accumulation
+    batches, accumulation = iter(source), source.accumulation_steps
     bar = tqdm(total=config.train.steps, initial=state.step, disable=None if ranks.first else True, unit="step")
     while state.step < config.train.steps:
         micro_batches = [next(batches) for _ in range(accumulation)]

@@ -4,16 +4,16 @@ from pathlib import Path
 
 import torch
 
+from iomm.adapter import QueryAdapter
 from iomm.config import InputError, generator_config
 from iomm.engine import checkpoint
 from iomm.engine.config import load_config
-from iomm.engine.data import index
-from iomm.engine.data.shards import Shards
+from iomm.engine.data.index import ensure_index
 from iomm.engine.shapes.mllm import tiny_mllm
 from iomm.engine.shapes.world import write_world
+from iomm.generator import new_generator
 from iomm.mllm import load_mllm
-from iomm.mmdit import MMDiT
-from iomm.model import IOMM, Recipe, trained_parts
+from iomm.model import IOMM, Recipe
 from iomm.vae import load_vae
 
 
@@ -30,11 +30,7 @@ def prepare_data(config, progress=True):
         folder = cache / f"shapes-{config.data.num_images}x{config.data.size_px}-seed{config.run.seed}"
         write_world(folder, num_images=config.data.num_images, size_px=config.data.size_px, seed=config.run.seed)
         shards = str(folder)
-    folder = index.default_index_dir(shards, cache / "index")
-    if not folder.exists():
-        index.build(shards, folder, progress=progress)
-    Shards(folder)
-    return str(folder)
+    return str(ensure_index(shards, cache / "index", progress=progress))
 
 
 def prepare_mllm(config):
@@ -52,7 +48,9 @@ def build_model(config, mllm_name, device):
     vae.grid(config.data.size_px, config.data.size_px)          # raises if the size does not divide
     shape = generator_config(config.model.preset, token_dim=vae.token_dim, condition_dim=mllm.width)
     recipe = Recipe(seed=config.run.seed, mask=config.mask, adapter=config.adapter)
-    return IOMM(*trained_parts(MMDiT, shape, config.adapter, mllm.width, config.run.seed), mllm, vae, recipe)
+    adapter = QueryAdapter(config.adapter, mllm.width)
+    adapter.init_weights(config.run.seed)
+    return IOMM(new_generator(shape, config.run.seed), adapter, mllm, vae, recipe)
 
 
 def read_run(run_dir):

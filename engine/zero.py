@@ -5,6 +5,7 @@ The only door to DeepSpeed, with engine/launch.py. Generator and adapter go in; 
 import logging
 import os
 import socket
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -56,6 +57,8 @@ def start(timeout_s, local_rank=None):
     import deepspeed
     from deepspeed.utils import logger
     logger.setLevel(logging.WARNING)
+    # It calls collectives by names that torch 2.13 announces to rename; nothing that a user could act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # Its shared-memory op is compiled at the first start, and a kill during that leaves a lock that stops every later
     # start. Plain gloo does the same work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -246,6 +246,7 @@ def create_mllm(folder, *, texts, vision, text, seed=0, vocab_size=512):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import (InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig,
                               PreTrainedTokenizerFast, Qwen2Config)
+    from transformers.utils import logging
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -264,6 +265,7 @@ def create_mllm(folder, *, texts, vision, text, seed=0, vocab_size=512):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = InternVLForConditionalGeneration(config)
+    logging.disable_progress_bar()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from iomm.adapter import QueryAdapter
 from iomm.config import AdapterConfig, InputError, MaskConfig
 from iomm.flow import sample_time, velocity_loss
 from iomm.kernels.noisy_tokens import noisy_tokens
@@ -41,7 +40,7 @@ class IOMM(nn.Module):
 
         Draws nothing from a global generator: mask, time and noise belong to (seed, n)."""
         mllm, vae = self.frozen
-        seed = self.recipe.seed
+        seed, n_B = self.recipe.seed, n_B.to(pixels_BCHW.device)
         latents_BCHW = vae.encode(pixels_BCHW)                                            # step 2
         t_B = sample_time(uniform(seed, TIME, n_B, 1)[:, 0], **self.recipe.time)
         noisy_BNK, target_BNK = noisy_tokens(latents_BCHW, t_B, seed, n_B, vae.patch)
@@ -80,11 +79,3 @@ class IOMM(nn.Module):
 def grid(latents_BCHW, patch):
     """(rows, columns) of latent tokens."""
     return latents_BCHW.shape[-2] // patch, latents_BCHW.shape[-1] // patch
-
-
-def trained_parts(generator_class, generator_config, adapter_config, mllm_width, seed):
-    """Generator and adapter with weights drawn from `seed` alone."""
-    generator, adapter = generator_class(generator_config), QueryAdapter(adapter_config, mllm_width)
-    generator.init_weights(seed)
-    adapter.init_weights(seed + 1)
-    return generator, adapter

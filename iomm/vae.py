@@ -141,10 +141,13 @@ def load_vae(name, *, revision=None, dtype=torch.float32, device="cpu", tiling=F
     from diffusers import AutoencoderKL  # seconds to import, and a demo needs none of it
 
     try:
-        autoencoder = AutoencoderKL.from_pretrained(**options, use_safetensors=True, torch_dtype=dtype)
+        autoencoder, report = AutoencoderKL.from_pretrained(
+            **options, use_safetensors=True, torch_dtype=dtype, low_cpu_mem_usage=False, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"model.vae: cannot load {name}: {reason}") from error
+    if report["missing_keys"]:  # diffusers would go on with random numbers
+        raise InputError(f"model.vae: {name} lacks the weights {', '.join(sorted(report['missing_keys']))}")
     return FluxVAE(autoencoder, tiling=tiling).to(device)
 
 

@@ -1,8 +1,9 @@
 """The tiny MLLM of the shapes world: InternVL's architecture at 1 / 1000 of its size, weights random from a fixed seed."""
 
+import shutil
 from pathlib import Path
 
-from iomm.engine.shapes.world import captions
+from iomm.engine.shapes.world import scene
 from iomm.mllm import RECONSTRUCT, create_mllm
 
 VISION = dict(hidden_size=128, num_hidden_layers=3, num_attention_heads=4, intermediate_size=512, image_size=32, patch_size=4,
@@ -18,6 +19,7 @@ def tiny_mllm(folder, seed=0):
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         partial = folder.with_name(f".{folder.name}.partial")
-        create_mllm(partial, texts=[RECONSTRUCT, *captions()], vision=VISION, text=TEXT, seed=seed)
+        shutil.rmtree(partial, ignore_errors=True)
+        create_mllm(partial, texts=[RECONSTRUCT, *(scene(0, i).caption for i in range(1000))], vision=VISION, text=TEXT, seed=seed)
         partial.rename(folder)
     return folder

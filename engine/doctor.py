@@ -1,0 +1,144 @@
+"""What this machine has of the parts that IOMM uses, why a part is missing, and what that costs.
+
+Nothing heavy is imported: a package is looked up by its metadata, so that the report also comes where a part is broken.
+"""
+
+import importlib.metadata
+import importlib.util
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from iomm.kernels import native
+
+PRESENT, ABSENT, PROBLEM = "present", "absent", "problem"
+
+
+def rows():
+    """[(part, version or "-", state, note)], state "present", "absent" or "problem"; the note says why and what it costs."""
+    return [
+        ("Python", platform.python_version(), PRESENT, sys.executable),
+        ("torch", torch.__version__, PRESENT, f"{torch.get_num_threads()} CPU threads"),
+        cuda_row(),
+        package_row("DeepSpeed", "deepspeed", "deepspeed", "training needs it: pip install deepspeed"),
+        package_row("transformers", "transformers", "transformers", "the MLLM needs it: pip install transformers"),
+        package_row("diffusers", "diffusers", "diffusers", "the FLUX VAE needs it: pip install diffusers"),
+        dali_row(),
+        package_row("Triton", "triton", "triton", "torch.compile on a GPU needs it, in the version that belongs to torch"),
+        package_row("flash-attn", "flash_attn", "flash-attn", "costs nothing yet: attention runs through PyTorch's kernels; "
+                    "to have it: pip install flash-attn --no-build-isolation"),
+        apex_row(),
+        compiler_row("g++", "g++", "the C++ ops cannot be built and torch.compile does not work on CPU"),
+        compiler_row("nvcc", "nvcc", "the CUDA ops cannot be built; slower PyTorch does their work on a GPU"),
+        *native_rows(),
+    ]
+
+
+def version_of(distribution):
+    """Version from a distribution's metadata, or None."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def find(module):
+    """The module's spec without importing it (parents are), or None."""
+    try:
+        return importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return None
+
+
+def package_row(part, module, distribution, cost):
+    """Row of a package that is looked up and not imported."""
+    if find(module) is None:
+        return part, "-", ABSENT, cost
+    return part, version_of(distribution) or "unknown", PRESENT, ""
+
+
+def cuda_row():
+    """Row of the GPU that torch sees."""
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_properties(0)
+        note = (f"{torch.cuda.device_count()} x {device.name}, {device.total_memory / 2**30:.0f} GiB, "
+                f"compute capability {device.major}.{device.minor}")
+        return "CUDA device", torch.version.cuda, PRESENT, note
+    why = "torch sees no usable GPU or driver" if torch.version.cuda else "this torch is built without CUDA"
+    return "CUDA device", "-", ABSENT, f"{why}; everything runs on the CPU: fine for the demo, not for IOMM-B"
+
+
+def dali_row():
+    """Row of DALI: which wheel, whether it loads, and whether it can decode on the GPU."""
+    wheels = {name: version for name in ("nvidia-dali-cuda130", "nvidia-dali-cuda120") if (version := version_of(name))}
+    if not wheels or find("nvidia.dali") is None:
+        return "DALI", "-", ABSENT, "training reads images through it: pip install nvidia-dali-cuda130 (or -cuda120)"
+    version = " and ".join(f"{version} ({name.rpartition('-')[2]})" for name, version in wheels.items())
+    if len(wheels) > 1:
+        return "DALI", version, PROBLEM, ("both wheels are installed and overwrite one another: pip uninstall both, "
+                                          "then install the one for this driver")
+    # Another process: a wheel that does not fit this machine may end the one that loads it.
+    load = subprocess.run([sys.executable, "-c", "import nvidia.dali.fn"], capture_output=True, text=True)
+    if load.returncode:
+        return "DALI", version, PROBLEM, f"does not load: {(load.stderr.strip().splitlines() or ['no message'])[-1]}"
+    if not torch.cuda.is_available():
+        return "DALI", version, PRESENT, "cpu decoding works; gpu decoding needs a GPU"
+    wheel_major = re.search(r"cuda(\d+)0$", next(iter(wheels)))[1]
+    torch_major = (torch.version.cuda or "").partition(".")[0]
+    if wheel_major != torch_major:
+        return "DALI", version, PRESENT, (f"cpu decoding works; gpu decoding needs a driver for CUDA {wheel_major} too, "
+                                          f"torch is for CUDA {torch_major}")
+    return "DALI", version, PRESENT, "cpu and gpu decoding"
+
+
+def apex_row():
+    """Row of NVIDIA apex, told from the package that bears its name on PyPI by apex.optimizers.FusedAdam."""
+    spec = find("apex")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    fused = next((path for folder in folders if (path := Path(folder, "optimizers", "fused_adam.py")).is_file()), None)
+    cost = "costs nothing: torch's fused AdamW does the work"
+    if fused is not None and "class FusedAdam" in fused.read_text(errors="replace"):
+        return "NVIDIA apex", version_of("apex") or "unknown", PRESENT, "apex.optimizers.FusedAdam found"
+    if spec is not None:
+        return "NVIDIA apex", "-", ABSENT, f"the `apex` here is PyPI's unrelated package: pip uninstall apex; {cost}"
+    return "NVIDIA apex", "-", ABSENT, f"{cost}; if wanted, from github.com/NVIDIA/apex, never `pip install apex`"
+
+
+def compiler_row(part, command, cost):
+    """Row of a compiler on PATH (nvcc also in /usr/local/cuda/bin)."""
+    path = shutil.which(command) or shutil.which(f"/usr/local/cuda/bin/{command}")
+    if path is None:
+        return part, "-", ABSENT, f"not on PATH: {cost}"
+    said = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
+    line = next((line for line in said.splitlines() if "release" in line), said.partition("\n")[0])
+    return part, (re.findall(r"[0-9]+(?:[.][0-9]+)+", line) or ["unknown"])[-1], PRESENT, path
+
+
+def native_rows():
+    """Rows of the two libraries made from csrc/: what was built, and whether it loads and is up to date."""
+    facts = native.build_facts()
+    found = []
+    for device, part in (("cpu", "C++ ops"), ("cuda", "CUDA ops")):
+        name = native.cpu_library_name() if device == "cpu" else "libiomm_cuda.so"
+        reason = native.why_not(device)
+        built = facts["built"].get(name)
+        version = built["compiler"] if built else "-"
+        cost = "slower PyTorch does their work" + ("" if device == "cpu" else " on a GPU")
+        if reason is None:
+            found.append((part, version, PRESENT, f"{name} for {built['arch']}" if built else name))
+        else:
+            found.append((part, version, PROBLEM if built else ABSENT, f"{reason}; {cost}"))
+    return found
+
+
+def print_report():
+    """Prints the table of `rows()`."""
+    table = [("part", "version", "state", "note"), *rows()]
+    widths = [max(len(row[i]) for row in table) for i in range(3)]
+    for row in table:
+        print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[3]]).rstrip())

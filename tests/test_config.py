@@ -1,0 +1,72 @@
+"""RunConfig: strict types, clear errors with file and line, one round trip."""
+
+import pytest
+
+from iomm.config import InputError
+from iomm.engine.config import CONFIGS, RunConfig, all_keys, differences, flat, load_config, parse
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_configs_load_and_round_trip(path):
+    config = load_config(path.stem)
+    assert parse(config.to_yaml()) == config
+
+
+def test_overrides_win_and_numbers_are_numbers():
+    config = parse("optim:\n  lr: 1e-4\n  betas: [0.9, 0.95]\n", overrides=["optim.lr=2e-3", "train.micro_batch=null"])
+    assert config.optim.lr == 2e-3 and config.optim.betas == (0.9, 0.95) and config.train.micro_batch is None
+
+
+@pytest.mark.parametrize("text, message", [
+    ("run:\n  seed: 010\n", "f.yaml:2: run.seed must be a whole number, got '010'"),
+    ("run:\n  seed: 1.5\n", "f.yaml:2: run.seed must be a whole number"),
+    ("run:\n  seed: -1\n", "f.yaml:2: run.seed must be >= 0"),
+    ("optim:\n  lr: '1e-4'\n", "f.yaml:2: optim.lr must be a number, got the quoted text"),
+    ("optim:\n  lr: fast\n", "f.yaml:2: optim.lr must be a number, got 'fast'"),
+    ("optim:\n  lr: .nan\n", "f.yaml:2: optim.lr must be a number"),
+    ("optim:\n  lr: 0\n", "f.yaml:2: optim.lr must be > 0"),
+    ("optim:\n  betas: [0.9]\n", "f.yaml:2: optim.betas must be 2 numbers"),
+    ("optim:\n  lr: [1]\n", "f.yaml:2: optim.lr must be a number, got a list"),
+    ("optim:\n  lr: {a: 1}\n", "f.yaml:2: optim.lr must be a number, got a section"),
+    ("optm:\n  lr: 1\n", "f.yaml:1: unknown key optm; did you mean optim"),
+    ("train:\n  step: 3\n", "f.yaml:2: unknown key train.step; did you mean train.steps?"),
+    ("train: 3\n", "f.yaml:1: train must be a section"),
+    ("- 1\n", "f.yaml:1: the file must be a section"),
+    ("data:\n  flip: NO\n", "f.yaml:2: data.flip must be true or false, got 'NO'"),
+    ("run:\n  seed: 1\n  seed: 2\n", "f.yaml:3: run.seed is given twice"),
+    ("run: &a\n  seed: 1\nmask: *a\n", "aliases"),
+    ("run:\n  seed: [1\n", "f.yaml:3: not valid YAML"),
+    ("precision: fp16\n", "f.yaml:1: precision must be one of bf16, fp32; got 'fp16'"),
+    ("mask:\n  ratio: 1.5\n", "f.yaml:2: mask.ratio must be between 0 and 1"),
+    ("ema:\n  decay: 1\n", "f.yaml:2: ema.decay must be in"),
+    ("model:\n  preset: iomm-z\n", "f.yaml:2: model.preset must be one of"),
+    ("!!python/object/apply:os.system ['true']\n", "the file must be a section"),
+])
+def test_mistakes_name_file_line_and_key(text, message):
+    with pytest.raises(InputError) as error:
+        parse(text, "f.yaml")
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("override, message", [
+    ("trian.steps=5", "unknown key trian.steps; did you mean train.steps?"),
+    ("train=5", "train is a section; set one of its keys: train.steps"),
+    ("train.steps", "must look like section.key=value"),
+    ("train.steps=x", "train.steps must be a whole number, got 'x'"),
+    ("train.steps=0", "command line: train.steps must be >= 1, got 0"),
+])
+def test_override_mistakes(override, message):
+    with pytest.raises(InputError, match="(?s).*" + message.replace("?", r"\?")):
+        parse("", overrides=[override])
+
+
+def test_missing_file_lists_the_shipped_ones():
+    with pytest.raises(InputError, match="give a path ending in .yaml or one of: .*demo"):
+        load_config("dmeo")
+
+
+def test_differences_name_keys_but_not_the_free_ones():
+    config = RunConfig()
+    assert differences(parse("", overrides=["train.steps=7", "run.dir=x"]), config) == []
+    assert differences(parse("", overrides=["optim.lr=0.5"]), config) == ["optim.lr: 0.0001 became 0.5"]
+    assert set(flat(config)) == set(all_keys(RunConfig))

@@ -1,0 +1,204 @@
+"""Whole runs through the launcher: interrupted and resumed, one rank and two, bad input. Every run is a process group of its own."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from iomm.engine import checkpoint
+from iomm.engine.shapes.world import write_world
+
+ROOT = Path(__file__).parent.parent
+LIMIT_S = 240
+
+
+def command(ranks, *arguments):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks), "--master_port", str(port),
+            str(ROOT / "engine/launch.py"), *arguments]
+
+
+def environment():
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
+
+
+def launch(ranks, *arguments):
+    """Runs to the end -> completed process, output as text."""
+    return subprocess.run(command(ranks, *arguments), cwd=ROOT, env=environment(), text=True, timeout=LIMIT_S,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def launch_and_kill(ranks, log, after_step, *arguments):
+    """Starts a run and kills all of its processes once `log` shows the step `after_step`."""
+    process = subprocess.Popen(command(ranks, *arguments), cwd=ROOT, env=environment(), start_new_session=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + LIMIT_S
+    while not any(row["step"] >= after_step for row in rows(log)):
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def rows(log):
+    found = []
+    for line in Path(log).read_text().splitlines() if Path(log).exists() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            pass                                 # the line being written
+    return found
+
+
+def hashes(run_dir):
+    return checkpoint.read_manifest(checkpoint.newest(Path(run_dir) / "checkpoints"))["files"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "shapes"
+    write_world(folder, num_images=72, size_px=32, seed=1, shard_size=24)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def settings(world):
+    return [f"data.shards={world}", "train.steps=6", "train.global_batch=16", "checkpoint.every_steps=2", "data.flip=true",
+            "log.sample_images=0", "train.threads=1"]
+
+
+@pytest.fixture(scope="module")
+def golden(settings, tmp_path_factory):
+    """The uninterrupted run on two ranks."""
+    run_dir = tmp_path_factory.mktemp("golden") / "run"
+    done = launch(2, f"run.dir={run_dir}", *settings)
+    assert done.returncode == 0, done.stdout
+    return run_dir
+
+
+def test_every_step_is_logged_with_every_key(golden):
+    found = rows(golden / "log.jsonl")
+    assert [row["step"] for row in found] == [1, 2, 3, 4, 5, 6]
+    assert [row["samples_seen"] for row in found] == [16, 32, 48, 64, 80, 96]
+    for row in found:
+        assert set(row) == {"step", "samples_seen", "loss", "grad_norm", "lr", "images_per_s", "mfu", "data_wait_s", "step_s",
+                            "memory_gib", "skipped_steps", "skipped_samples", "gpu_hours", "gpu_hours_left"}
+        assert row["loss"] > 0 and row["grad_norm"] > 0 and row["skipped_steps"] == 0
+    assert list((golden / "tb").glob("events*"))
+    assert [p.name for p in checkpoint.steps(golden / "checkpoints")] == ["step-00000002", "step-00000004", "step-00000006"]
+
+
+@pytest.mark.parametrize("kill_after", [(1, 3), pytest.param((2, 4, 5), marks=pytest.mark.slow)])
+def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(golden, settings, tmp_path, kill_after):
+    run_dir = tmp_path / "run"
+    for step in kill_after:
+        launch_and_kill(2, run_dir / "log.jsonl", step, "--resume", "auto", f"run.dir={run_dir}", *settings)
+    done = launch(2, "--resume", "auto", f"run.dir={run_dir}", *settings)
+    assert done.returncode == 0, done.stdout
+    ours, theirs = rows(run_dir / "log.jsonl"), rows(golden / "log.jsonl")
+    assert [(r["step"], r["loss"], r["grad_norm"], r["lr"]) for r in ours] == [
+        (r["step"], r["loss"], r["grad_norm"], r["lr"]) for r in theirs]
+    assert hashes(run_dir) == hashes(golden)     # masters, moments and EMA of both ranks, by SHA-256
+    assert not [p for p in (run_dir / "checkpoints").iterdir() if p.name.startswith(".")]
+
+
+def test_one_rank_follows_two_and_may_take_over(golden, settings, tmp_path):
+    run_dir = tmp_path / "one"
+    done = launch(1, f"run.dir={run_dir}", *settings, "train.micro_batch=8")        # two accumulation steps
+    assert done.returncode == 0, done.stdout
+    for one, two in zip(rows(run_dir / "log.jsonl"), rows(golden / "log.jsonl"), strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
+        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
+    done = launch(2, "--resume", "auto", f"run.dir={run_dir}", *settings[:1], "train.steps=7", *settings[2:])
+    assert done.returncode == 0, done.stdout
+    assert "step 6 of 7" in done.stdout and rows(run_dir / "log.jsonl")[-1]["step"] == 7
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--stage", "pretrian"], "--stage must be one of pretrain"),
+    (["--config", "dmeo"], "--config dmeo: no such file"),
+    (["trian.steps=3"], "unknown key trian.steps; did you mean train.steps?"),
+    (["train.steps=ten"], "train.steps must be a whole number, got 'ten'"),
+    (["--resume", "runs/nowhere"], "runs/nowhere holds no intact MANIFEST.json"),
+    (["data.size_px=30"], "image size must be a positive multiple of 4 px, got 30 x 30"),
+    (["model.mllm=nowhere"], "model.mllm: no folder nowhere"),
+    (["model.vae=nowhere"], "model.vae"),
+])
+def test_mistakes_are_one_line_and_exit_2(arguments, message, settings, tmp_path):
+    script = [sys.executable, str(ROOT / "engine/launch.py"), f"run.dir={tmp_path / 'run'}", *settings, *arguments]
+    done = subprocess.run(script, cwd=ROOT, env=environment(), text=True, capture_output=True, timeout=LIMIT_S)
+    said = [line for line in done.stderr.splitlines() if line.startswith("iomm: ")]
+    assert done.returncode == 2 and len(said) == 1 and message in said[0], done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda folder: folder / "none-*.tar", "none-*.tar"),
+    (lambda folder: empty_tar(folder), "no"),
+], ids=["no shard", "no image"])
+def test_bad_data_ends_both_ranks(make, message, settings, tmp_path):
+    started = time.monotonic()
+    done = launch(2, f"run.dir={tmp_path / 'run'}", f"data.shards={make(tmp_path)}", *settings[1:])
+    said = [line for line in done.stdout.splitlines() if line.startswith("iomm: ")]
+    assert done.returncode != 0 and len(said) == 1 and message in said[0], done.stdout
+    assert "Traceback" not in done.stdout and time.monotonic() - started < 120
+
+
+def empty_tar(folder):
+    import io
+    import tarfile
+    path = folder / "empty.tar"
+    with tarfile.open(path, "w") as tar:
+        info = tarfile.TarInfo("000000.txt")
+        info.size = 5
+        tar.addfile(info, io.BytesIO(b"hello"))
+    return path
+
+
+def test_run_dir_guards_itself(golden, settings):
+    for arguments, message in [
+        ([], "already holds a run: add --resume auto"),
+        (["--resume", "auto", "optim.lr=0.5"], "is the run of another config (optim.lr: 0.001 became 0.5)"),
+        (["--resume", "auto", "train.global_batch=128", "run.dir=" + str(golden.parent / "other")], "there are only 72 samples"),
+    ]:
+        script = [sys.executable, str(ROOT / "engine/launch.py"), f"run.dir={golden}", *settings, *arguments]
+        done = subprocess.run(script, cwd=ROOT, env=environment(), text=True, capture_output=True, timeout=LIMIT_S)
+        assert done.returncode == 2 and message in done.stderr, done.stderr
+
+
+def test_a_damaged_checkpoint_is_passed_over(golden, tmp_path):
+    import shutil
+    copy = tmp_path / "checkpoints"
+    shutil.copytree(golden / "checkpoints", copy)
+    newest = checkpoint.newest(copy)
+    file = sorted(newest.glob("rank-*"))[0]
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    file.write_bytes(raw)
+    said = []
+    assert checkpoint.newest(copy, say=said.append).name == "step-00000004" and "not as it was written" in said[0]
+    manifest = copy / "step-00000004" / "MANIFEST.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b'"step": 4', b'"step": 5'))
+    assert checkpoint.newest(copy, say=said.append).name == "step-00000002"
+
+
+def test_sample_draws_a_grid_that_does_not_depend_on_ranks(golden, tmp_path):
+    from PIL import Image
+    out = tmp_path / "grid.png"
+    done = subprocess.run([sys.executable, "-m", "iomm.engine.cli", "sample", "--run", str(golden), "--num", "5", "--steps", "2",
+                           "--out", str(out)], cwd=tmp_path, env=environment(), text=True, capture_output=True, timeout=LIMIT_S)
+    assert done.returncode == 0, done.stderr
+    image = Image.open(out)
+    assert image.size == (5 * 34 - 2, 2 * 34 - 2)
+    done = subprocess.run([sys.executable, "-m", "iomm.engine.cli", "sample", "--run", str(tmp_path)], cwd=tmp_path,
+                          env=environment(), text=True, capture_output=True, timeout=LIMIT_S)
+    assert done.returncode == 2 and "is not a run folder" in done.stderr

@@ -1,0 +1,113 @@
+"""The sampler against diffusers' scheduler, an analytic case, guidance, and noise that belongs to its image."""
+
+import pytest
+import torch
+
+from iomm.config import InputError
+from iomm.sampler import guided, image_noise, sample, step_times
+
+
+def field(x, t_B, condition_BCD):
+    """Some smooth velocity that uses everything."""
+    t = t_B[:, None, None].to(x.dtype)
+    return torch.sin(2 * x) * (1 + t) - 0.3 * x * t**2 + condition_BCD.mean(dim=(1, 2), keepdim=True)
+
+
+@pytest.mark.parametrize("steps", [1, 7, 20])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_euler_equals_diffusers_scheduler(steps, shift):
+    import numpy
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    noise, condition = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0)), torch.ones(3, 2, 4)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=numpy.linspace(1.0, 1 / steps, steps))
+    x = noise
+    for timestep in scheduler.timesteps:
+        t_B = (timestep / 1000).expand(3)
+        x = scheduler.step(field(x, t_B, condition), timestep, x, return_dict=False)[0]
+    got = sample(field, noise, condition, steps=steps, shift=shift)
+    assert (got - x).abs().max() < 1e-6 * max(1, x.abs().max())  # measured: 5e-7
+
+
+def gaussian(mean, std):
+    """The exact velocity E[z - x | x_t] where data are N(mean, std^2): everything is jointly normal."""
+
+    def velocity(x, t_B, condition_BCD):
+        t = t_B[:, None, None].double()
+        return -mean + (t - (1 - t) * std**2) / (t**2 + ((1 - t) * std) ** 2) * (x - (1 - t) * mean)
+
+    return velocity
+
+
+def gaussian_errors(method, steps):
+    """Error of mean and of deviation. The flow is affine in the noise, so two images at +-1 measure both without chance."""
+    mean, std = 1.7, 0.4
+    noise = torch.tensor([1.0, -1.0], dtype=torch.float64)[:, None, None]
+    up, down = sample(gaussian(mean, std), noise, torch.zeros(2, 1, 1), steps=steps, method=method).flatten()
+    return abs((up + down) / 2 - mean).item(), abs((up - down) / 2 - std).item()
+
+
+@pytest.mark.parametrize("method, order", [("euler", 1), ("heun", 2)])
+def test_gaussian_data_are_recovered_at_the_methods_order(method, order):
+    coarse, fine = gaussian_errors(method, 50), gaussian_errors(method, 100)
+    assert max(fine) < {"euler": 7e-3, "heun": 4e-5}[method]  # measured: 6.5e-3, 3.0e-5
+    assert coarse[1] / fine[1] == pytest.approx(2**order, rel=0.1)
+
+
+def test_gaussian_samples_have_mean_and_variance():
+    noise = image_noise(5, torch.arange(4), 50, 100)
+    x = sample(gaussian(-0.5, 2.0), noise, torch.zeros(4, 1, 1), steps=100, method="heun")
+    error = 1 / noise.numel() ** 0.5  # standard error of the mean in deviations; of the deviation: 0.7 of it
+    assert abs(x.mean() + 0.5) < 4 * 2 * error and abs(x.std() / 2 - 1) < 4 * 0.71 * error
+
+
+def test_guidance_runs_as_one_doubled_batch_and_combines_exactly():
+    calls, noise = [], torch.randn(3, 5, 4)
+    condition, uncondition = torch.randn(3, 2, 4), torch.zeros(3, 2, 4)
+
+    def velocity(x, t_B, condition_BCD):
+        calls.append(len(x))
+        return field(x, t_B, condition_BCD)
+
+    got = sample(velocity, noise, condition, uncondition, steps=4, guidance=4.0)
+    assert calls == [6] * 4
+    x = noise
+    for t, t_next in zip(*[step_times(4)[i:] for i in (0, 1)]):
+        t_B = t.float().expand(3)
+        bare = field(x, t_B, uncondition)
+        x = x + (t_next - t).item() * (bare + 4.0 * (field(x, t_B, condition) - bare))
+    assert torch.equal(got, x)
+    calls.clear()
+    sample(velocity, noise, condition, steps=4)
+    assert calls == [3] * 4
+    longer = guided(velocity, condition, torch.zeros(3, 9, 4), 4.0)
+    assert torch.allclose(longer(noise, torch.ones(3)), guided(velocity, condition, uncondition, 4.0)(noise, torch.ones(3)))
+
+
+def test_heun_calls_twice_a_step_and_bfloat16_velocities_keep_float32_images():
+    calls = []
+
+    def velocity(x, t_B, condition_BCD):
+        calls.append(t_B[0].item())
+        return field(x, t_B, condition_BCD).bfloat16()
+
+    x = sample(velocity, torch.randn(1, 2, 2).bfloat16(), torch.zeros(1, 1, 1), steps=3, method="heun")
+    assert x.dtype == torch.float32 and len(calls) == 6 and calls[0] == 1.0 and calls[-1] == 0.0
+
+
+def test_an_image_does_not_depend_on_its_batch():
+    whole = image_noise(3, torch.tensor([0, 1, 2, 7]), 6, 4)
+    assert torch.equal(whole[3:], image_noise(3, torch.tensor([7]), 6, 4))
+    assert not torch.equal(whole[3:], image_noise(4, torch.tensor([7]), 6, 4)) and whole.shape == (4, 6, 4)
+    condition = torch.randn(4, 2, 3)
+    images = sample(field, whole, condition, steps=5, method="heun")
+    assert torch.equal(images[2:3], sample(field, whole[2:3], condition[2:3], steps=5, method="heun"))
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"steps": 0}, "steps"), ({"steps": 4, "method": "rk4"}, "euler, heun"), ({"steps": 4, "shift": 0.0}, "shift"),
+    ({"steps": 4, "guidance": 2.0}, "guidance")])
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        sample(field, torch.randn(1, 2, 2), torch.zeros(1, 1, 1), **options)

@@ -24,7 +24,7 @@ class Tar:
 
     def members(self):
         """Yields (name, offset, num_bytes) of each regular member. Raises TarError where the tar is damaged."""
-        return walk(self._fd, os.fstat(self._fd).st_size)
+        yield from walk(self._fd, os.fstat(self._fd).st_size)      # a generator, so that it holds the file open itself
 
     def read(self, offset, num_bytes):
         """bytes; fewer than num_bytes if the file ends before. Raises OSError."""

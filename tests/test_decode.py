@@ -1,0 +1,141 @@
+"""Decoding by DALI against Pillow: photographs, colour modes, orientation, and the plan of batches."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFilter, ImageOps
+
+from iomm.config import InputError
+from iomm.engine.data.decode import IMAGENET_MEAN, IMAGENET_STD, Decoder
+
+CPU = torch.device("cpu")
+
+
+def photograph(width, height, seed=0):
+    """Soft shading, hard edges and fine texture at once: what a resize filter can get wrong."""
+    random = np.random.default_rng(seed)
+    pixels = np.zeros((height, width, 3), dtype=np.float32)
+    for cells, strength in ((3, 120), (9, 60), (40, 40)):
+        coarse = Image.fromarray(random.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
+        pixels += strength / 128 * (np.asarray(coarse.resize((width, height), Image.BICUBIC), dtype=np.float32) - 128)
+    y, x = np.mgrid[:height, :width]
+    pixels[(x * 0.3 + y) % 90 < 30] *= -0.7
+    grain = Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8)).filter(ImageFilter.GaussianBlur(0.8))
+    pixels += 0.5 * (np.asarray(grain, dtype=np.float32) - 128)
+    return Image.fromarray((pixels + 128).clip(0, 255).astype(np.uint8))
+
+
+def encode(image, kind="JPEG", **options):
+    out = io.BytesIO()
+    image.save(out, kind, **({"quality": 90} | options if kind == "JPEG" else options))
+    return out.getvalue()
+
+
+def by_pillow(data, size_px, vit_px, flip=False):
+    """The contract of Decoder in Pillow: levels 0..255 of the VAE's and the ViT's picture."""
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    scale = size_px / min(image.size)
+    image = image.resize([round(side * scale) for side in image.size], Image.BICUBIC)
+    left, top = ((side - size_px) // 2 for side in image.size)
+    image = image.crop((left, top, left + size_px, top + size_px))
+    image = ImageOps.mirror(image) if flip else image
+    return np.asarray(image, dtype=np.float32), np.asarray(image.resize((vit_px, vit_px), Image.BICUBIC), dtype=np.float32)
+
+
+def decode(images, size_px=96, vit_px=56, flips=None, batch_size=None):
+    """Levels 0..255 (B, size, size, 3) of both outputs."""
+    flips = np.zeros(len(images), dtype=bool) if flips is None else flips
+    size = batch_size or len(images)
+    batches = [(images[i:i + size], flips[i:i + size]) for i in range(0, len(images), size)]
+    pixels, vit_pixels = (torch.cat(parts) for parts in zip(*Decoder(size, size_px, vit_px, CPU)(batches)))
+    assert pixels.dtype == vit_pixels.dtype == torch.float32
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return ((pixels + 1) / 2 * 255).permute(0, 2, 3, 1).numpy(), ((vit_pixels * std + mean) * 255).permute(0, 2, 3, 1).numpy()
+
+
+def error(got, wanted):
+    return np.abs(got - wanted).mean()
+
+
+def test_photographs_agree_with_pillow():
+    """Mean absolute error below half a grey level of 255, for both outputs, at every size, ratio, subsampling and JPEG process."""
+    sizes = [(640, 480), (481, 640), (333, 517), (96, 96), (97, 211), (1200, 301), (70, 60)]
+    options = [{"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}, {"subsampling": 2, "progressive": True}]
+    images = [encode(photograph(*size, seed), **option) for seed, size in enumerate(sizes) for option in options]
+    flips = np.arange(len(images)) % 3 == 1
+    pixels, vit_pixels = decode(images, flips=flips)
+    for data, flip, got, vit_got in zip(images, flips, pixels, vit_pixels):
+        wanted, vit_wanted = by_pillow(data, 96, 56, flip)
+        assert error(got, wanted) < 0.5 and error(vit_got, vit_wanted) < 0.5
+
+
+def test_png_and_webp_agree_with_pillow():
+    image = photograph(200, 150)
+    images = [encode(image, "PNG"), encode(image, "WEBP", lossless=True)]
+    for data, got in zip(images, decode(images)[0]):
+        assert error(got, by_pillow(data, 96, 56)[0]) < 0.5
+
+
+@pytest.mark.parametrize("mode, kind", [("L", "JPEG"), ("CMYK", "JPEG"), ("L", "PNG"), ("P", "PNG"), ("1", "PNG")])
+def test_colour_modes_become_rgb(mode, kind):
+    image = photograph(128, 160)
+    if mode == "1":      # no dither: on such noise Pillow's rounding between its two passes alone costs two levels
+        image = image.convert("L").point(lambda level: 255 * (level > 128))
+    data = encode(image.convert(mode), kind)
+    assert error(decode([data])[0][0], by_pillow(data, 96, 56)[0]) < 1.0
+
+
+def test_sixteen_bit_grey_is_scaled():
+    levels = np.asarray(photograph(96, 96).convert("L"))
+    data = encode(Image.fromarray(levels.astype(np.uint16) * 257), "PNG")
+    assert error(decode([data])[0][0], levels[:, :, None].repeat(3, 2)) < 0.6
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation):
+    image = photograph(160, 120)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(image, exif=exif)
+    assert error(decode([data])[0][0], by_pillow(data, 96, 56)[0]) < 0.5
+
+
+def test_range_of_the_outputs():
+    white, black = (encode(Image.new("RGB", (64, 64), level), "PNG") for level in ("white", "black"))
+    (pixels, vit_pixels), = Decoder(2, 32, 16, CPU)([([white, black], [False, True])])
+    assert torch.equal(pixels[0], torch.ones(3, 32, 32)) and torch.equal(pixels[1], -torch.ones(3, 32, 32))
+    for channel, (mean, std) in enumerate(zip(IMAGENET_MEAN, IMAGENET_STD)):
+        torch.testing.assert_close(vit_pixels[0, channel], torch.full((16, 16), (1 - mean) / std))
+        torch.testing.assert_close(vit_pixels[1, channel], torch.full((16, 16), -mean / std))
+
+
+@pytest.mark.parametrize("num_batches", [0, 1, 2, 7])
+def test_every_batch_once_in_order_and_nothing_beyond(num_batches):
+    taken = []
+
+    def batches():
+        for level in range(num_batches):
+            taken.append(level)
+            yield [encode(Image.new("RGB", (40, 40), (10 * level,) * 3), "PNG")], [False]
+
+    got = list(Decoder(1, 32, 16, CPU)(batches()))
+    assert taken == list(range(num_batches))
+    # read after the last one: an earlier batch must not have been overwritten by a later one
+    assert [round(float((pixels.mean() + 1) / 2 * 255)) for pixels, _ in got] == [10 * level for level in taken]
+
+
+def test_the_same_bytes_give_the_same_bits_in_any_batch():
+    images = [encode(photograph(120 + 7 * seed, 150, seed)) for seed in range(8)]
+    one, four = decode(images, batch_size=1), decode(images, batch_size=4)
+    assert np.array_equal(one[0], four[0]) and np.array_equal(one[1], four[1])
+
+
+def test_an_error_of_the_plan_arrives_as_it_is():
+    def batches():
+        yield [encode(photograph(50, 50))], [False]
+        raise InputError("shard 7 changed")
+
+    with pytest.raises(InputError, match="^shard 7 changed$"):
+        list(Decoder(1, 32, 16, CPU)(batches()))

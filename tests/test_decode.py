@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 
 from iomm.config import InputError
-from iomm.engine.data.decode import IMAGENET_MEAN, IMAGENET_STD, Decoder
+from iomm.engine.data.decode import IMAGENET_MEAN, IMAGENET_STD, DecodeError, Decoder
 
 CPU = torch.device("cpu")
 
@@ -139,3 +139,15 @@ def test_an_error_of_the_plan_arrives_as_it_is():
 
     with pytest.raises(InputError, match="^shard 7 changed$"):
         list(Decoder(1, 32, 16, CPU)(batches()))
+
+
+@pytest.mark.parametrize("kept_bytes", [0.02, 0.5, 0.95])
+def test_a_refused_image_stops_when_its_batch_is_due(kept_bytes):
+    good = encode(photograph(150, 150))
+    bad = good[:int(kept_bytes * len(good))]
+    decoder = Decoder(3, 32, 16, CPU)
+    decoded = decoder([([good] * 3, [False] * 3), ([good, good, bad], [False] * 3), ([good] * 3, [False] * 3)])
+    next(decoded)
+    with pytest.raises(DecodeError):
+        next(decoded)
+    assert decoder.refuses(bad) and not decoder.refuses(good)

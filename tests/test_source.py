@@ -111,6 +111,15 @@ def test_a_damaged_sample_is_named(tmp_path):
         list(some)
 
 
+def test_an_image_that_only_dali_refuses_is_named(index_dir):
+    some = source(index_dir)
+    whole_image = some.shards.decodable_bytes
+    entry = int(some.order(6))
+    some.shards.decodable_bytes = lambda k: whole_image(k)[:400] if k == entry else whole_image(k)
+    with pytest.raises(InputError, match=f"DALI cannot decode [^,]*{entry:06d}.jpg, though"):
+        list(some)
+
+
 def test_wrong_input_is_one_line(index_dir):
     with pytest.raises(InputError, match="multiple of train.micro_batch x ranks, got 8 and 3 x 1"):
         source(index_dir, micro_batch=3)

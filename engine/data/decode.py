@@ -9,6 +9,10 @@ IMAGENET_MEAN = 0.485, 0.456, 0.406
 IMAGENET_STD = 0.229, 0.224, 0.225
 
 
+class DecodeError(Exception):
+    """DALI refuses an image of the batch that is due. It does not always say which one."""
+
+
 class Decoder:
     """Decodes batches of images in threads of its own, `prefetch` batches ahead of whoever reads them.
 
@@ -17,7 +21,8 @@ class Decoder:
     ImageNet's mean and deviation at vit_px. The shorter edge is resized to size_px (cubic, antialiased), the centre is
     cropped, a flipped sample is mirrored left to right, and the ViT sees that very crop, resized. EXIF orientation is
     applied; grey, CMYK and 16-bit images become 8-bit RGB; an alpha channel is dropped. On CUDA nvJPEG decodes.
-    Nothing is read beyond the end of `batches`, and an error raised by it is raised here.
+    Nothing is read beyond the end of `batches`, and an error raised by it is raised here. An image that DALI refuses costs the
+    whole batch and the pipeline: DecodeError, when that batch is due.
     """
 
     def __init__(self, batch_size, size_px, vit_px, device, num_threads=2, prefetch=2):
@@ -39,9 +44,21 @@ class Decoder:
                     outputs = pipe.run()
                 except StopIteration:
                     return
+                except RuntimeError as error:      # DALI's text is all that tells its errors apart
+                    if "fn.decoders.image" not in str(error):
+                        raise
+                    raise DecodeError(str(error)) from None
                 yield tuple(self._copy(output) for output in outputs)
         finally:
             del pipe
+
+    def refuses(self, image):
+        """Whether DALI cannot decode this image (bytes). Builds a pipeline for it alone, on the CPU: for errors, not for every day."""
+        try:
+            list(Decoder(1, self.size_px, self.vit_px, "cpu", num_threads=1)([([image], [False])]))
+        except DecodeError:
+            return True
+        return False
 
     def _copy(self, output):
         """A tensor of torch's own. DALI reuses its buffer once `output` is dropped, and does not wait for torch's stream then; so

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from iomm.config import InputError
-from iomm.engine.data.decode import Decoder
+from iomm.engine.data.decode import DecodeError, Decoder
 from iomm.engine.data.order import Order
 from iomm.kernels.philox import FLIP, uniform
 
@@ -83,6 +83,10 @@ class ImageSource:
                     wait_s = time.perf_counter() - asked
                     n, entries = on_the_way.popleft()
                     yield Batch(torch.from_numpy(n), torch.from_numpy(entries), pixels_BCHW, vit_pixels_BCHW, wait_s)
+            except DecodeError as error:
+                refused = [k for k in on_the_way[0][1].tolist() if self.decoder.refuses(self.shards.decodable_bytes(k))]
+                names = ", ".join(map(self.shards.name, refused)) or f"an image ({' '.join(str(error).split())})"
+                raise InputError(f"DALI cannot decode {names}, though `iomm index` could: take it out and index again") from None
             finally:
                 decoded.close()
                 readers.shutdown(wait=True, cancel_futures=True)

@@ -3,15 +3,16 @@
     libiomm_cpu.so, libiomm_cpu_v3.so   g++, for any x86-64 and for those with AVX2; the same bits, chosen when loaded
     libiomm_cuda.so                     nvcc, where there is one: sm_80, sm_90a, and PTX for what comes later
 
-They lie in kernels/lib/ (package iomm.kernels), beside build.json, which says what was built and what was left out and why.
-`CXX` and `NVCC` name other compilers. Nothing is contracted to FMA (-ffp-contract=off, -fmad=false): the noise that
-a CPU and a GPU draw is then equal bit for bit.
+They lie in kernels/lib/ (package iomm.kernels), beside build.json, which says what was built and what was left out, and
+why. `CXX` and `NVCC` name other compilers. Nothing is contracted to FMA (-ffp-contract=off, -fmad=false), so that CPUs
+and GPUs draw the same noise.
 """
 
 import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -49,18 +50,20 @@ def source_hash(csrc=CSRC):
 
 def find_nvcc():
     """Path of nvcc, or None: $NVCC, PATH, $CUDA_HOME, /usr/local/cuda."""
-    places = [os.environ.get("NVCC"), "nvcc", os.path.join(os.environ.get("CUDA_HOME") or "/usr/local/cuda", "bin", "nvcc")]
+    toolkit = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+    places = [os.environ.get("NVCC"), "nvcc", os.path.join(toolkit, "bin", "nvcc")]
     return next((found for place in places if place and (found := shutil.which(place))), None)
 
 
 def compiler_version(compiler):
-    """The line of `--version` that holds the number."""
-    lines = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout.splitlines()
-    return next((line.strip() for line in lines if "release" in line), lines[0].strip() if lines else "unknown")
+    """Name and version, as "g++ 12.2.0" or "nvcc 13.0.88"."""
+    said = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    line = next((line for line in said.splitlines() if "release" in line), said.partition("\n")[0])
+    return f"{Path(compiler).name} {(re.findall(r'[0-9]+(?:[.][0-9]+)+', line) or ['of unknown version'])[-1]}"
 
 
 def compile_library(command, target):
-    """Runs the compiler into a temporary name and moves it over `target`, so that a process that has the old one loaded lives on."""
+    """Runs the compiler into another name and moves the result over `target`: who has the old file loaded keeps it."""
     unfinished = target.with_suffix(f".{os.getpid()}.tmp")
     done = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True)
     if done.returncode:
@@ -72,7 +75,7 @@ def compile_library(command, target):
 
 
 def build_native(folder):
-    """Compiles csrc/ into `folder`, writes build.json there and returns its content. Only a g++ that fails is an error."""
+    """Compiles csrc/ into `folder` and returns what it writes to build.json there. Raises BuildError if g++ fails."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     define = f"-DIOMM_SOURCE_HASH={source_hash()}"
@@ -83,11 +86,12 @@ def build_native(folder):
     if platform.machine() in ("x86_64", "AMD64"):
         names["libiomm_cpu_v3.so"] = ["-march=x86-64-v3"]
     if cxx is None:
-        missing["libiomm_cpu.so"] = f"no {os.environ.get('CXX') or 'g++'} found: install g++ and repeat, or CPU ops run as slow PyTorch"
+        missing["libiomm_cpu.so"] = f"no {os.environ.get('CXX') or 'g++'} found: install g++ and repeat"
         names = {}
     for name, flags in names.items():
         compile_library([cxx, *CXX_FLAGS, *flags, define, *map(str, sorted(CSRC.glob("*.cpp")))], folder / name)
-        built[name] = {"compiler": compiler_version(cxx), "arch": flags[0].removeprefix("-march=") if flags else "baseline"}
+        arch = flags[0].removeprefix("-march=") if flags else "baseline"
+        built[name] = {"compiler": compiler_version(cxx), "arch": arch}
 
     nvcc = find_nvcc()
     if nvcc is None:
@@ -110,18 +114,22 @@ def build_native(folder):
 
 def summary(facts):
     """One line: what was built and what was left out and why."""
-    built = ", ".join(f"{name} ({fact['arch']}; {fact['compiler']})" for name, fact in facts["built"].items()) or "nothing"
-    left_out = "; ".join(f"{name}: {reason}" for name, reason in facts["missing"].items()) or "nothing"
-    return f"iomm native build: built {built}. Left out: {left_out}."
+    built = [f"{name} ({fact['arch']}; {fact['compiler']})" for name, fact in facts["built"].items()]
+    left_out = [f"{name} ({reason})" for name, reason in facts["missing"].items()]
+    return f"iomm: built {', '.join(built) or 'nothing'}; left out {', '.join(left_out) or 'nothing'}"
 
 
 class NativeBuild(build_ext):
     """`build_ext` that calls the two compilers by hand: the libraries are no Python modules and know no torch."""
 
+    def folder(self):
+        if self.inplace or self.editable_mode:
+            return ROOT / "kernels" / "lib"
+        return Path(self.build_lib, "iomm", "kernels", "lib")
+
     def run(self):
-        in_place = self.inplace or self.editable_mode
         try:
-            line = summary(build_native(ROOT / "kernels" / "lib" if in_place else Path(self.build_lib, "iomm", "kernels", "lib")))
+            line = summary(build_native(self.folder()))
         except BuildError as error:
             raise SystemExit(f"iomm native build failed: {error}") from None
         print(line)
@@ -131,9 +139,7 @@ class NativeBuild(build_ext):
             pass
 
     def get_outputs(self):
-        if self.inplace or self.editable_mode:
-            return []
-        return [str(path) for path in Path(self.build_lib, "iomm", "kernels", "lib").glob("*")]
+        return [] if self.inplace or self.editable_mode else [str(path) for path in self.folder().glob("*")]
 
     def get_output_mapping(self):
         return {}

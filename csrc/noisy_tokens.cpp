@@ -7,7 +7,7 @@ template <typename T>
 int run(const T* latents, const float* t, int64_t seed, const int64_t* n, int64_t batch, iomm::Latents shape, T* noisy,
         T* target, int64_t threads) {
     const int64_t size = shape.size(), patch = shape.patch, chunks = (size + iomm::CHUNK - 1) / iomm::CHUNK;
-    const bool many = batch * chunks > 16;
+    const bool many = batch * chunks > 64;  // about 0.1 ms; less is not worth waking threads for
 #pragma omp parallel for schedule(static) num_threads(int(threads)) if (threads > 1 && many)
     for (int64_t task = 0; task < batch * chunks; ++task) {
         const int64_t b = task / chunks, chunk = task % chunks, first = chunk * iomm::CHUNK;

@@ -9,7 +9,7 @@ namespace {
 template <typename Fill>
 int draw(const int64_t* n, int64_t batch, int64_t count, float* out, int64_t threads, Fill fill) {
     const int64_t chunks = (count + iomm::CHUNK - 1) / iomm::CHUNK;
-    const bool many = batch * chunks > 16;  // below 4096 numbers a thread costs more than it saves
+    const bool many = batch * chunks > 64;  // about 0.1 ms; less is not worth waking threads for
 #pragma omp parallel for schedule(static) num_threads(int(threads)) if (threads > 1 && many)
     for (int64_t task = 0; task < batch * chunks; ++task) {
         const int64_t b = task / chunks, chunk = task % chunks, first = chunk * iomm::CHUNK;

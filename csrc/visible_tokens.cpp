@@ -8,7 +8,7 @@
 extern "C" int iomm_visible_tokens_cpu(int64_t seed, const int64_t* n, int64_t batch, int64_t num_tokens, int64_t threshold,
                                        int64_t num_visible, int64_t* index, int32_t* offsets, int64_t* position,
                                        int64_t threads) {
-    const bool many = batch * num_tokens > 4096;
+    const bool many = batch * num_tokens > 65536;  // about 1 ms; less is not worth waking threads for
 #pragma omp parallel num_threads(int(threads)) if (threads > 1 && many)
     {
         std::vector<uint64_t> keys(size_t((num_tokens + iomm::CHUNK - 1) / iomm::CHUNK * iomm::CHUNK)), sorted;

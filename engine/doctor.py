@@ -20,18 +20,17 @@ PRESENT, ABSENT, PROBLEM = "present", "absent", "problem"
 
 
 def rows():
-    """[(part, version or "-", state, note)], state "present", "absent" or "problem"; the note says why and what it costs."""
+    """[(part, version or "-", "present" | "absent" | "problem", note)]; the note says why, and what it costs."""
     return [
         ("Python", platform.python_version(), PRESENT, sys.executable),
         ("torch", torch.__version__, PRESENT, f"{torch.get_num_threads()} CPU threads"),
         cuda_row(),
-        package_row("DeepSpeed", "deepspeed", "deepspeed", "training needs it: pip install deepspeed"),
-        package_row("transformers", "transformers", "transformers", "the MLLM needs it: pip install transformers"),
-        package_row("diffusers", "diffusers", "diffusers", "the FLUX VAE needs it: pip install diffusers"),
+        package_row("DeepSpeed", "deepspeed", "training needs it: pip install deepspeed"),
+        package_row("transformers", "transformers", "the MLLM needs it: pip install transformers"),
+        package_row("diffusers", "diffusers", "the FLUX VAE needs it: pip install diffusers"),
         dali_row(),
-        package_row("Triton", "triton", "triton", "torch.compile on a GPU needs it, in the version that belongs to torch"),
-        package_row("flash-attn", "flash_attn", "flash-attn", "costs nothing yet: attention runs through PyTorch's kernels; "
-                    "to have it: pip install flash-attn --no-build-isolation"),
+        package_row("Triton", "triton", "torch.compile on a GPU needs it, in the version that belongs to torch"),
+        package_row("flash-attn", "flash_attn", "costs nothing: attention runs through PyTorch's kernels"),
         apex_row(),
         compiler_row("g++", "g++", "the C++ ops cannot be built and torch.compile does not work on CPU"),
         compiler_row("nvcc", "nvcc", "the CUDA ops cannot be built; slower PyTorch does their work on a GPU"),
@@ -55,11 +54,11 @@ def find(module):
         return None
 
 
-def package_row(part, module, distribution, cost):
+def package_row(part, module, cost):
     """Row of a package that is looked up and not imported."""
     if find(module) is None:
         return part, "-", ABSENT, cost
-    return part, version_of(distribution) or "unknown", PRESENT, ""
+    return part, version_of(module.replace("_", "-")) or "unknown", PRESENT, ""
 
 
 def cuda_row():
@@ -91,13 +90,13 @@ def dali_row():
     wheel_major = re.search(r"cuda(\d+)0$", next(iter(wheels)))[1]
     torch_major = (torch.version.cuda or "").partition(".")[0]
     if wheel_major != torch_major:
-        return "DALI", version, PRESENT, (f"cpu decoding works; gpu decoding needs a driver for CUDA {wheel_major} too, "
+        return "DALI", version, PRESENT, (f"cpu decoding works; gpu decoding needs a driver for CUDA {wheel_major}, "
                                           f"torch is for CUDA {torch_major}")
     return "DALI", version, PRESENT, "cpu and gpu decoding"
 
 
 def apex_row():
-    """Row of NVIDIA apex, told from the package that bears its name on PyPI by apex.optimizers.FusedAdam."""
+    """Row of NVIDIA apex, told from the unrelated package of that name on PyPI by apex.optimizers.FusedAdam."""
     spec = find("apex")
     folders = list(spec.submodule_search_locations or []) if spec else []
     fused = next((path for folder in folders if (path := Path(folder, "optimizers", "fused_adam.py")).is_file()), None)

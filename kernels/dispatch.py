@@ -1,13 +1,15 @@
 """Which body of an op runs: the first one registered that can, unless IOMM_KERNELS says otherwise.
 
-`IOMM_KERNELS=op:body[,op:body]` forces a body; naming one that cannot run is an error. `table()` says what was picked and
-why the others were not; a run prints it at its start.
+`IOMM_KERNELS=op:body[,op:body]` forces a body; naming one that cannot run is an error. `table()` says what was picked
+and why the others were not; a run prints it at its start.
 """
 
 import importlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,13 +79,19 @@ def _choose(op, device, dtype=None):
     raise ValueError(f"{op} has no body for {dtype} on {device} ({reasons})")
 
 
+@torch.compiler.assume_constant_result  # torch.compile asks once and traces the body, not the choice
+def _chosen_index(op, device, dtype):
+    return _bodies[op].index(_choose(op, device, dtype))
+
+
 def pick(op, device, dtype=None):
     """The function that runs `op` on this torch.device (and dtype, where bodies differ by it)."""
-    return _choose(op, device.type, dtype).fn
+    return _bodies[op][_chosen_index(op, device.type, dtype)].fn
 
 
 def table(device="cpu"):
-    """Rows (op, device, picked body, [(other body, why not)]) of every op on a device type."""
+    """Rows (op, device type, picked body, [(other body, why not)]) of every op on a torch.device or its name."""
+    device = torch.device(device).type
     rows = []
     for op in ops():
         importlib.import_module(f"iomm.kernels.{op}")
@@ -91,9 +99,11 @@ def table(device="cpu"):
         others = []
         for body in _bodies[op]:
             if body is not picked:
-                reason = body.refusal(device) or ("not the one that IOMM_KERNELS names" if op in overrides() else "later in the order")
-                if picked.dtypes and not body.dtypes and not body.refusal(device):
-                    reason += f"; runs where {picked.name} ({picked.dtype_names}) does not take the dtype"
+                reason = body.refusal(device)
+                if reason is None and op in overrides():
+                    reason = f"IOMM_KERNELS names {picked.name}"
+                elif reason is None:
+                    reason = f"for other dtypes than {picked.dtype_names}" if picked.dtypes else f"after {picked.name}"
                 others.append((body.name, reason))
         rows.append((op, device, picked.name, others))
     return rows
@@ -103,6 +113,6 @@ def format_table(device="cpu"):
     """`table()` as text, a line per op."""
     lines = []
     for op, device_type, picked, others in table(device):
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in others)
+        reasons = "; ".join(f"{name} ({reason})" for name, reason in others)
         lines.append(f"{op:<18} {device_type:<5} {picked:<10} {'not ' + reasons if reasons else ''}".rstrip())
     return "\n".join(lines)

@@ -38,7 +38,7 @@ def build_facts(folder=FOLDER):
 
 
 def cpu_library_name():
-    """The build for this CPU: v3 needs AVX2, FMA, BMI and MOVBE, which x86 has had since 2013 (Intel) and 2015 (AMD)."""
+    """The build for this CPU: v3 needs AVX2, FMA, BMI and MOVBE; Intel has had them since 2013, AMD since 2015."""
     if platform.machine() in ("x86_64", "AMD64"):
         try:
             flags = set(Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split())
@@ -76,7 +76,7 @@ def why_not(device):
 
 
 def launch(device, entry, *arguments):
-    """Calls `<entry>_cpu` or `<entry>_cuda`. Tensors go as pointers (contiguous, on `device`), ints as int64, floats as double.
+    """Calls `<entry>_cpu` or `<entry>_cuda`: tensors (contiguous, on `device`) as pointers, numbers as int64 or double.
 
     Raises RuntimeError with the reason if the library is absent or the call fails."""
     library, reason = load(device.type)

@@ -16,7 +16,8 @@ register("masked_attention", "reference", masked_attention_reference)
 
 def _check_keys(name, k, v, q):
     if k.dim() != 3 or k.shape != v.shape or k.shape[2] != q.shape[2]:
-        raise ValueError(f"{name} keys and values must be (tokens, G, {q.shape[2]}) alike, got {tuple(k.shape)} and {tuple(v.shape)}")
+        raise ValueError(f"{name} keys and values must be (tokens, G, {q.shape[2]}) alike, "
+                         f"got {tuple(k.shape)} and {tuple(v.shape)}")
     if not k.shape[1] or q.shape[1] % k.shape[1]:
         raise ValueError(f"{q.shape[1]} query heads are not a multiple of the {k.shape[1]} {name} key heads")
     if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
@@ -55,8 +56,11 @@ def masked_attention(q, k, v, offsets, *, prefix_k=None, prefix_v=None, prefix_o
         _check_keys("prefix", prefix_k, prefix_v, q)
         _check_offsets("prefix_offsets", prefix_offsets, q)
         if len(prefix_offsets) != len(offsets):
-            raise ValueError(f"offsets and prefix_offsets must name equally many samples, got {len(offsets) - 1} and {len(prefix_offsets) - 1}")
+            raise ValueError(f"offsets and prefix_offsets must name equally many samples, "
+                             f"got {len(offsets) - 1} and {len(prefix_offsets) - 1}")
         if k is not None and k.shape[1] != prefix_k.shape[1]:
-            raise ValueError(f"suffix and prefix must have equally many key heads, got {k.shape[1]} and {prefix_k.shape[1]}")
+            raise ValueError(f"suffix and prefix must have equally many key heads, "
+                             f"got {k.shape[1]} and {prefix_k.shape[1]}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return pick("masked_attention", q.device, q.dtype)(q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, causal, scale)
+    run = pick("masked_attention", q.device, q.dtype)
+    return run(q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, causal, scale)

@@ -1,4 +1,4 @@
-"""The PyTorch body: one scaled_dot_product_attention, without a mask where the batch is regular, padded to dense otherwise."""
+"""The PyTorch body: one scaled_dot_product_attention, maskless where the batch is regular, else padded to dense."""
 
 from dataclasses import dataclass
 
@@ -28,7 +28,8 @@ class Plan:
     mask: torch.Tensor | None = None          # (B, 1, num_queries, num_slots), True where visible
 
 
-_recent = []  # the plans of the last batches: all layers of a model ask for the same one, and making it waits for the GPU
+# Plans of the last batches: all layers of a model ask for the same one, and making it waits for the GPU.
+_recent = []
 
 
 def _plan(offsets, prefix_offsets, has_suffix, causal):
@@ -65,24 +66,25 @@ def _make_plan(offsets, prefix_offsets, has_suffix, causal):
     prefix_lengths = [0] * len(lengths) if prefix_offsets is None else _lengths("prefix_offsets", prefix_offsets)
     num_queries, num_prefix = max(lengths, default=0), max(prefix_lengths, default=0)
     alike = len(set(lengths)) <= 1 and len(set(prefix_lengths)) <= 1
-    plan = dict(num_samples=len(lengths), num_queries=num_queries, num_prefix=num_prefix,
-                total_queries=sum(lengths), total_prefix=sum(prefix_lengths))
+    sizes = {"num_samples": len(lengths), "num_queries": num_queries, "num_prefix": num_prefix,
+             "total_queries": sum(lengths), "total_prefix": sum(prefix_lengths)}
     if alike and not (causal and has_suffix and num_prefix):
-        return Plan(regular=True, **plan)
+        return Plan(regular=True, **sizes)
     num_slots = num_prefix + (num_queries if has_suffix else 0)
     device = offsets.device
-    slot = torch.arange(num_slots)
-    visible = (slot < torch.tensor(prefix_lengths)[:, None])[:, None].expand(-1, num_queries, -1).clone()
+    slot_J = torch.arange(num_slots)
+    visible_BJ = slot_J < torch.tensor(prefix_lengths)[:, None]
+    visible = visible_BJ[:, None].repeat(1, num_queries, 1)
     if has_suffix:
-        suffix = slot - num_prefix
-        own = (suffix >= 0) & (suffix < torch.tensor(lengths)[:, None])
-        allowed = suffix <= torch.arange(num_queries)[:, None] if causal else torch.ones(num_queries, num_slots, dtype=torch.bool)
-        visible |= own[:, None] & allowed
-    # A row that sees nothing would be 0/0. Slot 0 of such a sample is padding, all zeros: so are its output and gradients.
+        suffix_J = slot_J - num_prefix
+        own_BJ = (suffix_J >= 0) & (suffix_J < torch.tensor(lengths)[:, None])
+        reach_I = torch.arange(num_queries) if causal else torch.full((num_queries,), num_queries)
+        visible |= own_BJ[:, None] & (suffix_J <= reach_I[:, None])
+    # A row that sees nothing would be 0/0. Slot 0 of such a sample is padding, all zeros: so is all that comes of it.
     if num_slots:
         visible[..., 0] |= ~visible.any(-1)
     return Plan(
-        regular=False, **plan, mask=visible[:, None].to(device),
+        regular=False, **sizes, mask=visible[:, None].to(device),
         query_rows=_rows(lengths, num_queries, 0, device),
         suffix_rows=_rows(lengths, num_slots, num_prefix, device) if has_suffix else None,
         prefix_rows=_rows(prefix_lengths, num_slots, 0, device))
@@ -97,7 +99,8 @@ def masked_attention_sdpa(q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, 
     plan = _plan(offsets, prefix_offsets, k is not None, causal)
     num_prefix = 0 if prefix_k is None else prefix_k.shape[0]
     if plan.total_queries != q.shape[0] or plan.total_prefix != num_prefix:
-        raise ValueError(f"offsets end at {plan.total_queries} and {plan.total_prefix}, but there are {q.shape[0]} queries and {num_prefix} prefix keys")
+        raise ValueError(f"offsets end at {plan.total_queries} queries and {plan.total_prefix} prefix keys, "
+                         f"but there are {q.shape[0]} and {num_prefix}")
     num_keys = num_prefix + (0 if k is None else k.shape[0])
     if not q.shape[0] or not num_keys:  # nothing to compute, but a graph to keep
         return masked_attention_reference(q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, causal, scale)

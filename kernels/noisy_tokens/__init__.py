@@ -9,7 +9,7 @@ from iomm.kernels import native
 from iomm.kernels.dispatch import pick, register
 from iomm.kernels.noisy_tokens.compiled import noisy_tokens_compiled
 from iomm.kernels.noisy_tokens.reference import noisy_tokens_reference, patch_tokens_reference
-from iomm.kernels.philox import check_seed_and_samples
+from iomm.kernels.philox import checked_seed
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 register("noisy_tokens", "cpp", noisy_tokens_compiled, devices=("cpu",), dtypes=_NATIVE_DTYPES,
@@ -21,40 +21,45 @@ register("noisy_tokens", "reference", noisy_tokens_reference)
 
 def _check_latents(latents_BCHW, patch):
     if latents_BCHW.dim() != 4 or not latents_BCHW.is_floating_point():
-        raise ValueError(f"latents must be a float tensor (B, C, H, W), got {latents_BCHW.dtype} of shape {tuple(latents_BCHW.shape)}")
+        raise ValueError(f"latents must be a float tensor (B, C, H, W), "
+                         f"got {latents_BCHW.dtype} of shape {tuple(latents_BCHW.shape)}")
     height, width = latents_BCHW.shape[2:]
     if patch < 1 or height % patch or width % patch:
-        raise ValueError(f"latents of {height} x {width} cannot be cut into patches of {patch}: both sides must be multiples of it")
+        raise ValueError(f"latents of {height} x {width} cannot be cut into patches of {patch}: "
+                         f"both sides must be multiples of {patch}")
 
 
 def noisy_tokens(latents_BCHW, t_B, seed, n_B, patch=2):
     """(noisy_BNK, target_BNK) in the latents' dtype: (1 - t) x + t z and z - x, as tokens. Has no gradient.
 
-    z = normal(seed, NOISE, n, C * H * W) in latent order, t_B (B,) in [0, 1] (1 is pure noise), n_B (B,) int64 the samples'
-    numbers. Arithmetic is float32 (float64 for float64 latents). Raises ValueError on bad shapes."""
+    z = normal(seed, NOISE, n, C * H * W) in latent order, t_B (B,) in [0, 1] (1 is pure noise), n_B (B,) int64 the
+    samples' numbers. Arithmetic is float32 (float64 for float64 latents). Raises ValueError on bad shapes."""
     _check_latents(latents_BCHW, patch)
-    check_seed_and_samples(seed, n_B)
+    seed = checked_seed(seed, n_B)
     num_samples = latents_BCHW.shape[0]
     if t_B.shape != (num_samples,) or n_B.shape != (num_samples,):
-        raise ValueError(f"t and n must have shape ({num_samples},) as the latents, got {tuple(t_B.shape)} and {tuple(n_B.shape)}")
+        raise ValueError(f"t and n must have shape ({num_samples},), as many as there are latents, "
+                         f"got {tuple(t_B.shape)} and {tuple(n_B.shape)}")
     if not t_B.device == n_B.device == latents_BCHW.device:
-        raise ValueError(f"latents, t and n must be on one device, got {latents_BCHW.device}, {t_B.device} and {n_B.device}")
+        raise ValueError(f"latents, t and n must be on one device, "
+                         f"got {latents_BCHW.device}, {t_B.device} and {n_B.device}")
     run = pick("noisy_tokens", latents_BCHW.device, latents_BCHW.dtype)
-    return run(latents_BCHW.detach().contiguous(), t_B.detach().contiguous(), seed - (seed >> 63 << 64), n_B.contiguous(), patch)
+    return run(latents_BCHW.detach().contiguous(), t_B.detach().contiguous(), seed, n_B.contiguous(), patch)
 
 
 def patch_tokens(latents_BCHW, patch=2):
-    """(B, N, K) tokens of latents (B, C, H, W): pixels of a patch become channels. Raises ValueError if the patch does not fit."""
+    """(B, N, K) tokens of latents (B, C, H, W), differentiable. Raises ValueError if the patch does not fit."""
     _check_latents(latents_BCHW, patch)
     return patch_tokens_reference(latents_BCHW, patch)
 
 
 def unpatch(tokens_BNK, height, width, patch=2):
-    """(B, C, H, W) latents of tokens (B, N, K), the inverse of `patch_tokens`. Raises ValueError if N or K does not fit."""
+    """(B, C, H, W) latents of tokens (B, N, K): undoes `patch_tokens`. Raises ValueError if sizes do not fit."""
     if tokens_BNK.dim() != 3:
         raise ValueError(f"tokens must have shape (B, N, K), got {tuple(tokens_BNK.shape)}")
     num_samples, num_tokens, token_dim = tokens_BNK.shape
     if height % patch or width % patch or num_tokens != (height // patch) * (width // patch) or token_dim % patch**2:
-        raise ValueError(f"{num_tokens} tokens of {token_dim} values do not make latents of {height} x {width} with patches of {patch}")
+        raise ValueError(f"{num_tokens} tokens of {token_dim} values do not make latents of {height} x {width} "
+                         f"with patches of {patch}")
     tokens = tokens_BNK.view(num_samples, height // patch, width // patch, -1, patch, patch)
     return tokens.permute(0, 3, 1, 4, 2, 5).reshape(num_samples, -1, height, width)

@@ -8,7 +8,8 @@ WORD = 0xFFFFFFFF
 
 
 def philox_words(seed, stream, n_B, num_blocks):
-    """(B, num_blocks, 4) int64 holding the 32-bit words of blocks 0 .. num_blocks - 1. Products wrap at 2^64; masks keep what is needed."""
+    """(B, num_blocks, 4) int64 that hold the 32-bit words of blocks 0 .. num_blocks - 1."""
+    # A product of two words wraps at 2^64 and may turn negative; its halves are right after masking.
     block = torch.arange(num_blocks, device=n_B.device).expand(len(n_B), num_blocks)
     n = n_B[:, None].expand_as(block)
     c0, c1, c2, c3 = block, torch.full_like(block, stream), n & WORD, (n >> 32) & WORD

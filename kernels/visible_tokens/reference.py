@@ -10,8 +10,8 @@ def visible_tokens_reference(seed, n_B, num_tokens, ratio, fixed):
     """(index_V, offsets, position_V) as `visible_tokens` describes them."""
     draw = philox_reference("uniform", seed, MASK, n_B, num_tokens).double()
     if fixed:
-        order = draw.sort(dim=1, descending=True, stable=True).indices
-        visible = torch.zeros_like(draw, dtype=torch.bool).scatter_(1, order[:, : round((1 - ratio) * num_tokens)], True)
+        best = draw.sort(dim=1, descending=True, stable=True).indices[:, : round((1 - ratio) * num_tokens)]
+        visible = torch.zeros_like(draw, dtype=torch.bool).scatter_(1, best, True)
     else:
         visible = draw >= ratio
     index_V = visible.flatten().nonzero().squeeze(1)

@@ -1,0 +1,127 @@
+"""The build: setup.py compiles csrc/ without torch, says what it left out, and no CUDA kernel spills or warns."""
+
+import ctypes
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from iomm.engine import doctor
+from iomm.kernels import native
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    """setup.py as a module: it sets nothing up unless it is the script."""
+    spec = importlib.util.spec_from_file_location("iomm_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_builds_without_nvcc(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "find_nvcc", lambda: None)
+    facts = recipe.build_native(tmp_path)
+    assert json.loads((tmp_path / "build.json").read_text()) == facts
+    assert "libiomm_cpu.so" in facts["built"] and "no nvcc found" in facts["missing"]["libiomm_cuda.so"]
+    line = recipe.summary(facts)
+    assert "\n" not in line and "libiomm_cpu.so" in line and "libiomm_cuda.so" in line
+    for name in facts["built"]:
+        library = ctypes.CDLL(str(tmp_path / name))
+        library.iomm_source_hash.restype = ctypes.c_char_p
+        assert library.iomm_source_hash().decode() == facts["source_hash"] == native.source_hash()
+
+
+def test_without_compilers_it_says_so(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "find_nvcc", lambda: None)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    facts = recipe.build_native(tmp_path)
+    assert facts["built"] == {} and "no-such-compiler" in facts["missing"]["libiomm_cpu.so"]
+    assert [path.name for path in tmp_path.iterdir()] == ["build.json"]
+
+
+def test_a_compiler_that_fails(recipe, tmp_path, monkeypatch):
+    # nvcc may fail (an old one, a host compiler it does not know): the reason is kept. g++ may not.
+    monkeypatch.setattr(recipe, "find_nvcc", lambda: "/bin/false")
+    monkeypatch.setattr(recipe, "CXX_FLAGS", [*recipe.CXX_FLAGS, "-O0"])
+    assert recipe.build_native(tmp_path)["missing"]["libiomm_cuda.so"] == "false: exit status 1"
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(recipe.BuildError, match="false: exit status 1"):
+        recipe.build_native(tmp_path)
+
+
+def test_every_package_is_listed(recipe):
+    listed = recipe.packages()
+    for path in [*ROOT.glob("iomm/**/*.py"), *ROOT.glob("kernels/**/*.py"), *ROOT.glob("engine/**/*.py"),
+                 *ROOT.glob("engine/configs/*.yaml")]:
+        assert str(path.parent.relative_to(ROOT)) in listed.values(), path
+    assert listed["iomm.kernels"] == "kernels" and listed["iomm.engine"] == "engine"
+    assert not any("lib" in name.split(".") for name in listed)
+
+
+def test_setup_knows_no_torch():
+    code = "import sys; sys.modules['torch'] = None; import runpy; runpy.run_path('setup.py', run_name='recipe')"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("source", sorted(path.name for path in (ROOT / "csrc").glob("*.cu")))
+def test_cuda_kernels_neither_spill_nor_warn(recipe, source, arch, tmp_path):
+    nvcc = recipe.find_nvcc()
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    command = [nvcc, *recipe.NVCC_FLAGS, *recipe.CUDA_ARCHS[arch], "-DIOMM_SOURCE_HASH=test", "-Xptxas", "-v",
+               "-c", str(ROOT / "csrc" / source), "-o", str(tmp_path / "out.o")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert "warning" not in said, said
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    assert spills and set(spills) == {("0", "0", "0")}, said
+
+
+def test_doctor_names_every_part(monkeypatch, tmp_path, capsys):
+    rows = doctor.rows()
+    assert {"torch", "CUDA device", "DeepSpeed", "DALI", "Triton", "flash-attn", "NVIDIA apex", "nvcc", "g++",
+            "C++ ops", "CUDA ops"} <= {row[0] for row in rows}
+    for _, version, state, note in rows:
+        assert version and state in ("present", "absent", "problem") and (note or state == "present")
+    doctor.print_report()
+    assert "NVIDIA apex" in capsys.readouterr().out
+
+
+def test_doctor_tells_the_two_apexes_apart(monkeypatch, tmp_path):
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").write_text("raise RuntimeError('must not be imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert doctor.apex_row()[2] == "absent" and "unrelated" in doctor.apex_row()[3]
+    (tmp_path / "apex" / "optimizers").mkdir()
+    (tmp_path / "apex" / "optimizers" / "fused_adam.py").write_text("class FusedAdam:\n    pass\n")
+    assert doctor.apex_row()[2] == "present"
+
+
+def test_doctor_sees_both_dali_wheels(monkeypatch):
+    monkeypatch.setattr(doctor, "version_of", lambda name: "2.4.0")
+    monkeypatch.setattr(doctor, "find", lambda name: object())
+    assert doctor.dali_row()[2] == "problem" and "overwrite" in doctor.dali_row()[3]
+
+
+def test_a_library_older_than_its_sources_is_refused(monkeypatch):
+    if native.why_not("cpu"):
+        pytest.skip(native.why_not("cpu"))
+    monkeypatch.setattr(native, "source_hash", lambda: "another")
+    native.load.cache_clear()
+    try:
+        assert "older than csrc/" in native.why_not("cpu")
+        assert next(row for row in doctor.native_rows() if row[0] == "C++ ops")[2] == "problem"
+    finally:
+        monkeypatch.undo()
+        native.load.cache_clear()
+    assert os.path.exists(native.FOLDER / native.cpu_library_name())

@@ -1,0 +1,130 @@
+"""The house: who imports whom, one door per third party, and names that collide with nobody."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# What each tree may import of ours.
+MAY_IMPORT = {
+    "kernels": {"kernels"},
+    "iomm": {"kernels", "iomm"},
+    "engine": {"kernels", "iomm", "engine"},
+    "benchmarks": {"kernels", "iomm", "engine", "benchmarks"},
+    "tests": {"kernels", "iomm", "engine", "benchmarks", "tests"},
+}
+# Where each third party may be imported: files, or folders with a slash.
+DOORS = {
+    "transformers": ("iomm/mllm.py",),
+    "diffusers": ("iomm/vae.py", "tests/"),
+    "nvidia": ("engine/data/decode.py",),
+    "deepspeed": ("engine/zero.py", "engine/launch.py"),
+    "triton": ("kernels/",),
+}
+# Modules that programs import and that a script's own folder, first on sys.path, must not hide.
+WELL_KNOWN = {"kernels", "evaluate", "datasets", "data", "torch", "numpy", "triton", "transformers", "diffusers",
+              "deepspeed", "apex", "yaml", "tqdm", "PIL", "accelerate", "peft", "packaging", "requests", "regex", "attr",
+              "attrs", "six", "setup", "conftest", "wheel", "pip", "models", "utils"}
+
+
+def sources():
+    return [path for tree in MAY_IMPORT for path in sorted((ROOT / tree).rglob("*.py"))]
+
+
+def imports(path):
+    """(line, dotted name) of every import; `from a import b` gives a.b, as b may be a module."""
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.relative_to(ROOT)}:{node.lineno}: relative import; write it out from iomm"
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def tree_of(module):
+    """Which of our trees a dotted name belongs to, or None."""
+    parts = module.split(".")
+    if parts[0] in ("tests", "benchmarks"):
+        return parts[0]
+    if parts[0] == "iomm":
+        return parts[1] if len(parts) > 1 and parts[1] in ("kernels", "engine") else "iomm"
+    return None
+
+
+def test_imports_go_downward():
+    wrong = []
+    for path in sources():
+        tree = path.relative_to(ROOT).parts[0]
+        for line, module in imports(path):
+            if (other := tree_of(module)) and other not in MAY_IMPORT[tree]:
+                wrong.append(f"{path.relative_to(ROOT)}:{line} imports {module}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_third_party_has_one_door():
+    wrong = []
+    for path in sources():
+        name = path.relative_to(ROOT).as_posix()
+        for line, module in imports(path):
+            doors = DOORS.get(module.split(".")[0])
+            if doors and not any(name.startswith(door) if door.endswith("/") else name == door for door in doors):
+                wrong.append(f"{name}:{line} imports {module}; its door is {', '.join(doors)}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_our_trees_are_imported_under_one_name():
+    wrong = [f"{path.relative_to(ROOT)}:{line} imports {module}" for path in sources()
+             for line, module in imports(path) if module.split(".")[0] in ("kernels", "engine")]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_init_at_the_roots():
+    # A top-level package `kernels` breaks transformers and pip where Hugging Face's `kernels` is installed.
+    for tree in ("kernels", "engine"):
+        assert not (ROOT / tree / "__init__.py").exists()
+        for folder in (ROOT / tree).iterdir():
+            if folder.is_dir() and any(folder.glob("*.py")):
+                assert (folder / "__init__.py").exists(), f"{folder.relative_to(ROOT)} needs an __init__.py"
+
+
+def test_no_file_hides_a_module():
+    for tree in ("engine", "benchmarks"):
+        for path in (ROOT / tree).glob("*.py"):
+            assert path.stem not in sys.stdlib_module_names, f"{path.relative_to(ROOT)} hides a module of Python"
+            assert path.stem not in WELL_KNOWN, f"{path.relative_to(ROOT)} hides a well known module"
+
+
+@pytest.fixture
+def hugging_face_kernels(tmp_path):
+    """A folder with a stand-in for Hugging Face's `kernels` 0.18.2, which transformers accepts and imports names from."""
+    package = tmp_path / "kernels"
+    (package / "layer").mkdir(parents=True)
+    answer = "MARK = 'hugging face'\ndef __getattr__(name):\n    return type(name, (), {})\n"
+    (package / "__init__.py").write_text(answer)
+    (package / "layer" / "__init__.py").write_text(answer)
+    (package / "layer" / "mode.py").write_text("class Mode:\n    pass\n")
+    info = tmp_path / "kernels-0.18.2.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.2\n")
+    (info / "RECORD").write_text("kernels/__init__.py,,\n")
+    (info / "top_level.txt").write_text("kernels\n")
+    return tmp_path
+
+
+def test_hugging_face_kernels_and_ours_live_together(hugging_face_kernels):
+    code = ("import kernels, transformers; from transformers.integrations import hub_kernels;"
+            "from transformers.utils.import_utils import is_kernels_available;"
+            "import iomm.kernels.dispatch, iomm.kernels.philox;"
+            "assert kernels.MARK == 'hugging face' and is_kernels_available();"
+            "print(iomm.kernels.dispatch.__file__)")
+    # As a script in the checkout sees it: the root of the repository is first on sys.path, before site-packages.
+    path = os.pathsep.join([str(ROOT), str(hugging_face_kernels)])
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "PYTHONPATH": path})
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).samefile(ROOT / "kernels" / "dispatch.py")

@@ -1,0 +1,113 @@
+"""Noisy tokens and targets: the formula, the token order, the same noise on every body."""
+
+import pytest
+import torch
+
+from iomm.kernels import native
+from iomm.kernels.noisy_tokens import noisy_tokens, patch_tokens, unpatch
+from iomm.kernels.noisy_tokens.reference import noisy_tokens_reference
+from iomm.kernels.philox import NOISE, normal
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+SHAPES = [(1, 1, 2, 2, 2), (3, 5, 6, 10, 2), (2, 16, 8, 8, 2), (2, 3, 9, 6, 3), (2, 4, 5, 7, 1), (5, 16, 32, 32, 2)]
+needs_cpp = pytest.mark.skipif(native.why_not("cpu") is not None, reason=str(native.why_not("cpu")))
+
+
+def inputs(shape, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    return latents, torch.rand(shape[0], generator=generator), torch.arange(shape[0]) + 2**35
+
+
+def token_order(x, patch):
+    """ "c (h p) (w q) -> (h w) (c p q)", one value at a time."""
+    channels, height, width = x.shape
+    corners = [(h, w) for h in range(0, height, patch) for w in range(0, width, patch)]
+    values = [(c, p, q) for c in range(channels) for p in range(patch) for q in range(patch)]
+    return torch.stack([torch.stack([x[c, h + p, w + q] for c, p, q in values]) for h, w in corners])
+
+
+@pytest.mark.parametrize("shape", SHAPES[:5])
+def test_formula_in_float64(shape):
+    *shape, patch = shape
+    x, t, n = inputs(shape, torch.float64)
+    noisy, target = noisy_tokens(x, t, 9, n, patch)
+    z = normal(9, NOISE, n, x[0].numel()).double().view_as(x)
+    for b in range(len(x)):
+        time = t[b].double()
+        torch.testing.assert_close(noisy[b], token_order((1 - time) * x[b] + time * z[b], patch), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(target[b], token_order(z[b] - x[b], patch), rtol=1e-6, atol=1e-6)
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_cpp_does_as_the_reference(shape, dtype):
+    *shape, patch = shape
+    x, t, n = inputs(shape, dtype)
+    for mine, specified in zip(noisy_tokens(x, t, 2**63, n, patch), noisy_tokens_reference(x, t, 2**63, n, patch)):
+        assert mine.dtype == dtype and mine.shape == specified.shape
+        # The noise may differ by 2 ulp of its 5.77 at most, the sum by a rounding.
+        torch.testing.assert_close(mine, specified, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_time_one_is_noise_and_time_zero_the_latents():
+    x, _, n = inputs((2, 4, 4, 4))
+    noisy, target = noisy_tokens(x, torch.tensor([0.0, 1.0]), 3, n)
+    assert torch.equal(noisy[0], patch_tokens(x)[0])
+    z = patch_tokens(normal(3, NOISE, n, 64).view_as(x))
+    assert torch.equal(noisy[1], z[1])
+    assert torch.equal(target, z - patch_tokens(x))
+
+
+def test_a_sample_does_not_depend_on_its_batch():
+    x, t, n = inputs((4, 3, 8, 8))
+    whole = noisy_tokens(x, t, 3, n)
+    some = noisy_tokens(x[1:3], t[1:3], 3, n[1:3])
+    assert all(torch.equal(a[1:3], b) for a, b in zip(whole, some))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_unpatch_undoes_patch_tokens(shape):
+    *shape, patch = shape
+    x, _, _ = inputs(shape)
+    tokens = patch_tokens(x, patch)
+    assert torch.equal(tokens[0], token_order(x[0], patch))
+    assert torch.equal(unpatch(tokens, *shape[2:], patch), x)
+    assert torch.equal(unpatch(tokens.repeat(1, 1, 2)[..., : tokens.shape[2]], *shape[2:], patch), x)  # not contiguous
+
+
+def test_takes_no_gradient_and_any_layout():
+    x, t, n = inputs((2, 4, 6, 8))
+    strided = x.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1).requires_grad_()
+    got, plain = noisy_tokens(strided, t, 1, n), noisy_tokens(x, t, 1, n)
+    assert all(torch.equal(a, b) and not a.requires_grad for a, b in zip(got, plain))
+
+
+@pytest.mark.parametrize(("shape", "batch", "patch", "message"), [
+    ((2, 3, 5, 4), 2, 2, "multiples"), ((2, 3, 4, 5), 2, 2, "multiples"), ((2, 3, 4, 4), 3, 2, "shape"),
+    ((3, 4, 4), 3, 2, "B, C, H, W"), ((2, 3, 4, 4), 2, 0, "patches"),
+])
+def test_bad_input_is_a_value_error(shape, batch, patch, message):
+    with pytest.raises(ValueError, match=message):
+        noisy_tokens(torch.zeros(shape), torch.zeros(batch), 0, torch.arange(batch), patch)
+
+
+@pytest.mark.parametrize(("shape", "height", "width"), [
+    ((1, 4, 12), 4, 6), ((1, 4, 11), 4, 4), ((4, 12), 4, 4), ((1, 4, 12), 3, 4),
+])
+def test_bad_tokens_are_a_value_error(shape, height, width):
+    with pytest.raises(ValueError, match="tokens"):
+        unpatch(torch.zeros(shape), height, width)
+
+
+@needs_cpp
+def test_op_is_registered_soundly():
+    torch.library.opcheck(torch.ops.iomm.noisy_tokens.default, (*inputs((2, 4, 4, 4))[:2], 3, torch.arange(2), 2))
+
+
+def test_compiles_as_one_graph():
+    x, t, n = inputs((2, 4, 4, 4))
+    step = torch.compile(lambda x, t, n: noisy_tokens(x, t, 3, n), fullgraph=True, backend="eager")
+    assert all(torch.equal(a, b) for a, b in zip(step(x, t, n), noisy_tokens(x, t, 3, n)))

@@ -46,7 +46,7 @@ class GeneratorConfig:
             raise InputError("generator.num_refiner_blocks and norm_affine are for kind single_stream")
         if any(dim % 2 for dim in self.rope_axes) or sum(self.rope_axes) != self.head_dim:
             multiple = 32 if self.kind == "mmdit" else 16
-            raise InputError(f"generator head dim must be a multiple of {multiple} for its rotary axes, got {self.head_dim}")
+            raise InputError(f"generator head dim must be a multiple of {multiple} (rotary axes), got {self.head_dim}")
 
     @property
     def head_dim(self):
@@ -54,7 +54,7 @@ class GeneratorConfig:
 
     @property
     def rope_axes(self):
-        """Rotary dims of the (index, row, column) axes: FLUX's (16, 56, 56) or Z-Image's (32, 48, 48) at E = 128, same shares elsewhere."""
+        """Rotary dims of the (index, row, column) axes: at E = 128 FLUX's (16, 56, 56) or Z-Image's (32, 48, 48)."""
         index, place = (2, 7) if self.kind == "mmdit" else (4, 6)
         return self.head_dim * index // 16, self.head_dim * place // 16, self.head_dim * place // 16
 

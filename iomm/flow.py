@@ -21,7 +21,7 @@ def shift_time(t, shift):
 def sample_time(uniform_B, kind="uniform", mean=0.0, std=1.0, shift=1.0):
     """Times (B,) in [0, 1], at least float32, from uniform numbers in [0, 1), one each.
 
-    `logit_normal`: sigmoid(mean + std x) with x normal (arXiv 2403.03206, eq. 19), by inverting the normal's distribution."""
+    `logit_normal`: sigmoid(mean + std x) with x normal (arXiv 2403.03206, eq. 19), by inverting the distribution."""
     choice("time kind", kind, TIME_KINDS)
     t_B = uniform_B.to(torch.promote_types(uniform_B.dtype, torch.float32))
     if kind == "logit_normal":

@@ -55,10 +55,13 @@ def rope_tables(positions_LX, axes, theta, device, dtype):
     """Integer positions (L, axes) -> cosines, sines (L, E / 2); axis a turns axes[a] / 2 pairs. RoPE, arXiv 2104.09864.
 
     The angles are float64 and only the results are rounded to `dtype`."""
-    angles_LF = torch.cat([
-        positions_LX[:, axis, None] * theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-        for axis, dim in enumerate(axes)
-    ], dim=1)
+    angles_LF = torch.cat(
+        [
+            positions_LX[:, axis, None] * theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+            for axis, dim in enumerate(axes)
+        ],
+        dim=1,
+    )
     return angles_LF.cos().to(device, dtype), angles_LF.sin().to(device, dtype)
 
 
@@ -86,14 +89,14 @@ def attention_flops(num_queries, num_keys, width):
 
 
 def generator_for(seed, name):
-    """A CPU generator for the parameter `name`: its numbers depend on nothing else, neither on the order nor on ranks."""
+    """A CPU generator for the parameter `name`: its numbers depend on seed and name, not on any order or rank."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 @torch.no_grad()
 def init_weights(model, seed, zero):
-    """Sets every parameter of `model`: Xavier-uniform matrices, zero biases, unit norm scales; modules in `zero` all zero.
+    """Sets every linear and norm: Xavier-uniform matrices, zero biases, unit norm scales; modules in `zero` all zero.
 
     This is DiT's start (arXiv 2212.09748, section 3 "adaLN-Zero", and its released code), with the time embedding
     Xavier-uniform like the rest. Draws on the CPU in float32, so that the device and the dtype do not matter."""

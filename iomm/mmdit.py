@@ -1,7 +1,8 @@
 """Dual-stream diffusion transformer (MM-DiT) with FLUX blocks: noisy latent tokens + condition tokens -> velocity.
 
-The architecture is FLUX.1's (github.com/black-forest-labs/flux) without the pooled text vector: two streams with weights of
-their own meet in joint attention, condition tokens first. iomm/weights.py maps it to diffusers' FluxTransformer2DModel."""
+The architecture is FLUX.1's (github.com/black-forest-labs/flux) without the pooled text vector: two streams with
+weights of their own meet in joint attention, condition tokens first. iomm/layout.py maps it to diffusers'
+FluxTransformer2DModel."""
 
 from functools import lru_cache
 
@@ -10,7 +11,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from iomm.layers import (
-    FusedLinear, TimeEmbedding, at_least_float32, attend, attention_flops, grid_positions, init_weights, rope_tables, rotate,
+    FusedLinear,
+    TimeEmbedding,
+    at_least_float32,
+    attend,
+    attention_flops,
+    grid_positions,
+    init_weights,
+    rope_tables,
+    rotate,
 )
 
 EPS = 1e-6  # of every norm, FLUX's
@@ -67,10 +76,10 @@ class ReadStream(nn.Module):
 
 
 class DualBlock(nn.Module):
-    """Two streams, one attention, condition first: (latents_BND, condition_BCD) -> the same; `last` gives None for the condition.
+    """Two streams, one attention, condition first: (latents_BND, condition_BCD) -> the same.
 
-    FLUX computes the last condition output too and drops it. Without it IOMM-B's forward is 0.9 % cheaper and has no
-    33 M parameters that never see a gradient."""
+    The `last` block gives None for the condition. FLUX computes that output too and drops it; without it IOMM-B's
+    forward is 0.9 % cheaper and has no 33 M parameters that never see a gradient."""
 
     def __init__(self, width, num_heads, last=False):
         super().__init__()
@@ -139,17 +148,25 @@ class MMDiT(nn.Module):
             DualBlock(width, config.num_heads, last=index == config.num_blocks - 1 and not config.num_single_blocks)
             for index in range(config.num_blocks)
         )
-        self.single_blocks = nn.ModuleList(SingleBlock(width, config.num_heads) for _ in range(config.num_single_blocks))
+        self.single_blocks = nn.ModuleList(
+            SingleBlock(width, config.num_heads) for _ in range(config.num_single_blocks)
+        )
         self.final_modulation = nn.Linear(width, 2 * width)  # scale first, then shift: diffusers' order
         self.final = nn.Linear(width, config.token_dim)
 
     def forward(self, noisy_BNK, t_B, condition_BCD, grid):
         num_condition, (rows, columns) = condition_BCD.shape[1], grid
-        assert noisy_BNK.shape[1] == rows * columns, f"{noisy_BNK.shape[1]} latent tokens do not fill a grid of {rows} x {columns}"
+        assert noisy_BNK.shape[1] == rows * columns, (
+            f"{noisy_BNK.shape[1]} latent tokens do not fill a grid of {rows} x {columns}"
+        )
         latents, condition = self.latents_in(noisy_BNK), self.condition_in(condition_BCD)
         time_BD = F.silu(self.time_in(t_B))
         cos, sin = grid_tables(
-            (rows, columns), self.config.rope_axes, self.config.rope_theta, latents.device, at_least_float32(latents[:0]).dtype
+            (rows, columns),
+            self.config.rope_axes,
+            self.config.rope_theta,
+            latents.device,
+            at_least_float32(latents[:0]).dtype,
         )
         for block in self.blocks:
             latents, condition = block(latents, condition, time_BD, cos, sin)
@@ -163,8 +180,12 @@ class MMDiT(nn.Module):
         return self.final(norm_modulate(latents, shift, scale))
 
     def init_weights(self, seed):
-        """Fresh weights, a pure function of the seed; every block starts as the identity and the velocity as zero (adaLN-zero)."""
-        zero = {module for name, module in self.named_modules() if name.split(".")[-1] in ("modulation", "final_modulation", "final")}
+        """Fresh weights, a function of the seed; every block starts as the identity, the velocity as 0 (adaLN-zero)."""
+        zero = {
+            module
+            for name, module in self.named_modules()
+            if name.split(".")[-1] in ("modulation", "final_modulation", "final")
+        }
         init_weights(self, seed, zero)
 
     def flops_per_image(self, grid, num_condition):
@@ -172,7 +193,12 @@ class MMDiT(nn.Module):
         rows, columns = grid
         num_latents, width = rows * columns, self.config.width
         num_joint = num_latents + num_condition
-        rows_of = {self.condition_in: num_condition, self.latents_in: num_latents, self.final: num_latents, self.final_modulation: 1}
+        rows_of = {
+            self.condition_in: num_condition,
+            self.latents_in: num_latents,
+            self.final: num_latents,
+            self.final_modulation: 1,
+        }
         total = 0
         for block in self.blocks:
             for stream, num_tokens in ((block.latent_stream, num_latents), (block.condition_stream, num_condition)):

@@ -12,7 +12,7 @@ METHODS = ("euler", "heun")
 
 
 def image_noise(seed, image_B, num_tokens, token_dim):
-    """Standard normal (B, N, K) float32 for the images numbered `image_B` (int64): each a function of seed and number alone."""
+    """Standard normal (B, N, K) float32 for the images numbered `image_B` (int64), each by seed and number alone."""
     return normal(seed, SAMPLER, image_B, num_tokens * token_dim).unflatten(1, (num_tokens, token_dim))
 
 
@@ -45,10 +45,13 @@ def guided(velocity_fn, condition_BCD, uncondition_BCD, guidance):
 
 
 @torch.no_grad()
-def sample(velocity_fn, noise_BNK, condition_BCD, uncondition_BCD=None, *, steps, method="euler", shift=1.0, guidance=1.0):
+def sample(
+    velocity_fn, noise_BNK, condition_BCD, uncondition_BCD=None, *, steps, method="euler", shift=1.0, guidance=1.0
+):
     """Noise -> image tokens (B, N, K) in the noise's dtype, at least float32, whatever dtype the velocity comes in.
 
-    `velocity_fn(x_BNK, t_B, condition_BCD) -> velocity_BNK`; float32 times. Heun calls it 2 * steps times, Euler steps times."""
+    `velocity_fn(x_BNK, t_B, condition_BCD) -> velocity_BNK`; float32 times. Euler calls it `steps` times,
+    Heun twice as often."""
     choice("sampler method", method, METHODS)
     velocity = guided(velocity_fn, condition_BCD, uncondition_BCD, guidance)
     x = noise_BNK.to(torch.promote_types(noise_BNK.dtype, torch.float32))

@@ -1,12 +1,13 @@
 """Single-stream diffusion transformer with Z-Image's blocks: noisy latent tokens + condition tokens -> velocity.
 
-The architecture is Z-Image's (arXiv 2511.22699): each modality passes a few refiner layers, then one sequence, latents first.
-iomm/weights.py maps it to diffusers' ZImageTransformer2DModel, whose conventions differ from ours in two ways: its time is
-1 - t (0 noise, 1 image) and its output is image - noise, our velocity negated. `forward` converts both.
+The architecture is Z-Image's (arXiv 2511.22699): each modality passes a few refiner layers, then one sequence, latents
+first. iomm/layout.py maps it to diffusers' ZImageTransformer2DModel, whose conventions differ from ours in two ways:
+its time is 1 - t (0 noise, 1 image) and its output is image - noise, our velocity negated. `forward` converts both.
 
-Lengths: like Z-Image, both sequences are filled up to multiples of 32 with learned pad tokens that everything attends to. So
-equality with it holds at every size while all samples of a batch have the same lengths, as they do here by contract. It is not
-defined for ragged batches, where Z-Image also fills up samples to the longest and masks that."""
+Lengths: like Z-Image, both sequences are filled up to multiples of 32 with learned pad tokens that everything attends
+to. So equality with it holds at every size while all samples of a batch have the same lengths, as they do here by
+contract. It is not defined for ragged batches, where Z-Image also fills up samples to the longest and masks that. Where
+both lengths are multiples of 32, as in the preset at 512 px, the pad tokens get no gradient."""
 
 from functools import lru_cache
 
@@ -15,12 +16,20 @@ import torch.nn.functional as F
 from torch import nn
 
 from iomm.layers import (
-    FusedLinear, TimeEmbedding, at_least_float32, attend, attention_flops, generator_for, grid_positions, init_weights,
-    rope_tables, rotate,
+    FusedLinear,
+    TimeEmbedding,
+    at_least_float32,
+    attend,
+    attention_flops,
+    generator_for,
+    grid_positions,
+    init_weights,
+    rope_tables,
+    rotate,
 )
 
-EPS = 1e-5                # of every RMS norm, Z-Image's
-FINAL_EPS = 1e-6          # of the last layer norm
+EPS = 1e-5  # of every RMS norm, Z-Image's
+FINAL_EPS = 1e-6  # of the last layer norm
 PAD_MULTIPLE = 32
 TIME_WIDTH, TIME_HIDDEN = 256, 1024
 
@@ -31,7 +40,7 @@ def time_width(width):
 
 
 class Layer(nn.Module):
-    """Attention and SwiGLU between norms before and after ("sandwich"); with `modulated`, scale and tanh gate from the time.
+    """Attention and SwiGLU between norms before and after; with `modulated`, scales and tanh gates from the time.
 
     (x_BLD, cos_LF, sin_LF, time_BW or None) -> x_BLD."""
 
@@ -118,7 +127,9 @@ class SingleStream(nn.Module):
         self.condition_pad_1D = nn.Parameter(torch.empty(1, width))
         self.time_in = TimeEmbedding(TIME_HIDDEN, time_width(width))
         self.latent_refiners = nn.ModuleList(Layer(config) for _ in range(config.num_refiner_blocks))
-        self.condition_refiners = nn.ModuleList(Layer(config, modulated=False) for _ in range(config.num_refiner_blocks))
+        self.condition_refiners = nn.ModuleList(
+            Layer(config, modulated=False) for _ in range(config.num_refiner_blocks)
+        )
         self.blocks = nn.ModuleList(Layer(config) for _ in range(config.num_blocks))
         self.final_modulation = nn.Linear(time_width(width), width)
         self.final = nn.Linear(width, config.token_dim)
@@ -130,7 +141,12 @@ class SingleStream(nn.Module):
         condition = fill_up(self.condition_in(self.condition_norm(condition_BCD)), self.condition_pad_1D)
         config = self.config
         cos, sin = joint_tables(
-            (rows, columns), condition.shape[1], config.rope_axes, config.rope_theta, latents.device, at_least_float32(latents[:0]).dtype
+            (rows, columns),
+            condition.shape[1],
+            config.rope_axes,
+            config.rope_theta,
+            latents.device,
+            at_least_float32(latents[:0]).dtype,
         )
         time_BW = self.time_in(1 - at_least_float32(t_B))
         split = latents.shape[1]
@@ -147,10 +163,15 @@ class SingleStream(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed):
-        """Fresh weights, a pure function of the seed; every modulated layer starts as the identity and the velocity as zero.
+        """Fresh weights, a function of the seed; every modulated layer starts as the identity, the velocity as 0.
 
-        Pad tokens are normal with standard deviation 0.02: at zero, an RMS norm would multiply their gradient by 1 / sqrt(eps) = 316."""
-        zero = {module for name, module in self.named_modules() if name.split(".")[-1] in ("modulation", "final_modulation", "final")}
+        Pad tokens are normal with standard deviation 0.02: at zero, an RMS norm would multiply their gradient by
+        1 / sqrt(eps) = 316."""
+        zero = {
+            module
+            for name, module in self.named_modules()
+            if name.split(".")[-1] in ("modulation", "final_modulation", "final")
+        }
         init_weights(self, seed, zero)
         for name in ("latent_pad_1D", "condition_pad_1D"):
             pad_1D = getattr(self, name)
@@ -161,8 +182,12 @@ class SingleStream(nn.Module):
         num_latents = grid[0] * grid[1]
         latents, condition = padded(num_latents), padded(num_condition)
         rows_of = {
-            self.latents_in: num_latents, self.condition_in: num_condition, self.final: num_latents, self.final_modulation: 1,
-            self.time_in.linear_in: 1, self.time_in.linear_out: 1,
+            self.latents_in: num_latents,
+            self.condition_in: num_condition,
+            self.final: num_latents,
+            self.final_modulation: 1,
+            self.time_in.linear_in: 1,
+            self.time_in.linear_out: 1,
         }
         return (
             sum(2 * num_tokens * module.weight.numel() for module, num_tokens in rows_of.items())

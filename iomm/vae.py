@@ -13,7 +13,7 @@ from iomm.mllm import Frozen
 
 
 class Latents:
-    """What every VAE says of its latents: `channels`, `factor` (pixels per latent), `patch` (latents per side of a token)."""
+    """What every VAE says of its latents: `channels`; `factor`, pixels per latent; `patch`, latents per token side."""
 
     @property
     def token_dim(self):
@@ -48,11 +48,11 @@ class PixelVAE(Latents, nn.Module):
 
 
 class FluxVAE(Latents, Frozen):
-    """A frozen AutoencoderKL of diffusers, in channels_last: pixels (B, 3, H, W) in [-1, 1] <-> latents of about unit variance.
+    """A frozen AutoencoderKL of diffusers: pixels (B, 3, H, W) in [-1, 1] <-> latents of about unit variance.
 
-    The model sees (z - shift) * scale, with FLUX's 0.3611 and 0.1159 read from the checkpoint (0 where it has no shift).
-    `tiling` encodes and decodes in overlapping tiles of the checkpoint's own sample size where an image is larger: less
-    memory, results close but not equal."""
+    The model sees (z - shift) * scale, with FLUX's 0.3611 and 0.1159 read from the checkpoint (shift 0 where it has
+    none). `tiling` encodes and decodes in overlapping tiles of the checkpoint's own sample size where an image is larger:
+    less memory, results close but not equal."""
 
     patch = 2  # FLUX packs 2 x 2 latents into a token
 
@@ -70,8 +70,9 @@ class FluxVAE(Latents, Frozen):
 
     @torch.no_grad()
     def encode(self, pixels_BCHW, noise_BCHW=None):
-        """-> latents (B, C, H / factor, W / factor) in the input's dtype: the posterior's mean, or with standard normal noise
-        of the latents' shape a sample of it. Raises InputError for sizes that do not divide."""
+        """-> latents (B, C, H / factor, W / factor) in the input's dtype: the posterior's mean, or with noise a sample.
+
+        The noise is standard normal, of the latents' shape. Raises InputError for sizes that do not divide."""
         self.grid(*pixels_BCHW.shape[-2:])
         posterior = self.backbone.encode(self.batch(pixels_BCHW)).latent_dist
         latents = posterior.mean.to(pixels_BCHW.dtype)
@@ -86,7 +87,7 @@ class FluxVAE(Latents, Frozen):
         return pixels.to(latents_BCHW.dtype).contiguous()
 
     def flops_per_image(self, size_px, decode=False):
-        """Forward FLOPs of encoding (or decoding) one square image untiled: 2 m n k of every convolution and product."""
+        """Forward FLOPs of encoding (or decoding) one square image untiled: 2 m n k of every matrix product."""
         coder, side = (self.backbone.decoder, size_px // self.factor) if decode else (self.backbone.encoder, size_px)
         quant_conv = self.backbone.post_quant_conv if decode else self.backbone.quant_conv
         total = 0 if quant_conv is None else products(quant_conv, size_px // self.factor)
@@ -109,7 +110,7 @@ class FluxVAE(Latents, Frozen):
 
 
 def products(module, side):
-    """FLOPs of every matrix product inside `module` on a side x side map: 2 per weight and place, and attention's two products."""
+    """FLOPs of every matrix product inside `module` on a side x side map: 2 a weight and place, and attention's two."""
     total = 0
     for part in module.modules():
         if isinstance(part, (nn.Conv2d, nn.Linear)):
@@ -122,8 +123,8 @@ def products(module, side):
 def load_vae(name, *, revision=None, dtype=torch.float32, device="cpu", tiling=False):
     """`pixel:<patch>`, a local folder, or a hub id owner/name[/subfolder] -> a frozen VAE. Safetensors only.
 
-    A folder holds an AutoencoderKL of diffusers, itself or in `vae/`; with a folder nothing is ever downloaded. Raises InputError
-    when there is none, or it is of another architecture."""
+    A folder holds an AutoencoderKL of diffusers, itself or in `vae/`; with a folder nothing is ever downloaded. Raises
+    InputError when there is none, or it is of another architecture."""
     kind, colon, patch = name.partition(":")
     if colon:
         if kind != "pixel" or not patch.isdigit() or int(patch) < 1:
@@ -135,14 +136,18 @@ def load_vae(name, *, revision=None, dtype=torch.float32, device="cpu", tiling=F
     else:
         owner, *repository = name.split("/", 2)
         if not repository or name.startswith((".", "/", "~")) or not all((owner, *repository)):
-            raise InputError(f"model.vae: no folder {name}; give a folder, a hub id such as black-forest-labs/FLUX.1-dev/vae, or pixel:4")
+            raise InputError(
+                f"model.vae: no folder {name}; give a folder, pixel:<patch>, or a hub id such as "
+                "black-forest-labs/FLUX.1-dev/vae"
+            )
         options = {"pretrained_model_name_or_path": f"{owner}/{repository[0]}", "revision": revision}
         options |= {"subfolder": repository[1]} if repository[1:] else {}
     from diffusers import AutoencoderKL  # seconds to import, and a demo needs none of it
 
     try:
         autoencoder, report = AutoencoderKL.from_pretrained(
-            **options, use_safetensors=True, torch_dtype=dtype, low_cpu_mem_usage=False, output_loading_info=True)
+            **options, use_safetensors=True, torch_dtype=dtype, low_cpu_mem_usage=False, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"model.vae: cannot load {name}: {reason}") from error
@@ -152,7 +157,7 @@ def load_vae(name, *, revision=None, dtype=torch.float32, device="cpu", tiling=F
 
 
 def find_autoencoder(folder):
-    """The folder itself or its `vae/`, whichever is an AutoencoderKL in safetensors. Raises InputError if neither is."""
+    """The folder or its `vae/`, whichever is an AutoencoderKL in safetensors. Raises InputError if neither is."""
     here = next((place for place in (folder, folder / "vae") if (place / "config.json").is_file()), None)
     if here is None:
         raise InputError(f"model.vae: {folder} has no config.json; wanted an AutoencoderKL as diffusers saves it")

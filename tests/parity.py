@@ -7,7 +7,7 @@ import torch
 
 @contextlib.contextmanager
 def true_float64():
-    """Inside, float64 stays float64: diffusers rounds rotary angles, sinusoids and norms to float32 whatever the model's dtype."""
+    """Inside, float64 stays float64: diffusers rounds rotary angles, sinusoids and norms to float32 in every dtype."""
     wide, narrow = (torch.float64, torch.complex128), (torch.float32, torch.complex64)
     real_float, real_to = torch.Tensor.float, torch.Tensor.to
 

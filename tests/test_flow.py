@@ -20,7 +20,9 @@ def test_uniform_times_are_the_numbers_themselves():
 @pytest.mark.parametrize("mean, std", [(0.0, 1.0), (0.8, 0.8), (-1.0, 0.5)])
 def test_logit_normal_times_have_that_mean_and_deviation(mean, std):
     logits = torch.logit(sample_time(EVEN, "logit_normal", mean=mean, std=std))
-    assert abs(logits.mean() - mean) < 1e-9 and abs(logits.std() / std - 1) < 1e-4  # 1e5 quantiles miss 3e-5 of the tails
+    assert (
+        abs(logits.mean() - mean) < 1e-9 and abs(logits.std() / std - 1) < 1e-4
+    )  # 1e5 quantiles miss 3e-5 of the tails
     assert math.isclose(logits.median(), mean, abs_tol=2e-5 * std)
 
 

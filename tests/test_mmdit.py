@@ -1,4 +1,4 @@
-"""MMDiT against diffusers' FluxTransformer2DModel: outputs and every gradient in float64, sizes, counts, fresh weights."""
+"""MMDiT against diffusers' FluxTransformer2DModel: outputs and every gradient, sizes, counts, fresh weights."""
 
 import pytest
 import torch
@@ -7,8 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from iomm.config import PRESETS, GeneratorConfig, generator_config
 from iomm.generator import empty_generator, new_generator
+from iomm.layout import Layout, describe
 from iomm.mmdit import MMDiT
-from iomm.weights import Layout, describe
 
 SMALL = GeneratorConfig(width=64, num_heads=2, num_blocks=2, token_dim=12, condition_dim=20)
 MIXED = GeneratorConfig(width=96, num_heads=3, num_blocks=2, num_single_blocks=2, token_dim=8, condition_dim=16)
@@ -22,7 +22,11 @@ def inputs(config, grid, num_condition, batch=2, dtype=torch.float64):
     generator = torch.Generator().manual_seed(1)
     shapes = (batch, grid[0] * grid[1], config.token_dim), (batch, num_condition, config.condition_dim)
     noisy, condition = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
-    return noisy.requires_grad_(), torch.rand(batch, generator=generator, dtype=torch.float64).to(dtype), condition.requires_grad_()
+    return (
+        noisy.requires_grad_(),
+        torch.rand(batch, generator=generator, dtype=torch.float64).to(dtype),
+        condition.requires_grad_(),
+    )
 
 
 def twin(model, dtype=torch.float64):
@@ -55,7 +59,10 @@ def test_outputs_and_all_gradients_equal_diffusers(config, grid, num_condition):
         (expected * expected.detach().cos()).sum().backward()
     (velocity * expected.detach().cos()).sum().backward()
     errors = {"velocity": relative_error(velocity, expected)}
-    errors |= {"noisy": relative_error(mine[0].grad, other[0].grad), "condition": relative_error(mine[2].grad, other[2].grad)}
+    errors |= {
+        "noisy": relative_error(mine[0].grad, other[0].grad),
+        "condition": relative_error(mine[2].grad, other[2].grad),
+    }
     layout, their_gradients = Layout(config, 1), {name: parameter.grad for name, parameter in theirs.named_parameters()}
     for name, parameter in ours.named_parameters():
         errors[name] = relative_error(parameter.grad, layout.to_ours(name, their_gradients.__getitem__))
@@ -73,12 +80,12 @@ def test_what_only_theirs_has_is_dead():
     dead = [name for name in layout.fillers if not name.startswith("time_text_embed.text_embedder")]
     with torch.no_grad():
         for name in dead:
-            theirs.get_parameter(name)[rows.get(name, 0):] = 1.0
+            theirs.get_parameter(name)[rows.get(name, 0) :] = 1.0
     after = run_twin(theirs, *arguments)
     after.square().sum().backward()
     gradients = [(name, theirs.get_parameter(name).grad) for name in dead]
     assert len(dead) == 11 and torch.equal(before, after)
-    assert all(gradient is None or not gradient[rows.get(name, 0):].any() for name, gradient in gradients)
+    assert all(gradient is None or not gradient[rows.get(name, 0) :].any() for name, gradient in gradients)
 
 
 def test_float32_is_as_near_to_the_exact_result_as_diffusers():
@@ -112,8 +119,10 @@ def test_presets_have_the_papers_size(preset, low, high):
 @pytest.mark.parametrize("grid, num_condition", [((32, 32), 256), ((5, 7), 11)])
 def test_counted_flops_agree_with_pytorch(config, grid, num_condition):
     model = empty_generator(config, device="meta")
-    arguments = (torch.empty(shape, device="meta") for shape in (
-        (1, grid[0] * grid[1], config.token_dim), (1,), (1, num_condition, config.condition_dim)))
+    arguments = (
+        torch.empty(shape, device="meta")
+        for shape in ((1, grid[0] * grid[1], config.token_dim), (1,), (1, num_condition, config.condition_dim))
+    )
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(*arguments, grid)
     assert model.flops_per_image(grid, num_condition) == counter.get_total_flops()
@@ -141,7 +150,9 @@ def test_fresh_blocks_are_the_identity_and_the_fresh_velocity_is_zero():
     latents, tables = torch.randn(2, 9, 64), (torch.zeros(9, 16), torch.zeros(9, 16))
     assert torch.equal(model.blocks[0](latents, torch.randn(2, 4, 64), torch.randn(2, 64), *tables)[0], latents)
     q, k, v = model.blocks[0].latent_stream.qkv.weight.chunk(3)
-    assert all(abs(part.std() / (2 / 128) ** 0.5 - 1) < 0.05 for part in (q, k, v))  # Xavier of 64 x 64, not of 192 x 64
+    assert all(
+        abs(part.std() / (2 / 128) ** 0.5 - 1) < 0.05 for part in (q, k, v)
+    )  # Xavier of 64 x 64, not of 192 x 64
 
 
 def test_a_table_made_while_sampling_serves_training():

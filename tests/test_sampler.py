@@ -41,7 +41,7 @@ def gaussian(mean, std):
 
 
 def gaussian_errors(method, steps):
-    """Error of mean and of deviation. The flow is affine in the noise, so two images at +-1 measure both without chance."""
+    """Error of mean and of deviation. The flow is affine in the noise: images at +-1 measure both without chance."""
     mean, std = 1.7, 0.4
     noise = torch.tensor([1.0, -1.0], dtype=torch.float64)[:, None, None]
     up, down = sample(gaussian(mean, std), noise, torch.zeros(2, 1, 1), steps=steps, method=method).flatten()
@@ -82,7 +82,9 @@ def test_guidance_runs_as_one_doubled_batch_and_combines_exactly():
     sample(velocity, noise, condition, steps=4)
     assert calls == [3] * 4
     longer = guided(velocity, condition, torch.zeros(3, 9, 4), 4.0)
-    assert torch.allclose(longer(noise, torch.ones(3)), guided(velocity, condition, uncondition, 4.0)(noise, torch.ones(3)))
+    assert torch.allclose(
+        longer(noise, torch.ones(3)), guided(velocity, condition, uncondition, 4.0)(noise, torch.ones(3))
+    )
 
 
 def test_heun_calls_twice_a_step_and_bfloat16_velocities_keep_float32_images():
@@ -105,9 +107,15 @@ def test_an_image_does_not_depend_on_its_batch():
     assert torch.equal(images[2:3], sample(field, whole[2:3], condition[2:3], steps=5, method="heun"))
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"steps": 0}, "steps"), ({"steps": 4, "method": "rk4"}, "euler, heun"), ({"steps": 4, "shift": 0.0}, "shift"),
-    ({"steps": 4, "guidance": 2.0}, "guidance")])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"steps": 0}, "steps"),
+        ({"steps": 4, "method": "rk4"}, "euler, heun"),
+        ({"steps": 4, "shift": 0.0}, "shift"),
+        ({"steps": 4, "guidance": 2.0}, "guidance"),
+    ],
+)
 def test_bad_options_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         sample(field, torch.randn(1, 2, 2), torch.zeros(1, 1, 1), **options)

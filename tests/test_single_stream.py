@@ -1,22 +1,30 @@
-"""SingleStream against diffusers' ZImageTransformer2DModel: outputs and every gradient in float64, sizes, counts, fresh weights."""
+"""SingleStream against diffusers' ZImageTransformer2DModel: outputs, every gradient, sizes, counts, fresh weights."""
 
 from dataclasses import replace
 
 import pytest
 import torch
+from iomm.kernels.noisy_tokens import patch_tokens, unpatch
 from parity import randomize, relative_error, true_float64
 from torch.utils.flop_counter import FlopCounterMode
 
 from iomm.config import PRESETS, GeneratorConfig, InputError
 from iomm.generator import empty_generator, new_generator
-from iomm.kernels.noisy_tokens import patch_tokens, unpatch
+from iomm.layout import NORM_FREE as NORM_FREE_KEY
+from iomm.layout import Layout, describe
 from iomm.single_stream import SingleStream
-from iomm.weights import NORM_FREE as NORM_FREE_KEY
-from iomm.weights import Layout, describe
 
 PATCH = 2
 SMALL = GeneratorConfig(
-    kind="single_stream", width=96, num_heads=3, num_blocks=2, num_refiner_blocks=2, token_dim=12, condition_dim=20, rope_theta=256.0)
+    kind="single_stream",
+    width=96,
+    num_heads=3,
+    num_blocks=2,
+    num_refiner_blocks=2,
+    token_dim=12,
+    condition_dim=20,
+    rope_theta=256.0,
+)
 NORM_FREE = replace(SMALL, norm_affine=False)
 
 
@@ -24,14 +32,20 @@ def inputs(config, grid, num_condition, batch=2, dtype=torch.float64):
     generator = torch.Generator().manual_seed(1)
     shapes = (batch, grid[0] * grid[1], config.token_dim), (batch, num_condition, config.condition_dim)
     noisy, condition = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
-    return noisy.requires_grad_(), torch.rand(batch, generator=generator, dtype=torch.float64).to(dtype), condition.requires_grad_()
+    return (
+        noisy.requires_grad_(),
+        torch.rand(batch, generator=generator, dtype=torch.float64).to(dtype),
+        condition.requires_grad_(),
+    )
 
 
 def twin(model, dtype=torch.float64):
     """diffusers' model with our weights."""
     from diffusers import ZImageTransformer2DModel
 
-    description = {key: value for key, value in describe(model.config, PATCH).items() if key not in ("_class_name", NORM_FREE_KEY)}
+    description = {
+        key: value for key, value in describe(model.config, PATCH).items() if key not in ("_class_name", NORM_FREE_KEY)
+    }
     theirs = ZImageTransformer2DModel(**description).to(dtype)
     theirs.load_state_dict(Layout(model.config, PATCH).to_theirs(model.state_dict()), strict=True)
     return theirs
@@ -56,8 +70,14 @@ def test_outputs_and_all_gradients_equal_diffusers(config, grid, num_condition):
         (expected * expected.detach().cos()).sum().backward()
     (velocity * expected.detach().cos()).sum().backward()
     errors = {"velocity": relative_error(velocity, expected)}
-    errors |= {"noisy": relative_error(mine[0].grad, other[0].grad), "condition": relative_error(mine[2].grad, other[2].grad)}
-    layout, their_gradients = Layout(config, PATCH), {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    errors |= {
+        "noisy": relative_error(mine[0].grad, other[0].grad),
+        "condition": relative_error(mine[2].grad, other[2].grad),
+    }
+    layout, their_gradients = (
+        Layout(config, PATCH),
+        {name: parameter.grad for name, parameter in theirs.named_parameters()},
+    )
     unpadded = {"latent_pad_1D": grid[0] * grid[1] % 32 == 0, "condition_pad_1D": num_condition % 32 == 0}
     for name, parameter in ours.named_parameters():
         if unpadded.get(name):
@@ -80,7 +100,6 @@ def test_float32_is_as_near_to_the_exact_result_as_diffusers():
 
 
 def test_a_batch_is_its_samples():
-    """Equal lengths in a batch, which is where equality with Z-Image is defined, change nothing for the single sample."""
     model, grid = randomize(SingleStream(SMALL).double()), (3, 3)
     noisy, t, condition = inputs(SMALL, grid, 5, batch=3)
     together = model(noisy, t, condition, grid)
@@ -97,8 +116,10 @@ def test_the_preset_has_6_billion_parameters():
 @pytest.mark.parametrize("grid, num_condition", [((32, 32), 256), ((5, 7), 11)])
 def test_counted_flops_agree_with_pytorch(config, grid, num_condition):
     model = empty_generator(config, device="meta")
-    arguments = (torch.empty(shape, device="meta") for shape in (
-        (1, grid[0] * grid[1], config.token_dim), (1,), (1, num_condition, config.condition_dim)))
+    arguments = (
+        torch.empty(shape, device="meta")
+        for shape in ((1, grid[0] * grid[1], config.token_dim), (1,), (1, num_condition, config.condition_dim))
+    )
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(*arguments, grid)
     assert model.flops_per_image(grid, num_condition) == counter.get_total_flops()

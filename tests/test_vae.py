@@ -9,7 +9,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from iomm.config import InputError
 from iomm.vae import FluxVAE, load_vae
 
-FLUX = {"scaling_factor": 0.3611, "shift_factor": 0.1159, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
+FLUX = {
+    "scaling_factor": 0.3611,
+    "shift_factor": 0.1159,
+    "latent_channels": 16,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
 
 
 def autoencoder(widths=(8, 8, 16, 16), **changes):
@@ -18,8 +24,12 @@ def autoencoder(widths=(8, 8, 16, 16), **changes):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return AutoencoderKL(
-            block_out_channels=widths, down_block_types=["DownEncoderBlock2D"] * len(widths),
-            up_block_types=["UpDecoderBlock2D"] * len(widths), norm_num_groups=4, **{**FLUX, **changes})
+            block_out_channels=widths,
+            down_block_types=["DownEncoderBlock2D"] * len(widths),
+            up_block_types=["UpDecoderBlock2D"] * len(widths),
+            norm_num_groups=4,
+            **{**FLUX, **changes},
+        )
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +66,9 @@ def test_it_is_frozen_in_channels_last_and_bfloat16_on_request(folder):
     assert latents.dtype == torch.float32 and not latents.requires_grad and vae.backbone.dtype == torch.bfloat16
     with torch.no_grad():
         plain = (autoencoder().bfloat16().encode(pixels().bfloat16()).latent_dist.mean.float() - 0.1159) * 0.3611
-    assert (latents - exact).abs().max() <= 2 * (plain - exact).abs().max() + torch.finfo(torch.bfloat16).eps * exact.abs().max()
+    assert (latents - exact).abs().max() <= 2 * (plain - exact).abs().max() + torch.finfo(
+        torch.bfloat16
+    ).eps * exact.abs().max()
 
 
 def test_tiling_touches_only_larger_images(folder):
@@ -71,7 +83,10 @@ def test_tiling_touches_only_larger_images(folder):
 def test_counted_flops_agree_with_pytorch(size_px, quant_conv):
     with torch.device("meta"):
         vae = FluxVAE(autoencoder(use_quant_conv=quant_conv, use_post_quant_conv=quant_conv))
-        for decode, run, shape in ((False, vae.encode, (1, 3, size_px, size_px)), (True, vae.decode, (1, 16, size_px // 8, size_px // 8))):
+        for decode, run, shape in (
+            (False, vae.encode, (1, 3, size_px, size_px)),
+            (True, vae.decode, (1, 16, size_px // 8, size_px // 8)),
+        ):
             with FlopCounterMode(display=False) as counter:
                 run(torch.empty(shape))
             assert vae.flops_per_image(size_px, decode) == counter.get_total_flops()
@@ -90,7 +105,11 @@ def test_the_flux_encoder_costs_what_the_method_says():
 def test_pixels_are_their_own_latents():
     vae = load_vae("pixel:4")
     assert (vae.channels, vae.factor, vae.patch, vae.token_dim) == (3, 1, 4, 48)
-    assert torch.equal(vae.decode(vae.encode(pixels())), pixels()) and vae.grid(48, 32) == (12, 8) and vae.flops_per_image(64) == 0
+    assert (
+        torch.equal(vae.decode(vae.encode(pixels())), pixels())
+        and vae.grid(48, 32) == (12, 8)
+        and vae.flops_per_image(64) == 0
+    )
 
 
 def test_a_pipeline_folder_is_found_by_its_vae(folder, tmp_path):
@@ -103,18 +122,21 @@ def with_config(tmp_path, text):
     return str(tmp_path)
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda folder: "pixel:0", "pixel:<patch>"),
-    (lambda folder: "pixel:x", "pixel:<patch>"),
-    (lambda folder: "./nowhere", "no folder"),
-    (lambda folder: str(folder / "nowhere"), "no folder"),
-    (lambda folder: "nowhere", "no folder"),
-    (lambda folder: str(folder), "config.json"),
-    (lambda folder: with_config(folder, "not json"), "JSON"),
-    (lambda folder: with_config(folder, "[]"), "JSON"),
-    (lambda folder: with_config(folder, '{"_class_name": "AutoencoderDC"}'), "AutoencoderDC"),
-    (lambda folder: with_config(folder, '{"_class_name": "AutoencoderKL"}'), "safetensors"),
-])
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda folder: "pixel:0", "pixel:<patch>"),
+        (lambda folder: "pixel:x", "pixel:<patch>"),
+        (lambda folder: "./nowhere", "no folder"),
+        (lambda folder: str(folder / "nowhere"), "no folder"),
+        (lambda folder: "nowhere", "no folder"),
+        (lambda folder: str(folder), "config.json"),
+        (lambda folder: with_config(folder, "not json"), "JSON"),
+        (lambda folder: with_config(folder, "[]"), "JSON"),
+        (lambda folder: with_config(folder, '{"_class_name": "AutoencoderDC"}'), "AutoencoderDC"),
+        (lambda folder: with_config(folder, '{"_class_name": "AutoencoderKL"}'), "safetensors"),
+    ],
+)
 def test_a_wrong_name_or_folder_is_an_input_error_of_one_line(make, message, tmp_path):
     with pytest.raises(InputError, match=message) as caught:
         load_vae(make(tmp_path))

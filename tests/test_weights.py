@@ -1,0 +1,210 @@
+"""Exports that diffusers loads and computes alike, the way back bit for bit, shards, and bad folders."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from parity import randomize, relative_error, true_float64
+from safetensors.torch import load_file, save_file
+from test_mmdit import MIXED
+from test_mmdit import SMALL as DUAL
+from test_mmdit import run_twin as run_flux
+from test_single_stream import NORM_FREE, inputs
+from test_single_stream import SMALL as SINGLE
+from test_single_stream import run_twin as run_zimage
+
+from iomm.config import PRESETS, InputError
+from iomm.generator import empty_generator, new_generator
+from iomm.layout import Layout, describe, understand
+from iomm.weights import export_generator, load_generator, load_module, save_module
+
+CONFIGS = pytest.mark.parametrize(
+    "config", [DUAL, MIXED, SINGLE, NORM_FREE], ids=["dual", "dual+single", "single", "norm-free"]
+)
+
+
+def random_model(config, dtype=torch.float32):
+    return randomize(empty_generator(config)).to(dtype)
+
+
+def run_diffusers(folder, config, arguments):
+    """What diffusers computes from the folder alone."""
+    import diffusers
+
+    name, run = (
+        ("FluxTransformer2DModel", run_flux) if config.kind == "mmdit" else ("ZImageTransformer2DModel", run_zimage)
+    )
+    model, report = getattr(diffusers, name).from_pretrained(
+        folder, torch_dtype=torch.float64, low_cpu_mem_usage=False, output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    with true_float64():
+        return run(model, *arguments)
+
+
+@CONFIGS
+@pytest.mark.parametrize("max_shard_bytes", [5_000_000_000, 100_000], ids=["one file", "shards"])
+def test_diffusers_computes_the_same_and_the_way_back_is_exact(config, max_shard_bytes, tmp_path):
+    model = random_model(config)
+    export_generator(model, tmp_path, max_shard_bytes=max_shard_bytes)
+    back = load_generator(tmp_path)
+    assert back.config == config and not back.training
+    state, same = model.state_dict(), back.state_dict()
+    assert state.keys() == same.keys() and all(torch.equal(state[name], same[name]) for name in state)
+    arguments = *inputs(config, (3, 5), 7), (3, 5)
+    assert (
+        relative_error(back.double()(*arguments), run_diffusers(tmp_path, config, arguments)) <= 1e-14
+    )  # measured: 2.3e-15
+
+
+def test_shards_hold_what_they_may_and_an_index(tmp_path):
+    export_generator(random_model(DUAL), tmp_path, max_shard_bytes=100_000)
+    index = json.loads((tmp_path / "diffusion_pytorch_model.safetensors.index.json").read_text())
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert {file.name for file in files} == set(index["weight_map"].values()) and len(files) > 2
+    sizes = [sum(tensor.nbytes for tensor in load_file(file).values()) for file in files]
+    largest = max(tensor.nbytes for file in files for tensor in load_file(file).values())
+    assert sum(sizes) == index["metadata"]["total_size"] and max(sizes) <= max(100_000, largest)
+    export_generator(random_model(DUAL), tmp_path)  # over the old one: nothing of it stays
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
+
+
+def test_another_state_and_another_dtype_are_exported_by_choice(tmp_path):
+    model, ema = random_model(DUAL), randomize(empty_generator(DUAL), seed=9)
+    export_generator(model, tmp_path, state=ema.state_dict(), dtype=torch.bfloat16)
+    back = load_generator(tmp_path)
+    assert all(torch.equal(one.bfloat16(), two) for one, two in zip(ema.parameters(), back.parameters(), strict=True))
+    wide = load_generator(tmp_path, dtype=torch.float32)
+    assert all(
+        torch.equal(one.bfloat16().float(), two) for one, two in zip(ema.parameters(), wide.parameters(), strict=True)
+    )
+    state = ema.state_dict()
+    del state["final.bias"]
+    with pytest.raises(InputError, match="missing final.bias"):
+        export_generator(model, tmp_path / "other", state=state)
+    assert not (tmp_path / "other").exists()
+
+
+@CONFIGS
+@pytest.mark.parametrize("patch", [2, 1])
+def test_a_config_survives_its_description(config, patch):
+    assert understand(describe(config, patch), "here")[0] == config
+    assert understand(json.loads(json.dumps(describe(config, patch))), "here")[0] == config
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "demo"])
+def test_the_presets_fit_diffusers_models_exactly(preset):
+    """Names and shapes on the meta device, at full size."""
+    import diffusers
+
+    config = PRESETS[preset]
+    description = describe(config, 2)
+    with torch.device("meta"):
+        theirs = getattr(diffusers, description.pop("_class_name"))(**description)
+    assert Layout(config, 2).shapes == {name: tuple(parameter.shape) for name, parameter in theirs.named_parameters()}
+
+
+@pytest.fixture
+def exported(tmp_path):
+    export_generator(random_model(DUAL), tmp_path)
+    return tmp_path
+
+
+def rewrite(folder, change):
+    file = folder / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+def edit_config(folder, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def rename(tensors):
+    tensors["proj_outs.bias"] = tensors.pop("proj_out.bias")
+    tensors["x_embedder.bias"] = tensors["x_embedder.bias"][:5].clone()
+
+
+def cut(folder):
+    file = folder / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def index(folder, name):
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (
+            lambda folder: rewrite(folder, rename),
+            "missing proj_out.bias; unknown proj_outs.bias; x_embedder.bias has shape",
+        ),
+        (
+            lambda folder: rewrite(
+                folder, lambda tensors: tensors["time_text_embed.text_embedder.linear_2.bias"].fill_(1)
+            ),
+            "pooled text vector",
+        ),
+        (lambda folder: (folder / "config.json").unlink(), "config.json"),
+        (lambda folder: (folder / "config.json").write_text("[1]"), "JSON object"),
+        (lambda folder: (folder / "config.json").write_text("{"), "JSON"),
+        (
+            lambda folder: (folder / "diffusion_pytorch_model.safetensors").unlink(),
+            "diffusion_pytorch_model.safetensors",
+        ),
+        (cut, "safetensors"),
+        (lambda folder: edit_config(folder, _class_name="UNet2DModel"), "UNet2DModel"),
+        (lambda folder: edit_config(folder, guidance_embeds=True), "guidance_embeds=True"),
+        (lambda folder: edit_config(folder, axes_dims_rope=[8, 12, 12]), "axes_dims_rope"),
+        (lambda folder: edit_config(folder, num_attention_heads="2"), "misstates"),
+        (lambda folder: edit_config(folder, num_layers=3), "missing transformer_blocks.2"),
+        (lambda folder: index(folder, "../weights.safetensors"), "weight_map"),
+        (lambda folder: index(folder, "gone.safetensors"), "gone.safetensors"),
+    ],
+)
+def test_a_wrong_folder_is_an_input_error_of_one_line(exported, damage, message):
+    damage(exported)
+    with pytest.raises(InputError, match=message) as caught:
+        load_generator(exported)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_diffusers_cannot_say_is_not_exported(tmp_path):
+    with pytest.raises(InputError, match="rope theta"):
+        export_generator(random_model(replace(DUAL, rope_theta=5000.0)), tmp_path / "a")
+    with pytest.raises(InputError, match="patch of 5 x 5"):
+        export_generator(random_model(SINGLE), tmp_path / "b", patch=5)
+
+
+def test_any_module_goes_to_one_file_and_back(tmp_path):
+    first, second = (torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4)) for _ in range(2))
+    save_module(first, tmp_path / "parts" / "adapter.safetensors")
+    load_module(second, tmp_path / "parts" / "adapter.safetensors")
+    assert all(torch.equal(one, two) for one, two in zip(first.parameters(), second.parameters(), strict=True))
+    assert not list(tmp_path.rglob("*.part"))
+    with pytest.raises(InputError, match="missing weight; missing bias; unknown 0.bias; unknown 0.weight"):
+        load_module(torch.nn.Linear(3, 4), tmp_path / "parts" / "adapter.safetensors")
+    with pytest.raises(InputError, match="cannot read"):
+        load_module(first, tmp_path / "none.safetensors")
+
+
+def test_nothing_is_unpickled(exported):
+    torch.save({"x": torch.zeros(1)}, exported / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(InputError, match="as safetensors"):
+        load_generator(exported)
+
+
+@pytest.mark.slow
+def test_a_whole_iomm_b_goes_out_in_bfloat16_and_comes_back(tmp_path):
+    model = new_generator(PRESETS["iomm-b"], 0, dtype=torch.bfloat16)
+    export_generator(model, tmp_path, max_shard_bytes=1_000_000_000)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 4
+    assert all(
+        torch.equal(one, two)
+        for one, two in zip(model.parameters(), load_generator(tmp_path).parameters(), strict=True)
+    )

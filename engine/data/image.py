@@ -9,6 +9,7 @@ FORMATS = ("JPEG", "PNG", "WEBP")      # an allow-list: Pillow would start Ghost
 MAX_PIXELS = 1 << 27                   # 400 MB as RGB; a PNG of 109 KB can claim 9.5 GB
 MAX_SIDE_PX = 65535                    # what the index has room for, and what JPEG can say
 EXIF_ORIENTATION = 0x0112
+JPEG_FRAMES = {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I", "I;16", "I;16B")
 OTHER_IMAGES = (b"GIF8", b"BM", b"II*\0", b"MM\0*", b"%!PS", b"\0\0\1\0", b"8BPS", b"\0\0\0\x0cjP  ", b"\xff\x0a")
 
@@ -30,7 +31,9 @@ def check_image(data, *, min_size_px, max_aspect, max_pixels=MAX_PIXELS):
     """
     kind = _kind(data)
     if kind == "JPEG":
-        _check_jpeg_frame(data, max_pixels)
+        _check_jpeg_header(data, max_pixels)
+    elif kind == "PNG" and b"IEND" not in data:      # enough for Pillow if the pixels are there, not for DALI
+        raise Rejected("truncated", "no end")
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(*image.size, min_size_px, max_aspect, max_pixels)
@@ -80,29 +83,31 @@ def _kind(data):
     raise Rejected("not_image", f"starts with {data[:8]!r}")
 
 
-def _check_jpeg_frame(data, max_pixels):
-    """Walks the markers up to the frame header; what Pillow and libjpeg would decode to garbage, or allocate, ends here."""
-    at = 2
+def _check_jpeg_header(data, max_pixels):
+    """Walks the markers to the scan, as strictly as DALI's parser. libjpeg would step over garbage, and decode an
+    arithmetic or lossless frame to garbage; an absurd size ends here, before anything is allocated."""
+    at, frame = 2, None
     while True:
-        at = data.find(b"\xff", at)
-        if at < 0 or at + 4 > len(data):
-            raise Rejected("truncated", "ends before the frame header")
+        if at + 4 > len(data):
+            raise Rejected("truncated", "ends inside the header")
         marker = data[at + 1]
-        if marker in (0x00, 0xFF):
-            at += 1
-        elif marker == 0xD9:
-            raise Rejected("truncated", "ends before the frame header")
-        elif marker == 0x01 or 0xD0 <= marker <= 0xD8:
-            at += 2
-        elif marker == 0xDA:
-            raise Rejected("bad_header", "a scan before the frame header")
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+        if data[at] != 0xFF or marker < 0xC0:
+            raise Rejected("bad_header", f"no marker at byte {at}")
+        if marker == 0xD9:
+            raise Rejected("truncated", "ends before the scan")
+        if marker == 0xDA:
             break
+        if marker in JPEG_FRAMES:
+            frame = marker, data[at + 4:at + 10]
+        if 0xD0 <= marker <= 0xD8:
+            at += 2
+        elif marker == 0xFF:
+            at += 1
         else:
             at += 2 + int.from_bytes(data[at + 2:at + 4], "big")
-    if at + 10 > len(data):
-        raise Rejected("truncated", "ends inside the frame header")
-    precision, height, width, components = struct.unpack_from(">BHHB", data, at + 4)
+    if frame is None or len(frame[1]) < 6:
+        raise Rejected("bad_header", "a scan before the frame header")
+    marker, (precision, height, width, components) = frame[0], struct.unpack(">BHHB", frame[1])
     if marker not in (0xC0, 0xC1, 0xC2) or precision != 8 or components not in (1, 3, 4):
         raise Rejected("unsupported", f"JPEG process {marker:#x}, {precision} bits, {components} components")
     if not width or not height:

@@ -35,8 +35,8 @@ def main(argv=None):
 
 
 def index(args):
-    from iomm.engine.data.index import build
-    build(args.shards, Path(args.out))
+    from iomm.engine.data.index import build, summary
+    print(summary(build(args.shards, Path(args.out))))
     return 0
 
 

@@ -47,7 +47,7 @@ class DataSection:
     shards: str = "shapes"             # tars, globs, folders, comma-separated; "shapes": draw the shapes world
     size_px: int = 512
     flip: bool = False                 # mirror half of the images
-    num_images: int = 4096             # size of the shapes world, when that is what is trained on
+    num_images: int = 4096             # images of the shapes world (64 px), when that is what is trained on
     threads: int = 2                   # decoding threads a rank
 
     def __post_init__(self):

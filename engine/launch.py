@@ -8,6 +8,7 @@ if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().p
 
 import argparse
 import os
+import shlex
 
 import torch
 
@@ -102,7 +103,7 @@ def run(config, args, ranks):
                       num_steps=config.train.steps, ranks=ranks, start_step=state.step,
                       gpu_hours=state.gpu_hours) if ranks.first else None
     loop.train(state, source, config, metrics)
-    ranks.on_first(lambda: finish(config, metrics, ranks.device))
+    ranks.on_first(lambda: finish(config, args, metrics, ranks.device))
 
 
 def open_run_dir(config, args):
@@ -139,7 +140,7 @@ def open_run_dir(config, args):
     return None if folder is None else str(folder)
 
 
-def finish(config, metrics, device):
+def finish(config, args, metrics, device):
     """Draws the sample grid from the checkpoint just written and says what to type next."""
     run_dir = config.run.dir
     if config.log.sample_images:
@@ -147,12 +148,14 @@ def finish(config, metrics, device):
         metrics.image("samples", path, config.train.steps)
         print(f"samples     {path}")
     metrics.close()
+    again = [f"--config {shlex.quote(args.config)}"] * (args.config != "demo")
+    again += [shlex.quote(o) for o in args.overrides if not o.startswith("train.steps=")]
     print(f"log         {run_dir}/log.jsonl, {run_dir}/tb (tensorboard --logdir {run_dir}/tb)\n"
           f"checkpoint  {checkpoint.newest(Path(run_dir) / 'checkpoints')}\n"
           f"GPU-hours   {metrics.gpu_hours:.3f}\n"
           f"next        iomm sample --run {run_dir} --num 16\n"
-          f"            deepspeed engine/launch.py --stage pretrain --resume auto run.dir={run_dir} "
-          f"train.steps={2 * config.train.steps}   (train on)", flush=True)
+          f"            deepspeed engine/launch.py --stage {args.stage} --resume auto {' '.join(again)} "
+          f"train.steps={2 * config.train.steps}   # train on", flush=True)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ def prepare_data(config, progress=True):
     rank; what is already there is kept. Raises InputError: no shard, no image, a changed shard."""
     shards, cache = config.data.shards, cache_dir(config)
     if shards == "shapes":
-        folder = cache / f"shapes-{config.data.num_images}x{config.data.size_px}-seed{config.run.seed}"
-        write_world(folder, num_images=config.data.num_images, size_px=config.data.size_px, seed=config.run.seed)
+        folder = cache / f"shapes-{config.data.num_images}-seed{config.run.seed}"
+        write_world(folder, num_images=config.data.num_images, seed=config.run.seed)
         shards = str(folder)
     return str(ensure_index(shards, cache / "index", progress=progress))
 

@@ -1,0 +1,60 @@
+"""The default command, shortened: its losses are a file, compared exactly on the machine kind that the file names."""
+
+import json
+import platform
+from pathlib import Path
+
+import pytest
+import torch
+from test_run import launch, rows
+
+LOSSES = Path(__file__).parent / "demo_losses.json"
+STEPS, THREADS = 40, 2
+
+
+def machine():
+    """What decides the bits of a CPU run: torch build, vector unit, processor (its BLAS path), threads."""
+    try:
+        model = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor()
+    return {"torch": torch.__version__, "cpu_capability": torch.backends.cpu.get_cpu_capability(), "processor": model,
+            "threads": THREADS}
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("demo") / "demo"
+    done = launch(1, "--stage", "pretrain", f"run.dir={run_dir}", f"train.steps={STEPS}", f"train.threads={THREADS}",
+                  "checkpoint.every_steps=40")
+    assert done.returncode == 0, done.stdout
+    return run_dir, done.stdout
+
+
+def test_losses_are_the_file(demo):
+    losses = [row["loss"] for row in rows(demo[0] / "log.jsonl")][:20]
+    saved = json.loads(LOSSES.read_text())
+    if saved["machine"] == machine():
+        assert losses == saved["losses"]
+    else:
+        assert losses == pytest.approx(saved["losses"], abs=1e-3)
+
+
+def test_loss_falls_below_half_of_its_first_value(demo):
+    losses = [row["loss"] for row in rows(demo[0] / "log.jsonl")]
+    assert min(losses[-5:]) < losses[0] / 2
+
+
+def test_the_run_leaves_what_the_readme_says(demo):
+    run_dir, said = demo
+    assert "step 10/40  loss" in said and "next        iomm sample --run" in said
+    assert [p.name for p in (run_dir / "samples").iterdir()] == ["step-00000040-seed0.png"]
+    assert sorted(p.name for p in run_dir.iterdir()) == ["checkpoints", "config.yaml", "log.jsonl", "samples", "tb"]
+    tars = sorted((run_dir.parent / "shared").glob("shapes-4096-*/*.tar"))
+    assert len(tars) == 4
+
+
+if __name__ == "__main__":       # python tests/test_demo.py LOG: writes the file anew from a run's log.jsonl
+    import sys
+    first = [row["loss"] for row in rows(sys.argv[1])][:20]
+    LOSSES.write_text(json.dumps({"machine": machine(), "losses": first}, indent=1) + "\n")

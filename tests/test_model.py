@@ -1,0 +1,135 @@
+"""Algorithm 1 whole: a pure function of the sample, the same on one rank and on two, gradients where they belong."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from iomm.adapter import QueryAdapter
+from iomm.config import AdapterConfig, GeneratorConfig, InputError, MaskConfig
+from iomm.generator import new_generator
+from iomm.kernels.noisy_tokens import noisy_tokens
+from iomm.kernels.philox import TIME, uniform
+from iomm.masking import visible_mask
+from iomm.mllm import RECONSTRUCT, create_mllm, load_mllm
+from iomm.model import IOMM, Recipe
+from iomm.vae import load_vae
+
+SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def mllm(tmp_path_factory):
+    folder = create_mllm(
+        tmp_path_factory.mktemp("mllm") / "tiny", texts=[RECONSTRUCT],
+        vision=dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=96, image_size=32, patch_size=4,
+                    attention_bias=True),
+        text=dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=80,
+                  max_position_embeddings=256))
+    return load_mllm(str(folder), dtype=torch.float32)
+
+
+def build(mllm, ratio=0.5, kind="rqa", attention="causal", mode="drop"):
+    adapter_config = AdapterConfig(kind=kind, num_queries=8, head_dim=16, attention=attention)
+    shape = GeneratorConfig(width=64, num_heads=2, num_blocks=2, token_dim=48, condition_dim=mllm.width)
+    adapter = QueryAdapter(adapter_config, mllm.width)
+    adapter.init_weights(0)
+    generator = new_generator(shape, 0)
+    with torch.no_grad():        # a fresh generator answers zero whatever it is told; here it must listen
+        draw = torch.Generator().manual_seed(0)
+        for p in (*generator.parameters(), *adapter.parameters()):
+            p.add_(torch.randn(p.shape, generator=draw) * 0.05)
+    return IOMM(generator, adapter, mllm, load_vae("pixel:4"), Recipe(seed=3, mask=MaskConfig(ratio=ratio, mode=mode), adapter=adapter_config))
+
+
+def pixels(n_B):
+    return (torch.stack([torch.rand(3, SIZE, SIZE, generator=torch.Generator().manual_seed(int(n))) * 2 - 1 for n in n_B]),
+            torch.stack([torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(int(n))) for n in n_B]))
+
+
+@pytest.mark.parametrize("kind", ["rqa", "metaquery"])
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+@pytest.mark.parametrize("mode", ["drop", "zero"])
+def test_a_sample_does_not_depend_on_its_batch(mllm, kind, attention, mode):
+    model = build(mllm, kind=kind, attention=attention, mode=mode)
+    n_B = torch.arange(100, 104)
+    _, whole_B, t_B = model(*pixels(n_B), n_B)
+    for i, n in enumerate(n_B):
+        _, alone_B, t = model(*pixels([n]), n[None])
+        assert torch.equal(t, t_B[i:i + 1])
+        assert torch.allclose(alone_B, whole_B[i:i + 1], rtol=1e-5)
+    again = model(*pixels(n_B), n_B)[1]
+    assert torch.equal(again, whole_B)
+
+
+def test_two_ranks_draw_what_one_draws(mllm):
+    one, mask, seed = torch.arange(32, 48), MaskConfig(ratio=0.6), 11
+    latents = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    for two in (one[:8], one[8:]):
+        rows = two - 32
+        t, whole_t = uniform(seed, TIME, two, 1), uniform(seed, TIME, one, 1)
+        assert torch.equal(t, whole_t[rows])
+        assert torch.equal(visible_mask(mask, seed, two, 16).view(8, 16), visible_mask(mask, seed, one, 16).view(16, 16)[rows])
+        half, whole = (noisy_tokens(latents[n - 32], uniform(seed, TIME, n, 1)[:, 0], seed, n, 2) for n in (two, one))
+        assert all(torch.equal(h, w[rows]) for h, w in zip(half, whole))
+
+
+def test_gradients_reach_all_that_trains_and_nothing_else(mllm):
+    model, n_B = build(mllm), torch.arange(4)
+    assert not any(name.startswith("frozen") for name, _ in model.named_parameters())
+    model(*pixels(n_B), n_B)[0].backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for name, p in model.named_parameters()
+               if not name.endswith(("to_k.bias",)))        # a bias of all keys cancels in the softmax
+    assert all(p.grad is None for p in mllm.parameters())
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0])
+def test_nothing_hidden_and_everything_hidden(mllm, ratio):
+    model, n_B = build(mllm, ratio=ratio), torch.arange(3)
+    loss, loss_B, _ = model(*pixels(n_B), n_B)
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(model.adapter.queries_QD.grad).all()
+
+
+def test_a_fresh_adapter_hands_over_tokens_of_ordinary_size(mllm):
+    adapter = QueryAdapter(AdapterConfig(num_queries=8, head_dim=16), mllm.width)
+    adapter.init_weights(0)
+    condition = mllm.condition([RECONSTRUCT], 100 * torch.randn(1, mllm.num_image_tokens, mllm.width))
+    table = mllm.backbone.get_input_embeddings().weight
+    ratio = adapter(condition).std() / table.std()
+    assert 0.5 * mllm.width ** -0.5 / table.std() < ratio < 2 * mllm.width ** -0.5 / table.std()
+    assert torch.equal(adapter(condition)[0], adapter.queries_QD)
+
+
+def test_counted_flops_are_those_of_the_flop_counter(mllm):
+    model = build(mllm, ratio=0.0)
+    visible = torch.ones(mllm.num_image_tokens, dtype=torch.bool)
+    vit = torch.randn(1, 3, 32, 32)
+
+    def count(work):
+        # the CPU's fused attention is unknown to the counter; the plain one is two matrix products
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            result = work()
+        return counter.get_total_flops(), result
+    flops, tokens = count(lambda: mllm.image_tokens(vit))
+    assert flops == pytest.approx(mllm.vit_flops(), rel=0.01)
+    condition = mllm.condition([RECONSTRUCT], tokens, visible=visible)
+    num_prefix = len(condition.tokens_TD)
+    flops, cache = count(lambda: mllm.prefix(condition))
+    prefix, forward, backward = mllm.decoder_flops(num_prefix, 8)
+    assert flops == pytest.approx(prefix, rel=0.01)
+    flops, queries = count(lambda: model.adapter(condition))
+    assert flops == pytest.approx(model.adapter.flops(num_prefix), rel=0.01)
+    queries = queries.detach().requires_grad_()
+    flops, hidden = count(lambda: mllm.queries(queries, condition, cache))
+    assert flops == pytest.approx(forward, rel=0.01)
+    flops, _ = count(lambda: hidden.sum().backward())
+    # The torch body pads prefix and suffix into one tensor, so it also computes the prefix's gradients, used by nobody.
+    unused = 3 * 8 * num_prefix * 4 * mllm.width
+    assert flops == pytest.approx(backward + unused, rel=0.01)
+
+
+def test_unbuilt_choices_are_refused(mllm):
+    recipe = Recipe(adapter=AdapterConfig(kind="none", conditions="all"))
+    with pytest.raises(InputError, match="adapter.kind=none"):
+        IOMM(torch.nn.Identity(), torch.nn.Identity(), mllm, load_vae("pixel:4"), recipe)

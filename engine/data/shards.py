@@ -6,9 +6,9 @@ from collections import OrderedDict
 
 from iomm.config import InputError
 from iomm.engine.data.archive import Folder, Tar
+from iomm.engine.data.caption import caption_of_json, caption_of_text
 from iomm.engine.data.image import opaque
 from iomm.engine.data.index import CAPTION_JSON, CAPTION_TXT, TRANSPARENT, load
-from iomm.engine.data.caption import caption_of_json, caption_of_text
 
 MAX_OPEN = 256      # shards; the order reads from 16 at a time, and 1,024 file handles are a common limit
 

@@ -30,7 +30,7 @@ class Batch:
 
 
 class ImageSource:
-    """Micro-batches of one rank for num_steps steps of the run, from start_step on, in order.
+    """Micro-batches of one rank for the steps start_step .. num_steps - 1 of the run, in order.
 
     Global batch b is run positions [b G, (b + 1) G), whatever the number of ranks: micro-batch a of rank r takes
     b G + (a W + r) m + [0, m), where G = global_batch, m = micro_batch, W = world_size, and a counts the G / (m W) accumulation steps.
@@ -64,7 +64,7 @@ class ImageSource:
 
     def __len__(self):
         """Micro-batches in all."""
-        return self.num_steps * self.accumulation_steps
+        return max(0, self.num_steps - self.start_step) * self.accumulation_steps
 
     def positions(self, step, accumulation_step):
         """Run positions (int64 array of m) of a micro-batch of this rank."""
@@ -94,7 +94,7 @@ class ImageSource:
     def _read(self, readers, on_the_way):
         """Yields (encoded images, flips) in order, with the next BATCHES_READ_AHEAD batches being read meanwhile."""
         reading = deque()
-        plan = ((step, a) for step in range(self.start_step, self.start_step + self.num_steps) for a in range(self.accumulation_steps))
+        plan = ((step, a) for step in range(self.start_step, self.num_steps) for a in range(self.accumulation_steps))
         for step, accumulation_step in plan:
             n = self.positions(step, accumulation_step)
             entries = self.order(n)

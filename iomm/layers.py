@@ -8,6 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 
+ZERO_AT_START = ("modulation", "final_modulation", "final")  # names of linears: blocks start closed, velocity at 0
+
+
 class FusedLinear(nn.Linear):
     """Linear (..., in) -> (..., sum(parts)): several matrices of one input as one product.
 
@@ -88,6 +91,12 @@ def attention_flops(num_queries, num_keys, width):
     return 4 * num_queries * num_keys * width
 
 
+def linear_flops(module, num_tokens):
+    """Forward FLOPs of all linears inside `module` on one sequence. From their sizes: ZeRO-3 leaves weights empty."""
+    linears = [part for part in module.modules() if isinstance(part, nn.Linear)]
+    return sum(2 * num_tokens * linear.in_features * linear.out_features for linear in linears)
+
+
 def generator_for(seed, name):
     """A CPU generator for the parameter `name`: its numbers depend on seed and name, not on any order or rank."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
@@ -95,8 +104,8 @@ def generator_for(seed, name):
 
 
 @torch.no_grad()
-def init_weights(model, seed, zero):
-    """Sets every linear and norm: Xavier-uniform matrices, zero biases, unit norm scales; modules in `zero` all zero.
+def init_weights(model, seed):
+    """Sets every linear and norm: Xavier-uniform matrices, zero biases, unit norm scales; ZERO_AT_START all zero.
 
     This is DiT's start (arXiv 2212.09748, section 3 "adaLN-Zero", and its released code), with the time embedding
     Xavier-uniform like the rest. Draws on the CPU in float32, so that the device and the dtype do not matter."""
@@ -107,7 +116,7 @@ def init_weights(model, seed, zero):
             continue
         if module.bias is not None:
             module.bias.zero_()
-        if module in zero:
+        if name.split(".")[-1] in ZERO_AT_START:
             module.weight.zero_()
             continue
         random = generator_for(seed, name)

@@ -18,6 +18,7 @@ from iomm.layers import (
     attention_flops,
     grid_positions,
     init_weights,
+    linear_flops,
     rope_tables,
     rotate,
 )
@@ -181,33 +182,20 @@ class MMDiT(nn.Module):
 
     def init_weights(self, seed):
         """Fresh weights, a function of the seed; every block starts as the identity, the velocity as 0 (adaLN-zero)."""
-        zero = {
-            module
-            for name, module in self.named_modules()
-            if name.split(".")[-1] in ("modulation", "final_modulation", "final")
-        }
-        init_weights(self, seed, zero)
+        init_weights(self, seed)
 
     def flops_per_image(self, grid, num_condition):
         """Forward FLOPs of one image: 2 m n k of every matrix product, nothing else."""
-        rows, columns = grid
-        num_latents, width = rows * columns, self.config.width
+        num_latents, width = grid[0] * grid[1], self.config.width
         num_joint = num_latents + num_condition
-        rows_of = {
-            self.condition_in: num_condition,
-            self.latents_in: num_latents,
-            self.final: num_latents,
-            self.final_modulation: 1,
-        }
-        total = 0
+        total = linear_flops(self.time_in, 1) + linear_flops(self.final_modulation, 1)
+        total += linear_flops(self.condition_in, num_condition)
+        total += linear_flops(self.latents_in, num_latents) + linear_flops(self.final, num_latents)
         for block in self.blocks:
             for stream, num_tokens in ((block.latent_stream, num_latents), (block.condition_stream, num_condition)):
-                rows_of |= {module: num_tokens for module in stream.children() if isinstance(module, nn.Linear)}
-                rows_of[stream.modulation] = 1
-            num_queries = num_latents if block.last else num_joint
-            total += attention_flops(num_queries, num_joint, width)
+                total += linear_flops(stream, num_tokens) - linear_flops(stream.modulation, num_tokens - 1)
+            total += attention_flops(num_latents if block.last else num_joint, num_joint, width)
         for block in self.single_blocks:
-            rows_of |= {block.modulation: 1, block.linear_in: num_joint, block.linear_out: num_joint}
+            total += linear_flops(block, num_joint) - linear_flops(block.modulation, num_joint - 1)
             total += attention_flops(num_joint, num_joint, width)
-        rows_of |= {self.time_in.linear_in: 1, self.time_in.linear_out: 1}
-        return total + sum(2 * num_tokens * module.weight.numel() for module, num_tokens in rows_of.items())
+        return total

@@ -24,6 +24,7 @@ from iomm.layers import (
     generator_for,
     grid_positions,
     init_weights,
+    linear_flops,
     rope_tables,
     rotate,
 )
@@ -82,9 +83,10 @@ class Layer(nn.Module):
 
     def flops(self, num_tokens):
         """Forward FLOPs on one sequence."""
-        linears = sum(module.weight.numel() for module in (self.qkv, self.out, self.mlp_in, self.mlp_out))
-        modulation = 0 if self.modulation is None else 2 * self.modulation.weight.numel()
-        return 2 * num_tokens * linears + modulation + attention_flops(num_tokens, num_tokens, self.out.in_features)
+        linears = linear_flops(self, num_tokens)
+        if self.modulation is not None:
+            linears -= linear_flops(self.modulation, num_tokens - 1)
+        return linears + attention_flops(num_tokens, num_tokens, self.out.in_features)
 
 
 def padded(length):
@@ -167,12 +169,7 @@ class SingleStream(nn.Module):
 
         Pad tokens are normal with standard deviation 0.02: at zero, an RMS norm would multiply their gradient by
         1 / sqrt(eps) = 316."""
-        zero = {
-            module
-            for name, module in self.named_modules()
-            if name.split(".")[-1] in ("modulation", "final_modulation", "final")
-        }
-        init_weights(self, seed, zero)
+        init_weights(self, seed)
         for name in ("latent_pad_1D", "condition_pad_1D"):
             pad_1D = getattr(self, name)
             pad_1D.copy_(torch.empty(pad_1D.shape).normal_(std=0.02, generator=generator_for(seed, name)))
@@ -181,17 +178,9 @@ class SingleStream(nn.Module):
         """Forward FLOPs of one image: 2 m n k of every matrix product, pad tokens included, nothing else."""
         num_latents = grid[0] * grid[1]
         latents, condition = padded(num_latents), padded(num_condition)
-        rows_of = {
-            self.latents_in: num_latents,
-            self.condition_in: num_condition,
-            self.final: num_latents,
-            self.final_modulation: 1,
-            self.time_in.linear_in: 1,
-            self.time_in.linear_out: 1,
-        }
-        return (
-            sum(2 * num_tokens * module.weight.numel() for module, num_tokens in rows_of.items())
-            + sum(layer.flops(latents) for layer in self.latent_refiners)
-            + sum(layer.flops(condition) for layer in self.condition_refiners)
-            + sum(layer.flops(latents + condition) for layer in self.blocks)
-        )
+        total = linear_flops(self.time_in, 1) + linear_flops(self.final_modulation, 1)
+        total += linear_flops(self.condition_in, num_condition)
+        total += linear_flops(self.latents_in, num_latents) + linear_flops(self.final, num_latents)
+        total += sum(layer.flops(latents) for layer in self.latent_refiners)
+        total += sum(layer.flops(condition) for layer in self.condition_refiners)
+        return total + sum(layer.flops(latents + condition) for layer in self.blocks)

@@ -51,8 +51,8 @@ class FluxVAE(Latents, Frozen):
     """A frozen AutoencoderKL of diffusers: pixels (B, 3, H, W) in [-1, 1] <-> latents of about unit variance.
 
     The model sees (z - shift) * scale, with FLUX's 0.3611 and 0.1159 read from the checkpoint (shift 0 where it has
-    none). `tiling` encodes and decodes in overlapping tiles of the checkpoint's own sample size where an image is larger:
-    less memory, results close but not equal."""
+    none). `tiling` encodes and decodes in overlapping tiles of the checkpoint's own sample size where an image is
+    larger: less memory, results close but not equal."""
 
     patch = 2  # FLUX packs 2 x 2 latents into a token
 

@@ -86,7 +86,7 @@ def save_module(module, path, *, state=None, dtype=None):
 
 @torch.no_grad()
 def load_module(module, path):
-    """Fills `module` from a file of save_module. Raises InputError that lists what does not fit; then nothing changes."""
+    """Fills `module` from a file of save_module. Raises InputError that lists misfits; then nothing changes."""
     tensors, own = read_tensors(Path(path)), module.state_dict()
     check_tensors(path, *({name: tuple(tensor.shape) for name, tensor in state.items()} for state in (tensors, own)))
     for name, tensor in own.items():

@@ -60,7 +60,8 @@ def error(got, wanted):
 
 
 def test_photographs_agree_with_pillow():
-    """Mean absolute error below half a grey level of 255, for both outputs, at every size, ratio, subsampling and JPEG process."""
+    """Mean absolute error below half a grey level of 255, for both outputs, at every size, ratio, subsampling and JPEG
+    process."""
     sizes = [(640, 480), (481, 640), (333, 517), (96, 96), (97, 211), (1200, 301), (70, 60)]
     options = [{"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}, {"subsampling": 2, "progressive": True}]
     images = [encode(photograph(*size, seed), **option) for seed, size in enumerate(sizes) for option in options]

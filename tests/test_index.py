@@ -5,6 +5,7 @@ import json
 import os
 import tarfile
 import zlib
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -41,16 +42,17 @@ def index(path, out, **options):
     folder = build(str(path), out, progress=False, workers=2, **options)
     lines = [json.loads(line) for line in (folder / "rejected.jsonl").read_text().splitlines()]
     assert all(set(line) == {"shard", "key", "reason", "detail"} for line in lines)
-    assert load(folder).rejected == {line["reason"]: [other["reason"] for other in lines].count(line["reason"]) for line in lines}
+    assert load(folder).rejected == Counter(line["reason"] for line in lines)
     return Shards(folder), {line["key"]: line["reason"] for line in lines}
 
 
 def test_images_and_captions_come_back(tmp_path):
-    images = [encode(seed=0), encode(seed=1, kind="PNG"), encode((60, 50), seed=2, kind="WEBP"), encode(seed=3), encode(seed=4)]
-    write_tar(tmp_path / "a.tar", [("k0.txt", "ein Bär ".encode()), ("k1.png", images[1]), ("k0.jpg", images[0]), ("unread.bin", b"x"),
-                                   ("k1.json", b'{"caption": "from json", "width": 3}')])
-    write_tar(tmp_path / "b.tar", [("sub/k2.v1.5.webp", images[2]), ("sub/k2.v1.5.json", b'{"caption": "not me"}'), ("sub/k2.v1.5.txt", b"me"),
-                                   ("k3.JPEG", images[3]), ("k4.jpg", images[4]), ("k4.json", b"{}")])
+    images = [encode(seed=0), encode(seed=1, kind="PNG"), encode((60, 50), seed=2, kind="WEBP"), encode(seed=3),
+              encode(seed=4)]
+    write_tar(tmp_path / "a.tar", [("k0.txt", "ein Bär ".encode()), ("k1.png", images[1]), ("k0.jpg", images[0]),
+                                   ("unread.bin", b"x"), ("k1.json", b'{"caption": "from json", "width": 3}')])
+    write_tar(tmp_path / "b.tar", [("sub/k2.v1.5.webp", images[2]), ("sub/k2.v1.5.json", b'{"caption": "not me"}'),
+                                   ("sub/k2.v1.5.txt", b"me"), ("k3.JPEG", images[3]), ("k4.jpg", images[4]), ("k4.json", b"{}")])
     shards, rejected = index(tmp_path / "*.tar", tmp_path / "index")
     assert not rejected and len(shards) == 5 and shards.shard_sizes == [2, 3]
     assert [shards.image_bytes(k) for k in range(5)] == images
@@ -86,26 +88,37 @@ def with_frame(data, **change):
 
 JPEG = encode((200, 180), quality=95)
 BAD_IMAGES = {
-    "empty": (b"", "truncated"), "one_byte": (b"\xff", "truncated"), "soi": (b"\xff\xd8", "truncated"), "soi_eoi": (b"\xff\xd8\xff\xd9", "truncated"),
+    "empty": (b"", "truncated"), "one_byte": (b"\xff", "truncated"), "soi": (b"\xff\xd8", "truncated"),
+    "soi_eoi": (b"\xff\xd8\xff\xd9", "truncated"),
     "header_only": (JPEG[:20], "truncated"), "in_frame": (JPEG[:JPEG.index(b"\xff\xc0") + 8], "truncated"),
-    "cut_10": (cut(JPEG, 0.1), "truncated"), "cut_50": (cut(JPEG, 0.5), "truncated"), "cut_99": (cut(JPEG, 0.99), "truncated"), "no_eoi": (JPEG[:-2], "truncated"),
+    "cut_10": (cut(JPEG, 0.1), "truncated"), "cut_50": (cut(JPEG, 0.5), "truncated"),
+    "cut_99": (cut(JPEG, 0.99), "truncated"), "no_eoi": (JPEG[:-2], "truncated"),
     "progressive_half": (cut(encode((200, 180), progressive=True), 0.5), "truncated"),
     "png_half": (cut(encode(kind="PNG"), 0.5), "truncated"), "webp_half": (cut(encode(kind="WEBP"), 0.5), "truncated"),
     "png_bad_crc": (encode(kind="PNG").replace(b"IDAT", b"IDAU"), "bad_header"),
-    "no_dqt": (JPEG.replace(b"\xff\xdb", b"\xff\xee"), "bad_header"), "no_height": (with_frame(JPEG, height=0), "bad_header"),
-    "arithmetic": (with_frame(JPEG, marker=0xC9), "unsupported"), "lossless": (with_frame(JPEG, marker=0xC3), "unsupported"),
-    "twelve_bit": (with_frame(JPEG, precision=12), "unsupported"), "five_components": (with_frame(JPEG, components=5), "unsupported"),
-    "gif": (encode(kind="GIF"), "unsupported"), "bmp": (encode(kind="BMP"), "unsupported"), "tiff": (encode(kind="TIFF"), "unsupported"),
+    "no_dqt": (JPEG.replace(b"\xff\xdb", b"\xff\xee"), "bad_header"),
+    "no_height": (with_frame(JPEG, height=0), "bad_header"),
+    "arithmetic": (with_frame(JPEG, marker=0xC9), "unsupported"),
+    "lossless": (with_frame(JPEG, marker=0xC3), "unsupported"),
+    "twelve_bit": (with_frame(JPEG, precision=12), "unsupported"),
+    "five_components": (with_frame(JPEG, components=5), "unsupported"),
+    "gif": (encode(kind="GIF"), "unsupported"), "bmp": (encode(kind="BMP"), "unsupported"),
+    "tiff": (encode(kind="TIFF"), "unsupported"),
     "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\n", "unsupported"),
-    "html": (b"<html>404</html>", "not_image"), "svg": (b"<svg></svg>", "not_image"), "zeros": (bytes(500), "not_image"),
+    "html": (b"<html>404</html>", "not_image"), "svg": (b"<svg></svg>", "not_image"),
+    "zeros": (bytes(500), "not_image"),
     "newline_first": (b"\r\n" + JPEG, "not_image"), "gzip": (b"\x1f\x8b\x08" + JPEG, "not_image"),
-    "jpeg_bomb": (with_frame(JPEG, width=65500, height=65500), "too_large"), "png_bomb": (big_png(30000, 30000), "too_large"),
+    "jpeg_bomb": (with_frame(JPEG, width=65500, height=65500), "too_large"),
+    "png_bomb": (big_png(30000, 30000), "too_large"),
     "png_bomb_just_over": (big_png(12000, 11200), "too_large"),
-    "tiny": (encode((1, 1)), "too_small"), "narrow": (encode((400, 31)), "too_small"), "long": (encode((500, 40)), "aspect"),
+    "tiny": (encode((1, 1)), "too_small"), "narrow": (encode((400, 31)), "too_small"),
+    "long": (encode((500, 40)), "aspect"),
 }
 GOOD_IMAGES = {
-    "trailing": JPEG + bytes(1000), "two_jpegs": JPEG + JPEG, "grey": encode(mode="L"), "cmyk": encode(mode="CMYK"), "palette": encode(kind="PNG", mode="P"),
-    "one_bit": encode(kind="PNG", mode="1"), "bad_exif": encode(exif=b"Exif\0\0garbage"), "bad_icc": encode(icc_profile=b"garbage" * 30),
+    "trailing": JPEG + bytes(1000), "two_jpegs": JPEG + JPEG, "grey": encode(mode="L"), "cmyk": encode(mode="CMYK"),
+    "palette": encode(kind="PNG", mode="P"),
+    "one_bit": encode(kind="PNG", mode="1"), "bad_exif": encode(exif=b"Exif\0\0garbage"),
+    "bad_icc": encode(icc_profile=b"garbage" * 30),
     "progressive": encode(progressive=True), "png_named_jpg": encode(kind="PNG"),
 }
 
@@ -115,7 +128,8 @@ def test_bad_images_are_rejected_each_for_its_reason(tmp_path):
     moving = io.BytesIO()
     frames[0].save(moving, "WEBP", save_all=True, append_images=frames[1:])
     bad = BAD_IMAGES | {"moving": (moving.getvalue(), "animated")}
-    members = [(f"{name}.jpg", data) for name, (data, _) in bad.items()] + [(f"{name}.jpg", data) for name, data in GOOD_IMAGES.items()]
+    images = {name: data for name, (data, _) in bad.items()} | GOOD_IMAGES
+    members = [(f"{name}.jpg", data) for name, data in images.items()]
     shards, rejected = index(write_tar(tmp_path / "a.tar", members), tmp_path / "index")
     assert rejected == {name: reason for name, (_, reason) in bad.items()}
     assert [shards.name(k).split(": ")[1] for k in range(len(shards))] == [f"{name}.jpg" for name in GOOD_IMAGES]
@@ -129,7 +143,8 @@ def test_size_is_upright_and_alpha_lies_on_white(tmp_path):
     clear.paste((0, 0, 255, 255), (0, 0, 40, 24))
     png = io.BytesIO()
     clear.save(png, "PNG")
-    members = [("turned.jpg", encode((64, 40), exif=exif)), ("clear.png", png.getvalue()), ("solid.png", encode(kind="PNG", mode="RGBA"))]
+    members = [("turned.jpg", encode((64, 40), exif=exif)), ("clear.png", png.getvalue()),
+               ("solid.png", encode(kind="PNG", mode="RGBA"))]
     shards, _ = index(write_tar(tmp_path / "a.tar", members), tmp_path / "index")
     assert [shards.size(k) for k in range(3)] == [(40, 64), (40, 48), (48, 40)]
     assert [shards.decodable_bytes(k) == shards.image_bytes(k) for k in range(3)] == [True, False, True]
@@ -138,8 +153,10 @@ def test_size_is_upright_and_alpha_lies_on_white(tmp_path):
 
 
 BAD_CAPTIONS = {
-    "latin1": ("txt", "Bär".encode("latin1")), "nul": ("txt", b"a\0b"), "long": ("txt", b"x" * 70000), "not_json": ("json", b"caption: x"),
-    "deep": ("json", b"[" * 60000), "nan": ("json", b'{"caption": "x", "score": NaN}'), "digits": ("json", b'{"n": ' + b"1" * 5000 + b"}"),
+    "latin1": ("txt", "Bär".encode("latin1")), "nul": ("txt", b"a\0b"), "long": ("txt", b"x" * 70000),
+    "not_json": ("json", b"caption: x"),
+    "deep": ("json", b"[" * 60000), "nan": ("json", b'{"caption": "x", "score": NaN}'),
+    "digits": ("json", b'{"n": ' + b"1" * 5000 + b"}"),
     "surrogate": ("json", b'{"caption": "\\ud800"}'), "number": ("json", b'{"caption": 3}'),
 }
 
@@ -156,11 +173,11 @@ def test_bad_captions_are_rejected(tmp_path):
 def test_keys(tmp_path):
     link = tarfile.TarInfo("link.jpg")
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-    members = [("./dot.jpg", JPEG), ("twice.jpg", JPEG), ("twice.jpg", JPEG), ("two.jpg", JPEG), ("two.png", JPEG), ("alone.txt", b"x"),
-               ("../up.jpg", JPEG), ("/root.jpg", JPEG), ("bell\a.jpg", JPEG), link]
+    members = [("./dot.jpg", JPEG), ("twice.jpg", JPEG), ("twice.jpg", JPEG), ("two.jpg", JPEG), ("two.png", JPEG),
+               ("alone.txt", b"x"), ("../up.jpg", JPEG), ("/root.jpg", JPEG), ("bell\a.jpg", JPEG), link]
     shards, rejected = index(write_tar(tmp_path / "a.tar", members), tmp_path / "index")
-    assert rejected == {"twice": "duplicate", "two": "duplicate", "alone": "incomplete", "'../up.jpg'": "bad_name", "'/root.jpg'": "bad_name",
-                        "'bell\\x07.jpg'": "bad_name"}
+    assert rejected == {"twice": "duplicate", "two": "duplicate", "alone": "incomplete", "'../up.jpg'": "bad_name",
+                        "'/root.jpg'": "bad_name", "'bell\\x07.jpg'": "bad_name"}
     assert len(shards) == 1
 
 

@@ -46,7 +46,7 @@ def test_permute_stays_inside_and_never_collides(size, key, count):
 def test_epochs_and_seeds_differ():
     order = Order(7, [50] * 20)
     n = np.arange(order.total)
-    rows = [order(n), order(n + order.total), order(n + 2 * order.total), Order(8, [50] * 20)(n), Order(-7, [50] * 20)(n)]
+    rows = [order(n + epoch * order.total) for epoch in range(3)] + [Order(seed, [50] * 20)(n) for seed in (8, -7)]
     for i, a in enumerate(rows):
         for b in rows[:i]:
             assert (a == b).mean() < 0.01      # two random orders of 1,000 agree in one place on average
@@ -57,7 +57,7 @@ def test_the_order_is_these_numbers():
     assert Order(0, [5, 0, 7, 3], group_shards=2)(np.arange(30)).tolist() == PINNED
 
 
-PINNED = [0, 10, 1, 9, 2, 6, 8, 4, 3, 11, 5, 7, 13, 14, 12, 3, 9, 4, 6, 0, 5, 7, 1, 8, 10, 11, 2, 13, 12, 14]
+PINNED = [6, 7, 11, 5, 9, 0, 8, 1, 2, 10, 4, 3, 13, 14, 12, 3, 2, 8, 5, 11, 9, 0, 6, 7, 4, 10, 1, 14, 12, 13]
 
 
 @pytest.mark.parametrize("total", [2, 3, 4, 5, 7, 16])
@@ -84,7 +84,8 @@ def test_small_permutations_are_all_reached_evenly():
 
 @pytest.mark.parametrize("total", [1000, 1024, 4096, 9999, 100_000])
 def test_no_visible_structure(total):
-    """Rank correlation at lags 0 to 32, of neighbours and of strides: each within five standard deviations of chance."""
+    """Rank correlation at lags 0 to 32, of neighbours and of strides: each within five standard deviations of
+    chance."""
     x = np.arange(total)
     y = permute(x, np.int64(total), mix(np.zeros(1, np.uint64), 3))
     bound = 5 / np.sqrt(total)

@@ -65,11 +65,12 @@ class Folder:
 
 
 def walk(fd, num_bytes):
-    """Yields (name, offset, size) of the regular members of the open tar fd, num_bytes long; offset is where the data starts.
+    """Yields (name, offset, size) of the regular members of the open tar fd, num_bytes long; offset is where the data
+    starts.
 
-    ustar, pax and GNU names of any length; links, devices and folders are passed over. Blocks of zeros are stepped over, so
-    members behind a premature end (two tars joined) are found, and a missing end is no fault. Raises TarError at
-    the first header or member that is damaged. (Python's tarfile ends there without a word.)
+    ustar, pax and GNU names of any length; links, devices and folders are passed over. Blocks of zeros are stepped
+    over, so members behind a premature end (two tars joined) are found, and a missing end is no fault. Raises TarError
+    at the first header or member that is damaged. (Python's tarfile ends there without a word.)
     """
     position, long_name, pax = 0, None, {}
     while position < num_bytes:
@@ -96,7 +97,9 @@ def walk(fd, num_bytes):
                 long_name = data.rstrip(b"\0")
         else:
             if kind in REGULAR:
-                name = pax["path"].encode("utf-8", "surrogateescape") if "path" in pax else long_name or _ustar_name(header)
+                name = long_name or _ustar_name(header)
+                if "path" in pax:
+                    name = pax["path"].encode("utf-8", "surrogateescape")
                 if not name.endswith(b"/"):      # how V7 tars write folders
                     yield name.decode("utf-8", "surrogateescape"), start, size
             long_name, pax = None, {}

@@ -16,13 +16,13 @@ class DecodeError(Exception):
 class Decoder:
     """Decodes batches of images in threads of its own, `prefetch` batches ahead of whoever reads them.
 
-    batches: iterable of (list of `batch_size` encoded images as bytes, bool array of flips). Iterating yields, in the same order,
-    (pixels_BCHW, vit_pixels_BCHW), float32 on `device`, in memory of their own: RGB in [-1, 1] at size_px, and RGB normalised with
-    ImageNet's mean and deviation at vit_px. The shorter edge is resized to size_px (cubic, antialiased), the centre is
-    cropped, a flipped sample is mirrored left to right, and the ViT sees that very crop, resized. EXIF orientation is
-    applied; grey, CMYK and 16-bit images become 8-bit RGB; an alpha channel is dropped. On CUDA nvJPEG decodes.
-    Nothing is read beyond the end of `batches`, and an error raised by it is raised here. An image that DALI refuses costs the
-    whole batch and the pipeline: DecodeError, when that batch is due.
+    batches: iterable of (list of `batch_size` encoded images as bytes, bool array of flips). Iterating yields, in the
+    same order, (pixels_BCHW, vit_pixels_BCHW), float32 on `device`, in memory of their own: RGB in [-1, 1] at size_px,
+    and RGB normalised with ImageNet's mean and deviation at vit_px. The shorter edge is resized to size_px (cubic,
+    antialiased), the centre is cropped, a flipped sample is mirrored left to right, and the ViT sees that very crop,
+    resized. EXIF orientation is applied; grey, CMYK and 16-bit images become 8-bit RGB; an alpha channel is dropped. On
+    CUDA nvJPEG decodes. Nothing is read beyond the end of `batches`, and an error raised by it is raised here. An image
+    that DALI refuses costs the whole batch and the pipeline: DecodeError, when that batch is due.
     """
 
     def __init__(self, batch_size, size_px, vit_px, device, num_threads=2, prefetch=2):
@@ -35,7 +35,8 @@ class Decoder:
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def __call__(self, batches):
-        """Iterator of (pixels_BCHW, vit_pixels_BCHW) over `batches`; it owns one DALI pipeline and frees it at its end."""
+        """Iterator of (pixels_BCHW, vit_pixels_BCHW) over `batches`; it owns one DALI pipeline and frees it at its
+        end."""
         pipe = self._pipeline(iter(batches))
         pipe.build()
         try:
@@ -53,7 +54,8 @@ class Decoder:
             del pipe
 
     def refuses(self, image):
-        """Whether DALI cannot decode this image (bytes). Builds a pipeline for it alone, on the CPU: for errors, not for every day."""
+        """Whether DALI cannot decode this image (bytes). Builds a pipeline for it alone, on the CPU: for errors, not
+        for every day."""
         try:
             list(Decoder(1, self.size_px, self.vit_px, "cpu", num_threads=1)([([image], [False])]))
         except DecodeError:
@@ -61,8 +63,9 @@ class Decoder:
         return False
 
     def _copy(self, output):
-        """A tensor of torch's own. DALI reuses its buffer once `output` is dropped, and does not wait for torch's stream then; so
-        the copy is made on a side stream and waited for there, which does not wait for the training step that is queued."""
+        """A tensor of torch's own. DALI reuses its buffer once `output` is dropped, and does not wait for torch's
+        stream then; so the copy is made on a side stream and waited for there, which does not wait for the training
+        step that is queued."""
         if self.device.type != "cuda":
             return torch.from_dlpack(output.as_tensor()).clone()
         with torch.cuda.stream(self._copies):
@@ -85,7 +88,8 @@ class Decoder:
         pipe = Pipeline(batch_size=self.batch_size, num_threads=self.num_threads, device_id=index,
                         prefetch_queue_depth=self.prefetch)
         with pipe:
-            encoded, flip = fn.external_source(source=read, num_outputs=2, batch=True, dtype=[types.UINT8, types.INT32], ndim=[1, 1])
+            encoded, flip = fn.external_source(
+                source=read, num_outputs=2, batch=True, dtype=[types.UINT8, types.INT32], ndim=[1, 1])
             flip = fn.reshape(flip, shape=[])
             images = fn.decoders.image(encoded, device="mixed" if cuda else "cpu", output_type=types.RGB)
             images = fn.resize(images, resize_shorter=self.size_px, subpixel_scale=False, **cubic)

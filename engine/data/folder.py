@@ -13,13 +13,14 @@ from iomm.config import InputError
 def whole_folder(path, marker):
     """Yields an empty folder beside `path` to write into; it takes the place of `path` when the block ends well.
 
-    A folder already at `path` is replaced only if it is empty or holds a file called `marker`, by which it is known to be one
-    of ours; anything else raises InputError. If the block raises, nothing changes. A killed process leaves at
+    A folder already at `path` is replaced only if it is empty or holds a file called `marker`, by which it is known to
+    be one of ours; anything else raises InputError. If the block raises, nothing changes. A killed process leaves at
     most a folder `.NAME.*` behind, which nobody reads.
     """
     path = Path(path).absolute()
     if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or (path / marker).is_file())):
-        raise InputError(f"{path} exists and holds something else (it has no {marker}): give another folder or remove it")
+        raise InputError(
+            f"{path} exists and holds something else (it has no {marker}): give another folder or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:

@@ -26,8 +26,8 @@ def check_image(data, *, min_size_px, max_aspect, max_pixels=MAX_PIXELS):
     """(width, height, transparent) of an image as training sees it, EXIF orientation applied. Raises Rejected.
 
     Decodes the whole image, after its header has passed: size and format are judged before anything is allocated.
-    `transparent` says that some pixel is not opaque. Reasons: truncated, not_image, unsupported, bad_header, too_large, too_small, aspect,
-    animated.
+    `transparent` says that some pixel is not opaque. Reasons: truncated, not_image, unsupported, bad_header, too_large,
+    too_small, aspect, animated.
     """
     kind = _kind(data)
     if kind == "JPEG":
@@ -39,7 +39,7 @@ def check_image(data, *, min_size_px, max_aspect, max_pixels=MAX_PIXELS):
             _check_size(*image.size, min_size_px, max_aspect, max_pixels)
             if image.mode not in MODES:
                 raise Rejected("unsupported", f"pixel mode {image.mode}")
-            if kind != "JPEG" and getattr(image, "n_frames", 1) > 1:      # a JPEG with several frames (MPO) shows its first
+            if kind != "JPEG" and getattr(image, "n_frames", 1) > 1:      # of a JPEG (MPO) the first frame is used
                 raise Rejected("animated", f"{image.n_frames} frames")
             image.load()
             width, height = image.size
@@ -53,13 +53,14 @@ def check_image(data, *, min_size_px, max_aspect, max_pixels=MAX_PIXELS):
         raise Rejected("too_large", str(error)) from None
     except MemoryError:
         raise Rejected("too_large", "not enough memory to decode it") from None
-    except Exception as error:      # Pillow's parsers raise OSError, SyntaxError, struct.error, ValueError, IndexError and more
+    except Exception as error:      # Pillow's parsers raise OSError, SyntaxError, struct.error, ValueError and more
         reason = "truncated" if "truncated" in str(error).lower() or _ends_early(kind, data) else "bad_header"
         raise Rejected(reason, f"{type(error).__name__}: {error}") from None
 
 
 def opaque(data):
-    """The same image laid on white, upright, as an uncompressed PNG. For the few images that DALI would strip of their alpha."""
+    """The same image laid on white, upright, as an uncompressed PNG. For the few images that DALI would strip of their
+    alpha."""
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         image = ImageOps.exif_transpose(image).convert("RGBA")
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -76,7 +77,7 @@ def _kind(data):
         return "PNG"
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "WEBP"
-    if not data or any(start.startswith(data) for start in (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")) or data[:4] == b"RIFF" and len(data) < 12:
+    if len(data) < 12 and any(start.startswith(data[:len(start)]) for start in (b"\xff\xd8\xff", b"\x89PNG", b"RIFF")):
         raise Rejected("truncated", f"{len(data)} bytes")
     if data.startswith(OTHER_IMAGES) or data[4:8] == b"ftyp":
         raise Rejected("unsupported", "neither JPEG, PNG nor WebP")

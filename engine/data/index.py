@@ -29,6 +29,7 @@ CAPTION_TXT, CAPTION_JSON, TRANSPARENT = 1, 2, 4      # bits of `flags`
 RECORD = np.dtype([                                   # packed, little-endian, 37 bytes: 10 M samples are 370 MB
     ("shard", "<u4"), ("image_offset", "<u8"), ("image_bytes", "<u4"), ("width", "<u2"), ("height", "<u2"),
     ("crc32", "<u4"), ("caption_offset", "<u8"), ("caption_bytes", "<u4"), ("flags", "u1")])
+FORMAT = {"format": "iomm-index", "version": VERSION, "record_bytes": RECORD.itemsize}
 CAPTIONS = {"txt": (CAPTION_TXT, caption_of_text), "json": (CAPTION_JSON, caption_of_json)}
 MAX_ASPECT = 10.0                                     # a centre crop keeps a tenth of such a picture
 
@@ -47,21 +48,24 @@ class Index:
 def build(shards, out, *, min_size_px=32, progress=True, workers=None):
     """Indexes `shards` (see expand) into the folder `out`, which appears only when complete; returns its path.
 
-    A good sample is an image (jpg, jpeg, png, webp by name; JPEG, PNG or WebP by its bytes) that decodes fully, and if there is
-    a caption of the same key (txt, else the "caption" of json), a readable one. The others are listed in rejected.jsonl: shard, key, reason, detail. Good samples stand shard by
-    shard in the order in which their keys first appear. One thread per shard, `workers` of them (all cores if None):
-    Pillow decodes without holding the interpreter lock. Raises InputError if nothing matches or no sample is good.
+    A good sample is an image (jpg, jpeg, png, webp by name; JPEG, PNG or WebP by its bytes) that decodes fully, and if
+    there is a caption of the same key (txt, else the "caption" of json), a readable one. The others are listed in
+    rejected.jsonl: shard, key, reason, detail. Good samples stand shard by shard in the order in which their keys first
+    appear. One thread per shard, `workers` of them (all cores if None): Pillow decodes without holding the interpreter
+    lock. Raises InputError if nothing matches or no sample is good.
     """
     paths = expand(shards)
     entries = [_entry(path) for path in paths]
-    bar = tqdm(total=sum(entry["bytes"] for entry in entries), unit="B", unit_scale=True, desc="index", disable=not progress)
+    num_bytes = sum(entry["bytes"] for entry in entries)
+    bar = tqdm(total=num_bytes, unit="B", unit_scale=True, desc="index", disable=not progress)
     work = partial(_index_shard, min_size_px=min_size_px, tick=_Ticker(bar))
     with whole_folder(out, HEADER) as fresh, bar, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="PIL")      # damaged EXIF and the like: no reason to reject, or named in the report
+        warnings.filterwarnings("ignore", module="PIL")      # damaged EXIF and the like: no reason to reject
         pool = ThreadPoolExecutor(workers or os.cpu_count())
         counts = Counter()
         try:
-            with open(fresh / RECORDS, "wb") as records_file, open(fresh / REJECTED, "w", encoding="utf-8") as rejected_file:
+            with (open(fresh / RECORDS, "wb") as records_file,
+                  open(fresh / REJECTED, "w", encoding="utf-8") as rejected_file):
                 for number, (records, rejected, files) in enumerate(pool.map(work, paths)):
                     records["shard"] = number
                     records_file.write(records.tobytes())
@@ -75,8 +79,8 @@ def build(shards, out, *, min_size_px=32, progress=True, workers=None):
         num_samples = sum(entry["num_samples"] for entry in entries)
         if not num_samples:
             raise InputError(_nothing_good(paths, counts))
-        header = {"format": "iomm-index", "version": VERSION, "record_bytes": RECORD.itemsize, "num_samples": num_samples,
-                  "min_size_px": min_size_px, "rejected": dict(counts.most_common()), "shards": entries}
+        header = FORMAT | {"num_samples": num_samples, "min_size_px": min_size_px,
+                           "rejected": dict(counts.most_common()), "shards": entries}
         (fresh / HEADER).write_text(json.dumps(header), encoding="utf-8")
     return Path(out)
 
@@ -86,10 +90,10 @@ def load(folder):
     folder = Path(folder)
     try:
         header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
-        if header["format"] != "iomm-index" or header["version"] != VERSION or header["record_bytes"] != RECORD.itemsize:
+        if any(header[key] != value for key, value in FORMAT.items()):
             raise ValueError("made by another version")
         records = np.memmap(folder / RECORDS, dtype=RECORD, mode="r")
-        if len(records) != header["num_samples"] or len(records) != sum(shard["num_samples"] for shard in header["shards"]):
+        if {len(records)} != {header["num_samples"], sum(shard["num_samples"] for shard in header["shards"])}:
             raise ValueError(f"{RECORDS} does not fit {HEADER}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"the index {folder} cannot be read ({error}): run `iomm index` again") from None
@@ -97,11 +101,13 @@ def load(folder):
         now = _entry(shard["path"])
         if now["mtime_ns"] != shard["mtime_ns"] or now["bytes"] != shard["bytes"]:
             raise InputError(f"{shard['path']} has changed since it was indexed: run `iomm index` again")
-    return Index(folder=folder, records=records, shards=header["shards"], rejected=header["rejected"], min_size_px=header["min_size_px"])
+    return Index(folder=folder, records=records,
+                 **{key: header[key] for key in ("shards", "rejected", "min_size_px")})
 
 
 def ensure_index(shards, cache_root, *, min_size_px=32, progress=True, workers=None):
-    """Folder of an index of `shards` under cache_root that is up to date; builds it if it is not there or a shard has changed."""
+    """Folder of an index of `shards` under cache_root that is up to date; builds it if it is not there or a shard has
+    changed."""
     folder = default_index_dir(shards, cache_root)
     try:
         if load(folder).min_size_px == min_size_px:
@@ -128,16 +134,19 @@ def summary(folder):
 def expand(shards):
     """Sorted absolute paths that `shards` (a pattern or a list of them) names. Raises InputError if one names nothing.
 
-    A pattern is a path, a glob, a brace list ({00000..00099}, {a,b}), or a folder: its tars if it holds any, else its images.
+    A pattern is a path, a glob, a brace list ({00000..00099}, {a,b}), or a folder: its tars if it holds any, else its
+    images.
     """
     patterns = [shards] if isinstance(shards, str | os.PathLike) else list(shards)
     found = set()
     for pattern in patterns:
         pattern = os.path.expanduser(os.fspath(pattern))
-        # a name with braces or brackets in it may simply exist
-        paths = [pattern] if os.path.exists(pattern) else [path for part in _braces(pattern) for path in glob.glob(part, recursive=True)]
+        paths = [pattern]
+        if not os.path.exists(pattern):      # a name with braces or brackets in it may simply exist
+            paths = [path for part in _braces(pattern) for path in glob.glob(part, recursive=True)]
         if not paths:
-            raise InputError(f"no shard matches {pattern!r}: give a tar, a folder, a glob or a list like {{00000..00099}}.tar")
+            raise InputError(
+                f"no shard matches {pattern!r}: give a tar, a folder, a glob or a list like {{00000..00099}}.tar")
         for path in map(os.path.abspath, paths):
             tars = glob.glob(os.path.join(glob.escape(path), "*.tar")) if os.path.isdir(path) else []
             found.update(tars or [path])
@@ -170,7 +179,8 @@ def _entry(path):
 
 
 def _index_shard(path, *, min_size_px, tick):
-    """(records, rejected, files) of one shard; files is the list of a folder, else None. Damage is reported, not raised."""
+    """(records, rejected, files) of one shard; files is the list of a folder, else None. Damage is reported, not
+    raised."""
     rejected = []
 
     def reject(key, reason, detail=""):
@@ -195,7 +205,8 @@ def _index_shard(path, *, min_size_px, tick):
 
 
 def _group_by_key(members, reject):
-    """{key: {suffix: (offset, num_bytes)}} in the order of first appearance; names that may not be keys are rejected."""
+    """{key: {suffix: (offset, num_bytes)}} in the order of first appearance; names that may not be keys are
+    rejected."""
     samples, twice = {}, set()
     try:
         for name, offset, num_bytes in members:
@@ -258,7 +269,8 @@ def _nothing_good(paths, counts):
     where = str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
     if not counts or set(counts) <= {"incomplete"}:
         return f"{where}: no images inside (wanted members named *.jpg, *.jpeg, *.png or *.webp)"
-    return f"{where}: no usable image; rejected as " + ", ".join(f"{reason} ({count})" for reason, count in counts.most_common())
+    reasons = ", ".join(f"{reason} ({count})" for reason, count in counts.most_common())
+    return f"{where}: no usable image; rejected as {reasons}"
 
 
 class _Ticker:
@@ -270,5 +282,6 @@ class _Ticker:
     def __call__(self, num_bytes):
         self.num_images += 1
         if self.num_images % 64 == 0:
-            self.bar.set_postfix_str(f"{self.num_images / (time.monotonic() - self.started):.0f} images/s", refresh=False)
+            images_per_s = self.num_images / (time.monotonic() - self.started)
+            self.bar.set_postfix_str(f"{images_per_s:.0f} images/s", refresh=False)
         self.bar.update(num_bytes)

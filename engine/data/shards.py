@@ -16,8 +16,8 @@ MAX_OPEN = 256      # shards; the order reads from 16 at a time, and 1,024 file 
 class Shards:
     """The good samples of an index, by entry k in [0, len). Safe to read from several threads.
 
-    Raises InputError if the index cannot be read, if a shard has changed since, and, naming shard and sample, where bytes read differ from
-    those that were indexed.
+    Raises InputError if the index cannot be read, if a shard has changed since, and, naming shard and sample, where
+    bytes read differ from those that were indexed.
     """
 
     def __init__(self, index_dir):
@@ -34,7 +34,8 @@ class Shards:
         record = self.index.records[k]
         data = self._read(k, record["image_offset"], record["image_bytes"])
         if zlib.crc32(data) != record["crc32"]:
-            raise InputError(f"{self.name(k)}: its bytes are not those that were indexed; look at the disk, or run `iomm index` again")
+            raise InputError(
+                f"{self.name(k)}: its bytes are not those that were indexed: look at the disk, run `iomm index` again")
         return data
 
     def decodable_bytes(self, k):
@@ -70,7 +71,8 @@ class Shards:
         except OSError as error:
             raise InputError(f"{self.name(k)} cannot be read: {error.strerror}") from None
         if len(data) != num_bytes:
-            raise InputError(f"{self.name(k)}: {len(data)} of {num_bytes} bytes are there; the shard changed: run `iomm index` again")
+            raise InputError(f"{self.name(k)}: {len(data)} of {num_bytes} bytes are there; the shard changed: "
+                             "run `iomm index` again")
         return data
 
     def _shard(self, number):

@@ -20,7 +20,8 @@ BATCHES_DECODED_AHEAD = 2
 
 @dataclass
 class Batch:
-    """One micro-batch: run positions, index entries, pixels in [-1, 1], ViT pixels, and how long the caller waited for it."""
+    """One micro-batch: run positions, index entries, pixels in [-1, 1], ViT pixels, and how long the caller waited for
+    it."""
 
     n_B: torch.Tensor                  # int64, on the CPU; names the sample's random numbers
     entry_B: torch.Tensor              # int64, on the CPU
@@ -32,10 +33,10 @@ class Batch:
 class ImageSource:
     """Micro-batches of one rank for the steps start_step .. num_steps - 1 of the run, in order.
 
-    Global batch b is run positions [b G, (b + 1) G), whatever the number of ranks: micro-batch a of rank r takes
-    b G + (a W + r) m + [0, m), where G = global_batch, m = micro_batch, W = world_size, and a counts the G / (m W) accumulation steps.
-    So the state of the loader is the step. A sample is mirrored if `flip` and its own random number say so.
-    Raises InputError if G is not a multiple of m W, or larger than the number of samples.
+    Global batch b is run positions [b G, (b + 1) G), whatever the number of ranks: micro-batch a of rank r takes b G +
+    (a W + r) m + [0, m), where G = global_batch, m = micro_batch, W = world_size, and a counts the G / (m W)
+    accumulation steps. So the state of the loader is the step. A sample is mirrored if `flip` and its own random number
+    say so. Raises InputError if G is not a multiple of m W, or larger than the number of samples.
     """
 
     def __init__(self, shards, *, seed, global_batch, micro_batch, rank, world_size, size_px, vit_px, device,
@@ -44,7 +45,8 @@ class ImageSource:
             raise InputError(f"train.global_batch must be a multiple of train.micro_batch x ranks, got {global_batch} "
                              f"and {micro_batch} x {world_size}")
         if len(shards) < global_batch:
-            raise InputError(f"train.global_batch is {global_batch}, but there are only {len(shards)} samples: lower it or add data")
+            raise InputError(f"train.global_batch is {global_batch}, but there are only {len(shards)} samples: "
+                             "lower it or add data")
         self.shards = shards
         self.seed = seed
         self.global_batch = global_batch
@@ -86,7 +88,8 @@ class ImageSource:
             except DecodeError as error:
                 refused = [k for k in on_the_way[0][1].tolist() if self.decoder.refuses(self.shards.decodable_bytes(k))]
                 names = ", ".join(map(self.shards.name, refused)) or f"an image ({' '.join(str(error).split())})"
-                raise InputError(f"DALI cannot decode {names}, though `iomm index` could: take it out and index again") from None
+                raise InputError(
+                    f"DALI cannot decode {names}, though `iomm index` could: take it out and index again") from None
             finally:
                 decoded.close()
                 readers.shutdown(wait=True, cancel_futures=True)

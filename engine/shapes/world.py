@@ -1,18 +1,19 @@
 """A world of coloured shapes with captions: real JPEG tars, drawn from a seed.
 
-Every picture shows one to three shapes (circle, square, triangle) in one of eight colours, and has one right caption, in GenEval's six kinds:
+Every picture shows one to three shapes (circle, square, triangle) in one of eight colours, and has one right caption,
+in GenEval's six kinds:
 
-    single_object, colors     "a red circle"                           one shape (the kinds ask different things of a picture)
+    single_object, colors     "a red circle"                           one shape (scored for other things)
     counting                  "two red circles", "three blue squares"  equal shapes of one colour
-    two_object, color_attr    "a red circle and a blue square"         two shapes on a diagonal; in color_attr of different colours
+    two_object, color_attr    "a red circle and a blue square"         two shapes on a diagonal
     position                  "a red circle left of a blue square"     two shapes side by side or one above the other
 
 Of two shapes the caption names the larger one first, so a picture decides its caption.
 
-Held out: every shape in a picture has a role (ROLES: alone, and, one of two, one of three, left of, right of, above or below another).
-For each shape and role one of the eight colours is held out: (colour + 3 shape + role) % 8 == 0, by the indices in COLOURS, SHAPES, ROLES. No
-picture of the "train" split shows such a combination, and every picture of the "test" split shows at least one. Each coloured shape and each
-role occurs in training, only not together.
+Held out: every shape in a picture has a role (ROLES: alone, and, one of two, one of three, left of, right of, above or
+below another). For each shape and role one of the eight colours is held out: (colour + 3 shape + role) % 8 == 0, by the
+indices in COLOURS, SHAPES, ROLES. No picture of the "train" split shows such a combination, and every picture of the
+"test" split shows at least one. Each coloured shape and each role occurs in training, only not together.
 """
 
 import io
@@ -136,13 +137,15 @@ def draw(scene, size_px=64):
 def write_world(folder, num_images=4096, size_px=64, seed=0, shard_size=1024, split="train"):
     """Tars of samples 000000.jpg, .txt (the caption) and .json (the scene), shard_size to a tar; returns their paths.
 
-    A folder that already holds this very world is left as it is. The folder appears only when complete; a folder of another world is
-    replaced, anything else at that path raises InputError.
+    A folder that already holds this very world is left as it is. The folder appears only when complete; a folder of
+    another world is replaced, anything else at that path raises InputError.
     """
     folder = Path(folder)
     if num_images < 1 or shard_size < 1 or size_px < 16:
-        raise InputError(f"a world needs num_images and shard_size >= 1 and size_px >= 16, got {num_images}, {shard_size}, {size_px}")
-    settings = {"version": VERSION, "num_images": num_images, "size_px": size_px, "seed": seed, "shard_size": shard_size, "split": split}
+        raise InputError("a world needs num_images and shard_size >= 1 and size_px >= 16, "
+                         f"got {num_images}, {shard_size}, {size_px}")
+    settings = {"version": VERSION, "num_images": num_images, "size_px": size_px, "seed": seed,
+                "shard_size": shard_size, "split": split}
     names = [f"{shard:05d}.tar" for shard in range(-(-num_images // shard_size))]
     if not _is_complete(folder, settings, names):
         with whole_folder(folder, MANIFEST) as fresh:
@@ -150,7 +153,7 @@ def write_world(folder, num_images=4096, size_px=64, seed=0, shard_size=1024, sp
                 first = shard * shard_size
                 _write_shard(fresh / name, seed, range(first, min(first + shard_size, num_images)), size_px, split)
             sizes = {name: (fresh / name).stat().st_size for name in names}
-            (fresh / MANIFEST).write_text(json.dumps({"settings": settings, "bytes": sizes}, indent=1), encoding="utf-8")
+            (fresh / MANIFEST).write_text(json.dumps({"settings": settings, "bytes": sizes}, indent=1))
     return [folder / name for name in names]
 
 
@@ -170,8 +173,9 @@ def _write_shard(path, seed, numbers, size_px, split):
 
 def _is_complete(folder, settings, names):
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return manifest["settings"] == settings and all((folder / name).stat().st_size == manifest["bytes"][name] for name in names)
+        manifest = json.loads((folder / MANIFEST).read_text())
+        return (manifest["settings"] == settings
+                and all((folder / name).stat().st_size == manifest["bytes"][name] for name in names))
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -209,8 +213,8 @@ def _counted(draws, split):
     for _ in range(4 - number):
         quarters.remove(draws.pick(quarters))
     slack = 0.23 - radius * REACH[shape]
-    shapes = tuple(_shape(draws, shape, colour, x + draws.between(-slack, slack), y + draws.between(-slack, slack), radius)
-                   for x, y in quarters)
+    places = [(x + draws.between(-slack, slack), y + draws.between(-slack, slack)) for x, y in quarters]
+    shapes = tuple(_shape(draws, shape, colour, x, y, radius) for x, y in places)
     return shapes, f"{role} {colour} {shape}s"
 
 
@@ -248,10 +252,11 @@ def _between_borders(draws, places):
 
 
 def _colour(draws, shape, role, *, novel, known=True, taken=None):
-    """A colour for a shape in a role: the held-out one if `novel`; else one of the others if `known`, else any; never `taken`."""
-    options = tuple(colour for colour in COLOURS
-                    if colour != taken and (held_out(colour, shape, role) if novel else not (known and held_out(colour, shape, role))))
-    return draws.pick(options)
+    """A colour for a shape in a role: the held-out one if `novel`; else one of the others if `known`, else any; never
+    `taken`."""
+    out = [colour for colour in COLOURS if held_out(colour, shape, role)]
+    options = out if novel else [colour for colour in COLOURS if not (known and colour in out)]
+    return draws.pick([colour for colour in options if colour != taken])
 
 
 def _name(colour, shape):
@@ -260,5 +265,5 @@ def _name(colour, shape):
 
 def _shape(draws, shape, colour, x, y, radius):
     hue, saturation, value = (draws.between(low, high) for low, high in COLOURS[colour])
-    turn = draws.between(-6, 6)
-    return Shape(shape=shape, colour=colour, x=x, y=y, radius=radius, turn_degrees=turn, rgb=tuple(round(255 * level) for level in hsv_to_rgb(hue / 360 % 1, saturation, value)))
+    rgb = tuple(round(255 * level) for level in hsv_to_rgb(hue / 360 % 1, saturation, value))
+    return Shape(shape=shape, colour=colour, x=x, y=y, radius=radius, turn_degrees=draws.between(-6, 6), rgb=rgb)

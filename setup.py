@@ -105,8 +105,9 @@ def build_native(folder):
         except BuildError as error:
             missing["libiomm_cuda.so"] = str(error)
 
-    for name in missing:
-        (folder / name).unlink(missing_ok=True)
+    for path in folder.glob("libiomm_*.so"):
+        if path.name not in built:
+            path.unlink()
     facts = {"source_hash": source_hash(), "built": built, "missing": missing}
     (folder / "build.json").write_text(json.dumps(facts, indent=2) + "\n")
     return facts
@@ -195,7 +196,6 @@ if __name__ == "__main__":
             "numpy>=2",
             "pillow>=11",
             "pyyaml>=6",
-            "psutil>=6",
             "tensorboard>=2.18",
             "tqdm>=4.66",
         ],

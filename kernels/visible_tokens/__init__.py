@@ -19,7 +19,7 @@ def visible_tokens(seed, n_B, num_tokens, ratio, count="bernoulli"):
 
     n_B (B,) int64: the samples' numbers; the result lives on its device. ratio in [0, 1]: the share that is hidden.
     count "bernoulli": token i is hidden where uniform(seed, MASK, n)[i] < ratio. "fixed": exactly
-    round((1 - ratio) * P) stay, those with the largest uniforms (of equal ones the lower index).
+    round((1 - ratio) * P) stay (half to even), those with the largest uniforms (of equal ones the lower index).
 
     index_V int64 points into the flattened (B * P) tokens, position_V int64 in [0, P) is the place within the image,
     and sample b owns offsets[b] .. offsets[b + 1] of both (offsets int32, (B + 1,)). V depends on the draw, so on a

@@ -13,7 +13,7 @@ from iomm.engine.data.decode import DecodeError, Decoder
 from iomm.engine.data.order import Order
 from iomm.kernels.philox import FLIP, uniform
 
-NUM_READERS = 4        # threads that wait for the disk; CRC-32 and copy cost 0.1 ms an image
+NUM_READERS = 4        # threads that wait for the disk; a photograph of 80 KB costs them 0.04 ms of CPU
 BATCHES_READ_AHEAD = 4
 BATCHES_DECODED_AHEAD = 2
 

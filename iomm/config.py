@@ -38,6 +38,8 @@ class GeneratorConfig:
 
     def __post_init__(self):
         choice("generator.kind", self.kind, ("mmdit", "single_stream"))
+        if min(self.width, self.num_heads, self.num_blocks, self.token_dim, self.condition_dim) < 1:
+            raise InputError(f"generator sizes must be >= 1, got {self}")
         if self.width % self.num_heads:
             raise InputError(f"generator.width must be a multiple of num_heads, got {self.width} and {self.num_heads}")
         if self.kind == "single_stream" and self.num_single_blocks:

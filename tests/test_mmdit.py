@@ -1,11 +1,13 @@
 """MMDiT against diffusers' FluxTransformer2DModel: outputs and every gradient, sizes, counts, fresh weights."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from parity import randomize, relative_error, true_float64
 from torch.utils.flop_counter import FlopCounterMode
 
-from iomm.config import PRESETS, GeneratorConfig, generator_config
+from iomm.config import PRESETS, GeneratorConfig, InputError, generator_config
 from iomm.generator import empty_generator, new_generator
 from iomm.layout import Layout, describe
 from iomm.mmdit import MMDiT
@@ -170,6 +172,12 @@ def test_blocks_compile_as_one_graph():
         if isinstance(block, MMDiT.block_classes):
             block.forward = torch.compile(block.forward, fullgraph=True, backend="eager")
     assert torch.equal(model(*arguments), expected)
+
+
+@pytest.mark.parametrize("changes", [{"num_blocks": 0}, {"num_heads": 3}, {"width": 48}, {"kind": "unet"}])
+def test_a_shape_that_cannot_be_is_refused(changes):
+    with pytest.raises(InputError, match="generator"):
+        replace(SMALL, **changes)
 
 
 def test_the_presets_follow_vae_and_mllm():

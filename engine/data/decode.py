@@ -35,8 +35,7 @@ class Decoder:
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def __call__(self, batches):
-        """Iterator of (pixels_BCHW, vit_pixels_BCHW) over `batches`; it owns one DALI pipeline and frees it at its
-        end."""
+        """Iterator of (pixels_BCHW, vit_pixels_BCHW) over `batches`; owns a DALI pipeline and frees it at its end."""
         pipe = self._pipeline(iter(batches))
         pipe.build()
         try:
@@ -54,8 +53,7 @@ class Decoder:
             del pipe
 
     def refuses(self, image):
-        """Whether DALI cannot decode this image (bytes). Builds a pipeline for it alone, on the CPU: for errors, not
-        for every day."""
+        """Whether DALI cannot decode this image (bytes). Builds a CPU pipeline for it alone: for errors only."""
         try:
             list(Decoder(1, self.size_px, self.vit_px, "cpu", num_threads=1)([([image], [False])]))
         except DecodeError:

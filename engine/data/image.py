@@ -59,8 +59,7 @@ def check_image(data, *, min_size_px, max_aspect, max_pixels=MAX_PIXELS):
 
 
 def opaque(data):
-    """The same image laid on white, upright, as an uncompressed PNG. For the few images that DALI would strip of their
-    alpha."""
+    """The same image on white, upright, as an uncompressed PNG: for the few that DALI would strip of their alpha."""
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         image = ImageOps.exif_transpose(image).convert("RGBA")
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))

@@ -106,8 +106,7 @@ def load(folder):
 
 
 def ensure_index(shards, cache_root, *, min_size_px=32, progress=True, workers=None):
-    """Folder of an index of `shards` under cache_root that is up to date; builds it if it is not there or a shard has
-    changed."""
+    """Folder of an up-to-date index of `shards` under cache_root; built if it is missing or a shard has changed."""
     folder = default_index_dir(shards, cache_root)
     try:
         if load(folder).min_size_px == min_size_px:

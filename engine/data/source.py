@@ -20,14 +20,13 @@ BATCHES_DECODED_AHEAD = 2
 
 @dataclass
 class Batch:
-    """One micro-batch: run positions, index entries, pixels in [-1, 1], ViT pixels, and how long the caller waited for
-    it."""
+    """One micro-batch: where its samples stand in the run and in the index, their pixels, and the wait for them."""
 
     n_B: torch.Tensor                  # int64, on the CPU; names the sample's random numbers
     entry_B: torch.Tensor              # int64, on the CPU
     pixels_BCHW: torch.Tensor          # float32, on the device
     vit_pixels_BCHW: torch.Tensor      # float32, on the device
-    wait_s: float
+    wait_s: float                      # how long the caller waited
 
 
 class ImageSource:

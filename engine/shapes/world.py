@@ -3,12 +3,13 @@
 Every picture shows one to three shapes (circle, square, triangle) in one of eight colours, and has one right caption,
 in GenEval's six kinds:
 
-    single_object, colors     "a red circle"                           one shape (scored for other things)
+    single_object, colors     "a red circle"                           one shape
     counting                  "two red circles", "three blue squares"  equal shapes of one colour
     two_object, color_attr    "a red circle and a blue square"         two shapes on a diagonal
     position                  "a red circle left of a blue square"     two shapes side by side or one above the other
 
-Of two shapes the caption names the larger one first, so a picture decides its caption.
+Kinds of one row ask different things of a picture; in color_attr the two colours always differ. Of two shapes the
+caption names the larger one first, so a picture decides its caption.
 
 Held out: every shape in a picture has a role (ROLES: alone, and, one of two, one of three, left of, right of, above or
 below another). For each shape and role one of the eight colours is held out: (colour + 3 shape + role) % 8 == 0, by the
@@ -252,8 +253,7 @@ def _between_borders(draws, places):
 
 
 def _colour(draws, shape, role, *, novel, known=True, taken=None):
-    """A colour for a shape in a role: the held-out one if `novel`; else one of the others if `known`, else any; never
-    `taken`."""
+    """A colour that is not `taken`: the held-out one if `novel`, else one of the others if `known`, else any."""
     out = [colour for colour in COLOURS if held_out(colour, shape, role)]
     options = out if novel else [colour for colour in COLOURS if not (known and colour in out)]
     return draws.pick([colour for colour in options if colour != taken])

@@ -42,6 +42,7 @@ def index(args):
 
 def sample(args):
     import torch
+
     from iomm.engine.draw import draw_run
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(draw_run(args.run, num=args.num, steps=args.steps, seed=args.seed, prompts=args.prompt, weights=args.weights,

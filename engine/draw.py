@@ -6,7 +6,6 @@ import torch
 
 from iomm.config import InputError
 from iomm.engine import parts
-from iomm.engine.data.order import Order
 from iomm.engine.data.shards import Shards
 from iomm.engine.data.source import ImageSource
 from iomm.masking import visible_mask

@@ -93,7 +93,7 @@ def run(config, args, ranks):
     flops = model.flops_per_image(config.data.size_px)
     sharded = zero.Sharded(
         model.to(ranks.device), lambda p: make_optimizer(p, config.optim), config=config, ranks=ranks,
-        leaves=model.generator.block_classes, micro_batch=source.micro_batch, accumulation=source.accumulation_steps)
+        leaves=model.leaves, micro_batch=source.micro_batch, accumulation=source.accumulation_steps)
     state = loop.State(sharded, Ema(sharded.masters, config.ema.decay), Guard(config.guard.max_skips), ranks)
     if folder is not None:
         loop.restore(state, folder)

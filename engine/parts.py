@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from iomm.adapter import QueryAdapter
+from iomm.adapter import Connector, QueryAdapter
 from iomm.config import InputError, generator_config
 from iomm.engine import checkpoint
 from iomm.engine.config import load_config
@@ -44,13 +44,18 @@ def build_model(config, mllm_name, device):
     """Frozen parts on `device`, trained parts drawn from run.seed on the CPU -> IOMM."""
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     mllm = load_mllm(mllm_name, revision=config.model.mllm_revision, dtype=dtype, device=device)
-    vae = load_vae(config.model.vae)
+    vae = load_vae(config.model.vae, dtype=dtype, device=device)
     vae.grid(config.data.size_px, config.data.size_px)          # raises if the size does not divide
     shape = generator_config(config.model.preset, token_dim=vae.token_dim, condition_dim=mllm.width)
     recipe = Recipe(seed=config.run.seed, mask=config.mask, adapter=config.adapter)
-    adapter = QueryAdapter(config.adapter, mllm.width)
-    adapter.init_weights(config.run.seed)
-    return IOMM(new_generator(shape, config.run.seed), adapter, mllm, vae, recipe)
+    seed, adapter, connector = config.run.seed, None, None
+    if config.adapter.kind != "none":
+        adapter = QueryAdapter(config.adapter, mllm.width)
+        adapter.init_weights(seed)
+    if config.adapter.connector_layers:
+        connector = Connector(config.adapter, mllm.width)
+        connector.init_weights(seed)
+    return IOMM(new_generator(shape, seed), adapter, mllm, vae, recipe, connector)
 
 
 def read_run(run_dir):

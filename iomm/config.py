@@ -11,6 +11,7 @@ Shape letters, used as suffixes of tensor names in the whole project:
 
 from dataclasses import dataclass, replace
 
+
 class InputError(ValueError):
     """Something that the user gave is wrong. The message is one line: what, what was wanted, what to do."""
 
@@ -102,6 +103,7 @@ class AdapterConfig:
     head_dim: int = 128            # E of the cross-attention
     attention: str = "causal"      # among the queries inside the MLLM: causal | bidirectional
     conditions: str = "query"      # MLLM outputs that condition the generator: query | all
+    connector_layers: int = 0      # transformer layers between the MLLM and the generator
 
     def __post_init__(self):
         choice("adapter.kind", self.kind, ("rqa", "metaquery", "none"))
@@ -109,5 +111,7 @@ class AdapterConfig:
         choice("adapter.conditions", self.conditions, ("query", "all"))
         if self.num_queries < 1:
             raise InputError(f"adapter.num_queries must be >= 1, got {self.num_queries}")
+        if self.connector_layers < 0:
+            raise InputError(f"adapter.connector_layers must be >= 0, got {self.connector_layers}")
         if self.kind == "none" and self.conditions == "query":
             raise InputError("adapter.kind none has no queries: set adapter.conditions=all")

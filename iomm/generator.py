@@ -1,4 +1,4 @@
-"""One contract for every generator: (noisy_BNK, t_B, condition_BCD, grid) -> velocity_BNK.
+"""One contract for every generator: (noisy_BNK, t_B, condition_BCD, grid, lengths_B=None) -> velocity_BNK.
 
 grid is (rows, columns) of latent tokens, t runs from 1 (noise) to 0 (image), the velocity is noise - image. A generator
 also has `config`, `block_classes`, `init_weights(seed)` and `flops_per_image(grid, num_condition)`."""

@@ -6,7 +6,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ZERO_AT_START = ("modulation", "final_modulation", "final")  # names of linears: blocks start closed, velocity at 0
 
@@ -80,9 +80,17 @@ def rotate(x_BLAE, cos_LF, sin_LF):
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x_BLAE.dtype)
 
 
-def attend(q_BLAE, k_BLAE, v_BLAE):
-    """Dense softmax attention, (B, L, A, E) -> (B, L, D). Never a mask: cuDNN's backward has a bug with one."""
-    heads_BALE = F.scaled_dot_product_attention(q_BLAE.transpose(1, 2), k_BLAE.transpose(1, 2), v_BLAE.transpose(1, 2))
+def attend(q_BLAE, k_BLAE, v_BLAE, shown_BL=None):
+    """Softmax attention, (B, L, A, E) -> (B, L, D). `shown_BL`: bool, keys that may be seen; None, the rule, for all.
+
+    A mask is for ragged conditions only, and then cuDNN is kept out: its backward gives NaN with one at lengths of
+    64 modulo 128 (pytorch #196678)."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BLAE, k_BLAE, v_BLAE))
+    if shown_BL is None:
+        heads_BALE = F.scaled_dot_product_attention(q, k, v)
+    else:
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            heads_BALE = F.scaled_dot_product_attention(q, k, v, attn_mask=shown_BL[:, None, None])
     return heads_BALE.transpose(1, 2).flatten(2)
 
 

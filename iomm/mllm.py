@@ -87,7 +87,7 @@ class MLLM(Frozen):
         return (2 * patches * 3 * vision.patch_size[0]**2 * inner + vision.num_hidden_layers * layer
                 + 2 * self.num_image_tokens * (shuffled * width + width**2))
 
-    def decoder_flops(self, num_prefix, num_queries):
+    def decoder_flops(self, num_prefix, num_queries, outputs=False):
         """(prefix, queries forward, queries backward) FLOPs of one image with the prefix split.
 
         Backward is for activations alone: weights are frozen, and the prefix's keys and values get no gradient. Attention
@@ -98,7 +98,8 @@ class MLLM(Frozen):
         keys = 4 * width * text.num_key_value_heads * head_dim
         rest = 4 * width * heads * head_dim + 6 * width * text.intermediate_size
         pair = 4 * heads * head_dim
-        prefix = layers * num_prefix * keys + (layers - 1) * (num_prefix * rest + num_prefix**2 * pair)
+        whole = layers if outputs else layers - 1
+        prefix = layers * num_prefix * keys + whole * (num_prefix * rest + num_prefix**2 * pair)
         linears = layers * num_queries * (keys + rest)
         seen, own = layers * num_queries * num_prefix * pair, layers * num_queries**2 * pair
         return prefix, linears + seen + own, linears + seen + 2 * own
@@ -149,20 +150,21 @@ class MLLM(Frozen):
         return Condition(tokens_TD=tokens_TD, positions_T=positions_T, offsets=offsets, end_B=end_B)
 
     @torch.no_grad()
-    def prefix(self, condition):
-        """Condition -> keys and values of every layer, [(k_TGE, v_TGE)]. No gradient, no final norm, and of the last
-        layer only its keys and values: nothing else of it is ever read."""
+    def prefix(self, condition, outputs=False):
+        """Condition -> keys and values of every layer, [(k_TGE, v_TGE)], and None or, with `outputs`, hidden states (T, D)
+        after the final norm. No gradient. Without outputs there is no final norm, and of the last layer only keys and
+        values are computed: nothing else of it is ever read."""
         decoder = self.backbone.language_model
         x_TD = condition.tokens_TD
         rotary = decoder.rotary_emb(x_TD, condition.positions_T[None])
         cache = []
         for i, layer in enumerate(decoder.layers):
-            last = i == len(decoder.layers) - 1
-            q, k, v = heads(layer, x_TD, rotary, with_query=not last)
+            whole = outputs or i < len(decoder.layers) - 1
+            q, k, v = heads(layer, x_TD, rotary, with_query=whole)
             cache.append((k, v))
-            if not last:
+            if whole:
                 x_TD = finish(layer, x_TD, masked_attention(q, k, v, condition.offsets, causal=True))
-        return cache
+        return cache, decoder.norm(x_TD) if outputs else None
 
     def queries(self, queries_BQD, condition, cache, *, causal=True):
         """Runs Q queries per sample behind the cached prefix -> hidden states (B, Q, D) after the final norm.
@@ -240,12 +242,17 @@ def load_mllm(name, *, revision=None, dtype=torch.bfloat16, device="cpu"):
 def create_mllm(folder, *, texts, vision, text, seed=0, vocab_size=512):
     """Writes a new InternVL with random weights to `folder`, in transformers' own format, and returns the folder.
 
-    vision, text: keyword arguments of InternVLVisionConfig and Qwen2Config. texts: strings on which a byte-level BPE
-    vocabulary of at most vocab_size tokens is trained, so that any other text still has an encoding. Weights are drawn
-    on the CPU from `seed`."""
+    vision, text: keyword arguments of InternVLVisionConfig and of the decoder's config (Qwen2Config unless model_type
+    says qwen3). texts: strings on which a byte-level BPE vocabulary of at most vocab_size tokens is trained, so that any
+    other text still has an encoding. Weights are drawn on the CPU from `seed`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import (InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig,
-                              PreTrainedTokenizerFast, Qwen2Config)
+    from transformers import (
+        AutoConfig,
+        InternVLConfig,
+        InternVLForConditionalGeneration,
+        InternVLVisionConfig,
+        PreTrainedTokenizerFast,
+    )
     from transformers.utils import logging
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"]
     bpe = Tokenizer(models.BPE())
@@ -259,7 +266,7 @@ def create_mllm(folder, *, texts, vision, text, seed=0, vocab_size=512):
     vision = InternVLVisionConfig(**vision)
     config = InternVLConfig(
         vision_config=vision,
-        text_config=Qwen2Config(vocab_size=bpe.get_vocab_size(), **text),
+        text_config=AutoConfig.for_model(**{"model_type": "qwen2", **text}, vocab_size=bpe.get_vocab_size()),
         image_token_id=bpe.token_to_id("<IMG_CONTEXT>"),
         image_seq_length=(vision.image_size[0] // vision.patch_size[0] // 2) ** 2)
     with torch.random.fork_rng(devices=[]):

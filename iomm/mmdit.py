@@ -88,7 +88,7 @@ class DualBlock(nn.Module):
         self.latent_stream = Stream(width, num_heads)
         self.condition_stream = (ReadStream if last else Stream)(width, num_heads)
 
-    def forward(self, latents_BND, condition_BCD, time_BD, cos_NF, sin_NF):
+    def forward(self, latents_BND, condition_BCD, time_BD, cos_NF, sin_NF, shown_BL=None):
         """`time_BD` has been through SiLU. Condition tokens sit at position 0, where a rotation does nothing."""
         q, k, v, rest = self.latent_stream.open(latents_BND, time_BD)
         q, k = rotate(q, cos_NF, sin_NF), rotate(k, cos_NF, sin_NF)
@@ -97,7 +97,7 @@ class DualBlock(nn.Module):
         else:
             condition_q, condition_k, condition_v, condition_rest = self.condition_stream.open(condition_BCD, time_BD)
             q = torch.cat((condition_q, q), dim=1)
-        attended = attend(q, torch.cat((condition_k, k), dim=1), torch.cat((condition_v, v), dim=1))
+        attended = attend(q, torch.cat((condition_k, k), dim=1), torch.cat((condition_v, v), dim=1), shown_BL)
         if self.last:
             return self.latent_stream.close(latents_BND, attended, rest), None
         num_condition = condition_BCD.shape[1]
@@ -117,12 +117,12 @@ class SingleBlock(nn.Module):
         self.k_norm = nn.RMSNorm(width // num_heads, eps=EPS)
         self.linear_out = nn.Linear(5 * width, width)
 
-    def forward(self, joint_BLD, time_BD, cos_LF, sin_LF):
+    def forward(self, joint_BLD, time_BD, cos_LF, sin_LF, shown_BL=None):
         shift, scale, gate = self.modulation(time_BD).chunk(3, dim=-1)
         q, k, v, hidden = self.linear_in(norm_modulate(joint_BLD, shift, scale)).split(self.linear_in.parts, dim=-1)
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in (q, k, v))
         q, k = rotate(self.q_norm(q), cos_LF, sin_LF), rotate(self.k_norm(k), cos_LF, sin_LF)
-        both = torch.cat((attend(q, k, v), F.gelu(hidden, approximate="tanh")), dim=-1)
+        both = torch.cat((attend(q, k, v, shown_BL), F.gelu(hidden, approximate="tanh")), dim=-1)
         return joint_BLD + gate[:, None] * self.linear_out(both)
 
 
@@ -134,7 +134,9 @@ def grid_tables(grid, axes, theta, device, dtype):
 
 
 class MMDiT(nn.Module):
-    """(noisy_BNK, t_B in [0, 1], condition_BCD, grid (rows, columns)) -> velocity_BNK = noise - image."""
+    """(noisy_BNK, t_B in [0, 1], condition_BCD, grid (rows, columns)) -> velocity_BNK = noise - image.
+
+    lengths_B, for ragged conditions only: how many of a sample's C tokens are its own; the others are never read."""
 
     block_classes = (DualBlock, SingleBlock)  # each gathered whole under ZeRO-3 and compiled as one graph
 
@@ -155,7 +157,7 @@ class MMDiT(nn.Module):
         self.final_modulation = nn.Linear(width, 2 * width)  # scale first, then shift: diffusers' order
         self.final = nn.Linear(width, config.token_dim)
 
-    def forward(self, noisy_BNK, t_B, condition_BCD, grid):
+    def forward(self, noisy_BNK, t_B, condition_BCD, grid, lengths_B=None):
         num_condition, (rows, columns) = condition_BCD.shape[1], grid
         assert noisy_BNK.shape[1] == rows * columns, (
             f"{noisy_BNK.shape[1]} latent tokens do not fill a grid of {rows} x {columns}"
@@ -169,13 +171,17 @@ class MMDiT(nn.Module):
             latents.device,
             at_least_float32(latents[:0]).dtype,
         )
+        shown_BL = None
+        if lengths_B is not None:
+            shown_BL = F.pad(torch.arange(num_condition, device=lengths_B.device) < lengths_B[:, None],
+                             (0, rows * columns), value=True)
         for block in self.blocks:
-            latents, condition = block(latents, condition, time_BD, cos, sin)
+            latents, condition = block(latents, condition, time_BD, cos, sin, shown_BL)
         if self.single_blocks:
             joint = torch.cat((condition, latents), dim=1)
             cos, sin = F.pad(cos, (0, 0, num_condition, 0), value=1.0), F.pad(sin, (0, 0, num_condition, 0))
             for block in self.single_blocks:
-                joint = block(joint, time_BD, cos, sin)
+                joint = block(joint, time_BD, cos, sin, shown_BL)
             latents = joint[:, num_condition:]
         scale, shift = self.final_modulation(time_BD).chunk(2, dim=-1)
         return self.final(norm_modulate(latents, shift, scale))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from iomm.config import AdapterConfig, InputError, MaskConfig
+from iomm.config import AdapterConfig, MaskConfig
 from iomm.flow import sample_time, velocity_loss
 from iomm.kernels.noisy_tokens import noisy_tokens
 from iomm.kernels.philox import TIME, uniform
@@ -27,11 +27,10 @@ class IOMM(nn.Module):
     """Generator and adapter (trained), MLLM and VAE (frozen, held in a tuple so that nothing that walks the modules
     partitions, casts or saves them)."""
 
-    def __init__(self, generator, adapter, mllm, vae, recipe):
+    def __init__(self, generator, adapter, mllm, vae, recipe, connector=None):
+        """adapter: None for adapter.kind "none"; connector: None without one."""
         super().__init__()
-        if recipe.adapter.kind == "none" or recipe.adapter.conditions == "all":
-            raise InputError("adapter.kind=none and adapter.conditions=all are not built yet: use rqa or metaquery, and query")
-        self.generator, self.adapter = generator, adapter
+        self.generator, self.adapter, self.connector = generator, adapter, connector
         self.frozen = (mllm, vae)
         self.recipe = recipe
 
@@ -48,32 +47,70 @@ class IOMM(nn.Module):
         visible = visible_mask(self.recipe.mask, seed, n_B, mllm.num_image_tokens)        # step 4
         condition = mllm.condition([RECONSTRUCT] * len(n_B), tokens_BPD, visible=visible,  # step 5
                                    mode=self.recipe.mask.mode, positions=self.recipe.mask.positions)
-        velocity_BNK = self.velocity(noisy_BNK, t_B, self.read(condition), grid(latents_BCHW, vae.patch))
+        velocity_BNK = self.velocity(noisy_BNK, t_B, *self.read(condition), grid(latents_BCHW, vae.patch))
         loss, loss_B = velocity_loss(velocity_BNK, target_BNK)                            # step 8
         return loss, loss_B.detach(), t_B
 
     def flops_per_image(self, size_px):
         """FLOPs that one image of a training step needs: frozen encoders forward, prefix forward, queries forward and
-        backward to their inputs, adapter and generator forward and backward (3 x forward)."""
+        backward to their inputs, adapter, connector and generator forward and backward (3 x forward)."""
         mllm, vae = self.frozen
         text = len(mllm.token_ids("".join(TURN) + "".join(IMAGE) + RECONSTRUCT))
         shown = mllm.num_image_tokens * (1 if self.recipe.mask.mode == "zero" else 1 - self.recipe.mask.ratio)
-        num_prefix, num_queries = text + shown, self.adapter.queries_QD.shape[0]
-        trained = self.adapter.flops(num_prefix) + self.generator.flops_per_image(vae.grid(size_px, size_px), num_queries)
-        return vae.flops_per_image(size_px) + mllm.vit_flops() + sum(mllm.decoder_flops(num_prefix, num_queries)) + 3 * trained
+        num_prefix, num_queries = text + shown, 0 if self.adapter is None else self.recipe.adapter.num_queries
+        every = self.recipe.adapter.conditions == "all"
+        num_condition = num_queries + (num_prefix if every else 0)
+        trained = self.generator.flops_per_image(vae.grid(size_px, size_px), num_condition)
+        trained += 0 if self.adapter is None else self.adapter.flops(num_prefix)
+        trained += 0 if self.connector is None else self.connector.flops(num_condition)
+        decoder = sum(mllm.decoder_flops(num_prefix, num_queries, outputs=every))
+        return vae.flops_per_image(size_px) + mllm.vit_flops() + decoder + 3 * trained
 
     def read(self, condition):
-        """Condition -> what conditions the generator, (B, C, D): steps 6 and 7."""
-        mllm, _ = self.frozen
-        queries_BQD = self.adapter(condition)
-        cache = mllm.prefix(condition)
-        return mllm.queries(queries_BQD.to(mllm.dtype), condition, cache,
-                            causal=self.recipe.adapter.attention == "causal")
+        """Condition -> what conditions the generator, (B, C, D), and its lengths (B,) or None: steps 6 and 7.
 
-    def velocity(self, noisy_BNK, t_B, condition_BCD, grid):
+        conditions "query": the outputs at the queries, C = Q. "all": every output, each sample's in a row, filled up with
+        zeros to the longest; lengths is None where all are alike."""
+        mllm, _ = self.frozen
+        every = self.recipe.adapter.conditions == "all"
+        queries_BQD = None if self.adapter is None else self.adapter(condition)
+        cache, outputs_TD = mllm.prefix(condition, outputs=every)
+        hidden_BCD, lengths_B = None, None
+        if queries_BQD is not None:
+            hidden_BCD = mllm.queries(queries_BQD.to(mllm.dtype), condition, cache,
+                                      causal=self.recipe.adapter.attention == "causal")
+        if every:
+            hidden_BCD, lengths_B = joined(outputs_TD, condition.offsets, hidden_BCD)
+        if self.connector is not None:
+            hidden_BCD = self.connector(hidden_BCD.to(self.dtype), lengths_B)
+        return hidden_BCD, lengths_B
+
+    @property
+    def leaves(self):
+        """Classes of the blocks that ZeRO-3 gathers whole; only those that the model has."""
+        classes = (*self.generator.block_classes, *(() if self.connector is None else self.connector.block_classes))
+        return tuple(c for c in classes if any(isinstance(module, c) for module in self.modules()))
+
+    @property
+    def dtype(self):
+        """Of the trained parts' arithmetic."""
+        return self.generator.final.weight.dtype
+
+    def velocity(self, noisy_BNK, t_B, condition_BCD, lengths_B, grid):
         """The generator's velocity, in whatever dtype its weights are."""
-        dtype = self.adapter.queries_QD.dtype
-        return self.generator(noisy_BNK.to(dtype), t_B, condition_BCD.to(dtype), grid)
+        return self.generator(noisy_BNK.to(self.dtype), t_B, condition_BCD.to(self.dtype), grid, lengths_B)
+
+
+def joined(outputs_TD, offsets, hidden_BQD):
+    """Packed outputs and (B, Q, D) or None -> each sample's in a row (B, C, D), zeros after them, lengths (B,) or None."""
+    bounds = offsets.tolist()
+    rows = [outputs_TD[start:stop] for start, stop in zip(bounds, bounds[1:])]
+    if hidden_BQD is not None:
+        rows = [torch.cat((row, hidden)) for row, hidden in zip(rows, hidden_BQD)]
+    lengths = [len(row) for row in rows]
+    ragged = len(set(lengths)) > 1
+    return (torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
+            torch.tensor(lengths, device=outputs_TD.device) if ragged else None)
 
 
 def grid(latents_BCHW, patch):

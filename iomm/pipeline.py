@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from iomm.kernels.noisy_tokens import unpatch
@@ -16,13 +17,20 @@ def draw(model, condition, image_B, *, size_px, steps=20, guidance=1.0, seed=0, 
     above 1 needs a model that has seen empty prompts (stage 2)."""
     mllm, vae = model.frozen
     rows, columns = grid = vae.grid(size_px, size_px)
-    read = model.read(condition)
-    empty = model.read(mllm.condition([""] * condition.batch)) if guidance != 1.0 else None
+    read_BCD, lengths_B = model.read(condition)
+    empty_BCD = None
+    if guidance != 1.0:
+        empty_BCD, _ = model.read(mllm.condition([""] * condition.batch))
+        if lengths_B is not None or empty_BCD.shape != read_BCD.shape:   # conditions "all": as long as the prompt
+            own_B = torch.full((len(read_BCD),), read_BCD.shape[1], device=read_BCD.device) if lengths_B is None else lengths_B
+            lengths_B = torch.cat((own_B, torch.full_like(own_B, empty_BCD.shape[1])))
+            longest = max(read_BCD.shape[1], empty_BCD.shape[1])
+            read_BCD, empty_BCD = (F.pad(x, (0, 0, 0, longest - x.shape[1])) for x in (read_BCD, empty_BCD))
     noise_BNK = image_noise(seed, image_B, rows * columns, vae.token_dim)
 
     def velocity(x_BNK, t_B, condition_BCD):
-        return model.velocity(x_BNK, t_B, condition_BCD, grid)
-    tokens_BNK = sample(velocity, noise_BNK, read, empty, steps=steps, guidance=guidance, shift=shift)
+        return model.velocity(x_BNK, t_B, condition_BCD, lengths_B, grid)
+    tokens_BNK = sample(velocity, noise_BNK, read_BCD, empty_BCD, steps=steps, guidance=guidance, shift=shift)
     return vae.decode(unpatch(tokens_BNK, rows * vae.patch, columns * vae.patch, vae.patch)).float()
 
 

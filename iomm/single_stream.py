@@ -114,7 +114,9 @@ def joint_tables(grid, num_condition, axes, theta, device, dtype):
 
 
 class SingleStream(nn.Module):
-    """(noisy_BNK, t_B in [0, 1], condition_BCD, grid (rows, columns)) -> velocity_BNK = noise - image."""
+    """(noisy_BNK, t_B in [0, 1], condition_BCD, grid (rows, columns)) -> velocity_BNK = noise - image.
+
+    lengths_B, for ragged conditions only: how many of a sample's C tokens are its own; the others become pad tokens."""
 
     block_classes = (Layer,)  # each gathered whole under ZeRO-3 and compiled as one graph
 
@@ -136,11 +138,15 @@ class SingleStream(nn.Module):
         self.final_modulation = nn.Linear(time_width(width), width)
         self.final = nn.Linear(width, config.token_dim)
 
-    def forward(self, noisy_BNK, t_B, condition_BCD, grid):
+    def forward(self, noisy_BNK, t_B, condition_BCD, grid, lengths_B=None):
         num_latents, (rows, columns) = noisy_BNK.shape[1], grid
         assert num_latents == rows * columns, f"{num_latents} latent tokens do not fill a grid of {rows} x {columns}"
         latents = fill_up(self.latents_in(noisy_BNK), self.latent_pad_1D)
-        condition = fill_up(self.condition_in(self.condition_norm(condition_BCD)), self.condition_pad_1D)
+        condition = self.condition_in(self.condition_norm(condition_BCD))
+        if lengths_B is not None:
+            own_BC = torch.arange(condition.shape[1], device=lengths_B.device) < lengths_B[:, None]
+            condition = torch.where(own_BC[..., None], condition, self.condition_pad_1D.to(condition.dtype))
+        condition = fill_up(condition, self.condition_pad_1D)
         config = self.config
         cos, sin = joint_tables(
             (rows, columns),

@@ -70,7 +70,7 @@ def test_split_pass_equals_transformers_forward(mllm, ratio, batch, kinds):
     weight = torch.randn(batch, Q, mllm.width, generator=generator, dtype=torch.float64)
     for causal in (True, False):
         condition = mllm.condition(texts, tokens, has_image=has_image, visible=visible)
-        ours = mllm.queries(queries, condition, mllm.prefix(condition), causal=causal)
+        ours = mllm.queries(queries, condition, mllm.prefix(condition)[0], causal=causal)
         (ours * weight).sum().backward()
         ours_grad, queries.grad = queries.grad, None
         theirs = literal(mllm, texts, tokens, has_image, visible, queries, causal)
@@ -78,6 +78,35 @@ def test_split_pass_equals_transformers_forward(mllm, ratio, batch, kinds):
         theirs_grad, queries.grad = queries.grad, None
         assert (ours - theirs).abs().max() <= 1e-12 * theirs.abs().max()
         assert (ours_grad - theirs_grad).abs().max() <= 1e-12 * theirs_grad.abs().max()
+
+
+def test_prefix_outputs_equal_transformers_forward(mllm):
+    """adapter.conditions: all, as Algorithm 1 writes it: hidden tokens times zero, every output."""
+    tokens = mllm.image_tokens(torch.randn(2, 3, 32, 32, dtype=torch.float64))
+    visible = torch.arange(2 * mllm.num_image_tokens) % 3 == 0
+    queries = torch.randn(2, Q, mllm.width, dtype=torch.float64, requires_grad=True)
+    condition = mllm.condition([RECONSTRUCT] * 2, tokens, visible=visible, mode="zero")
+    cache, outputs = mllm.prefix(condition, outputs=True)
+    ours = torch.cat((outputs.view(2, -1, mllm.width), mllm.queries(queries, condition, cache)), dim=1)
+    whole = torch.cat((condition.tokens_TD.view(2, -1, mllm.width), queries), dim=1)
+    theirs = mllm.backbone.language_model(inputs_embeds=whole, use_cache=False).last_hidden_state
+    assert (ours - theirs).abs().max() <= 1e-12 * theirs.abs().max()
+    weight = torch.randn_like(theirs)
+    grads = [torch.autograd.grad((out * weight).sum(), queries)[0] for out in (ours, theirs)]
+    assert (grads[0] - grads[1]).abs().max() <= 1e-12 * grads[1].abs().max()
+
+
+def test_qwen3_decoders_are_read_too(tmp_path):
+    """InternVL3.5's decoder: norms on queries and keys, its own head dim."""
+    create_mllm(tmp_path / "m", texts=["a b"], vision=VISION, text={"model_type": "qwen3", "head_dim": 24, **TEXT})
+    mllm = load_mllm(str(tmp_path / "m"), dtype=torch.float64)
+    internvl = mllm.backbone
+    condition = mllm.condition(["a bb ccc", "a bb ccc"])
+    queries = torch.randn(2, Q, mllm.width, dtype=torch.float64)
+    ours = mllm.queries(queries, condition, mllm.prefix(condition)[0])
+    whole = torch.cat((condition.tokens_TD.view(2, -1, mllm.width), queries), dim=1)
+    theirs = internvl.language_model(inputs_embeds=whole, use_cache=False).last_hidden_state[:, -Q:]
+    assert (ours - theirs).abs().max() <= 1e-12 * theirs.abs().max()
 
 
 def test_zero_keeps_hidden_tokens_as_zeros(mllm):
@@ -105,7 +134,7 @@ def test_prefix_keeps_no_graph_and_stays_frozen(mllm):
     assert not any(module.training for module in mllm.modules())
     assert not any(p.requires_grad for p in mllm.parameters())
     condition = mllm.condition(["a red circle"])
-    assert not any(k.requires_grad or v.requires_grad for k, v in mllm.prefix(condition))
+    assert not any(k.requires_grad or v.requires_grad for k, v in mllm.prefix(condition)[0])
 
 
 def test_errors_say_what_was_wanted(mllm, tmp_path):

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from iomm.kernels.noisy_tokens import patch_tokens, unpatch
 from parity import randomize, relative_error, true_float64
 from torch.utils.flop_counter import FlopCounterMode
 
 from iomm.config import PRESETS, GeneratorConfig, InputError
 from iomm.generator import empty_generator, new_generator
+from iomm.kernels.noisy_tokens import patch_tokens, unpatch
 from iomm.layout import NORM_FREE as NORM_FREE_KEY
 from iomm.layout import Layout, describe
 from iomm.single_stream import SingleStream

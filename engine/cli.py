@@ -1,4 +1,4 @@
-"""The console command `iomm`: index, sample, doctor."""
+"""The console command `iomm`: index, sample, edit, export, doctor."""
 
 import argparse
 import sys
@@ -16,19 +16,33 @@ def main(argv=None):
     command.add_argument("shards", nargs="+", help="tars, globs in quotes, or folders")
     command.add_argument("--out", required=True, help="folder of the index")
 
-    command = commands.add_parser("sample", help="draw a PNG grid from a run's newest checkpoint")
-    command.add_argument("--run", required=True, help="folder of the run")
-    command.add_argument("--num", type=int, default=16)
-    command.add_argument("--steps", type=int, default=20, help="Euler steps")
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--prompt", action="append", default=[], help="draw from text instead of masked images; repeatable")
-    command.add_argument("--weights", choices=("ema", "raw"), default="ema")
-    command.add_argument("--out", help="PNG file; default: the run's samples/ folder")
+    def of_a_run(name, text):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("--run", required=True, help="folder of the run; its newest intact checkpoint is read")
+        command.add_argument("--weights", choices=("ema", "raw"), default="ema")
+        command.add_argument("--out", help="where to write; default: inside the run's folder")
+        return command
 
+    def drawing(command, guidance):
+        command.add_argument("--steps", type=int, default=20, help="Euler steps")
+        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--guidance", type=float, default=guidance, help="classifier-free guidance; above 1 after stage 2")
+
+    command = of_a_run("sample", "draw a PNG grid: masked images and what is drawn of them, or prompts")
+    drawing(command, 1.0)
+    command.add_argument("--num", type=int, default=16)
+    command.add_argument("--prompt", action="append", default=[], help="draw from text instead of masked images; repeatable")
+
+    command = of_a_run("edit", "draw an image anew by an instruction")
+    drawing(command, 1.0)
+    command.add_argument("--image", required=True)
+    command.add_argument("--instruction", required=True)
+
+    of_a_run("export", "write generator (diffusers folder), adapter and connector (safetensors)")
     commands.add_parser("doctor", help="what is installed, what is missing, why, and what that costs")
     args = parser.parse_args(argv)
     try:
-        return {"index": index, "sample": sample, "doctor": doctor}[args.command](args)
+        return {"index": index, "sample": sample, "edit": edit, "export": export, "doctor": doctor}[args.command](args)
     except InputError as error:
         print(f"iomm: {error}", file=sys.stderr)
         return 2
@@ -41,13 +55,27 @@ def index(args):
 
 
 def sample(args):
-    import torch
-
     from iomm.engine.draw import draw_run
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(draw_run(args.run, num=args.num, steps=args.steps, seed=args.seed, prompts=args.prompt, weights=args.weights,
-                   device=device, out=args.out))
+    print(draw_run(args.run, num=args.num, prompts=args.prompt, **drawing_settings(args)))
     return 0
+
+
+def edit(args):
+    from iomm.engine.draw import edit_run
+    print(edit_run(args.run, args.image, args.instruction, **drawing_settings(args)))
+    return 0
+
+
+def export(args):
+    from iomm.engine.draw import export_run
+    print(export_run(args.run, weights=args.weights, out=args.out))
+    return 0
+
+
+def drawing_settings(args):
+    import torch
+    return dict(steps=args.steps, seed=args.seed, guidance=args.guidance, weights=args.weights, out=args.out,
+                device="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def doctor(args):

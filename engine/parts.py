@@ -69,6 +69,13 @@ def read_run(run_dir):
     return load_config(str(path)), folder
 
 
+def load_run(run_dir, *, weights="ema", device="cpu"):
+    """Run folder -> (config, model with the weights of its newest intact checkpoint, not sharded; manifest)."""
+    config, folder = read_run(run_dir)
+    model = build_model(config, prepare_mllm(config), device).to(device)
+    return config, model, load_weights(model, folder, weights)
+
+
 @torch.no_grad()
 def load_weights(model, folder, weights="ema"):
     """Reads whole parameters of a checkpoint, of whatever number of ranks, into a model that is not sharded.

@@ -239,6 +239,31 @@ def load_mllm(name, *, revision=None, dtype=torch.bfloat16, device="cpu"):
     return MLLM(internvl.to(device), tokenizer)
 
 
+# OpenGVLab/InternVL3-2B: InternViT-300M and Qwen2.5-1.5B.
+INTERNVL3_2B = {
+    "vision": dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096, image_size=448,
+                   patch_size=14, attention_bias=True),
+    "text": dict(vocab_size=151674, hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
+                 intermediate_size=8960, max_position_embeddings=32768),
+}
+
+
+def internvl_config(vision, text, **more):
+    """InternVLConfig from keyword arguments of its parts; the decoder is Qwen2 unless text says model_type qwen3."""
+    from transformers import AutoConfig, InternVLConfig, InternVLVisionConfig
+    vision = InternVLVisionConfig(**vision)
+    return InternVLConfig(
+        vision_config=vision, text_config=AutoConfig.for_model(**{"model_type": "qwen2", **text}),
+        image_seq_length=(vision.image_size[0] // vision.patch_size[0] // 2) ** 2, **more)
+
+
+def shape_of_mllm(vision, text):
+    """An MLLM of this shape on the meta device, without weights and tokenizer: for counting."""
+    from transformers import InternVLModel
+    with torch.device("meta"):
+        return MLLM(InternVLModel(internvl_config(vision, text)), None)
+
+
 def create_mllm(folder, *, texts, vision, text, seed=0, vocab_size=512):
     """Writes a new InternVL with random weights to `folder`, in transformers' own format, and returns the folder.
 
@@ -246,13 +271,7 @@ def create_mllm(folder, *, texts, vision, text, seed=0, vocab_size=512):
     says qwen3). texts: strings on which a byte-level BPE vocabulary of at most vocab_size tokens is trained, so that any
     other text still has an encoding. Weights are drawn on the CPU from `seed`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import (
-        AutoConfig,
-        InternVLConfig,
-        InternVLForConditionalGeneration,
-        InternVLVisionConfig,
-        PreTrainedTokenizerFast,
-    )
+    from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFast
     from transformers.utils import logging
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"]
     bpe = Tokenizer(models.BPE())
@@ -263,12 +282,8 @@ def create_mllm(folder, *, texts, vision, text, seed=0, vocab_size=512):
         show_progress=False))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=special[0], pad_token=special[0],
                                         additional_special_tokens=special[1:])
-    vision = InternVLVisionConfig(**vision)
-    config = InternVLConfig(
-        vision_config=vision,
-        text_config=AutoConfig.for_model(**{"model_type": "qwen2", **text}, vocab_size=bpe.get_vocab_size()),
-        image_token_id=bpe.token_to_id("<IMG_CONTEXT>"),
-        image_seq_length=(vision.image_size[0] // vision.patch_size[0] // 2) ** 2)
+    config = internvl_config(vision, {**text, "vocab_size": bpe.get_vocab_size()},
+                             image_token_id=bpe.token_to_id("<IMG_CONTEXT>"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = InternVLForConditionalGeneration(config)

@@ -1,16 +1,118 @@
-"""From a condition to a picture: the trained parts, the MLLM and the sampler together."""
+"""From text, or an image and an instruction, to pictures: trained parts, MLLM, VAE and sampler together."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from iomm.adapter import Connector, QueryAdapter
+from iomm.config import AdapterConfig, InputError
 from iomm.kernels.noisy_tokens import unpatch
+from iomm.mllm import IMAGE_MEAN, IMAGE_STD, load_mllm
+from iomm.model import IOMM, Recipe
 from iomm.sampler import image_noise, sample
+from iomm.vae import load_vae
+from iomm.weights import export_generator, load_generator, load_module, read_json, save_module
+
+CARD = "iomm.json"       # what an exported folder says beside diffusers' config.json
+
+
+class Pipeline:
+    """Draws pictures. Pipeline.from_pretrained(folder)(prompt) -> list of PIL images; edit(image, instruction) too."""
+
+    def __init__(self, model, size_px, *, batch=16):
+        """model: an IOMM, not sharded. size_px: default side of a picture. batch: pictures drawn at once."""
+        self.model, self.size_px, self.batch = model, size_px, batch
+
+    @classmethod
+    def from_pretrained(cls, folder, *, device=None, dtype=None, mllm=None, vae=None):
+        """A folder of save_pretrained. mllm, vae: other places than the folder names. Never downloads unless one of
+        them is a hub id; never unpickles. dtype: bfloat16 on a GPU, float32 on a CPU. Raises InputError."""
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        folder = Path(folder)
+        card = read_json(folder / CARD)
+        try:
+            config, size_px = AdapterConfig(**card["adapter"]), int(card["size_px"])
+            mllm_name, vae_name, revision = mllm or card["mllm"], vae or card["vae"], card["mllm_revision"]
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{folder / CARD} is not an IOMM card: {error}") from error
+        frozen = (load_mllm(mllm_name, revision=None if mllm else revision, dtype=dtype, device=device),
+                  load_vae(vae_name, dtype=dtype, device=device))
+        generator = load_generator(folder, device=device, dtype=dtype)
+        wanted = (frozen[1].token_dim, frozen[0].width)
+        if (generator.config.token_dim, generator.config.condition_dim) != wanted:
+            raise InputError(f"{folder} was trained with latent tokens of {generator.config.token_dim} and an MLLM of width "
+                             f"{generator.config.condition_dim}; {vae_name} and {mllm_name} have {wanted[0]} and {wanted[1]}")
+        adapter = connector = None
+        if config.kind != "none":
+            adapter = QueryAdapter(config, frozen[0].width).to(device, dtype)
+            load_module(adapter, folder / "adapter.safetensors")
+        if config.connector_layers:
+            connector = Connector(config, frozen[0].width).to(device, dtype)
+            load_module(connector, folder / "connector.safetensors")
+        return cls(IOMM(generator, adapter, *frozen, Recipe(adapter=config), connector), size_px)
+
+    def save_pretrained(self, folder, *, mllm, vae, mllm_revision=None, dtype=None):
+        """Writes the generator as a diffusers folder, adapter and connector beside it, and which MLLM and VAE they need.
+
+        Returns the folder. dtype: of the files, the weights' own by default."""
+        folder, model = Path(folder), self.model
+        export_generator(model.generator, folder, patch=model.frozen[1].patch, dtype=dtype)
+        for name in ("adapter", "connector"):
+            if getattr(model, name) is not None:
+                save_module(getattr(model, name), folder / f"{name}.safetensors", dtype=dtype)
+        card = {"adapter": asdict(model.recipe.adapter), "size_px": self.size_px, "mllm": str(mllm),
+                "mllm_revision": mllm_revision, "vae": str(vae)}
+        (folder / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+        return folder
+
+    def __call__(self, prompt, *, steps=20, guidance=4.0, seed=0, size=None, method="euler", shift=1.0):
+        """Prompt or list of prompts -> as many PIL images. "" draws without a prompt.
+
+        size: side in pixels, a multiple of the VAE's factor x patch. Image i of a seed is the same in whatever list.
+        guidance above 1 needs a model that has seen empty prompts (stage 2). Raises InputError (a ValueError)."""
+        prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
+        if not prompts or not all(isinstance(p, str) for p in prompts):
+            raise InputError(f"prompt must be a text or a list of texts, got {prompt!r}")
+        return self._draw(prompts, None, steps=steps, guidance=guidance, seed=seed, size=size, method=method, shift=shift)
+
+    def edit(self, image, instruction, *, steps=20, guidance=4.0, seed=0, size=None, method="euler", shift=1.0):
+        """RGB PIL image and instruction -> PIL image. The condition is the instruction and all tokens of the image, of
+        which the MLLM sees the central square."""
+        if not isinstance(instruction, str):
+            raise InputError(f"instruction must be a text, got {instruction!r}")
+        tokens_BPD = self.model.frozen[0].image_tokens(self._vit_pixels(image))
+        return self._draw([instruction], tokens_BPD, steps=steps, guidance=guidance, seed=seed, size=size, method=method,
+                          shift=shift)[0]
+
+    def _vit_pixels(self, image):
+        if getattr(image, "mode", None) != "RGB":
+            raise InputError(f"image must be a PIL image in mode RGB, got {getattr(image, 'mode', type(image).__name__)}: "
+                             'use image.convert("RGB")')
+        side, px = min(image.size), self.model.frozen[0].vit_px
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        square = image.resize((px, px), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+        pixels = torch.from_numpy(np.array(square)).to(self.model.generator.final.weight.device).permute(2, 0, 1)
+        mean, std = (torch.tensor(x, device=pixels.device)[:, None, None] for x in (IMAGE_MEAN, IMAGE_STD))
+        return ((pixels / 255 - mean) / std)[None]
+
+    def _draw(self, texts, tokens_BPD, *, size, **settings):
+        mllm, images = self.model.frozen[0], []
+        for start in range(0, len(texts), self.batch):
+            part = texts[start:start + self.batch]
+            image_B = torch.arange(start, start + len(part), device=self.model.generator.final.weight.device)
+            condition = mllm.condition(part, tokens_BPD)
+            images += to_images(draw(self.model, condition, image_B, size_px=size or self.size_px, **settings))
+        return images
 
 
 @torch.no_grad()
-def draw(model, condition, image_B, *, size_px, steps=20, guidance=1.0, seed=0, shift=1.0):
+def draw(model, condition, image_B, *, size_px, steps=20, guidance=1.0, seed=0, method="euler", shift=1.0):
     """Condition (packed, B samples) -> pixels (B, 3, size_px, size_px) in [-1, 1], float32.
 
     image_B: int64 numbers of the images; image i of a seed has the same noise in whatever batch it is drawn. guidance
@@ -30,7 +132,8 @@ def draw(model, condition, image_B, *, size_px, steps=20, guidance=1.0, seed=0, 
 
     def velocity(x_BNK, t_B, condition_BCD):
         return model.velocity(x_BNK, t_B, condition_BCD, lengths_B, grid)
-    tokens_BNK = sample(velocity, noise_BNK, read_BCD, empty_BCD, steps=steps, guidance=guidance, shift=shift)
+    tokens_BNK = sample(velocity, noise_BNK, read_BCD, empty_BCD, steps=steps, method=method,
+                        guidance=guidance, shift=shift)
     return vae.decode(unpatch(tokens_BNK, rows * vae.patch, columns * vae.patch, vae.patch)).float()
 
 

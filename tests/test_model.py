@@ -20,14 +20,18 @@ SIZE = 32
 
 
 @pytest.fixture(scope="module")
-def mllm(tmp_path_factory):
-    folder = create_mllm(
+def mllm_folder(tmp_path_factory):
+    return create_mllm(
         tmp_path_factory.mktemp("mllm") / "tiny", texts=[RECONSTRUCT],
         vision=dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=96, image_size=32, patch_size=4,
                     attention_bias=True),
         text=dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=80,
                   max_position_embeddings=256))
-    return load_mllm(str(folder), dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def mllm(mllm_folder):
+    return load_mllm(str(mllm_folder), dtype=torch.float32)
 
 
 def build(mllm, ratio=0.5, mode="drop", generator="mmdit", **adapter_settings):

@@ -1,0 +1,95 @@
+"""Pictures from an exported folder: round trip, seeds, prompts, editing, bad input."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_model import build, mllm, mllm_folder  # noqa: F401  (two of them are fixtures)
+
+from iomm.config import InputError
+from iomm.pipeline import Pipeline, draw, image_grid, to_images
+
+SETTINGS = dict(steps=2, guidance=2.0)
+
+
+@pytest.fixture(scope="module", params=[dict(), dict(connector_layers=1, conditions="all")], ids=["rqa", "connector, all"])
+def folder(request, mllm, mllm_folder, tmp_path_factory):  # noqa: F811
+    pipe = Pipeline(build(mllm, **request.param), 32)
+    return pipe.save_pretrained(tmp_path_factory.mktemp("export"), mllm=mllm_folder, vae="pixel:4"), pipe
+
+
+def arrays(images):
+    return [np.asarray(image) for image in images]
+
+
+def test_an_exported_folder_draws_the_same(folder):
+    path, pipe = folder
+    again = Pipeline.from_pretrained(path, device="cpu")
+    for name, tensor in pipe.model.state_dict().items():
+        assert torch.equal(tensor, again.model.state_dict()[name]), name
+    prompts = ["a red circle", ""]
+    for ours, theirs in zip(arrays(pipe(prompts, **SETTINGS)), arrays(again(prompts, **SETTINGS))):
+        assert np.abs(ours.astype(int) - theirs.astype(int)).max() <= 1
+
+
+def test_the_generator_loads_in_diffusers(folder):
+    import diffusers
+    diffusers.FluxTransformer2DModel.from_pretrained(folder[0])
+
+
+def test_picture_i_is_the_same_in_any_list(folder):
+    pipe = folder[1]
+    both = arrays(pipe(["a red circle", "two blue squares"], seed=3, **SETTINGS))
+    first = arrays(pipe("a red circle", seed=3, **SETTINGS))
+    assert np.abs(both[0].astype(int) - first[0].astype(int)).max() <= 1
+    other = arrays(pipe("a red circle", seed=4, **SETTINGS))
+    assert np.abs(other[0].astype(int) - first[0].astype(int)).max() > 10
+    pipe.batch = 1
+    split = arrays(pipe(["a red circle", "two blue squares"], seed=3, **SETTINGS))
+    pipe.batch = 16
+    assert np.abs(both[1].astype(int) - split[1].astype(int)).max() <= 1
+
+
+def test_editing_depends_on_image_and_instruction(folder):
+    pipe = folder[1]
+    image = Image.fromarray((np.arange(48 * 40 * 3) % 255).astype(np.uint8).reshape(40, 48, 3))
+    base = np.asarray(pipe.edit(image, "make it red", **SETTINGS)).astype(int)
+    assert base.shape == (32, 32, 3)
+    assert np.abs(np.asarray(pipe.edit(image, "make it blue now", **SETTINGS)) - base).max() > 0
+    assert np.abs(np.asarray(pipe.edit(Image.new("RGB", (40, 40)), "make it red", **SETTINGS)) - base).max() > 0
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda pipe: pipe(5), "prompt must be a text or a list of texts, got 5"),
+    (lambda pipe: pipe([]), "prompt must be a text or a list of texts"),
+    (lambda pipe: pipe("long " * 300), "exceeds the MLLM's context of 256: shorten it"),
+    (lambda pipe: pipe("", size=30), "image size must be a positive multiple of 4 px, got 30 x 30"),
+    (lambda pipe: pipe("", steps=0), "steps must be >= 1"),
+    (lambda pipe: pipe("", method="rk4"), "sampler method must be one of euler, heun"),
+    (lambda pipe: pipe.edit(Image.new("L", (8, 8)), "x"), "image must be a PIL image in mode RGB, got L"),
+    (lambda pipe: pipe.edit("photo.png", "x"), "image must be a PIL image in mode RGB, got str"),
+    (lambda pipe: pipe.edit(Image.new("RGB", (8, 8)), None), "instruction must be a text"),
+])
+def test_bad_input_is_a_clear_value_error(folder, call, message):
+    with pytest.raises(ValueError) as error:
+        call(folder[1])
+    assert isinstance(error.value, InputError) and message in str(error.value)
+
+
+def test_a_folder_of_another_model_is_refused(folder, tmp_path):
+    with pytest.raises(InputError, match="iomm.json"):
+        Pipeline.from_pretrained(tmp_path)
+    with pytest.raises(InputError, match="was trained with latent tokens of 48"):
+        Pipeline.from_pretrained(folder[0], vae="pixel:8", device="cpu")
+
+
+def test_pixels_become_images_and_images_a_grid():
+    images = to_images(torch.tensor([-1.0, 0.0, 1.0, 3.0])[:, None, None, None].expand(4, 3, 5, 6))
+    assert [image.getpixel((0, 0))[0] for image in images] == [0, 128, 255, 255]
+    assert image_grid(images, 3).size == (3 * 8 - 2, 2 * 7 - 2)
+
+
+def test_draw_without_guidance_never_reads_the_empty_prompt(folder):
+    pipe = folder[1]
+    condition = pipe.model.frozen[0].condition(["x"])
+    assert draw(pipe.model, condition, torch.tensor([0]), size_px=32, steps=1).shape == (1, 3, 32, 32)

@@ -3,8 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_checks import DEVICE, HALF, cast, check_against, needs_triton
 
-from iomm.kernels.masked_attention import masked_attention
+from iomm.kernels.masked_attention import fused, masked_attention, varlen
+from iomm.kernels.masked_attention.fused import masked_attention_triton
 from iomm.kernels.masked_attention.reference import masked_attention_reference
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -168,7 +170,7 @@ def test_bad_input_is_a_value_error():
         ((q[:, :3], k, v, offsets), {}, "multiple"),
         ((q, k.float(), v.float(), offsets), {}, "share dtype"),
         ((q, k, v, offsets.long()), {}, "int32"),
-        ((q, k, v, offsets[:-1]), {}, "end at"),
+        ((q, k, v, offsets * 2), {}, "end at"),
         ((q, k, v, offsets[:-1]), prefix, "equally many samples"),
         ((q, k, v, offsets.flip(0)), {}, "start at 0"),
         ((q[0], k, v, offsets), {}, "S, A, E"),
@@ -176,3 +178,152 @@ def test_bad_input_is_a_value_error():
     for arguments, options, message in bad:
         with pytest.raises(ValueError, match=message):
             masked_attention(*arguments, **options)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_rows_behind_the_last_sample_are_zeros(causal, monkeypatch):
+    """A packed tensor of fixed capacity: NaN behind the last sample changes nothing and gets gradient 0."""
+    arguments, prefix = inputs([5, 2, 3], [3, 0, 4])
+    wanted = value_and_gradients(arguments, prefix, causal=causal)
+    extra = torch.full((3, 4, 8), float("nan"), dtype=torch.float64)
+    q, k, v = (torch.cat((x.detach(), extra[:, : x.shape[1]])).requires_grad_() for x in arguments[:3])
+    wide = dict(prefix)
+    for name in ("prefix_k", "prefix_v"):
+        wide[name] = torch.cat((prefix[name].detach(), extra[:2, :2])).requires_grad_()
+    for body in ("sdpa", "reference"):
+        monkeypatch.setenv("IOMM_KERNELS", f"masked_attention:{body}")
+        out = masked_attention(q, k, v, arguments[3], **wide, causal=causal)
+        weight = torch.randn(wanted[0].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        gradients = torch.autograd.grad((out[:10] * weight).sum() + out[10:].sum(), leaves((q, k, v), wide))
+        for mine, own in zip([out, *gradients], wanted):
+            torch.testing.assert_close(mine[: len(own)], own, rtol=1e-12, atol=1e-12)
+            assert not mine[len(own):].any()
+
+
+def attend_like_flash(q, k, v, offsets, key_offsets, max_queries, max_keys, causal, scale):
+    """What FlashAttention's varlen kernels compute: the causal mask is aligned at the last key of a sample."""
+    assert max_queries == offsets.diff().max() and max_keys == key_offsets.diff().max()
+    out = []
+    for b in range(len(offsets) - 1):
+        queries, keys, values = (x[o[b] : o[b + 1]] for x, o in ((q, offsets), (k, key_offsets), (v, key_offsets)))
+        keys, values = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (keys, values))
+        scores = torch.einsum("iae,jae->aij", queries, keys) * scale
+        if causal:
+            hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1 + len(keys) - len(queries))
+            scores = scores.masked_fill(hidden, float("-inf"))
+        out.append(torch.einsum("aij,jae->iae", scores.softmax(-1), values))
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("lengths", "prefix_lengths"), BATCHES)
+def test_keys_are_packed_as_the_varlen_libraries_want_them(lengths, prefix_lengths, causal):
+    for suffix in [True] if prefix_lengths is None else [True, False]:
+        arguments, prefix = inputs(lengths, prefix_lengths, suffix=suffix)
+        segments = [prefix.get(name) for name in ("prefix_k", "prefix_v", "prefix_offsets")]
+        out = varlen._run(attend_like_flash, *arguments, *segments, causal, 0.4)
+        wanted = masked_attention_reference(*arguments, *segments, causal, 0.4)
+        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        some = leaves(arguments, prefix)
+        gradients = [torch.autograd.grad((x * weight).sum(), some, materialize_grads=True) for x in (out, wanted)]
+        for mine, specified in zip((out, *gradients[0]), (wanted, *gradients[1])):
+            torch.testing.assert_close(mine, specified, rtol=1e-12, atol=1e-12)
+
+
+# Triton. Lengths around the tile sizes; (lengths, prefix lengths, heads, head dim).
+TRITON_BATCHES = [
+    ([1, 63, 64], None, (2, 2), 32),
+    ([65, 0, 1, 5], [64, 3, 0, 1], (4, 2), 32),
+    ([3, 0, 70], [65, 0, 33], (2, 1), 64),
+    ([2, 9], [0, 0], (1, 1), 128),
+    ([0, 0], [2, 0], (2, 1), 32),
+]
+LONG_BATCHES = [([1000, 1, 65], [63, 0, 1000], (2, 1), 64), ([64, 1000], None, (2, 2), 128)]
+
+
+def run_triton(*tensors, causal):
+    return masked_attention_triton(*tensors, causal, 0.3)
+
+
+def check_triton(batch, causal, suffix):
+    lengths, prefix_lengths, heads, dim = batch
+    arguments, prefix = inputs(lengths, prefix_lengths, heads, dim, suffix)
+    tensors = [*arguments, *(prefix.get(name) for name in ("prefix_k", "prefix_v", "prefix_offsets"))]
+    check_against(lambda *x: run_triton(*x, causal=causal),
+                  lambda *x: masked_attention_reference(*x, causal, 0.3), tensors)
+
+
+@needs_triton
+@pytest.mark.parametrize("batch", TRITON_BATCHES)
+def test_triton_values_and_every_gradient(batch):
+    check_triton(batch, True, True)
+    check_triton(batch, False, batch[1] is None)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", LONG_BATCHES)
+def test_triton_on_long_samples(batch):
+    for causal in (True, False):
+        check_triton(batch, causal, True)
+    if batch[1] is not None:
+        check_triton(batch, False, False)
+
+
+@needs_triton
+def test_triton_rows_behind_the_last_sample_are_zeros():
+    arguments, prefix = inputs([5, 2], [3, 4], dim=32)
+    def widened(x, rows):
+        return torch.cat((x.detach(), torch.full((rows, *x.shape[1:]), 7.0, dtype=x.dtype))).requires_grad_()
+    q, k, v = (widened(x, 70) for x in arguments[:3])
+    prefix_k, prefix_v = (widened(prefix[name], 66) for name in ("prefix_k", "prefix_v"))
+    tensors = [q, k, v, arguments[3], prefix_k, prefix_v, prefix["prefix_offsets"]]
+    check_against(lambda *x: run_triton(*x, causal=True), lambda *x: masked_attention_reference(*x, True, 0.3), tensors)
+    q, *rest = cast(tensors)
+    out = run_triton(q, *rest, causal=True)
+    out.sum().backward()
+    assert not out[7:].any() and not q.grad[7:].any() and not rest[3].grad[7:].any()
+
+
+@needs_triton
+def test_triton_leaves_a_prefix_without_gradient_alone(monkeypatch):
+    arguments, prefix = inputs([3, 2], [4, 1], dim=32)
+    tensors = cast([*arguments, *(x.detach() for x in prefix.values())])
+    out = run_triton(*tensors, causal=True)
+    asked, backward = [], fused._backward
+    monkeypatch.setattr(fused, "_backward", lambda *x: asked.append(backward(*x)) or asked[-1])
+    out.sum().backward()
+    assert [x.numel() for x in asked[0][3:]] == [0, 0] and asked[0][1].numel() > 0
+    assert tensors[4].grad is None and tensors[0].grad.any()
+
+
+@needs_triton
+def test_triton_op_is_registered_soundly():
+    for with_prefix, with_suffix in ((True, True), (True, False), (False, True)):
+        arguments, prefix = inputs([3, 2], [4, 1], dim=32, suffix=with_suffix)
+        tensors = cast([*arguments, *(prefix.values() if with_prefix else (None, None, None))])
+        torch.library.opcheck(torch.ops.iomm.masked_attention.default, (*tensors, True, 0.3))
+
+
+@needs_triton
+def test_triton_compiles_as_one_graph(monkeypatch):
+    monkeypatch.setenv("IOMM_KERNELS", "masked_attention:triton")
+    arguments, prefix = inputs([3, 2], [4, 1], dim=32)
+    q, k, v, offsets, prefix_k, prefix_v, prefix_offsets = cast([*arguments, *prefix.values()])
+
+    def step(q, k, v, prefix_k, prefix_v):
+        return masked_attention(q * 2, k, v, offsets, prefix_k=prefix_k, prefix_v=prefix_v,
+                                prefix_offsets=prefix_offsets).sin()
+
+    out = torch.compile(step, fullgraph=True, backend="aot_eager")(q, k, v, prefix_k, prefix_v)
+    assert torch.equal(out, step(q, k, v, prefix_k, prefix_v)) and out.dtype == HALF and out.device.type == DEVICE
+    out.sum().backward()
+    assert q.grad.isfinite().all() and prefix_k.grad.any()
+
+
+@needs_triton
+def test_triton_refuses_other_head_dims(monkeypatch):
+    monkeypatch.setenv("IOMM_KERNELS", "masked_attention:triton")
+    arguments, prefix = inputs([3, 2], None, dim=8)
+    with pytest.raises(ValueError, match="head dims"):
+        masked_attention(*cast(arguments), **prefix)

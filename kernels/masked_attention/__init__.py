@@ -2,15 +2,32 @@
 
 The one mask law of the project: query i of a sample sees all of that sample's prefix keys and, of the suffix, the
 keys up to i (causal) or all (bidirectional).
+
+Bodies, in order of preference until benchmarks/ops.py has timed them on a GPU:
+    sdpa        any device and dtype; pads ragged batches. First, as the one that is proven on every machine
+    varlen      CUDA, halves: torch.nn.attention.varlen, keys copied together
+    flash       CUDA, halves: the flash-attn package, keys copied together
+    triton      CUDA, halves, head dim 32, 64 or 128: two segments, gradient-free prefix, no wait of the host
+    reference   the specification
+They differ in rounding alone; `IOMM_KERNELS=masked_attention:triton` chooses one.
 """
 
 import torch
 
+from iomm.kernels import triton_support
 from iomm.kernels.dispatch import pick, register
+from iomm.kernels.masked_attention import varlen
+from iomm.kernels.masked_attention.fused import masked_attention_triton
 from iomm.kernels.masked_attention.reference import masked_attention_reference
 from iomm.kernels.masked_attention.sdpa import masked_attention_sdpa
 
 register("masked_attention", "sdpa", masked_attention_sdpa)
+register("masked_attention", "varlen", varlen.masked_attention_varlen, devices=("cuda",), dtypes=varlen.DTYPES,
+         why_not=varlen.varlen_why_not)
+register("masked_attention", "flash", varlen.masked_attention_flash, devices=("cuda",), dtypes=varlen.DTYPES,
+         why_not=varlen.flash_why_not)
+register("masked_attention", "triton", masked_attention_triton, devices=triton_support.DEVICES,
+         dtypes=triton_support.HALVES, why_not=triton_support.why_not)
 register("masked_attention", "reference", masked_attention_reference)
 
 
@@ -37,8 +54,10 @@ def masked_attention(q, k, v, offsets, *, prefix_k=None, prefix_v=None, prefix_o
     Sample b owns the queries offsets[b] .. offsets[b + 1] (int32, (B + 1,)), the suffix keys k, v (S, G, E) at the same
     places (None for cross-attention to the prefix alone) and the prefix keys prefix_k, prefix_v (Tp, G, E) by
     prefix_offsets (same B). A is a multiple of G: head a reads key head a // (A / G). scale defaults to 1 / sqrt(E).
-    Samples and prefixes may be empty; a query that sees no key gives zeros. A prefix without requires_grad gets no
-    gradient. Raises ValueError on shapes, dtypes or offsets that do not fit."""
+    Samples and prefixes may be empty; a query that sees no key gives zeros. Rows behind the last offset belong to no
+    sample (a packed tensor of fixed capacity): their outputs and gradients are zeros. A prefix without requires_grad
+    gets no gradient. Raises ValueError on shapes and dtypes that do not fit, and on offsets where the body reads them
+    on the host (all but triton, which cannot and trusts them)."""
     if q.dim() != 3:
         raise ValueError(f"q must have shape (S, A, E), got {tuple(q.shape)}")
     _check_offsets("offsets", offsets, q)

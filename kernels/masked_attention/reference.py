@@ -21,7 +21,7 @@ def masked_attention_reference(q, k, v, offsets, prefix_k, prefix_v, prefix_offs
             values.append(v[own])
         first_hidden = num_prefix + 1 if causal and k is not None else None
         outputs.append(_attend(q[own], torch.cat(keys), torch.cat(values), first_hidden, scale))
-    return torch.cat(outputs)
+    return torch.cat([*outputs, torch.zeros_like(q[bounds[-1]:])])
 
 
 def _attend(q_IAE, k_JGE, v_JGE, first_hidden, scale):

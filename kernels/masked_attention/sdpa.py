@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from iomm.kernels.masked_attention.plans import lengths_of, remembered, rows_in
 from iomm.kernels.masked_attention.reference import masked_attention_reference
 
 # cuDNN's backward gives NaN with a mask at lengths % 128 == 64 (pytorch #196678), so masked calls go without it.
@@ -28,42 +29,9 @@ class Plan:
     mask: torch.Tensor | None = None          # (B, 1, num_queries, num_slots), True where visible
 
 
-# Plans of the last batches: all layers of a model ask for the same one, and making it waits for the GPU.
-_recent = []
-
-
-def _plan(offsets, prefix_offsets, has_suffix, causal):
-    cacheable = not offsets.is_inference() and not (prefix_offsets is not None and prefix_offsets.is_inference())
-    if not cacheable:
-        return _make_plan(offsets, prefix_offsets, has_suffix, causal)
-    key = (offsets._version, None if prefix_offsets is None else prefix_offsets._version, has_suffix, causal)
-    for known_offsets, known_prefix, known_key, plan in _recent:
-        if known_offsets is offsets and known_prefix is prefix_offsets and known_key == key:
-            return plan
-    plan = _make_plan(offsets, prefix_offsets, has_suffix, causal)
-    _recent.insert(0, (offsets, prefix_offsets, key, plan))
-    del _recent[4:]
-    return plan
-
-
-def _lengths(name, offsets):
-    bounds = offsets.tolist()
-    lengths = [stop - start for start, stop in zip(bounds, bounds[1:])]
-    if bounds[0] != 0 or min(lengths, default=0) < 0:
-        raise ValueError(f"{name} must start at 0 and never fall, got {bounds}")
-    return lengths
-
-
-def _rows(lengths, stride, first, device):
-    """Row of each packed token when sample b starts at b * stride + first."""
-    sample = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.int64))
-    starts = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0)
-    return (sample * stride + first + torch.arange(len(sample)) - starts[sample]).to(device)
-
-
 def _make_plan(offsets, prefix_offsets, has_suffix, causal):
-    lengths = _lengths("offsets", offsets)
-    prefix_lengths = [0] * len(lengths) if prefix_offsets is None else _lengths("prefix_offsets", prefix_offsets)
+    lengths = lengths_of("offsets", offsets)
+    prefix_lengths = [0] * len(lengths) if prefix_offsets is None else lengths_of("prefix_offsets", prefix_offsets)
     num_queries, num_prefix = max(lengths, default=0), max(prefix_lengths, default=0)
     alike = len(set(lengths)) <= 1 and len(set(prefix_lengths)) <= 1
     sizes = {"num_samples": len(lengths), "num_queries": num_queries, "num_prefix": num_prefix,
@@ -71,7 +39,7 @@ def _make_plan(offsets, prefix_offsets, has_suffix, causal):
     if alike and not (causal and has_suffix and num_prefix):
         return Plan(regular=True, **sizes)
     num_slots = num_prefix + (num_queries if has_suffix else 0)
-    device = offsets.device
+    device, samples = offsets.device, torch.arange(len(lengths))
     slot_J = torch.arange(num_slots)
     visible_BJ = slot_J < torch.tensor(prefix_lengths)[:, None]
     visible = visible_BJ[:, None].repeat(1, num_queries, 1)
@@ -85,9 +53,9 @@ def _make_plan(offsets, prefix_offsets, has_suffix, causal):
         visible[..., 0] |= ~visible.any(-1)
     return Plan(
         regular=False, **sizes, mask=visible[:, None].to(device),
-        query_rows=_rows(lengths, num_queries, 0, device),
-        suffix_rows=_rows(lengths, num_slots, num_prefix, device) if has_suffix else None,
-        prefix_rows=_rows(prefix_lengths, num_slots, 0, device))
+        query_rows=rows_in(lengths, samples * num_queries, 0, device),
+        suffix_rows=rows_in(lengths, samples * num_slots, num_prefix, device) if has_suffix else None,
+        prefix_rows=rows_in(prefix_lengths, samples * num_slots, 0, device))
 
 
 def _heads_first(x, num_samples):
@@ -96,11 +64,17 @@ def _heads_first(x, num_samples):
 
 def masked_attention_sdpa(q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, causal, scale):
     """(S, A, E) as `masked_attention` describes it."""
-    plan = _plan(offsets, prefix_offsets, k is not None, causal)
+    plan = remembered(_make_plan, offsets, prefix_offsets, k is not None, causal)
     num_prefix = 0 if prefix_k is None else prefix_k.shape[0]
-    if plan.total_queries != q.shape[0] or plan.total_prefix != num_prefix:
+    if plan.total_queries > q.shape[0] or plan.total_prefix > num_prefix:
         raise ValueError(f"offsets end at {plan.total_queries} queries and {plan.total_prefix} prefix keys, "
                          f"but there are {q.shape[0]} and {num_prefix}")
+    if plan.total_queries < q.shape[0] or plan.total_prefix < num_prefix:  # rows behind the last sample
+        behind = q.new_zeros(q.shape[0] - plan.total_queries, *q.shape[1:])
+        q, k, v = (None if x is None else x[:plan.total_queries] for x in (q, k, v))
+        prefix_k, prefix_v = (None if x is None else x[:plan.total_prefix] for x in (prefix_k, prefix_v))
+        own = masked_attention_sdpa(q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, causal, scale)
+        return torch.cat((own, behind))
     num_keys = num_prefix + (0 if k is None else k.shape[0])
     if not q.shape[0] or not num_keys:  # nothing to compute, but a graph to keep
         return masked_attention_reference(q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, causal, scale)

@@ -1,0 +1,32 @@
+"""Whether Triton kernels can run here, and how an op is told about it.
+
+Without a GPU `TRITON_INTERPRET=1`, set before Python starts, runs them on CPU tensors: for tests, thousands of times
+slower. Right in float32 and float16; its bf16 products are garbage (Triton 3.7.1), so bf16 is for GPUs alone.
+
+Tile sizes are tables in the kernels' files, the first entry is used: Triton's own autotuner picks by timing, so two
+runs of one config could add in another order and differ in their bits. `benchmarks/ops.py --gpu` times the candidates.
+"""
+
+import importlib.util
+import os
+
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
+DTYPES = (torch.float32,) if INTERPRETED else (torch.bfloat16, torch.float16, torch.float32)
+HALVES = (torch.float32,) if INTERPRETED else (torch.bfloat16, torch.float16)  # for products on the tensor cores
+
+
+def why_not():
+    """Why Triton's bodies cannot run on this machine, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not INTERPRETED and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        return "needs compute capability 8.0 (A100) or later"
+    return None
+
+
+def power_of_2(n):
+    """The least power of 2 that is at least n and 1."""
+    return 1 << max(0, n - 1).bit_length()

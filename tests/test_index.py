@@ -13,7 +13,9 @@ from PIL import Image
 
 from iomm.config import InputError
 from iomm.engine.data.archive import Tar, TarError
-from iomm.engine.data.index import RECORD, build, default_index_dir, ensure_index, expand, load, summary
+from iomm.engine.data.index import build, default_index_dir, ensure_index, load, summary
+from iomm.engine.data.judge import RECORD
+from iomm.engine.data.patterns import expand
 from iomm.engine.data.shards import Shards
 
 
@@ -60,7 +62,7 @@ def test_images_and_captions_come_back(tmp_path):
     assert shards.size(2) == (60, 50)
     assert shards.name(2).endswith("b.tar: sub/k2.v1.5.webp")
     assert (tmp_path / "index" / "index.bin").stat().st_size == 5 * RECORD.itemsize and RECORD.itemsize <= 40
-    assert summary(tmp_path / "index") == "5 samples in 2 shards"
+    assert summary(tmp_path / "index") == "5 samples in 2 shards\n          2  good, but no_caption"
 
 
 def cut(data, share):
@@ -210,11 +212,12 @@ def ten(tmp_path):
 
 
 @pytest.mark.parametrize("damage, good, reasons", [
-    ("none", 10, {}), ("in_header", 5, {"": "bad_tar"}), ("in_data", 5, {"": "bad_tar"}), ("at_member", 5, {}),
-    ("name_bit", 5, {"": "bad_tar"}), ("size_bit", 5, {"": "bad_tar"}), ("terabyte", 5, {"": "bad_tar"}),
-    ("zero_blocks", 10, {}), ("two_tars", 10, {}), ("no_end", 10, {}), ("data_bit", 9, {"5": "bad_header"})])
+    ("none", 10, {}), ("in_header", 5, {"": "bad_tar"}), ("in_data", 5, {"": "bad_tar"}),
+    ("at_member", 5, {"": "no_end"}), ("name_bit", 9, {"": "bad_tar"}), ("size_bit", 9, {"": "bad_tar"}),
+    ("terabyte", 9, {"": "bad_tar"}), ("zero_blocks", 10, {}), ("two_tars", 10, {}), ("no_end", 10, {"": "no_end"}),
+    ("data_bit", 9, {"5": "bad_header"})])
 def test_damaged_tars(tmp_path, damage, good, reasons):
-    """What lies before the damage is used, the rest is reported; nothing is lost without a word."""
+    """What lies before and behind the damage is used, the rest is reported; nothing is lost without a word."""
     path, data, at = ten(tmp_path)
     end = len(data) - len(data.rstrip(b"\0"))
     if damage == "in_header":

@@ -1,12 +1,17 @@
 """What samples lie in: a tar, or a folder of files. Only ever read, by position; nothing is extracted."""
 
+import errno
 import os
+import re
+import stat
 from pathlib import Path
 
 SUFFIXES = ("jpg", "jpeg", "png", "webp", "txt", "json")
 BLOCK = 512
 MAX_NAME_BYTES = 1 << 20     # a pax or long-name member larger than this is damage, not a name
 REGULAR = b"0\x007"
+MAGIC, MAGIC_AT = b"ustar", 257
+SCAN = 1 << 20               # bytes looked at in one read; a multiple of BLOCK
 NO_DATA = b"123456"          # links, devices, folders, pipes: their size field says nothing
 
 
@@ -18,13 +23,15 @@ class Tar:
     """An open tar. Read with pread, never mapped: a mapped file that shrinks kills its reader with SIGBUS."""
 
     def __init__(self, path):
-        """Raises OSError if the file cannot be opened."""
+        """Raises OSError if the file cannot be opened, or is none (a pipe would be waited for)."""
         self.path = str(path)
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
 
-    def members(self):
-        """Yields (name, offset, num_bytes) of each regular member. Raises TarError where the tar is damaged."""
-        yield from walk(self._fd, os.fstat(self._fd).st_size)      # a generator, so that it holds the file open itself
+    def members(self, report=None):
+        """Yields (name, offset, num_bytes) of each regular member; report: see walk."""
+        yield from walk(self._fd, os.fstat(self._fd).st_size, report)      # a generator, so that it holds the file open
 
     def read(self, offset, num_bytes):
         """bytes; fewer than num_bytes if the file ends before. Raises OSError."""
@@ -50,7 +57,7 @@ class Folder:
             str((Path(root) / name).relative_to(path))
             for root, _, names in os.walk(path) for name in names if name.rpartition(".")[2].lower() in SUFFIXES)
 
-    def members(self):
+    def members(self, report=None):
         """Yields (name, offset, num_bytes) of each file."""
         for offset, name in enumerate(self.files):
             yield name, offset, os.stat(os.path.join(self.path, name)).st_size
@@ -64,46 +71,83 @@ class Folder:
         return self.files[offset]
 
 
-def walk(fd, num_bytes):
+def walk(fd, num_bytes, report=None):
     """Yields (name, offset, size) of the regular members of the open tar fd, num_bytes long; offset is where the data
     starts.
 
     ustar, pax and GNU names of any length; links, devices and folders are passed over. Blocks of zeros are stepped
-    over, so members behind a premature end (two tars joined) are found, and a missing end is no fault. Raises TarError
-    at the first header or member that is damaged. (Python's tarfile ends there without a word.)
+    over, so members behind a premature end (two tars joined) are found. At a damaged header or member it raises
+    TarError, or with `report` calls report("bad_tar", message) and goes on at the next good header. A tar that does not
+    end in a block of zeros, as the format wants, is reported as "no_end": its writer may have been cut off between two
+    members. (Python's tarfile ends at a bad header, and at every cut, without a word.)
     """
-    position, long_name, pax = 0, None, {}
+    position, long_name, pax, ended = 0, None, {}, False
     while position < num_bytes:
-        header = os.pread(fd, BLOCK, position)
-        if header and not any(header):
-            position = _past_zeros(fd, position, num_bytes)
-            continue
-        if len(header) < BLOCK or not _checksum_fits(header):
-            raise TarError(f"no valid header at byte {position} of {num_bytes}" + _what_instead(header, position))
-        kind = header[156:157]
-        size = int(pax["size"]) if pax.get("size", "").isdecimal() else _number(header[124:136], position)
-        start = position + BLOCK
-        if kind in NO_DATA:
-            size = 0
-        if size < 0 or start + size > num_bytes:
-            raise TarError(f"the member at byte {position} claims {size} bytes, {num_bytes - start} are left")
-        if kind in b"xgLK":
-            if size > MAX_NAME_BYTES:
-                raise TarError(f"the name record at byte {position} claims {size} bytes")
-            data = os.pread(fd, size, start)
-            if kind == b"x":
-                pax = _pax_records(data, position)
-            elif kind == b"L":
-                long_name = data.rstrip(b"\0")
-        else:
-            if kind in REGULAR:
-                name = long_name or _ustar_name(header)
-                if "path" in pax:
-                    name = pax["path"].encode("utf-8", "surrogateescape")
-                if not name.endswith(b"/"):      # how V7 tars write folders
-                    yield name.decode("utf-8", "surrogateescape"), start, size
-            long_name, pax = None, {}
-        position = start + -(-size // BLOCK) * BLOCK
+        try:
+            header = os.pread(fd, BLOCK, position)
+            ended = bool(header) and not any(header)
+            if ended:
+                position = _past_zeros(fd, position, num_bytes)
+                continue
+            kind, size, start = _read_header(header, position, num_bytes, pax)
+            if kind in b"xgLK":
+                data = os.pread(fd, size, start)
+                if kind == b"x":
+                    pax = _pax_records(data, position)
+                elif kind == b"L":
+                    long_name = data.rstrip(b"\0")
+            else:
+                if kind in REGULAR:
+                    name = long_name or _ustar_name(header)
+                    if "path" in pax:
+                        name = pax["path"].encode("utf-8", "surrogateescape")
+                    if not name.endswith(b"/"):      # how V7 tars write folders
+                        yield name.decode("utf-8", "surrogateescape"), start, size
+                long_name, pax = None, {}
+            position = start + -(-size // BLOCK) * BLOCK
+        except TarError as error:
+            if report is None:
+                raise
+            position = _next_header(fd, position + BLOCK, num_bytes)
+            left = f"; members go on at byte {position}" if position < num_bytes else ""
+            report("bad_tar", f"{error}{left}")
+            long_name, pax, ended = None, {}, position >= num_bytes      # one report is enough for one end
+    if num_bytes and not ended and report is not None:
+        report("no_end", "the tar has no end mark: it may have been cut between two members")
+
+
+def _read_header(header, position, num_bytes, pax):
+    """(kind, size, start of the data) of the member whose header stands at position. Raises TarError."""
+    if len(header) < BLOCK or not _checksum_fits(header):
+        raise TarError(f"no valid header at byte {position} of {num_bytes}" + _what_instead(header, position))
+    kind = header[156:157]
+    size = int(pax["size"]) if re.fullmatch("[0-9]{1,20}", pax.get("size", "")) else _number(header[124:136], position)
+    start = position + BLOCK
+    if kind in NO_DATA:
+        size = 0
+    if size < 0 or start + size > num_bytes:
+        raise TarError(f"the member at byte {position} claims {size} bytes, {num_bytes - start} are left")
+    if kind in b"xgLK" and size > MAX_NAME_BYTES:
+        raise TarError(f"the name record at byte {position} claims {size} bytes")
+    return kind, size, start
+
+
+def _next_header(fd, position, num_bytes):
+    """Where the next good header stands at or after position (a multiple of BLOCK), or num_bytes if there is none.
+
+    Only headers with the magic of POSIX and GNU are found: all tars of this century have it."""
+    while position < num_bytes:
+        chunk = os.pread(fd, SCAN, position)
+        at = chunk.find(MAGIC)
+        while at >= 0:
+            start = at - MAGIC_AT
+            if start >= 0 and start % BLOCK == 0 and start + BLOCK <= len(chunk) and _checksum_fits(chunk[start:start + BLOCK]):
+                return position + start
+            at = chunk.find(MAGIC, at + 1)
+        if len(chunk) < BLOCK:
+            break
+        position += len(chunk) // BLOCK * BLOCK
+    return num_bytes
 
 
 def _checksum_fits(header):
@@ -137,7 +181,7 @@ def _pax_records(data, position):
     records = {}
     while data:
         length, _, _ = data.partition(b" ")
-        if not length.isdigit() or not len(length) + 2 < int(length) <= len(data):
+        if not re.fullmatch(b"[0-9]{1,9}", length) or not len(length) + 2 < int(length) <= len(data):
             raise TarError(f"the pax record at byte {position} is damaged")
         key, _, value = data[len(length) + 1:int(length) - 1].partition(b"=")
         records[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
@@ -148,7 +192,7 @@ def _pax_records(data, position):
 def _past_zeros(fd, position, num_bytes):
     """Where the run of zero blocks ends; read 1 MiB at a time."""
     while position < num_bytes:
-        chunk = os.pread(fd, 1 << 20, position)
+        chunk = os.pread(fd, SCAN, position)
         zeros = len(chunk) - len(chunk.lstrip(b"\0"))
         if zeros < len(chunk) or not chunk:
             return position + zeros // BLOCK * BLOCK

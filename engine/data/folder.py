@@ -18,9 +18,7 @@ def whole_folder(path, marker):
     most a folder `.NAME.*` behind, which nobody reads.
     """
     path = Path(path).absolute()
-    if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or (path / marker).is_file())):
-        raise InputError(
-            f"{path} exists and holds something else (it has no {marker}): give another folder or remove it")
+    check_replaceable(path, marker)
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
@@ -38,6 +36,14 @@ def whole_folder(path, marker):
             fresh.rename(path)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def check_replaceable(path, marker):
+    """Raises InputError if `path` exists and is neither an empty folder nor one with a file called `marker`."""
+    path = Path(path).absolute()
+    if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or (path / marker).is_file())):
+        raise InputError(
+            f"{path} exists and holds something else (it has no {marker}): give another folder or remove it")
 
 
 def _umask():

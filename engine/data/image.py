@@ -2,13 +2,17 @@
 
 import io
 import struct
+from dataclasses import dataclass
 
+import numpy as np
 from PIL import Image, ImageOps
 
 FORMATS = ("JPEG", "PNG", "WEBP")      # an allow-list: Pillow would start Ghostscript for an EPS file
-MAX_PIXELS = 1 << 27                   # 400 MB as RGB; a PNG of 109 KB can claim 9.5 GB
+MAX_PIXELS = 1 << 26                   # 256 MB in Pillow, 192 MB in DALI; a PNG of 109 KB can claim 9.5 GB
 MAX_SIDE_PX = 65535                    # what the index has room for, and what JPEG can say
 EXIF_ORIENTATION = 0x0112
+MIN_PADDED_PX = 64                     # smaller squares are not searched for padding
+PADDING_LEVEL = 245                    # grey level that JPEG leaves of white beside an edge
 JPEG_FRAMES = {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I", "I;16", "I;16B")
 OTHER_IMAGES = (b"GIF8", b"BM", b"II*\0", b"MM\0*", b"%!PS", b"\0\0\1\0", b"8BPS", b"\0\0\0\x0cjP  ", b"\xff\x0a")
@@ -22,17 +26,27 @@ class Rejected(Exception):
         self.reason = reason
 
 
-def check_image(data, *, min_size_px, max_aspect, max_pixels=MAX_PIXELS):
-    """(width, height, transparent) of an image as training sees it, EXIF orientation applied. Raises Rejected.
+@dataclass(frozen=True)
+class Verdict:
+    """A good image: its size upright, whether it must be laid on white (`opaque`) before DALI sees it, and `notes`,
+    words that are counted: trailing, icc_bad, alpha, constant, padded."""
 
-    Decodes the whole image, after its header has passed: size and format are judged before anything is allocated.
-    `transparent` says that some pixel is not opaque. Reasons: truncated, not_image, unsupported, bad_header, too_large,
-    too_small, aspect, animated.
+    width: int
+    height: int
+    transparent: bool
+    notes: tuple
+
+
+def check_image(data, *, min_size_px, max_aspect, max_pixels=MAX_PIXELS, whole=True):
+    """Verdict on an encoded image as training sees it, EXIF orientation applied. Raises Rejected.
+
+    Decodes the whole image, after its header has passed: size and format are judged before anything is allocated. With
+    whole=False only the header is read, of which `data` may be the first bytes. Reasons: truncated, not_image,
+    unsupported, bad_header, too_large, too_small, aspect, animated.
     """
     kind = _kind(data)
-    if kind == "JPEG":
-        _check_jpeg_header(data, max_pixels)
-    elif kind == "PNG" and b"IEND" not in data:      # enough for Pillow if the pixels are there, not for DALI
+    scan = _check_jpeg_header(data, max_pixels) if kind == "JPEG" else 0
+    if kind == "PNG" and whole and b"IEND" not in data:      # enough for Pillow if the pixels are there, not for DALI
         raise Rejected("truncated", "no end")
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
@@ -41,12 +55,18 @@ def check_image(data, *, min_size_px, max_aspect, max_pixels=MAX_PIXELS):
                 raise Rejected("unsupported", f"pixel mode {image.mode}")
             if kind != "JPEG" and getattr(image, "n_frames", 1) > 1:      # of a JPEG (MPO) the first frame is used
                 raise Rejected("animated", f"{image.n_frames} frames")
-            image.load()
             width, height = image.size
-            if image.getexif().get(EXIF_ORIENTATION) in (5, 6, 7, 8):
+            if not whole:
+                turned = _is_turned(image)
+                return Verdict(*((height, width) if turned else (width, height)), image.has_transparency_data, ())
+            image.load()
+            if _is_turned(image):      # after loading: PNG may say it behind the pixels
                 width, height = height, width
-            transparent = image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255
-            return width, height, transparent
+            transparent = image.has_transparency_data and _has_clear_pixels(image)
+            notes = {"trailing": _has_trailing_bytes(kind, data, scan), "alpha": transparent,
+                     "icc_bad": not _is_icc(image.info.get("icc_profile")), "constant": _is_constant(image),
+                     "padded": _is_padded(image)}
+            return Verdict(width, height, transparent, tuple(note for note, holds in notes.items() if holds))
     except Rejected:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -56,6 +76,7 @@ def check_image(data, *, min_size_px, max_aspect, max_pixels=MAX_PIXELS):
     except Exception as error:      # Pillow's parsers raise OSError, SyntaxError, struct.error, ValueError and more
         reason = "truncated" if "truncated" in str(error).lower() or _ends_early(kind, data) else "bad_header"
         raise Rejected(reason, f"{type(error).__name__}: {error}") from None
+
 
 
 def opaque(data):
@@ -84,8 +105,8 @@ def _kind(data):
 
 
 def _check_jpeg_header(data, max_pixels):
-    """Walks the markers to the scan, as strictly as DALI's parser. libjpeg would step over garbage, and decode an
-    arithmetic or lossless frame to garbage; an absurd size ends here, before anything is allocated."""
+    """Where the scan starts; walks the markers up to it as strictly as DALI's parser. libjpeg would step over garbage,
+    and decode an arithmetic or lossless frame to garbage; an absurd size ends here, before anything is allocated."""
     at, frame = 2, None
     while True:
         if at + 4 > len(data):
@@ -114,6 +135,7 @@ def _check_jpeg_header(data, max_pixels):
         raise Rejected("bad_header", f"claims {width} x {height}")
     if width * height > max_pixels:
         raise Rejected("too_large", f"{width} x {height}")
+    return at
 
 
 def _check_size(width, height, min_size_px, max_aspect, max_pixels):
@@ -131,3 +153,57 @@ def _ends_early(kind, data):
     if kind == "PNG":
         return b"IEND" not in data
     return int.from_bytes(data[4:8], "little") + 8 > len(data)
+
+
+def _is_turned(image):
+    return image.getexif().get(EXIF_ORIENTATION) in (5, 6, 7, 8)
+
+
+def _has_clear_pixels(image):
+    alpha = image.getchannel("A") if "A" in image.getbands() else image.convert("RGBA").getchannel("A")
+    return alpha.getextrema()[0] < 255
+
+
+def _has_trailing_bytes(kind, data, scan):
+    """Whether anything stands behind the image: garbage, a second one, the other frames of an MPO."""
+    if kind == "JPEG":
+        return data.find(b"\xff\xd9", scan) + 2 < len(data)      # entropy-coded data never contains this pair
+    if kind == "PNG":
+        return data.rfind(b"IEND") + 8 < len(data)
+    return int.from_bytes(data[4:8], "little") + 8 + data[4] % 2 < len(data)
+
+
+def _is_icc(profile):
+    return profile is None or (len(profile) >= 128 and profile[36:40] == b"acsp")
+
+
+def _is_constant(image):
+    """Whether all pixels are equal; four of them say no nearly always."""
+    right, bottom = image.width - 1, image.height - 1
+    corner = image.getpixel((0, 0))
+    if any(image.getpixel(place) != corner for place in ((right, 0), (0, bottom), (right, bottom))):
+        return False
+    extrema = image.getextrema()
+    return all(low == high for low, high in (extrema if isinstance(extrema[0], tuple) else (extrema,)))
+
+
+def _is_padded(image):
+    """Whether it looks padded to a square: two equal white bands, above and below or left and right, and no other
+    white border (pictures of things on white have it all around). img2dataset's resize_mode border does this."""
+    side, other = image.size
+    if side != other or side < MIN_PADDED_PX:
+        return False
+    corners = [image.crop(box).convert("L").getextrema()[0] for box in (
+        (0, 0, 8, 8), (side - 8, side - 8, side, side))]
+    if min(corners) < PADDING_LEVEL:
+        return False
+    white = np.asarray(image.convert("L")) >= PADDING_LEVEL
+    bands = [_band(white.all(axis=1)), _band(white.all(axis=0))]      # rows, columns
+    return sum(min(band) >= side // 50 and abs(band[0] - band[1]) <= side // 50 for band in bands) == 1
+
+
+def _band(white):
+    """How many lines are white at the start and at the end."""
+    if white.all():
+        return 0, 0
+    return int(np.argmin(white)), int(np.argmin(white[::-1]))

@@ -1,0 +1,45 @@
+"""Names of shards -> their paths."""
+
+import glob
+import os
+import re
+from pathlib import Path
+
+from iomm.config import InputError
+
+
+def expand(shards):
+    """Sorted absolute paths that `shards` (a pattern or a list of them) names. Raises InputError if one names nothing.
+
+    A pattern is a path, a glob, a brace list ({00000..00099}, {a,b}), or a folder: its tars if it holds any, else its
+    images.
+    """
+    patterns = [shards] if isinstance(shards, str | os.PathLike) else list(shards)
+    found = set()
+    for pattern in patterns:
+        pattern = os.path.expanduser(os.fspath(pattern))
+        paths = [pattern]
+        if not os.path.exists(pattern):      # a name with braces or brackets in it may simply exist
+            paths = [path for part in _braces(pattern) for path in glob.glob(part, recursive=True)]
+        if not paths:
+            raise InputError(
+                f"no shard matches {pattern!r}: give a tar, a folder, a glob or a list like {{00000..00099}}.tar")
+        for path in map(os.path.abspath, paths):
+            tars = glob.glob(os.path.join(glob.escape(path), "*.tar")) if os.path.isdir(path) else []
+            found.update(tars or [path])
+    if not found:
+        raise InputError("no shards were given: data.shards is a path, a glob or a list of them")
+    return [Path(path) for path in sorted(found)]
+
+
+def _braces(pattern):
+    """The patterns without braces that a pattern with braces stands for."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if not match:
+        return [pattern]
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
+    if span:
+        parts = [f"{n:0{len(span[1])}d}" for n in range(int(span[1]), int(span[2]) + 1)]
+    else:
+        parts = match[1].split(",")
+    return [pattern[:match.start()] + part + rest for rest in _braces(pattern[match.end():]) for part in parts]

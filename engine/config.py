@@ -13,6 +13,7 @@ from pathlib import Path
 import yaml
 
 from iomm.config import PRESETS, AdapterConfig, InputError, MaskConfig, choice
+from iomm.flow import TIME_KINDS
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -37,6 +38,7 @@ class ModelSection:
     mllm: str = "shapes"               # folder or hub id of an InternVL; "shapes": the tiny one of the shapes world
     mllm_revision: str | None = None   # commit of a hub checkpoint
     vae: str = "pixel:4"               # folder or hub id of an AutoencoderKL; "pixel:<patch>": no VAE
+    vae_sample: bool = False           # latents drawn from the VAE's posterior; else its mean
 
     def __post_init__(self):
         choice("model.preset", self.preset, tuple(PRESETS))
@@ -70,6 +72,19 @@ class TrainSection:
         positive("train.micro_batch", self.micro_batch if self.micro_batch is not None else 1)
         positive("train.threads", self.threads if self.threads is not None else 1)
         positive("train.timeout_s", self.timeout_s)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeSection:
+    kind: str = "uniform"              # uniform | logit_normal: how times between image (0) and noise (1) are drawn
+    mean: float = 0.0                  # of the logit
+    std: float = 1.0
+    shift: float = 1.0                 # resolution shift; above 1 towards noise
+
+    def __post_init__(self):
+        choice("time.kind", self.kind, TIME_KINDS)
+        if not (self.std > 0 and self.shift > 0):
+            raise InputError(f"time.std and time.shift must be > 0, got {self.std} and {self.shift}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +160,7 @@ class RunConfig:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     data: DataSection = field(default_factory=DataSection)
     train: TrainSection = field(default_factory=TrainSection)
+    time: TimeSection = field(default_factory=TimeSection)
     optim: OptimSection = field(default_factory=OptimSection)
     ema: EmaSection = field(default_factory=EmaSection)
     precision: str = "bf16"            # bf16 | fp32: arithmetic of the trained parts; masters are always fp32

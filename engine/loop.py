@@ -1,5 +1,7 @@
 """The training step, and the loop around it."""
 
+from itertools import islice
+
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -7,39 +9,42 @@ from tqdm import tqdm
 from iomm.engine import checkpoint
 from iomm.engine.metrics import line
 from iomm.engine.optim import learning_rate
+from iomm.flow import loss_by_time
 
 
-def train_step(sharded, micro_batches):
-    """One optimizer step over this rank's micro-batches -> (mean loss over them, whether weights changed)."""
-    losses = []
-    for batch in micro_batches:
-        loss, _, _ = sharded(batch.pixels_BCHW, batch.vit_pixels_BCHW, batch.n_B)
+def train_step(sharded, batches):
+    """One optimizer step over this rank's micro-batches -> (mean loss, its sum and count by time bucket (2, buckets),
+    whether weights changed, seconds waited for data)."""
+    losses, by_time, wait_s = [], 0, 0.0
+    for batch in batches:                        # one micro-batch each
+        loss, loss_B, t_B = sharded(batch.pixels_BCHW, batch.vit_pixels_BCHW, batch.n_B)
         sharded.backward(loss)
         applied = sharded.step()                 # acts only on the last one
         losses.append(loss.detach())
-    return torch.stack(losses).mean(), applied
+        by_time, wait_s = by_time + torch.stack(loss_by_time(loss_B, t_B)), wait_s + batch.wait_s
+    return torch.stack(losses).mean(), by_time, applied, wait_s
 
 
 def train(state, source, config, metrics=None):
     """Runs steps state.step + 1 ... train.steps. `metrics` is None on all ranks but the first."""
     sharded, ema, guard, ranks = state.sharded, state.ema, state.guard, state.ranks
-    batches, accumulation = iter(source), source.accumulation_steps
+    batches, batch = iter(source), config.train.global_batch
     bar = tqdm(total=config.train.steps, initial=state.step, disable=None if ranks.first else True, unit="step")
     while state.step < config.train.steps:
-        micro_batches = [next(batches) for _ in range(accumulation)]
         lr = learning_rate(state.step, config.optim)
         sharded.set_lr(lr)
-        loss, applied = train_step(sharded, micro_batches)
+        loss, by_time, applied, wait_s = train_step(sharded, islice(batches, source.accumulation_steps))
         if applied:
             ema.update(state.step)
-        first = state.step * config.train.global_batch
         state.step += 1
-        guard.saw(state.step, first, first + config.train.global_batch - 1, applied)
-        dist.all_reduce(loss)
+        guard.saw(state.step, (state.step - 1) * batch, state.step * batch - 1, applied)
+        sums = torch.cat((loss[None] / ranks.size, by_time.flatten()))
+        dist.all_reduce(sums)                    # one message: loss, sums and counts by time
         if metrics is not None:
+            loss, *by_time = sums.tolist()
             row = metrics.record(
-                step=state.step, loss=float(loss) / ranks.size, grad_norm=sharded.grad_norm() if applied else None, lr=lr,
-                data_wait_s=sum(b.wait_s for b in micro_batches), skipped_steps=guard.total, skipped_samples=0)
+                step=state.step, loss=loss, by_time=by_time, grad_norm=sharded.grad_norm() if applied else None, lr=lr,
+                data_wait_s=wait_s, skipped_steps=guard.total, skipped_samples=0)
             state.gpu_hours = row["gpu_hours"]
             if state.step % config.log.every_steps == 0 or state.step == 1:
                 bar.write(line(row, config.train.steps))

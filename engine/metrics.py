@@ -64,8 +64,9 @@ class Metrics:
             print(f"no TensorBoard files: {error}", flush=True)
             return None
 
-    def record(self, *, step, loss, grad_norm, lr, data_wait_s, skipped_steps, skipped_samples):
-        """step counts from 1. Returns the record."""
+    def record(self, *, step, loss, by_time, grad_norm, lr, data_wait_s, skipped_steps, skipped_samples):
+        """step counts from 1. by_time: loss sums, then counts, of equal intervals of t from image (0) to noise (1).
+        Returns the record."""
         now = time.perf_counter()
         step_s, self.clock = now - self.clock, now
         self.recent = [*self.recent[-19:], step_s]
@@ -73,7 +74,8 @@ class Metrics:
         self.gpu_hours += step_s * self.size / 3600
         typical_s = sorted(self.recent)[len(self.recent) // 2]
         row = {
-            "step": step, "samples_seen": step * self.global_batch, "loss": loss, "grad_norm": grad_norm, "lr": lr,
+            "step": step, "samples_seen": step * self.global_batch, "loss": loss,
+            "loss_by_time": [total / count if count else None for total, count in zip(*halves(by_time))], "grad_norm": grad_norm, "lr": lr,
             "images_per_s": images_per_s,
             "mfu": self.flops * images_per_s / (self.peak * self.size) if self.peak else None,
             "data_wait_s": data_wait_s, "step_s": step_s, "memory_gib": memory_gib(self.device),
@@ -84,8 +86,9 @@ class Metrics:
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
             if self.board is not None:
-                for key, value in row.items():
-                    if key != "step" and value is not None:
+                flat = row | {f"loss_by_time/{i}": value for i, value in enumerate(row["loss_by_time"])}
+                for key, value in flat.items():
+                    if key not in ("step", "loss_by_time") and value is not None:
                         self.board.add_scalar(key, value, step)
         except OSError as error:
             print(f"step {step} not logged: {error}", flush=True)
@@ -103,6 +106,11 @@ class Metrics:
         self.file.close()
         if self.board is not None:
             self.board.close()
+
+
+def halves(values):
+    """[a, b, c, d] -> [a, b], [c, d]."""
+    return values[:len(values) // 2], values[len(values) // 2:]
 
 
 def line(row, num_steps):

@@ -1,5 +1,6 @@
 """RunConfig -> the parts of a run: data, frozen models, trained model. Shared by training and by the console command."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -47,7 +48,8 @@ def build_model(config, mllm_name, device):
     vae = load_vae(config.model.vae, dtype=dtype, device=device)
     vae.grid(config.data.size_px, config.data.size_px)          # raises if the size does not divide
     shape = generator_config(config.model.preset, token_dim=vae.token_dim, condition_dim=mllm.width)
-    recipe = Recipe(seed=config.run.seed, mask=config.mask, adapter=config.adapter)
+    recipe = Recipe(seed=config.run.seed, mask=config.mask, adapter=config.adapter, time=asdict(config.time),
+                    sample_latents=config.model.vae_sample)
     seed, adapter, connector = config.run.seed, None, None
     if config.adapter.kind != "none":
         adapter = QueryAdapter(config.adapter, mllm.width)

@@ -1,5 +1,6 @@
 """Algorithm 1: an image and most of its tokens hidden -> the loss of drawing the whole."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 from iomm.config import AdapterConfig, MaskConfig
 from iomm.flow import sample_time, velocity_loss
 from iomm.kernels.noisy_tokens import noisy_tokens
-from iomm.kernels.philox import TIME, uniform
+from iomm.kernels.philox import TIME, VAE, normal, uniform
 from iomm.masking import visible_mask
 from iomm.mllm import IMAGE, RECONSTRUCT, TURN
 
@@ -21,6 +22,7 @@ class Recipe:
     mask: MaskConfig = field(default_factory=MaskConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     time: dict = field(default_factory=dict)      # keyword arguments of flow.sample_time
+    sample_latents: bool = False                  # from the VAE's posterior, not its mean
 
 
 class IOMM(nn.Module):
@@ -40,7 +42,7 @@ class IOMM(nn.Module):
         Draws nothing from a global generator: mask, time and noise belong to (seed, n)."""
         mllm, vae = self.frozen
         seed, n_B = self.recipe.seed, n_B.to(pixels_BCHW.device)
-        latents_BCHW = vae.encode(pixels_BCHW)                                            # step 2
+        latents_BCHW = self.encode(pixels_BCHW, n_B)                                      # step 2
         t_B = sample_time(uniform(seed, TIME, n_B, 1)[:, 0], **self.recipe.time)
         noisy_BNK, target_BNK = noisy_tokens(latents_BCHW, t_B, seed, n_B, vae.patch)
         tokens_BPD = mllm.image_tokens(vit_pixels_BCHW)                                   # step 3
@@ -50,6 +52,15 @@ class IOMM(nn.Module):
         velocity_BNK = self.velocity(noisy_BNK, t_B, *self.read(condition), grid(latents_BCHW, vae.patch))
         loss, loss_B = velocity_loss(velocity_BNK, target_BNK)                            # step 8
         return loss, loss_B.detach(), t_B
+
+    def encode(self, pixels_BCHW, n_B):
+        """Pixels -> latents (B, channels, H / factor, W / factor); a posterior's noise belongs to (seed, n) too."""
+        _, vae = self.frozen
+        if not self.recipe.sample_latents:
+            return vae.encode(pixels_BCHW)
+        shape = (vae.channels, *(side // vae.factor for side in pixels_BCHW.shape[-2:]))
+        noise_BCHW = normal(self.recipe.seed, VAE, n_B, math.prod(shape)).unflatten(1, shape)
+        return vae.encode(pixels_BCHW, noise_BCHW)
 
     def flops_per_image(self, size_px):
         """FLOPs that one image of a training step needs: frozen encoders forward, prefix forward, queries forward and

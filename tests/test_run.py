@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from iomm.engine import checkpoint
+from iomm.engine.cli import main
 from iomm.engine.shapes.world import write_world
 
 ROOT = Path(__file__).parent.parent
@@ -90,8 +91,8 @@ def test_every_step_is_logged_with_every_key(golden):
     assert [row["step"] for row in found] == [1, 2, 3, 4, 5, 6]
     assert [row["samples_seen"] for row in found] == [16, 32, 48, 64, 80, 96]
     for row in found:
-        assert set(row) == {"step", "samples_seen", "loss", "grad_norm", "lr", "images_per_s", "mfu", "data_wait_s", "step_s",
-                            "memory_gib", "skipped_steps", "skipped_samples", "gpu_hours", "gpu_hours_left"}
+        assert set(row) == {"step", "samples_seen", "loss", "loss_by_time", "grad_norm", "lr", "images_per_s", "mfu",
+                            "data_wait_s", "step_s", "memory_gib", "skipped_steps", "skipped_samples", "gpu_hours", "gpu_hours_left"}
         assert row["loss"] > 0 and row["grad_norm"] > 0 and row["skipped_steps"] == 0
     assert list((golden / "tb").glob("events*"))
     assert [p.name for p in checkpoint.steps(golden / "checkpoints")] == ["step-00000002", "step-00000004", "step-00000006"]
@@ -191,14 +192,35 @@ def test_a_damaged_checkpoint_is_passed_over(golden, tmp_path):
     assert checkpoint.newest(copy, say=said.append).name == "step-00000002"
 
 
-def test_sample_draws_a_grid_that_does_not_depend_on_ranks(golden, tmp_path):
+def test_sample_edit_and_export_read_the_run(golden, tmp_path, capsys):
     from PIL import Image
+
+    from iomm.pipeline import Pipeline
     out = tmp_path / "grid.png"
-    done = subprocess.run([sys.executable, "-m", "iomm.engine.cli", "sample", "--run", str(golden), "--num", "5", "--steps", "2",
-                           "--out", str(out)], cwd=tmp_path, env=environment(), text=True, capture_output=True, timeout=LIMIT_S)
+    assert main(["sample", "--run", str(golden), "--num", "5", "--steps", "2", "--out", str(out)]) == 0
+    assert Image.open(out).size == (5 * 34 - 2, 2 * 34 - 2)
+    assert main(["sample", "--run", str(golden), "--num", "3", "--steps", "2", "--prompt", "a red circle", "--prompt", "",
+                 "--out", str(out), "--guidance", "2"]) == 0
+    assert Image.open(out).size == (3 * 34 - 2, 32)
+    assert main(["edit", "--run", str(golden), "--image", str(out), "--instruction", "make it red", "--steps", "2"]) == 0
+    assert main(["export", "--run", str(golden), "--weights", "raw"]) == 0
+    assert (golden / "export/raw/diffusion_pytorch_model.safetensors").is_file()
+    images = Pipeline.from_pretrained(golden / "export/raw", device="cpu")(["a red circle", ""], steps=2)
+    assert [image.size for image in images] == [(32, 32)] * 2
+    capsys.readouterr()
+    for arguments, message in [
+        (["sample", "--run", str(tmp_path)], "is not a run folder"),
+        (["sample", "--run", str(golden), "--num", "0"], "--num and --steps must be >= 1"),
+        (["edit", "--run", str(golden), "--image", str(golden / "log.jsonl"), "--instruction", "x"], "--image"),
+    ]:
+        assert main(arguments) == 2
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) == 1 and said[0].startswith("iomm: ") and message in said[0]
+
+
+def test_the_console_command_is_installed():
+    done = subprocess.run([str(Path(sys.executable).with_name("iomm")), "doctor"], env=environment(), text=True,
+                          capture_output=True, timeout=LIMIT_S)
     assert done.returncode == 0, done.stderr
-    image = Image.open(out)
-    assert image.size == (5 * 34 - 2, 2 * 34 - 2)
-    done = subprocess.run([sys.executable, "-m", "iomm.engine.cli", "sample", "--run", str(tmp_path)], cwd=tmp_path,
-                          env=environment(), text=True, capture_output=True, timeout=LIMIT_S)
-    assert done.returncode == 2 and "is not a run folder" in done.stderr
+    for part in ("torch", "CUDA", "DeepSpeed", "DALI", "Triton", "flash-attn", "apex", "nvcc", "native"):
+        assert part.lower() in done.stdout.lower()

@@ -8,7 +8,8 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 
 from iomm.config import InputError
-from iomm.engine.data.decode import IMAGENET_MEAN, IMAGENET_STD, DecodeError, Decoder
+from iomm.engine.data.decode import IMAGENET_MEAN, IMAGENET_STD, DecodeError, Decoder, Encoded, sizes
+from iomm.engine.data.image import check_image
 
 CPU = torch.device("cpu")
 
@@ -44,12 +45,20 @@ def by_pillow(data, size_px, vit_px, flip=False):
     return np.asarray(image, dtype=np.float32), np.asarray(image.resize((vit_px, vit_px), Image.BICUBIC), dtype=np.float32)
 
 
-def decode(images, size_px=96, vit_px=56, flips=None, batch_size=None):
+def batch(images, size_px, flips=None, places=None, has_image=None):
+    """Encoded, by default centred crops that the ViT sees too, not mirrored."""
+    size_px = size_px if isinstance(size_px, tuple) else (size_px, size_px)
+    return Encoded(images, np.zeros(len(images), bool) if flips is None else np.asarray(flips),
+                   np.full((len(images), 2), 0.5, np.float32) if places is None else np.asarray(places, np.float32),
+                   np.ones(len(images), bool) if has_image is None else np.asarray(has_image), size_px)
+
+
+def decode(images, size_px=96, vit_px=56, flips=None, batch_size=None, **options):
     """Levels 0..255 (B, size, size, 3) of both outputs."""
     flips = np.zeros(len(images), dtype=bool) if flips is None else flips
     size = batch_size or len(images)
-    batches = [(images[i:i + size], flips[i:i + size]) for i in range(0, len(images), size)]
-    pixels, vit_pixels = (torch.cat(parts) for parts in zip(*Decoder(size, size_px, vit_px, CPU)(batches)))
+    batches = [batch(images[i:i + size], size_px, flips[i:i + size], **options) for i in range(0, len(images), size)]
+    pixels, vit_pixels = (torch.cat(parts) for parts in zip(*Decoder(size, vit_px, CPU)(batches)))
     assert pixels.dtype == vit_pixels.dtype == torch.float32
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return ((pixels + 1) / 2 * 255).permute(0, 2, 3, 1).numpy(), ((vit_pixels * std + mean) * 255).permute(0, 2, 3, 1).numpy()
@@ -105,7 +114,7 @@ def test_exif_orientation_is_applied(orientation):
 
 def test_range_of_the_outputs():
     white, black = (encode(Image.new("RGB", (64, 64), level), "PNG") for level in ("white", "black"))
-    (pixels, vit_pixels), = Decoder(2, 32, 16, CPU)([([white, black], [False, True])])
+    (pixels, vit_pixels), = Decoder(2, 16, CPU)([batch([white, black], 32, [False, True])])
     assert torch.equal(pixels[0], torch.ones(3, 32, 32)) and torch.equal(pixels[1], -torch.ones(3, 32, 32))
     for channel, (mean, std) in enumerate(zip(IMAGENET_MEAN, IMAGENET_STD)):
         torch.testing.assert_close(vit_pixels[0, channel], torch.full((16, 16), (1 - mean) / std))
@@ -119,9 +128,9 @@ def test_every_batch_once_in_order_and_nothing_beyond(num_batches):
     def batches():
         for level in range(num_batches):
             taken.append(level)
-            yield [encode(Image.new("RGB", (40, 40), (10 * level,) * 3), "PNG")], [False]
+            yield batch([encode(Image.new("RGB", (40, 40), (10 * level,) * 3), "PNG")], 32)
 
-    got = list(Decoder(1, 32, 16, CPU)(batches()))
+    got = list(Decoder(1, 16, CPU)(batches()))
     assert taken == list(range(num_batches))
     # read after the last one: an earlier batch must not have been overwritten by a later one
     assert [round(float((pixels.mean() + 1) / 2 * 255)) for pixels, _ in got] == [10 * level for level in taken]
@@ -135,20 +144,69 @@ def test_the_same_bytes_give_the_same_bits_in_any_batch():
 
 def test_an_error_of_the_plan_arrives_as_it_is():
     def batches():
-        yield [encode(photograph(50, 50))], [False]
+        yield batch([encode(photograph(50, 50))], 32)
         raise InputError("shard 7 changed")
 
     with pytest.raises(InputError, match="^shard 7 changed$"):
-        list(Decoder(1, 32, 16, CPU)(batches()))
+        list(Decoder(1, 16, CPU)(batches()))
 
 
 @pytest.mark.parametrize("kept_bytes", [0.02, 0.5, 0.95])
 def test_a_refused_image_stops_when_its_batch_is_due(kept_bytes):
     good = encode(photograph(150, 150))
     bad = good[:int(kept_bytes * len(good))]
-    decoder = Decoder(3, 32, 16, CPU)
-    decoded = decoder([([good] * 3, [False] * 3), ([good, good, bad], [False] * 3), ([good] * 3, [False] * 3)])
+    decoder = Decoder(3, 16, CPU)
+    decoded = decoder([batch(images, 32) for images in ([good] * 3, [good, good, bad], [good] * 3)])
     next(decoded)
     with pytest.raises(DecodeError):
         next(decoded)
-    assert decoder.refuses(bad) and not decoder.refuses(good)
+    assert sizes([good, bad, b"", good]) == [(150, 150), None, None, (150, 150)]
+
+
+def test_a_crop_lies_where_it_is_told_and_covers_any_size():
+    """Wide and tall targets, at corners and in between, against Pillow."""
+    image = photograph(300, 200)
+    data = encode(image, "PNG")
+    for size_px, place in (((64, 128), (0.0, 0.0)), ((128, 64), (1.0, 1.0)), ((96, 96), (0.25, 0.5)), ((96, 96), (1.0, 0.0))):
+        height, width = size_px
+        scale = max(height / 200, width / 300)
+        resized = image.resize((round(300 * scale), round(200 * scale)), Image.BICUBIC)
+        left, top = (int((side - crop) * at) for side, crop, at in zip(resized.size, (width, height), place))
+        wanted = resized.crop((left, top, left + width, top + height))
+        pixels, vit_pixels = decode([data], size_px, 56, places=[place])
+        assert error(pixels[0], np.asarray(wanted, np.float32)) < 0.5
+        assert error(vit_pixels[0], np.asarray(wanted.resize((56, 56), Image.BICUBIC), np.float32)) < 0.5
+
+
+def test_bf16_is_the_rounded_float32_and_vae_pixels_may_be_left_out():
+    images = [encode(photograph(120 + 7 * seed, 150, seed)) for seed in range(3)]
+    encoded = batch(images, 96, [True, False, True], has_image=[True, False, True])
+    (pixels, vit_pixels), = Decoder(3, 56, CPU)([encoded])
+    (half, vit_half), = Decoder(3, 56, CPU, dtype=torch.bfloat16)([encoded])
+    assert half.dtype == vit_half.dtype == torch.bfloat16
+    assert torch.equal(half, pixels.bfloat16()) and torch.equal(vit_half, vit_pixels.bfloat16())
+    (nothing, alone), = Decoder(3, 56, CPU, vae_pixels=False)([encoded])
+    assert nothing is None and torch.equal(alone, vit_pixels) and len(alone) == 2      # of the samples that the ViT sees
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_planner_and_decoder_agree_on_every_size_and_orientation(kind):
+    """The size that the index plans with is the size that DALI decodes: 20 sizes x 8 orientations of each format."""
+    random = np.random.default_rng(0)
+    images, planned = [], []
+    for width, height in random.integers(32, 120, (20, 2)).tolist():
+        for orientation in range(1, 9):
+            exif = Image.Exif()
+            exif[0x0112] = orientation
+            data = encode(Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8)), kind, exif=exif)
+            verdict = check_image(data, min_size_px=32, max_aspect=10)
+            images.append(data)
+            planned.append((verdict.height, verdict.width))
+            assert ImageOps.exif_transpose(Image.open(io.BytesIO(data))).size == (verdict.width, verdict.height)
+    assert sizes(images) == planned
+    # the pixels too: a photograph of each orientation, within 2/255 on average
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        data = encode(photograph(160, 120), kind, exif=exif)
+        assert error(decode([data])[0][0], by_pillow(data, 96, 56)[0]) < 2

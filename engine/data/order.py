@@ -113,3 +113,26 @@ def _feistel(x, rows, columns, key):
 def _below(bits, bound):
     """Hash bits (uint64) -> int64 in [0, bound); the bias of the modulus is bound / 2^64."""
     return (bits % bound.astype(np.uint64)).astype(np.int64)
+
+
+class Squares:
+    """The plan of a run on square crops: position n is the n-th entry of `order`.
+
+    A plan says three things, and is all that a source knows of an order. plan(n, attempt) -> index entries of the run
+    positions n; attempt > 0 gives those that take the place of samples that cannot be had, here the next ones in the
+    order. size_px(step) -> (height, width) of that global batch. is_pair(n) -> which positions hold a caption and not
+    an image to look at.
+    """
+
+    def __init__(self, order, size_px):
+        self.order = order
+        self._size_px = size_px, size_px
+
+    def __call__(self, n, attempt=0):
+        return self.order(np.asarray(n, dtype=np.int64) + attempt)
+
+    def size_px(self, step):
+        return self._size_px
+
+    def is_pair(self, n):
+        return np.zeros(len(n), dtype=bool)

@@ -1,32 +1,42 @@
-"""The batches of stage 1: images by run position, decoded ahead of the training step."""
+"""Batches by run position: read, decoded ahead of the training step, and always full."""
 
+import io
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import Lock
 
 import numpy as np
 import torch
+from PIL import Image
 
-from iomm.config import InputError
-from iomm.engine.data.decode import DecodeError, Decoder
-from iomm.engine.data.order import Order
-from iomm.kernels.philox import FLIP, uniform
+from iomm.config import InputError, choice
+from iomm.engine.data.decode import CENTRE, DecodeError, Decoder, Encoded, sizes
+from iomm.engine.data.order import Order, Squares
+from iomm.engine.data.shards import Damaged
+from iomm.engine.data.skips import Failure
+from iomm.kernels.philox import CROP, FLIP, uniform
 
 NUM_READERS = 4        # threads that wait for the disk; a photograph of 80 KB costs them 0.04 ms of CPU
 BATCHES_READ_AHEAD = 4
 BATCHES_DECODED_AHEAD = 2
+MAX_ATTEMPTS = 16      # samples tried in the place of one that cannot be had
 
 
 @dataclass
 class Batch:
-    """One micro-batch: where its samples stand in the run and in the index, their pixels, and the wait for them."""
+    """One micro-batch: where its samples stand in the run and in the index, what they are, and the wait for them."""
 
     n_B: torch.Tensor                  # int64, on the CPU; names the sample's random numbers
     entry_B: torch.Tensor              # int64, on the CPU
-    pixels_BCHW: torch.Tensor          # float32, on the device
-    vit_pixels_BCHW: torch.Tensor      # float32, on the device
+    pixels_BCHW: torch.Tensor | None   # on the device; None if the latents are there
+    vit_pixels_BCHW: torch.Tensor      # on the device; only of the samples with has_image, in order
     wait_s: float                      # how long the caller waited
+    captions: list = field(default_factory=list)       # B texts, "" where has_image
+    has_image: list = field(default_factory=list)      # B bools: conditioned on its image, not on its caption
+    latents_BCHW: torch.Tensor | None = None           # float32, on the device
+    failures: list = field(default_factory=list)       # of Failure: samples that were replaced
 
 
 class ImageSource:
@@ -34,18 +44,28 @@ class ImageSource:
 
     Global batch b is run positions [b G, (b + 1) G), whatever the number of ranks: micro-batch a of rank r takes b G +
     (a W + r) m + [0, m), where G = global_batch, m = micro_batch, W = world_size, and a counts the G / (m W)
-    accumulation steps. So the state of the loader is the step. A sample is mirrored if `flip` and its own random number
-    say so. Raises InputError if G is not a multiple of m W, or larger than the number of samples.
+    accumulation steps. So the state of the loader is the step. `plan` (see order.Squares) says which samples these are;
+    without one, all samples in their order on squares of size_px. A sample is mirrored if `flip` and its own random
+    number say so, but never one with a caption, which may say left or right; crop="random" lets its own numbers choose
+    the place of the crop, else it is the centre. With `latents` (cache.LatentStore) its latents come instead of pixels.
+
+    A sample that can no longer be had (damaged on disk, refused by DALI) is replaced by the next one of its plan, up to
+    MAX_ATTEMPTS times, then by black; the batch says so in `failures` (for Skips), and is full in any case, so that ranks
+    stay in step. Raises InputError if G is not a multiple of m W, or larger than the number of samples.
     """
 
     def __init__(self, shards, *, seed, global_batch, micro_batch, rank, world_size, size_px, vit_px, device,
-                 start_step=0, num_steps, flip=False, num_threads=2):
+                 start_step=0, num_steps, flip=False, num_threads=2, crop="center", plan=None, latents=None,
+                 dtype=torch.float32, hw_decoder_load=0.65):
         if global_batch < 1 or micro_batch < 1 or global_batch % (micro_batch * world_size):
             raise InputError(f"train.global_batch must be a multiple of train.micro_batch x ranks, got {global_batch} "
                              f"and {micro_batch} x {world_size}")
         if len(shards) < global_batch:
             raise InputError(f"train.global_batch is {global_batch}, but there are only {len(shards)} samples: "
                              "lower it or add data")
+        choice("data.crop", crop, ("center", "random"))
+        if latents and (flip or crop != "center"):
+            raise InputError("data.latents are those of centre crops as they are: set data.flip=false, data.crop=center")
         self.shards = shards
         self.seed = seed
         self.global_batch = global_batch
@@ -55,8 +75,12 @@ class ImageSource:
         self.start_step = start_step
         self.num_steps = num_steps
         self.flip = flip
-        self.order = Order(seed, shards.shard_sizes)
-        self.decoder = Decoder(micro_batch, size_px, vit_px, device, num_threads, prefetch=BATCHES_DECODED_AHEAD)
+        self.crop = crop
+        self.latents = latents
+        self.order = plan or Squares(Order(seed, shards.shard_sizes), size_px)
+        self.decoder = Decoder(micro_batch, vit_px, device, num_threads, prefetch=BATCHES_DECODED_AHEAD, dtype=dtype,
+                               vae_pixels=latents is None, hw_decoder_load=hw_decoder_load)
+        self._order_lock = Lock()      # readers ask for replacements; orders keep a small cache
 
     @property
     def accumulation_steps(self):
@@ -74,45 +98,128 @@ class ImageSource:
 
     def __iter__(self):
         """Yields one Batch per micro-batch."""
-        on_the_way = deque()      # (n, entries) of the batches that the decoder has taken and not yet given back
+        on_the_way = deque()      # batches that the decoder has taken and not yet given back, as lists of _Sample
         with ThreadPoolExecutor(NUM_READERS, thread_name_prefix="reader") as readers:
-            decoded = self.decoder(self._read(readers, on_the_way))
+            read = self._read(readers)
+            decoded = self.decoder(self._encoded(read, on_the_way))
             try:
                 for _ in range(len(self)):
                     asked = time.perf_counter()
-                    pixels_BCHW, vit_pixels_BCHW = next(decoded)
+                    while True:
+                        try:
+                            pixels_BCHW, vit_pixels_BCHW = next(decoded)
+                            break
+                        except DecodeError as error:      # it took the pipeline with it: what was on the way goes again
+                            decoded.close()
+                            self._replace_refused(on_the_way[0], error)
+                            again = list(on_the_way)
+                            on_the_way.clear()
+                            decoded = self.decoder(self._encoded(_chain(again, read), on_the_way))
                     wait_s = time.perf_counter() - asked
-                    n, entries = on_the_way.popleft()
-                    yield Batch(torch.from_numpy(n), torch.from_numpy(entries), pixels_BCHW, vit_pixels_BCHW, wait_s)
-            except DecodeError as error:
-                refused = [k for k in on_the_way[0][1].tolist() if self.decoder.refuses(self.shards.decodable_bytes(k))]
-                names = ", ".join(map(self.shards.name, refused)) or f"an image ({' '.join(str(error).split())})"
-                raise InputError(
-                    f"DALI cannot decode {names}, though `iomm index` could: take it out and index again") from None
+                    yield self._batch(on_the_way.popleft(), pixels_BCHW, vit_pixels_BCHW, wait_s)
             finally:
                 decoded.close()
+                read.close()
                 readers.shutdown(wait=True, cancel_futures=True)
 
-    def _read(self, readers, on_the_way):
-        """Yields (encoded images, flips) in order, with the next BATCHES_READ_AHEAD batches being read meanwhile."""
+    def _read(self, readers):
+        """Yields lists of _Sample in order, with the next BATCHES_READ_AHEAD batches being read meanwhile."""
         reading = deque()
         plan = ((step, a) for step in range(self.start_step, self.num_steps) for a in range(self.accumulation_steps))
         for step, accumulation_step in plan:
             n = self.positions(step, accumulation_step)
-            entries = self.order(n)
-            reading.append((n, entries, [readers.submit(self.shards.decodable_bytes, k) for k in entries.tolist()]))
+            with self._order_lock:
+                entries, size_px, is_pair = self.order(n), self.order.size_px(step), self.order.is_pair(n)
+            samples = [_Sample(*sample, size_px) for sample in zip(n.tolist(), entries.tolist(), is_pair.tolist())]
+            reading.append([readers.submit(self._fill, sample) for sample in samples])
             if len(reading) > BATCHES_READ_AHEAD:
-                yield self._finish(reading.popleft(), on_the_way)
+                yield [sample.result() for sample in reading.popleft()]
         while reading:
-            yield self._finish(reading.popleft(), on_the_way)
+            yield [sample.result() for sample in reading.popleft()]
 
-    def _finish(self, batch, on_the_way):
-        n, entries, images = batch
-        images = [image.result() for image in images]
-        on_the_way.append((n, entries))
-        return images, self._flips(n)
+    def _fill(self, sample):
+        """Reads what belongs to a sample, or to the one that takes its place."""
+        while sample.attempt <= MAX_ATTEMPTS:
+            k = sample.entry
+            try:
+                sample.image = self.shards.decodable_bytes(k)
+                sample.caption = self.shards.caption(k) if sample.is_pair else ""
+                sample.latents = self.latents.read(k) if self.latents else None
+                return sample
+            except Damaged as error:
+                self._replace(sample, str(error), error.shard)
+        height, width = sample.size_px
+        sample.image, sample.caption = _black(width, height), ""
+        sample.latents = self.latents.zeros() if self.latents else None
+        return sample
 
-    def _flips(self, n):
-        if not self.flip:
-            return np.zeros(len(n), dtype=bool)
-        return (uniform(self.seed, FLIP, torch.from_numpy(n), 1)[:, 0] < 0.5).numpy()
+    def _replace(self, sample, problem, shard):
+        """Points the sample at the next one of its plan, and counts its position once."""
+        sample.attempt += 1
+        fatal = sample.attempt > MAX_ATTEMPTS
+        if sample.failure is None or fatal:
+            first = sample.failure or Failure(sample.n, shard, problem)
+            sample.failure = Failure(first.n, first.shard, first.problem, fatal)
+        with self._order_lock:
+            sample.entry = int(self.order(np.array([sample.n]), sample.attempt)[0])
+
+    def _replace_refused(self, samples, error):
+        """Replaces the samples of a batch that DALI refuses; all of them if it does not say which."""
+        seen = sizes([sample.image for sample in samples])
+        refused = [sample for sample, size in zip(samples, seen) if size is None] or samples
+        for sample in refused:
+            detail = "" if len(refused) < len(samples) else f" ({' '.join(str(error).split())[:200]})"
+            self._replace(sample, f"{self.shards.name(sample.entry)}: DALI cannot decode it, though `iomm index` could"
+                          + detail, self.shards.shard(sample.entry))
+            self._fill(sample)
+
+    def _encoded(self, batches, on_the_way):
+        for samples in batches:
+            on_the_way.append(samples)
+            n_B = torch.tensor([sample.n for sample in samples])
+            is_pair = np.array([sample.is_pair for sample in samples])
+            flip_B = np.zeros(len(samples), dtype=bool)
+            if self.flip:
+                flip_B = (uniform(self.seed, FLIP, n_B, 1)[:, 0] < 0.5).numpy() & ~is_pair
+            place_B2 = np.full((len(samples), 2), CENTRE, dtype=np.float32)
+            if self.crop == "random":
+                place_B2 = uniform(self.seed, CROP, n_B, 2).numpy()
+            yield Encoded([sample.image for sample in samples], flip_B, place_B2, ~is_pair, samples[0].size_px)
+
+    def _batch(self, samples, pixels_BCHW, vit_pixels_BCHW, wait_s):
+        latents_BCHW = None
+        if self.latents:
+            latents_BCHW = torch.stack([sample.latents for sample in samples]).to(self.decoder.device).float()
+        return Batch(
+            torch.tensor([sample.n for sample in samples]), torch.tensor([sample.entry for sample in samples]),
+            pixels_BCHW, vit_pixels_BCHW, wait_s, captions=[sample.caption for sample in samples],
+            has_image=[not sample.is_pair for sample in samples], latents_BCHW=latents_BCHW,
+            failures=[sample.failure for sample in samples if sample.failure])
+
+
+@dataclass
+class _Sample:
+    """One position of the run and what was read for it."""
+
+    n: int
+    entry: int
+    is_pair: bool
+    size_px: tuple
+    attempt: int = 0
+    image: bytes = b""
+    caption: str = ""
+    latents: torch.Tensor | None = None
+    failure: Failure | None = None
+
+
+def _chain(first, rest):
+    """Like itertools.chain, but what is left of `rest` stays for the next."""
+    yield from first
+    for item in rest:
+        yield item
+
+
+def _black(width, height):
+    out = io.BytesIO()
+    Image.new("RGB", (width, height)).save(out, "PNG")
+    return out.getvalue()

@@ -30,3 +30,8 @@ def why_not():
 def power_of_2(n):
     """The least power of 2 that is at least n and 1."""
     return 1 << max(0, n - 1).bit_length()
+
+
+def warps_for(width):
+    """Warps of a program that holds a row of `width` values: 16 values a thread, one warp at least, 16 at most."""
+    return min(16, max(1, power_of_2(width) // 512))

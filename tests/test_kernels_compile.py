@@ -2,6 +2,8 @@
 
 Compiled without a GPU. The default tile of every kernel at head dim 128 is a default test; the others are slow."""
 
+import importlib
+
 import pytest
 
 from iomm.kernels import triton_support
@@ -47,7 +49,7 @@ def attention_cases(first_only):
     if not triton_support.why_not():
         from iomm.kernels.masked_attention.tiles import CANDIDATES
         for (arch, kind, dim), tiles in CANDIDATES.items():
-            variants = ["causal", "both", "prefix", "suffix"] if kind != "keys" else ["causal", "both"]
+            variants = ["causal", "both", "prefix", "suffix"] if kind != "keys" else ["causal", "both", "prefix"]
             for index in range(len(tiles)):
                 for variant in variants:
                     usual = dim == 128 and index == 0 and variant == "causal"
@@ -58,7 +60,7 @@ def attention_cases(first_only):
 def check_attention(arch, kind, dim, index, variant):
     from iomm.kernels.masked_attention.tiles import CANDIDATES
     tile = CANDIDATES[arch, kind, dim][index]
-    constants = {"SAMPLES": 64, "HEADS": 12, "KEY_HEADS": 2, "E": dim, "CAUSAL": variant == "causal", "OWN": tile.own,
+    constants = {"SAMPLES": 64, "HEADS": 12, "KEY_HEADS": 12 if variant == "prefix" else 2, "E": dim, "CAUSAL": variant == "causal", "OWN": tile.own,
                  "WALK": tile.walk}
     if kind != "keys":
         constants |= {"PREFIX": variant != "suffix", "SUFFIX": variant != "prefix"}
@@ -76,3 +78,54 @@ def test_attention(arch, kind, dim, index, variant):
 @pytest.mark.parametrize(("arch", "kind", "dim", "index", "variant"), list(attention_cases(False)))
 def test_attention_with_every_tile(arch, kind, dim, index, variant):
     check_attention(arch, kind, dim, index, variant)
+
+
+def row_cases():
+    """(op, pass, arch, width or head dim, variant); the first width is a default test, the others are slow."""
+    for arch in (80, 90):
+        for direction in ("forward", "backward"):
+            for op in ("norm_modulate", "gate_residual"):
+                for width in (1536, 192, 2048, 3840):
+                    yield op, direction, arch, width, True
+            yield "norm_modulate", direction, arch, 3840, False
+            yield "velocity_loss", direction, arch, 0, True
+            for dim in (128, 64, 32):
+                for variant in (True, False):
+                    yield "qk_norm_rope", direction, arch, dim, variant
+
+
+def check_rows(op, direction, arch, width, variant):
+    """variant: norm_modulate by layer norm with a shift, not RMS; qk_norm_rope of latents, not of a kv condition."""
+    module = importlib.import_module(f"iomm.kernels.{op}.kernels")
+    fused = importlib.import_module(f"iomm.kernels.{op}.fused")
+    kernel = getattr(module, f"{direction}_kernel")
+    warps = triton_support.warps_for(width)
+    constants = {"D": width, "BLOCK": triton_support.power_of_2(width)}
+    if op in ("norm_modulate", "gate_residual"):
+        constants["ROWS"] = getattr(fused, f"ROWS_{direction.upper()}")
+    if op == "norm_modulate":
+        constants |= {"LAYER": variant, "SHIFT": variant}
+        if not variant:
+            constants |= {name: None for name in kernel.arg_names if name in ("shift_ptr", "partial_shift")}
+    elif op == "velocity_loss":
+        constants, warps = {"BLOCK": fused.BLOCK}, fused.WARPS
+    elif op == "qk_norm_rope":
+        constants = {"HEADS": 12, "E": width, "PARTS": 3 if variant else 2, "ROWS": fused.ROWS, "Q_WEIGHT": variant,
+                     "K_WEIGHT": True, "ROTATE": variant}
+        warps = fused.WARPS
+        if not variant:
+            constants |= {name: None for name in kernel.arg_names if name in ("q_weight", "cos_ptr", "sin_ptr", "partial_q")}
+    check(kernel, constants, arch, warps, 3)
+
+
+@pytest.mark.parametrize(("op", "direction", "arch", "width", "variant"),
+                         [case for case in row_cases() if case[3] in (1536, 128, 0) and case[4]])
+def test_rows(op, direction, arch, width, variant):
+    check_rows(op, direction, arch, width, variant)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("op", "direction", "arch", "width", "variant"),
+                         [case for case in row_cases() if case[3] not in (1536, 128, 0) or not case[4]])
+def test_rows_of_every_width(op, direction, arch, width, variant):
+    check_rows(op, direction, arch, width, variant)

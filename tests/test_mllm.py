@@ -56,11 +56,13 @@ def literal(mllm, texts, image_tokens, has_image, visible, queries_BQD, causal):
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.45, 0.85, 0.95, 1.0])
-@pytest.mark.parametrize("batch, kinds", [(1, "image"), (2, "image"), (3, "mixed"), (5, "mixed"), (4, "text")])
+@pytest.mark.parametrize("batch, kinds", [(1, "image"), (2, "image"), (3, "mixed"), (5, "mixed"), (4, "text"), (4, "edit")])
 def test_split_pass_equals_transformers_forward(mllm, ratio, batch, kinds):
     generator = torch.Generator().manual_seed(batch)
-    has_image = [kinds == "image" or (kinds == "mixed" and b % 2 == 0) for b in range(batch)]
+    has_image = [kinds in ("image", "edit") or (kinds == "mixed" and b % 2 == 0) for b in range(batch)]
     texts = [RECONSTRUCT if image else "a red circle" * b for b, image in enumerate(has_image)]
+    if kinds == "edit":
+        texts = ["make it red " * b for b in range(batch)]
     num_images = sum(has_image)
     visible = torch.rand(num_images * mllm.num_image_tokens, generator=generator) >= ratio
     tokens = None

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.profiler import record_function
 
 from iomm.config import AdapterConfig, MaskConfig
 from iomm.flow import sample_time, velocity_loss
@@ -36,16 +37,20 @@ class IOMM(nn.Module):
         self.frozen = (mllm, vae)
         self.recipe = recipe
 
-    def forward(self, pixels_BCHW, vit_pixels_BCHW, n_B):
+    def forward(self, pixels_BCHW, vit_pixels_BCHW, n_B, latents_BCHW=None):
         """VAE pixels in [-1, 1], normalised ViT pixels, sample numbers -> (mean loss, loss_B, t_B).
+        With latents_BCHW (cached ones) the VAE pixels are not looked at and may be None.
 
         Draws nothing from a global generator: mask, time and noise belong to (seed, n)."""
         mllm, vae = self.frozen
-        seed, n_B = self.recipe.seed, n_B.to(pixels_BCHW.device)
-        latents_BCHW = self.encode(pixels_BCHW, n_B)                                      # step 2
+        seed, n_B = self.recipe.seed, n_B.to(vit_pixels_BCHW.device)
+        if latents_BCHW is None:
+            with record_function("vae"):
+                latents_BCHW = self.encode(pixels_BCHW, n_B)                              # step 2
         t_B = sample_time(uniform(seed, TIME, n_B, 1)[:, 0], **self.recipe.time)
         noisy_BNK, target_BNK = noisy_tokens(latents_BCHW, t_B, seed, n_B, vae.patch)
-        tokens_BPD = mllm.image_tokens(vit_pixels_BCHW)                                   # step 3
+        with record_function("vit"):
+            tokens_BPD = mllm.image_tokens(vit_pixels_BCHW)                               # step 3
         visible = visible_mask(self.recipe.mask, seed, n_B, mllm.num_image_tokens)        # step 4
         condition = mllm.condition([RECONSTRUCT] * len(n_B), tokens_BPD, visible=visible,  # step 5
                                    mode=self.recipe.mask.mode, positions=self.recipe.mask.positions)
@@ -84,16 +89,21 @@ class IOMM(nn.Module):
         zeros to the longest; lengths is None where all are alike."""
         mllm, _ = self.frozen
         every = self.recipe.adapter.conditions == "all"
-        queries_BQD = None if self.adapter is None else self.adapter(condition)
-        cache, outputs_TD = mllm.prefix(condition, outputs=every)
-        hidden_BCD, lengths_B = None, None
+        queries_BQD = hidden_BCD = lengths_B = None
+        if self.adapter is not None:
+            with record_function("adapter"):
+                queries_BQD = self.adapter(condition)
+        with record_function("prefix"):
+            cache, outputs_TD = mllm.prefix(condition, outputs=every)
         if queries_BQD is not None:
-            hidden_BCD = mllm.queries(queries_BQD.to(mllm.dtype), condition, cache,
-                                      causal=self.recipe.adapter.attention == "causal")
+            with record_function("suffix"):
+                hidden_BCD = mllm.queries(queries_BQD.to(mllm.dtype), condition, cache,
+                                          causal=self.recipe.adapter.attention == "causal")
         if every:
             hidden_BCD, lengths_B = joined(outputs_TD, condition.offsets, hidden_BCD)
         if self.connector is not None:
-            hidden_BCD = self.connector(hidden_BCD.to(self.dtype), lengths_B)
+            with record_function("connector"):
+                hidden_BCD = self.connector(hidden_BCD.to(self.dtype), lengths_B)
         return hidden_BCD, lengths_B
 
     @property
@@ -109,7 +119,8 @@ class IOMM(nn.Module):
 
     def velocity(self, noisy_BNK, t_B, condition_BCD, lengths_B, grid):
         """The generator's velocity, in whatever dtype its weights are."""
-        return self.generator(noisy_BNK.to(self.dtype), t_B, condition_BCD.to(self.dtype), grid, lengths_B)
+        with record_function("generator"):
+            return self.generator(noisy_BNK.to(self.dtype), t_B, condition_BCD.to(self.dtype), grid, lengths_B)
 
 
 def joined(outputs_TD, offsets, hidden_BQD):

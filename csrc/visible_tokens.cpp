@@ -6,8 +6,9 @@
 #include <vector>
 
 extern "C" int iomm_visible_tokens_cpu(int64_t seed, const int64_t* n, int64_t batch, int64_t num_tokens, int64_t threshold,
-                                       int64_t num_visible, int64_t* index, int32_t* offsets, int64_t* position,
-                                       int64_t threads) {
+                                       int64_t num_visible, int64_t capacity, int64_t* index, int32_t* offsets,
+                                       int64_t* position, int64_t* overflow, int64_t threads) {
+    std::vector<int32_t> lists(size_t(batch * num_tokens));
     const bool many = batch * num_tokens > 65536;  // about 1 ms; less is not worth waking threads for
 #pragma omp parallel num_threads(int(threads)) if (threads > 1 && many)
     {
@@ -26,21 +27,30 @@ extern "C" int iomm_visible_tokens_cpu(int64_t seed, const int64_t* n, int64_t b
                 std::nth_element(sorted.begin(), sorted.begin() + (num_visible - 1), sorted.end(), std::greater<uint64_t>());
                 least = sorted[size_t(num_visible - 1)];
             }
-            int64_t* own = position + b * num_tokens;
+            int32_t* own = lists.data() + b * num_tokens;
             int64_t visible = 0;
             for (int64_t i = 0; i < num_tokens; ++i) {
-                own[visible] = i;  // kept only if the next one does not take its place
+                own[visible] = int32_t(i);  // kept only if the next one does not take its place
                 visible += keys[size_t(i)] >= least;
             }
             offsets[b + 1] = int32_t(visible);
         }
     }
     offsets[0] = 0;
+    int64_t start = 0, cut = 0;
     for (int64_t b = 0; b < batch; ++b) {
-        const int64_t start = offsets[b], visible = offsets[b + 1];
-        memmove(position + start, position + b * num_tokens, size_t(visible) * sizeof(int64_t));
-        for (int64_t i = start; i < start + visible; ++i) index[i] = b * num_tokens + position[i];
-        offsets[b + 1] = int32_t(start + visible);
+        const int64_t visible = offsets[b + 1], kept = std::min(visible, capacity - start);
+        const int32_t* own = lists.data() + b * num_tokens;
+        for (int64_t i = 0; i < kept; ++i) {
+            position[start + i] = own[i];
+            index[start + i] = b * num_tokens + own[i];
+        }
+        start += kept;
+        cut += visible - kept;
+        offsets[b + 1] = int32_t(start);
     }
+    std::fill(index + start, index + capacity, 0);
+    std::fill(position + start, position + capacity, 0);
+    *overflow = cut;
     return 0;
 }

@@ -1,11 +1,13 @@
-// The mask on the GPU: a thread block per sample, which finds its threshold, counts, and writes in order.
+// The mask on the GPU, in one launch of one thread block: a warp per sample counts, the block adds up, a warp per sample
+// writes. One block is enough: 32 samples of 256 tokens are 8192 numbers, and the work grows with nothing else.
 #include <cuda_runtime.h>
 
 #include "visible_tokens.h"
 
 namespace {
 
-constexpr int THREADS = 256;
+constexpr int WARPS = 32, LANES = 32;
+constexpr unsigned ALL = 0xFFFFFFFFu;
 
 struct Mask {
     uint64_t seed;
@@ -15,19 +17,26 @@ struct Mask {
     int64_t num_visible;  // -1: Bernoulli
 };
 
-__device__ uint64_t key_of(const Mask& mask, int64_t b, int64_t token) {
-    const iomm::Block words = iomm::philox(mask.seed, iomm::STREAM_MASK, uint64_t(mask.n[b]), uint32_t(token / 4));
-    const uint32_t low = token & 1 ? words.word[1] : words.word[0], high = token & 1 ? words.word[3] : words.word[2];
-    return iomm::visible_key(iomm::uniform24(token & 2 ? high : low), uint32_t(token));
+// Which of the tokens 4 block .. 4 block + 3 of sample b are visible, as bits: a lane's share of 128 tokens.
+__device__ unsigned visible_bits(const Mask& mask, int64_t b, int64_t block, uint64_t least) {
+    const iomm::Block words = iomm::philox(mask.seed, iomm::STREAM_MASK, uint64_t(mask.n[b]), uint32_t(block));
+    unsigned bits = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const int64_t token = 4 * block + i;
+        const bool visible = iomm::visible_key(iomm::uniform24(words.word[i]), uint32_t(token)) >= least;
+        bits |= unsigned(visible && token < mask.num_tokens) << i;
+    }
+    return bits;
 }
 
-// How many tokens of sample b have a key of at least `least`; all threads get the answer.
-__device__ int64_t count_visible(const Mask& mask, int64_t b, uint64_t least) {
-    int64_t visible = 0;
-    for (int64_t first = 0; first < mask.num_tokens; first += THREADS) {
-        const int64_t token = first + threadIdx.x;
-        visible += __syncthreads_count(token < mask.num_tokens && key_of(mask, b, token) >= least);
-    }
+// How many tokens of sample b have a key of at least `least`; the whole warp gets the answer.
+__device__ int count_visible(const Mask& mask, int64_t b, uint64_t least) {
+    int visible = 0;
+    for (int64_t block = threadIdx.x % LANES; 4 * block < mask.num_tokens; block += LANES)
+        visible += __popc(visible_bits(mask, b, block, least));
+#pragma unroll
+    for (int step = LANES / 2; step > 0; step /= 2) visible += __shfl_xor_sync(ALL, visible, step);
     return visible;
 }
 
@@ -47,73 +56,70 @@ __device__ uint64_t threshold_of(const Mask& mask, int64_t b) {
     return least;
 }
 
-// Exclusive prefix sum of one 0..n value per thread, and the sum; `sums` holds a value per warp.
-__device__ int block_scan(int value, int* sums, int& total) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+// Sum of the values of the lanes below, and of all lanes.
+__device__ int warp_scan(int value, int& total) {
     int running = value;
 #pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-        const int below = __shfl_up_sync(0xFFFFFFFFu, running, step);
-        if (lane >= step) running += below;
+    for (int step = 1; step < LANES; step *= 2) {
+        const int below = __shfl_up_sync(ALL, running, step);
+        if (int(threadIdx.x % LANES) >= step) running += below;
     }
-    if (lane == 31) sums[warp] = running;
-    __syncthreads();
-    int before = 0;
-    total = 0;
-    for (int w = 0; w < THREADS / 32; ++w) {
-        if (w < warp) before += sums[w];
-        total += sums[w];
-    }
-    __syncthreads();
-    return before + running - value;
+    total = __shfl_sync(ALL, running, LANES - 1);
+    return running - value;
 }
 
-__global__ void count(Mask mask, int32_t* offsets) {
-    const int64_t visible = count_visible(mask, blockIdx.x, threshold_of(mask, blockIdx.x));
-    if (threadIdx.x == 0) offsets[blockIdx.x + 1] = int32_t(visible);
-}
-
-__global__ void accumulate(int64_t batch, int32_t* offsets) {
-    __shared__ int sums[THREADS / 32];
-    int before = 0;
+// The first warp turns counts into starts, cut at the capacity.
+__device__ void accumulate(int64_t batch, int64_t capacity, int32_t* offsets, int64_t* overflow) {
+    int64_t before = 0;
     if (threadIdx.x == 0) offsets[0] = 0;
-    for (int64_t first = 0; first < batch; first += THREADS) {
+    for (int64_t first = 0; first < batch; first += LANES) {
         const int64_t b = first + threadIdx.x;
         const int value = b < batch ? offsets[b + 1] : 0;
         int total;
-        const int start = block_scan(value, sums, total);
-        if (b < batch) offsets[b + 1] = before + start + value;
+        const int64_t end = before + warp_scan(value, total) + value;
+        if (b < batch) offsets[b + 1] = int32_t(end < capacity ? end : capacity);
         before += total;
     }
+    if (threadIdx.x == 0) *overflow = before > capacity ? before - capacity : 0;
 }
 
-__global__ void fill(Mask mask, const int32_t* offsets, int64_t* index, int64_t* position) {
-    __shared__ int sums[THREADS / 32];
-    const int64_t b = blockIdx.x;
-    const uint64_t least = threshold_of(mask, b);
-    int64_t before = offsets[b];
-    for (int64_t first = 0; first < mask.num_tokens; first += THREADS) {
-        const int64_t token = first + threadIdx.x;
-        const bool visible = token < mask.num_tokens && key_of(mask, b, token) >= least;
-        int total;
-        const int64_t place = before + block_scan(visible, sums, total);
-        if (visible) {
-            position[place] = token;
-            index[place] = b * mask.num_tokens + token;
-        }
-        before += total;
+__global__ void __launch_bounds__(WARPS* LANES) pack(Mask mask, int64_t batch, int64_t capacity, int64_t* index,
+                                                    int32_t* offsets, int64_t* position, int64_t* overflow) {
+    const int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+    for (int64_t b = warp; b < batch; b += WARPS) {
+        int visible = int(mask.num_visible);
+        if (visible < 0) visible = count_visible(mask, b, iomm::bernoulli_threshold(mask.threshold));
+        if (lane == 0) offsets[b + 1] = visible;
     }
+    __syncthreads();
+    if (warp == 0) accumulate(batch, capacity, offsets, overflow);
+    __syncthreads();
+    for (int64_t b = warp; b < batch; b += WARPS) {
+        const uint64_t least = threshold_of(mask, b);
+        int64_t before = offsets[b];
+        for (int64_t first = 0; 4 * first < mask.num_tokens; first += LANES) {
+            const unsigned bits = visible_bits(mask, b, first + lane, least);
+            int total;
+            int64_t place = before + warp_scan(__popc(bits), total);
+            for (int i = 0; i < 4; ++i) {
+                if ((bits >> i & 1) && place < capacity) {
+                    const int64_t token = 4 * (first + lane) + i;
+                    position[place] = token;
+                    index[place++] = b * mask.num_tokens + token;
+                }
+            }
+            before += total;
+        }
+    }
+    for (int64_t i = offsets[batch] + threadIdx.x; i < capacity; i += WARPS * LANES) index[i] = position[i] = 0;
 }
 
 }  // namespace
 
 extern "C" int iomm_visible_tokens_cuda(int64_t seed, const int64_t* n, int64_t batch, int64_t num_tokens, int64_t threshold,
-                                        int64_t num_visible, int64_t* index, int32_t* offsets, int64_t* position,
-                                        void* cuda_stream) {
-    const cudaStream_t stream = cudaStream_t(cuda_stream);
+                                        int64_t num_visible, int64_t capacity, int64_t* index, int32_t* offsets,
+                                        int64_t* position, int64_t* overflow, void* cuda_stream) {
     const Mask mask{uint64_t(seed), n, num_tokens, threshold, num_visible};
-    if (batch > 0) count<<<unsigned(batch), THREADS, 0, stream>>>(mask, offsets);
-    accumulate<<<1, THREADS, 0, stream>>>(batch, offsets);
-    if (batch > 0) fill<<<unsigned(batch), THREADS, 0, stream>>>(mask, offsets, index, position);
+    pack<<<1, WARPS * LANES, 0, cudaStream_t(cuda_stream)>>>(mask, batch, capacity, index, offsets, position, overflow);
     return int(cudaGetLastError());
 }

@@ -1,4 +1,4 @@
-"""The console command `iomm`: index, sample, edit, export, doctor."""
+"""The console command `iomm`: index, cache, sample, edit, export, doctor."""
 
 import argparse
 import sys
@@ -15,6 +15,22 @@ def main(argv=None):
     command = commands.add_parser("index", help="read every sample of tar shards once, write an index of the good ones")
     command.add_argument("shards", nargs="+", help="tars, globs in quotes, or folders")
     command.add_argument("--out", required=True, help="folder of the index")
+    command.add_argument("--verify", choices=("full", "fast"), default="full",
+                         help="full: decode every image; fast: read headers only, no checksums")
+    command.add_argument("--captions", choices=("optional", "required"), default="optional")
+    command.add_argument("--min-size", type=int, default=32, help="shorter edge in pixels")
+    command.add_argument("--max-aspect", type=float, default=10.0, help="longer edge / shorter edge")
+    command.add_argument("--max-pixels", type=int, default=1 << 26)
+    command.add_argument("--workers", type=int, help="processes; default: one a core, at most one a shard")
+
+    command = commands.add_parser("cache", help="write the VAE latents that a run with data.latents reads instead of pixels")
+    command.add_argument("--config", default="demo", help="that run's config: its data, model.vae and data.size_px count")
+    command.add_argument("overrides", nargs="*", metavar="section.key=value")
+    command.add_argument("--out", required=True, help="folder of the latents; what is already there stays")
+    command.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
+    command.add_argument("--batch", type=int, default=32, help="images encoded at once")
+    command.add_argument("--rank", type=int, help="this process among --ranks; default: $RANK and $WORLD_SIZE, as torchrun")
+    command.add_argument("--ranks", type=int)
 
     def of_a_run(name, text):
         command = commands.add_parser(name, help=text)
@@ -42,7 +58,7 @@ def main(argv=None):
     commands.add_parser("doctor", help="what is installed, what is missing, why, and what that costs")
     args = parser.parse_args(argv)
     try:
-        return {"index": index, "sample": sample, "edit": edit, "export": export, "doctor": doctor}[args.command](args)
+        return {"index": index, "cache": cache, "sample": sample, "edit": edit, "export": export, "doctor": doctor}[args.command](args)
     except InputError as error:
         print(f"iomm: {error}", file=sys.stderr)
         return 2
@@ -50,7 +66,22 @@ def main(argv=None):
 
 def index(args):
     from iomm.engine.data.index import build, summary
-    print(summary(build(args.shards, Path(args.out))))
+    from iomm.engine.data.judge import Rules
+    rules = Rules(verify=args.verify, captions=args.captions, min_size_px=args.min_size, max_aspect=args.max_aspect,
+                  max_pixels=args.max_pixels)
+    try:
+        print(summary(build(args.shards, Path(args.out), rules=rules, workers=args.workers)))
+    except KeyboardInterrupt:
+        print("iomm: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def cache(args):
+    from iomm.engine.config import load_config
+    from iomm.engine.parts import write_latents
+    print(write_latents(load_config(args.config, args.overrides), args.out, dtype=args.dtype, batch=args.batch,
+                        rank=args.rank, num_ranks=args.ranks))
     return 0
 
 

@@ -47,15 +47,39 @@ class ModelSection:
 @dataclass(frozen=True, kw_only=True)
 class DataSection:
     shards: str = "shapes"             # tars, globs, folders, comma-separated; "shapes": draw the shapes world
+    pairs: str | None = None           # text-image pairs, named like shards
+    mix: float = 0.5                   # share of images without text in a global batch of images and pairs
+    latents: str | None = None         # folder that `iomm cache` made: VAE latents instead of pixels
     size_px: int = 512
-    flip: bool = False                 # mirror half of the images
+    crop: str = "center"               # where the square lies in the image: center | random
+    buckets: bool = False              # crops of about the image's own aspect ratio instead of squares, of equal area
+    flip: bool = False                 # mirror half of the images (never one with a caption)
+    precision: str = "fp32"            # fp32 | bf16: pixels as they leave the decoder
     num_images: int = 4096             # images of the shapes world (64 px), when that is what is trained on
     threads: int = 2                   # decoding threads a rank
+    hw_decoder_load: float = 0.65      # share of baseline JPEGs for the GPU's JPEG engine
+    min_size_px: int = 32              # images with a shorter edge than this are left out
+    max_aspect: float = 10.0           # and those with longer edge / shorter edge above this
+    max_pixels: int = 1 << 26          # and those with more pixels: 256 MB while one is decoded
+    max_bad_fraction: float = 1e-4     # share of samples that may turn out damaged while training
+    max_bad_shards: int = 5            # shards that may hold such samples
 
     def __post_init__(self):
         positive("data.size_px", self.size_px, 16)
-        positive("data.num_images", self.num_images)
-        positive("data.threads", self.threads)
+        choice("data.crop", self.crop, ("center", "random"))
+        choice("data.precision", self.precision, ("fp32", "bf16"))
+        for name in ("num_images", "threads", "min_size_px", "max_pixels"):
+            positive(f"data.{name}", getattr(self, name))
+        positive("data.max_aspect", self.max_aspect, 1)
+        positive("data.max_bad_shards", self.max_bad_shards, 0)
+        for name in ("mix", "hw_decoder_load", "max_bad_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"data.{name} must be between 0 and 1, got {getattr(self, name)}")
+        if self.latents and (self.flip or self.crop != "center" or self.buckets or self.pairs):
+            raise InputError("data.latents are those of centre crops of one set of images, as they are: set data.flip="
+                             "false, data.crop=center, data.buckets=false and no data.pairs, or leave data.latents out")
+        if self.buckets and self.pairs:
+            raise InputError("data.buckets and data.pairs do not go together yet: choose one")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +202,7 @@ class RunConfig:
 
 # A resumed run may change these: none of them changes what is computed in a step.
 FREE_KEYS = ("run.dir", "train.steps", "train.micro_batch", "train.threads", "train.timeout_s", "data.threads",
+             "data.hw_decoder_load", "data.max_bad_fraction", "data.max_bad_shards",
              "checkpoint.every_steps", "checkpoint.keep", "log.every_steps", "log.sample_images", "log.sample_steps",
              "guard.max_skips")
 

@@ -1,15 +1,24 @@
 """RunConfig -> the parts of a run: data, frozen models, trained model. Shared by training and by the console command."""
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from iomm.adapter import Connector, QueryAdapter
 from iomm.config import InputError, generator_config
 from iomm.engine import checkpoint
-from iomm.engine.config import load_config
-from iomm.engine.data.index import ensure_index
+from iomm.engine.config import load_config, positive
+from iomm.engine.data.buckets import Buckets, bucket_sizes
+from iomm.engine.data.index import ensure_index, load, warnings_on
+from iomm.engine.data.judge import Rules
+from iomm.engine.data.latents import LatentStore, write_cache
+from iomm.engine.data.mixture import Joined, Mixture
+from iomm.engine.data.order import Order
+from iomm.engine.data.shards import Shards
+from iomm.engine.data.source import ImageSource
 from iomm.engine.shapes.mllm import tiny_mllm
 from iomm.engine.shapes.world import write_world
 from iomm.generator import new_generator
@@ -23,15 +32,69 @@ def cache_dir(config):
     return Path(config.run.dir).parent / "shared"
 
 
-def prepare_data(config, progress=True):
-    """Draws the shapes world if that is what is trained on, indexes the shards, returns the index folder. Work for one
-    rank; what is already there is kept. Raises InputError: no shard, no image, a changed shard."""
-    shards, cache = config.data.shards, cache_dir(config)
+def prepare_data(config, progress=True, pairs=False):
+    """Draws the shapes world if that is what is trained on, indexes data.shards (or with `pairs` data.pairs, whose
+    samples must have captions), returns the index folder. Work for one rank; what is already there is kept. Raises
+    InputError: no shard, no image, a changed shard."""
+    data, cache = config.data, cache_dir(config)
+    shards = data.pairs if pairs else data.shards
+    if not shards:
+        raise InputError("data.pairs names no text-image pairs: give tars, globs or folders")
     if shards == "shapes":
-        folder = cache / f"shapes-{config.data.num_images}-seed{config.run.seed}"
-        write_world(folder, num_images=config.data.num_images, seed=config.run.seed)
+        folder = cache / f"shapes-{data.num_images}-seed{config.run.seed}"
+        write_world(folder, num_images=data.num_images, seed=config.run.seed)
         shards = str(folder)
-    return str(ensure_index(shards, cache / "index", progress=progress))
+    rules = Rules(min_size_px=data.min_size_px, max_aspect=data.max_aspect, max_pixels=data.max_pixels,
+                  captions="required" if pairs else "optional")
+    index_dir = ensure_index(shards, cache / "index", rules=rules, progress=progress)
+    if progress:
+        for line in warnings_on(load(index_dir)):
+            print(line, flush=True)
+    return str(index_dir)
+
+
+def open_source(config, ranks, mllm, vae, *, index_dir=None, pairs_dir=None):
+    """The batches of a run (ImageSource), from step 0: images of index_dir, pairs of pairs_dir, or data.mix of both."""
+    data, seed, batch = config.data, config.run.seed, config.train.global_batch
+    images, pairs = (Shards(folder) if folder else None for folder in (index_dir, pairs_dir))
+    plan, samples, latents = None, images, None
+    if pairs is not None:
+        samples = Joined(images, pairs)
+        orders = [Order(seed, shards.shard_sizes) if shards is not None else None for shards in (images, pairs)]
+        plan = Mixture(seed, batch, data.mix if images is not None else 0.0, *orders, data.size_px)
+    elif data.buckets:
+        plan = Buckets(seed, images.index, batch, bucket_sizes(data.size_px, vae.factor * vae.patch))
+    if data.latents:
+        if config.model.vae_sample:
+            raise InputError("data.latents hold the VAE's mean: set model.vae_sample=false, or leave data.latents out")
+        latents = LatentStore(data.latents, images.index, vae=config.model.vae, size_px=data.size_px)
+    return ImageSource(
+        samples, seed=seed, global_batch=batch, micro_batch=config.train.micro_batch or max(1, batch // ranks.size),
+        rank=ranks.rank, world_size=ranks.size, size_px=data.size_px, vit_px=mllm.vit_px, device=ranks.device,
+        start_step=0, num_steps=config.train.steps, flip=data.flip, num_threads=data.threads, crop=data.crop, plan=plan,
+        latents=latents, dtype=torch.bfloat16 if data.precision == "bf16" else torch.float32,
+        hw_decoder_load=data.hw_decoder_load)
+
+
+def write_latents(config, out, *, dtype, batch, rank=None, num_ranks=None):
+    """Writes this rank's files of the latent cache of a run's images into `out`; returns a line that says so. Rank and
+    number of ranks come from the environment if they are not given; ranks need no connection."""
+    rank = int(os.environ.get("RANK", 0)) if rank is None else rank
+    num_ranks = int(os.environ.get("WORLD_SIZE", 1)) if num_ranks is None else num_ranks
+    if not 0 <= rank < num_ranks:
+        raise InputError(f"--rank must be from 0 to --ranks - 1, got {rank} of {num_ranks}")
+    positive("--batch", batch)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', rank)) % torch.cuda.device_count()}"
+    shards = Shards(prepare_data(config, progress=rank == 0))
+    # as training loads it, so that the latents are those that training would compute
+    vae = load_vae(config.model.vae, dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32, device=device)
+    with tqdm(total=-(-len(shards) // num_ranks), unit="image", desc="cache", disable=None if rank == 0 else True) as bar:
+        num = write_cache(shards, out, vae, vae_name=config.model.vae, size_px=config.data.size_px, dtype=dtype,
+                          device=device, batch=batch, num_threads=config.data.threads, rank=rank, num_ranks=num_ranks,
+                          progress=bar.update)
+    return f"rank {rank} of {num_ranks}: {num:,} of {len(shards):,} latents written to {out}; train with data.latents={out}"
 
 
 def prepare_mllm(config):

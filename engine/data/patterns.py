@@ -12,9 +12,10 @@ def expand(shards):
     """Sorted absolute paths that `shards` (a pattern or a list of them) names. Raises InputError if one names nothing.
 
     A pattern is a path, a glob, a brace list ({00000..00099}, {a,b}), or a folder: its tars if it holds any, else its
-    images.
+    images. A text may hold several, separated by commas.
     """
     patterns = [shards] if isinstance(shards, str | os.PathLike) else list(shards)
+    patterns = [part for pattern in patterns for part in _parts(os.fspath(pattern))]
     found = set()
     for pattern in patterns:
         pattern = os.path.expanduser(os.fspath(pattern))
@@ -30,6 +31,13 @@ def expand(shards):
     if not found:
         raise InputError("no shards were given: data.shards is a path, a glob or a list of them")
     return [Path(path) for path in sorted(found)]
+
+
+def _parts(pattern):
+    """The pattern split at commas outside braces, unless a file is called like all of it."""
+    if "," not in pattern or os.path.exists(pattern):
+        return [pattern]
+    return [part.strip() for part in re.findall(r"(?:\{[^{}]*\}|[^,{}]|[{}])+", pattern) if part.strip()]
 
 
 def _braces(pattern):

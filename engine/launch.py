@@ -15,8 +15,7 @@ import torch
 from iomm.config import InputError, choice
 from iomm.engine import checkpoint, loop, parts, zero
 from iomm.engine.config import differences, load_config
-from iomm.engine.data.shards import Shards
-from iomm.engine.data.source import ImageSource
+from iomm.engine.data.skips import Skips
 from iomm.engine.draw import draw_run
 from iomm.engine.ema import Ema
 from iomm.engine.guard import Guard
@@ -78,23 +77,20 @@ def run(config, args, ranks):
     folder = ranks.on_first(lambda: open_run_dir(config, args))
     index_dir = ranks.on_first(lambda: parts.prepare_data(config))
     mllm_name = ranks.on_first(lambda: parts.prepare_mllm(config))
-    shards = Shards(index_dir)
     model = parts.build_model(config, mllm_name, ranks.device)
     mllm, vae = model.frozen
+    source = parts.open_source(config, ranks, mllm, vae, index_dir=index_dir)
     if ranks.first:
-        say(f"{len(shards)} images, {ranks.size} rank(s) on {ranks.device.type}, {config.precision}, ZeRO-{config.zero.stage}; "
+        say(f"{len(source.shards)} images, {ranks.size} rank(s) on {ranks.device.type}, {config.precision}, ZeRO-{config.zero.stage}; "
             f"trained parameters {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M")
         say(dispatch.format_table(ranks.device.type))
-    source = ImageSource(
-        shards, seed=config.run.seed, global_batch=config.train.global_batch,
-        micro_batch=config.train.micro_batch or max(1, config.train.global_batch // ranks.size), rank=ranks.rank,
-        world_size=ranks.size, size_px=config.data.size_px, vit_px=mllm.vit_px, device=ranks.device,
-        start_step=0, num_steps=config.train.steps, flip=config.data.flip, num_threads=config.data.threads)
     flops = model.flops_per_image(config.data.size_px)
     sharded = zero.Sharded(
         model.to(ranks.device), lambda p: make_optimizer(p, config.optim), config=config, ranks=ranks,
         leaves=model.leaves, micro_batch=source.micro_batch, accumulation=source.accumulation_steps)
-    state = loop.State(sharded, Ema(sharded.masters, config.ema.decay), Guard(config.guard.max_skips), ranks)
+    skips = Skips(config.data.max_bad_fraction, config.data.max_bad_shards,
+                  Path(config.run.dir) / "skipped.jsonl" if ranks.first else None)
+    state = loop.State(sharded, Ema(sharded.masters, config.ema.decay), Guard(config.guard.max_skips), skips, ranks)
     if folder is not None:
         loop.restore(state, folder)
         say(f"resumed from {folder}: step {state.step} of {config.train.steps}")

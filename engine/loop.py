@@ -14,15 +14,16 @@ from iomm.flow import loss_by_time
 
 def train_step(sharded, batches):
     """One optimizer step over this rank's micro-batches -> (mean loss, its sum and count by time bucket (2, buckets),
-    whether weights changed, seconds waited for data)."""
-    losses, by_time, wait_s = [], 0, 0.0
+    whether weights changed, seconds waited for data, samples that had to be replaced)."""
+    losses, by_time, wait_s, failures = [], 0, 0.0, []
     for batch in batches:                        # one micro-batch each
-        loss, loss_B, t_B = sharded(batch.pixels_BCHW, batch.vit_pixels_BCHW, batch.n_B)
+        loss, loss_B, t_B = sharded(batch.pixels_BCHW, batch.vit_pixels_BCHW, batch.n_B, batch.latents_BCHW)
         sharded.backward(loss)
         applied = sharded.step()                 # acts only on the last one
         losses.append(loss.detach())
         by_time, wait_s = by_time + torch.stack(loss_by_time(loss_B, t_B)), wait_s + batch.wait_s
-    return torch.stack(losses).mean(), by_time, applied, wait_s
+        failures += batch.failures
+    return torch.stack(losses).mean(), by_time, applied, wait_s, failures
 
 
 def train(state, source, config, metrics=None):
@@ -33,18 +34,20 @@ def train(state, source, config, metrics=None):
     while state.step < config.train.steps:
         lr = learning_rate(state.step, config.optim)
         sharded.set_lr(lr)
-        loss, by_time, applied, wait_s = train_step(sharded, islice(batches, source.accumulation_steps))
+        loss, by_time, applied, wait_s, failures = train_step(sharded, islice(batches, source.accumulation_steps))
         if applied:
             ema.update(state.step)
         state.step += 1
         guard.saw(state.step, (state.step - 1) * batch, state.step * batch - 1, applied)
-        sums = torch.cat((loss[None] / ranks.size, by_time.flatten()))
-        dist.all_reduce(sums)                    # one message: loss, sums and counts by time
+        sums = torch.cat((loss[None] / ranks.size, by_time.flatten(), loss.new_tensor([len(failures)])))
+        dist.all_reduce(sums)                    # one message: loss, sums and counts by time, replaced samples
+        if sums[-1] > 0:
+            state.skips.saw(sum(ranks.all(failures), []), state.step * batch)
         if metrics is not None:
-            loss, *by_time = sums.tolist()
+            loss, *by_time, _ = sums.tolist()
             row = metrics.record(
                 step=state.step, loss=loss, by_time=by_time, grad_norm=sharded.grad_norm() if applied else None, lr=lr,
-                data_wait_s=wait_s, skipped_steps=guard.total, skipped_samples=0)
+                data_wait_s=wait_s, skipped_steps=guard.total, skipped_samples=state.skips.total)
             state.gpu_hours = row["gpu_hours"]
             if state.step % config.log.every_steps == 0 or state.step == 1:
                 bar.write(line(row, config.train.steps))
@@ -57,8 +60,8 @@ def train(state, source, config, metrics=None):
 class State:
     """What a checkpoint holds: weights, moments, average, step. Everything else is a function of the config."""
 
-    def __init__(self, sharded, ema, guard, ranks):
-        self.sharded, self.ema, self.guard, self.ranks = sharded, ema, guard, ranks
+    def __init__(self, sharded, ema, guard, skips, ranks):
+        self.sharded, self.ema, self.guard, self.skips, self.ranks = sharded, ema, guard, skips, ranks
         self.step, self.gpu_hours = 0, 0.0
 
     def tensors(self):
@@ -72,7 +75,8 @@ def save(state, config):
     """Commits a checkpoint of the state, on all ranks together."""
     facts = {"config": config.to_yaml(), "shapes": state.sharded.shapes, "ema": bool(state.ema.flats),
              "optimizer_step": state.sharded.optimizer_step, "skipped_steps": state.guard.total,
-             "samples_seen": state.step * config.train.global_batch, "gpu_hours": state.gpu_hours}
+             "skipped_samples": state.skips.state(), "samples_seen": state.step * config.train.global_batch,
+             "gpu_hours": state.gpu_hours}
     return checkpoint.save(f"{config.run.dir}/checkpoints", state.step, state.tensors(), facts, state.ranks,
                            config.checkpoint.keep)
 
@@ -87,3 +91,4 @@ def restore(state, folder):
     state.sharded.restored(reader.manifest["optimizer_step"])
     state.step, state.gpu_hours = reader.manifest["step"], reader.manifest["gpu_hours"]
     state.guard.total = reader.manifest["skipped_steps"]
+    state.skips.restore(reader.manifest["skipped_samples"])

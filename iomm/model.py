@@ -67,11 +67,13 @@ class IOMM(nn.Module):
         noise_BCHW = normal(self.recipe.seed, VAE, n_B, math.prod(shape)).unflatten(1, shape)
         return vae.encode(pixels_BCHW, noise_BCHW)
 
-    def flops_per_image(self, size_px):
+    def flops_per_image(self, size_px, num_text=None):
         """FLOPs that one image of a training step needs: frozen encoders forward, prefix forward, queries forward and
-        backward to their inputs, adapter, connector and generator forward and backward (3 x forward)."""
+        backward to their inputs, adapter, connector and generator forward and backward (3 x forward).
+
+        num_text: tokens of turn and prompt; None to ask the tokenizer."""
         mllm, vae = self.frozen
-        text = len(mllm.token_ids("".join(TURN) + "".join(IMAGE) + RECONSTRUCT))
+        text = len(mllm.token_ids("".join(TURN) + "".join(IMAGE) + RECONSTRUCT)) if num_text is None else num_text
         shown = mllm.num_image_tokens * (1 if self.recipe.mask.mode == "zero" else 1 - self.recipe.mask.ratio)
         num_prefix, num_queries = text + shown, 0 if self.adapter is None else self.recipe.adapter.num_queries
         every = self.recipe.adapter.conditions == "all"

@@ -76,7 +76,8 @@ def why_not(device):
 
 
 def launch(device, entry, *arguments):
-    """Calls `<entry>_cpu` or `<entry>_cuda`: tensors (contiguous, on `device`) as pointers, numbers as int64 or double.
+    """Calls `<entry>_cpu` or `<entry>_cuda`: tensors (contiguous, on `device`) as pointers, None as the null pointer,
+    numbers as int64 or double.
 
     Raises RuntimeError with the reason if the library is absent or the call fails."""
     library, reason = load(device.type)
@@ -87,6 +88,8 @@ def launch(device, entry, *arguments):
         if isinstance(argument, torch.Tensor):
             assert argument.is_contiguous() and argument.device == device
             values.append(ctypes.c_void_p(argument.data_ptr()))
+        elif argument is None:
+            values.append(ctypes.c_void_p())
         else:
             values.append(ctypes.c_double(argument) if isinstance(argument, float) else ctypes.c_int64(argument))
     function = getattr(library, f"{entry}_{device.type}")

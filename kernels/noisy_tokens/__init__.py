@@ -1,4 +1,4 @@
-"""Latents to what the generator is trained on: noisy tokens and their velocity target, and the packing between the two.
+"""Latents to what the generator is trained on: noisy tokens and their velocity target. `unpatch` goes back.
 
 Token order is FLUX's, "c (h p) (w q) -> (h w) (c p q)": N = H/p * W/p tokens of K = C p p values.
 """
@@ -10,6 +10,9 @@ from iomm.kernels.dispatch import pick, register
 from iomm.kernels.noisy_tokens.compiled import noisy_tokens_compiled
 from iomm.kernels.noisy_tokens.reference import noisy_tokens_reference, patch_tokens_reference
 from iomm.kernels.philox import checked_seed
+from iomm.kernels.unpatch import unpatch
+
+__all__ = ["noisy_tokens", "patch_tokens", "unpatch"]
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 register("noisy_tokens", "cpp", noisy_tokens_compiled, devices=("cpu",), dtypes=_NATIVE_DTYPES,
@@ -51,15 +54,3 @@ def patch_tokens(latents_BCHW, patch=2):
     """(B, N, K) tokens of latents (B, C, H, W), differentiable. Raises ValueError if the patch does not fit."""
     _check_latents(latents_BCHW, patch)
     return patch_tokens_reference(latents_BCHW, patch)
-
-
-def unpatch(tokens_BNK, height, width, patch=2):
-    """(B, C, H, W) latents of tokens (B, N, K): undoes `patch_tokens`. Raises ValueError if sizes do not fit."""
-    if tokens_BNK.dim() != 3:
-        raise ValueError(f"tokens must have shape (B, N, K), got {tuple(tokens_BNK.shape)}")
-    num_samples, num_tokens, token_dim = tokens_BNK.shape
-    if height % patch or width % patch or num_tokens != (height // patch) * (width // patch) or token_dim % patch**2:
-        raise ValueError(f"{num_tokens} tokens of {token_dim} values do not make latents of {height} x {width} "
-                         f"with patches of {patch}")
-    tokens = tokens_BNK.view(num_samples, height // patch, width // patch, -1, patch, patch)
-    return tokens.permute(0, 3, 1, 4, 2, 5).reshape(num_samples, -1, height, width)

@@ -89,6 +89,8 @@ class TrainSection:
     micro_batch: int | None = None     # images a rank and pass; unset: global_batch / ranks
     threads: int | None = None         # torch CPU threads a rank; unset: cores / ranks of this machine
     timeout_s: float = 1800.0          # a collective that takes longer ends the run
+    compile: bool | None = None        # torch.compile of every block; unset: on a GPU only
+    recompute: int = 0                 # blocks, from the first on, that keep no activations and run forward twice
 
     def __post_init__(self):
         positive("train.steps", self.steps)
@@ -96,6 +98,7 @@ class TrainSection:
         positive("train.micro_batch", self.micro_batch if self.micro_batch is not None else 1)
         positive("train.threads", self.threads if self.threads is not None else 1)
         positive("train.timeout_s", self.timeout_s)
+        positive("train.recompute", self.recompute, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,14 +116,21 @@ class TimeSection:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimSection:
+    kind: str = "adamw"                # adamw | muon: Muon for the blocks' matrices, AdamW for the rest
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip: float = 1.0                  # global gradient norm; 0 turns clipping off
-    warmup_steps: int = 1000           # learning rate rises linearly, then stays
+    warmup_steps: int = 1000           # learning rate rises linearly
+    schedule: str = "constant"         # constant | cosine: after the warm-up; cosine reaches 0 at train.steps
+    momentum: float = 0.95             # of Muon, Nesterov
 
     def __post_init__(self):
+        choice("optim.kind", self.kind, ("adamw", "muon"))
+        choice("optim.schedule", self.schedule, ("constant", "cosine"))
+        if not all(0 <= value < 1 for value in (*self.betas, self.momentum)):
+            raise InputError(f"optim.betas and optim.momentum must be in [0, 1), got {self.betas} and {self.momentum}")
         positive("optim.warmup_steps", self.warmup_steps, 0)
         positive("optim.clip", self.clip, 0)
         if not self.lr > 0:
@@ -175,6 +185,16 @@ class GuardSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProfileSection:
+    start_step: int = 20               # first step of the window that --profile traces
+    num_steps: int = 3
+
+    def __post_init__(self):
+        positive("profile.start_step", self.start_step)
+        positive("profile.num_steps", self.num_steps)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything that a run is made of. A run is a pure function of this and of its data."""
 
@@ -192,6 +212,7 @@ class RunConfig:
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     log: LogSection = field(default_factory=LogSection)
     guard: GuardSection = field(default_factory=GuardSection)
+    profile: ProfileSection = field(default_factory=ProfileSection)
 
     def __post_init__(self):
         choice("precision", self.precision, ("bf16", "fp32"))
@@ -204,7 +225,7 @@ class RunConfig:
 FREE_KEYS = ("run.dir", "train.steps", "train.micro_batch", "train.threads", "train.timeout_s", "data.threads",
              "data.hw_decoder_load", "data.max_bad_fraction", "data.max_bad_shards",
              "checkpoint.every_steps", "checkpoint.keep", "log.every_steps", "log.sample_images", "log.sample_steps",
-             "guard.max_skips")
+             "guard.max_skips", "profile.start_step", "profile.num_steps")
 
 
 def load_config(name, overrides=()):
@@ -359,5 +380,6 @@ def flat(config):
 def differences(config, other):
     """Dotted keys, FREE_KEYS excepted, in which two configs differ: ["optim.lr: 0.0001 became 0.001"]."""
     mine, theirs = flat(config), flat(other)
+    bound = {"train.steps"} if config.optim.schedule == "cosine" else set()      # there the last step shapes every step
     return [f"{key}: {theirs[key]} became {mine[key]}" for key in mine
-            if mine[key] != theirs[key] and key not in FREE_KEYS]
+            if mine[key] != theirs[key] and (key not in FREE_KEYS or key in bound)]

@@ -85,8 +85,10 @@ def run(config, args, ranks):
             f"trained parameters {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M")
         say(dispatch.format_table(ranks.device.type))
     flops = model.flops_per_image(config.data.size_px)
+    compiled = ranks.device.type == "cuda" if config.train.compile is None else config.train.compile
+    model.prepare_blocks(compiled=compiled, recompute=config.train.recompute)
     sharded = zero.Sharded(
-        model.to(ranks.device), lambda p: make_optimizer(p, config.optim), config=config, ranks=ranks,
+        model.to(ranks.device), lambda module: make_optimizer(module, config.optim), config=config, ranks=ranks,
         leaves=model.leaves, micro_batch=source.micro_batch, accumulation=source.accumulation_steps)
     skips = Skips(config.data.max_bad_fraction, config.data.max_bad_shards,
                   Path(config.run.dir) / "skipped.jsonl" if ranks.first else None)

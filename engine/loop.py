@@ -32,7 +32,7 @@ def train(state, source, config, metrics=None):
     batches, batch = iter(source), config.train.global_batch
     bar = tqdm(total=config.train.steps, initial=state.step, disable=None if ranks.first else True, unit="step")
     while state.step < config.train.steps:
-        lr = learning_rate(state.step, config.optim)
+        lr = learning_rate(state.step, config.optim, config.train.steps)
         sharded.set_lr(lr)
         loss, by_time, applied, wait_s, failures = train_step(sharded, islice(batches, source.accumulation_steps))
         if applied:

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 
 from iomm.config import InputError
+from iomm.engine.optim import STATE, Piece
+from iomm.layers import FusedLinear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,9 +103,28 @@ class Sharded:
             deepspeed.utils.set_z3_leaf_modules(module, list(leaves))
         self.shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
         self.engine, _, _, _ = deepspeed.initialize(
-            model=module, optimizer=make_optimizer(module.parameters()),
+            model=module, optimizer=make_optimizer(module),
             config=deepspeed_config(config, ranks.device, micro_batch, accumulation))
         self.rank, self.size = ranks.rank, ranks.size
+        parts = {f"{name}.weight": m.parts for name, m in module.named_modules() if isinstance(m, FusedLinear)}
+        pieces = {flat: [] for flat, kind in zip(self.masters, self.kinds) if kind == "muon"}
+        for name, (group, offset, numel) in self.places().items():
+            if self.masters[group] in pieces:
+                shape = self.shapes[name]
+                pieces[self.masters[group]].append(
+                    Piece(shape=shape, parts=parts.get(name, shape[:1]), offset=offset, numel=numel))
+        self.optimizer.bind(pieces, ranks.rank, ranks.size)
+
+    @property
+    def optimizer(self):
+        """Our own optimizer, inside DeepSpeed's."""
+        return self.engine.optimizer.optimizer
+
+    @property
+    def kinds(self):
+        """"adamw" or "muon" of every sub-group."""
+        group_of = self.engine.optimizer.sub_group_to_group_id
+        return [self.optimizer.param_groups[group_of[i]]["kind"] for i in range(len(self.masters))]
 
     @property
     def masters(self):
@@ -111,41 +132,41 @@ class Sharded:
         return self.engine.optimizer.fp32_partitioned_groups_flat
 
     def slots(self):
-        """{slot: [flat tensor per sub-group]}: masters, and AdamW's moments and step count."""
-        states = self.engine.optimizer.optimizer.state
-        for flat in self.masters:
-            if not states[flat]:
-                states[flat].update(step=torch.zeros((), device=flat.device), exp_avg=torch.zeros_like(flat),
-                                    exp_avg_sq=torch.zeros_like(flat))
-        moments = {slot: [states[flat][slot] for flat in self.masters] for slot in ("exp_avg", "exp_avg_sq")}
-        return {"master": self.masters, **moments}
+        """{slot: [flat tensor, or None, per sub-group]}: masters, and what the optimizer keeps of each."""
+        states = [self.optimizer.fresh_state(flat, kind) for flat, kind in zip(self.masters, self.kinds)]
+        names = sorted({name for kind in self.kinds for name in STATE[kind]})
+        return {"master": self.masters, **{name: [state.get(name) for state in states] for name in names}}
 
     @property
     def optimizer_step(self):
-        states = self.engine.optimizer.optimizer.state
-        return int(states[self.masters[0]]["step"]) if states.get(self.masters[0]) else 0
+        state = self.optimizer.state.get(self.masters[0])
+        return int(state["step"]) if state else 0
+
+    def places(self):
+        """{parameter name: (sub-group, offset, numel) of this rank's padded piece}."""
+        optimizer = self.engine.optimizer
+        return {name: tuple(optimizer.grad_position[optimizer.get_param_id(parameter)])
+                for name, parameter in self.engine.module.named_parameters()}
 
     def views(self, flats):
-        """Flat tensors shaped like the masters -> {parameter name: this rank's padded piece, one-dimensional}."""
-        optimizer, pieces = self.engine.optimizer, {}
-        for name, parameter in self.engine.module.named_parameters():
-            group, offset, numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
-            pieces[name] = flats[group].detach().narrow(0, offset, numel)
-        return pieces
+        """Flat tensors shaped like the masters -> {parameter name: this rank's padded piece, one-dimensional}; parameters
+        of sub-groups that are None have none."""
+        return {name: flats[group].detach().narrow(0, offset, numel)
+                for name, (group, offset, numel) in self.places().items() if flats[group] is not None}
 
     @torch.no_grad()
     def restored(self, optimizer_step):
         """Call after the slots' tensors were overwritten: hands the masters to the working copies."""
         optimizer = self.engine.optimizer
         for i, flat in enumerate(self.masters):
-            optimizer.optimizer.state[flat]["step"].fill_(optimizer_step)
+            self.optimizer.state[flat]["step"].fill_(optimizer_step)
             optimizer._reassign_or_swap_out_partitioned_parameters(i)
         if optimizer.persistent_parameters:      # small parameters stay gathered: gather them anew
             optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
     def set_lr(self, lr):
-        for group in self.engine.optimizer.optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = lr
 
     def __call__(self, *args):

@@ -63,6 +63,14 @@ class MLLM(Frozen):
         side = self.vit_px // config.vision_config.patch_size[0]
         self.num_image_tokens = int(side * config.downsample_ratio) ** 2
         self.max_positions = config.text_config.max_position_embeddings
+        self.heads, self.finish = heads, finish
+
+    def compile_parts(self):
+        """ViT and projector, and either half of a decoder layer, become graphs of torch.compile. Prefixes are ragged, so the
+        halves are compiled for any number of tokens."""
+        self.backbone.vision_tower.compile()
+        self.backbone.multi_modal_projector.compile()
+        self.heads, self.finish = (torch.compile(part, dynamic=True) for part in (heads, finish))
 
     @property
     def dtype(self):
@@ -160,10 +168,10 @@ class MLLM(Frozen):
         cache = []
         for i, layer in enumerate(decoder.layers):
             whole = outputs or i < len(decoder.layers) - 1
-            q, k, v = heads(layer, x_TD, rotary, with_query=whole)
+            q, k, v = self.heads(layer, x_TD, rotary, with_query=whole)
             cache.append((k, v))
             if whole:
-                x_TD = finish(layer, x_TD, masked_attention(q, k, v, condition.offsets, causal=True))
+                x_TD = self.finish(layer, x_TD, masked_attention(q, k, v, condition.offsets, causal=True))
         return cache, decoder.norm(x_TD) if outputs else None
 
     def queries(self, queries_BQD, condition, cache, *, causal=True):
@@ -179,10 +187,10 @@ class MLLM(Frozen):
         rotary = decoder.rotary_emb(x_SD, positions.flatten()[None])
         offsets = torch.arange(0, batch * num + 1, num, dtype=torch.int32, device=queries_BQD.device)
         for layer, (prefix_k, prefix_v) in zip(decoder.layers, cache, strict=True):
-            q, k, v = heads(layer, x_SD, rotary)
+            q, k, v = self.heads(layer, x_SD, rotary)
             mixed = masked_attention(q, k, v, offsets, prefix_k=prefix_k, prefix_v=prefix_v,
                                      prefix_offsets=condition.offsets, causal=causal)
-            x_SD = finish(layer, x_SD, mixed)
+            x_SD = self.finish(layer, x_SD, mixed)
         return decoder.norm(x_SD).view(batch, num, width)
 
 
@@ -229,7 +237,10 @@ def load_mllm(name, *, revision=None, dtype=torch.bfloat16, device="cpu"):
         if config.model_type != "internvl":
             raise InputError(f"model.mllm: {name} is a {config.model_type} checkpoint; "
                              "wanted InternVL in transformers' format (its hub names end in -hf)")
-        internvl = InternVLModel.from_pretrained(name, use_safetensors=True, dtype=dtype, **options)
+        internvl, report = InternVLModel.from_pretrained(name, use_safetensors=True, dtype=dtype, output_loading_info=True,
+                                                         **options)
+        if report["missing_keys"]:                # transformers would go on with random numbers
+            raise InputError(f"model.mllm: {name} lacks the weights {', '.join(sorted(report['missing_keys'])[:5])}")
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError) as error:
         if isinstance(error, InputError):
@@ -248,6 +259,9 @@ INTERNVL3_2B = {
 }
 
 
+KNOWN = {"OpenGVLab/InternVL3-2B-hf": INTERNVL3_2B}
+
+
 def internvl_config(vision, text, **more):
     """InternVLConfig from keyword arguments of its parts; the decoder is Qwen2 unless text says model_type qwen3."""
     from transformers import AutoConfig, InternVLConfig, InternVLVisionConfig
@@ -262,6 +276,25 @@ def shape_of_mllm(vision, text):
     from transformers import InternVLModel
     with torch.device("meta"):
         return MLLM(InternVLModel(internvl_config(vision, text)), None)
+
+
+def mllm_without_weights(name, revision=None):
+    """The MLLM that load_mllm would load, on the meta device, without tokenizer. InternVL3-2B is known without a
+    network; of another hub id the config is fetched. Raises InputError."""
+    from transformers import AutoConfig, InternVLModel
+    if name in KNOWN:
+        return shape_of_mllm(**KNOWN[name])
+    local = Path(name).is_dir()
+    if not local and name.count("/") != 1:
+        raise InputError(f"model.mllm: no folder {name}; give a folder or a hub id such as OpenGVLab/InternVL3-2B-hf")
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False, local_files_only=local)
+    except (OSError, ValueError) as error:
+        raise InputError(f"model.mllm: cannot read the config of {name}: {str(error).strip().splitlines()[0]}") from error
+    if config.model_type != "internvl":
+        raise InputError(f"model.mllm: {name} is a {config.model_type} checkpoint; wanted InternVL in transformers' format")
+    with torch.device("meta"):
+        return MLLM(InternVLModel(config), None)
 
 
 def create_mllm(folder, *, texts, vision, text, seed=0, vocab_size=512):

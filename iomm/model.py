@@ -2,10 +2,12 @@
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
 from torch.profiler import record_function
+from torch.utils.checkpoint import checkpoint
 
 from iomm.config import AdapterConfig, MaskConfig
 from iomm.flow import sample_time, velocity_loss
@@ -113,6 +115,17 @@ class IOMM(nn.Module):
         """Classes of the blocks that ZeRO-3 gathers whole; only those that the model has."""
         classes = (*self.generator.block_classes, *(() if self.connector is None else self.connector.block_classes))
         return tuple(c for c in classes if any(isinstance(module, c) for module in self.modules()))
+
+    def prepare_blocks(self, *, compiled=False, recompute=0):
+        """Call once, before weights are partitioned. compiled: every block becomes one graph of torch.compile, and so do ViT,
+        VAE encoder and the layers of the decoder. recompute: the first blocks keep no activations and run forward twice."""
+        blocks = [module for module in self.modules() if isinstance(module, self.leaves)]
+        for i, block in enumerate(blocks):
+            forward = torch.compile(block.forward, fullgraph=True) if compiled else block.forward
+            block.forward = partial(checkpoint, forward, use_reentrant=False) if i < recompute else forward
+        if compiled:
+            for part in self.frozen:
+                part.compile_parts()
 
     @property
     def dtype(self):

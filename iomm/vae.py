@@ -37,6 +37,9 @@ class PixelVAE(Latents, nn.Module):
         super().__init__()
         self.patch = patch
 
+    def compile_parts(self):
+        """Nothing here to compile."""
+
     def encode(self, pixels_BCHW, noise_BCHW=None):
         return pixels_BCHW
 
@@ -63,6 +66,10 @@ class FluxVAE(Latents, Frozen):
         self.scale, self.shift = config.scaling_factor, config.shift_factor or 0.0
         if tiling:
             autoencoder.enable_tiling()
+
+    def compile_parts(self):
+        """The encoder becomes one graph of torch.compile."""
+        self.backbone.encoder.compile()
 
     def batch(self, x_BCHW):
         """In the layout and dtype of the weights."""
@@ -118,6 +125,28 @@ def products(module, side):
         if hasattr(part, "to_q"):
             total += 4 * side**4 * part.to_q.out_features
     return total
+
+
+# The autoencoder of FLUX.1, dev and schnell alike.
+FLUX_AUTOENCODER = dict(
+    in_channels=3, out_channels=3, latent_channels=16, block_out_channels=(128, 256, 512, 512), layers_per_block=2,
+    down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=32, act_fn="silu",
+    sample_size=1024, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False,
+)
+
+
+def vae_without_weights(name):
+    """The VAE that load_vae would load, on the meta device. A hub id counts as the FLUX.1 autoencoder: no network."""
+    if name.startswith("pixel:"):
+        return load_vae(name)
+    from diffusers import AutoencoderKL
+    config = FLUX_AUTOENCODER
+    if Path(name).is_dir():
+        config = json.loads((Path(find_autoencoder(Path(name))) / "config.json").read_text())
+    elif "/" not in name or name.startswith((".", "/", "~")):
+        raise InputError(f"model.vae: no folder {name}; give a folder, pixel:<patch>, or a hub id")
+    with torch.device("meta"):
+        return FluxVAE(AutoencoderKL.from_config(config))
 
 
 def load_vae(name, *, revision=None, dtype=torch.float32, device="cpu", tiling=False):

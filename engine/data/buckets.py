@@ -32,7 +32,8 @@ class Buckets:
     global_batch samples joins its nearest neighbour. Each bucket has an order and epochs of its own, its b-th batch is
     the positions [b G, (b + 1) G) of that order, and what is left of an epoch opens the bucket's first batch in the
     next: no sample is dropped or repeated. In epoch e of the run, the batches that the buckets complete with their e-th
-    pass stand in an order shuffled by (seed, e). So a position is a pure function of (seed, n), for any number of
+    pass stand in an order shuffled by (seed, e): after E epochs each sample was seen E times, but for the fewer than G
+    left over in each bucket, seen E - 1 times. So a position is a pure function of (seed, n), for any number of
     ranks. Memory is O(shards x buckets); one pass over the index's sizes at the start (0.3 s for 10 M samples), then
     one position costs O(log shards) and, for a shard not read lately, sorting its samples.
     """

@@ -130,6 +130,7 @@ class LatentStore:
 
 def _encode(shards, entries, encode, size_px, dtype, device, batch, num_threads, progress):
     """(latents of the entries on the CPU, indices of those that could not be had)."""
+    batch = min(batch, len(shards))
     num_batches = -(-len(entries) // batch)
     source = ImageSource(
         shards, seed=0, global_batch=batch, micro_batch=batch, rank=0, world_size=1, size_px=size_px, vit_px=VIT_PX,

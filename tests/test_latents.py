@@ -1,0 +1,156 @@
+"""Cached latents: the same batches and losses to the latents' rounding, made by any number of ranks, resumed, checked."""
+
+import os
+
+import pytest
+import torch
+
+from iomm.adapter import QueryAdapter
+from iomm.config import AdapterConfig, InputError, MaskConfig, generator_config
+from iomm.engine import cli
+from iomm.engine.config import parse
+from iomm.engine.data import latents as latents_module
+from iomm.engine.data.index import build
+from iomm.engine.data.latents import LatentStore, write_cache
+from iomm.engine.data.shards import Damaged, Shards
+from iomm.engine.data.source import ImageSource
+from iomm.engine.parts import write_latents
+from iomm.engine.shapes.mllm import tiny_mllm
+from iomm.engine.shapes.world import write_world
+from iomm.generator import new_generator
+from iomm.mllm import load_mllm
+from iomm.model import IOMM, Recipe
+from iomm.vae import load_vae
+
+SIZE_PX = 32
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return load_vae("pixel:4")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    return Shards(build(write_world(folder / "tars", num_images=30, size_px=48, shard_size=16), folder / "index", progress=False))
+
+
+@pytest.fixture(autouse=True)
+def small_files(monkeypatch):
+    monkeypatch.setattr(latents_module, "ROWS", 8)
+
+
+def write(world, out, vae, **options):
+    return write_cache(world, out, vae, **{"vae_name": "pixel:4", "size_px": SIZE_PX, "batch": 3} | options)
+
+
+def store(world, out):
+    return LatentStore(out, world.index, vae="pixel:4", size_px=SIZE_PX)
+
+
+def batches(world, latents=None, num_steps=4, **options):
+    return list(ImageSource(world, seed=1, global_batch=8, micro_batch=4, rank=0, world_size=1, size_px=SIZE_PX, vit_px=32,
+                            device="cpu", num_steps=num_steps, latents=latents, **options))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_same_batches_latents_in_place_of_pixels(world, vae, tmp_path, dtype):
+    assert write(world, tmp_path / "cache", vae, dtype=dtype) == 30
+    cached = batches(world, store(world, tmp_path / "cache"))
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    for got, wanted in zip(cached, batches(world), strict=True):
+        assert got.n_B.tolist() == wanted.n_B.tolist() and got.entry_B.tolist() == wanted.entry_B.tolist()
+        assert got.pixels_BCHW is None and torch.equal(got.vit_pixels_BCHW, wanted.vit_pixels_BCHW)
+        assert torch.equal(got.latents_BCHW, vae.encode(wanted.pixels_BCHW).to(kind).float())
+
+
+def test_losses_agree_to_the_rounding_of_the_latents(world, vae, tmp_path):
+    """fp32 training on bf16 latents: exactly the loss of the rounded latents, and that is within their rounding,
+    relative 2^-9 of values up to 1, of the loss of the pixels."""
+    write(world, tmp_path / "cache", vae)
+    mllm = load_mllm(str(tiny_mllm(tmp_path / "mllm")), dtype=torch.float32)
+    shape = generator_config("demo", token_dim=vae.token_dim, condition_dim=mllm.width)
+    settings = AdapterConfig(num_queries=8, head_dim=32)
+    adapter = QueryAdapter(settings, mllm.width)
+    adapter.init_weights(0)
+    model = IOMM(new_generator(shape, 0), adapter, mllm, vae, Recipe(mask=MaskConfig(ratio=0.5), adapter=settings))
+    for got, wanted in zip(batches(world, store(world, tmp_path / "cache"), 2), batches(world, num_steps=2), strict=True):
+        with torch.no_grad():
+            cached, _, _ = model(got.pixels_BCHW, got.vit_pixels_BCHW, got.n_B, got.latents_BCHW)
+            exact, _, _ = model(wanted.pixels_BCHW, wanted.vit_pixels_BCHW, wanted.n_B)
+            rounded, _, _ = model(wanted.pixels_BCHW.bfloat16().float(), wanted.vit_pixels_BCHW, wanted.n_B)
+        assert torch.equal(cached, rounded)
+        assert abs(cached - exact) < 2 * exact.sqrt() * 2**-9 + 2**-18      # |d(e^2)| <= 2 e d + d^2
+
+
+def test_ranks_share_the_work_and_a_stopped_cache_goes_on(world, vae, tmp_path):
+    write(world, tmp_path / "whole", vae)
+    assert write(world, tmp_path / "parts", vae, rank=1, num_ranks=2) == 8 + 6
+    with pytest.raises(InputError, match="lacks 2 of 4 files, latents-00000.safetensors first: run the same `iomm cache` again"):
+        store(world, tmp_path / "parts")
+    assert write(world, tmp_path / "parts", vae, rank=0, num_ranks=2) == 16
+    os.remove(tmp_path / "parts" / "latents-00002.safetensors")
+    assert write(world, tmp_path / "parts", vae) == 8
+    for path in sorted((tmp_path / "whole").iterdir()):
+        assert (tmp_path / "parts" / path.name).read_bytes() == path.read_bytes()
+    assert len(list((tmp_path / "parts").iterdir())) == 5
+
+
+def test_damaged_latents_and_images_are_replaced(world, vae, tmp_path, monkeypatch):
+    real = world.decodable_bytes
+
+    def broken(k):
+        if k == 5:
+            raise Damaged("sample 5 is gone", 0)
+        return real(k)
+
+    monkeypatch.setattr(world, "decodable_bytes", broken)
+    write(world, tmp_path / "cache", vae)
+    monkeypatch.setattr(world, "decodable_bytes", real)
+    file = tmp_path / "cache" / "latents-00001.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 4
+    file.write_bytes(data)      # of entry 15
+    with open(tmp_path / "cache" / "latents-00003.safetensors", "r+b") as f:
+        f.truncate(600)         # entries 24 to 29
+    cached = store(world, tmp_path / "cache")
+    bad = {5, 15, *range(24, 30)}
+    for k in range(30):
+        if k in bad:
+            with pytest.raises(Damaged, match="latents"):
+                cached.read(k)
+        else:
+            assert cached.read(k).shape == (3, SIZE_PX, SIZE_PX)
+    failures = [failure for batch in batches(world, cached) for failure in batch.failures]
+    hit = [n for batch in batches(world) for n, entry in zip(batch.n_B.tolist(), batch.entry_B.tolist()) if entry in bad]
+    assert [failure.n for failure in failures] == hit and not any(failure.fatal for failure in failures)
+
+
+def test_wrong_caches_are_one_line(world, vae, tmp_path):
+    write(world, tmp_path / "cache", vae)
+    with pytest.raises(InputError, match="is a cache of something else .*dtype 'bf16' became 'fp16'"):
+        write(world, tmp_path / "cache", vae, dtype="fp16")
+    with pytest.raises(InputError, match="is of something else .*size_px is 32, wanted 64"):
+        LatentStore(tmp_path / "cache", world.index, vae="pixel:4", size_px=64)
+    with pytest.raises(InputError, match="has no latents.json: make it with `iomm cache`"):
+        store(world, tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="mine holds something else"):
+        write(world, tmp_path / "mine", vae)
+    with pytest.raises(InputError, match="set data.flip=false"):
+        batches(world, store(world, tmp_path / "cache"), flip=True)
+    with pytest.raises(InputError, match="data.latents are those of centre crops"):
+        parse("data: {latents: x, crop: random}")
+
+
+def test_the_command(tmp_path, capsys):
+    settings = [f"run.dir={tmp_path / 'run'}", "data.num_images=20"]
+    for rank in ("0", "1"):
+        assert cli.main(["cache", "--out", str(tmp_path / "cache"), "--rank", rank, "--ranks", "2", *settings]) == 0
+    assert "rank 1 of 2: 8 of 20 latents written" in capsys.readouterr().out
+    assert "0 of 20 latents" in write_latents(parse("", overrides=[*settings, "data.size_px=32"]), tmp_path / "cache", dtype="bf16",
+                                              batch=4)
+    assert cli.main(["cache", "--out", str(tmp_path / "cache"), "--rank", "2", "--ranks", "2", *settings]) == 2
+    assert "--rank must be from 0 to --ranks - 1, got 2 of 2" in capsys.readouterr().err

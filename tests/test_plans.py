@@ -1,0 +1,214 @@
+"""Plans: aspect-ratio buckets and mixtures. Every sample once per epoch, the same for any reader, shapes as promised."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from iomm.config import InputError
+from iomm.engine.data.buckets import Buckets, bucket_sizes, join_small
+from iomm.engine.data.index import build
+from iomm.engine.data.judge import RECORD
+from iomm.engine.data.mixture import Joined, Mixture
+from iomm.engine.data.order import Order
+from iomm.engine.data.shards import Shards
+from iomm.engine.data.source import ImageSource
+from iomm.engine.shapes.world import write_world
+
+
+@dataclass
+class SizesOnly:
+    """What Buckets wants of an Index."""
+
+    records: np.ndarray
+    shards: list
+
+
+def sizes_only(shard_sizes, seed=0):
+    """An index of random sizes, landscape more often than portrait."""
+    random = np.random.default_rng(seed)
+    records = np.zeros(sum(shard_sizes), dtype=RECORD)
+    ratio = np.exp(random.normal(0.15, 0.4, len(records)))
+    records["width"], records["height"] = 600 * np.sqrt(ratio), 600 / np.sqrt(ratio)
+    return SizesOnly(records, [{"num_samples": size} for size in shard_sizes])
+
+
+@pytest.mark.parametrize("size_px, multiple_px, num", [(512, 16, 41), (1024, 16, 41), (256, 16, 41), (32, 4, 9)])
+def test_bucket_sizes(size_px, multiple_px, num):
+    found = bucket_sizes(size_px, multiple_px)
+    assert len(found) == len(set(found)) == num and (size_px, size_px) in found
+    ratios = [width / height for height, width in found]
+    assert ratios == sorted(ratios) and len(set(ratios)) == num and max(ratios) == 1 / min(ratios) == 4
+    for height, width in found:
+        assert height % multiple_px == width % multiple_px == 0 and abs(height * width / size_px**2 - 1) < 0.061
+        assert (width, height) in found
+
+
+def run_of(plan, global_batch, num_steps):
+    return plan(np.arange(num_steps * global_batch)).reshape(num_steps, global_batch)
+
+
+@settings(deadline=None, max_examples=12)
+@given(st.lists(st.integers(0, 60), min_size=1, max_size=6).filter(lambda sizes: sum(sizes) >= 16), st.integers(0, 10**9),
+       st.sampled_from([1, 4, 7, 16]), st.integers(1, 3))
+def test_each_bucket_visits_each_of_its_samples_once_per_epoch(shard_sizes, seed, batch, group_shards):
+    """After E epochs each sample has been seen E times, but for those left over by its bucket, fewer than a batch and
+    seen E - 1 times: they open the bucket's next epoch."""
+    index = sizes_only(shard_sizes, seed)
+    plan = Buckets(seed, index, batch, bucket_sizes(512, 16), group_shards)
+    assert (plan.totals >= batch).all() and plan.totals.sum() == len(index.records)
+    epochs = [int(plan._batches_before(epoch).sum()) for epoch in range(4)]
+    steps, home = run_of(plan, batch, epochs[3]), {}
+    for step, entries in enumerate(steps):
+        size = plan.size_px(step)
+        assert {home.setdefault(entry, size) for entry in entries.tolist()} == {size}      # one shape a batch, one a sample
+    for epoch in (1, 2, 3):
+        visits = Counter(steps[:epochs[epoch]].ravel().tolist())
+        for size, total in zip(plan.sizes, plan.totals):
+            times = Counter(visits[entry] for entry, its in home.items() if its == size)
+            assert times[epoch] == total - total * epoch % batch and set(times) <= {epoch, epoch - 1}
+    assert len(home) == len(index.records)
+
+
+def test_an_epoch_holds_the_batches_that_its_passes_complete():
+    index = sizes_only([400] * 5)
+    plan = Buckets(3, index, 16, bucket_sizes(512, 16))
+    per_epoch = [int((plan.totals * (e + 1) // 16 - plan.totals * e // 16).sum()) for e in range(4)]
+    assert abs(sum(per_epoch) - 4 * 2000 / 16) <= len(plan.sizes)
+    first = [plan.size_px(step) for step in range(per_epoch[0])]
+    assert Counter(first) == {size: total // 16 for size, total in zip(plan.sizes, plan.totals)}
+    assert first != sorted(first) and first != [plan.size_px(per_epoch[0] + step) for step in range(per_epoch[0])]
+
+
+def test_a_picture_lands_in_the_nearest_shape():
+    index = sizes_only([800])
+    found = bucket_sizes(512, 16)
+    plan = Buckets(0, index, 1, found)
+    for step, (entry,) in enumerate(run_of(plan, 1, 800)):
+        ratio = index.records["width"][entry] / index.records["height"][entry]
+        height, width = plan.size_px(step)
+        nearest = min(abs(np.log(w / h / ratio)) for h, w in found)
+        assert abs(np.log(width / height / ratio)) == pytest.approx(nearest, abs=1e-9)
+
+
+def test_random_access_needs_no_replay():
+    index = sizes_only([300] * 10)
+    sequential = run_of(Buckets(5, index, 8, bucket_sizes(512, 16)), 8, 800)
+    fresh = Buckets(5, index, 8, bucket_sizes(512, 16))
+    for step in (799, 3, 500, 0, 421):
+        for rank in range(4):      # each rank asks for its own part only
+            n = np.arange(step * 8 + 2 * rank, step * 8 + 2 * rank + 2)
+            assert fresh(n).tolist() == sequential[step, 2 * rank:2 * rank + 2].tolist()
+    again = fresh(np.arange(400, 408), attempt=1)      # replacements stay in the bucket
+    assert {tuple(bucket_of(fresh, index, entry)) for entry in again} == {fresh.size_px(50)}
+
+
+def bucket_of(plan, index, entry):
+    shard = int(np.searchsorted(plan.first_entry + plan.num_samples, entry, side="right"))
+    bucket = plan._buckets(shard)[entry - plan.first_entry[shard]]
+    return plan.sizes[int(np.flatnonzero(plan.used == bucket)[0])]
+
+
+def test_small_buckets_join_their_neighbours():
+    ratios = np.array([0.5, 0.8, 1.0, 1.3, 2.0])
+    assert join_small(np.array([5, 0, 9, 3, 20]), ratios, 8).tolist() == [2, 1, 2, 2, 4]
+    assert join_small(np.array([1, 1, 1, 1, 4]), ratios, 8).tolist() == [4] * 5
+    with pytest.raises(InputError, match="train.global_batch is 64, but there are only 30 samples"):
+        join_small(np.array([10, 20]), ratios[:2], 64)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 48), st.floats(0, 1), st.integers(0, 10**9), st.integers(0, 10**6))
+def test_a_mixture_holds_exactly_its_share_in_every_batch(batch, share, seed, step):
+    images, pairs = Order(seed, [40, 24]), Order(seed, [50])
+    plan = Mixture(seed, batch, share, images, pairs, 32)
+    n = np.arange(step * batch, (step + 1) * batch)
+    is_pair = plan.is_pair(n)
+    assert (~is_pair).sum() == round(share * batch)
+    assert ((plan(n) >= 64) == is_pair).all()
+    for m in {1, 2, 4, batch}:      # and evenly: any m neighbours hold their share to within one image
+        for start in range(0, batch - m + 1):
+            assert abs((~is_pair[start:start + m]).sum() - m * round(share * batch) / batch) < 1 + 1e-9
+    assert plan(n[::-1]).tolist() == plan(n)[::-1].tolist()
+
+
+def test_each_source_of_a_mixture_keeps_its_own_epochs():
+    images, pairs = Order(1, [30, 34]), Order(1, [25])
+    plan = Mixture(1, 10, 0.3, images, pairs, 32)
+    n = np.arange(10 * 200)
+    is_pair, entries = plan.is_pair(n), plan(n)
+    assert entries[~is_pair].max() < 64 <= entries[is_pair].min()
+    # as sets per epoch: the turn shuffles within a batch, so compare batch by batch
+    for step in range(200):
+        here = slice(10 * step, 10 * step + 10)
+        assert set(entries[here][~is_pair[here]]) == set(images(np.arange(3 * step, 3 * step + 3)).tolist())
+        assert set(entries[here][is_pair[here]]) == {64 + k for k in pairs(np.arange(7 * step, 7 * step + 7)).tolist()}
+    assert len({tuple(is_pair[10 * step:10 * step + 10]) for step in range(200)}) > 3
+
+
+def test_wrong_mixtures_are_one_line():
+    with pytest.raises(InputError, match="data.mix, the share of images in a batch, must be between 0 and 1, got 1.5"):
+        Mixture(0, 8, 1.5, Order(0, [9]), Order(0, [9]), 32)
+    with pytest.raises(InputError, match="data.pairs has 3 samples, but data.mix = 0.5 wants 4 of them in every batch of 8"):
+        Mixture(0, 8, 0.5, Order(0, [9]), Order(0, [3]), 32)
+    with pytest.raises(InputError, match="data.shards has 0 samples"):
+        Mixture(0, 8, 0.5, None, Order(0, [30]), 32)
+
+
+@pytest.fixture(scope="module")
+def two_worlds(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("worlds")
+    return [Shards(build(write_world(folder / name, num_images=num, size_px=48, seed=seed, shard_size=8), folder / f"{name}-index",
+                         progress=False)) for name, num, seed in (("images", 20, 1), ("pairs", 12, 2))]
+
+
+def batches_of(samples, plan, rank=0, world_size=1, micro_batch=4, **options):
+    return list(ImageSource(samples, seed=3, global_batch=8, micro_batch=micro_batch, rank=rank, world_size=world_size, size_px=32,
+                            vit_px=24, device="cpu", num_steps=5, plan=plan, **options))
+
+
+def test_a_mixed_batch_has_captions_for_pairs_and_vit_pixels_for_images(two_worlds):
+    images, pairs = two_worlds
+    plan = Mixture(3, 8, 0.5, *(Order(3, shards.shard_sizes) for shards in two_worlds), 32)
+    samples = Joined(images, pairs)
+    one = batches_of(samples, plan, flip=True)
+    for batch in one:
+        assert batch.has_image == [k < 20 for k in batch.entry_B.tolist()]
+        assert batch.captions == ["" if k < 20 else pairs.caption(k - 20) for k in batch.entry_B.tolist()]
+        assert batch.pixels_BCHW.shape == (4, 3, 32, 32) and batch.vit_pixels_BCHW.shape == (sum(batch.has_image), 3, 24, 24)
+    plain = batches_of(samples, plan)
+    for flipped, straight in zip(one, plain):      # what a caption calls left stays left
+        for i, has_image in enumerate(flipped.has_image):
+            assert has_image or (flipped.pixels_BCHW[i] == straight.pixels_BCHW[i]).all()
+    two = [batch for rank in range(2) for batch in batches_of(samples, plan, rank, 2, flip=True)]
+    pixels = {n: pixel for batch in two for n, pixel in zip(batch.n_B.tolist(), batch.pixels_BCHW)}
+    assert all((pixels[n] == pixel).all() for batch in one for n, pixel in zip(batch.n_B.tolist(), batch.pixels_BCHW))
+
+
+def test_pairs_alone(two_worlds):
+    _, pairs = two_worlds
+    for batch in batches_of(Joined(None, pairs), Mixture(3, 8, 0.0, None, Order(3, pairs.shard_sizes), 32)):
+        assert not any(batch.has_image) and all(batch.captions) and batch.vit_pixels_BCHW.shape == (0, 3, 24, 24)
+
+
+def test_a_batch_of_a_bucket_has_its_shape(tmp_path):
+    from PIL import Image
+    (tmp_path / "photos").mkdir()
+    for i, size in enumerate([(90, 40), (40, 90), (64, 60)] * 12):
+        Image.new("RGB", size, (7 * i, 0, 255 - 7 * i)).save(tmp_path / "photos" / f"{i:02d}.png")
+    shards = Shards(build(tmp_path / "photos", tmp_path / "index", progress=False))
+    plan = Buckets(3, shards.index, 8, bucket_sizes(32, 4))
+    shapes = {(height, width) for height, width in plan.sizes}
+    assert len(shapes) == 3
+    seen = set()
+    for rank in range(2):
+        for i, batch in enumerate(batches_of(shards, plan, rank, 2)):
+            assert batch.pixels_BCHW.shape[-2:] == plan.size_px(i) and batch.vit_pixels_BCHW.shape[-2:] == (24, 24)
+            seen.add(tuple(batch.pixels_BCHW.shape[-2:]))
+            for entry, pixels in zip(batch.entry_B.tolist(), batch.pixels_BCHW):
+                colour = shards.name(entry).split(": ")[1].split(".")[0]
+                assert round(float((pixels[0].mean() + 1) * 127.5)) == 7 * int(colour)
+    assert seen <= shapes and len(seen) > 1

@@ -7,6 +7,7 @@ Tile sizes are tables in the kernels' files, the first entry is used: Triton's o
 runs of one config could add in another order and differ in their bits. `benchmarks/ops.py --gpu` times the candidates.
 """
 
+import importlib.metadata
 import importlib.util
 import os
 
@@ -35,3 +36,8 @@ def power_of_2(n):
 def warps_for(width):
     """Warps of a program that holds a row of `width` values: 16 values a thread, one warp at least, 16 at most."""
     return min(16, max(1, power_of_2(width) // 512))
+
+
+def version():
+    """Triton's version, or None where it is not installed."""
+    return None if importlib.util.find_spec("triton") is None else importlib.metadata.version("triton")

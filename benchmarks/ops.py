@@ -1,0 +1,298 @@
+"""Every op, every body: right first, then timed. One command for a machine with a GPU, the same for one without.
+
+    python benchmarks/ops.py               the C++ bodies and PyTorch's formulas on this CPU, under a minute
+    python benchmarks/ops.py --gpu         builds, checks every body in bf16 against float64, runs compute-sanitizer on
+                                           the CUDA ops, times, prints the targets; under 8 minutes
+    python benchmarks/ops.py --gpu --tiles         and times the other tiles of masked_attention
+
+Nothing is timed if a check fails. Times are medians on random data; on a GPU CUDA graphs are replayed, with the cache
+swept in between. Numbers go to benchmarks/results/ops-<device>-<date>.json with machine, versions and commit.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+OWN = ROOT, ROOT / "benchmarks"     # the script's own folder must not come first: a file in it could hide a module
+sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path or ".").resolve() not in OWN)]
+
+import argparse  # noqa: E402
+import datetime  # noqa: E402
+import functools  # noqa: E402
+import json  # noqa: E402
+import os  # noqa: E402
+import platform  # noqa: E402
+import shutil  # noqa: E402
+import subprocess  # noqa: E402
+import time  # noqa: E402
+
+import torch  # noqa: E402
+
+from benchmarks.op_cases import cases  # noqa: E402
+from iomm.kernels import native, triton_support  # noqa: E402
+
+LIMIT_S = 480
+
+
+def leaves_of(inputs):
+    return [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+
+
+def run_whole(body, inputs, seed=0):
+    """Outputs of body(*inputs), then the gradients of all that wants one; `seed` draws the outputs' gradients."""
+    out = body(*inputs)
+    outputs = [x for x in (out if isinstance(out, (tuple, list)) else [out]) if x is not None]
+    leaves = leaves_of(inputs)
+    if not leaves:
+        return outputs
+    weights = [weight_of(x, seed) for x in outputs]
+    return outputs + list(torch.autograd.grad(outputs, leaves, weights, materialize_grads=True))
+
+
+@functools.cache
+def _drawn(shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@functools.cache
+def _weight(shape, dtype, device, seed):
+    return _drawn(shape, seed).to(device, dtype)
+
+
+def weight_of(x, seed):
+    """A fixed random tensor like x."""
+    return _weight(x.shape, x.dtype, x.device, seed)
+
+
+def check(case, body, device, dtype):
+    """Largest error over the budget: twice what the specification makes in the same dtype, plus one ulp; NaN fails."""
+    exact_inputs = case.check()
+    cast = [x.detach().to(device, dtype if x.dtype == torch.float64 else x.dtype).requires_grad_(x.requires_grad)
+            if isinstance(x, torch.Tensor) else x for x in exact_inputs]
+    got, same_dtype = run_whole(body, cast), run_whole(case.reference, cast)
+    if case.exact:
+        return 0.0 if all(torch.equal(a, b) for a, b in zip(got, same_dtype, strict=True)) else float("inf")
+    worst = 0.0
+    for mine, theirs, wanted in zip(got, same_dtype, run_whole(case.reference, exact_inputs), strict=True):
+        if wanted.numel():
+            mine, theirs, wanted = (x.detach().double().cpu() for x in (mine, theirs, wanted))
+            budget = 2 * (theirs - wanted).abs().max() + torch.finfo(dtype).eps * wanted.abs().max()
+            ratio = ((mine - wanted).abs().max() / budget).item()
+            worst = max(worst, ratio) if ratio == ratio else float("inf")
+    return worst
+
+
+@functools.cache
+def sweep():
+    """Larger than any cache: filled between two timings."""
+    return torch.empty(2**28, dtype=torch.uint8, device="cuda")
+
+
+def median_gpu(fn, budget_s=0.3):
+    """(median ms, how) of fn(): a CUDA graph of it, or its calls where it cannot be captured."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            fn()
+    torch.cuda.synchronize()
+    run, how = fn, "calls"
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            kept = fn()  # noqa: F841  the graph writes into it
+        run, how = graph.replay, "graph"
+    except RuntimeError:
+        torch.cuda.synchronize()
+    times, begun = [], time.monotonic()
+    while len(times) < 10 or (time.monotonic() - begun < budget_s and len(times) < 200):
+        sweep().zero_()
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop))
+    return sorted(times)[len(times) // 2], how
+
+
+def median_cpu(fn, budget_s=0.25):
+    fn()
+    times, begun = [], time.monotonic()
+    while len(times) < 5 or (time.monotonic() - begun < budget_s and len(times) < 500):
+        start = time.perf_counter()
+        fn()
+        times.append(1e3 * (time.perf_counter() - start))
+    return sorted(times)[len(times) // 2], "calls"
+
+
+def ceilings():
+    """(bytes/s of a device copy, read and write counted; FLOP/s of a bf16 product of 8192^3)."""
+    source = torch.randn(2**29, device="cuda", dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    copy_ms, _ = median_gpu(lambda: target.copy_(source))
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    product_ms, _ = median_gpu(lambda: a @ b)
+    return 2 * source.nbytes / copy_ms * 1e3, 2 * 8192**3 / product_ms * 1e3
+
+
+def build():
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    print((done.stdout + done.stderr).strip().splitlines()[-1])
+    if done.returncode:
+        raise SystemExit("the build failed: run `python setup.py build_ext --inplace` to see why")
+    native.load.cache_clear()
+
+
+def sanitize():
+    """{tool: verdict} of compute-sanitizer on the CUDA ops at odd sizes. Raises SystemExit if it finds something."""
+    tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    if tool is None:
+        return {"compute-sanitizer": "not installed"}
+    verdicts = {}
+    for kind in ("memcheck", "racecheck"):
+        command = [tool, "--tool", kind, "--error-exitcode", "9", sys.executable, __file__, "--cuda-ops-once"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        lines = [line for line in done.stdout.splitlines() if "SUMMARY" in line]
+        verdicts[kind] = lines[-1].strip("= ") if lines else f"exit {done.returncode}: {done.stderr[-200:]}"
+        print(f"compute-sanitizer {kind}: {verdicts[kind]}")
+        if done.returncode:
+            raise SystemExit(done.stdout[-4000:])
+    return verdicts
+
+
+def cuda_ops_once():
+    """The ops of csrc/ at the sizes of the checks, compared with the specification on the CPU where bits must agree."""
+    from iomm.kernels.philox.compiled import philox_compiled
+    from iomm.kernels.philox.reference import philox_reference
+    n = torch.tensor([0, 5, 2**40])
+    for kind in ("uniform", "normal"):
+        got = philox_compiled(kind, 7, 2, n.cuda(), 1003).cpu()
+        torch.testing.assert_close(got, philox_reference(kind, 7, 2, n, 1003), rtol=3e-7, atol=1e-10)
+    for dtype in (torch.bfloat16, torch.float32):
+        for case in cases("cuda", dtype):
+            if "cuda" in case.bodies:
+                assert check(case, case.bodies["cuda"], "cuda", dtype) <= 1, case.op
+    torch.cuda.synchronize()
+
+
+def measure(device, dtype, timer):
+    """(cases, rows): every body of every case checked, then timed. Raises SystemExit if one is wrong."""
+    ready, rows, failed = list(cases(device, dtype)), [], []
+    for case in ready:
+        for name, body in case.bodies.items():
+            ratio = check(case, body, device, dtype)
+            if not ratio <= 1:
+                failed.append(f"{case.op} {case.name} {name}: error is {ratio:.2f} of its budget")
+            rows.append({"op": case.op, "case": case.name, "body": name, "error_over_budget": round(ratio, 3)})
+    _drawn.cache_clear(), _weight.cache_clear()
+    if failed:
+        raise SystemExit("nothing is timed, as these are wrong:\n" + "\n".join(failed))
+    worst = max(row["error_over_budget"] for row in rows)
+    print(f"{len(rows)} bodies are right, the worst at {worst:.2f} of its budget")
+    for case in ready:
+        inputs = case.time()
+        for row in rows:
+            if (row["op"], row["case"]) == (case.op, case.name):
+                time_row(row, case, inputs, timer)
+        del inputs
+        _drawn.cache_clear(), _weight.cache_clear()
+    return ready, rows
+
+
+def time_row(row, case, inputs, timer):
+    body = case.bodies[row["body"]]
+    row["ms"], row["timed"] = timer(lambda: run_whole(body, inputs))
+    row["bytes"], row["flops"] = case.bytes, case.flops
+
+
+def report(ready, rows, bandwidth, rate):
+    """Prints the table: ms, share of the ceiling, and how often faster ours is than the others, with the target."""
+    print(f"\n{'op':<17} {'case':<28} {'body':<10} {'ms':>8} {'share':>6}   the others' time over ours, wanted")
+    for case in ready:
+        of_case = {r["body"]: r for r in rows if (r["op"], r["case"]) == (case.op, case.name)}
+        for name, row in of_case.items():
+            ceiling = rate if case.flops else bandwidth
+            work = case.flops or case.bytes
+            row["share"] = round(work / row["ms"] * 1e3 / ceiling, 3) if ceiling and work else None
+            text = ""
+            if name == case.ours:
+                others = {other: r["ms"] for other, r in of_case.items() if other != name}
+                row["speedups"] = {other: round(ms / row["ms"], 2) for other, ms in others.items()}
+                parts = [f"{other} {ratio}" + (f" (>= {case.targets[other]})" if other in case.targets else "")
+                         for other, ratio in row["speedups"].items()]
+                row["met"] = all(row["speedups"].get(other, 0) >= goal for other, goal in case.targets.items())
+                row["met"] &= not (case.share and row["share"] is not None and row["share"] < case.share)
+                text = ", ".join(parts) + (f", share >= {case.share}" if case.share and row["share"] else "")
+                text += "" if row["met"] else "   MISSED"
+            share = "" if row["share"] is None else f"{row['share']:.2f}"
+            print(f"{case.op:<17} {case.name:<28} {name:<10} {row['ms']:8.3f} {share:>6}   {text}")
+
+
+def time_tiles(deadline):
+    """Times every candidate tile of masked_attention at head dim 128 on the query pass; prints ms, best first."""
+    from iomm.kernels.masked_attention import tiles
+    arch = 90 if torch.cuda.get_device_capability() >= (9, 0) else 80
+    case = next(iter(cases("cuda", torch.bfloat16)))
+    inputs = case.time()
+    for kernel in ("forward", "queries", "keys"):
+        key = arch, kernel, 128
+        kept, found = tiles.CANDIDATES[key], []
+        for tile in kept:
+            if time.monotonic() < deadline:
+                tiles.CANDIDATES[key] = [tile]
+                found.append((median_gpu(lambda: run_whole(case.bodies["triton"], inputs))[0], tile))
+        tiles.CANDIDATES[key] = kept
+        found.sort(key=lambda pair: pair[0])
+        print(f"tiles of {kernel}: " + "; ".join(f"{ms:.3f} ms {tile}" for ms, tile in found))
+
+
+def machine(device):
+    """What a number depends on."""
+    try:
+        cpu = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
+    except (OSError, StopIteration):
+        cpu = platform.processor()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    mine = "kernels", "csrc", "benchmarks/ops.py", "benchmarks/op_cases.py"
+    changed = subprocess.run(["git", "status", "--porcelain", *mine], cwd=ROOT, capture_output=True, text=True).stdout
+    return {"device": torch.cuda.get_device_name() if device == "cuda" else f"{cpu}, {torch.get_num_threads()} threads",
+            "date": datetime.date.today().isoformat(), "torch": torch.__version__, "python": platform.python_version(),
+            "load": os.getloadavg()[0], "triton": triton_support.version(), "libraries": native.build_facts()["built"],
+            "commit": commit + (" and changes" if changed.strip() else "")}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--gpu", action="store_true", help="build, check, sanitize and time on the GPU")
+    parser.add_argument("--tiles", action="store_true", help="with --gpu: time all candidate tiles of masked_attention")
+    parser.add_argument("--cuda-ops-once", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    begun = time.monotonic()
+    if (args.gpu or args.cuda_ops_once) and not torch.cuda.is_available():
+        raise SystemExit("there is no GPU here: leave out --gpu")
+    if args.cuda_ops_once:
+        return cuda_ops_once()
+    facts = {"device": "cuda" if args.gpu else "cpu"}
+    if args.gpu:
+        build()
+        facts["sanitizer"] = sanitize()
+        bandwidth, rate = ceilings()
+        print(f"copy {bandwidth / 1e12:.2f} TB/s, bf16 product {rate / 1e12:.0f} TFLOP/s")
+        ready, rows = measure("cuda", torch.bfloat16, median_gpu)
+    else:
+        bandwidth = rate = 0
+        ready, rows = measure("cpu", torch.float32, median_cpu)
+    report(ready, rows, bandwidth, rate)
+    if args.gpu and args.tiles:
+        time_tiles(begun + LIMIT_S - 30)
+    facts |= {"machine": machine(facts["device"]), "copy_bytes_per_s": bandwidth, "product_flop_per_s": rate,
+              "wall_s": round(time.monotonic() - begun, 1), "rows": rows}
+    target = ROOT / "benchmarks" / "results" / f"ops-{facts['device']}-{facts['machine']['date']}.json"
+    target.parent.mkdir(exist_ok=True)
+    target.write_text(json.dumps(facts, indent=1) + "\n")
+    print(f"\n{facts['wall_s']} s; written to {target.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

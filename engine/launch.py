@@ -21,6 +21,8 @@ from iomm.engine.ema import Ema
 from iomm.engine.guard import Guard
 from iomm.engine.metrics import Metrics
 from iomm.engine.optim import make_optimizer
+from iomm.engine.plan import describe, make_plan
+from iomm.engine.tracing import Window
 from iomm.kernels import dispatch
 
 STAGES = ("pretrain",)
@@ -32,8 +34,13 @@ def main(argv=None):
     try:
         args = parse_args(argv)
         choice("--stage", args.stage, STAGES)
+        choice("--profile", args.profile, ("none", "nsys", "torch"))
         config = load_config(args.config, args.overrides)
         check_kernels()
+        if args.dry_run is not None:
+            if first:
+                print(describe(make_plan(config, args.dry_run or 8), config))
+            return 0
         ranks = zero.start(config.train.timeout_s, args.local_rank)
         run(config, args, ranks)
         return 0
@@ -54,6 +61,9 @@ def parse_args(argv):
     parser.add_argument("--stage", default="pretrain", help=f"one of: {', '.join(STAGES)}")
     parser.add_argument("--config", default="demo", help="name of a file in engine/configs, or a path ending in .yaml")
     parser.add_argument("--resume", default="none", help="none, auto (newest intact checkpoint of run.dir, if any), or a checkpoint folder")
+    parser.add_argument("--profile", default="none", help="none, nsys, or torch: trace profile.num_steps from profile.start_step on")
+    parser.add_argument("--dry-run", type=int, nargs="?", const=0, metavar="GPUS",
+                        help="check config and paths, print parameters, memory and work for so many GPUs (default 8), and stop")
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)       # the launcher adds it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args(argv)
@@ -100,7 +110,8 @@ def run(config, args, ranks):
     metrics = Metrics(config.run.dir, flops_per_image=flops, global_batch=config.train.global_batch,
                       num_steps=config.train.steps, ranks=ranks, start_step=state.step,
                       gpu_hours=state.gpu_hours) if ranks.first else None
-    loop.train(state, source, config, metrics)
+    window = Window(args.profile, state.step + config.profile.start_step, config.profile.num_steps, config.run.dir, ranks)
+    loop.train(state, source, config, metrics, window)
     ranks.on_first(lambda: finish(config, args, metrics, ranks.device))
 
 

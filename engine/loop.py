@@ -4,6 +4,7 @@ from itertools import islice
 
 import torch
 import torch.distributed as dist
+from torch.profiler import record_function
 from tqdm import tqdm
 
 from iomm.engine import checkpoint
@@ -16,17 +17,30 @@ def train_step(sharded, batches):
     """One optimizer step over this rank's micro-batches -> (mean loss, its sum and count by time bucket (2, buckets),
     whether weights changed, seconds waited for data, samples that had to be replaced)."""
     losses, by_time, wait_s, failures = [], 0, 0.0, []
-    for batch in batches:                        # one micro-batch each
+    for batch in named("data", batches):         # one micro-batch each
         loss, loss_B, t_B = sharded(batch.pixels_BCHW, batch.vit_pixels_BCHW, batch.n_B, batch.latents_BCHW)
-        sharded.backward(loss)
-        applied = sharded.step()                 # acts only on the last one
+        with record_function("backward"):
+            sharded.backward(loss)
+        with record_function("optimizer"):
+            applied = sharded.step()             # acts only on the last one
         losses.append(loss.detach())
         by_time, wait_s = by_time + torch.stack(loss_by_time(loss_B, t_B)), wait_s + batch.wait_s
         failures += batch.failures
     return torch.stack(losses).mean(), by_time, applied, wait_s, failures
 
 
-def train(state, source, config, metrics=None):
+def named(name, items):
+    """The items, each fetched inside a named range of the trace."""
+    items, end = iter(items), object()
+    while True:
+        with record_function(name):
+            item = next(items, end)
+        if item is end:
+            return
+        yield item
+
+
+def train(state, source, config, metrics=None, window=None):
     """Runs steps state.step + 1 ... train.steps. `metrics` is None on all ranks but the first."""
     sharded, ema, guard, ranks = state.sharded, state.ema, state.guard, state.ranks
     batches, batch = iter(source), config.train.global_batch
@@ -34,9 +48,12 @@ def train(state, source, config, metrics=None):
     while state.step < config.train.steps:
         lr = learning_rate(state.step, config.optim, config.train.steps)
         sharded.set_lr(lr)
+        if window is not None:
+            window.before(state.step + 1)
         loss, by_time, applied, wait_s, failures = train_step(sharded, islice(batches, source.accumulation_steps))
         if applied:
-            ema.update(state.step)
+            with record_function("ema"):
+                ema.update(state.step)
         state.step += 1
         guard.saw(state.step, (state.step - 1) * batch, state.step * batch - 1, applied)
         sums = torch.cat((loss[None] / ranks.size, by_time.flatten(), loss.new_tensor([len(failures)])))
@@ -52,8 +69,11 @@ def train(state, source, config, metrics=None):
             if state.step % config.log.every_steps == 0 or state.step == 1:
                 bar.write(line(row, config.train.steps))
         bar.update()
+        if window is not None:
+            window.after(state.step)
         if state.step % config.checkpoint.every_steps == 0 or state.step == config.train.steps:
-            save(state, config)
+            with record_function("checkpoint"):
+                save(state, config)
     bar.close()
 
 

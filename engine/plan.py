@@ -91,8 +91,8 @@ def make_plan(config, ranks):
 
 
 def activation_bytes(model, config, micro_batch):
-    """Bytes that autograd keeps of one micro-batch's generator pass without recomputation, weights excepted: counted, by
-    running it on the meta device. torch.compile keeps less."""
+    """Bytes that autograd keeps of one micro-batch's generator pass, weights excepted: counted, by running it on the meta
+    device; torch.compile keeps less. Of train.recompute blocks only the inputs stay, and one block's own while it runs."""
     vae, kept = model.frozen[1], {}
     own = {id(p) for p in model.parameters()}
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
@@ -109,7 +109,14 @@ def activation_bytes(model, config, micro_batch):
     condition = torch.empty(micro_batch, config.adapter.num_queries, generator.config.condition_dim, dtype=dtype, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         generator(noisy, torch.empty(micro_batch, device="meta"), condition, grid)
-    return sum(size for _, size in kept.values())
+    everything = sum(size for _, size in kept.values())
+    blocks = sum(isinstance(module, generator.block_classes) for module in generator.modules())
+    recomputed = min(config.train.recompute, blocks)
+    if not recomputed:
+        return everything
+    tokens = rows * columns + config.adapter.num_queries
+    inputs = recomputed * micro_batch * tokens * generator.config.width * dtype.itemsize
+    return everything * (blocks - recomputed + 1) // blocks + inputs
 
 
 def describe(plan, config):

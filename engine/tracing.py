@@ -12,7 +12,7 @@ from iomm.config import InputError
 
 
 class Window:
-    """Traces steps start_step .. start_step + num_steps - 1, counted from 1. Call `before(step)` and `after(step)`.
+    """Traces num_steps steps from start_step on, counted from 1 over the whole run. Call `before(step)` and `after(step)`.
 
     tool "nsys": cudaProfilerApi window with NVTX ranges, for nsys profile --capture-range=cudaProfilerApi. "torch": Chrome
     trace and memory by operator into run.dir/traces, on CPU too, and on a GPU a memory snapshot. "none": nothing."""

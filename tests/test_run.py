@@ -1,5 +1,6 @@
 """Whole runs through the launcher: interrupted and resumed, one rank and two, bad input. Every run is a process group of its own."""
 
+import gzip
 import json
 import os
 import signal
@@ -128,11 +129,46 @@ def test_one_rank_follows_two_and_may_take_over(golden, settings, tmp_path):
     assert "step 6 of 7" in done.stdout and rows(run_dir / "log.jsonl")[-1]["step"] == 7
 
 
+def test_a_window_of_steps_is_traced_on_a_cpu(settings, tmp_path):
+    run_dir = tmp_path / "run"
+    done = launch(1, f"run.dir={run_dir}", *settings, "--profile", "torch", "profile.start_step=2", "profile.num_steps=2",
+                  "train.steps=3")
+    assert done.returncode == 0, done.stdout
+    with gzip.open(run_dir / "traces/rank0-steps-2-3.json.gz") as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert names >= {"data", "vae", "vit", "prefix", "adapter", "suffix", "generator", "backward", "optimizer", "ema"}
+    assert "CPU Mem" in (run_dir / "traces/rank0-steps-2-3-memory.txt").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", ["train.compile=true", "train.recompute=2"])
+def test_compiled_or_recomputed_blocks_train_alike(golden, settings, tmp_path, setting):
+    done = launch(2, f"run.dir={tmp_path / 'run'}", *settings, setting)
+    assert done.returncode == 0, done.stdout
+    for ours, theirs in zip(rows(tmp_path / "run/log.jsonl"), rows(golden / "log.jsonl"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_muon_is_the_same_on_one_rank_and_on_two_and_resumes(settings, tmp_path):
+    for ranks in (1, 2):
+        done = launch(ranks, f"run.dir={tmp_path / str(ranks)}", *settings, "optim.kind=muon")
+        assert done.returncode == 0, done.stdout
+    one, two = (rows(tmp_path / str(ranks) / "log.jsonl") for ranks in (1, 2))
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+    run_dir = tmp_path / "killed"
+    launch_and_kill(2, run_dir / "log.jsonl", 3, f"run.dir={run_dir}", *settings, "optim.kind=muon")
+    done = launch(2, "--resume", "auto", f"run.dir={run_dir}", *settings, "optim.kind=muon")
+    assert done.returncode == 0 and hashes(run_dir) == hashes(tmp_path / "2"), done.stdout
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["--stage", "pretrian"], "--stage must be one of pretrain"),
     (["--config", "dmeo"], "--config dmeo: no such file"),
     (["trian.steps=3"], "unknown key trian.steps; did you mean train.steps?"),
     (["train.steps=ten"], "train.steps must be a whole number, got 'ten'"),
+    (["--profile", "perf"], "--profile must be one of none, nsys, torch"),
 ])
 def test_mistakes_in_words_are_said_before_anything_starts(arguments, message, monkeypatch, capsys):
     monkeypatch.delenv("RANK", raising=False)

@@ -199,7 +199,8 @@ def _is_padded(image):
         return False
     white = np.asarray(image.convert("L")) >= PADDING_LEVEL
     bands = [_band(white.all(axis=1)), _band(white.all(axis=0))]      # rows, columns
-    return sum(min(band) >= side // 50 and abs(band[0] - band[1]) <= side // 50 for band in bands) == 1
+    wide = [band for band in bands if min(band) >= side // 50]
+    return len(wide) == 1 and abs(wide[0][0] - wide[0][1]) <= side // 50
 
 
 def _band(white):

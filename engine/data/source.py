@@ -5,6 +5,7 @@ import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from threading import Lock
 
 import numpy as np
@@ -114,7 +115,7 @@ class ImageSource:
                             self._replace_refused(on_the_way[0], error)
                             again = list(on_the_way)
                             on_the_way.clear()
-                            decoded = self.decoder(self._encoded(_chain(again, read), on_the_way))
+                            decoded = self.decoder(self._encoded(chain(again, read), on_the_way))
                     wait_s = time.perf_counter() - asked
                     yield self._batch(on_the_way.popleft(), pixels_BCHW, vit_pixels_BCHW, wait_s)
             finally:
@@ -210,13 +211,6 @@ class _Sample:
     caption: str = ""
     latents: torch.Tensor | None = None
     failure: Failure | None = None
-
-
-def _chain(first, rest):
-    """Like itertools.chain, but what is left of `rest` stays for the next."""
-    yield from first
-    for item in rest:
-        yield item
 
 
 def _black(width, height):

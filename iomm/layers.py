@@ -73,13 +73,6 @@ def grid_positions(index, rows, columns):
     return torch.cartesian_prod(torch.tensor([index]), torch.arange(rows), torch.arange(columns))
 
 
-def rotate(x_BLAE, cos_LF, sin_LF):
-    """Turns the pairs (2f, 2f + 1) of every head by the angle of its position; F = E / 2."""
-    even, odd = at_least_float32(x_BLAE).unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos_LF[:, None], sin_LF[:, None]
-    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x_BLAE.dtype)
-
-
 def attend(q_BLAE, k_BLAE, v_BLAE, shown_BL=None):
     """Softmax attention, (B, L, A, E) -> (B, L, D). `shown_BL`: bool, keys that may be seen; None, the rule, for all.
 

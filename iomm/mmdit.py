@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from iomm.kernels.gate_residual import gate_residual
+from iomm.kernels.norm_modulate import norm_modulate
+from iomm.kernels.qk_norm_rope import qk_norm_rope
 from iomm.layers import (
     FusedLinear,
     TimeEmbedding,
@@ -20,15 +23,9 @@ from iomm.layers import (
     init_weights,
     linear_flops,
     rope_tables,
-    rotate,
 )
 
 EPS = 1e-6  # of every norm, FLUX's
-
-
-def norm_modulate(x_BLD, shift_BD, scale_BD):
-    """Layer norm without parameters, then x (1 + scale) + shift, one shift and scale per sample."""
-    return F.layer_norm(x_BLD, x_BLD.shape[-1:], eps=EPS) * (1 + scale_BD[:, None]) + shift_BD[:, None]
 
 
 class Stream(nn.Module):
@@ -46,17 +43,17 @@ class Stream(nn.Module):
         self.mlp_out = nn.Linear(4 * width, width)
 
     def open(self, x_BLD, time_BD):
-        """-> q, k, v (B, L, A, E), and what `close` needs of the modulation."""
+        """-> (qkv (B, L, 3, A, E), weights of the norms of q and k), and what `close` needs of the modulation."""
         shift, scale, *rest = self.modulation(time_BD).chunk(6, dim=-1)
-        q, k, v = self.qkv(norm_modulate(x_BLD, shift, scale)).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        return self.q_norm(q), self.k_norm(k), v, rest
+        qkv = self.qkv(norm_modulate(x_BLD, shift, scale, eps=EPS)).unflatten(-1, (3, self.num_heads, -1))
+        return (qkv, self.q_norm.weight, self.k_norm.weight), rest
 
     def close(self, x_BLD, attended_BLD, rest):
         """Adds the gated attention and the gated MLP to the residual stream."""
         gate, mlp_shift, mlp_scale, mlp_gate = rest
-        x_BLD = x_BLD + gate[:, None] * self.out(attended_BLD)
-        hidden = F.gelu(self.mlp_in(norm_modulate(x_BLD, mlp_shift, mlp_scale)), approximate="tanh")
-        return x_BLD + mlp_gate[:, None] * self.mlp_out(hidden)
+        x_BLD = gate_residual(x_BLD, gate, self.out(attended_BLD))
+        hidden = F.gelu(self.mlp_in(norm_modulate(x_BLD, mlp_shift, mlp_scale, eps=EPS)), approximate="tanh")
+        return gate_residual(x_BLD, mlp_gate, self.mlp_out(hidden))
 
 
 class ReadStream(nn.Module):
@@ -70,10 +67,10 @@ class ReadStream(nn.Module):
         self.k_norm = nn.RMSNorm(width // num_heads, eps=EPS)
 
     def open(self, x_BLD, time_BD):
-        """-> k, v (B, L, A, E)."""
+        """-> (kv (B, L, 2, A, E), no weight for queries, that of k), and nothing for a `close`."""
         shift, scale = self.modulation(time_BD).chunk(2, dim=-1)
-        k, v = self.kv(norm_modulate(x_BLD, shift, scale)).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
-        return self.k_norm(k), v
+        kv = self.kv(norm_modulate(x_BLD, shift, scale, eps=EPS)).unflatten(-1, (2, self.num_heads, -1))
+        return (kv, None, self.k_norm.weight), None
 
 
 class DualBlock(nn.Module):
@@ -90,14 +87,10 @@ class DualBlock(nn.Module):
 
     def forward(self, latents_BND, condition_BCD, time_BD, cos_NF, sin_NF, shown_BL=None):
         """`time_BD` has been through SiLU. Condition tokens sit at position 0, where a rotation does nothing."""
-        q, k, v, rest = self.latent_stream.open(latents_BND, time_BD)
-        q, k = rotate(q, cos_NF, sin_NF), rotate(k, cos_NF, sin_NF)
-        if self.last:
-            condition_k, condition_v = self.condition_stream.open(condition_BCD, time_BD)
-        else:
-            condition_q, condition_k, condition_v, condition_rest = self.condition_stream.open(condition_BCD, time_BD)
-            q = torch.cat((condition_q, q), dim=1)
-        attended = attend(q, torch.cat((condition_k, k), dim=1), torch.cat((condition_v, v), dim=1), shown_BL)
+        latents, rest = self.latent_stream.open(latents_BND, time_BD)
+        condition, condition_rest = self.condition_stream.open(condition_BCD, time_BD)
+        q, k, v = qk_norm_rope(*latents, cos_NF, sin_NF, condition=condition, eps=EPS)
+        attended = attend(q, k, v, shown_BL)
         if self.last:
             return self.latent_stream.close(latents_BND, attended, rest), None
         num_condition = condition_BCD.shape[1]
@@ -119,11 +112,13 @@ class SingleBlock(nn.Module):
 
     def forward(self, joint_BLD, time_BD, cos_LF, sin_LF, shown_BL=None):
         shift, scale, gate = self.modulation(time_BD).chunk(3, dim=-1)
-        q, k, v, hidden = self.linear_in(norm_modulate(joint_BLD, shift, scale)).split(self.linear_in.parts, dim=-1)
-        q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in (q, k, v))
-        q, k = rotate(self.q_norm(q), cos_LF, sin_LF), rotate(self.k_norm(k), cos_LF, sin_LF)
+        *widths, mlp = self.linear_in.parts
+        joined = self.linear_in(norm_modulate(joint_BLD, shift, scale, eps=EPS))
+        qkv, hidden = joined.split((sum(widths), mlp), dim=-1)
+        q, k, v = qk_norm_rope(qkv.unflatten(-1, (3, self.num_heads, -1)), self.q_norm.weight, self.k_norm.weight,
+                               cos_LF, sin_LF, eps=EPS)
         both = torch.cat((attend(q, k, v, shown_BL), F.gelu(hidden, approximate="tanh")), dim=-1)
-        return joint_BLD + gate[:, None] * self.linear_out(both)
+        return gate_residual(joint_BLD, gate, self.linear_out(both))
 
 
 @lru_cache(maxsize=64)
@@ -184,7 +179,7 @@ class MMDiT(nn.Module):
                 joint = block(joint, time_BD, cos, sin, shown_BL)
             latents = joint[:, num_condition:]
         scale, shift = self.final_modulation(time_BD).chunk(2, dim=-1)
-        return self.final(norm_modulate(latents, shift, scale))
+        return self.final(norm_modulate(latents, shift, scale, eps=EPS))
 
     def init_weights(self, seed):
         """Fresh weights, a function of the seed; every block starts as the identity, the velocity as 0 (adaLN-zero)."""

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from iomm.kernels.qk_norm_rope import qk_norm_rope
 from iomm.layers import (
     FusedLinear,
     TimeEmbedding,
@@ -26,7 +27,6 @@ from iomm.layers import (
     init_weights,
     linear_flops,
     rope_tables,
-    rotate,
 )
 
 EPS = 1e-5  # of every RMS norm, Z-Image's
@@ -77,9 +77,8 @@ class Layer(nn.Module):
         return 1 + scale, gate.tanh(), 1 + mlp_scale, mlp_gate.tanh()
 
     def attention(self, x_BLD, cos_LF, sin_LF):
-        q, k, v = self.qkv(x_BLD).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        q, k = rotate(self.q_norm(q), cos_LF, sin_LF), rotate(self.k_norm(k), cos_LF, sin_LF)
-        return self.out(attend(q, k, v))
+        qkv = self.qkv(x_BLD).unflatten(-1, (3, self.num_heads, -1))
+        return self.out(attend(*qk_norm_rope(qkv, self.q_norm.weight, self.k_norm.weight, cos_LF, sin_LF, eps=EPS)))
 
     def flops(self, num_tokens):
         """Forward FLOPs on one sequence."""

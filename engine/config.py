@@ -27,9 +27,12 @@ def positive(key, value, least=1):
 class RunSection:
     dir: str = "runs/demo"
     seed: int = 0
+    init: str | None = None            # run folder whose newest weights this run starts from
+    init_weights: str = "ema"          # ema | raw: which of them
 
     def __post_init__(self):
         positive("run.seed", self.seed, 0)
+        choice("run.init_weights", self.init_weights, ("ema", "raw"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +59,7 @@ class DataSection:
     flip: bool = False                 # mirror half of the images (never one with a caption)
     precision: str = "fp32"            # fp32 | bf16: pixels as they leave the decoder
     num_images: int = 4096             # images of the shapes world (64 px), when that is what is trained on
+    num_pairs: int = 500               # pairs of it, other pictures than those images
     threads: int = 2                   # decoding threads a rank
     hw_decoder_load: float = 0.65      # share of baseline JPEGs for the GPU's JPEG engine
     min_size_px: int = 32              # images with a shorter edge than this are left out
@@ -68,7 +72,7 @@ class DataSection:
         positive("data.size_px", self.size_px, 16)
         choice("data.crop", self.crop, ("center", "random"))
         choice("data.precision", self.precision, ("fp32", "bf16"))
-        for name in ("num_images", "threads", "min_size_px", "max_pixels"):
+        for name in ("num_images", "num_pairs", "threads", "min_size_px", "max_pixels"):
             positive(f"data.{name}", getattr(self, name))
         positive("data.max_aspect", self.max_aspect, 1)
         positive("data.max_bad_shards", self.max_bad_shards, 0)
@@ -84,6 +88,8 @@ class DataSection:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSection:
+    data: str = "image"                # image | pair | mix of data.mix images in every global batch
+    caption_drop: float = 0.1          # share of captions replaced by the empty prompt, for guidance
     steps: int = 1000
     global_batch: int = 1024           # images an optimizer step, over all ranks
     micro_batch: int | None = None     # images a rank and pass; unset: global_batch / ranks
@@ -93,6 +99,9 @@ class TrainSection:
     recompute: int = 0                 # blocks, from the first on, that keep no activations and run forward twice
 
     def __post_init__(self):
+        choice("train.data", self.data, ("image", "pair", "mix"))
+        if not 0 <= self.caption_drop <= 1:
+            raise InputError(f"train.caption_drop must be between 0 and 1, got {self.caption_drop}")
         positive("train.steps", self.steps)
         positive("train.global_batch", self.global_batch)
         positive("train.micro_batch", self.micro_batch if self.micro_batch is not None else 1)

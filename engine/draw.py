@@ -17,12 +17,15 @@ from iomm.pipeline import Pipeline, draw, image_grid, to_images
 def draw_run(run_dir, *, num=16, steps=20, seed=0, prompts=(), guidance=1.0, weights="ema", device="cpu", out=None):
     """Writes a PNG grid and returns its path.
 
-    Without prompts: the first `num` images of the run's order, masked as in training, each above what the model draws
-    from what is left. With prompts: `num` pictures, the prompts in turn. Raises InputError: no run, no checkpoint."""
+    With prompts: `num` pictures, the prompts in turn. Without: of a run on images, the first `num` of its order, masked as
+    in training, each above what the model draws from what is left; of a run on pairs, pictures of its first captions. Raises InputError: no run, no checkpoint."""
     if num < 1 or steps < 1:
         raise InputError(f"--num and --steps must be >= 1, got {num} and {steps}")
     config, model, manifest = parts.load_run(run_dir, weights=weights, device=device)
     size_px, columns = config.data.size_px, min(8, num)
+    if not prompts and config.train.data != "image":
+        pairs = Shards(parts.prepare_data(config, progress=False, pairs=True))
+        prompts = [pairs.caption(k) for k in range(min(num, len(pairs)))]
     if prompts:
         texts = [prompts[i % len(prompts)] for i in range(num)]
         images = Pipeline(model, size_px)(texts, steps=steps, seed=seed, guidance=guidance)

@@ -25,7 +25,7 @@ from iomm.engine.plan import describe, make_plan
 from iomm.engine.tracing import Window
 from iomm.kernels import dispatch
 
-STAGES = ("pretrain",)
+STAGES = {"pretrain": "demo", "finetune": "demo-finetune"}      # and the config that each takes by default
 
 
 def main(argv=None):
@@ -33,9 +33,11 @@ def main(argv=None):
     first = os.environ.get("RANK", "0") == "0"
     try:
         args = parse_args(argv)
-        choice("--stage", args.stage, STAGES)
+        choice("--stage", args.stage, tuple(STAGES))
         choice("--profile", args.profile, ("none", "nsys", "torch"))
-        config = load_config(args.config, args.overrides)
+        config = load_config(args.config or STAGES[args.stage], args.overrides + [f"run.init={args.init}"] * bool(args.init))
+        if args.stage == "finetune" and config.run.init is None:
+            raise InputError("--stage finetune starts from a run of stage 1: give --init RUN, the run.dir of that run")
         check_kernels()
         if args.dry_run is not None:
             if first:
@@ -59,7 +61,8 @@ def main(argv=None):
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", default="pretrain", help=f"one of: {', '.join(STAGES)}")
-    parser.add_argument("--config", default="demo", help="name of a file in engine/configs, or a path ending in .yaml")
+    parser.add_argument("--config", help="name of a file in engine/configs, or a path ending in .yaml; default: the stage's demo")
+    parser.add_argument("--init", help="run folder to start from: its newest weights (run.init_weights), all else fresh")
     parser.add_argument("--resume", default="none", help="none, auto (newest intact checkpoint of run.dir, if any), or a checkpoint folder")
     parser.add_argument("--profile", default="none", help="none, nsys, or torch: trace profile.num_steps from profile.start_step on")
     parser.add_argument("--dry-run", type=int, nargs="?", const=0, metavar="GPUS",
@@ -85,15 +88,23 @@ def run(config, args, ranks):
     torch.set_num_threads(config.train.threads or max(1, cores // ranks.local_size))
 
     folder = ranks.on_first(lambda: open_run_dir(config, args))
-    index_dir = ranks.on_first(lambda: parts.prepare_data(config))
+    index_dir = pairs_dir = None
+    if config.train.data != "pair":
+        index_dir = ranks.on_first(lambda: parts.prepare_data(config))
+    if config.train.data != "image":
+        pairs_dir = ranks.on_first(lambda: parts.prepare_data(config, pairs=True))
     mllm_name = ranks.on_first(lambda: parts.prepare_mllm(config))
     model = parts.build_model(config, mllm_name, ranks.device)
     mllm, vae = model.frozen
-    source = parts.open_source(config, ranks, mllm, vae, index_dir=index_dir)
+    source = parts.open_source(config, ranks, mllm, vae, index_dir=index_dir, pairs_dir=pairs_dir)
     if ranks.first:
         say(f"{len(source.shards)} images, {ranks.size} rank(s) on {ranks.device.type}, {config.precision}, ZeRO-{config.zero.stage}; "
             f"trained parameters {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M")
         say(dispatch.format_table(ranks.device.type))
+    if config.run.init is not None and folder is None:
+        _, start = parts.read_run(config.run.init)
+        parts.load_weights(model, start, config.run.init_weights)
+        say(f"starts from the {config.run.init_weights} weights of {start}")
     flops = model.flops_per_image(config.data.size_px)
     compiled = ranks.device.type == "cuda" if config.train.compile is None else config.train.compile
     model.prepare_blocks(compiled=compiled, recompute=config.train.recompute)
@@ -157,12 +168,14 @@ def finish(config, args, metrics, device):
         metrics.image("samples", path, config.train.steps)
         print(f"samples     {path}")
     metrics.close()
-    again = [f"--config {shlex.quote(args.config)}"] * (args.config != "demo")
+    again = [f"--{name} {shlex.quote(value)}" for name in ("config", "init") if (value := getattr(args, name))]
     again += [shlex.quote(o) for o in args.overrides if not o.startswith("train.steps=")]
+    stage_1 = args.stage == "pretrain"
     print(f"log         {run_dir}/log.jsonl, {run_dir}/tb (tensorboard --logdir {run_dir}/tb)\n"
           f"checkpoint  {checkpoint.newest(Path(run_dir) / 'checkpoints')}\n"
           f"GPU-hours   {metrics.gpu_hours:.3f}\n"
           f"next        iomm sample --run {run_dir} --num 16\n"
+          + (f"            deepspeed engine/launch.py --stage finetune --init {run_dir}   # stage 2\n" if stage_1 else "") +
           f"            deepspeed engine/launch.py --stage {args.stage} --resume auto {' '.join(again)} "
           f"train.steps={2 * config.train.steps}   # train on", flush=True)
 

@@ -18,7 +18,8 @@ def train_step(sharded, batches):
     whether weights changed, seconds waited for data, samples that had to be replaced)."""
     losses, by_time, wait_s, failures = [], 0, 0.0, []
     for batch in named("data", batches):         # one micro-batch each
-        loss, loss_B, t_B = sharded(batch.pixels_BCHW, batch.vit_pixels_BCHW, batch.n_B, batch.latents_BCHW)
+        loss, loss_B, t_B = sharded(batch.pixels_BCHW, batch.vit_pixels_BCHW, batch.n_B, batch.latents_BCHW,
+                                     batch.captions, batch.has_image)
         with record_function("backward"):
             sharded.backward(loss)
         with record_function("optimizer"):

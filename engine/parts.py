@@ -41,8 +41,9 @@ def prepare_data(config, progress=True, pairs=False):
     if not shards:
         raise InputError("data.pairs names no text-image pairs: give tars, globs or folders")
     if shards == "shapes":
-        folder = cache / f"shapes-{data.num_images}-seed{config.run.seed}"
-        write_world(folder, num_images=data.num_images, seed=config.run.seed)
+        number, seed = (data.num_pairs, config.run.seed + 1000) if pairs else (data.num_images, config.run.seed)
+        folder = cache / f"shapes-{number}-seed{seed}"
+        write_world(folder, num_images=number, seed=seed)
         shards = str(folder)
     rules = Rules(min_size_px=data.min_size_px, max_aspect=data.max_aspect, max_pixels=data.max_pixels,
                   captions="required" if pairs else "optional")
@@ -112,7 +113,7 @@ def build_model(config, mllm_name, device):
     vae.grid(config.data.size_px, config.data.size_px)          # raises if the size does not divide
     shape = generator_config(config.model.preset, token_dim=vae.token_dim, condition_dim=mllm.width)
     recipe = Recipe(seed=config.run.seed, mask=config.mask, adapter=config.adapter, time=asdict(config.time),
-                    sample_latents=config.model.vae_sample)
+                    sample_latents=config.model.vae_sample, caption_drop=config.train.caption_drop)
     seed, adapter, connector = config.run.seed, None, None
     if config.adapter.kind != "none":
         adapter = QueryAdapter(config.adapter, mllm.width)

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from iomm.config import AdapterConfig, MaskConfig
 from iomm.flow import sample_time, velocity_loss
 from iomm.kernels.noisy_tokens import noisy_tokens
-from iomm.kernels.philox import TIME, VAE, normal, uniform
+from iomm.kernels.philox import CAPTION_DROP, TIME, VAE, normal, uniform
 from iomm.masking import visible_mask
 from iomm.mllm import IMAGE, RECONSTRUCT, TURN
 
@@ -26,6 +26,7 @@ class Recipe:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     time: dict = field(default_factory=dict)      # keyword arguments of flow.sample_time
     sample_latents: bool = False                  # from the VAE's posterior, not its mean
+    caption_drop: float = 0.1                     # share of captions replaced by the empty prompt, for guidance
 
 
 class IOMM(nn.Module):
@@ -39,26 +40,42 @@ class IOMM(nn.Module):
         self.frozen = (mllm, vae)
         self.recipe = recipe
 
-    def forward(self, pixels_BCHW, vit_pixels_BCHW, n_B, latents_BCHW=None):
+    def forward(self, pixels_BCHW, vit_pixels_ICHW, n_B, latents_BCHW=None, captions=None, has_image=None):
         """VAE pixels in [-1, 1], normalised ViT pixels, sample numbers -> (mean loss, loss_B, t_B).
-        With latents_BCHW (cached ones) the VAE pixels are not looked at and may be None.
 
-        Draws nothing from a global generator: mask, time and noise belong to (seed, n)."""
+        captions and has_image (B texts, B bools), where some samples are pairs: those are conditioned on their caption and
+        vit_pixels_ICHW are of the others, in order. With cached latents_BCHW the VAE pixels may be None. Draws nothing
+        from a global generator: mask, time, noise and dropped captions belong to (seed, n)."""
         mllm, vae = self.frozen
-        seed, n_B = self.recipe.seed, n_B.to(vit_pixels_BCHW.device)
+        seed, n_B = self.recipe.seed, n_B.to(vit_pixels_ICHW.device)
         if latents_BCHW is None:
             with record_function("vae"):
                 latents_BCHW = self.encode(pixels_BCHW, n_B)                              # step 2
         t_B = sample_time(uniform(seed, TIME, n_B, 1)[:, 0], **self.recipe.time)
         noisy_BNK, target_BNK = noisy_tokens(latents_BCHW, t_B, seed, n_B, vae.patch)
-        with record_function("vit"):
-            tokens_BPD = mllm.image_tokens(vit_pixels_BCHW)                               # step 3
-        visible = visible_mask(self.recipe.mask, seed, n_B, mllm.num_image_tokens)        # step 4
-        condition = mllm.condition([RECONSTRUCT] * len(n_B), tokens_BPD, visible=visible,  # step 5
-                                   mode=self.recipe.mask.mode, positions=self.recipe.mask.positions)
+        condition = self.condition(vit_pixels_ICHW, n_B, captions, has_image)             # steps 3, 4, 5
         velocity_BNK = self.velocity(noisy_BNK, t_B, *self.read(condition), grid(latents_BCHW, vae.patch))
         loss, loss_B = velocity_loss(velocity_BNK, target_BNK)                            # step 8
         return loss, loss_B.detach(), t_B
+
+    def condition(self, vit_pixels_ICHW, n_B, captions=None, has_image=None):
+        """One packed condition for both kinds of samples: [fixed prompt, visible image tokens] or [caption]; a caption is
+        dropped with probability caption_drop."""
+        mllm, _ = self.frozen
+        mask, texts, image_n = self.recipe.mask, [RECONSTRUCT] * len(n_B), n_B
+        if has_image is not None and not all(has_image):
+            dropped = (uniform(self.recipe.seed, CAPTION_DROP, n_B, 1)[:, 0] < self.recipe.caption_drop).tolist()
+            texts = [RECONSTRUCT if image else "" if drop else caption
+                     for image, drop, caption in zip(has_image, dropped, captions, strict=True)]
+            image_n = n_B[torch.tensor(has_image, device=n_B.device)]
+        else:
+            has_image = [True] * len(n_B)
+        tokens_IPD = visible = None
+        if len(image_n):
+            with record_function("vit"):
+                tokens_IPD = mllm.image_tokens(vit_pixels_ICHW)
+            visible = visible_mask(mask, self.recipe.seed, image_n, mllm.num_image_tokens)
+        return mllm.condition(texts, tokens_IPD, has_image=has_image, visible=visible, mode=mask.mode, positions=mask.positions)
 
     def encode(self, pixels_BCHW, n_B):
         """Pixels -> latents (B, channels, H / factor, W / factor); a posterior's noise belongs to (seed, n) too."""

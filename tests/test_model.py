@@ -90,6 +90,30 @@ def test_guidance_with_ragged_conditions(mllm):
         assert torch.allclose(alone[0], together[i], atol=1e-4)
 
 
+def test_images_and_pairs_in_one_batch_are_what_they_are_apart(mllm):
+    """One fused forward for both kinds: each sample's loss is the one that it has in a batch of its own kind."""
+    model, n_B = build(mllm), torch.arange(6)
+    has_image = [True, False, False, True, False, True]
+    captions = ["" if image else f"{n} red circles" for n, image in enumerate(has_image)]
+    vae_pixels, vit_pixels = pixels(n_B)
+    chosen = torch.tensor(has_image)
+    _, together_B, _ = model(vae_pixels, vit_pixels[chosen], n_B, None, captions, has_image)
+    _, images_B, _ = model(vae_pixels[chosen], vit_pixels[chosen], n_B[chosen])
+    texts = [caption for caption in captions if caption]
+    _, pairs_B, _ = model(vae_pixels[~chosen], vit_pixels[:0], n_B[~chosen], None, texts, [False] * 3)
+    assert torch.allclose(together_B[chosen], images_B, rtol=1e-5) and torch.allclose(together_B[~chosen], pairs_B, rtol=1e-5)
+
+
+def test_captions_are_dropped_by_sample_at_the_rate_asked_for(mllm):
+    model, n_B = build(mllm), torch.arange(400)
+    condition = model.condition(torch.empty(0, 3, 32, 32), n_B, ["a b c"] * 400, [False] * 400)
+    empty = len(mllm.condition([""]).tokens_TD)
+    dropped = condition.offsets.diff() == empty
+    assert 20 <= int(dropped.sum()) <= 60                  # 40 expected, 6 the standard deviation
+    half = model.condition(torch.empty(0, 3, 32, 32), n_B[200:], ["a b c"] * 200, [False] * 200)
+    assert torch.equal(half.offsets.diff() == empty, dropped[200:])
+
+
 def test_two_ranks_draw_what_one_draws(mllm):
     one, mask, seed = torch.arange(32, 48), MaskConfig(ratio=0.6), 11
     latents = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))

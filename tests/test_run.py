@@ -140,6 +140,18 @@ def test_a_window_of_steps_is_traced_on_a_cpu(settings, tmp_path):
     assert "CPU Mem" in (run_dir / "traces/rank0-steps-2-3-memory.txt").read_text()
 
 
+def test_stage_2_starts_from_stage_1_and_mixes(golden, settings, world, tmp_path):
+    run_dir = tmp_path / "run"
+    mine = [f"run.dir={run_dir}", *settings, f"data.pairs={world}"]
+    done = launch(2, "--stage", "finetune", "--init", str(golden), *mine)
+    assert done.returncode == 0 and "starts from the ema weights" in done.stdout, done.stdout
+    assert [row["step"] for row in rows(run_dir / "log.jsonl")] == [1, 2, 3, 4, 5, 6]
+    refused = subprocess.run([sys.executable, str(ROOT / "engine/launch.py"), "--stage", "finetune", *mine], cwd=ROOT,
+                             env=environment(), text=True, capture_output=True, timeout=LIMIT_S)
+    assert refused.returncode == 2 and "give --init RUN" in refused.stderr
+    assert main(["sample", "--run", str(run_dir), "--num", "2", "--steps", "1"]) == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", ["train.compile=true", "train.recompute=2"])
 def test_compiled_or_recomputed_blocks_train_alike(golden, settings, tmp_path, setting):

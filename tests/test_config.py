@@ -50,7 +50,7 @@ def test_mistakes_name_file_line_and_key(text, message):
 
 @pytest.mark.parametrize("override, message", [
     ("trian.steps=5", "unknown key trian.steps; did you mean train.steps?"),
-    ("train=5", "train is a section; set one of its keys: train.steps"),
+    ("train=5", "train is a section; set one of its keys: train."),
     ("train.steps", "must look like section.key=value"),
     ("train.steps=x", "train.steps must be a whole number, got 'x'"),
     ("train.steps=0", "command line: train.steps must be >= 1, got 0"),

@@ -81,7 +81,7 @@ def start(timeout_s, local_rank=None):
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s),
                                verbose=False)
     return Ranks(rank=dist.get_rank(), local_rank=local_rank, size=dist.get_world_size(), device=device,
-                 local_size=int(os.environ.get("LOCAL_SIZE", dist.get_world_size())),
+                 local_size=int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))),
                  patient=dist.new_group(backend="gloo", timeout=timedelta(days=7)))
 
 

@@ -21,7 +21,7 @@ def main(argv=None):
     command.add_argument("--min-size", type=int, default=32, help="shorter edge in pixels")
     command.add_argument("--max-aspect", type=float, default=10.0, help="longer edge / shorter edge")
     command.add_argument("--max-pixels", type=int, default=1 << 26)
-    command.add_argument("--workers", type=int, help="processes; default: one a core, at most one a shard")
+    command.add_argument("--workers", type=int, help="processes; default: one a core")
 
     command = commands.add_parser("cache", help="write the VAE latents that a run with data.latents reads instead of pixels")
     command.add_argument("--config", default="demo", help="that run's config: its data, model.vae and data.size_px count")

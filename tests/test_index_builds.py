@@ -69,6 +69,15 @@ def test_a_killed_build_goes_on_where_it_was(world, golden, tmp_path):
     assert os.listdir(tmp_path) == ["index"]
 
 
+def test_one_shard_is_shared_by_all_workers(tmp_path, monkeypatch):
+    """The index does not depend on how many there are, also where some samples are bad."""
+    jpegs = [zoo.encode(zoo.soft(40, 40, seed), quality=50) for seed in range(4)]
+    (tmp_path / "a.tar").write_bytes(zoo.tar_of(
+        [("alone.txt", b"x"), *((f"{i:04d}.jpg", jpegs[i % 4][:100] if i % 97 == 5 else jpegs[i % 4]) for i in range(900))]))
+    found = [files_of(build(tmp_path / "a.tar", tmp_path / f"{num}", progress=False, workers=num)) for num in (1, 2, 3, 5)]
+    assert all(files == found[0] for files in found) and len(found[0]["rejected.jsonl"].splitlines()) == 11
+
+
 def test_two_builds_at_once_make_one_index(world, golden, tmp_path):
     done = []
     threads = [threading.Thread(target=lambda: done.append(ensure_index(world, tmp_path, progress=False))) for _ in range(2)]

@@ -44,7 +44,7 @@ def build(shards, out, *, rules=Rules(), progress=True, workers=None, keep=False
     A good sample is an image (jpg, jpeg, png, webp by name; JPEG, PNG or WebP by its bytes) that decodes fully, and if
     there is a caption of the same key (txt, else the "caption" of json), a readable one. The others are listed in
     rejected.jsonl: shard, key, reason, detail. Good samples stand shard by shard in the order in which their keys first
-    appear. `workers` processes (all cores if None) take one shard each. What is done is kept beside `out`, shard by
+    appear. `workers` processes (all cores if None) share the shards. What is done is kept beside `out`, shard by
     shard: a build that was stopped goes on where it was when it is started again, and a second one beside it waits.
     With `keep`, an index that is there and up to date stays. Raises InputError if nothing matches or no sample is good.
     """

@@ -42,14 +42,15 @@ class Rules:
                              f"{self.min_size_px}, {self.max_pixels} and {self.max_aspect}")
 
 
-def judge_shard(path, rules, *, start=0, poison=(), begin=lambda i: None):
+def judge_shard(path, rules, *, start=0, part=0, num_parts=1, poison=(), begin=lambda i: None):
     """Yields (num_judged, records, rejected, notes) of one shard, CHUNK samples or a second at a time, samples numbered
-    from `start` on; then returns its list of files if it is a folder, else None.
+    from `start` on; then returns its list of files if it is a folder, else None. Of several parts, CHUNK samples each in
+    turn, only one is looked at: chunks of all parts, sorted by num_judged, are those of the whole.
 
     records: RECORD array. rejected: list of {shard, key, reason, detail}. notes: counts of remarks on good samples.
     num_judged: samples done in all, from where another call may go on. poison: {number: (reason, detail)} of samples
     that are not looked at. begin(i) is called before sample i. Damage is told, never raised; what concerns the shard
-    and not one sample comes with key "" and only if start is 0.
+    and not one sample comes with key "" and only if start and part are 0.
     """
     records, rejected, notes = [], [], Counter()
 
@@ -69,10 +70,10 @@ def judge_shard(path, rules, *, start=0, poison=(), begin=lambda i: None):
             missing = told_missing(path, len(samples) + sum(line["key"] != "" for line in rejected))
             if missing:
                 reject("", "missing", missing)
-        if start:
+        if start or part:
             rejected.clear()
         for num, (key, members) in enumerate(samples.items(), start=1):
-            if num <= start:
+            if num <= start or (num - 1) // CHUNK % num_parts != part:
                 continue
             begin(num - 1)
             try:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections import deque
+from collections import Counter, defaultdict, deque
 from dataclasses import asdict
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
@@ -32,9 +32,11 @@ IDLE = -1
 def judge_shards(paths, rules, num_workers, progress=lambda num_samples: None):
     """Yields (number of the path, records, rejected, notes, files) of each shard, in the order in which they get done.
 
-    `progress` is told of samples as they are judged. Closing the generator ends the processes."""
-    shards = [_Shard(number, str(path)) for number, path in enumerate(paths)]
-    waiting, workers = deque(shards), []
+    Where there are fewer shards than workers, each is judged in parts. `progress` is told of samples as they are
+    judged. Closing the generator ends the processes."""
+    num_parts = max(1, num_workers // max(1, len(paths)))
+    shards = [_Shard(number, str(path), part, num_parts) for number, path in enumerate(paths) for part in range(num_parts)]
+    waiting, workers, done = deque(shards), [], defaultdict(list)
     try:
         for _ in range(min(num_workers, len(shards))):
             workers.append(_Worker(rules))
@@ -50,11 +52,13 @@ def judge_shards(paths, rules, num_workers, progress=lambda num_samples: None):
                     workers[workers.index(worker)] = worker.replaced("crash")
                     continue
                 if records is not None:
-                    progress(message["num_judged"] - shard.num_judged)
+                    progress(len(records) + len(message["rejected"]))
                     shard.add(message, records)
                     continue
-                yield (shard.number, *shard.result(), message["files"])
                 worker.shard = None
+                done[shard.number].append(shard)
+                if len(done[shard.number]) == num_parts:
+                    yield shard.number, *_joined(done.pop(shard.number)), message["files"]
             for i, worker in enumerate(workers):
                 if worker.stuck():
                     workers[i] = worker.replaced("timeout")
@@ -66,21 +70,31 @@ def judge_shards(paths, rules, num_workers, progress=lambda num_samples: None):
 
 
 class _Shard:
-    """A shard on its way: how far it is, what was found, which samples are not to be looked at again."""
+    """A shard, or a part of one, on its way: how far it is, what was found, which samples not to look at again."""
 
-    def __init__(self, number, path):
-        self.number, self.path, self.num_judged, self.poison = number, path, 0, {}
-        self.records, self.rejected, self.notes, self.was_listed_in_vain = [], [], {}, False
+    def __init__(self, number, path, part, num_parts):
+        self.number, self.path, self.part, self.num_parts = number, path, part, num_parts
+        self.num_judged, self.poison, self.was_listed_in_vain = 0, {}, False
+        self.chunks = []      # of (num_judged, records, rejected, notes)
 
     def add(self, message, records):
         self.num_judged = message["num_judged"]
-        self.records.append(records)
-        self.rejected += message["rejected"]
-        for note, count in message["notes"].items():
-            self.notes[note] = self.notes.get(note, 0) + count
+        self.chunks.append((self.num_judged, records, message["rejected"], message["notes"]))
 
-    def result(self):
-        return np.concatenate(self.records), self.rejected, self.notes
+    def task(self):
+        """What a worker is told."""
+        return {"path": self.path, "start": self.num_judged, "part": self.part, "num_parts": self.num_parts,
+                "poison": list(self.poison.items())}
+
+
+def _joined(parts):
+    """(records, rejected, notes) of a whole shard."""
+    parts = sorted(parts, key=lambda shard: shard.part)
+    chunks = sorted((chunk for shard in parts for chunk in shard.chunks), key=lambda chunk: chunk[0])
+    notes = Counter()
+    for chunk in chunks:
+        notes.update(chunk[3])
+    return np.concatenate([chunk[1] for chunk in chunks]), [line for chunk in chunks for line in chunk[2]], dict(notes)
 
 
 class _Worker:
@@ -104,9 +118,8 @@ class _Worker:
     def take(self, shard):
         self.shard = shard
         self.at[:] = IDLE, time.monotonic()
-        task = {"path": shard.path, "start": shard.num_judged, "poison": list(shard.poison.items())}
         try:
-            self.connection.send_bytes(json.dumps(task).encode())
+            self.connection.send_bytes(json.dumps(shard.task()).encode())
         except OSError:
             pass      # it is dead: the next wait says so
 
@@ -160,8 +173,7 @@ def main(connection, memory, rules):
             task = json.loads(connection.recv_bytes())
         except EOFError:
             return
-        chunks = judge_shard(task["path"], rules, start=task["start"],
-                             poison={number: said for number, said in task["poison"]}, begin=begin)
+        chunks = judge_shard(task.pop("path"), rules, poison=dict(task.pop("poison")), begin=begin, **task)
         while True:
             try:
                 num_judged, records, rejected, notes = next(chunks)

@@ -33,7 +33,7 @@ def test_bad_input_is_a_value_error(change):
 
 
 @needs_triton
-@pytest.mark.parametrize("shape", [(2, 1, 64), (3, 65, 96), (1, 33, 1536), (2, 0, 8)])
+@pytest.mark.parametrize("shape", [(2, 1, 64), (2, 33, 96), (1, 5, 1536), (2, 0, 8)])
 def test_triton_values_and_every_gradient(shape):
     check_against(gate_residual_triton, gate_residual_reference, inputs(*shape))
 

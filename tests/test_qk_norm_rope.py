@@ -75,7 +75,7 @@ def test_triton_values_and_every_gradient(case):
 
 @needs_triton
 def test_triton_op_is_registered_soundly():
-    for case in ((2, 3, 1, 16), (1, 3, 2, 16, 3, 2), (1, 3, 2, 16, 2, 2)):
+    for case in ((1, 2, 1, 16), (1, 2, 1, 16, 2, 1)):
         torch.library.opcheck(torch.ops.iomm.qk_norm_rope.default, (*cast(inputs(*case)), 1e-6))
 
 

@@ -3,8 +3,10 @@
 Nothing heavy is imported: a package is looked up by its metadata, so that the report also comes where a part is broken.
 """
 
+import datetime
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import re
 import shutil
@@ -36,6 +38,20 @@ def rows():
         compiler_row("nvcc", "nvcc", "the CUDA ops cannot be built; slower PyTorch does their work on a GPU"),
         *native_rows(),
     ]
+
+
+def machine():
+    """What a measured figure needs beside it: device, date, versions, commit ("and changes" if the tree is not clean)."""
+    def git(*arguments):
+        done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else "unknown"
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    cpu = next((line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "CPU")
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return {"device": gpu or f"{cpu}, {len(os.sched_getaffinity(0))} cores", "gpu": gpu, "date": str(datetime.date.today()),
+            "torch": torch.__version__, "python": platform.python_version(),
+            **{name: version_of(name) for name in ("deepspeed", "transformers", "diffusers", "triton")},
+            "commit": git("rev-parse", "HEAD") + (" and changes" if changed not in ("", "unknown") else "")}
 
 
 def version_of(distribution):

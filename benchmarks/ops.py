@@ -152,7 +152,12 @@ def sanitize():
     verdicts = {}
     for kind in ("memcheck", "racecheck"):
         command = [tool, "--tool", kind, "--error-exitcode", "9", sys.executable, __file__, "--cuda-ops-once"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        except subprocess.TimeoutExpired:
+            print(f"compute-sanitizer {kind}: no verdict within 120 s")
+            verdicts[kind] = "no verdict within 120 s"
+            continue
         lines = [line for line in done.stdout.splitlines() if "SUMMARY" in line]
         verdicts[kind] = lines[-1].strip("= ") if lines else f"exit {done.returncode}: {done.stderr[-200:]}"
         print(f"compute-sanitizer {kind}: {verdicts[kind]}")
@@ -162,7 +167,7 @@ def sanitize():
 
 
 def cuda_ops_once():
-    """The ops of csrc/ at the sizes of the checks, compared with the specification on the CPU where bits must agree."""
+    """The ops of csrc/ at the sizes of the checks, against the specification on the CPU: few other kernels to sanitize."""
     from iomm.kernels.philox.compiled import philox_compiled
     from iomm.kernels.philox.reference import philox_reference
     n = torch.tensor([0, 5, 2**40])
@@ -172,24 +177,37 @@ def cuda_ops_once():
     for dtype in (torch.bfloat16, torch.float32):
         for case in cases("cuda", dtype):
             if "cuda" in case.bodies:
-                assert check(case, case.bodies["cuda"], "cuda", dtype) <= 1, case.op
+                inputs = [x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype == torch.float64 else x
+                          for x in case.check()]
+                moved = [x.cuda() if isinstance(x, torch.Tensor) else x for x in inputs]
+                tolerance = 0 if case.exact else torch.finfo(dtype).eps
+                outputs = run_whole(case.bodies["cuda"], moved)
+                for got, wanted in zip(outputs, run_whole(case.reference, inputs), strict=True):
+                    torch.testing.assert_close(got.cpu(), wanted, rtol=tolerance, atol=tolerance and 1e-6)
     torch.cuda.synchronize()
 
 
 def measure(device, dtype, timer):
-    """(cases, rows): every body of every case checked, then timed. Raises SystemExit if one is wrong."""
+    """(cases, rows): every body of every case checked, then timed. Raises SystemExit if one of ours is wrong."""
     ready, rows, failed = list(cases(device, dtype)), [], []
     for case in ready:
         for name, body in case.bodies.items():
-            ratio = check(case, body, device, dtype)
+            try:
+                ratio = check(case, body, device, dtype)
+            except Exception as error:  # a library that refuses: said below, and only ours must run
+                print(f"{case.op} {case.name} {name} fails: {type(error).__name__}: {str(error).strip()[:300]}")
+                ratio = float("inf")
             if not ratio <= 1:
-                failed.append(f"{case.op} {case.name} {name}: error is {ratio:.2f} of its budget")
-            rows.append({"op": case.op, "case": case.name, "body": name, "error_over_budget": round(ratio, 3)})
+                failed.append((name == case.ours, f"{case.op} {case.name} {name}: error is {ratio:.2f} of its budget"))
+            if ratio < float("inf"):
+                rows.append({"op": case.op, "case": case.name, "body": name, "error_over_budget": round(ratio, 3)})
     _drawn.cache_clear(), _weight.cache_clear()
-    if failed:
-        raise SystemExit("nothing is timed, as these are wrong:\n" + "\n".join(failed))
+    for _, line in failed:
+        print(line)
+    if any(ours for ours, _ in failed):
+        raise SystemExit("nothing is timed, as bodies of ours are wrong")
     worst = max(row["error_over_budget"] for row in rows)
-    print(f"{len(rows)} bodies are right, the worst at {worst:.2f} of its budget")
+    print(f"{len(rows)} bodies checked, the worst at {worst:.2f} of its budget")
     for case in ready:
         inputs = case.time()
         for row in rows:
@@ -253,13 +271,17 @@ def machine(device):
         cpu = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
     except (OSError, StopIteration):
         cpu = platform.processor()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    mine = "kernels", "csrc", "benchmarks/ops.py", "benchmarks/op_cases.py"
-    changed = subprocess.run(["git", "status", "--porcelain", *mine], cwd=ROOT, capture_output=True, text=True).stdout
+    def git(*arguments):
+        if shutil.which("git") is None:
+            return ""
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    commit = git("rev-parse", "HEAD")
+    changed = git("status", "--porcelain", "kernels", "csrc", "benchmarks/ops.py", "benchmarks/op_cases.py")
     return {"device": torch.cuda.get_device_name() if device == "cuda" else f"{cpu}, {torch.get_num_threads()} threads",
             "date": datetime.date.today().isoformat(), "torch": torch.__version__, "python": platform.python_version(),
             "load": os.getloadavg()[0], "triton": triton_support.version(), "libraries": native.build_facts()["built"],
-            "commit": commit + (" and changes" if changed.strip() else "")}
+            "commit": commit + (" and changes" if changed else "")}
 
 
 def main():

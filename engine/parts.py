@@ -74,7 +74,7 @@ def open_source(config, ranks, mllm, vae, *, index_dir=None, pairs_dir=None):
         rank=ranks.rank, world_size=ranks.size, size_px=data.size_px, vit_px=mllm.vit_px, device=ranks.device,
         start_step=0, num_steps=config.train.steps, flip=data.flip, num_threads=data.threads, crop=data.crop, plan=plan,
         latents=latents, dtype=torch.bfloat16 if data.precision == "bf16" else torch.float32,
-        hw_decoder_load=data.hw_decoder_load)
+        hw_decoder_load=data.hw_decoder_load, resize=data.resize)
 
 
 def write_latents(config, out, *, dtype, batch, rank=None, num_ranks=None):

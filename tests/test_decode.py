@@ -53,12 +53,12 @@ def batch(images, size_px, flips=None, places=None, has_image=None):
                    np.ones(len(images), bool) if has_image is None else np.asarray(has_image), size_px)
 
 
-def decode(images, size_px=96, vit_px=56, flips=None, batch_size=None, **options):
+def decode(images, size_px=96, vit_px=56, flips=None, batch_size=None, resize="dali", **options):
     """Levels 0..255 (B, size, size, 3) of both outputs."""
     flips = np.zeros(len(images), dtype=bool) if flips is None else flips
     size = batch_size or len(images)
     batches = [batch(images[i:i + size], size_px, flips[i:i + size], **options) for i in range(0, len(images), size)]
-    pixels, vit_pixels = (torch.cat(parts) for parts in zip(*Decoder(size, vit_px, CPU)(batches)))
+    pixels, vit_pixels = (torch.cat(parts) for parts in zip(*Decoder(size, vit_px, CPU, resize=resize)(batches)))
     assert pixels.dtype == vit_pixels.dtype == torch.float32
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return ((pixels + 1) / 2 * 255).permute(0, 2, 3, 1).numpy(), ((vit_pixels * std + mean) * 255).permute(0, 2, 3, 1).numpy()
@@ -68,14 +68,15 @@ def error(got, wanted):
     return np.abs(got - wanted).mean()
 
 
-def test_photographs_agree_with_pillow():
+@pytest.mark.parametrize("resize", ["dali", "torch"])
+def test_photographs_agree_with_pillow(resize):
     """Mean absolute error below half a grey level of 255, for both outputs, at every size, ratio, subsampling and JPEG
     process."""
     sizes = [(640, 480), (481, 640), (333, 517), (96, 96), (97, 211), (1200, 301), (70, 60)]
     options = [{"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}, {"subsampling": 2, "progressive": True}]
     images = [encode(photograph(*size, seed), **option) for seed, size in enumerate(sizes) for option in options]
     flips = np.arange(len(images)) % 3 == 1
-    pixels, vit_pixels = decode(images, flips=flips)
+    pixels, vit_pixels = decode(images, flips=flips, resize=resize)
     for data, flip, got, vit_got in zip(images, flips, pixels, vit_pixels):
         wanted, vit_wanted = by_pillow(data, 96, 56, flip)
         assert error(got, wanted) < 0.5 and error(vit_got, vit_wanted) < 0.5
@@ -163,7 +164,8 @@ def test_a_refused_image_stops_when_its_batch_is_due(kept_bytes):
     assert sizes([good, bad, b"", good]) == [(150, 150), None, None, (150, 150)]
 
 
-def test_a_crop_lies_where_it_is_told_and_covers_any_size():
+@pytest.mark.parametrize("resize", ["dali", "torch"])
+def test_a_crop_lies_where_it_is_told_and_covers_any_size(resize):
     """Wide and tall targets, at corners and in between, against Pillow."""
     image = photograph(300, 200)
     data = encode(image, "PNG")
@@ -173,19 +175,20 @@ def test_a_crop_lies_where_it_is_told_and_covers_any_size():
         resized = image.resize((round(300 * scale), round(200 * scale)), Image.BICUBIC)
         left, top = (int((side - crop) * at) for side, crop, at in zip(resized.size, (width, height), place))
         wanted = resized.crop((left, top, left + width, top + height))
-        pixels, vit_pixels = decode([data], size_px, 56, places=[place])
+        pixels, vit_pixels = decode([data], size_px, 56, places=[place], resize=resize)
         assert error(pixels[0], np.asarray(wanted, np.float32)) < 0.5
         assert error(vit_pixels[0], np.asarray(wanted.resize((56, 56), Image.BICUBIC), np.float32)) < 0.5
 
 
-def test_bf16_is_the_rounded_float32_and_vae_pixels_may_be_left_out():
+@pytest.mark.parametrize("resize", ["dali", "torch"])
+def test_bf16_is_the_rounded_float32_and_vae_pixels_may_be_left_out(resize):
     images = [encode(photograph(120 + 7 * seed, 150, seed)) for seed in range(3)]
     encoded = batch(images, 96, [True, False, True], has_image=[True, False, True])
-    (pixels, vit_pixels), = Decoder(3, 56, CPU)([encoded])
-    (half, vit_half), = Decoder(3, 56, CPU, dtype=torch.bfloat16)([encoded])
+    (pixels, vit_pixels), = Decoder(3, 56, CPU, resize=resize)([encoded])
+    (half, vit_half), = Decoder(3, 56, CPU, dtype=torch.bfloat16, resize=resize)([encoded])
     assert half.dtype == vit_half.dtype == torch.bfloat16
     assert torch.equal(half, pixels.bfloat16()) and torch.equal(vit_half, vit_pixels.bfloat16())
-    (nothing, alone), = Decoder(3, 56, CPU, vae_pixels=False)([encoded])
+    (nothing, alone), = Decoder(3, 56, CPU, vae_pixels=False, resize=resize)([encoded])
     assert nothing is None and torch.equal(alone, vit_pixels) and len(alone) == 2      # of the samples that the ViT sees
 
 

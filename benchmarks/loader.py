@@ -1,0 +1,280 @@
+"""The loader against Pillow and torch's DataLoader: right first, then timed, in one process in turn.
+
+    python benchmarks/loader.py                            photographs drawn here, on this machine's first two cores
+    python benchmarks/loader.py --shards 'photos/*.tar'    your own
+    python benchmarks/loader.py --gpu                      decode on the GPU, and what that takes from a training step
+
+Both sides make the same of each image: 512 px VAE pixels in [-1, 1] and normalised 448 px ViT pixels, float32, cubic and
+antialiased. The DataLoader has a process per core and reads the same tars by the same index. "ours" resizes with torch
+(data.resize=torch), "ours_dali" with DALI, as a run does by default. Numbers are medians over rounds in which the sides take turns, and go to benchmarks/results/loader-<device>-<date>.json. On a machine that others
+use at the same time (`load`) images/s say little; CPU time per image, over all threads and processes, still does.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+OWN = ROOT, ROOT / "benchmarks"     # the script's own folder must not come first: a file in it could hide a module
+sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path or ".").resolve() not in OWN)]
+
+import argparse  # noqa: E402
+import datetime  # noqa: E402
+import importlib.metadata  # noqa: E402
+import io  # noqa: E402
+import json  # noqa: E402
+import multiprocessing  # noqa: E402
+import os  # noqa: E402
+import platform  # noqa: E402
+import statistics  # noqa: E402
+import subprocess  # noqa: E402
+import tarfile  # noqa: E402
+import tempfile  # noqa: E402
+import time  # noqa: E402
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image, ImageFilter, ImageOps  # noqa: E402
+
+from iomm.engine.data.buckets import Buckets, bucket_sizes  # noqa: E402
+from iomm.engine.data.decode import IMAGENET_MEAN, IMAGENET_STD  # noqa: E402
+from iomm.engine.data.index import build  # noqa: E402
+from iomm.engine.data.judge import RECORD  # noqa: E402
+from iomm.engine.data.order import Order  # noqa: E402
+from iomm.engine.data.shards import Shards  # noqa: E402
+from iomm.engine.data.source import ImageSource  # noqa: E402
+
+SIZE_PX, VIT_PX, BATCH = 512, 448, 16
+NUM_CORES, ROUNDS, BATCHES_A_ROUND, WARM_UP = 2, 5, 8, 4
+
+
+class ByPillow(torch.utils.data.Dataset):
+    """What people write: open, convert, resize, crop, to tensor, normalise. In the order of the run."""
+
+    def __init__(self, index_dir, order):
+        self.index_dir, self.order, self.shards = index_dir, order, None
+
+    def __len__(self):
+        return 1 << 30
+
+    def __getitem__(self, n):
+        if self.shards is None:      # each worker opens its own
+            self.shards = Shards(self.index_dir)
+        return by_pillow(self.shards.image_bytes(int(self.order(n))))
+
+
+def by_pillow(data):
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    scale = SIZE_PX / min(image.size)
+    image = image.resize([round(side * scale) for side in image.size], Image.BICUBIC)
+    left, top = ((side - SIZE_PX) // 2 for side in image.size)
+    image = image.crop((left, top, left + SIZE_PX, top + SIZE_PX))
+    small = image.resize((VIT_PX, VIT_PX), Image.BICUBIC)
+    return tensor(image, (0.5,) * 3, (0.5,) * 3), tensor(small, IMAGENET_MEAN, IMAGENET_STD)
+
+
+def tensor(image, mean, std):
+    x = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).contiguous().float().div_(255)
+    return x.sub_(torch.tensor(mean).view(3, 1, 1)).div_(torch.tensor(std).view(3, 1, 1))
+
+
+def ours(index_dir, device="cpu", num_threads=NUM_CORES, dtype=torch.float32, resize="dali"):
+    """Batches without end."""
+    return ImageSource(Shards(index_dir), seed=0, global_batch=BATCH, micro_batch=BATCH, rank=0, world_size=1, size_px=SIZE_PX,
+                       vit_px=VIT_PX, device=device, num_steps=1 << 30, num_threads=num_threads, dtype=dtype,
+                       resize=resize)
+
+
+def check(index_dir, resize):
+    """Largest mean absolute difference of a picture to Pillow's, in grey levels of 255; both outputs."""
+    shards, worst = Shards(index_dir), [0.0, 0.0]
+    batches = iter(ours(index_dir, resize=resize))
+    for batch in (next(batches) for _ in range(3)):
+        for k, pixels, vit_pixels in zip(batch.entry_B.tolist(), batch.pixels_BCHW, batch.vit_pixels_BCHW):
+            wanted, vit_wanted = by_pillow(shards.image_bytes(k))
+            std = torch.tensor(IMAGENET_STD).view(3, 1, 1)
+            worst[0] = max(worst[0], float((pixels - wanted).abs().mean() * 127.5))
+            worst[1] = max(worst[1], float(((vit_pixels - vit_wanted) * std).abs().mean() * 255))
+    batches.close()
+    assert max(worst) < 1, f"pixels differ from Pillow's by {worst} levels on average: nothing is timed"
+    return worst
+
+
+def images_per_s(batches, num_batches):
+    started = time.perf_counter()
+    for _ in range(num_batches):
+        next(batches)
+    return num_batches * BATCH / (time.perf_counter() - started)
+
+
+def cpu_s():
+    """CPU time of this process and of its living children."""
+    ticks = 0
+    for child in multiprocessing.active_children():
+        fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
+
+
+def against_pillow(index_dir):
+    """Images/s and CPU time of all sides, round by round. A side that waits has full queues and rests: each turn first
+    takes WARM_UP batches that do not count."""
+    shards = Shards(index_dir)
+    loader = torch.utils.data.DataLoader(
+        ByPillow(index_dir, Order(0, shards.shard_sizes)), batch_size=BATCH, num_workers=NUM_CORES, prefetch_factor=2)
+    sides = {"pillow": iter(loader), "ours": iter(ours(index_dir, resize="torch")), "ours_dali": iter(ours(index_dir))}
+    rate, cpu_ms = {name: [] for name in sides}, {name: [] for name in sides}
+    for _ in range(ROUNDS):
+        for name, batches in sides.items():
+            images_per_s(batches, WARM_UP)
+            before = cpu_s()
+            rate[name].append(images_per_s(batches, BATCHES_A_ROUND))
+            cpu_ms[name].append(1e3 * (cpu_s() - before) / (BATCH * BATCHES_A_ROUND))
+            time.sleep(1)      # its queues fill before the next one's turn
+    for name in ("ours", "ours_dali"):
+        sides[name].close()
+    report = {"rounds": ROUNDS}
+    for name in sides:
+        report |= {f"{name}_images_per_s": statistics.median(rate[name]), f"{name}_cpu_ms_per_image": statistics.median(cpu_ms[name])}
+    for name in ("ours", "ours_dali"):
+        for unit, found in (("wall", [a / b for a, b in zip(rate[name], rate["pillow"])]),
+                            ("cpu", [b / a for a, b in zip(cpu_ms[name], cpu_ms["pillow"])])):
+            report |= {f"{name}_{unit}_ratio": statistics.median(found), f"{name}_{unit}_ratio_range": [min(found), max(found)]}
+    return report
+
+
+def readers(index_dir):
+    """CPU time of reading (pread, CRC-32), as a share of one core at 100 images/s."""
+    shards, seconds = Shards(index_dir), []
+    for _ in range(ROUNDS):
+        started = time.thread_time()
+        for k in range(len(shards)):
+            shards.decodable_bytes(k)
+        seconds.append((time.thread_time() - started) / len(shards))
+    return {"reader_ms_per_image": 1e3 * statistics.median(seconds), "reader_core_share_at_100_images_per_s":
+            100 * statistics.median(seconds)}
+
+
+def ten_million(index_dir, folder):
+    """Seconds from nothing open to the first batch of 32, and to a plan of buckets, with 10 M samples in 1,000 shards."""
+    index = Shards(index_dir).index
+    shard, records = dict(index.shards[0]), np.asarray(index.records[:index.shards[0]["num_samples"]])
+    header = json.loads((Path(index_dir) / "index.json").read_text())
+    header |= {"num_samples": 10_000_000, "shards": []}
+    for i in range(1000):
+        link = folder / f"{i:04d}.tar"
+        link.symlink_to(shard["path"])
+        header["shards"].append(shard | {"path": str(link), "num_samples": 10_000})
+    many = folder / "many"
+    many.mkdir()
+    (many / "index.json").write_text(json.dumps(header))
+    block = records[np.arange(10_000) % len(records)].astype(RECORD).tobytes()
+    with open(many / "index.bin", "wb") as f:
+        for _ in range(1000):
+            f.write(block)
+    first, first_cpu, planned = [], [], []
+    for _ in range(3):
+        started, started_cpu = time.perf_counter(), time.process_time()
+        batches = iter(ours(many))
+        next(batches)
+        first.append(time.perf_counter() - started)
+        first_cpu.append(time.process_time() - started_cpu)      # of several batches read and decoded ahead
+        batches.close()
+        started = time.perf_counter()
+        Buckets(0, Shards(many).index, 1024, bucket_sizes(SIZE_PX, 16))(np.arange(10**9, 10**9 + 1024))
+        planned.append(time.perf_counter() - started)
+    num_bytes = sum(file.stat().st_size for file in many.iterdir())
+    return {"index_mb_at_10m": num_bytes / 1e6, "first_batch_s_at_10m": statistics.median(first),
+            "first_batch_cpu_s_at_10m": statistics.median(first_cpu),
+            "bucket_plan_s_at_10m": statistics.median(planned)}
+
+
+def on_gpu(index_dir):
+    """Images/s of decoding on the GPU, and how much slower a matrix product runs while 80 images/s are decoded."""
+    batches = iter(ours(index_dir, "cuda", num_threads=8, dtype=torch.bfloat16))
+    images_per_s(batches, 20)
+    rate = statistics.median(images_per_s(batches, 40) for _ in range(ROUNDS))
+    x = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+
+    def products_s(fed):
+        torch.cuda.synchronize()
+        started, taken = time.perf_counter(), 0
+        for step in range(400):
+            x @ x
+            while fed and taken * BATCH < 80 * (time.perf_counter() - started):
+                next(batches)
+                taken += 1
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    products_s(True)
+    slower = statistics.median(products_s(True) / products_s(False) - 1 for _ in range(ROUNDS))
+    batches.close()
+    return {"gpu_images_per_s": rate, "gpu_time_taken_at_80_images_per_s": slower}
+
+
+def draw_photographs(folder, num=128):
+    """Tars of JPEGs of 650 to 900 px: soft shading, hard edges, grain; about 100 KB each."""
+    folder.mkdir()
+    for shard in range(2):
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for i in range(num // 2):
+                random = np.random.default_rng(1000 * shard + i)
+                width, height = random.integers(650, 900, 2).tolist()
+                pixels = np.asarray(Image.fromarray(random.integers(0, 256, (9, 9, 3), dtype=np.uint8)).resize(
+                    (width, height), Image.BICUBIC), dtype=np.float32)
+                y, x = np.mgrid[:height, :width]
+                pixels[(x * 0.3 + y) % 90 < 30] *= 0.6
+                grain = Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8)).filter(
+                    ImageFilter.GaussianBlur(1))
+                pixels += 0.3 * (np.asarray(grain, dtype=np.float32) - 128)
+                out = io.BytesIO()
+                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=88, progressive=i % 6 == 0)
+                info = tarfile.TarInfo(f"{i:06d}.jpg")
+                info.size = len(out.getvalue())
+                tar.addfile(info, io.BytesIO(out.getvalue()))
+    return folder
+
+
+def machine(gpu):
+    """What a number depends on."""
+    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "")
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run(["git", "status", "--porcelain", "engine/data", "benchmarks/loader.py"], cwd=ROOT,
+                             capture_output=True, text=True).stdout.strip()
+    dali = next(d for d in importlib.metadata.distributions() if d.metadata["Name"].startswith("nvidia-dali"))
+    return {"device": torch.cuda.get_device_name() if gpu else f"{cpu}, {len(os.sched_getaffinity(0))} cores",
+            "date": datetime.date.today().isoformat(), "python": platform.python_version(), "torch": torch.__version__,
+            "dali": dali.version, "pillow": importlib.metadata.version("pillow"), "load": os.getloadavg()[0],
+            "commit": commit + (" and changes" if changed else "")}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--shards", help="tars of photographs; default: drawn here")
+    parser.add_argument("--gpu", action="store_true")
+    args = parser.parse_args()
+    if not args.gpu:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:NUM_CORES])
+    torch.set_num_threads(NUM_CORES)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        shards = args.shards or draw_photographs(folder / "photos")
+        index_dir = build(shards, folder / "index", progress=False)
+        records = Shards(index_dir).index.records
+        data = {"images": len(records), "kind": "photographs" if args.shards else "drawn",
+                "mean_kb": float(records["image_bytes"].mean()) / 1e3,
+                "median_px": [int(np.median(records["width"])), int(np.median(records["height"]))]}
+        report = {"machine": machine(args.gpu), "data": data, "size_px": SIZE_PX, "vit_px": VIT_PX, "batch": BATCH}
+        if args.gpu:
+            report |= on_gpu(index_dir)
+        else:
+            report["mean_difference_levels"] = {resize: check(index_dir, resize) for resize in ("dali", "torch")}
+            report |= against_pillow(index_dir) | readers(index_dir) | ten_million(index_dir, folder)
+    path = ROOT / "benchmarks" / "results" / f"loader-{'gpu' if args.gpu else 'cpu'}-{report['machine']['date']}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -167,7 +167,7 @@ def sanitize():
 
 
 def cuda_ops_once():
-    """The ops of csrc/ at the sizes of the checks, against the specification on the CPU: few other kernels to sanitize."""
+    """The ops of csrc/ at the sizes of the checks, against the specification on the CPU, so that few other kernels run."""
     from iomm.kernels.philox.compiled import philox_compiled
     from iomm.kernels.philox.reference import philox_reference
     n = torch.tensor([0, 5, 2**40])

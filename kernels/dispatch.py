@@ -2,6 +2,11 @@
 
 `IOMM_KERNELS=op:body[,op:body]` forces a body; naming one that cannot run is an error. `table()` says what was picked
 and why the others were not; a run prints it at its start.
+
+The order of registration is by measurement. A body that no benchmark has shown ahead on the device it is for stands
+behind the library or PyTorch's formula, unless those cannot do the work at all; a body that a benchmark has shown
+behind is removed, with its number in benchmarks/LOG.md. As of 2026-11-23 that puts every Triton body second: they are
+proven in the interpreter and compiled, and have not been timed on a GPU (`python benchmarks/ops.py --gpu`).
 """
 
 import importlib
@@ -21,6 +26,7 @@ class Body:
     devices: tuple = ()      # device types; empty: any
     dtypes: tuple = ()       # torch dtypes; empty: any
     why_not: callable = None
+    note: str = ""           # why it stands behind others that can run too
 
     def refusal(self, device, dtype=None):
         """Why this body cannot serve the device type and dtype, or None."""
@@ -38,9 +44,10 @@ class Body:
 _bodies = {}
 
 
-def register(op, name, fn, *, devices=(), dtypes=(), why_not=None):
-    """Adds a body to an op. The order of registration is the order of preference."""
-    _bodies.setdefault(op, []).append(Body(name=name, fn=fn, devices=devices, dtypes=dtypes, why_not=why_not))
+def register(op, name, fn, *, devices=(), dtypes=(), why_not=None, note=""):
+    """Adds a body to an op. The order of registration is the order of preference; `note` says why not further up."""
+    body = Body(name=name, fn=fn, devices=devices, dtypes=dtypes, why_not=why_not, note=note)
+    _bodies.setdefault(op, []).append(body)
 
 
 def ops():
@@ -102,8 +109,10 @@ def table(device="cpu"):
                 reason = body.refusal(device)
                 if reason is None and op in overrides():
                     reason = f"IOMM_KERNELS names {picked.name}"
+                elif reason is None and picked.dtypes:
+                    reason = f"for other dtypes than {picked.dtype_names}"
                 elif reason is None:
-                    reason = f"for other dtypes than {picked.dtype_names}" if picked.dtypes else f"after {picked.name}"
+                    reason = body.note or f"after {picked.name}"
                 others.append((body.name, reason))
         rows.append((op, device, picked.name, others))
     return rows

@@ -15,7 +15,7 @@ needs_triton = pytest.mark.skipif(
 
 
 def assert_no_worse(got, same_dtype, exact, slack=SLACK):
-    """The error may be `slack` times what the specification makes in the same dtype, plus one ulp of the largest value."""
+    """The error may be `slack` times the specification's in the same dtype, plus one ulp of the largest value."""
     assert got.shape == exact.shape and got.dtype == same_dtype.dtype
     if not exact.numel():
         return
@@ -37,7 +37,7 @@ def cast(tensors, dtype=HALF, device=DEVICE):
 
 
 def outputs_and_gradients(run, inputs):
-    """Outputs of run(*inputs), then the gradients of all inputs that want one, for fixed random weights on the outputs."""
+    """Outputs of run(*inputs), then the gradients of all inputs that want one, for fixed weights on the outputs."""
     outputs = run(*inputs)
     outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
     total = 0

@@ -66,7 +66,8 @@ def test_without_vae_pixels_and_without_images():
 @pytest.mark.parametrize(("pixels", "options", "message"), [
     (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), {}, "pixels must"), (torch.zeros(1, 4, 4, 3), {}, "pixels must"),
     (torch.zeros(1, 3, 4, 5), {}, "multiples"), (torch.zeros(1, 3, 4, 4), {"dtype": torch.float16}, "dtype"),
-    (torch.zeros(1, 3, 4, 4), {"std": (1, 0, 1)}, "std"), (torch.zeros(1, 3, 4, 4, dtype=torch.int32), {}, "pixels must"),
+    (torch.zeros(1, 3, 4, 4), {"std": (1, 0, 1)}, "std"),
+    (torch.zeros(1, 3, 4, 4, dtype=torch.int32), {}, "pixels must"),
 ])
 def test_bad_input_is_a_value_error(pixels, options, message):
     with pytest.raises(ValueError, match=message):

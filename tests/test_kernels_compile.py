@@ -1,4 +1,4 @@
-"""Every Triton kernel with every tile it may get compiles for sm_80 and sm_90: no spills, on the tensor cores, and it fits.
+"""Every Triton kernel with every tile it may get compiles for sm_80 and sm_90: no spills, tensor cores, and it fits.
 
 Compiled without a GPU. The default tile of every kernel at head dim 128 is a default test; the others are slow."""
 
@@ -29,9 +29,9 @@ def argument_type(name, half="bf16"):
     return f"*{half}"
 
 
-def check(kernel, constants, arch, warps, stages, products=False):
+def check(kernel, constants, arch, warps, stages, products=False, half="bf16"):
     assert set(constants) <= set(kernel.arg_names), set(constants) - set(kernel.arg_names)
-    types = {name: argument_type(name) for name in kernel.arg_names if name not in constants}
+    types = {name: argument_type(name, half) for name in kernel.arg_names if name not in constants}
     done = compile_for(kernel, types, constants, capability=arch, warps=warps, stages=stages)
     assert done.stack_bytes == 0, f"spills {done.stack_bytes} bytes"
     assert done.shared_bytes <= SHARED_LIMIT[arch], f"{done.shared_bytes} bytes of shared memory"
@@ -60,8 +60,8 @@ def attention_cases(first_only):
 def check_attention(arch, kind, dim, index, variant):
     from iomm.kernels.masked_attention.tiles import CANDIDATES
     tile = CANDIDATES[arch, kind, dim][index]
-    constants = {"SAMPLES": 64, "HEADS": 12, "KEY_HEADS": 12 if variant == "prefix" else 2, "E": dim, "CAUSAL": variant == "causal", "OWN": tile.own,
-                 "WALK": tile.walk}
+    constants = {"SAMPLES": 64, "HEADS": 12, "KEY_HEADS": 12 if variant == "prefix" else 2, "E": dim,
+                 "CAUSAL": variant == "causal", "OWN": tile.own, "WALK": tile.walk}
     if kind != "keys":
         constants |= {"PREFIX": variant != "suffix", "SUFFIX": variant != "prefix"}
         constants |= {name: None for name in ("prefix_k", "prefix_v", "prefix_offsets") if variant == "suffix"}
@@ -81,7 +81,11 @@ def test_attention_with_every_tile(arch, kind, dim, index, variant):
 
 
 def row_cases():
-    """(op, pass, arch, width or head dim, variant); the first width is a default test, the others are slow."""
+    """(op, pass, arch, width or head dim, variant) of everything; bf16 at the first width is a default test."""
+    return list(_row_cases())
+
+
+def _row_cases():
     for arch in (80, 90):
         for direction in ("forward", "backward"):
             for op in ("norm_modulate", "gate_residual"):
@@ -94,7 +98,7 @@ def row_cases():
                     yield "qk_norm_rope", direction, arch, dim, variant
 
 
-def check_rows(op, direction, arch, width, variant):
+def check_rows(op, direction, arch, width, variant, half="bf16"):
     """variant: norm_modulate by layer norm with a shift, not RMS; qk_norm_rope of latents, not of a kv condition."""
     module = importlib.import_module(f"iomm.kernels.{op}.kernels")
     fused = importlib.import_module(f"iomm.kernels.{op}.fused")
@@ -114,8 +118,9 @@ def check_rows(op, direction, arch, width, variant):
                      "K_WEIGHT": True, "ROTATE": variant}
         warps = fused.WARPS
         if not variant:
-            constants |= {name: None for name in kernel.arg_names if name in ("q_weight", "cos_ptr", "sin_ptr", "partial_q")}
-    check(kernel, constants, arch, warps, 3)
+            absent = "q_weight", "cos_ptr", "sin_ptr", "partial_q"
+            constants |= {name: None for name in kernel.arg_names if name in absent}
+    check(kernel, constants, arch, warps, 3, half=half)
 
 
 @pytest.mark.parametrize(("op", "direction", "arch", "width", "variant"),
@@ -125,7 +130,7 @@ def test_rows(op, direction, arch, width, variant):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("op", "direction", "arch", "width", "variant"),
-                         [case for case in row_cases() if case[3] not in (1536, 128, 0) or not case[4]])
-def test_rows_of_every_width(op, direction, arch, width, variant):
-    check_rows(op, direction, arch, width, variant)
+@pytest.mark.parametrize("half", ["bf16", "fp16"])
+@pytest.mark.parametrize(("op", "direction", "arch", "width", "variant"), row_cases())
+def test_rows_of_every_width(op, direction, arch, width, variant, half):
+    check_rows(op, direction, arch, width, variant, half)

@@ -43,7 +43,8 @@ def test_formula_value_by_value():
     qkv, q_weight, k_weight, cos, sin, condition, *condition_weights = inputs(2, 3, 2, 4, 3, 2)
     q, k, v = qk_norm_rope(qkv, q_weight, k_weight, cos, sin, condition=(condition, *condition_weights))
     assert torch.equal(v, torch.cat((condition[:, :, 2], qkv[:, :, 2]), 1))
-    for part, weight, first_weight, got in ((0, q_weight, condition_weights[0], q), (1, k_weight, condition_weights[1], k)):
+    for part, weight, first_weight, got in ((0, q_weight, condition_weights[0], q),
+                                            (1, k_weight, condition_weights[1], k)):
         x = qkv[1, 2, part, 1]
         x = x / (x.square().mean() + 1e-6).sqrt() * weight
         turned = [x[0] * cos[2, 0] - x[1] * sin[2, 0], x[0] * sin[2, 0] + x[1] * cos[2, 0],

@@ -8,7 +8,7 @@ from iomm.kernels.gate_residual.reference import gate_residual_reference, gate_r
 # PyTorch's body comes first: torch.compile fuses it with what surrounds it, and no GPU has timed the other one yet.
 register("gate_residual", "torch", gate_residual_torch)
 register("gate_residual", "triton", gate_residual_triton, devices=triton_support.DEVICES,
-         dtypes=triton_support.DTYPES, why_not=triton_support.why_not)
+         dtypes=triton_support.DTYPES, why_not=triton_support.why_not, note=triton_support.NOTE)
 register("gate_residual", "reference", gate_residual_reference)
 
 

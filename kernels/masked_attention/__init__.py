@@ -23,11 +23,11 @@ from iomm.kernels.masked_attention.sdpa import masked_attention_sdpa
 
 register("masked_attention", "sdpa", masked_attention_sdpa)
 register("masked_attention", "varlen", varlen.masked_attention_varlen, devices=("cuda",), dtypes=varlen.DTYPES,
-         why_not=varlen.varlen_why_not)
+         why_not=varlen.varlen_why_not, note=triton_support.NOTE)
 register("masked_attention", "flash", varlen.masked_attention_flash, devices=("cuda",), dtypes=varlen.DTYPES,
-         why_not=varlen.flash_why_not)
+         why_not=varlen.flash_why_not, note=triton_support.NOTE)
 register("masked_attention", "triton", masked_attention_triton, devices=triton_support.DEVICES,
-         dtypes=triton_support.HALVES, why_not=triton_support.why_not)
+         dtypes=triton_support.DTYPES, why_not=triton_support.why_not, note=triton_support.NOTE)
 register("masked_attention", "reference", masked_attention_reference)
 
 

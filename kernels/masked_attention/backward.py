@@ -68,7 +68,7 @@ def keys_kernel(q_ptr, k_ptr, v_ptr, offsets, key_offsets, grad_ptr, lse_ptr, de
                 num_rows, num_keys, scale, scale_log2, SAMPLES: tl.constexpr, HEADS: tl.constexpr,
                 KEY_HEADS: tl.constexpr, E: tl.constexpr, CAUSAL: tl.constexpr, OWN: tl.constexpr,
                 WALK: tl.constexpr):
-    """Program (key head, slot of keys): dk and dv of its tile from the queries of its sample, head by head of the group.
+    """Program (key head, slot of keys): dk and dv of its tile from the queries of its sample, head by head.
 
     CAUSAL: keys are the suffix, key_offsets are offsets, and query row i sees key row j where j <= i."""
     key_head = tl.program_id(0)

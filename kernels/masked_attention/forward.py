@@ -13,8 +13,8 @@ from iomm.kernels.masked_attention.tiles import load_tile, rows_of, store_tile, 
 @triton.jit
 def attend_to(state, q, i, k, v, first, stop, end, head, scale_log2, HEADS: tl.constexpr, E: tl.constexpr,
               BLOCK: tl.constexpr, EDGE: tl.constexpr, CAUSAL: tl.constexpr):
-    """Folds the keys first .. stop (< end) into (acc, peak, total). EDGE: some may lie behind `end`; CAUSAL: query row i
-    sees those up to i. Without either nothing is masked."""
+    """Folds the keys first .. stop (< end) into (acc, peak, total). EDGE: some may lie behind `end`; CAUSAL: query
+    row i sees those up to i. Without either nothing is masked."""
     acc, peak, total = state
     for start in range(first, stop, BLOCK):
         j = start + tl.arange(0, BLOCK)

@@ -80,7 +80,7 @@ def masked_attention_varlen(*arguments):
 
 @functools.cache
 def _torch_options():
-    """Which keywords this torch's varlen_attn has: grouped heads from 2.12; causal was a bool before it was a window."""
+    """Which keywords this torch's varlen_attn has: grouped heads from 2.12; causal was a bool once."""
     from torch.nn.attention.varlen import varlen_attn
     return frozenset(inspect.signature(varlen_attn).parameters)
 

@@ -8,7 +8,7 @@ from iomm.kernels.norm_modulate.reference import norm_modulate_reference, norm_m
 # PyTorch's body comes first: torch.compile fuses it with what surrounds it, and no GPU has timed the other one yet.
 register("norm_modulate", "torch", norm_modulate_torch)
 register("norm_modulate", "triton", norm_modulate_triton, devices=triton_support.DEVICES,
-         dtypes=triton_support.DTYPES, why_not=triton_support.why_not)
+         dtypes=triton_support.DTYPES, why_not=triton_support.why_not, note=triton_support.NOTE)
 register("norm_modulate", "reference", norm_modulate_reference)
 
 

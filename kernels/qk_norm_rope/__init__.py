@@ -11,7 +11,7 @@ from iomm.kernels.qk_norm_rope.reference import qk_norm_rope_reference, qk_norm_
 # PyTorch's body comes first: torch.compile fuses it with what surrounds it, and no GPU has timed the other one yet.
 register("qk_norm_rope", "torch", qk_norm_rope_torch)
 register("qk_norm_rope", "triton", qk_norm_rope_triton, devices=triton_support.DEVICES,
-         dtypes=triton_support.DTYPES, why_not=triton_support.why_not)
+         dtypes=triton_support.DTYPES, why_not=triton_support.why_not, note=triton_support.NOTE)
 register("qk_norm_rope", "reference", qk_norm_rope_reference)
 
 

@@ -10,13 +10,14 @@ def qk_norm_rope_triton(*arguments):
     *tensors, eps = arguments
     dim = tensors[0].shape[-1]
     if dim < 16 or dim & dim - 1:
-        raise ValueError(f"qk_norm_rope:triton wants a head dim of 16, 32, 64, 128 or 256, got {dim}: choose another body")
+        raise ValueError(f"qk_norm_rope:triton wants a head dim of 16, 32, 64, 128 or 256, got {dim}: "
+                         "choose another body")
     tensors[3:5] = (x.float() for x in tensors[3:5])
     return _forward(*(None if x is None else x.contiguous() for x in tensors), eps)
 
 
 def _streams(qkv, q_weight, k_weight, cos, sin, condition, condition_q_weight, condition_k_weight):
-    """(projections, weights, tables, first row in q, first row in k and v) of each stream, and the rows of q and of k."""
+    """(projections, weights, tables, first row in q, first row in k and v) of each stream; rows of q; rows of k."""
     num_condition = 0 if condition is None else condition.shape[1]
     num_asking = num_condition if condition is not None and condition.shape[2] == 3 else 0
     streams = [(qkv, q_weight, k_weight, cos, sin, num_asking, num_condition)]
@@ -74,8 +75,9 @@ def _backward(
     for x, q_norm, k_norm, cos_x, sin_x, first_query, first in streams:
         dx = torch.empty_like(x)
         programs, samples = _grid(x)
-        sums = [None if weight is None else torch.empty(
-            samples * programs, 2, x.shape[4] // 2, dtype=torch.float32, device=x.device) for weight in (q_norm, k_norm)]
+        size = samples * programs, 2, x.shape[4] // 2
+        sums = [None if weight is None else torch.empty(size, dtype=torch.float32, device=x.device)
+                for weight in (q_norm, k_norm)]
         if x.shape[2] == 2 and sums[0] is not None:
             sums[0].zero_()     # a weight for queries that are not there
         if x.numel():

@@ -23,8 +23,10 @@ def weights_of(weight_ptr, E: tl.constexpr, WEIGHT: tl.constexpr):
     """Even and odd halves of a weight, ones if there is none."""
     f = tl.arange(0, E // 2)
     if WEIGHT:
-        return (tl.load(weight_ptr + 2 * f).to(tl.float32)[None, :], tl.load(weight_ptr + 2 * f + 1).to(tl.float32)[None, :])
-    return tl.full([1, E // 2], 1.0, tl.float32), tl.full([1, E // 2], 1.0, tl.float32)
+        even, odd = tl.load(weight_ptr + 2 * f).to(tl.float32), tl.load(weight_ptr + 2 * f + 1).to(tl.float32)
+    else:
+        even, odd = tl.full([E // 2], 1.0, tl.float32), tl.full([E // 2], 1.0, tl.float32)
+    return even[None, :], odd[None, :]
 
 
 @triton.jit
@@ -87,7 +89,7 @@ def angles(cos_ptr, sin_ptr, num_tokens, HEADS: tl.constexpr, E: tl.constexpr, R
 def forward_kernel(x_ptr, q_weight, k_weight, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, num_tokens, num_queries, num_joint,
                    num_first_query, num_first, eps, HEADS: tl.constexpr, E: tl.constexpr, PARTS: tl.constexpr,
                    ROWS: tl.constexpr, Q_WEIGHT: tl.constexpr, K_WEIGHT: tl.constexpr, ROTATE: tl.constexpr):
-    """Program (ROWS vectors, sample) of one stream, whose tokens begin at num_first_query of q and num_first of k, v."""
+    """Program (ROWS vectors, sample) of one stream, whose tokens begin at num_first_query in q, num_first in k, v."""
     cos, sin = angles(cos_ptr, sin_ptr, num_tokens, HEADS, E, ROWS, ROTATE)
     if PARTS == 3:
         source, joint, inside = places(num_tokens, num_queries, num_first_query, 0, PARTS, HEADS, E, ROWS)

@@ -8,7 +8,7 @@ from iomm.kernels.velocity_loss.reference import velocity_loss_reference
 # The reference comes first until a GPU has timed the other one: torch.compile and PyTorch's own reductions serve it.
 register("velocity_loss", "reference", velocity_loss_reference)
 register("velocity_loss", "triton", velocity_loss_triton, devices=triton_support.DEVICES,
-         dtypes=triton_support.DTYPES, why_not=triton_support.why_not)
+         dtypes=triton_support.DTYPES, why_not=triton_support.why_not, note=triton_support.NOTE)
 
 
 def velocity_loss(velocity_BNK, target_BNK):

@@ -9,9 +9,9 @@ BLOCK, WARPS = 4096, 8
 
 
 def velocity_loss_triton(velocity_BNK, target_BNK):
-    """(loss, loss_B) as `velocity_loss` describes them; no gradient for the target. Raises ValueError if it wants one."""
+    """(loss, loss_B) as `velocity_loss` describes them; no gradient for the target: ValueError if it wants one."""
     if target_BNK.requires_grad:
-        raise ValueError("velocity_loss:triton gives the target no gradient: detach it, or choose velocity_loss:reference")
+        raise ValueError("velocity_loss:triton gives the target no gradient: detach it, or choose another body")
     loss_B, _ = _forward(velocity_BNK.contiguous(), target_BNK.contiguous())
     return loss_B.mean(), loss_B
 

@@ -1,7 +1,7 @@
 """Which image tokens the model sees: a mask drawn per sample, as packed indices.
 
-This is the only place where the mask of METHOD's step 4 is drawn. `visible_tokens` counts first and returns as many rows
-as there are; `visible_tokens_packed` returns a fixed number of them and never waits.
+This is the only place where the mask of METHOD's step 4 is drawn. `visible_tokens` counts first and returns as many
+rows as there are; `visible_tokens_packed` returns a fixed number of them and never waits.
 """
 
 import math
@@ -62,8 +62,8 @@ def visible_tokens_packed(seed, n_B, num_tokens, ratio, count="bernoulli", capac
     (their samples see fewer tokens; offsets say so). It is for the caller to add up and report, so nothing is lost
     silently.
 
-    A model gathers tokens.flatten(0, 1)[index], runs all `capacity` rows (shapes never change, so nothing recompiles and
-    CUDA graphs hold) and hands offsets to `masked_attention`, which gives rows behind the last sample zeros and no
+    A model gathers tokens.flatten(0, 1)[index], runs all `capacity` rows (shapes never change, so nothing recompiles
+    and CUDA graphs hold) and hands offsets to `masked_attention`, which gives rows behind the last sample zeros and no
     gradient. Raises ValueError on bad input."""
     seed = _checked(seed, n_B, num_tokens, ratio, count)
     capacity = packed_capacity(len(n_B), num_tokens, ratio, count) if capacity is None else capacity

@@ -1,0 +1,44 @@
+"""A small generator with every Triton body against the same one with PyTorch's: losses of some steps, and gradients."""
+
+import torch
+from kernel_checks import DEVICE, HALF, needs_triton
+
+from iomm.config import GeneratorConfig
+from iomm.generator import new_generator
+from iomm.kernels.velocity_loss import velocity_loss
+
+OPS = "norm_modulate", "gate_residual", "qk_norm_rope", "velocity_loss"
+CONFIG = GeneratorConfig(width=64, num_heads=2, num_blocks=2, token_dim=16, condition_dim=24)
+
+
+def train(num_steps=3):
+    """Losses of a few steps of SGD, and the last step's gradients."""
+    model = new_generator(CONFIG, 0).to(DEVICE, HALF)
+    random = torch.Generator().manual_seed(0)
+    losses = []
+    for _ in range(num_steps):
+        shapes = (2, 9, 16), (2, 5, 24), (2, 9, 16)
+        noisy, condition, target = (torch.randn(shape, generator=random).to(DEVICE, HALF) for shape in shapes)
+        time = torch.rand(2, generator=random).to(DEVICE)
+        loss, _ = velocity_loss(model(noisy, time, condition, (3, 3)), target)
+        model.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 0.1 * parameter.grad
+        losses.append(loss.item())
+    return losses, [parameter.grad for parameter in model.parameters()]
+
+
+@needs_triton
+def test_triton_trains_as_pytorch_does(monkeypatch):
+    losses, gradients = train()
+    monkeypatch.setenv("IOMM_KERNELS", ",".join(f"{op}:triton" for op in OPS))
+    got, mine = train()
+    slack = 30 * torch.finfo(HALF).eps
+    assert max(abs(a - b) for a, b in zip(got, losses)) <= slack * losses[0]
+    assert losses[0] != losses[-1]
+    for own, other in zip(mine, gradients, strict=True):
+        assert (own - other).abs().max() <= slack * max(g.abs().max() for g in gradients)
+    again, _ = train()
+    assert got == again

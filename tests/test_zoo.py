@@ -187,7 +187,7 @@ def seeds():
 
 @pytest.mark.parametrize("num", [500, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_mutations(num):
-    """No crash, none over 2 s, memory within 256 MB; and what passes the gate decodes in DALI too, but for a few."""
+    """No crash, none over 2 s, memory within 256 MB; and all that passes the gate decodes in DALI too."""
     some = seeds()
     assert len(some) == 20
     check_image(some[0], min_size_px=32, max_aspect=10)
@@ -207,7 +207,7 @@ def test_mutations(num):
     refused = sum(size is None for size in seen)
     print(json.dumps({"mutations": num, "accepted": len(accepted), "refused_by_dali": refused, "slowest_s": round(slowest, 3),
                       "grown_mb": round(grown_mb), "reasons": dict(reasons.most_common())}))
-    assert refused <= 0.01 * num      # those are replaced while training
+    assert refused == 0
 
 
 def test_1000_bit_flips_are_all_caught_by_the_checksum(tmp_path):

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,8 +47,8 @@ def check_image(data, *, min_size_px, max_aspect, max_pixels=MAX_PIXELS, whole=T
     """
     kind = _kind(data)
     scan = _check_jpeg_header(data, max_pixels) if kind == "JPEG" else 0
-    if kind == "PNG" and whole and b"IEND" not in data:      # enough for Pillow if the pixels are there, not for DALI
-        raise Rejected("truncated", "no end")
+    if kind == "PNG" and whole:
+        _check_png_chunks(data)
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(*image.size, min_size_px, max_aspect, max_pixels)
@@ -136,6 +137,19 @@ def _check_jpeg_header(data, max_pixels):
     if width * height > max_pixels:
         raise Rejected("too_large", f"{width} x {height}")
     return at
+
+
+def _check_png_chunks(data):
+    """Walks the chunks to the end and checks their CRCs, as DALI's libpng does; Pillow is content with the pixels."""
+    at, name = 8, b""
+    while name != b"IEND":
+        length, name = int.from_bytes(data[at:at + 4], "big"), data[at + 4:at + 8]
+        end = at + 8 + length
+        if end + 4 > len(data):
+            raise Rejected("truncated", f"ends inside the chunk at byte {at}")
+        if zlib.crc32(data[at + 4:end]) != int.from_bytes(data[end:end + 4], "big"):
+            raise Rejected("bad_header", f"the chunk at byte {at} does not fit its CRC")
+        at = end + 4
 
 
 def _check_size(width, height, min_size_px, max_aspect, max_pixels):

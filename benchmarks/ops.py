@@ -167,7 +167,7 @@ def sanitize():
 
 
 def cuda_ops_once():
-    """The ops of csrc/ at the sizes of the checks, against the specification on the CPU, so that few other kernels run."""
+    """The ops of csrc/ at the sizes of the checks, against the specification on the CPU: few other kernels run."""
     from iomm.kernels.philox.compiled import philox_compiled
     from iomm.kernels.philox.reference import philox_reference
     n = torch.tensor([0, 5, 2**40])
@@ -288,9 +288,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--gpu", action="store_true", help="build, check, sanitize and time on the GPU")
     parser.add_argument("--tiles", action="store_true", help="with --gpu: time all candidate tiles of masked_attention")
+    parser.add_argument("--threads", type=int, help="of the CPU's bodies; 1 where others share the machine")
     parser.add_argument("--cuda-ops-once", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     begun = time.monotonic()
+    if args.threads:
+        torch.set_num_threads(args.threads)
     if (args.gpu or args.cuda_ops_once) and not torch.cuda.is_available():
         raise SystemExit("there is no GPU here: leave out --gpu")
     if args.cuda_ops_once:

@@ -102,7 +102,7 @@ def test_damaged_latents_and_images_are_replaced(world, vae, tmp_path, monkeypat
 
     def broken(k):
         if k == 5:
-            raise Damaged("sample 5 is gone", 0)
+            raise Damaged("sample 5 is gone")
         return real(k)
 
     monkeypatch.setattr(world, "decodable_bytes", broken)

@@ -154,7 +154,7 @@ def test_where_nothing_can_be_had_batches_stay_full_and_say_so(index_dir):
     some = source(index_dir, num_steps=1)
 
     def gone(k):
-        raise Damaged(f"sample {k} is gone", 0)
+        raise Damaged(f"sample {k} is gone")
 
     some.shards.decodable_bytes = gone
     batches = list(some)

@@ -66,10 +66,9 @@ def judge_shard(path, rules, *, start=0, part=0, num_parts=1, poison=(), begin=l
     try:
         shard = Folder(path) if os.path.isdir(path) else Tar(path)
         samples = group_by_key(shard.members(lambda reason, message: reject("", reason, message)), reject)
-        if rules.verify == "full":
-            missing = told_missing(path, len(samples) + sum(line["key"] != "" for line in rejected))
-            if missing:
-                reject("", "missing", missing)
+        missing = told_missing(path, len(samples) + sum(line["key"] != "" for line in rejected))
+        if missing:
+            reject("", "missing", missing)
         if start or part:
             rejected.clear()
         for num, (key, members) in enumerate(samples.items(), start=1):

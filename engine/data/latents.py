@@ -107,7 +107,7 @@ class LatentStore:
             problem = "its bytes are not those that were written"
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             problem = f"cannot be read: {error}"
-        raise Damaged(f"{path}: latents {row}: {problem}", number)
+        raise Damaged(f"{path}: latents {row}: {problem}")
 
     def zeros(self):
         return torch.zeros(self.shape, dtype=self.dtype)

@@ -17,11 +17,7 @@ MAX_OPEN = 256      # shards; the order reads from 16 at a time, and 1,024 file 
 
 
 class Damaged(InputError):
-    """A sample that was good when it was indexed cannot be had now. `shard` is the number of its shard."""
-
-    def __init__(self, message, shard):
-        super().__init__(message)
-        self.shard = shard
+    """A sample that was good when it was indexed cannot be had now."""
 
 
 class Shards:
@@ -89,7 +85,7 @@ class Shards:
             return f"{path}: sample at byte {offset}"
 
     def _damaged(self, k, problem):
-        return Damaged(f"{self.name(k)}: {problem}", self.shard(k))
+        return Damaged(f"{self.name(k)}: {problem}")
 
     def _read(self, k, offset, num_bytes):
         try:

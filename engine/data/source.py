@@ -148,18 +148,18 @@ class ImageSource:
                 sample.latents = self.latents.read(k) if self.latents else None
                 return sample
             except Damaged as error:
-                self._replace(sample, str(error), error.shard)
+                self._replace(sample, str(error))
         height, width = sample.size_px
         sample.image, sample.caption = _black(width, height), ""
         sample.latents = self.latents.zeros() if self.latents else None
         return sample
 
-    def _replace(self, sample, problem, shard):
+    def _replace(self, sample, problem):
         """Points the sample at the next one of its plan, and counts its position once."""
         sample.attempt += 1
         fatal = sample.attempt > MAX_ATTEMPTS
         if sample.failure is None or fatal:
-            first = sample.failure or Failure(sample.n, shard, problem)
+            first = sample.failure or Failure(sample.n, self.shards.shard(sample.entry), problem)
             sample.failure = Failure(first.n, first.shard, first.problem, fatal)
         with self._order_lock:
             sample.entry = int(self.order(np.array([sample.n]), sample.attempt)[0])
@@ -171,7 +171,7 @@ class ImageSource:
         for sample in refused:
             detail = "" if len(refused) < len(samples) else f" ({' '.join(str(error).split())[:200]})"
             self._replace(sample, f"{self.shards.name(sample.entry)}: DALI cannot decode it, though `iomm index` could"
-                          + detail, self.shards.shard(sample.entry))
+                          + detail)
             self._fill(sample)
 
     def _encoded(self, batches, on_the_way):

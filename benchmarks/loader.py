@@ -5,9 +5,10 @@
     python benchmarks/loader.py --gpu                      decode on the GPU, and what that takes from a training step
 
 Both sides make the same of each image: 512 px VAE pixels in [-1, 1] and normalised 448 px ViT pixels, float32, cubic and
-antialiased. The DataLoader has a process per core and reads the same tars by the same index. "ours" resizes with torch
-(data.resize=torch), "ours_dali" with DALI, as a run does by default. Numbers are medians over rounds in which the sides take turns, and go to benchmarks/results/loader-<device>-<date>.json. On a machine that others
-use at the same time (`load`) images/s say little; CPU time per image, over all threads and processes, still does.
+antialiased. The DataLoader has a process per core and reads the same tars by the same index. "ours" resizes with torch,
+as a run on a CPU does by default; "ours_dali" with DALI (data.resize=dali). Numbers are medians over rounds in which the
+sides take turns, and go to benchmarks/results/loader-<device>-<date>.json. On a machine that others use at the same time
+(`load`) images/s say little; CPU time per image, over all threads and processes, still does.
 """
 
 import sys

@@ -58,7 +58,7 @@ class DataSection:
     buckets: bool = False              # crops of about the image's own aspect ratio instead of squares, of equal area
     flip: bool = False                 # mirror half of the images (never one with a caption)
     precision: str = "fp32"            # fp32 | bf16: pixels as they leave the decoder
-    resize: str = "dali"               # dali | torch: on a CPU, faster and within half a grey level
+    resize: str = "torch"              # who resizes on a CPU: torch, the faster, or dali; on a GPU it is DALI
     num_images: int = 4096             # images of the shapes world (64 px), when that is what is trained on
     num_pairs: int = 500               # pairs of it, other pictures than those images
     threads: int = 2                   # decoding threads a rank

@@ -47,7 +47,7 @@ class Decoder:
     """
 
     def __init__(self, batch_size, vit_px, device, num_threads=2, prefetch=2, *, dtype=torch.float32, vae_pixels=True,
-                 hw_decoder_load=0.65, resize="dali"):
+                 hw_decoder_load=0.65, resize="torch"):
         choice("data.resize", resize, ("dali", "torch"))
         if not 0 <= hw_decoder_load <= 1:
             raise InputError(f"data.hw_decoder_load must be between 0 and 1, got {hw_decoder_load}")

@@ -57,7 +57,7 @@ class ImageSource:
 
     def __init__(self, shards, *, seed, global_batch, micro_batch, rank, world_size, size_px, vit_px, device,
                  start_step=0, num_steps, flip=False, num_threads=2, crop="center", plan=None, latents=None,
-                 dtype=torch.float32, hw_decoder_load=0.65, resize="dali"):
+                 dtype=torch.float32, hw_decoder_load=0.65, resize="torch"):
         if global_batch < 1 or micro_batch < 1 or global_batch % (micro_batch * world_size):
             raise InputError(f"train.global_batch must be a multiple of train.micro_batch x ranks, got {global_batch} "
                              f"and {micro_batch} x {world_size}")

@@ -1,98 +1,224 @@
-"""Checkpoints: written beside, verified by hash, committed by one rename. Only safetensors and JSON.
+"""Checkpoints: written beside and behind training, verified by hash, committed by one rename. Only safetensors and JSON.
 
     checkpoints/step-00000100/rank-00000-of-00002.safetensors   "master/<parameter>", "exp_avg/...", "ema/..." : pieces
     checkpoints/step-00000100/MANIFEST.json                     facts of the run, size and SHA-256 of every file
 
 The newest folder whose manifest and files verify is the one to resume from; there is no pointer file to go stale."""
 
+import fcntl
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
+import socket
+import struct
+import threading
+import time
 import uuid
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 
 from iomm.config import InputError
 
 FORMAT = 1
+FILE_NAME = re.compile(r"rank-\d{5}-of-\d{5}\.safetensors")       # a manifest may name nothing else: no way out of its folder
+DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 
 
-def save(root, step, tensors, facts, ranks, keep):
-    """Writes this rank's `tensors` and commits once every rank has written. Returns the folder, or None and leaves the
-    older checkpoints alone when a rank could not write (disk full, say): rank 0 says why and training goes on."""
-    root = Path(root)
-    final = root / folder_name(step)
+class Saver:
+    """Writes the checkpoints of one run, all ranks together. save() copies and returns; a thread writes, reads back, commits.
 
-    def begin():
+    `ranks` must have a process group of its own (Ranks.apart): its collectives meet those of training otherwise. A save
+    that fails (disk full, say) leaves the older checkpoints alone, prints one line on rank 0, and training goes on."""
+
+    def __init__(self, root, ranks, *, keep, keep_every_steps=0, background=True):
+        self.root, self.ranks, self.keep, self.permanent = Path(root), ranks, keep, keep_every_steps
+        self.background, self.thread, self.copies, self.error = background, None, {}, None
+        self.folder = None                       # what the last save committed, or None when it failed
+        self.stall_s = self.write_s = self.bytes = 0
+
+    def save(self, step, tensors, facts):
+        """Stores the tensors as they are now, whatever becomes of them after this call. Waits for the save before."""
+        started = time.perf_counter()
+        self.wait()
+        copied = self.copy(tensors)
+        facts = {"format": FORMAT, "step": step, "world_size": self.ranks.size, **facts}
+        self.thread = threading.Thread(target=self.write, args=(facts, copied), name="checkpoint", daemon=True)
+        self.thread.start()
+        if not self.background:
+            self.wait()
+        self.stall_s = time.perf_counter() - started
+
+    def wait(self):
+        """Returns the folder of the last save once it is committed, or None if it could not be."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+        return self.folder
+
+    def copy(self, tensors):
+        """Fills buffers that live as long as the run; pinned, so that a GPU copies while training goes on. Returns the
+        event after which they are filled, or None."""
+        if set(self.copies) != set(tensors):
+            self.copies = {key: torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda) for key, t in tensors.items()}
+        for key, t in tensors.items():
+            self.copies[key].copy_(t.detach(), non_blocking=True)
+        if not any(t.is_cuda for t in tensors.values()):
+            return None
+        # On the training stream: a later step's kernels come after the copy, whenever that is done.
+        return torch.cuda.current_stream().record_event()
+
+    def write(self, facts, copied):
+        """The thread. What can go wrong with a disk ends here, as one line; anything else reaches the next wait()."""
         try:
-            root.mkdir(parents=True, exist_ok=True)
-            sweep(root)
-            folder = root / f".tmp-{step}-{uuid.uuid4().hex[:8]}"
-            folder.mkdir()
-            return str(folder)
-        except OSError as error:
-            print(f"checkpoint of step {step} not written: {error}; training goes on", flush=True)
-    folder = ranks.on_first(begin)
-    if folder is None:
-        return None
-    name = f"rank-{ranks.rank:05d}-of-{ranks.size:05d}.safetensors"
+            started = time.perf_counter()
+            if copied is not None:
+                copied.synchronize()
+            self.folder = None
+            folder = self.ranks.on_first(lambda: begin(self.root, facts["step"]))
+            if folder is None:
+                return
+            outcome = write_piece(Path(folder), self.ranks.rank, self.ranks.size, self.copies)
+            outcomes = self.ranks.all(outcome)   # no rank comes here before it has read back what it wrote
+            final = self.ranks.on_first(lambda: commit(self.root, Path(folder), facts, outcomes))
+            self.folder = Path(final) if final else None
+            self.write_s, self.bytes = time.perf_counter() - started, sum(size for _, size, _, _ in outcomes)
+            if final and self.ranks.first:
+                print(f"checkpoint of step {facts['step']} committed", flush=True)
+                retain(self.root, self.folder, self.keep, self.permanent)
+        except BaseException as error:
+            self.error = error
+
+
+def begin(root, step):
+    """Makes the folder that nobody looks at, or says why not and returns None."""
     try:
-        path = Path(folder) / name
-        save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, path)
-        sync(path)
-        outcome = (name, path.stat().st_size, sha256(path), None)
-    except (OSError, SafetensorError) as error:
-        outcome = (name, 0, "", str(error))
-    outcomes = ranks.all(outcome)
+        if not root.is_dir():
+            root.mkdir(parents=True)
+            sync(root.parent)
+        folder = root / f".tmp-{step}-{uuid.uuid4().hex[:8]}"
+        folder.mkdir()
+        return str(folder)
+    except OSError as error:
+        alert(step, error)
 
-    def commit():
-        try:
-            failed = [f"{name}: {error}" for name, _, _, error in outcomes if error]
-            if failed:
-                raise OSError("; ".join(failed))
-            files = {name: {"bytes": size, "sha256": digest} for name, size, digest, _ in outcomes}
-            manifest = Path(folder) / "MANIFEST.json"
-            manifest.write_bytes(seal({"format": FORMAT, "step": step, "world_size": ranks.size, "files": files, **facts}))
-            sync(manifest)
-            sync(folder)
-            if final.exists():
-                discard(final)
-            os.rename(folder, final)             # the only commit point
-            sync(root)
-            for old in steps(root)[:-keep]:
-                discard(old)
-            return str(final)
-        except OSError as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            print(f"checkpoint of step {step} not written: {error}; training goes on", flush=True)
-    return ranks.on_first(commit)
+
+def write_piece(folder, rank, size, tensors):
+    """Writes one rank's file -> (name, bytes, SHA-256, what went wrong or None)."""
+    name = f"rank-{rank:05d}-of-{size:05d}.safetensors"
+    try:
+        length, digest = write_safetensors(folder / name, tensors)
+        if sha256(folder / name, from_disk=True) != digest:
+            raise OSError(f"{name} reads back differently from what was written")
+        return name, length, digest, None
+    except OSError as error:
+        return name, 0, "", str(error)
+
+
+def commit(root, folder, facts, outcomes):
+    """Seals the folder and renames it to its final name -> that name, or None with one line said. Work for rank 0."""
+    final = root / folder_name(facts["step"])
+    try:
+        failed = [f"{name}: {error}" for name, _, _, error in outcomes if error]
+        if failed:
+            raise OSError("; ".join(failed))
+        files = {name: {"bytes": size, "sha256": digest} for name, size, digest, _ in outcomes}
+        with open(folder / "MANIFEST.json", "xb") as file:
+            file.write(seal({**facts, "files": files}))
+            file.flush()
+            os.fsync(file.fileno())
+        sync(folder)
+        if final.exists():
+            if not damage(final):                # a run repeats itself: what is there is as good, and there already
+                remove(folder)
+                return str(final)
+            discard(final)
+        os.rename(folder, final)                 # the only commit point
+        sync(root)
+        return str(final)
+    except OSError as error:
+        remove(folder)
+        alert(facts["step"], error)
+
+
+def retain(root, newest, keep, permanent):
+    """Removes all but the `keep` newest and those of every `permanent` steps; nothing, unless the newest reads back."""
+    try:
+        read_manifest(newest)                    # its files were read back before the commit
+        ordinary = [p for p in steps(root) if not permanent or step_of(p) % permanent]
+        for trash in root.glob(".trash-*"):      # a removal that failed before
+            remove(trash)
+        for old in ordinary[:-keep]:
+            discard(old)
+    except (OSError, InputError) as error:
+        print(f"older checkpoints not removed: {error}; training goes on", flush=True)
+
+
+def alert(step, error):
+    print(f"checkpoint of step {step} not written: {error}; training goes on", flush=True)
 
 
 def folder_name(step):
     return f"step-{step:08d}"
 
 
+def step_of(folder):
+    return int(folder.name.removeprefix("step-"))
+
+
 def steps(root):
     """Committed checkpoints, oldest first."""
-    return sorted(p for p in Path(root).glob("step-*") if p.is_dir())
+    return sorted((p for p in Path(root).glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name) and p.is_dir()), key=step_of)
+
+
+def take(run_dir, patience_s=10.0):
+    """Makes this process the only one that trains in run_dir, and sweeps what a killed one left.
+
+    The kernel drops the lock with the process, however that ends: it cannot go stale. Ranks of a launcher that was
+    killed need a moment to notice, hence the patience. Raises InputError when the other one stays."""
+    handle = os.open(Path(run_dir) / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    until = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)       # not flock: that lives on in forked workers
+            break
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() > until:
+                owner = os.pread(handle, 200, 0).decode(errors="replace")
+                os.close(handle)
+                raise InputError(f"{run_dir} is being trained by {owner or 'another process'}: stop that, or choose "
+                                 "another run.dir") from None
+            time.sleep(0.1)
+        except OSError as error:                 # a file system without locks
+            print(f"{run_dir} could not be locked ({error}): see to it that one job alone trains there", flush=True)
+            break
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    sweep(Path(run_dir) / "checkpoints")
 
 
 def sweep(root):
-    """Removes what a killed save or a killed removal left."""
+    """Removes what a killed save or a killed removal left. At the start only: later on it would be somebody's."""
     for pattern in (".tmp-*", ".trash-*"):
-        for left in Path(root).glob(pattern):
-            shutil.rmtree(left, ignore_errors=True)
+        for left in root.glob(pattern):
+            remove(left)
 
 
 def discard(folder):
     trash = folder.with_name(f".trash-{folder.name}-{uuid.uuid4().hex[:8]}")
     os.rename(folder, trash)
-    shutil.rmtree(trash, ignore_errors=True)
+    remove(trash)
+
+
+def remove(folder):
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def sync(path):
@@ -103,8 +229,30 @@ def sync(path):
         os.close(handle)
 
 
-def sha256(path):
+def write_safetensors(path, tensors):
+    """Writes and fsyncs a new file -> (bytes, SHA-256 of what was meant to be written).
+
+    safetensors' own writer holds a second copy of everything, hashes nothing, and renames over whatever has the name."""
+    header, offset = {}, 0
+    for key, t in tensors.items():
+        header[key] = {"dtype": DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": [offset, offset + t.nbytes]}
+        offset += t.nbytes
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    digest = hashlib.sha256()
+    with open(path, "xb") as file:
+        for part in (struct.pack("<Q", len(head)), head, *(t.reshape(-1).view(torch.uint8).numpy() for t in tensors.values())):
+            digest.update(part)
+            file.write(part)
+        file.flush()
+        os.fsync(file.fileno())
+        return file.tell(), digest.hexdigest()
+
+
+def sha256(path, from_disk=False):
     with open(path, "rb") as file:
+        if from_disk:                            # drops the clean pages of an fsynced file, so that the disk is asked
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -120,34 +268,67 @@ def read_manifest(folder):
     try:
         raw = path.read_bytes()
         manifest = json.loads(raw)["manifest"]
-        if seal(manifest) != raw or manifest["format"] != FORMAT:
+        if seal(manifest) != raw or manifest["format"] != FORMAT or not all(map(FILE_NAME.fullmatch, manifest["files"])):
             raise ValueError
         return manifest
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise InputError(f"{folder} holds no intact MANIFEST.json: not a checkpoint, or a damaged one") from None
 
 
-def damage(folder, manifest, names=None):
+def damage(folder, manifest=None, names=None):
     """What is wrong with these files (default: all) of a checkpoint, as one line, or None."""
-    for name in manifest["files"] if names is None else names:
-        path, fact = Path(folder) / name, manifest["files"][name]
-        if not path.is_file():
-            return f"{path} is missing"
-        if path.stat().st_size != fact["bytes"] or sha256(path) != fact["sha256"]:
-            return f"{path} is not as it was written"
+    folder = Path(folder)
+    try:
+        manifest = manifest or read_manifest(folder)
+        if folder.name.startswith("step-") and folder.name != folder_name(manifest["step"]):
+            return f"{folder} holds the checkpoint of step {manifest['step']}"
+        extra = {p.name for p in folder.iterdir()} - {"MANIFEST.json", *manifest["files"]}
+        if extra:
+            return f"{folder / min(extra)} does not belong there"
+        for name in manifest["files"] if names is None else names:
+            path, fact = folder / name, manifest["files"][name]
+            if path.is_symlink() or not path.is_file():
+                return f"{path} is missing"
+            if path.stat().st_size != fact["bytes"] or sha256(path) != fact["sha256"]:
+                return f"{path} is not as it was written"
+    except InputError as error:
+        return str(error)
+    except OSError as error:
+        return f"{folder} cannot be read: {error}"
     return None
 
 
-def newest(root, say=print):
-    """Newest intact checkpoint below root, or None. Damaged ones are named and passed over."""
-    for folder in reversed(steps(root)):
-        try:
-            problem = damage(folder, read_manifest(folder))
-        except InputError as error:
-            problem = str(error)
+def verify(folder, ranks):
+    """What is wrong with a checkpoint, as one line that is the same on every rank, or None.
+
+    Every rank must see the manifest that rank 0 sees, and hashes its share of the files: its own at the same world size."""
+    seen = ranks.on_first(lambda: manifest_hash(folder))
+    problem = None
+    try:
+        manifest = read_manifest(folder)
+        problem = damage(folder, manifest, sorted(manifest["files"])[ranks.rank::ranks.size])
+        if manifest_hash(folder) != seen:
+            problem = f"rank {ranks.rank} sees another {folder}/MANIFEST.json than rank 0"
+    except InputError as error:
+        problem = str(error)
+    return next((p for p in ranks.all(problem) if p), None)
+
+
+def manifest_hash(folder):
+    path = Path(folder) / "MANIFEST.json"
+    return sha256(path) if path.is_file() else None
+
+
+def newest(root, ranks=None, say=print):
+    """Newest intact checkpoint below root, or None; damaged ones are named and passed over. With ranks: called on all of
+    them, which read a share each and decide alike."""
+    found = [str(p) for p in reversed(steps(root))]
+    for folder in found if ranks is None else ranks.on_first(lambda: found):
+        problem = damage(folder) if ranks is None else verify(folder, ranks)
         if problem is None:
-            return folder
-        say(f"checkpoint passed over: {problem}")
+            return Path(folder)
+        if ranks is None or ranks.first:
+            say(f"checkpoint passed over: {problem}")
     return None
 
 
@@ -157,18 +338,23 @@ class Reader:
     def __init__(self, folder):
         self.folder = Path(folder)
         self.manifest = read_manifest(folder)
-        self.files = [safe_open(self.folder / name, framework="pt") for name in sorted(self.manifest["files"])]
+        self.names, self.files = sorted(self.manifest["files"]), {}
+
+    def file(self, rank):
+        if rank not in self.files:
+            self.files[rank] = safe_open(self.folder / self.names[rank], framework="pt")
+        return self.files[rank]
 
     def full(self, slot, name):
         """Whole parameter, in its own shape."""
         shape = self.manifest["shapes"][name]
-        flat = torch.cat([file.get_tensor(f"{slot}/{name}") for file in self.files])
+        flat = torch.cat([self.file(rank).get_tensor(f"{slot}/{name}") for rank in range(len(self.names))])
         return flat[:math.prod(shape)].view(shape)
 
     def piece(self, slot, name, rank, size):
         """Rank's padded piece among `size` ranks."""
         if size == self.manifest["world_size"]:
-            return self.files[rank].get_tensor(f"{slot}/{name}")
+            return self.file(rank).get_tensor(f"{slot}/{name}")
         flat = self.full(slot, name).flatten()
         numel = -(-len(flat) // size)
         return torch.nn.functional.pad(flat, (0, numel * size - len(flat)))[rank * numel:(rank + 1) * numel]

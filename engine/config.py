@@ -168,11 +168,16 @@ class ZeroSection:
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSection:
     every_steps: int = 1000
-    keep: int = 3                      # newest checkpoints that stay
+    keep: int = 3                      # newest checkpoints that stay; two at least, should one go bad on the disk
+    keep_every_steps: int = 0          # checkpoints of every so many steps stay for good; 0: none
+    background: bool = True            # training waits for the copy in memory only; false: until it is on the disk
+    mtbf_gpu_hours: float = 20_000.0   # GPU-hours between faults, for the interval that a run recommends
 
     def __post_init__(self):
         positive("checkpoint.every_steps", self.every_steps)
-        positive("checkpoint.keep", self.keep)
+        positive("checkpoint.keep", self.keep, 2)
+        positive("checkpoint.keep_every_steps", self.keep_every_steps, 0)
+        positive("checkpoint.mtbf_gpu_hours", self.mtbf_gpu_hours)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,10 +194,15 @@ class LogSection:
 
 @dataclass(frozen=True, kw_only=True)
 class GuardSection:
-    max_skips: int = 5                 # steps in a row with a non-finite loss before the run stops
+    max_skips: int = 5                 # steps in a row that may be skipped before the run stops
+    spike_sigmas: float = 6.0          # robust deviations above the median from which a loss is called a spike
+    skip_spikes: bool = False          # do not learn from such a step; costs a wait for the GPU in every step
+    hang_s: float = 600.0              # a step that takes longer is a hang and ends the run; 0: never
 
     def __post_init__(self):
         positive("guard.max_skips", self.max_skips, 0)
+        positive("guard.spike_sigmas", self.spike_sigmas)
+        positive("guard.hang_s", self.hang_s, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,8 +245,9 @@ class RunConfig:
 # A resumed run may change these: none of them changes what is computed in a step.
 FREE_KEYS = ("run.dir", "train.steps", "train.micro_batch", "train.threads", "train.timeout_s", "data.threads",
              "data.hw_decoder_load", "data.max_bad_fraction", "data.max_bad_shards",
-             "checkpoint.every_steps", "checkpoint.keep", "log.every_steps", "log.sample_images", "log.sample_steps",
-             "guard.max_skips", "profile.start_step", "profile.num_steps")
+             "checkpoint.every_steps", "checkpoint.keep", "checkpoint.keep_every_steps", "checkpoint.background",
+             "checkpoint.mtbf_gpu_hours", "log.every_steps", "log.sample_images", "log.sample_steps",
+             "guard.max_skips", "guard.hang_s", "profile.start_step", "profile.num_steps")
 
 
 def load_config(name, overrides=()):
@@ -245,14 +256,24 @@ def load_config(name, overrides=()):
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yaml")))
         raise InputError(f"--config {name}: no such file; give a path ending in .yaml or one of: {known}")
-    return parse(path.read_text(encoding="utf-8"), str(path), overrides)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        line = error.object[:error.start].count(b"\n") + 1
+        raise InputError(f"{path}:{line}: not UTF-8 text") from None
+    return parse(text, str(path), overrides)
 
 
 def parse(text, source="config", overrides=()):
     """YAML text and overrides -> RunConfig. Raises InputError with file, line and key."""
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise InputError(f"{source}: YAML aliases (*name) are not allowed; write the value out")
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > 10:                       # 100,000 brackets keep PyYAML busy for minutes
+                raise InputError(f"{source}:{event.start_mark.line + 1}: nested deeper than any config is")
+            if isinstance(event, yaml.AliasEvent):
+                raise InputError(f"{source}:{event.start_mark.line + 1}: YAML aliases (*name) are not allowed; write the value out")
         node = yaml.compose(text, yaml.SafeLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)

@@ -1,13 +1,15 @@
 """Start training: deepspeed engine/launch.py --stage pretrain [--config NAME] [--resume auto] [section.key=value ...]"""
 
+import os
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    os.environ["IOMM_PARENT"] = str(os.getppid())    # now: torch takes seconds to load, and the launcher may be gone then
 if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     del sys.path[0]              # a script's own folder: engine/ would shadow whatever else is called `config` or `data`
 
 import argparse
-import os
 import shlex
 
 import torch
@@ -18,18 +20,21 @@ from iomm.engine.config import differences, load_config
 from iomm.engine.data.skips import Skips
 from iomm.engine.draw import draw_run
 from iomm.engine.ema import Ema
-from iomm.engine.guard import Guard
+from iomm.engine.guard import REQUEUE, Guard
+from iomm.engine.interval import advice
 from iomm.engine.metrics import Metrics
 from iomm.engine.optim import make_optimizer
 from iomm.engine.plan import describe, make_plan
 from iomm.engine.tracing import Window
+from iomm.engine.watch import Watch
 from iomm.kernels import dispatch
 
 STAGES = {"pretrain": "demo", "finetune": "demo-finetune"}      # and the config that each takes by default
 
 
 def main(argv=None):
-    """Exit code: 0 done, 2 something that the user gave is wrong (one line on stderr, said by rank 0)."""
+    """Exit code: 0 done, 2 something that the user gave is wrong (one line on stderr, said by rank 0), 75 asked to stop by
+    SIGTERM or SIGUSR1 and saved: start again with --resume auto; 70 a rank or the launcher died, 71 a hang."""
     first = os.environ.get("RANK", "0") == "0"
     try:
         args = parse_args(argv)
@@ -44,8 +49,8 @@ def main(argv=None):
                 print(describe(make_plan(config, args.dry_run or 8), config))
             return 0
         ranks = zero.start(config.train.timeout_s, args.local_rank)
-        run(config, args, ranks)
-        return 0
+        with Watch(ranks, config.run.dir, config.guard.hang_s, int(os.environ.get("IOMM_PARENT", 0))) as watch:
+            return 0 if run(config, args, ranks, watch) else REQUEUE
     except InputError as error:
         if first:
             print(f"iomm: {error}", file=sys.stderr, flush=True)
@@ -81,13 +86,15 @@ def check_kernels():
         raise InputError(str(error)) from error
 
 
-def run(config, args, ranks):
-    """Builds every part, then hands over to the loop."""
+def run(config, args, ranks, watch):
+    """Builds every part, hands over to the loop -> whether that came to the end."""
     say = print if ranks.first else lambda *_, **__: None
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(config.train.threads or max(1, cores // ranks.local_size))
 
-    folder = ranks.on_first(lambda: open_run_dir(config, args))
+    ranks.on_first(lambda: open_run_dir(config, args))
+    folder = choose_checkpoint(config, args, ranks)
+    ranks.on_first(lambda: write_config(config))
     index_dir = pairs_dir = None
     if config.train.data != "pair":
         index_dir = ranks.on_first(lambda: parts.prepare_data(config))
@@ -113,7 +120,7 @@ def run(config, args, ranks):
         leaves=model.leaves, micro_batch=source.micro_batch, accumulation=source.accumulation_steps)
     skips = Skips(config.data.max_bad_fraction, config.data.max_bad_shards,
                   Path(config.run.dir) / "skipped.jsonl" if ranks.first else None)
-    state = loop.State(sharded, Ema(sharded.masters, config.ema.decay), Guard(config.guard.max_skips), skips, ranks)
+    state = loop.State(sharded, Ema(sharded.masters, config.ema.decay), make_guard(config, say), skips, ranks)
     if folder is not None:
         loop.restore(state, folder)
         say(f"resumed from {folder}: step {state.step} of {config.train.steps}")
@@ -122,57 +129,80 @@ def run(config, args, ranks):
                       num_steps=config.train.steps, ranks=ranks, start_step=state.step,
                       gpu_hours=state.gpu_hours) if ranks.first else None
     window = Window(args.profile, state.step + config.profile.start_step, config.profile.num_steps, config.run.dir, ranks)
-    loop.train(state, source, config, metrics, window)
-    ranks.on_first(lambda: finish(config, args, metrics, ranks.device))
+    saver = checkpoint.Saver(Path(config.run.dir) / "checkpoints", ranks.apart(), keep=config.checkpoint.keep,
+                             keep_every_steps=config.checkpoint.keep_every_steps, background=config.checkpoint.background)
+    if loop.train(state, source, config, saver, watch, metrics, window):
+        ranks.on_first(lambda: finish(config, args, metrics, saver, ranks))
+        return True
+    say(f"stopped as asked; step {state.step} is saved: start again with --resume auto")
+    return False
+
+
+def make_guard(config, say):
+    return Guard(config.guard.max_skips, config.guard.spike_sigmas, config.guard.skip_spikes, say)
 
 
 def open_run_dir(config, args):
-    """Checks and writes run.dir/config.yaml; returns the checkpoint folder to resume from, or None."""
+    """Checks that run.dir is of this config and takes it. Work for rank 0."""
     run_dir = Path(config.run.dir)
-    saved, checkpoints = run_dir / "config.yaml", run_dir / "checkpoints"
-    if saved.is_file():
-        changed = differences(config, load_config(str(saved)))
+    if (run_dir / "config.yaml").is_file():
+        changed = differences(config, load_config(str(run_dir / "config.yaml")))
         if changed:
             raise InputError(f"{run_dir} is the run of another config ({'; '.join(changed)}): "
                              "choose another run.dir, or give the same values to resume it")
-    if args.resume == "none":
-        if checkpoint.steps(checkpoints):
-            raise InputError(f"{run_dir} already holds a run: add --resume auto to go on with it, or choose another run.dir")
-        folder = None
-    elif args.resume == "auto":
-        folder = checkpoint.newest(checkpoints)
-        if folder is None:
-            if checkpoint.steps(checkpoints):
-                raise InputError(f"no checkpoint under {checkpoints} is intact: choose another run.dir to start anew")
-            print(f"no checkpoint under {checkpoints} yet: starting at step 0")
-    else:
-        folder = Path(args.resume)
-        problem = checkpoint.damage(folder, checkpoint.read_manifest(folder))
-        if problem:
-            raise InputError(f"--resume {folder}: {problem}")
+    if args.resume == "none" and checkpoint.steps(run_dir / "checkpoints"):
+        raise InputError(f"{run_dir} already holds a run: add --resume auto to go on with it, or choose another run.dir")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        partial = run_dir / ".config.yaml.partial"
+        checkpoint.take(run_dir)
+    except OSError as error:
+        raise InputError(f"run.dir {run_dir} cannot be written: {error.strerror}") from error
+
+
+def choose_checkpoint(config, args, ranks):
+    """The checkpoint to resume from, found intact by all ranks together, or None."""
+    if args.resume == "none":
+        return None
+    if args.resume != "auto":
+        problem = checkpoint.verify(args.resume, ranks)
+        if problem:
+            raise InputError(f"--resume {args.resume}: {problem}")
+        return args.resume
+    checkpoints = Path(config.run.dir) / "checkpoints"
+    folder = checkpoint.newest(checkpoints, ranks)
+    if folder is None:
+        if ranks.on_first(lambda: bool(checkpoint.steps(checkpoints))):
+            raise InputError(f"no checkpoint under {checkpoints} is intact: choose another run.dir to start anew")
+        if ranks.first:
+            print(f"no checkpoint under {checkpoints} yet: starting at step 0")
+    return folder
+
+
+def write_config(config):
+    saved = Path(config.run.dir) / "config.yaml"
+    partial = saved.with_name(".config.yaml.partial")
+    try:
         partial.write_text(config.to_yaml(), encoding="utf-8")
         partial.replace(saved)
     except OSError as error:
-        raise InputError(f"run.dir {run_dir} cannot be written: {error.strerror}") from error
-    return None if folder is None else str(folder)
+        raise InputError(f"{saved} cannot be written: {error.strerror}") from error
 
 
-def finish(config, args, metrics, device):
+def finish(config, args, metrics, saver, ranks):
     """Draws the sample grid from the checkpoint just written and says what to type next."""
     run_dir = config.run.dir
     if config.log.sample_images:
-        path = draw_run(run_dir, num=config.log.sample_images, steps=config.log.sample_steps, device=device)
+        path = draw_run(run_dir, num=config.log.sample_images, steps=config.log.sample_steps, device=ranks.device)
         metrics.image("samples", path, config.train.steps)
         print(f"samples     {path}")
     metrics.close()
     again = [f"--{name} {shlex.quote(value)}" for name in ("config", "init") if (value := getattr(args, name))]
     again += [shlex.quote(o) for o in args.overrides if not o.startswith("train.steps=")]
     stage_1 = args.stage == "pretrain"
+    if saver.folder is not None:
+        print(f"checkpoint  {saver.folder}: {saver.bytes / 2**20:.0f} MiB in {saver.write_s:.1f} s, training waited "
+              f"{saver.stall_s:.2f} s\n            {advice(config, metrics, saver, ranks.size)}")
     print(f"log         {run_dir}/log.jsonl, {run_dir}/tb (tensorboard --logdir {run_dir}/tb)\n"
-          f"checkpoint  {checkpoint.newest(Path(run_dir) / 'checkpoints')}\n"
           f"GPU-hours   {metrics.gpu_hours:.3f}\n"
           f"next        iomm sample --run {run_dir} --num 16\n"
           + (f"            deepspeed engine/launch.py --stage finetune --init {run_dir}   # stage 2\n" if stage_1 else "") +

@@ -7,27 +7,34 @@ import torch.distributed as dist
 from torch.profiler import record_function
 from tqdm import tqdm
 
+from iomm.config import InputError
 from iomm.engine import checkpoint
+from iomm.engine.guard import Stop
 from iomm.engine.metrics import line
 from iomm.engine.optim import learning_rate
 from iomm.flow import loss_by_time
 
 
-def train_step(sharded, batches):
+def train_step(sharded, batches, factor=None):
     """One optimizer step over this rank's micro-batches -> (mean loss, its sum and count by time bucket (2, buckets),
-    whether weights changed, seconds waited for data, samples that had to be replaced)."""
-    losses, by_time, wait_s, failures = [], 0, 0.0, []
+    whether weights changed, seconds waited for data, samples that had to be replaced, [(samples, their losses)]).
+
+    factor(mean loss), if given, multiplies the last loss: NaN makes all ranks skip the step."""
+    losses, by_time, wait_s, failures, seen = [], 0, 0.0, [], []
     for batch in named("data", batches):         # one micro-batch each
         loss, loss_B, t_B = sharded(batch.pixels_BCHW, batch.vit_pixels_BCHW, batch.n_B, batch.latents_BCHW,
                                      batch.captions, batch.has_image)
+        losses.append(loss.detach())
+        if factor is not None and sharded.last_micro_batch:
+            loss = loss * factor(torch.stack(losses).mean())
         with record_function("backward"):
             sharded.backward(loss)
         with record_function("optimizer"):
             applied = sharded.step()             # acts only on the last one
-        losses.append(loss.detach())
+        seen.append((batch.n_B, loss_B.detach()))
         by_time, wait_s = by_time + torch.stack(loss_by_time(loss_B, t_B)), wait_s + batch.wait_s
         failures += batch.failures
-    return torch.stack(losses).mean(), by_time, applied, wait_s, failures
+    return torch.stack(losses).mean(), by_time, applied, wait_s, failures, seen
 
 
 def named(name, items):
@@ -41,41 +48,67 @@ def named(name, items):
         yield item
 
 
-def train(state, source, config, metrics=None, window=None):
-    """Runs steps state.step + 1 ... train.steps. `metrics` is None on all ranks but the first."""
+def train(state, source, config, saver, watch, metrics=None, window=None):
+    """Runs steps state.step + 1 ... train.steps -> whether it came to the end; if not, SIGTERM or SIGUSR1 asked it to stop
+    and it has saved. `metrics` is None on all ranks but the first."""
     sharded, ema, guard, ranks = state.sharded, state.ema, state.guard, state.ranks
     batches, batch = iter(source), config.train.global_batch
+    factor = (lambda loss: spike_factor(loss, guard, ranks)) if guard.skip_spikes else None
     bar = tqdm(total=config.train.steps, initial=state.step, disable=None if ranks.first else True, unit="step")
-    while state.step < config.train.steps:
-        lr = learning_rate(state.step, config.optim, config.train.steps)
-        sharded.set_lr(lr)
-        if window is not None:
-            window.before(state.step + 1)
-        loss, by_time, applied, wait_s, failures = train_step(sharded, islice(batches, source.accumulation_steps))
-        if applied:
-            with record_function("ema"):
-                ema.update(state.step)
-        state.step += 1
-        guard.saw(state.step, (state.step - 1) * batch, state.step * batch - 1, applied)
-        sums = torch.cat((loss[None] / ranks.size, by_time.flatten(), loss.new_tensor([len(failures)])))
-        dist.all_reduce(sums)                    # one message: loss, sums and counts by time, replaced samples
-        if sums[-1] > 0:
-            state.skips.saw(sum(ranks.all(failures), []), state.step * batch)
-        if metrics is not None:
-            loss, *by_time, _ = sums.tolist()
-            row = metrics.record(
-                step=state.step, loss=loss, by_time=by_time, grad_norm=sharded.grad_norm() if applied else None, lr=lr,
-                data_wait_s=wait_s, skipped_steps=guard.total, skipped_samples=state.skips.total)
-            state.gpu_hours = row["gpu_hours"]
-            if state.step % config.log.every_steps == 0 or state.step == 1:
-                bar.write(line(row, config.train.steps))
-        bar.update()
-        if window is not None:
-            window.after(state.step)
-        if state.step % config.checkpoint.every_steps == 0 or state.step == config.train.steps:
-            with record_function("checkpoint"):
-                save(state, config)
+    start, asked = state.step, False
+    with Stop() as stop:
+        while state.step < config.train.steps and not asked:
+            watch.beat(state.step + 1)
+            lr = learning_rate(state.step, config.optim, config.train.steps)
+            sharded.set_lr(lr)
+            if window is not None:
+                window.before(state.step + 1)
+            loss, by_time, applied, wait_s, failures, seen = train_step(
+                sharded, islice(batches, source.accumulation_steps), factor)
+            if applied:
+                with record_function("ema"):
+                    ema.update(state.step)
+            state.step += 1
+            sums = torch.cat((loss[None] / ranks.size, by_time.flatten(), loss.new_tensor([len(failures), stop.asked])))
+            dist.all_reduce(sums)                # one message: loss, sums and counts by time, replaced samples, stop
+            loss, *by_time, failed, asked = sums.tolist()
+            words = f"samples {(state.step - 1) * batch} to {state.step * batch - 1}"
+            guard.saw(state.step, loss, words if applied else words + suspects(seen, ranks), applied)
+            if failed:
+                state.skips.saw(sum(ranks.all(failures), []), state.step * batch)
+            if metrics is not None:
+                row = metrics.record(
+                    step=state.step, loss=loss, by_time=by_time, grad_norm=sharded.grad_norm() if applied else None,
+                    lr=lr, data_wait_s=wait_s, skipped_steps=guard.total, skipped_samples=state.skips.total)
+                state.gpu_hours = row["gpu_hours"]
+                if state.step % config.log.every_steps == 0 or state.step == 1:
+                    bar.write(line(row, config.train.steps))
+            bar.update()
+            if window is not None:
+                window.after(state.step)
+            if asked or state.step % config.checkpoint.every_steps == 0 or state.step == config.train.steps:
+                with record_function("checkpoint"):
+                    save(state, config, saver)
+        watch.rest()
+        folder = saver.wait()
     bar.close()
+    if folder is None and state.step > start:
+        raise InputError(f"the last checkpoint, of step {state.step}, could not be written: make room, then --resume auto")
+    return state.step == config.train.steps
+
+
+def spike_factor(loss, guard, ranks):
+    """1, or NaN if the mean loss over all ranks is a spike. Costs a wait for the GPU before the backward pass."""
+    mean = loss / ranks.size
+    dist.all_reduce(mean)
+    return float("nan") if guard.is_spike(mean.item()) else 1.0
+
+
+def suspects(seen, ranks):
+    """Which samples of a skipped step had a loss that is not finite, in words. All ranks together."""
+    mine = [int(n) for n_B, loss_B in seen for n in n_B[~loss_B.isfinite()].tolist()]
+    bad = sorted(sum(ranks.all(mine), []))
+    return f"; not finite: {', '.join(map(str, bad[:16]))}{' ...' * (len(bad) > 16)}" if bad else "; the loss of each is finite"
 
 
 class State:
@@ -92,24 +125,25 @@ class State:
         return {f"{slot}/{name}": view for slot, flats in slots.items() for name, view in self.sharded.views(flats).items()}
 
 
-def save(state, config):
-    """Commits a checkpoint of the state, on all ranks together."""
+def save(state, config, saver):
+    """Hands the state as it is now to the saver, on all ranks together."""
     facts = {"config": config.to_yaml(), "shapes": state.sharded.shapes, "ema": bool(state.ema.flats),
-             "optimizer_step": state.sharded.optimizer_step, "skipped_steps": state.guard.total,
+             "optimizer_step": state.sharded.optimizer_step, "guard": state.guard.state(),
              "skipped_samples": state.skips.state(), "samples_seen": state.step * config.train.global_batch,
              "gpu_hours": state.gpu_hours}
-    return checkpoint.save(f"{config.run.dir}/checkpoints", state.step, state.tensors(), facts, state.ranks,
-                           config.checkpoint.keep)
+    saver.save(state.step, state.tensors(), facts)
 
 
 @torch.no_grad()
 def restore(state, folder):
     """Reads a checkpoint into the state, whatever number of ranks wrote it."""
     reader = checkpoint.Reader(folder)
+    if {name: list(shape) for name, shape in state.sharded.shapes.items()} != reader.manifest["shapes"]:
+        raise InputError(f"{folder} is of another model: its parameters have other names or shapes")
     for key, view in state.tensors().items():
         slot, name = key.split("/", 1)
         view.copy_(reader.piece(slot, name, state.ranks.rank, state.ranks.size))
     state.sharded.restored(reader.manifest["optimizer_step"])
     state.step, state.gpu_hours = reader.manifest["step"], reader.manifest["gpu_hours"]
-    state.guard.total = reader.manifest["skipped_steps"]
+    state.guard.restore(reader.manifest["guard"])
     state.skips.restore(reader.manifest["skipped_samples"])

@@ -54,7 +54,9 @@ class Metrics:
                         kept.append(line + "\n")
                 except (ValueError, KeyError):
                     continue                     # the last line of a killed run may be cut
-            path.write_text("".join(kept), encoding="utf-8")
+            partial = path.with_name(".log.jsonl.partial")      # a kill in here must not cost the lines before
+            partial.write_text("".join(kept), encoding="utf-8")
+            partial.replace(path)
 
     def open_board(self, start_step):
         try:

@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -50,6 +50,10 @@ class Ranks:
         values = [None] * self.size
         dist.all_gather_object(values, value, group=self.patient)
         return values
+
+    def apart(self):
+        """The same ranks in a group of their own, for a thread whose collectives must not meet those of the others."""
+        return replace(self, patient=dist.new_group(backend="gloo", timeout=timedelta(days=7)))
 
 
 def start(timeout_s, local_rank=None):
@@ -175,11 +179,27 @@ class Sharded:
     def backward(self, loss):
         self.engine.backward(loss)               # divides by the accumulation steps
 
+    @property
+    def last_micro_batch(self):
+        """Whether the pass under way is the last before the optimizer's step."""
+        return self.engine.is_gradient_accumulation_boundary()
+
     def step(self):
-        """Acts only at the last micro-batch. Returns whether weights changed: a non-finite gradient on any rank makes
-        every rank skip."""
+        """Acts only at the last micro-batch. Returns whether weights changed: a gradient, master or moment that is not
+        finite on any rank makes every rank skip."""
+        if self.last_micro_batch:
+            self.doubt()
         self.engine.step()
         return self.engine.was_step_applied()
+
+    @torch.no_grad()
+    def doubt(self):
+        """Makes one gradient NaN if a master or moment of this rank is not finite, so that DeepSpeed, which looks at the
+        norm of gradients only, skips the step everywhere. No wait for the GPU, one pass over the optimizer's state."""
+        kept = [flat for flats in self.slots().values() for flat in flats if flat is not None]
+        sound = torch.stack(torch._foreach_norm(kept, ord=float("inf"))).isfinite().all()
+        gradient = next(g for g in self.engine.optimizer.averaged_gradients[0] if g is not None)
+        gradient.view(-1)[:1].mul_(torch.where(sound, 1.0, float("nan")))
 
     def grad_norm(self):
         """Global norm of the last step's gradient before clipping, or None after a skipped step."""

@@ -1,5 +1,8 @@
 """RunConfig: strict types, clear errors with file and line, one round trip."""
 
+import re
+import time
+
 import pytest
 
 from iomm.config import InputError
@@ -40,12 +43,30 @@ def test_overrides_win_and_numbers_are_numbers():
     ("mask:\n  ratio: 1.5\n", "f.yaml:2: mask.ratio must be between 0 and 1"),
     ("ema:\n  decay: 1\n", "f.yaml:2: ema.decay must be in"),
     ("model:\n  preset: iomm-z\n", "f.yaml:2: model.preset must be one of"),
-    ("!!python/object/apply:os.system ['true']\n", "the file must be a section"),
+    ("!!python/object/apply:os.system ['true']\n", "f.yaml:1: the file must be a section"),
+    ("run:\n  dir: !!python/object/apply:os.system ['true']\n", "f.yaml:2: run.dir must be text, got a list"),
+    ("run:\n  seed: 1\nrun:\n  seed: 2\n", "f.yaml:4: run.seed is given twice"),
+    ("train:\n  steps: 1_000\n", "f.yaml:2: train.steps must be a whole number, got '1_000'"),
+    ("train:\n  global_batch: 1e3\n", "f.yaml:2: train.global_batch must be a whole number, got '1e3'"),
+    ("train:\n  timeout_s: 30min\n", "f.yaml:2: train.timeout_s must be a number, got '30min'"),
+    ("optim:\n  lr: .inf\n", "f.yaml:2: optim.lr must be a number, got '.inf'"),
+    ("guard:\n  hang_s: -1\n", "f.yaml:2: guard.hang_s must be >= 0"),
+    ("guard:\n  hang_m: 10\n", "f.yaml:2: unknown key guard.hang_m; did you mean guard.hang_s?"),
+    ("guard:\n  skip_spikes: 1\n", "f.yaml:2: guard.skip_spikes must be true or false, got '1'"),
+    ("checkpoint:\n  keep: 1\n", "f.yaml:2: checkpoint.keep must be >= 2, got 1"),
+    ("checkpoint:\n  every_steps: 0\n", "f.yaml:2: checkpoint.every_steps must be >= 1"),
+    ("checkpoint:\n  background: yes\n", "f.yaml:2: checkpoint.background must be true or false, got 'yes'"),
+    ("checkpoint:\n  every: 10\n", "f.yaml:2: unknown key checkpoint.every; did you mean checkpoint.every_steps?"),
+    ("run:\n\tseed: 1\n", "f.yaml:2: not valid YAML"),
+    ("a: &a [1]\n" + "".join(f"k{i}: &{chr(98 + i)} [*{chr(97 + i)}, *{chr(97 + i)}]\n" for i in range(20)), "f.yaml:2: YAML aliases"),
+    ("run: " + "[" * 100_000, "f.yaml:1: nested deeper than any config is"),
 ])
 def test_mistakes_name_file_line_and_key(text, message):
+    started = time.monotonic()
     with pytest.raises(InputError) as error:
         parse(text, "f.yaml")
-    assert message in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value) and re.match(r"f\.yaml:\d+: ", str(error.value))
+    assert time.monotonic() - started < 2
 
 
 @pytest.mark.parametrize("override, message", [
@@ -58,6 +79,13 @@ def test_mistakes_name_file_line_and_key(text, message):
 def test_override_mistakes(override, message):
     with pytest.raises(InputError, match="(?s).*" + message.replace("?", r"\?")):
         parse("", overrides=[override])
+
+
+def test_a_file_that_is_no_text_is_said_so(tmp_path):
+    path = tmp_path / "f.yaml"
+    path.write_bytes(b"run:\n  dir: \xff\xfe\n")
+    with pytest.raises(InputError, match=r"f\.yaml:2: not UTF-8 text"):
+        load_config(str(path))
 
 
 def test_missing_file_lists_the_shipped_ones():

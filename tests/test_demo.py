@@ -49,7 +49,7 @@ def test_the_run_leaves_what_the_readme_says(demo):
     run_dir, said = demo
     assert "step 10/40  loss" in said and "next        iomm sample --run" in said
     assert [p.name for p in (run_dir / "samples").iterdir()] == ["step-00000040-seed0.png"]
-    assert sorted(p.name for p in run_dir.iterdir()) == ["checkpoints", "config.yaml", "log.jsonl", "samples", "tb"]
+    assert sorted(p.name for p in run_dir.iterdir()) == [".lock", "checkpoints", "config.yaml", "log.jsonl", "samples", "tb"]
     tars = sorted((run_dir.parent / "shared").glob("shapes-4096-*/*.tar"))
     assert len(tars) == 4
 

@@ -1,0 +1,179 @@
+"""The watchdog: a dead rank, a dead launcher or a hang ends the job within seconds, with the rank named and stacks saved.
+
+A thread of every rank looks on. It says that it is alive in a store that rank 0 serves, and reads what the others say only
+when something is wrong: its cost is a few small messages a second and rank. Torch itself counts the collectives."""
+
+import contextlib
+import faulthandler
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+DEAD, HUNG = 70, 71        # exit codes: a rank or the launcher died; no progress for guard.hang_s
+POLL_S = 0.25
+GRACE_S = 1.5              # between a rank's death and ours: ranks that end by the same error say it themselves
+LISTEN_S = 0.75            # how long a rank must be silent to be called so, once something is wrong
+STACKS_S = 0.2             # what a woken rank gets to write its stacks
+
+
+class Watch:
+    """Use as a context on all ranks together; call beat(step) once a step from the training thread, rest() after the last.
+
+    hang_s counts from the second beat on: the first step may compile, and is left to the time-out of collectives.
+    0 turns the search for hangs off; deaths are seen all the same. `parent` is the process whose child this was when it
+    started: ranks without a launcher would go on, and meet those of the next start."""
+
+    def __init__(self, ranks, run_dir, hang_s, parent=None):
+        self.ranks, self.run_dir, self.hang_s = ranks, Path(run_dir), hang_s
+        self.step, self.beats, self.last, self.pulse = 0, 0, time.monotonic(), 0
+        self.parent, self.over, self.stacks = parent or os.getppid(), threading.Event(), None
+        self.server = dist.TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False) if ranks.first else None
+        mine = (socket.gethostname(), os.getpid(), self.server.port if self.server else 0, os.environ.get("MASTER_ADDR"))
+        everyone = ranks.all(mine)
+        self.hosts = [host for host, _, _, _ in everyone]
+        self.host = self.hosts[ranks.rank]
+        self.pids = {r: pid for r, (host, pid, _, _) in enumerate(everyone) if host == self.host and r != ranks.rank}
+        address = "127.0.0.1" if self.hosts[0] == self.host else everyone[0][3]
+        self.store = dist.TCPStore(address, everyone[0][2], is_master=False, wait_for_workers=False)
+        self.store.set_timeout(timedelta(seconds=0.5))
+        self.publish()
+        self.thread = threading.Thread(target=self.look, name="watch", daemon=True)
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.over.set()
+        self.thread.join()
+        self.rest()
+
+    def beat(self, step):
+        """The training thread is alive and begins this step."""
+        self.step, self.beats, self.last = step, self.beats + 1, time.monotonic()
+        if self.hang_s and self.beats > 1:
+            if self.stacks is None:
+                self.stacks = open(self.run_dir / f"stacks-rank{self.ranks.rank}.txt", "ab")
+            # A native thread of Python's: it writes even when another one never lets go of the interpreter lock.
+            faulthandler.dump_traceback_later(self.hang_s, file=self.stacks)
+
+    def rest(self):
+        """Nothing is expected from now on; the next beat counts as the first."""
+        self.beats = 0
+        faulthandler.cancel_dump_traceback_later()
+        if self.stacks is not None:
+            self.stacks.close()
+            with contextlib.suppress(OSError):
+                if not os.path.getsize(self.stacks.name):
+                    os.unlink(self.stacks.name)
+            self.stacks = None
+
+    def look(self):
+        """The thread."""
+        dead_since = None
+        while not self.over.wait(POLL_S):
+            if self.ranks.size > 1 and os.getppid() != self.parent:
+                self.end(DEAD, "the launcher is gone", self.ranks.first)
+            dead = [rank for rank, pid in self.pids.items() if not alive(pid)]
+            if dead:
+                dead_since = dead_since or time.monotonic()
+                if time.monotonic() - dead_since > GRACE_S:
+                    self.tell(f"{self.name(dead)} died")
+                    self.end(DEAD, f"{self.name(dead)} died", self.ranks.rank == self.lowest(dead))
+            self.publish()
+            told = self.told()
+            if told and told != "hang":
+                self.end(DEAD, told, False)
+            idle = time.monotonic() - self.last
+            if self.hang_s and self.beats > 1 and (idle > self.hang_s or told):
+                self.hung(idle)
+
+    def hung(self, idle):
+        """Something stands still: save stacks, listen who answers, name the rank, end all."""
+        self.tell("hang")
+        size = os.path.getsize(self.stacks.name)
+        faulthandler.cancel_dump_traceback_later()
+        if not size:
+            faulthandler.dump_traceback(file=self.stacks)
+        before = self.states() or self.states()
+        until = time.monotonic() + LISTEN_S
+        while before and time.monotonic() < until:
+            self.publish()
+            time.sleep(POLL_S / 2)
+        after = self.states()
+        others = set(range(self.ranks.size)) - {self.ranks.rank}
+        silent = sorted(r for r in others if before[r]["pulse"] == after[r]["pulse"]) if before and after else [0]
+        blame = self.blame(after, silent)
+        for rank in set(silent) & set(self.pids):
+            with contextlib.suppress(OSError):   # a stopped process writes its stacks once it is woken; then it must not go on
+                os.kill(self.pids[rank], signal.SIGCONT)
+                time.sleep(STACKS_S)
+                os.kill(self.pids[rank], signal.SIGKILL)
+        self.end(HUNG, f"no progress for {idle:.1f} s in step {self.step}: {blame}; stacks of all ranks in {self.run_dir}",
+                 self.ranks.rank == self.lowest(silent))
+
+    def blame(self, states, silent):
+        """In words, who holds up the others."""
+        if silent:
+            return f"{self.name(silent)} does not answer (stopped, or in code that keeps the interpreter lock)"
+        if self.ranks.size == 1:
+            return self.name([0])
+        counts = {rank: state["collectives"] for rank, state in states.items()}
+        behind = [rank for rank, count in counts.items() if count == min(counts.values())]
+        if len(behind) == len(counts):
+            return f"{self.name(behind)} all wait in collective {counts[0]}: for different ones, or for the network"
+        return f"{self.name(behind)} did not come to collective {min(counts.values()) + 1}, where the others wait"
+
+    def name(self, ranks):
+        return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(f"{rank} ({self.hosts[rank]})" for rank in ranks)
+
+    def lowest(self, without):
+        return min(set(range(self.ranks.size)) - set(without))
+
+    def publish(self):
+        self.pulse += 1
+        with contextlib.suppress(RuntimeError):
+            self.store.set(f"rank{self.ranks.rank}", json.dumps({"pulse": self.pulse, "collectives": collectives()}))
+
+    def states(self):
+        """{rank: what it said last}; empty when the store, and so rank 0, does not answer."""
+        with contextlib.suppress(RuntimeError):
+            return {r: json.loads(self.store.get(f"rank{r}")) for r in range(self.ranks.size)}
+        return {}
+
+    def tell(self, what):
+        with contextlib.suppress(RuntimeError):
+            self.store.set("alarm", what)
+
+    def told(self):
+        with contextlib.suppress(RuntimeError):
+            return self.store.get("alarm").decode() if self.store.check(["alarm"]) else None
+        return None
+
+    def end(self, code, reason, say):
+        if not self.over.is_set():               # the training thread is leaving by itself
+            if say:
+                print(f"iomm: {reason}; start again with --resume auto", file=sys.stderr, flush=True)
+            os._exit(code)                       # the training thread may wait in a collective that never returns
+
+
+def collectives():
+    """How many collectives this process has begun, over all groups."""
+    return sum(group._get_sequence_number_for_group() for group in list(dist.distributed_c10d._world.pg_map))
+
+
+def alive(pid):
+    """Whether a process of this machine runs; one that has ended but was not waited for does not."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False

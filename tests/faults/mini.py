@@ -1,0 +1,299 @@
+"""A training job in miniature: real processes over gloo, the real loop, checkpoints, guard and watchdog, and a linear model
+in place of DeepSpeed. Processes are forked from a server that has torch loaded, so that a start takes a fraction of a second."""
+
+import atexit
+import faulthandler
+import functools
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from iomm.config import InputError
+from iomm.engine import checkpoint, loop
+from iomm.engine.config import parse
+from iomm.engine.data.skips import Skips
+from iomm.engine.ema import Ema
+from iomm.engine.guard import REQUEUE, Guard
+from iomm.engine.metrics import Metrics
+from iomm.engine.watch import Watch, alive
+from iomm.engine.zero import Ranks
+
+tqdm.set_lock(threading.RLock())                 # its own would be a semaphore that a killed process leaves behind
+
+
+class Linear:
+    """Stands in for zero.Sharded: parameters cut into equal padded pieces, Adam in fp32, gathered for every pass."""
+
+    shapes = {"layer.weight": (13, 7), "layer.bias": (13,), "odd": (5,)}
+
+    def __init__(self, ranks, accumulation, width=1):
+        self.ranks, self.accumulation, self.passes, self.lr, self.norm = ranks, accumulation, 0, 0.0, None
+        self.shapes = {**self.shapes, "wide": (width,)}
+        pieces = []
+        for i, shape in enumerate(self.shapes.values()):
+            whole = torch.sin(torch.arange(torch.Size(shape).numel(), dtype=torch.float32) + i)
+            numel = -(-whole.numel() // ranks.size)
+            padded = torch.nn.functional.pad(whole, (0, numel * ranks.size - whole.numel()))
+            pieces.append(padded[ranks.rank * numel:(ranks.rank + 1) * numel])
+        self.sizes = [len(p) for p in pieces]
+        self.masters = [torch.cat(pieces)]
+        self.moments = {"exp_avg": [torch.zeros_like(self.masters[0])], "exp_avg_sq": [torch.zeros_like(self.masters[0])]}
+        self.optimizer_step, self.gradient = 0, None
+
+    def slots(self):
+        return {"master": self.masters, **self.moments}
+
+    def views(self, flats):
+        return dict(zip(self.shapes, flats[0].split(self.sizes)))
+
+    def restored(self, optimizer_step):
+        self.optimizer_step = optimizer_step
+
+    def set_lr(self, lr):
+        self.lr = lr
+
+    @property
+    def last_micro_batch(self):
+        return (self.passes + 1) % self.accumulation == 0
+
+    def __call__(self, pixels, vit_pixels, n_B, *_):
+        gathered = [torch.empty_like(self.masters[0]) for _ in range(self.ranks.size)]
+        dist.all_gather(gathered, self.masters[0])
+        by_rank = [g.split(self.sizes) for g in gathered]
+        self.wholes = [torch.cat([pieces[i] for pieces in by_rank])[:torch.Size(shape).numel()].view(shape).requires_grad_()
+                       for i, shape in enumerate(self.shapes.values())]
+        weight, bias, odd, wide = self.wholes
+        x_BI = torch.sin(n_B[:, None] * torch.arange(1, 8) * 0.37)
+        y_BO = torch.tanh(x_BI @ weight.T + bias) + odd.sum() * 0.01 + wide[:3].sum() * 0.01
+        loss_B = (y_BO - torch.cos(n_B[:, None] * 0.11 + torch.arange(13))).square().mean(1) * pixels
+        return loss_B.mean(), loss_B, (n_B * 0.618) % 1
+
+    def backward(self, loss):
+        (loss / self.accumulation).backward()
+        flat = []
+        for p, size in zip(self.wholes, self.sizes):
+            g = p.grad.flatten() if p.grad is not None else torch.zeros(p.numel())
+            flat.append(torch.nn.functional.pad(g, (0, size * self.ranks.size - len(g))))
+        self.gradient = flat if self.gradient is None else [a + b for a, b in zip(self.gradient, flat)]
+
+    def step(self):
+        boundary, self.passes = self.last_micro_batch, self.passes + 1
+        if not boundary:
+            return False
+        whole = torch.cat(self.gradient) / self.ranks.size
+        dist.all_reduce(whole)
+        self.gradient, self.norm = None, float(whole.norm())
+        if not torch.tensor(self.norm).isfinite():
+            return False
+        pieces = whole.split([size * self.ranks.size for size in self.sizes])
+        r = self.ranks.rank
+        mine = torch.cat([g[r * size:(r + 1) * size] for g, size in zip(pieces, self.sizes)])
+        self.optimizer_step += 1
+        m, v = self.moments["exp_avg"][0], self.moments["exp_avg_sq"][0]
+        m.lerp_(mine, 0.1)
+        v.lerp_(mine * mine, 0.05)
+        self.masters[0] -= self.lr * m / (v.sqrt() + 1e-8)
+        return True
+
+    def grad_norm(self):
+        return self.norm
+
+
+class Source:
+    """Micro-batches of sample numbers; `fault(step, micro, rank)` runs before each, slow_s passes before each step."""
+
+    def __init__(self, ranks, config, options):
+        self.ranks, self.options, self.start_step = ranks, options, 0
+        self.batch = config.train.global_batch
+        self.micro = config.train.micro_batch or self.batch // ranks.size
+        self.accumulation_steps = self.batch // (self.micro * ranks.size)
+
+    def __iter__(self):
+        step = self.start_step
+        while True:
+            step += 1
+            for micro in range(self.accumulation_steps):
+                time.sleep(self.options.get("step_s", 0.0) * (10 if step == self.options.get("slow_step") else 1))
+                fault = self.options.get("fault")
+                if fault and fault["step"] == step and self.ranks.rank in fault["ranks"] and micro == self.accumulation_steps - 1:
+                    FAULTS[fault["kind"]]()
+                first = (step - 1) * self.batch + (micro * self.ranks.size + self.ranks.rank) * self.micro
+                n_B = torch.arange(first, first + self.micro)
+                nan = step in self.options.get("nan_steps", ()) and self.ranks.rank == 0
+                yield SimpleNamespace(pixels_BCHW=float("nan") if nan else 1.0, vit_pixels_BCHW=None, n_B=n_B,
+                                      latents_BCHW=None, captions=None, has_image=None,
+                                      wait_s=0.0, failures=[])
+
+
+def read_fifo():
+    path = f"/tmp/iomm-fifo-{os.getpid()}"
+    os.mkfifo(path)
+    try:
+        open(path).read()
+    finally:
+        os.unlink(path)
+
+
+def keep_the_lock():
+    import ctypes
+    ctypes.PyDLL(None).sleep(600)                # PyDLL does not let go of the interpreter lock
+
+
+def wait_for_a_dead_worker():
+    import queue
+    queue.Queue().get()
+
+
+FAULTS = {
+    "stop": lambda: (os.kill(os.getpid(), signal.SIGSTOP), time.sleep(30)),      # the stop comes a moment later
+    "lock": keep_the_lock,
+    "fifo": read_fifo,
+    "worker": wait_for_a_dead_worker,
+    "mismatch": lambda: dist.barrier(),
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "exit": lambda: os._exit(3),
+}
+
+
+def work(rank, size, run_dir, rendezvous, overrides, options, parent):
+    """One rank, as engine/launch.py does it."""
+    torch.set_num_threads(1)
+    run_dir = Path(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    out = os.open(run_dir / f"out-rank{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    faulthandler.enable()
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size)
+    ranks = Ranks(rank=rank, local_rank=rank, local_size=size, size=size, device=torch.device("cpu"),
+                  patient=dist.new_group(backend="gloo"))
+    config = parse("", overrides=["train.global_batch=8", "optim.lr=0.05", "optim.warmup_steps=0", "ema.decay=0.9",
+                                  "log.every_steps=100000", f"run.dir={run_dir}", *overrides])
+    code = 1
+    try:
+        with Watch(ranks, run_dir, config.guard.hang_s, parent) as watch:
+            ranks.on_first(lambda: checkpoint.take(run_dir))
+            folder = checkpoint.newest(run_dir / "checkpoints", ranks)
+            source = Source(ranks, config, options)
+            sharded = Linear(ranks, source.accumulation_steps, options.get("width", 1))
+            guard = Guard(config.guard.max_skips, config.guard.spike_sigmas, config.guard.skip_spikes)
+            state = loop.State(sharded, Ema(sharded.masters, config.ema.decay), guard, Skips(1.0, 10**9, None), ranks)
+            if folder is not None:
+                loop.restore(state, folder)
+                print(f"resumed from step {state.step}", flush=True)
+            source.start_step = state.step
+            saver = checkpoint.Saver(run_dir / "checkpoints", ranks.apart(), keep=config.checkpoint.keep,
+                                     keep_every_steps=config.checkpoint.keep_every_steps,
+                                     background=config.checkpoint.background)
+            metrics = Metrics(run_dir, flops_per_image=1, global_batch=8, num_steps=config.train.steps, ranks=ranks,
+                              start_step=state.step, gpu_hours=0.0) if ranks.first else None
+            code = 0 if loop.train(state, source, config, saver, watch, metrics) else REQUEUE
+    except InputError as error:
+        print(f"iomm: {error}", flush=True)
+        code = 2
+    os._exit(code)
+
+
+Metrics.open_board = lambda self, start_step: None          # TensorBoard takes seconds to import
+
+
+def launcher(run_dir, rendezvous, size, overrides, options, tell):
+    """The parent of the ranks: forks them, tells their process ids, and at the end their exit codes. Kills the others
+    4 s after one has failed; DeepSpeed's does so after 1 s, too soon to see what the ranks do by themselves."""
+    pids, codes, parent = [], {}, os.getpid()
+    for rank in range(size):
+        pid = os.fork()
+        if pid == 0:
+            os.close(tell)
+            work(rank, size, run_dir, rendezvous, overrides, options, parent)
+        pids.append(pid)
+    os.write(tell, (json.dumps(pids) + "\n").encode())
+    failed_at = None
+    while len(codes) < size:
+        for pid in set(pids) - set(codes):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                codes[pid] = os.waitstatus_to_exitcode(status)
+                failed_at = failed_at or (time.monotonic() if codes[pid] else None)
+            elif failed_at and time.monotonic() - failed_at > 4:
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.005)
+    os.write(tell, (json.dumps([codes[pid] for pid in pids]) + "\n").encode())
+    os._exit(0)
+
+
+def serve():
+    """Reads one start a line from stdin, forks a launcher for it, and writes that one's process id."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    for line in sys.stdin:
+        request = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            tell = os.open(request.pop("answers"), os.O_WRONLY)
+            launcher(**request, tell=tell)
+        print(pid, flush=True)
+
+
+@functools.cache
+def server():
+    path = os.pathsep.join([str(Path(__file__).parent.parent), str(Path(__file__).parent.parent.parent)])
+    process = subprocess.Popen([sys.executable, "-c", "from faults.mini import serve; serve()"], text=True, bufsize=1,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path})
+    atexit.register(process.kill)
+    return process
+
+
+class Job:
+    """Ranks 0 ... size - 1 of one start. `out` is what rank 0 has said in this run directory so far."""
+
+    def __init__(self, run_dir, *overrides, size=2, **options):
+        self.run_dir, name = Path(run_dir), f"/tmp/iomm-mini-{uuid.uuid4().hex}"
+        os.mkfifo(f"{name}-answers")
+        pipe = os.open(f"{name}-answers", os.O_RDONLY | os.O_NONBLOCK)
+        os.set_blocking(pipe, True)
+        request = {"run_dir": str(run_dir), "rendezvous": f"{name}-rendezvous", "size": size, "overrides": overrides,
+                   "options": options, "answers": f"{name}-answers"}
+        server().stdin.write(json.dumps(request) + "\n")
+        self.launcher = int(server().stdout.readline())
+        while not select.select([pipe], [], [], 10)[0]:
+            raise AssertionError("no ranks were started")
+        self.answers = os.fdopen(pipe)
+        self.pids = json.loads(self.answers.readline())
+        os.unlink(f"{name}-answers")
+        self.rendezvous = Path(f"{name}-rendezvous")
+
+    @property
+    def out(self):
+        path = self.run_dir / "out-rank0.txt"
+        return path.read_text() if path.exists() else ""
+
+    def kill(self, ranks, number=signal.SIGKILL):
+        for rank in ranks:
+            if alive(self.pids[rank]):
+                os.kill(self.pids[rank], number)
+
+    def wait(self, limit_s=60):
+        """Exit codes of all ranks; None, and killed, for each when one is still there after limit_s or the launcher is dead."""
+        until = time.monotonic() + limit_s
+        while any(map(alive, self.pids)) and time.monotonic() < until:
+            time.sleep(0.01)
+        late = any(map(alive, self.pids))
+        self.kill(range(len(self.pids)))
+        line = self.answers.readline()           # empty when the launcher was killed
+        self.answers.close()
+        self.rendezvous.unlink(missing_ok=True)
+        return [None] * len(self.pids) if late or not line else json.loads(line)

@@ -1,0 +1,315 @@
+"""Checkpoints under damage: every crash point, every flipped bit, full disks, failing removals, other world sizes."""
+
+import errno
+import json
+import os
+import random
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from faults.disk import FACTS, Together, pieces, save_all, save_and_die, saver
+from faults.trials import bitwise_resumes, kill_chain, world_sizes
+from safetensors.torch import load_file
+
+from iomm.config import InputError
+from iomm.engine import checkpoint
+from iomm.engine.interval import plan
+
+
+def newest_step(run_dir):
+    folder = checkpoint.newest(run_dir / "checkpoints", say=lambda line: None)
+    return 0 if folder is None else checkpoint.step_of(folder)
+
+
+def hidden(run_dir):
+    return [p.name for p in (run_dir / "checkpoints").iterdir() if p.name.startswith(".")]
+
+
+def intact(run_dir):
+    return [p for p in checkpoint.steps(run_dir / "checkpoints") if checkpoint.damage(p) is None]
+
+
+def test_what_is_written_is_what_was_there_at_the_call(tmp_path):
+    """50 times: the tensors are overwritten as soon as save() returns; safetensors itself reads the files."""
+    def work(rank):
+        one = saver(tmp_path, rank)
+        for step in range(1, 26):
+            tensors = pieces(rank.rank, step, numel=20_000)
+            wanted = {key: t.clone() for key, t in tensors.items()}
+            one.save(step, tensors, FACTS)
+            for t in tensors.values():
+                t.fill_(float("nan"))
+            stored = load_file(one.wait() / f"rank-{rank.rank:05d}-of-00002.safetensors")
+            assert stored.keys() == wanted.keys() and all(torch.equal(stored[key], wanted[key]) for key in wanted)
+        return True
+    assert Together(2).run(work) == [True, True]
+    assert [checkpoint.step_of(p) for p in checkpoint.steps(tmp_path / "checkpoints")] == [24, 25]
+
+
+def test_every_crash_point_of_a_save_is_safe(tmp_path):
+    """One rank ends at its k-th file operation, for every k and both ranks; the next start finds what was committed,
+    sweeps the rest, and saves."""
+    start = tmp_path / "start"
+    for step in (2, 4):
+        save_all(start, step)
+    shutil.copytree(start, tmp_path / "count")
+    counts, committed = save_and_die(tmp_path / "count", 6, dying_rank=None, at=0)
+    assert committed and min(counts) >= 10
+    for rank, count in enumerate(counts):
+        for at in range(1, count + 1):
+            run_dir = tmp_path / f"{rank}-{at}"
+            shutil.copytree(start, run_dir)
+            _, committed = save_and_die(run_dir, 6, rank, at)
+            found = newest_step(run_dir)
+            assert found == 6 if committed else found in (4, 6), (rank, at)
+            assert len(intact(run_dir)) >= 2, (rank, at)
+            checkpoint.sweep(run_dir / "checkpoints")
+            assert save_all(run_dir, 8) == [run_dir / "checkpoints/step-00000008"] * 2, (rank, at)
+            assert newest_step(run_dir) == 8 and not hidden(run_dir) and len(intact(run_dir)) == 2, (rank, at)
+            shutil.rmtree(run_dir)
+
+
+def test_no_damage_is_loaded_and_the_one_before_is_found(tmp_path):
+    for step in (2, 4):
+        save_all(tmp_path, step)
+    root = tmp_path / "checkpoints"
+    before, folder, rng = root / "step-00000002", root / "step-00000004", random.Random(0)
+
+    def check(what, together=True):
+        said = []
+        if together:
+            found = Together(2).run(lambda rank: checkpoint.newest(root, rank, say=said.append))
+        else:
+            found = [checkpoint.newest(root, say=said.append)] * 2
+        assert found == [before] * 2 and len(said) == 1 and "step-00000004" in said[0], what
+
+    for file in sorted(folder.iterdir()):
+        whole = file.read_bytes()
+        for trial in range(300):
+            raw, bit = bytearray(whole), rng.randrange(8 * len(whole))
+            raw[bit // 8] ^= 1 << bit % 8
+            file.write_bytes(raw)
+            check(f"bit {bit} of {file}", together=trial % 30 == 0)
+        for cut in (0, len(whole) // 2, len(whole) - 1):
+            file.write_bytes(whole[:cut])
+            check(f"{file} cut to {cut}")
+        hole = min(4096, len(whole) // 2)
+        file.write_bytes(whole[:100] + bytes(hole) + whole[100 + hole:])
+        check(f"hole in {file}")
+        file.unlink()
+        check(f"{file} missing")
+        shutil.copy(before / file.name, file)
+        check(f"{file} of step 2")
+        file.unlink()
+        file.symlink_to(before / file.name)
+        check(f"{file} a link")
+        file.unlink()
+        file.write_bytes(whole)
+    (folder / "rank-00002-of-00003.safetensors").write_bytes(b"")
+    check("extra file")
+    (folder / "rank-00002-of-00003.safetensors").unlink()
+    assert Together(2).run(lambda rank: checkpoint.newest(root, rank)) == [folder] * 2
+    folder.rename(root / "step-00000009")
+    assert checkpoint.newest(root, say=lambda line: None) == before
+
+
+@pytest.mark.parametrize("name", ["../../../etc/passwd", "/etc/passwd", "rank-00000-of-00001.pt", "x/rank-00000-of-00001.safetensors"])
+def test_a_manifest_cannot_name_other_files(name, tmp_path):
+    folder = tmp_path / "step-00000001"
+    folder.mkdir()
+    (folder / "MANIFEST.json").write_bytes(checkpoint.seal(
+        {"format": checkpoint.FORMAT, "step": 1, "world_size": 1, "files": {name: {"bytes": 0, "sha256": ""}}}))
+    with pytest.raises(InputError, match="no intact MANIFEST.json"):
+        checkpoint.read_manifest(folder)
+    (folder / "MANIFEST.json").write_text("[" * 100_000)
+    with pytest.raises(InputError, match="no intact MANIFEST.json"):
+        checkpoint.read_manifest(folder)
+
+
+def test_ranks_that_see_different_folders_refuse_alike(tmp_path):
+    """C7's heart: the newest is hidden from one rank's listing, so no rank takes it."""
+    for step in (2, 4):
+        save_all(tmp_path / "a", step)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    shutil.rmtree(tmp_path / "b/checkpoints/step-00000004")
+    link = tmp_path / "seen"
+    problems = Together(2).run(lambda rank: checkpoint.verify(tmp_path / "ab"[rank.rank] / "checkpoints/step-00000004", rank))
+    assert problems[0] == problems[1] and "no intact MANIFEST.json" in problems[0] and not link.exists()
+
+
+class Failing:
+    """Raises one OSError at one kind of operation on paths that contain `part`; for a write, after `offset` bytes."""
+
+    def __init__(self, monkeypatch, operation, part, number, offset=0):
+        self.armed = True
+
+        def fail(path):
+            if self.armed and part in str(path):
+                raise OSError(number, os.strerror(number), str(path))
+        if operation == "write":
+            real_open = open
+
+            def opened(path, mode="r", **kwargs):
+                file = real_open(path, mode, **kwargs)
+                if "x" not in mode or part not in str(path):
+                    return file
+                real_write, room = file.write, [offset]
+
+                class Full:
+                    def __getattr__(self, name):
+                        return getattr(file, name)
+
+                    def __enter__(self):
+                        return self
+
+                    def __exit__(self, *_):
+                        file.close()
+
+                    def write(self, data):
+                        data = memoryview(data).cast("B")
+                        real_write(data[:room[0]] if self_.armed else data)
+                        room[0] -= len(data)
+                        if room[0] < 0:
+                            fail(path)
+                self_ = self
+                return Full()
+            monkeypatch.setattr(checkpoint, "open", opened, raising=False)
+        elif operation == "fsync":
+            real = os.fsync
+            monkeypatch.setattr(os, "fsync", lambda handle: (fail(os.readlink(f"/proc/self/fd/{handle}")), real(handle))[1])
+        elif operation == "read":
+            real_hash = checkpoint.sha256
+            monkeypatch.setattr(checkpoint, "sha256", lambda path, **kwargs: (
+                fail(path) if kwargs else None, real_hash(path, **kwargs))[1])
+        else:
+            real_call = getattr(os, operation)
+            monkeypatch.setattr(os, operation, lambda path, *rest, **kw: (fail(path), real_call(path, *rest, **kw))[1])
+
+
+DISKS = [*[("write", "rank-0000", errno.ENOSPC, offset) for offset in (0, 4, 8, 100, 400, 5000, 12_000, 20_000, 36_000)],
+         ("write", "rank-00001", errno.ENOSPC, 9000), ("write", "MANIFEST", errno.ENOSPC, 50), ("write", "rank-00000", errno.EIO, 70),
+         ("mkdir", ".tmp-", errno.EACCES, 0), ("rename", ".tmp-", errno.EACCES, 0), ("rename", ".tmp-", errno.EIO, 0),
+         ("fsync", "rank-00001", errno.EIO, 0), ("fsync", "MANIFEST", errno.EIO, 0), ("read", "rank-00000", errno.EIO, 0),
+         ("limit", "", errno.EFBIG, 1000), ("limit", "", errno.EFBIG, 30_000)]
+
+
+@pytest.mark.parametrize("operation, part, number, offset", DISKS)
+def test_a_failing_disk_costs_one_save(operation, part, number, offset, tmp_path, monkeypatch, capsys):
+    """20 ways for a disk to fail: training goes on, the checkpoint before stays, nothing partial does, one line is said,
+    and the next save works."""
+    save_all(tmp_path, 2)
+    capsys.readouterr()
+
+    def work(rank):
+        one = saver(tmp_path, rank)
+        for step in (4, 6):
+            rank.group.barrier.wait()
+            if rank.first and operation == "limit":
+                resource.setrlimit(resource.RLIMIT_FSIZE, (offset if step == 4 else resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            elif rank.first:
+                disk.armed = step == 4
+            rank.group.barrier.wait()
+            one.save(step, pieces(rank.rank, step), FACTS)
+            folder = one.wait()
+            if step == 4:
+                assert folder is None
+                assert newest_step(tmp_path) == 2 and not hidden(tmp_path)
+        return folder
+    disk = Failing(monkeypatch, operation, part, number, offset) if operation != "limit" else None
+    try:
+        assert Together(2).run(work) == [tmp_path / "checkpoints/step-00000006"] * 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    alerts = [line for line in capsys.readouterr().out.splitlines() if "not written" in line]
+    assert len(alerts) == 1 and os.strerror(number) in alerts[0] and "step 4" in alerts[0]
+
+
+@pytest.mark.parametrize("num_saves", [40, pytest.param(300, marks=pytest.mark.slow)])
+def test_retention_never_removes_what_is_needed(num_saves, tmp_path, monkeypatch, capsys):
+    """k = 3 and every tenth for good; a fifth of all removals fail, a tenth of all saves is killed."""
+    rng, failing = random.Random(1), [True]
+    real = shutil.rmtree
+    monkeypatch.setattr(checkpoint, "remove", lambda folder: None if ".trash" in folder.name and failing[0] and rng.random() < 0.2
+                        else real(folder, ignore_errors=True))
+    monkeypatch.setattr("faults.disk.saver", lambda run_dir, rank, **settings: checkpoint.Saver(
+        run_dir / "checkpoints", rank, **{**settings, "keep": 3, "keep_every_steps": 10}))
+    committed, size = [], 0
+    for step in range(1, num_saves + 1):
+        if rng.random() < 0.1:
+            save_and_die(tmp_path, step, rng.randrange(2), rng.randrange(1, 30))
+            checkpoint.sweep(tmp_path / "checkpoints")       # the next start
+        else:
+            save_all(tmp_path, step)
+        good = intact(tmp_path)
+        committed = [checkpoint.step_of(p) for p in good]
+        assert len(good) >= min(2, step - 1) and len(good) == len(checkpoint.steps(tmp_path / "checkpoints"))
+        ordinary = [s for s in committed if s % 10]
+        assert len(ordinary) <= 4 and max(committed) >= step - 1
+        size = max(size, len(list((tmp_path / "checkpoints").glob(".trash-*"))))
+    failing[0] = False
+    save_all(tmp_path, num_saves + 1)
+    assert len([p for p in intact(tmp_path) if checkpoint.step_of(p) % 10]) == 3 and not hidden(tmp_path)
+
+
+def test_any_number_of_ranks_reads_back_the_same(tmp_path):
+    """Whole tensors and pieces for 1 to 5 ranks, bit by bit, of a parameter whose size divides by none of them."""
+    whole = torch.randn(6000 - 7)
+    padded = torch.nn.functional.pad(whole, (0, 7 % 2 + 0))
+
+    def work(rank):
+        one = saver(tmp_path, rank)
+        half = len(padded) // 2
+        one.save(1, {"master/w": padded[rank.rank * half:(rank.rank + 1) * half]}, {**FACTS, "shapes": {"w": [5993]}})
+        return one.wait()
+    reader = checkpoint.Reader(Together(2).run(work)[0])
+    assert torch.equal(reader.full("master", "w"), whole)
+    for size in range(1, 6):
+        found = torch.cat([reader.piece("master", "w", rank, size) for rank in range(size)])
+        assert torch.equal(found[:5993], whole) and not found[5993:].any() and len(found) % size == 0
+
+
+def test_one_job_a_run_directory(tmp_path):
+    checkpoint.take(tmp_path)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            checkpoint.take(tmp_path, patience_s=0.2)
+        except InputError as error:
+            os._exit(5 if "is being trained by process" in str(error) else 6)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 5
+
+
+@pytest.mark.parametrize("num_gpus", [8, 64, 256])
+@pytest.mark.parametrize("stall_s, write_s", [(0.05, 5.0), (0.5, 30.0), (0.5, 60.0)])
+def test_planned_intervals_bound_what_a_fault_costs(num_gpus, stall_s, write_s):
+    found = plan(num_gpus=num_gpus, stall_s=stall_s, write_s=write_s, mtbf_gpu_hours=20_000)
+    assert found.lost_gpu_hours <= 10 + 1e-9 and found.stall <= 0.01 + 1e-9 and found.interval_s >= write_s
+    assert found.lost_gpu_hours == pytest.approx((found.interval_s + write_s) * num_gpus / 3600)
+
+
+@pytest.mark.parametrize("num_kills", [20, pytest.param(200, marks=pytest.mark.slow), pytest.param(1000, marks=pytest.mark.slow)])
+def test_no_commit_is_lost_to_a_kill(num_kills, tmp_path):
+    found = kill_chain(tmp_path, num_kills)
+    assert found["commits_lost"] == 0 and found["final_state_and_log_equal_to_a_run_without_kills"], found
+
+
+@pytest.mark.parametrize("num_trials", [4, pytest.param(20, marks=pytest.mark.slow)])
+def test_resume_is_bitwise_wherever_it_starts(num_trials, tmp_path):
+    assert bitwise_resumes(tmp_path, num_trials)["bitwise"] == num_trials
+
+
+def test_the_world_may_change_its_size(tmp_path):
+    for path, found in world_sizes(tmp_path).items():
+        assert found["steps"] and found["first_loss_bitwise"] and found["worst_relative"] <= 1e-6, (path, found)
+        assert found["bitwise_to_the_end"] or "4" in path, (path, found)
+
+
+def test_manifest_is_json_that_anybody_can_check(tmp_path):
+    folder = save_all(tmp_path, 3)[0]
+    whole = json.loads((Path(folder) / "MANIFEST.json").read_text())
+    assert whole["manifest"]["step"] == 3 and set(whole["manifest"]["files"]) == {
+        f"rank-{r:05d}-of-00002.safetensors" for r in range(2)}

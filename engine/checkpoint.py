@@ -20,7 +20,7 @@ import uuid
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from iomm.config import InputError
 
@@ -342,7 +342,10 @@ class Reader:
 
     def file(self, rank):
         if rank not in self.files:
-            self.files[rank] = safe_open(self.folder / self.names[rank], framework="pt")
+            try:
+                self.files[rank] = safe_open(self.folder / self.names[rank], framework="pt")
+            except SafetensorError as error:
+                raise InputError(f"{self.folder / self.names[rank]} is not safetensors: {error}") from None
         return self.files[rank]
 
     def full(self, slot, name):

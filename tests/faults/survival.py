@@ -13,12 +13,13 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from faults import trials
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "benchmarks/results/survival.json"
-sys.path.insert(0, str(ROOT / "tests"))
-
-import torch  # noqa: E402
-from faults import trials  # noqa: E402
 
 NAMES = {"kill_chain": "C1 a committed checkpoint is never lost", "bitwise_resumes": "C5 resume is bitwise",
          "world_sizes": "C6 the world size may change", "requests_to_stop": "F4 preemption loses nothing",
@@ -31,20 +32,27 @@ def cpu():
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+def words(found):
+    """Counts as one line."""
+    found = found[0] if isinstance(found, tuple) else found
+    return ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in found.items())
+
+
 def main():
     for name, number in zip(sys.argv[1::2], sys.argv[2::2]):
         started = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="iomm-survival-") as folder:
             found = getattr(trials, name)(folder, *([int(number)] if int(number) else []))
-        note = {
-            "what": NAMES[name], "trial": "two processes over gloo, real loop, checkpoints, guard and watchdog, linear model",
-            "date": datetime.date.today().isoformat(), "machine": f"{cpu()}, {os.cpu_count()} cores, shared with other work",
-            "python": platform.python_version(), "torch": torch.__version__,
-            "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip(),
-            "seconds": round(time.monotonic() - started), "found": found}
-        whole = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        note = {"commit": commit, "seconds": round(time.monotonic() - started), "found": found}
+        whole = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": {}, "trials": {}}
+        machine = {"device": f"{cpu()}, {os.cpu_count()} cores, shared with other work", "commit": commit, "torch": torch.__version__,
+                   "date": datetime.date.today().isoformat(), "python": platform.python_version()}
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        RESULTS.write_text(json.dumps({**whole, name: note}, indent=1) + "\n")
+        RESULTS.write_text(json.dumps({
+            "machine": machine,
+            "trial": "two processes over gloo; the real loop, checkpoints, guard and watchdog; a linear model for DeepSpeed",
+            "rows": {**whole["rows"], NAMES[name]: words(found)}, "trials": {**whole["trials"], name: note}}, indent=1) + "\n")
         print(name, found, flush=True)
 
 

@@ -1,0 +1,96 @@
+"""What saving costs: python benchmarks/checkpoint.py [--parameters 5.5e6] [--step-s 0.65] [--saves 10]
+
+One rank with masters, two moments and an average in fp32 saves in the background while this thread multiplies matrices in
+steps of step-s; measured are the wait of save() itself, the slowing of the steps meanwhile, the time to the commit, the size,
+and the time to verify and read everything back. Writes benchmarks/results/checkpoint-<device>-<date>.json."""
+
+import sys
+from pathlib import Path
+
+if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
+    sys.path[0:1] = [str(Path(__file__).resolve().parent.parent)]      # a script's own folder hides other modules
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+
+import torch
+
+from iomm.engine import checkpoint
+from iomm.engine.interval import plan
+
+ROOT = Path(__file__).resolve().parent.parent
+
+class Alone:
+    """The only rank."""
+
+    rank, size, first = 0, 1, True
+
+    def on_first(self, work):
+        return work()
+
+    def all(self, value):
+        return [value]
+
+
+def step(seconds, device):
+    """Work for about `seconds` -> how long a fixed piece of it took."""
+    a = torch.ones(512, 512, device=device)
+    started, pieces = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        a = (a @ a).clamp_(0, 1)
+        pieces += 1
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - started) / pieces
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parameters", type=float, default=5.5e6)
+    parser.add_argument("--step-s", type=float, default=0.65)
+    parser.add_argument("--saves", type=int, default=10)
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(1)
+    state = {f"{slot}/w": torch.randn(int(args.parameters), device=device) for slot in ("master", "exp_avg", "exp_avg_sq", "ema")}
+    facts = {"shapes": {"w": [int(args.parameters)]}, "config": "", "ema": True}
+    quiet = statistics.median(step(args.step_s, device) for _ in range(5))
+    stalls, writes, slow = [], [], []
+    with tempfile.TemporaryDirectory(dir=ROOT) as folder:
+        saver = checkpoint.Saver(Path(folder) / "checkpoints", Alone(), keep=2)
+        for i in range(args.saves + 1):
+            saver.save(i, state, facts)
+            slow.append(step(args.step_s, device))
+            saver.wait()
+            stalls.append(saver.stall_s)
+            writes.append(saver.write_s)
+        started = time.perf_counter()
+        assert checkpoint.damage(saver.folder) is None
+        verified = time.perf_counter()
+        reader = checkpoint.Reader(saver.folder)
+        assert all(torch.equal(reader.piece(*key.split("/"), 0, 1), t.cpu()) for key, t in state.items())
+        read = time.perf_counter()
+    stall, write = statistics.median(stalls[1:]), statistics.median(writes[1:])
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    date = datetime.date.today().isoformat()
+    result = {
+        "machine": {"device": name, "date": date, "commit": commit, "torch": torch.__version__, "load": os.getloadavg()[0]},
+        "parameters": int(args.parameters), "bytes": saver.bytes, "saves": args.saves, "first_stall_s": stalls[0], "stall_s": stall,
+        "stall_share_of_a_step": stall / args.step_s, "slowing_of_steps_meanwhile": statistics.median(slow[1:]) / quiet - 1,
+        "commit_s": write, "verify_s": verified - started, "read_s": read - verified,
+        "planned": {str(n): vars(plan(num_gpus=n, stall_s=stall, write_s=write, mtbf_gpu_hours=20_000)) for n in (8, 64, 256)}}
+    path = ROOT / f"benchmarks/results/checkpoint-{device}-{date}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

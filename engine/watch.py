@@ -45,10 +45,12 @@ class Watch:
         self.store = dist.TCPStore(address, everyone[0][2], is_master=False, wait_for_workers=False)
         self.store.set_timeout(timedelta(seconds=0.5))
         self.publish()
+        self.alarm = None
         self.thread = threading.Thread(target=self.look, name="watch", daemon=True)
 
     def __enter__(self):
         self.thread.start()
+        threading.Thread(target=self.talk, name="watch store", daemon=True).start()
         return self
 
     def __exit__(self, *_):
@@ -76,8 +78,22 @@ class Watch:
                     os.unlink(self.stacks.name)
             self.stacks = None
 
+    def talk(self):
+        """A thread that does nothing else: not every call of a store comes back when rank 0, its server, is stopped."""
+        while not self.over.wait(POLL_S):
+            self.publish()
+            self.alarm = self.told() or self.alarm
+
+    def ask(self, work, limit_s=1.0):
+        """What work() returns within limit_s, or {}."""
+        answer = []
+        thread = threading.Thread(target=lambda: answer.append(work()), daemon=True)
+        thread.start()
+        thread.join(limit_s)
+        return answer[0] if answer else {}
+
     def look(self):
-        """The thread."""
+        """The thread that decides; it waits for nobody."""
         dead_since = None
         while not self.over.wait(POLL_S):
             if self.ranks.size > 1 and os.getppid() != self.parent:
@@ -86,10 +102,9 @@ class Watch:
             if dead:
                 dead_since = dead_since or time.monotonic()
                 if time.monotonic() - dead_since > GRACE_S:
-                    self.tell(f"{self.name(dead)} died")
+                    self.ask(lambda: self.tell(f"{self.name(dead)} died"))
                     self.end(DEAD, f"{self.name(dead)} died", self.ranks.rank == self.lowest(dead))
-            self.publish()
-            told = self.told()
+            told = self.alarm
             if told and told != "hang":
                 self.end(DEAD, told, False)
             idle = time.monotonic() - self.last
@@ -98,17 +113,15 @@ class Watch:
 
     def hung(self, idle):
         """Something stands still: save stacks, listen who answers, name the rank, end all."""
-        self.tell("hang")
+        self.ask(lambda: self.tell("hang"), limit_s=0.1)
         size = os.path.getsize(self.stacks.name)
         faulthandler.cancel_dump_traceback_later()
         if not size:
             faulthandler.dump_traceback(file=self.stacks)
-        before = self.states() or self.states()
-        until = time.monotonic() + LISTEN_S
-        while before and time.monotonic() < until:
-            self.publish()
-            time.sleep(POLL_S / 2)
-        after = self.states()
+        before = self.ask(self.states)
+        if before:
+            time.sleep(LISTEN_S)
+        after = self.ask(self.states) if before else {}
         others = set(range(self.ranks.size)) - {self.ranks.rank}
         silent = sorted(r for r in others if before[r]["pulse"] == after[r]["pulse"]) if before and after else [0]
         blame = self.blame(after, silent)

@@ -1,0 +1,144 @@
+"""YAML text into nested frozen dataclasses: every key typed, every error with its file and line.
+
+Scalars stay text until the field's type reads them, so `lr: 1e-4` is a number, `NO` is a string where a string is wanted
+and `010` is no octal. Aliases, unknown and repeated keys are errors; nothing in a file can run code."""
+
+import difflib
+import math
+import types
+import typing
+from dataclasses import fields, is_dataclass
+
+import yaml
+
+from iomm.config import InputError
+
+
+def read(cls, text, source="config", overrides=()):
+    """YAML text and overrides ("a.b=value") -> an instance of the dataclass `cls`, whose fields may be dataclasses.
+
+    Raises InputError in one line, with file, line and key."""
+    try:
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > 10:                       # 100,000 brackets keep PyYAML busy for minutes
+                raise InputError(f"{source}:{event.start_mark.line + 1}: nested deeper than any config is")
+            if isinstance(event, yaml.AliasEvent):
+                raise InputError(f"{source}:{event.start_mark.line + 1}: YAML aliases (*name) are not allowed; write the value out")
+        node = yaml.compose(text, yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise InputError(f"{source}{line}: not valid YAML: {getattr(error, 'problem', error)}") from error
+    values, where = {}, {}
+    if node is not None:
+        read_section(cls, node, source, (), values, where)
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise InputError(f"override {override!r} must look like section.key=value")
+        names = tuple(key.split("."))
+        kind = field_type(cls, names, "command line")
+        if is_dataclass(kind):
+            raise InputError(f"command line: {key} is a section; set one of its keys: "
+                             + ", ".join(f"{key}.{f.name}" for f in fields(kind)))
+        values[names], where[names] = scalar(kind, value, f"command line: {key}"), "command line"
+    try:
+        return build(cls, (), values)
+    except InputError as error:                  # a value out of range: say where it was given
+        given = [place for names, place in where.items() if ".".join(names) in str(error)]
+        raise InputError(f"{given[-1]}: {error}" if given else str(error)) from None
+
+
+def read_section(cls, node, source, path, values, places):
+    if not isinstance(node, yaml.MappingNode):
+        raise InputError(f"{source}:{node.start_mark.line + 1}: {'.'.join(path) or 'the file'} must be a section of keys")
+    for key_node, value_node in node.value:
+        where = f"{source}:{key_node.start_mark.line + 1}"
+        names = (*path, str(key_node.value))
+        kind = field_type(cls, names, where)
+        if is_dataclass(kind):
+            read_section(cls, value_node, source, names, values, places)
+            continue
+        if names in values:
+            raise InputError(f"{where}: {'.'.join(names)} is given twice")
+        values[names], places[names] = value_of(kind, value_node, f"{where}: {'.'.join(names)}"), where
+
+
+def field_type(cls, names, where):
+    """Type of the field at a dotted path; an unknown name is an error that offers the nearest known key."""
+    kind, hints = cls, {}
+    for i, name in enumerate(names):
+        hints = typing.get_type_hints(kind) if is_dataclass(kind) else {}
+        if name not in hints:
+            key = ".".join(names)
+            near = difflib.get_close_matches(key, all_keys(cls), n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise InputError(f"{where}: unknown key {key}{hint}")
+        kind = hints[name]
+    return kind
+
+
+def all_keys(cls, prefix=""):
+    keys = []
+    for name, kind in typing.get_type_hints(cls).items():
+        keys += all_keys(kind, f"{prefix}{name}.") if is_dataclass(kind) else [prefix + name]
+    return keys
+
+
+def value_of(kind, node, where):
+    if isinstance(node, yaml.SequenceNode):
+        if typing.get_origin(kind) is not tuple:
+            raise InputError(f"{where} must be {spell(kind)}, got a list")
+        return scalar(kind, ",".join(str(item.value) for item in node.value), where)
+    if not isinstance(node, yaml.ScalarNode):
+        raise InputError(f"{where} must be {spell(kind)}, got a section")
+    if node.style in ("'", '"') and str not in (kind, *typing.get_args(kind)):
+        raise InputError(f"{where} must be {spell(kind)}, got the quoted text {node.value!r}")
+    return scalar(kind, node.value, where)
+
+
+def scalar(kind, text, where):
+    """Reads `text` as `kind`, strictly."""
+    if typing.get_origin(kind) is types.UnionType:
+        if text in ("null", "~", ""):
+            return None
+        kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[text]
+        if kind is int:
+            if text.lstrip("+-") != str(abs(int(text))):
+                raise ValueError
+            return int(text)
+        if kind is float:
+            if not math.isfinite(float(text)):
+                raise ValueError
+            return float(text)
+        if typing.get_origin(kind) is tuple:
+            kinds, items = typing.get_args(kind), text.strip("[]()").split(",")
+            if len(items) != len(kinds):
+                raise ValueError
+            return tuple(scalar(k, item.strip(), where) for k, item in zip(kinds, items))
+        return text
+    except (ValueError, KeyError):
+        raise InputError(f"{where} must be {spell(kind)}, got {text!r}") from None
+
+
+def spell(kind):
+    if typing.get_origin(kind) is types.UnionType:
+        return " or ".join(spell(k) for k in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return f"{len(typing.get_args(kind))} numbers separated by commas"
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "text", types.NoneType: "null"}[kind]
+
+
+def build(cls, path, values):
+    given = {}
+    for name, kind in typing.get_type_hints(cls).items():
+        if is_dataclass(kind):
+            given[name] = build(kind, (*path, name), values)
+        elif (*path, name) in values:
+            given[name] = values[(*path, name)]
+    return cls(**given)

@@ -41,6 +41,12 @@ def ops(result):
                    f"{row['ms']:.2f} ms, {row['speedups']['reference']:.1f} x the PyTorch reference")
 
 
+def checkpoint(result):
+    yield (f"checkpoint of {result['parameters'] / 1e6:.1f} M parameters with moments and average, {result['bytes'] / 2**20:.0f} MiB",
+           f"training waits {result['stall_s'] * 1e3:.0f} ms, committed after {result['commit_s']:.2f} s, verified in "
+           f"{result['verify_s']:.2f} s")
+
+
 def survival(result):
     for what, count in result.get("rows", {}).items():
         yield what, str(count)
@@ -48,7 +54,8 @@ def survival(result):
 
 def table():
     """Markdown: a row for every figure that is quoted."""
-    kinds = {"demo": demo, "loader": loader, "data-reliability": data_reliability, "ops": ops, "survival": survival}
+    kinds = {"demo": demo, "loader": loader, "data-reliability": data_reliability, "ops": ops,
+             "checkpoint": checkpoint, "survival": survival}
     rows = ["| what | figure | machine, date, commit | file |", "|---|---|---|---|"]
     for path in sorted((ROOT / "benchmarks/results").glob("*.json")):
         result = json.loads(path.read_text())

@@ -9,7 +9,7 @@ import torch
 from test_run import launch, rows
 
 LOSSES = Path(__file__).parent / "demo_losses.json"
-STEPS, THREADS = 40, 2
+STEPS, THREADS = 32, 2
 
 
 def machine():
@@ -26,7 +26,7 @@ def machine():
 def demo(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("demo") / "demo"
     done = launch(1, "--stage", "pretrain", f"run.dir={run_dir}", f"train.steps={STEPS}", f"train.threads={THREADS}",
-                  "checkpoint.every_steps=40")
+                  f"checkpoint.every_steps={STEPS}")
     assert done.returncode == 0, done.stdout
     return run_dir, done.stdout
 
@@ -47,8 +47,8 @@ def test_loss_falls_below_half_of_its_first_value(demo):
 
 def test_the_run_leaves_what_the_readme_says(demo):
     run_dir, said = demo
-    assert "step 10/40  loss" in said and "next        iomm sample --run" in said
-    assert [p.name for p in (run_dir / "samples").iterdir()] == ["step-00000040-seed0.png"]
+    assert f"step 10/{STEPS}  loss" in said and "next        iomm sample --run" in said
+    assert [p.name for p in (run_dir / "samples").iterdir()] == [f"step-{STEPS:08d}-seed0.png"]
     assert sorted(p.name for p in run_dir.iterdir()) == [".lock", "checkpoints", "config.yaml", "log.jsonl", "samples", "tb"]
     tars = sorted((run_dir.parent / "shared").glob("shapes-4096-*/*.tar"))
     assert len(tars) == 4

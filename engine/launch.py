@@ -95,6 +95,23 @@ def run(config, args, ranks, watch):
     ranks.on_first(lambda: open_run_dir(config, args))
     folder = choose_checkpoint(config, args, ranks)
     ranks.on_first(lambda: write_config(config))
+    state, source, flops = build(config, ranks, folder, say)
+    metrics = Metrics(config.run.dir, flops_per_image=flops, global_batch=config.train.global_batch,
+                      num_steps=config.train.steps, ranks=ranks, start_step=state.step,
+                      gpu_hours=state.gpu_hours) if ranks.first else None
+    window = Window(args.profile, state.step + config.profile.start_step, config.profile.num_steps, config.run.dir, ranks)
+    saver = checkpoint.Saver(Path(config.run.dir) / "checkpoints", ranks.apart(), keep=config.checkpoint.keep,
+                             keep_every_steps=config.checkpoint.keep_every_steps, background=config.checkpoint.background)
+    if loop.train(state, source, config, saver, watch, metrics, window):
+        ranks.on_first(lambda: finish(config, args, metrics, saver, ranks))
+        return True
+    say(f"stopped as asked; step {state.step} is saved: start again with --resume auto")
+    return False
+
+
+def build(config, ranks, folder=None, say=print):
+    """Data, frozen parts, trained parts, optimizer -> (loop.State, its source of batches, FLOPs that one image needs). Called
+    by all ranks together. The state is that of the checkpoint `folder`, or fresh, or of run.init's weights."""
     index_dir = pairs_dir = None
     if config.train.data != "pair":
         index_dir = ranks.on_first(lambda: parts.prepare_data(config))
@@ -125,17 +142,7 @@ def run(config, args, ranks, watch):
         loop.restore(state, folder)
         say(f"resumed from {folder}: step {state.step} of {config.train.steps}")
     source.start_step = state.step
-    metrics = Metrics(config.run.dir, flops_per_image=flops, global_batch=config.train.global_batch,
-                      num_steps=config.train.steps, ranks=ranks, start_step=state.step,
-                      gpu_hours=state.gpu_hours) if ranks.first else None
-    window = Window(args.profile, state.step + config.profile.start_step, config.profile.num_steps, config.run.dir, ranks)
-    saver = checkpoint.Saver(Path(config.run.dir) / "checkpoints", ranks.apart(), keep=config.checkpoint.keep,
-                             keep_every_steps=config.checkpoint.keep_every_steps, background=config.checkpoint.background)
-    if loop.train(state, source, config, saver, watch, metrics, window):
-        ranks.on_first(lambda: finish(config, args, metrics, saver, ranks))
-        return True
-    say(f"stopped as asked; step {state.step} is saved: start again with --resume auto")
-    return False
+    return state, source, flops
 
 
 def make_guard(config, say):

@@ -4,7 +4,6 @@ from itertools import islice
 
 import torch
 import torch.distributed as dist
-from torch.profiler import record_function
 from tqdm import tqdm
 
 from iomm.config import InputError
@@ -13,6 +12,7 @@ from iomm.engine.guard import Stop
 from iomm.engine.metrics import line
 from iomm.engine.optim import learning_rate
 from iomm.flow import loss_by_time
+from iomm.ranges import each, named
 
 
 def train_step(sharded, batches, factor=None):
@@ -21,31 +21,20 @@ def train_step(sharded, batches, factor=None):
 
     factor(mean loss), if given, multiplies the last loss: NaN makes all ranks skip the step."""
     losses, by_time, wait_s, failures, seen = [], 0, 0.0, [], []
-    for batch in named("data", batches):         # one micro-batch each
+    for batch in each("data", batches):          # one micro-batch each
         loss, loss_B, t_B = sharded(batch.pixels_BCHW, batch.vit_pixels_BCHW, batch.n_B, batch.latents_BCHW,
                                      batch.captions, batch.has_image)
         losses.append(loss.detach())
         if factor is not None and sharded.last_micro_batch:
             loss = loss * factor(torch.stack(losses).mean())
-        with record_function("backward"):
+        with named("backward"):
             sharded.backward(loss)
-        with record_function("optimizer"):
+        with named("optimizer"):
             applied = sharded.step()             # acts only on the last one
         seen.append((batch.n_B, loss_B.detach()))
         by_time, wait_s = by_time + torch.stack(loss_by_time(loss_B, t_B)), wait_s + batch.wait_s
         failures += batch.failures
     return torch.stack(losses).mean(), by_time, applied, wait_s, failures, seen
-
-
-def named(name, items):
-    """The items, each fetched inside a named range of the trace."""
-    items, end = iter(items), object()
-    while True:
-        with record_function(name):
-            item = next(items, end)
-        if item is end:
-            return
-        yield item
 
 
 def train(state, source, config, saver, watch, metrics=None, window=None):
@@ -66,7 +55,7 @@ def train(state, source, config, saver, watch, metrics=None, window=None):
             loss, by_time, applied, wait_s, failures, seen = train_step(
                 sharded, islice(batches, source.accumulation_steps), factor)
             if applied:
-                with record_function("ema"):
+                with named("ema"):
                     ema.update(state.step)
             state.step += 1
             sums = torch.cat((loss[None] / ranks.size, by_time.flatten(), loss.new_tensor([len(failures), stop.asked])))
@@ -87,7 +76,7 @@ def train(state, source, config, saver, watch, metrics=None, window=None):
             if window is not None:
                 window.after(state.step)
             if asked or state.step % config.checkpoint.every_steps == 0 or state.step == config.train.steps:
-                with record_function("checkpoint"):
+                with named("checkpoint"):
                     save(state, config, saver)
         watch.rest()
         folder = saver.wait()

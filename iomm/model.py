@@ -6,7 +6,6 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
 from iomm.config import AdapterConfig, MaskConfig
@@ -15,6 +14,7 @@ from iomm.kernels.noisy_tokens import noisy_tokens
 from iomm.kernels.philox import CAPTION_DROP, TIME, VAE, normal, uniform
 from iomm.masking import visible_mask
 from iomm.mllm import IMAGE, RECONSTRUCT, TURN
+from iomm.ranges import named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class IOMM(nn.Module):
         mllm, vae = self.frozen
         seed, n_B = self.recipe.seed, n_B.to(vit_pixels_ICHW.device)
         if latents_BCHW is None:
-            with record_function("vae"):
+            with named("vae"):
                 latents_BCHW = self.encode(pixels_BCHW, n_B)                              # step 2
         t_B = sample_time(uniform(seed, TIME, n_B, 1)[:, 0], **self.recipe.time)
         noisy_BNK, target_BNK = noisy_tokens(latents_BCHW, t_B, seed, n_B, vae.patch)
@@ -72,7 +72,7 @@ class IOMM(nn.Module):
             has_image = [True] * len(n_B)
         tokens_IPD = visible = None
         if len(image_n):
-            with record_function("vit"):
+            with named("vit"):
                 tokens_IPD = mllm.image_tokens(vit_pixels_ICHW)
             visible = visible_mask(mask, self.recipe.seed, image_n, mllm.num_image_tokens)
         return mllm.condition(texts, tokens_IPD, has_image=has_image, visible=visible, mode=mask.mode, positions=mask.positions)
@@ -112,18 +112,18 @@ class IOMM(nn.Module):
         every = self.recipe.adapter.conditions == "all"
         queries_BQD = hidden_BCD = lengths_B = None
         if self.adapter is not None:
-            with record_function("adapter"):
+            with named("adapter"):
                 queries_BQD = self.adapter(condition)
-        with record_function("prefix"):
+        with named("prefix"):
             cache, outputs_TD = mllm.prefix(condition, outputs=every)
         if queries_BQD is not None:
-            with record_function("suffix"):
+            with named("suffix"):
                 hidden_BCD = mllm.queries(queries_BQD.to(mllm.dtype), condition, cache,
                                           causal=self.recipe.adapter.attention == "causal")
         if every:
             hidden_BCD, lengths_B = joined(outputs_TD, condition.offsets, hidden_BCD)
         if self.connector is not None:
-            with record_function("connector"):
+            with named("connector"):
                 hidden_BCD = self.connector(hidden_BCD.to(self.dtype), lengths_B)
         return hidden_BCD, lengths_B
 
@@ -151,7 +151,7 @@ class IOMM(nn.Module):
 
     def velocity(self, noisy_BNK, t_B, condition_BCD, lengths_B, grid):
         """The generator's velocity, in whatever dtype its weights are."""
-        with record_function("generator"):
+        with named("generator"):
             return self.generator(noisy_BNK.to(self.dtype), t_B, condition_BCD.to(self.dtype), grid, lengths_B)
 
 

@@ -1,0 +1,108 @@
+"""Named parts of a step: their seconds sum to the step, nested ones count once, and without a clock nothing is kept."""
+
+import threading
+
+import pytest
+
+from iomm import ranges
+from iomm.ranges import Clock, each, named
+
+
+@pytest.fixture
+def ticks(monkeypatch):
+    """perf_counter that only the test moves: ticks(seconds)."""
+    now = [100.0]
+    monkeypatch.setattr(ranges.time, "perf_counter", lambda: now[0])
+
+    def ticks(seconds):
+        now[0] += seconds
+    return ticks
+
+
+def test_the_split_sums_to_the_step_and_what_is_nested_counts_once(ticks):
+    clock = Clock("cpu")
+    with clock:
+        ticks(1)
+        with named("generator"):
+            ticks(2)
+            with named("vae"):
+                ticks(4)
+            ticks(8)
+        ticks(16)
+        for _ in each("data", iter("ab")):
+            ticks(32)
+        split, beside = clock.read()
+        assert split == {"other": 1 + 16 + 64, "generator": 10, "vae": 4, "data": 0} and beside == {}
+        with named("optimizer"):                 # a read in the middle of a part cuts it in two
+            ticks(3)
+            assert clock.read()[0]["optimizer"] == 3
+            ticks(5)
+        assert clock.read()[0]["optimizer"] == 5
+
+
+def test_an_error_closes_its_parts(ticks):
+    clock = Clock("cpu")
+    with clock:
+        with pytest.raises(ZeroDivisionError), named("outer"), named("inner"):
+            ticks(1)
+            1 / 0
+        ticks(2)
+    assert clock.read()[0] == {"outer": 0, "inner": 1, "other": 2}
+
+
+def test_parts_outside_of_the_clock_or_in_other_threads_are_not_its_own(ticks):
+    clock = Clock("cpu")
+
+    def work():
+        with named("checkpoint"):
+            ticks(2)
+    work()
+    with clock:
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert clock.read()[0] == {"other": 4}
+
+
+def test_a_gpu_is_timed_by_events_and_other_streams_stand_beside(ticks, monkeypatch):
+    """With stand-ins for the device: the split is of the clock's own stream, events are used again, read waits."""
+    made, waited, current = [], [], ["main"]
+
+    class Stream:
+        device = "cuda"
+
+        def __init__(self, name):
+            self.name = name
+
+        def __eq__(self, other):
+            return self.name == other.name
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+            made.append(self)
+
+        def record(self):
+            self.at = ranges.time.perf_counter()
+
+        def synchronize(self):
+            waited.append(self)
+
+        def elapsed_time(self, other):
+            return (other.at - self.at) * 1e3    # milliseconds, as CUDA's
+
+    monkeypatch.setattr(ranges.torch.cuda, "Event", Event)
+    monkeypatch.setattr(ranges.torch.cuda, "current_stream", lambda device=None: Stream(current[0]))
+    clock = Clock("cuda")
+    for _ in range(3):
+        with clock, named("generator"):
+            ticks(2)
+            current[0] = "side"
+            with named("vae"):
+                ticks(4)
+            current[0] = "main"
+        assert not waited
+        split, beside = clock.read()
+        assert split == {"other": 0, "generator": 6} and beside == {"vae": 4} and len(waited) == 2
+        waited.clear()
+    assert len(made) == 6

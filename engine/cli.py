@@ -1,4 +1,4 @@
-"""The console command `iomm`: index, cache, sample, edit, export, doctor."""
+"""The console command `iomm`: index, cache, sample, edit, evaluate, export, doctor."""
 
 import argparse
 import sys
@@ -8,7 +8,8 @@ from iomm.config import InputError
 
 
 def main(argv=None):
-    """Exit code: 0 done, 2 something that the user gave is wrong (one line on stderr)."""
+    """Exit code: 0 done, 1 a folder that `evaluate` looked at is not complete, 2 something that the user gave is wrong (one
+    line on stderr)."""
     parser = argparse.ArgumentParser(prog="iomm", description="Beside training, which is started with: deepspeed engine/launch.py")
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -34,7 +35,7 @@ def main(argv=None):
 
     def of_a_run(name, text):
         command = commands.add_parser(name, help=text)
-        command.add_argument("--run", required=True, help="folder of the run; its newest intact checkpoint is read")
+        command.add_argument("--run", required=True, help="folder of a run, whose newest intact checkpoint is read, or an exported one")
         command.add_argument("--weights", choices=("ema", "raw"), default="ema")
         command.add_argument("--out", help="where to write; default: inside the run's folder")
         return command
@@ -43,6 +44,7 @@ def main(argv=None):
         command.add_argument("--steps", type=int, default=20, help="Euler steps")
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--guidance", type=float, default=guidance, help="classifier-free guidance; above 1 after stage 2")
+        command.add_argument("--size", metavar="PX", help="side of a picture, or WIDTHxHEIGHT; default: the run's data.size_px")
 
     command = of_a_run("sample", "draw a PNG grid: masked images and what is drawn of them, or prompts")
     drawing(command, 1.0)
@@ -54,11 +56,28 @@ def main(argv=None):
     command.add_argument("--image", required=True)
     command.add_argument("--instruction", required=True)
 
+    command = commands.add_parser("evaluate", help="draw or check the picture folder that a benchmark's official grader wants")
+    command.add_argument("bench", choices=("geneval", "dpg", "wise", "imgedit"))
+    command.add_argument("--prompts", nargs="+", required=True, metavar="FILE", help="geneval: evaluation_metadata.jsonl; dpg: its "
+                         "folder of prompts, or dpg_bench.csv; wise: its json files of one protocol; imgedit: basic_edit.json")
+    command.add_argument("--out", required=True, help="the folder; intact pictures of the same settings stay")
+    command.add_argument("--run", help="folder of a run, or an exported one")
+    command.add_argument("--weights", choices=("ema", "raw"), default="ema")
+    command.add_argument("--check", action="store_true", help="look at the folder alone and draw nothing")
+    command.add_argument("--origin-img-root", help="imgedit: folder of the pictures to edit")
+    command.add_argument("--num", type=int, help="geneval: pictures a prompt; default 4")
+    drawing(command, 4.0)
+    command.add_argument("--batch", type=int, default=16, help="images drawn at once")
+    command.add_argument("--compile", action="store_true", help="torch.compile, for a GPU: minutes to start, then faster")
+    command.add_argument("--rank", type=int, help="this process among --ranks; default: $RANK and $WORLD_SIZE, as torchrun")
+    command.add_argument("--ranks", type=int)
+
     of_a_run("export", "write generator (diffusers folder), adapter and connector (safetensors)")
     commands.add_parser("doctor", help="what is installed, what is missing, why, and what that costs")
     args = parser.parse_args(argv)
     try:
-        return {"index": index, "cache": cache, "sample": sample, "edit": edit, "export": export, "doctor": doctor}[args.command](args)
+        return {"index": index, "cache": cache, "sample": sample, "edit": edit, "evaluate": evaluate, "export": export,
+                "doctor": doctor}[args.command](args)
     except InputError as error:
         print(f"iomm: {error}", file=sys.stderr)
         return 2
@@ -87,7 +106,7 @@ def cache(args):
 
 def sample(args):
     from iomm.engine.draw import draw_run
-    print(draw_run(args.run, num=args.num, prompts=args.prompt, **drawing_settings(args)))
+    print(draw_run(args.run, num=args.num, prompts=args.prompt, singles=True, **drawing_settings(args)))
     return 0
 
 
@@ -95,6 +114,15 @@ def edit(args):
     from iomm.engine.draw import edit_run
     print(edit_run(args.run, args.image, args.instruction, **drawing_settings(args)))
     return 0
+
+
+def evaluate(args):
+    from iomm.engine.draw import parse_size
+    from iomm.engine.graders.folder import evaluate
+    return evaluate(
+        args.bench, prompts=args.prompts, out=args.out, run=args.run, root=args.origin_img_root, num=args.num,
+        size=parse_size(args.size) if args.size else None, steps=args.steps, seed=args.seed, guidance=args.guidance,
+        weights=args.weights, batch=args.batch, compiled=args.compile, rank=args.rank, num_ranks=args.ranks, check_only=args.check)
 
 
 def export(args):
@@ -105,8 +133,10 @@ def export(args):
 
 def drawing_settings(args):
     import torch
+
+    from iomm.engine.draw import parse_size
     return dict(steps=args.steps, seed=args.seed, guidance=args.guidance, weights=args.weights, out=args.out,
-                device="cuda" if torch.cuda.is_available() else "cpu")
+                size=parse_size(args.size) if args.size else None, device="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def doctor(args):

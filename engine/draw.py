@@ -1,9 +1,12 @@
-"""Pictures from a run: its newest checkpoint, conditions like those of its training, one PNG grid; and its export."""
+"""Pictures from a run: its newest checkpoint, conditions like those of its training; and its export.
 
+Every PNG says in its text what it was drawn from and how: prompt, seed, steps, guidance, size, run, step, weights."""
+
+import re
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin
 
 from iomm.config import InputError
 from iomm.engine import parts
@@ -11,31 +14,54 @@ from iomm.engine.data.shards import Shards
 from iomm.engine.data.source import ImageSource
 from iomm.masking import visible_mask
 from iomm.mllm import RECONSTRUCT
-from iomm.pipeline import Pipeline, draw, image_grid, to_images
+from iomm.pipeline import CARD, Pipeline, draw, height_width, image_grid, to_images
 
 
-def draw_run(run_dir, *, num=16, steps=20, seed=0, prompts=(), guidance=1.0, weights="ema", device="cpu", out=None):
-    """Writes a PNG grid and returns its path.
+def open_pipeline(run_dir, *, weights="ema", device="cpu"):
+    """Folder of a run, or an exported one -> (Pipeline whose origin names run, step and weights; the run's config, or None).
+
+    An exported folder has but one kind of weights. Raises InputError: no run, no checkpoint."""
+    run_dir = Path(run_dir)
+    if (run_dir / CARD).is_file():
+        pipe = Pipeline.from_pretrained(run_dir, device=device)
+        pipe.origin = pipe.origin or {"run": run_dir.as_posix()}
+        return pipe, None
+    config, model, manifest = parts.load_run(run_dir, weights=weights, device=device)
+    origin = {"run": run_dir.as_posix(), "step": str(manifest["step"]), "weights": weights if manifest["ema"] else "raw"}
+    return Pipeline(model, config.data.size_px, origin=origin), config
+
+
+def draw_run(run_dir, *, num=16, steps=20, seed=0, prompts=(), guidance=1.0, size=None, weights="ema", device="cpu", out=None,
+             singles=False):
+    """Writes a PNG grid and returns its path; with `singles` every picture too, in the folder of the grid's name.
 
     With prompts: `num` pictures, the prompts in turn. Without: of a run on images, the first `num` of its order, masked as
-    in training, each above what the model draws from what is left; of a run on pairs, pictures of its first captions. Raises InputError: no run, no checkpoint."""
+    in training, each above what the model draws from what is left; of a run on pairs, pictures of its first captions.
+    size: (height, width). Raises InputError: no run, no checkpoint."""
     if num < 1 or steps < 1:
         raise InputError(f"--num and --steps must be >= 1, got {num} and {steps}")
-    config, model, manifest = parts.load_run(run_dir, weights=weights, device=device)
-    size_px, columns = config.data.size_px, min(8, num)
+    pipe, config = open_pipeline(run_dir, weights=weights, device=device)
+    columns = min(8, num)
+    if not prompts and config is None:
+        raise InputError(f"{run_dir} is an exported folder, without data: say what to draw with --prompt")
     if not prompts and config.train.data != "image":
         pairs = Shards(parts.prepare_data(config, progress=False, pairs=True))
         prompts = [pairs.caption(k) for k in range(min(num, len(pairs)))]
+    if not prompts and (size or guidance != 1.0):
+        raise InputError("--size and --guidance are for pictures from text: give --prompt")
+    texts = [prompts[i % len(prompts)] if prompts else f"masked image {i} of the run" for i in range(num)]
     if prompts:
-        texts = [prompts[i % len(prompts)] for i in range(num)]
-        images = Pipeline(model, size_px)(texts, steps=steps, seed=seed, guidance=guidance)
+        drawn = images = pipe(texts, steps=steps, seed=seed, guidance=guidance, size=size)
     else:
-        references, drawn = reconstruct(config, model, num, steps, seed, device)
+        references, drawn = reconstruct(config, pipe.model, num, steps, seed, device)
         images = [image for start in range(0, num, columns) for row in (references, drawn)
                   for image in row[start:start + columns]]
-    path = Path(out) if out else Path(run_dir) / "samples" / f"step-{manifest['step']:08d}-seed{seed}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image_grid(images, columns).save(path)
+    step = f"step-{int(pipe.origin['step']):08d}-" if "step" in pipe.origin else ""
+    path = png_path(out, run_dir, f"{step}seed{seed}")
+    facts = drawing_facts(pipe, size or pipe.size_px, steps=steps, seed=seed, guidance=guidance)
+    save_png(image_grid(images, columns), path, {**facts, "prompt": "\n".join(dict.fromkeys(texts))})
+    for i, image in enumerate(drawn if singles else ()):
+        save_png(image, path.with_suffix("") / f"{i:04d}.png", {**facts, "prompt": texts[i], "image": i})
     return path
 
 
@@ -54,23 +80,65 @@ def reconstruct(config, model, num, steps, seed, device):
     return to_images(batch.pixels_BCHW), to_images(drawn)
 
 
-def edit_run(run_dir, image, instruction, *, steps=20, seed=0, guidance=1.0, weights="ema", device="cpu", out=None):
+def edit_run(run_dir, image, instruction, *, steps=20, seed=0, guidance=1.0, size=None, weights="ema", device="cpu", out=None):
     """Image file and instruction -> path of the edited PNG. Raises InputError for a file that is no image."""
+    picture = open_image(image)
+    pipe, _ = open_pipeline(run_dir, weights=weights, device=device)
+    path = png_path(out, run_dir, f"edited-{Path(image).stem}-seed{seed}")
+    edited = pipe.edit(picture, instruction, steps=steps, seed=seed, guidance=guidance, size=size)
+    facts = drawing_facts(pipe, size or pipe.size_px, steps=steps, seed=seed, guidance=guidance)
+    save_png(edited, path, {**facts, "prompt": instruction, "source": Path(image).name})
+    return path
+
+
+def open_image(path):
+    """Image file -> PIL image in RGB, upright as its EXIF says. Raises InputError."""
     try:
-        picture = Image.open(image).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise InputError(f"--image {image}: {error}") from error
-    config, model, _ = parts.load_run(run_dir, weights=weights, device=device)
-    path = Path(out) if out else Path(run_dir) / "samples" / f"edited-{Path(image).stem}-seed{seed}.png"
+        return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"--image {path}: {error}") from error
+
+
+def parse_size(text):
+    """"512" or "640x448" (width x height, in pixels) -> (height, width)."""
+    match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
+    if match is None:
+        raise InputError(f"--size must be a side in pixels, as 512, or WIDTHxHEIGHT, as 640x448; got {text!r}")
+    return int(match[2] or match[1]), int(match[1])
+
+
+def size_text(size):
+    height, width = height_width(size)
+    return f"{width}x{height}"
+
+
+def drawing_facts(pipe, size, *, steps, seed, guidance):
+    """What the text of a PNG says of its origin and settings, beside the prompt."""
+    return {**pipe.origin, "size": size_text(size), "steps": steps, "seed": seed, "guidance": f"{guidance:g}"}
+
+
+def save_png(image, path, facts):
+    """Writes a PNG with {word: value} as its text, whatever the path's suffix."""
+    text = PngImagePlugin.PngInfo()
+    for word, value in facts.items():
+        text.add_text(word, str(value))
     path.parent.mkdir(parents=True, exist_ok=True)
-    Pipeline(model, config.data.size_px).edit(picture, instruction, steps=steps, seed=seed, guidance=guidance).save(path)
+    image.save(path, format="PNG", pnginfo=text)
+
+
+def png_path(out, run_dir, name):
+    """--out, which must be a PNG, or the place of such a picture in the run's folder."""
+    path = Path(out) if out else Path(run_dir) / "samples" / f"{name}.png"
+    if path.suffix.lower() != ".png":
+        raise InputError(f"--out must end in .png, got {out}")
     return path
 
 
 def export_run(run_dir, *, weights="ema", out=None):
     """Run folder -> folder that diffusers' from_pretrained and Pipeline.from_pretrained load: run/export/<weights>."""
-    config, model, _ = parts.load_run(run_dir, weights=weights)
+    pipe, config = open_pipeline(run_dir, weights=weights)
+    if config is None:
+        raise InputError(f"{run_dir} is exported already")
     folder = Path(out) if out else Path(run_dir) / "export" / weights
     names = [Path(name).resolve() if Path(name).is_dir() else name for name in (parts.prepare_mllm(config), config.model.vae)]
-    return Pipeline(model, config.data.size_px).save_pretrained(
-        folder, mllm=names[0], vae=names[1], mllm_revision=config.model.mllm_revision)
+    return pipe.save_pretrained(folder, mllm=names[0], vae=names[1], mllm_revision=config.model.mllm_revision)

@@ -77,17 +77,24 @@ def open_source(config, ranks, mllm, vae, *, index_dir=None, pairs_dir=None):
         hw_decoder_load=data.hw_decoder_load, resize=data.resize)
 
 
-def write_latents(config, out, *, dtype, batch, rank=None, num_ranks=None):
-    """Writes this rank's files of the latent cache of a run's images into `out`; returns a line that says so. Rank and
-    number of ranks come from the environment if they are not given; ranks need no connection."""
+def share(rank=None, num_ranks=None):
+    """-> (rank, number of ranks, device) of a process that works beside others without a connection: what is not given comes
+    from the environment, as torchrun sets it. Raises InputError."""
     rank = int(os.environ.get("RANK", 0)) if rank is None else rank
     num_ranks = int(os.environ.get("WORLD_SIZE", 1)) if num_ranks is None else num_ranks
     if not 0 <= rank < num_ranks:
         raise InputError(f"--rank must be from 0 to --ranks - 1, got {rank} of {num_ranks}")
-    positive("--batch", batch)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', rank)) % torch.cuda.device_count()}"
+    return rank, num_ranks, device
+
+
+def write_latents(config, out, *, dtype, batch, rank=None, num_ranks=None):
+    """Writes this rank's files of the latent cache of a run's images into `out`; returns a line that says so. Ranks need no
+    connection."""
+    rank, num_ranks, device = share(rank, num_ranks)
+    positive("--batch", batch)
     shards = Shards(prepare_data(config, progress=rank == 0))
     # as training loads it, so that the latents are those that training would compute
     vae = load_vae(config.model.vae, dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32, device=device)
@@ -136,10 +143,14 @@ def read_run(run_dir):
 
 
 def load_run(run_dir, *, weights="ema", device="cpu"):
-    """Run folder -> (config, model with the weights of its newest intact checkpoint, not sharded; manifest)."""
+    """Run folder -> (config, model with the weights of its newest intact checkpoint, not sharded; manifest). On a GPU the
+    weights are in the run's precision, as training computes; on a CPU in float32."""
     config, folder = read_run(run_dir)
     model = build_model(config, prepare_mllm(config), device).to(device)
-    return config, model, load_weights(model, folder, weights)
+    manifest = load_weights(model, folder, weights)
+    if torch.device(device).type == "cuda" and config.precision == "bf16":
+        model.to(torch.bfloat16)
+    return config, model, manifest
 
 
 @torch.no_grad()

@@ -1,0 +1,1 @@
+"""Folders that the official graders of GenEval, DPG-Bench, WISE and ImgEdit accept."""

@@ -1,0 +1,201 @@
+"""Four benchmarks as layouts of a folder: their prompt files, the files that the official grader wants, its command.
+
+Everything here was read in the graders' own sources, at these commits: djghosh13/geneval af4902f, TencentQQGYLab/ELLA
+3c228f1 (DPG-Bench), PKU-YuanGroup/WISE eb51174, PKU-YuanGroup/ImgEdit 547185d. Prompt files are the user's."""
+
+import csv
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from shlex import quote
+
+from iomm.config import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One prompt. id: its name in the folder; image: file of the picture to edit; files: text files that go with it."""
+
+    id: str
+    prompt: str
+    image: Path | None = None
+    files: tuple = ()              # (path in the folder, bytes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """A benchmark. Where a file takes several images, they are the quarters of a grid, row by row."""
+
+    num_prompts: int               # of the whole benchmark
+    num_images: int                # a prompt
+    free_num: bool = False         # another number of images is allowed
+    max_files: int = 1             # prompt files
+    read: Callable                 # (prompt files, origin_img_root) -> (items, name of the benchmark with its protocol)
+    pictures: Callable             # (item, number of images) -> {path in the folder: indices of its images}
+    graders_own: tuple = ()        # patterns of what a grader leaves in the folder and does not stumble over
+    next_step: Callable            # (name, out, size (height, width), prompt files, root) -> commands and their traps
+
+
+def read_geneval(paths, root):
+    """evaluation_metadata.jsonl, an object a line: line N belongs to folder N, which gets it back as it is."""
+    lines, items = text_of(paths[0]).removesuffix("\n").split("\n"), []
+    for number, line in enumerate(lines):
+        where, name = f"{paths[0]}:{number + 1}", f"{number:05d}"
+        files = ((f"{name}/metadata.jsonl", line.encode() + b"\n"),)
+        items.append(Item(id=name, prompt=field(parse(line, where), "prompt", where), files=files))
+    return items, "geneval"
+
+
+def read_dpg(paths, root):
+    """A folder of <item_id>.txt, or dpg_bench.csv, which repeats an item's text for every question."""
+    path = Path(paths[0])
+    if path.is_dir():
+        texts = {file.stem: text_of(file) for file in sorted(path.glob("*.txt"))}
+    else:
+        rows, texts = csv.DictReader(io.StringIO(text_of(path), newline="")), {}
+        if not {"item_id", "text"} <= set(rows.fieldnames or ()):
+            raise InputError(f"--prompts {path}: wanted a folder of <item_id>.txt, or a csv with the columns item_id and text")
+        for row in rows:
+            if texts.setdefault(row["item_id"], row["text"]) != row["text"]:
+                raise InputError(f"--prompts {path}: item {row['item_id']} has two texts")
+    return [Item(id=name, prompt=text.strip()) for name, text in texts.items()], "dpg"
+
+
+def read_wise(paths, root):
+    """Lists of objects with prompt_id and Prompt, one or several files. Which protocol they are of, a complete set says
+    itself: prompt 641 is of Space in the legacy files, of Biology in the verified ones, whose ranges are others."""
+    items, category = [], None
+    for path in paths:
+        entries = parse(text_of(path), path)
+        for entry in entries if isinstance(entries, list) else [entries]:
+            prompt, number = field(entry, "Prompt", path), entry.get("prompt_id")
+            if type(number) is not int or not 1 <= number <= 1000:
+                raise InputError(f"--prompts {path}: prompt_id must be from 1 to 1000, got {number!r}")
+            items.append(Item(id=str(number), prompt=prompt))
+            category = entry.get("Category") if number == 641 else category
+    protocol = {"Space": "legacy", "Biology": "verified"}.get(category, "of unknown protocol")
+    protocol += ", rewritten prompts" if any("rewrite" in Path(path).stem for path in paths) else ""
+    return items, f"wise {protocol}"
+
+
+def read_imgedit(paths, root):
+    """basic_edit.json, {key: {id, prompt, edit_type}}; the picture to edit is origin_img_root/id. root None: not needed."""
+    entries = parse(text_of(paths[0]), paths[0])
+    items = []
+    for key, entry in entries.items() if isinstance(entries, dict) else [(None, entries)]:
+        prompt, name = field(entry, "prompt", paths[0]), field(entry, "id", paths[0])
+        items.append(Item(id=str(key), prompt=prompt, image=None if root is None else Path(root) / name))
+    missing = [item.image for item in items if item.image is not None and not item.image.is_file()]
+    if missing:
+        raise InputError(f"--origin-img-root {root}: {len(missing)} of {len(items)} pictures are not there, {missing[0]} first")
+    return items, "imgedit"
+
+
+def geneval_next(name, out, size, paths, root):
+    result = f"{out}-results.jsonl"
+    return f"""\
+in a checkout of github.com/djghosh13/geneval, on a GPU:
+  python evaluation/evaluate_images.py {quote(out)} --outfile {quote(result)} --model-path <OBJECT_DETECTOR_FOLDER>
+  python evaluation/summary_scores.py {quote(result)}
+It scores what it finds: a missing folder or picture is left out silently, and any samples/<digits>.png is counted."""
+
+
+def dpg_next(name, out, size, paths, root):
+    return f"""\
+in a checkout of github.com/TencentQQGYLab/ELLA (8 GPUs; on one, --num_processes 1 and no --multi_gpu):
+  PYTHONHASHSEED=0 accelerate launch --num_machines 1 --num_processes 8 --multi_gpu --mixed_precision fp16 \\
+    dpg_bench/compute_dpg_bench.py --image-root-path {quote(out)} --resolution {size[0]} --pic-num 4 --vqa-model mplug \\
+    --res-path {quote(out + "-dpg.txt")}
+Its dist_eval.sh gives no --res-path: the results go into the picture folder and count as pictures from then on. Without
+PYTHONHASHSEED=0 each process walks the categories in an order of its own and mixes their scores up. Category scores are of
+the last of the four images alone (ELLA issue 60) and the first question of the csv is skipped (61): published scores are
+so too. A picture that is missing or fails is left out of the mean, with one line of output."""
+
+
+def wise_next(name, out, size, paths, root):
+    results = quote(out + "-results")
+    command = f"""\
+in a checkout of github.com/PKU-YuanGroup/WISE, with vLLM serving the judge:
+  IMAGE_DIR={quote(out)} VLLM_API_BASE=http://127.0.0.1:8000/v1 JUDGE_MODEL=Qwen3.5-35B-A3B bash eval_qwen.sh"""
+    if "legacy" in name:
+        command = f"""\
+in WISE_legacy of a checkout of github.com/PKU-YuanGroup/WISE (its result paths must be absolute, as these are):
+  for part in cultural_common_sense natural_science spatio-temporal_reasoning; do
+    python gpt_eval.py --json_path data/$part{"_rewrite" if "rewritten" in name else ""}.json --image_dir {quote(out)} \\
+      --output_dir {results} --result_full {results}/$part.json --result_scores {results}/$part.jsonl \\
+      --model gpt-4o-2024-05-13 --api_key KEY --max_workers 96; done
+  python Calculate.py {results}/*.jsonl --category all"""
+    if "unknown" in name:
+        command = "these files lack prompt 641, which tells WISE's protocols apart: no command can be named"
+    return f"""{command}
+Protocol: {name.removeprefix("wise ")}. Verified (200 prompts changed, 0 or 1 by Qwen) and legacy (three scales of 0 to 2 by
+GPT-4o, other ranges of ids) are not comparable: say which. Both go on from results they find: remove old ones after drawing
+anew. A missing picture is one line of warning, and then no score is printed."""
+
+
+def imgedit_next(name, out, size, paths, root):
+    edits, root = quote(str(Path(paths[0]).resolve())), quote(str(Path(root).resolve())) if root else "<origin_img_root>"
+    return f"""\
+in Benchmark/Basic of a checkout of github.com/PKU-YuanGroup/ImgEdit, with key and url written into basic_bench.py:
+  python basic_bench.py --result_img_folder {quote(out)} --edit_json {edits} --origin_img_root {root} \\
+    --num_processes 32 --prompts_json prompts.json
+  python step1_get_avgscore.py --result_json {quote(out + "/result.json")} --average_score_json average_score.json
+  python step2_typescore.py --average_score_json average_score.json --basic_edit {edits} --typescore_json typescore.json
+The flag of basic_bench.py is --edit_json: the --basic_edit of its readme is refused, but step 2 takes it. A missing picture
+is an error entry in result.json, on which step 1 stops."""
+
+
+LAYOUTS = {
+    "geneval": Layout(
+        num_prompts=553, num_images=4, free_num=True, read=read_geneval, graders_own=("*/grid.png",), next_step=geneval_next,
+        pictures=lambda item, num: {f"{item.id}/samples/{k:04d}.png": (k,) for k in range(num)}),
+    "dpg": Layout(
+        num_prompts=1065, num_images=4, read=read_dpg, next_step=dpg_next,
+        pictures=lambda item, num: {f"{item.id}.png": tuple(range(num))}),
+    "wise": Layout(
+        num_prompts=1000, num_images=1, max_files=3, read=read_wise, graders_own=("Results*",), next_step=wise_next,
+        pictures=lambda item, num: {f"{item.id}.png": (0,)}),
+    "imgedit": Layout(
+        num_prompts=737, num_images=1, read=read_imgedit, graders_own=("result.json",), next_step=imgedit_next,
+        pictures=lambda item, num: {f"{item.id}.png": (0,)}),
+}
+
+
+def read_items(layout, paths, root):
+    """-> (items, name). Raises InputError for prompt files that are not as the benchmark has them."""
+    if len(paths) > layout.max_files:
+        raise InputError(f"--prompts: this benchmark has one prompt file, got {len(paths)}")
+    items, name = layout.read(paths, root)
+    for item in items:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", item.id):       # a file name; DPG-Bench cuts it at the first dot
+            raise InputError(f"--prompts {paths[0]}: {item.id!r} cannot be a file name: wanted letters, digits, _ and -")
+    twice = [item_id for item_id, count in Counter(item.id for item in items).items() if count > 1]
+    if twice or not items:
+        raise InputError("--prompts: " + (f"{twice[0]} stands there twice; give each prompt once" if twice else "no prompt in it"))
+    return items, name
+
+
+def text_of(path):
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--prompts {path} cannot be read: {error}") from error
+
+
+def parse(text, where):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"--prompts {where} is not JSON: {error}") from error
+
+
+def field(entry, key, where):
+    """A text of a JSON object that must be there."""
+    value = entry.get(key) if isinstance(entry, dict) else None
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"--prompts {where}: wanted an object with a text {key!r}, got {str(entry)[:60]}")
+    return value

@@ -47,6 +47,14 @@ def checkpoint(result):
            f"{result['verify_s']:.2f} s")
 
 
+def sampling(result):
+    for row in result["rows"]:
+        passes = f"{row['steps']} steps" + (" x 2 (guidance)" if row["guidance"] != 1 else "")
+        yield (f"drawing {row['size_px'][1]} x {row['size_px'][0]} px, generator of {row['parameters'] / 1e6:.0f} M, {passes}, batch "
+               f"{row['batch']}, {row['dtype']}{', compiled' if row['compiled'] else ''}",
+               f"{row['images_per_s']:.3g} images/s, generator at {row['generator_tflops']:.3g} TFLOP/s")
+
+
 def survival(result):
     for what, count in result.get("rows", {}).items():
         yield what, str(count)
@@ -55,7 +63,7 @@ def survival(result):
 def table():
     """Markdown: a row for every figure that is quoted."""
     kinds = {"demo": demo, "loader": loader, "data-reliability": data_reliability, "ops": ops,
-             "checkpoint": checkpoint, "survival": survival}
+             "checkpoint": checkpoint, "survival": survival, "sampling": sampling}
     rows = ["| what | figure | machine, date, commit | file |", "|---|---|---|---|"]
     for path in sorted((ROOT / "benchmarks/results").glob("*.json")):
         result = json.loads(path.read_text())

@@ -175,6 +175,14 @@ def test_what_does_not_belong_there_is_named(drawn, files, bench, name, accepted
     assert (f"extra: {name.rstrip('/')}\n" in capsys.readouterr().out) == (not accepted)
 
 
+def test_nothing_is_drawn_into_a_folder_of_something_else(run, files, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("x")
+    assert draw("dpg", run, files[0], tmp_path) == 2
+    assert "holds what does not belong to dpg, notes.txt first" in capsys.readouterr().err
+    assert draw("dpg", run, files[0], tmp_path / "notes.txt") == 2
+    assert "cannot be written" in capsys.readouterr().err and [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
 def test_wrong_sizes_modes_and_mixed_settings_are_named(drawn, run, files, tmp_path, capsys):
     out = copy(drawn, "dpg", tmp_path)
     Image.new("RGB", (2 * SIDE, SIDE)).save(out / "0.png")

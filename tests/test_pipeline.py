@@ -14,7 +14,7 @@ SETTINGS = dict(steps=2, guidance=2.0)
 
 @pytest.fixture(scope="module", params=[dict(), dict(connector_layers=1, conditions="all")], ids=["rqa", "connector, all"])
 def folder(request, mllm, mllm_folder, tmp_path_factory):  # noqa: F811
-    pipe = Pipeline(build(mllm, **request.param), 32)
+    pipe = Pipeline(build(mllm, **request.param), 32, origin={"run": "runs/tiny"})
     return pipe.save_pretrained(tmp_path_factory.mktemp("export"), mllm=mllm_folder, vae="pixel:4"), pipe
 
 
@@ -27,6 +27,7 @@ def test_an_exported_folder_draws_the_same(folder):
     again = Pipeline.from_pretrained(path, device="cpu")
     for name, tensor in pipe.model.state_dict().items():
         assert torch.equal(tensor, again.model.state_dict()[name]), name
+    assert again.origin == {"run": "runs/tiny"}
     prompts = ["a red circle", ""]
     for ours, theirs in zip(arrays(pipe(prompts, **SETTINGS)), arrays(again(prompts, **SETTINGS))):
         assert np.abs(ours.astype(int) - theirs.astype(int)).max() <= 1
@@ -50,6 +51,45 @@ def test_picture_i_is_the_same_in_any_list(folder):
     assert np.abs(both[1].astype(int) - split[1].astype(int)).max() <= 1
 
 
+def test_seed_and_number_make_a_picture_in_any_list(folder):
+    pipe = folder[1]
+    three = arrays(pipe(["a red circle", "two blue squares", "a red circle"], numbers=[7, 2**62, 9], **SETTINGS))
+    alone = arrays(pipe("two blue squares", numbers=[2**62], **SETTINGS))
+    assert np.abs(three[1].astype(int) - alone[0]).max() <= 1
+    assert np.abs(three[0].astype(int) - three[2]).max() > 10
+
+
+def test_the_mllm_reads_each_text_of_a_batch_once_and_the_empty_prompt_once(folder, monkeypatch):
+    pipe, read = folder[1], []
+    original = pipe.model.read
+    monkeypatch.setattr(pipe.model, "read", lambda condition: read.append(condition.batch) or original(condition))
+    pipe(["a red circle", "two", "a red circle", "a red circle"], steps=3, guidance=2.0)
+    assert read == [2, 1]
+
+
+def test_pictures_need_not_be_square(folder):
+    pipe = folder[1]
+    assert [image.size for image in pipe(["a red circle", "two"], size=(16, 48), **SETTINGS)] == [(48, 16)] * 2
+    assert pipe.edit(Image.new("RGB", (40, 40)), "make it red", size=(48, 16), **SETTINGS).size == (16, 48)
+
+
+def test_edits_in_a_list_are_those_made_alone(folder):
+    pipe = folder[1]
+    images = [Image.new("RGB", (40, 30), color) for color in ("red", "blue", "green")]
+    texts = ["make it red", "make it much larger", "make it red"]
+    pipe.batch = 2
+    together = arrays(pipe.edit(images, texts, numbers=[3, 1, 2], **SETTINGS))
+    pipe.batch = 16
+    for image, text, number, edited in zip(images, texts, [3, 1, 2], together):
+        assert np.abs(np.asarray(pipe.edit(image, text, numbers=[number], **SETTINGS)).astype(int) - edited).max() <= 1
+
+
+def test_bfloat16_draws_about_the_same(folder):
+    exact = arrays(folder[1]("a red circle", **SETTINGS))[0].astype(int)
+    half = arrays(Pipeline.from_pretrained(folder[0], device="cpu", dtype=torch.bfloat16)("a red circle", **SETTINGS))[0]
+    assert 0 < np.abs(exact - half).mean() < 4
+
+
 def test_editing_depends_on_image_and_instruction(folder):
     pipe = folder[1]
     image = Image.fromarray((np.arange(48 * 40 * 3) % 255).astype(np.uint8).reshape(40, 48, 3))
@@ -69,6 +109,8 @@ def test_editing_depends_on_image_and_instruction(folder):
     (lambda pipe: pipe.edit(Image.new("L", (8, 8)), "x"), "image must be a PIL image in mode RGB, got L"),
     (lambda pipe: pipe.edit("photo.png", "x"), "image must be a PIL image in mode RGB, got str"),
     (lambda pipe: pipe.edit(Image.new("RGB", (8, 8)), None), "instruction must be a text"),
+    (lambda pipe: pipe.edit([], ["x"]), "edit wants an image for each instruction, got 0 and 1"),
+    (lambda pipe: pipe(["x", "y"], numbers=[1]), "numbers must be one for each image, got 1 for 2"),
 ])
 def test_bad_input_is_a_clear_value_error(folder, call, message):
     with pytest.raises(ValueError) as error:

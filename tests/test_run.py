@@ -266,11 +266,24 @@ def test_sample_edit_and_export_read_the_run(golden, tmp_path, capsys):
     out = tmp_path / "grid.png"
     assert main(["sample", "--run", str(golden), "--num", "5", "--steps", "2", "--out", str(out)]) == 0
     assert Image.open(out).size == (5 * 34 - 2, 2 * 34 - 2)
-    assert main(["sample", "--run", str(golden), "--num", "3", "--steps", "2", "--prompt", "a red circle", "--prompt", "",
-                 "--out", str(out), "--guidance", "2"]) == 0
-    assert Image.open(out).size == (3 * 34 - 2, 32)
+    assert Image.open(tmp_path / "grid/0004.png").text["prompt"] == "masked image 4 of the run"
+    assert main(["sample", "--run", str(golden), "--num", "3", "--steps", "2", "--prompt", "a red circle", "--prompt", "zwölf",
+                 "--out", str(out), "--guidance", "2", "--size", "48x16", "--seed", "5"]) == 0
+    facts = {"run": golden.as_posix(), "step": "6", "weights": "ema", "size": "48x16", "steps": "2", "seed": "5", "guidance": "2"}
+    grid, single = Image.open(out), Image.open(tmp_path / "grid/0001.png")
+    assert grid.size == (3 * 50 - 2, 16) and grid.text == {**facts, "prompt": "a red circle\nzwölf"}
+    assert single.size == (48, 16) and single.text == {**facts, "prompt": "zwölf", "image": "1"}
     assert main(["edit", "--run", str(golden), "--image", str(out), "--instruction", "make it red", "--steps", "2"]) == 0
+    edited = Image.open(golden / "samples/edited-grid-seed0.png")
+    assert edited.text == {**facts, "size": "32x32", "seed": "0", "guidance": "1", "prompt": "make it red", "source": "grid.png"}
+    prompts = tmp_path / "evaluation_metadata.jsonl"
+    prompts.write_text('{"prompt": "a photo of a bench"}\n')
+    assert main(["evaluate", "geneval", "--run", str(golden), "--prompts", str(prompts), "--out", str(tmp_path / "geneval"),
+                 "--steps", "1"]) == 0
+    assert Image.open(tmp_path / "geneval/00000/samples/0003.png").text["step"] == "6"
     assert main(["export", "--run", str(golden), "--weights", "raw"]) == 0
+    assert main(["sample", "--run", str(golden / "export/raw"), "--num", "1", "--steps", "1", "--prompt", "x"]) == 0
+    assert Image.open(golden / "export/raw/samples/step-00000006-seed0.png").text["weights"] == "raw"
     assert (golden / "export/raw/diffusion_pytorch_model.safetensors").is_file()
     images = Pipeline.from_pretrained(golden / "export/raw", device="cpu")(["a red circle", ""], steps=2)
     assert [image.size for image in images] == [(32, 32)] * 2
@@ -278,6 +291,10 @@ def test_sample_edit_and_export_read_the_run(golden, tmp_path, capsys):
     for arguments, message in [
         (["sample", "--run", str(tmp_path)], "is not a run folder"),
         (["sample", "--run", str(golden), "--num", "0"], "--num and --steps must be >= 1"),
+        (["sample", "--run", str(golden), "--size", "64"], "--size and --guidance are for pictures from text"),
+        (["sample", "--run", str(golden), "--prompt", "x", "--size", "64by3"], "--size must be a side in pixels, as 512, or WIDTHx"),
+        (["sample", "--run", str(golden), "--prompt", "x", "--out", str(tmp_path / "x.jpg")], "--out must end in .png"),
+        (["sample", "--run", str(golden / "export/raw")], "is an exported folder, without data"),
         (["edit", "--run", str(golden), "--image", str(golden / "log.jsonl"), "--instruction", "x"], "--image"),
     ]:
         assert main(arguments) == 2

@@ -30,7 +30,7 @@ def evaluate(bench, *, prompts, out, run=None, root=None, num=None, size=None, s
     layout, out = LAYOUTS[bench], Path(out).resolve()
     num = layout.num_images if num is None else num
     positive("--num", num), positive("--steps", steps), positive("--batch", batch)
-    if num != layout.num_images and not layout.free_num:
+    if num != layout.num_images and bench != "geneval":
         raise InputError(f"--num: {bench} has {layout.num_images} images a prompt")
     if bench == "imgedit" and root is None and not check_only:
         raise InputError("imgedit needs --origin-img-root, the folder of the pictures to edit")
@@ -46,6 +46,8 @@ def evaluate(bench, *, prompts, out, run=None, root=None, num=None, size=None, s
         pipe.model.frozen[1].grid(*size)           # raises if the size does not divide
         if bench == "dpg" and size[0] != size[1]:
             raise InputError(f"dpg cuts its grids into squares: --size must be one, got {draw.size_text(size)}")
+        if extra := strangers(layout, items, num, out):
+            raise InputError(f"--out {out} holds what does not belong to {bench}, {extra[0]} first: remove it, or choose another")
         settings = dict(steps=steps, seed=seed, guidance=guidance)
         facts = {"benchmark": name, **draw.drawing_facts(pipe, size, **settings)}
         draw_share(pipe.compile() if compiled else pipe, layout, own, num, out, out.with_name(f".{out.name}.rank-{rank}"),
@@ -78,7 +80,7 @@ def draw_share(pipe, layout, items, num, out, partial, facts, settings, quiet):
         for name, indices in layout.pictures(item, num).items():
             if not kept(out / name, {**facts, "item": item.id, "prompt": item.prompt}):
                 todo.append((item, name, indices))
-    together = max(1, pipe.batch // len(next(iter(layout.pictures(items[0], num).values())))) if items else 1
+    together = max(1, pipe.batch // max((len(indices) for _, _, indices in todo), default=1))
     with tqdm(total=len(todo), unit="file", desc="evaluate", disable=True if quiet or not todo else None) as bar:
         for start in range(0, len(todo), together):
             part = todo[start:start + together]
@@ -98,9 +100,13 @@ def draw_share(pipe, layout, items, num, out, partial, facts, settings, quiet):
 
 
 def place(partial, path, write):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write()
-    os.replace(partial, path)
+    """Has `partial` written and gives it its name. Raises InputError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write()
+        os.replace(partial, path)
+    except OSError as error:
+        raise InputError(f"--out: {path} cannot be written: {error}") from error
 
 
 def image_number(item_id, index):
@@ -158,11 +164,15 @@ def check(layout, items, num, out, *, own, size=None):
             malformed.append(f"{name}: {draw.size_text(found)} px an image, wanted {draw.size_text(size)}")
         if other := differences(text, usual):
             malformed.append(f"{name}: drawn otherwise than most ({other})")
+    return {"missing": missing, "extra": strangers(layout, items, num, out), "malformed": malformed}, size
+
+
+def strangers(layout, items, num, out):
+    """Files and folders in `out` that neither belong to these items nor are the grader's own."""
     expected = {Path(name) for item in items for name in (*dict(item.files), *layout.pictures(item, num))}
     expected |= {parent for path in expected for parent in path.parents}
-    extra = sorted(path.as_posix() for path in (p.relative_to(out) for p in out.rglob("*")) if path not in expected
-                   and not any(fnmatch(path.as_posix(), own) for own in layout.graders_own))
-    return {"missing": missing, "extra": extra, "malformed": malformed}, size
+    return sorted(path.as_posix() for path in (p.relative_to(out) for p in out.rglob("*")) if path not in expected
+                  and not any(fnmatch(path.as_posix(), own) for own in layout.graders_own))
 
 
 def look(path):

@@ -31,11 +31,10 @@ class Layout:
     """A benchmark. Where a file takes several images, they are the quarters of a grid, row by row."""
 
     num_prompts: int               # of the whole benchmark
-    num_images: int                # a prompt
-    free_num: bool = False         # another number of images is allowed
+    num_images: int = 1            # a prompt
     max_files: int = 1             # prompt files
     read: Callable                 # (prompt files, origin_img_root) -> (items, name of the benchmark with its protocol)
-    pictures: Callable             # (item, number of images) -> {path in the folder: indices of its images}
+    pictures: Callable = lambda item, num: {f"{item.id}.png": tuple(range(num))}    # -> {path in the folder: image indices}
     graders_own: tuple = ()        # patterns of what a grader leaves in the folder and does not stumble over
     next_step: Callable            # (name, out, size (height, width), prompt files, root) -> commands and their traps
 
@@ -151,17 +150,11 @@ is an error entry in result.json, on which step 1 stops."""
 
 LAYOUTS = {
     "geneval": Layout(
-        num_prompts=553, num_images=4, free_num=True, read=read_geneval, graders_own=("*/grid.png",), next_step=geneval_next,
+        num_prompts=553, num_images=4, read=read_geneval, graders_own=("*/grid.png",), next_step=geneval_next,
         pictures=lambda item, num: {f"{item.id}/samples/{k:04d}.png": (k,) for k in range(num)}),
-    "dpg": Layout(
-        num_prompts=1065, num_images=4, read=read_dpg, next_step=dpg_next,
-        pictures=lambda item, num: {f"{item.id}.png": tuple(range(num))}),
-    "wise": Layout(
-        num_prompts=1000, num_images=1, max_files=3, read=read_wise, graders_own=("Results*",), next_step=wise_next,
-        pictures=lambda item, num: {f"{item.id}.png": (0,)}),
-    "imgedit": Layout(
-        num_prompts=737, num_images=1, read=read_imgedit, graders_own=("result.json",), next_step=imgedit_next,
-        pictures=lambda item, num: {f"{item.id}.png": (0,)}),
+    "dpg": Layout(num_prompts=1065, num_images=4, read=read_dpg, next_step=dpg_next),
+    "wise": Layout(num_prompts=1000, max_files=3, read=read_wise, graders_own=("Results*",), next_step=wise_next),
+    "imgedit": Layout(num_prompts=737, read=read_imgedit, graders_own=("result.json",), next_step=imgedit_next),
 }
 
 

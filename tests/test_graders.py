@@ -11,7 +11,7 @@ from test_model import build, mllm, mllm_folder  # noqa: F401  (two of them are 
 
 from iomm.engine.cli import main
 from iomm.engine.graders.folder import image_number
-from iomm.engine.graders.layouts import LAYOUTS, read_items
+from iomm.engine.graders.layouts import LAYOUTS, next_step, read_items
 from iomm.pipeline import Pipeline
 
 SIDE = 16
@@ -224,8 +224,8 @@ def test_a_prompt_without_pictures_and_an_empty_folder(drawn, files, tmp_path, c
 
 @pytest.mark.parametrize("bench, traps", [
     ("geneval", ["python evaluation/evaluate_images.py", "-results.jsonl", "left out silently"]),
-    ("dpg", ["PYTHONHASHSEED=0 accelerate launch", "--resolution 16 --pic-num 4", "--res-path", "-dpg.txt"]),
-    ("wise", ["bash eval_qwen.sh", "Protocol: verified", "are not comparable"]),
+    ("dpg", ["PYTHONHASHSEED=0 accelerate launch", "--resolution 16 --pic-num 4", "--res-path", "-results.txt"]),
+    ("wise", ["bash eval_qwen.sh", "Protocol: verified", "say which"]),
     ("imgedit", ["--edit_json", "the --basic_edit of its readme is refused"]),
 ])
 def test_the_next_command_and_its_traps(drawn, files, bench, traps, capsys):
@@ -239,10 +239,14 @@ def test_wise_protocols_are_told_apart(tmp_path):
         path = tmp_path / file
         path.write_text(json.dumps([{"Prompt": "x", "Category": category, "prompt_id": number}]))
         return read_items(LAYOUTS["wise"], [str(path)], None)[1]
-    assert name("merge.json", "Biology") == "wise verified"
-    assert name("spatio-temporal_reasoning.json", "Space") == "wise legacy"
-    assert name("spatio-temporal_reasoning_rewrite.json", "Space") == "wise legacy, rewritten prompts"
-    assert name("culture.json", "Cultural knowledge", 3) == "wise of unknown protocol"
+    for file, facts, protocol, command in [
+        ("merge.json", ("Biology",), "wise verified", "eval_qwen.sh"),
+        ("spatio-temporal_reasoning.json", ("Space",), "wise legacy", "data/${part}.json"),
+        ("spatio-temporal_reasoning_rewrite.json", ("Space",), "wise legacy, rewritten prompts", "data/${part}_rewrite.json"),
+        ("culture.json", ("Cultural knowledge", 3), "wise of unknown protocol", "these files lack prompt 641"),
+    ]:
+        assert name(file, *facts) == protocol
+        assert command in next_step(protocol, tmp_path, 512, [file], None)
 
 
 def test_dpg_reads_its_csv_as_its_folder(files, tmp_path):

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from iomm.config import InputError
 from iomm.engine import draw, parts
 from iomm.engine.config import positive
-from iomm.engine.graders.layouts import LAYOUTS, read_items
+from iomm.engine.graders.layouts import LAYOUTS, next_step, read_items
 from iomm.pipeline import height_width, image_grid
 
 NAMED = 10             # faults of a kind that are named; the others are counted
@@ -65,7 +65,7 @@ def evaluate(bench, *, prompts, out, run=None, root=None, num=None, size=None, s
     if others := sum(not (out / path).exists() for item in items for path in layout.pictures(item, num)):
         print(f"{others} files of other ranks are still to come; when all ranks are done, look with --check")
     else:
-        print("next, " + layout.next_step(name, str(out), size, prompts, root))
+        print(next_step(name, out, size[0], prompts, root))
     return 0
 
 

@@ -36,7 +36,6 @@ class Layout:
     read: Callable                 # (prompt files, origin_img_root) -> (items, name of the benchmark with its protocol)
     pictures: Callable = lambda item, num: {f"{item.id}.png": tuple(range(num))}    # -> {path in the folder: image indices}
     graders_own: tuple = ()        # patterns of what a grader leaves in the folder and does not stumble over
-    next_step: Callable            # (name, out, size (height, width), prompt files, root) -> commands and their traps
 
 
 def read_geneval(paths, root):
@@ -94,68 +93,65 @@ def read_imgedit(paths, root):
     return items, "imgedit"
 
 
-def geneval_next(name, out, size, paths, root):
-    result = f"{out}-results.jsonl"
-    return f"""\
+LAYOUTS = {
+    "geneval": Layout(
+        num_prompts=553, num_images=4, read=read_geneval, graders_own=("*/grid.png",),
+        pictures=lambda item, num: {f"{item.id}/samples/{k:04d}.png": (k,) for k in range(num)}),
+    "dpg": Layout(num_prompts=1065, num_images=4, read=read_dpg),
+    "wise": Layout(num_prompts=1000, max_files=3, read=read_wise, graders_own=("Results*",)),
+    "imgedit": Layout(num_prompts=737, read=read_imgedit, graders_own=("result.json",)),
+}
+
+WISE_TRAPS = """
+Verified (200 prompts changed, 0 or 1 by Qwen) and legacy (three scales of 0 to 2 by GPT-4o, other ranges of ids) are not
+comparable: say which. Both go on from results they find: remove old ones after drawing anew. A missing picture is one line
+of warning, and then no score is printed."""
+
+# The official grader's commands, and what it does not tell. Fields are quoted for a shell.
+NEXT = {
+    "geneval": """\
 in a checkout of github.com/djghosh13/geneval, on a GPU:
-  python evaluation/evaluate_images.py {quote(out)} --outfile {quote(result)} --model-path <OBJECT_DETECTOR_FOLDER>
-  python evaluation/summary_scores.py {quote(result)}
-It scores what it finds: a missing folder or picture is left out silently, and any samples/<digits>.png is counted."""
-
-
-def dpg_next(name, out, size, paths, root):
-    return f"""\
+  python evaluation/evaluate_images.py {out} --outfile {results}.jsonl --model-path <OBJECT_DETECTOR_FOLDER>
+  python evaluation/summary_scores.py {results}.jsonl
+It scores what it finds: a missing folder or picture is left out silently, and any samples/<digits>.png is counted.""",
+    "dpg": """\
 in a checkout of github.com/TencentQQGYLab/ELLA (8 GPUs; on one, --num_processes 1 and no --multi_gpu):
   PYTHONHASHSEED=0 accelerate launch --num_machines 1 --num_processes 8 --multi_gpu --mixed_precision fp16 \\
-    dpg_bench/compute_dpg_bench.py --image-root-path {quote(out)} --resolution {size[0]} --pic-num 4 --vqa-model mplug \\
-    --res-path {quote(out + "-dpg.txt")}
+    dpg_bench/compute_dpg_bench.py --image-root-path {out} --resolution {side} --pic-num 4 --vqa-model mplug \\
+    --res-path {results}.txt
 Its dist_eval.sh gives no --res-path: the results go into the picture folder and count as pictures from then on. Without
 PYTHONHASHSEED=0 each process walks the categories in an order of its own and mixes their scores up. Category scores are of
 the last of the four images alone (ELLA issue 60) and the first question of the csv is skipped (61): published scores are
-so too. A picture that is missing or fails is left out of the mean, with one line of output."""
-
-
-def wise_next(name, out, size, paths, root):
-    results = quote(out + "-results")
-    command = f"""\
+so too. A picture that is missing or fails is left out of the mean, with one line of output.""",
+    "wise verified": """\
 in a checkout of github.com/PKU-YuanGroup/WISE, with vLLM serving the judge:
-  IMAGE_DIR={quote(out)} VLLM_API_BASE=http://127.0.0.1:8000/v1 JUDGE_MODEL=Qwen3.5-35B-A3B bash eval_qwen.sh"""
-    if "legacy" in name:
-        command = f"""\
+  IMAGE_DIR={out} VLLM_API_BASE=http://127.0.0.1:8000/v1 JUDGE_MODEL=Qwen3.5-35B-A3B bash eval_qwen.sh
+Protocol: verified.""" + WISE_TRAPS,
+    "wise legacy": """\
 in WISE_legacy of a checkout of github.com/PKU-YuanGroup/WISE (its result paths must be absolute, as these are):
   for part in cultural_common_sense natural_science spatio-temporal_reasoning; do
-    python gpt_eval.py --json_path data/$part{"_rewrite" if "rewritten" in name else ""}.json --image_dir {quote(out)} \\
-      --output_dir {results} --result_full {results}/$part.json --result_scores {results}/$part.jsonl \\
-      --model gpt-4o-2024-05-13 --api_key KEY --max_workers 96; done
-  python Calculate.py {results}/*.jsonl --category all"""
-    if "unknown" in name:
-        command = "these files lack prompt 641, which tells WISE's protocols apart: no command can be named"
-    return f"""{command}
-Protocol: {name.removeprefix("wise ")}. Verified (200 prompts changed, 0 or 1 by Qwen) and legacy (three scales of 0 to 2 by
-GPT-4o, other ranges of ids) are not comparable: say which. Both go on from results they find: remove old ones after drawing
-anew. A missing picture is one line of warning, and then no score is printed."""
-
-
-def imgedit_next(name, out, size, paths, root):
-    edits, root = quote(str(Path(paths[0]).resolve())), quote(str(Path(root).resolve())) if root else "<origin_img_root>"
-    return f"""\
+    python gpt_eval.py --json_path data/${{part}}{rewrite}.json --image_dir {out} --output_dir {results} --max_workers 96 \\
+      --result_full {results}/$part.json --result_scores {results}/$part.jsonl --model gpt-4o-2024-05-13 --api_key KEY; done
+  python Calculate.py {results}/*.jsonl --category all
+Protocol: legacy.""" + WISE_TRAPS,
+    "wise of unknown protocol": "tell WISE's protocol: these files lack prompt 641, by which it is known." + WISE_TRAPS,
+    "imgedit": """\
 in Benchmark/Basic of a checkout of github.com/PKU-YuanGroup/ImgEdit, with key and url written into basic_bench.py:
-  python basic_bench.py --result_img_folder {quote(out)} --edit_json {edits} --origin_img_root {root} \\
+  python basic_bench.py --result_img_folder {out} --edit_json {prompts} --origin_img_root {root} \\
     --num_processes 32 --prompts_json prompts.json
-  python step1_get_avgscore.py --result_json {quote(out + "/result.json")} --average_score_json average_score.json
-  python step2_typescore.py --average_score_json average_score.json --basic_edit {edits} --typescore_json typescore.json
+  python step1_get_avgscore.py --result_json {out}/result.json --average_score_json average_score.json
+  python step2_typescore.py --average_score_json average_score.json --basic_edit {prompts} --typescore_json typescore.json
 The flag of basic_bench.py is --edit_json: the --basic_edit of its readme is refused, but step 2 takes it. A missing picture
-is an error entry in result.json, on which step 1 stops."""
-
-
-LAYOUTS = {
-    "geneval": Layout(
-        num_prompts=553, num_images=4, read=read_geneval, graders_own=("*/grid.png",), next_step=geneval_next,
-        pictures=lambda item, num: {f"{item.id}/samples/{k:04d}.png": (k,) for k in range(num)}),
-    "dpg": Layout(num_prompts=1065, num_images=4, read=read_dpg, next_step=dpg_next),
-    "wise": Layout(num_prompts=1000, max_files=3, read=read_wise, graders_own=("Results*",), next_step=wise_next),
-    "imgedit": Layout(num_prompts=737, read=read_imgedit, graders_own=("result.json",), next_step=imgedit_next),
+is an error entry in result.json, on which step 1 stops.""",
 }
+
+
+def next_step(name, out, side, paths, root):
+    """What to type next, for a folder of this benchmark with images of `side` pixels."""
+    name, rewritten, _ = name.partition(", rewritten")
+    prompts, root = (quote(str(Path(path).resolve())) if path else "<origin_img_root>" for path in (paths[0], root))
+    return "next, " + NEXT[name].format(out=quote(str(out)), results=quote(f"{out}-results"), side=side, prompts=prompts, root=root,
+                                        rewrite="_rewrite" if rewritten else "")
 
 
 def read_items(layout, paths, root):

@@ -1,5 +1,9 @@
 """Pictures from an exported folder: round trip, seeds, prompts, editing, bad input."""
 
+import importlib.util
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -135,3 +139,34 @@ def test_draw_without_guidance_never_reads_the_empty_prompt(folder):
     pipe = folder[1]
     condition = pipe.model.frozen[0].condition(["x"])
     assert draw(pipe.model, condition, torch.tensor([0]), size_px=32, steps=1).shape == (1, 3, 32, 32)
+
+
+def script(name):
+    """A file of benchmarks/ as a module; those put the root on sys.path first, which is undone."""
+    path = Path(__file__).resolve().parent.parent / "benchmarks" / f"{name}.py"
+    spec, before = importlib.util.spec_from_file_location(f"{name}_benchmark", path), list(sys.path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.path[:] = before
+    return module
+
+
+def test_the_rate_of_drawing_becomes_rows_of_the_readme(folder):
+    pipe = folder[1]
+    pipe.batch = 2
+    row = script("sampling").sampling_rate(pipe, steps=3, guidance=2.0, size=(16, 32), batches=2)
+    pipe.batch = 16
+    assert row["images_per_s"] > 0 and len(row["batch_s"]) == 2 and row["batch"] == 2
+    flops = pipe.model.generator.flops_per_image((4, 8), row["num_condition"])
+    assert row["generator_tflop_per_image"] == pytest.approx(3 * 2 * flops / 1e12)
+    (what, figure), = script("report").sampling({"rows": [row]})
+    assert what.startswith("drawing 32 x 16 px") and "3 steps x 2 (guidance), batch 2" in what and "images/s" in figure
+
+
+@pytest.mark.slow
+def test_compiled_blocks_draw_the_same(folder):
+    pipe = Pipeline.from_pretrained(folder[0], device="cpu")
+    prompts = ["a red circle", "two", "a red circle"]
+    before = arrays(pipe(prompts, **SETTINGS))
+    for ours, theirs in zip(arrays(pipe.compile()(prompts, **SETTINGS)), before):
+        assert np.abs(ours.astype(int) - theirs).max() <= 1

@@ -183,6 +183,7 @@ class LogSection:
     every_steps: int = 10              # lines on the terminal; log.jsonl has every step
     sample_images: int = 16            # images of the grid drawn at the end
     sample_steps: int = 20             # Euler steps of that grid
+    wandb: bool = False                # also to Weights & Biases: name and project are the last two folders of run.dir
 
     def __post_init__(self):
         positive("log.every_steps", self.every_steps)
@@ -235,6 +236,8 @@ class RunConfig:
 
     def __post_init__(self):
         choice("precision", self.precision, ("bf16", "fp32"))
+        if self.data.latents and self.model.vae_sample:
+            raise InputError("data.latents hold the VAE's mean: set model.vae_sample=false, or leave data.latents out")
 
     def to_yaml(self):
         return yaml.safe_dump(as_plain(asdict(self)), sort_keys=False)
@@ -244,7 +247,7 @@ class RunConfig:
 FREE_KEYS = ("run.dir", "train.steps", "train.micro_batch", "train.threads", "train.timeout_s", "data.threads",
              "data.hw_decoder_load", "data.max_bad_fraction", "data.max_bad_shards",
              "checkpoint.every_steps", "checkpoint.keep", "checkpoint.keep_every_steps", "checkpoint.background",
-             "checkpoint.mtbf_gpu_hours", "log.every_steps", "log.sample_images", "log.sample_steps",
+             "checkpoint.mtbf_gpu_hours", "log.every_steps", "log.sample_images", "log.sample_steps", "log.wandb",
              "guard.max_skips", "guard.hang_s", "profile.start_step", "profile.num_steps")
 
 

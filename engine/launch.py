@@ -15,16 +15,16 @@ import shlex
 import torch
 
 from iomm.config import InputError, choice
-from iomm.engine import checkpoint, loop, parts, zero
-from iomm.engine.config import differences, load_config
+from iomm.engine import checkpoint, loop, parts, plan, zero
+from iomm.engine.config import differences, flat, load_config
 from iomm.engine.data.skips import Skips
 from iomm.engine.draw import draw_run
 from iomm.engine.ema import Ema
 from iomm.engine.guard import REQUEUE, Guard
 from iomm.engine.interval import advice
-from iomm.engine.metrics import Metrics
+from iomm.engine.metrics import Metrics, check_wandb
 from iomm.engine.optim import make_optimizer
-from iomm.engine.plan import describe, make_plan
+from iomm.engine.ranklog import RankLog
 from iomm.engine.tracing import Window
 from iomm.engine.watch import Watch
 from iomm.kernels import dispatch
@@ -44,13 +44,16 @@ def main(argv=None):
         if args.stage == "finetune" and config.run.init is None:
             raise InputError("--stage finetune starts from a run of stage 1: give --init RUN, the run.dir of that run")
         check_kernels()
+        if config.log.wandb:
+            check_wandb()
         if args.dry_run is not None:
             if first:
-                print(describe(make_plan(config, args.dry_run or 8), config))
+                print(plan.describe(plan.make_plan(config, args.dry_run or 8), config))
             return 0
-        ranks = zero.start(config.train.timeout_s, args.local_rank)
-        with Watch(ranks, config.run.dir, config.guard.hang_s, int(os.environ.get("IOMM_PARENT", 0))) as watch:
-            return 0 if run(config, args, ranks, watch) else REQUEUE
+        with RankLog(config.run.dir):
+            ranks = zero.start(config.train.timeout_s, args.local_rank)
+            with Watch(ranks, config.run.dir, config.guard.hang_s, int(os.environ.get("IOMM_PARENT", 0))) as watch:
+                return 0 if run(config, args, ranks, watch) else REQUEUE
     except InputError as error:
         if first:
             print(f"iomm: {error}", file=sys.stderr, flush=True)
@@ -97,8 +100,9 @@ def run(config, args, ranks, watch):
     ranks.on_first(lambda: write_config(config))
     state, source, flops = build(config, ranks, folder, say)
     metrics = Metrics(config.run.dir, flops_per_image=flops, global_batch=config.train.global_batch,
-                      num_steps=config.train.steps, ranks=ranks, start_step=state.step,
-                      gpu_hours=state.gpu_hours) if ranks.first else None
+                      num_steps=config.train.steps, ranks=ranks, start_step=state.step, gpu_hours=state.gpu_hours,
+                      tokens_per_image=plan.tokens(state.sharded.engine.module, config), wandb=config.log.wandb,
+                      settings=flat(config)) if ranks.first else None
     window = Window(args.profile, state.step + config.profile.start_step, config.profile.num_steps, config.run.dir, ranks)
     saver = checkpoint.Saver(Path(config.run.dir) / "checkpoints", ranks.apart(), keep=config.checkpoint.keep,
                              keep_every_steps=config.checkpoint.keep_every_steps, background=config.checkpoint.background)
@@ -125,11 +129,12 @@ def build(config, ranks, folder=None, say=print):
         say(f"{len(source.shards)} images, {ranks.size} rank(s) on {ranks.device.type}, {config.precision}, ZeRO-{config.zero.stage}; "
             f"trained parameters {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M")
         say(dispatch.format_table(ranks.device.type))
+        say("\n".join(plan.memory_table(plan.memory(model, config, ranks.size, source.micro_batch))))
     if config.run.init is not None and folder is None:
         _, start = parts.read_run(config.run.init)
         parts.load_weights(model, start, config.run.init_weights)
         say(f"starts from the {config.run.init_weights} weights of {start}")
-    flops = model.flops_per_image(config.data.size_px)
+    flops = sum(plan.work(model, config).values())
     compiled = ranks.device.type == "cuda" if config.train.compile is None else config.train.compile
     model.prepare_blocks(compiled=compiled, recompute=config.train.recompute)
     sharded = zero.Sharded(

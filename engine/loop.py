@@ -1,5 +1,6 @@
 """The training step, and the loop around it."""
 
+from contextlib import nullcontext
 from itertools import islice
 
 import torch
@@ -45,7 +46,7 @@ def train(state, source, config, saver, watch, metrics=None, window=None):
     factor = (lambda loss: spike_factor(loss, guard, ranks)) if guard.skip_spikes else None
     bar = tqdm(total=config.train.steps, initial=state.step, disable=None if ranks.first else True, unit="step")
     start, asked = state.step, False
-    with Stop() as stop:
+    with Stop() as stop, nullcontext() if metrics is None else metrics.clock:
         while state.step < config.train.steps and not asked:
             watch.beat(state.step + 1)
             lr = learning_rate(state.step, config.optim, config.train.steps)

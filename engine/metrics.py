@@ -1,11 +1,17 @@
-"""What a run says of itself: log.jsonl, TensorBoard, the terminal. Telemetry never stops a run."""
+"""What a run says of itself: log.jsonl, TensorBoard, the terminal, and wandb if asked. Telemetry never stops a run."""
 
+import importlib.util
 import json
 import resource
-import time
+import threading
 from pathlib import Path
 
 import torch
+
+from iomm.config import InputError
+from iomm.ranges import Clock
+
+WANDB_PATIENCE_S = 30      # for a key at the start, for its server at the end
 
 # Dense bf16 peak of one device, FLOP/s, from NVIDIA's data sheets (without sparsity).
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "B200": 2250e12}
@@ -26,51 +32,86 @@ def memory_gib(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def check_wandb():
+    """Raises InputError where log.wandb asks for a package that is not there. A folder ./wandb, which it leaves, is none."""
+    found = importlib.util.find_spec("wandb")
+    if found is None or found.origin is None:
+        raise InputError("log.wandb=true needs the package wandb: pip install wandb, or set log.wandb=false")
+
+
 class Metrics:
     """Writes one record a step. Only rank 0 has one.
 
-    mfu = FLOPs that the method needs for one image (IOMM.flops_per_image: recomputation and padding not counted)
-    x images / s / (peak FLOP/s of one device x devices)."""
+    A record is of the time since the record before, so that a checkpoint counts for the step after it. It is that of rank
+    0's device: `clock`, entered by who trains, splits it by part (iomm/ranges.py).
+    images_per_s = global batch / step_s; a pair counts as an image.
+    tokens_per_s = latent and condition tokens that the generator reads of one sample (IOMM.tokens_per_image, the mean over
+    images, pairs and masks; padding not counted) x images_per_s.
+    mfu = FLOPs that the method needs for one sample (IOMM.flops_by_part, the mean over images and pairs; recomputation and
+    padding not counted) x images_per_s / (peak FLOP/s of one device x devices).
+    memory_gib: peak of rank 0 so far. gpu_hours: of all ranks since step 0, gpu_hours_left: by the median of 20 steps.
 
-    def __init__(self, run_dir, *, flops_per_image, global_batch, num_steps, ranks, start_step=0, gpu_hours=0.0):
+    Whatever fails in here is said once and costs a record, never a step."""
+
+    def __init__(self, run_dir, *, flops_per_image, global_batch, num_steps, ranks, start_step=0, gpu_hours=0.0,
+                 tokens_per_image=0, wandb=False, settings=None):
+        """wandb: also to Weights & Biases, with `settings` as the run's config."""
         self.dir = Path(run_dir)
-        self.flops, self.global_batch, self.num_steps = flops_per_image, global_batch, num_steps
+        self.flops, self.tokens, self.global_batch, self.num_steps = flops_per_image, tokens_per_image, global_batch, num_steps
         self.size, self.device, self.peak = ranks.size, ranks.device, peak_flops(ranks.device)
         self.gpu_hours = gpu_hours
         self.recent = []
-        self.trim(start_step)
-        self.file = open(self.dir / "log.jsonl", "a", encoding="utf-8")
-        self.board = self.open_board(start_step)
-        self.clock = time.perf_counter()
+        self.said, self.file, self.cut, self.board, self.wandb = set(), None, False, None, None
+        self.careful("log.jsonl", self.open_lines, start_step)
+        self.board = self.careful("TensorBoard", self.open_board, start_step)
+        if wandb:
+            self.wandb = self.careful("wandb", self.open_wandb, settings)
+        self.clock = Clock(ranks.device)
 
-    def trim(self, start_step):
-        """Drops the lines of steps that a resumed run does again."""
+    def careful(self, sink, work, *args):
+        """What work(*args) returns, or None and one line the first time that it fails."""
+        try:
+            return work(*args)
+        except Exception as error:               # of whatever kind: tensorboard and wandb raise their own
+            if sink not in self.said:
+                self.said.add(sink)
+                print(f"{sink} cannot be written: {' '.join(str(error).split())[:200]}; training goes on", flush=True)
+
+    def open_lines(self, start_step):
         path = self.dir / "log.jsonl"
         if path.exists():
-            kept = []
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    if json.loads(line)["step"] <= start_step:
-                        kept.append(line + "\n")
-                except (ValueError, KeyError):
-                    continue                     # the last line of a killed run may be cut
-            partial = path.with_name(".log.jsonl.partial")      # a kill in here must not cost the lines before
-            partial.write_text("".join(kept), encoding="utf-8")
-            partial.replace(path)
+            self.trim(path, start_step)
+        self.file = open(path, "ab", buffering=0)
+
+    def trim(self, path, start_step):
+        """Drops the lines of steps that a resumed run does again."""
+        kept = []
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                if json.loads(line)["step"] <= start_step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue                         # a line that a kill or a full disk has cut
+        partial = path.with_name(".log.jsonl.partial")          # a kill in here must not cost the lines before
+        partial.write_text("".join(kept), encoding="utf-8")
+        partial.replace(path)
 
     def open_board(self, start_step):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-            return SummaryWriter(self.dir / "tb", purge_step=start_step + 1)
-        except Exception as error:
-            print(f"no TensorBoard files: {error}", flush=True)
-            return None
+        from torch.utils.tensorboard import SummaryWriter
+        return SummaryWriter(self.dir / "tb", purge_step=start_step + 1)
+
+    def open_wandb(self, settings):
+        """A resumed run goes on in the one of the same name. Who is asked for a key and does not answer trains without."""
+        import wandb
+        name = self.dir.absolute().name
+        return wandb.init(project=self.dir.absolute().parent.name, name=name, id=name, resume="allow", dir=self.dir,
+                          config=settings, settings={"login_timeout": WANDB_PATIENCE_S})
 
     def record(self, *, step, loss, by_time, grad_norm, lr, data_wait_s, skipped_steps, skipped_samples):
         """step counts from 1. by_time: loss sums, then counts, of equal intervals of t from image (0) to noise (1).
         Returns the record."""
-        now = time.perf_counter()
-        step_s, self.clock = now - self.clock, now
+        split, beside = self.clock.read()
+        step_s = sum(split.values())
         self.recent = [*self.recent[-19:], step_s]
         images_per_s = self.global_batch / step_s
         self.gpu_hours += step_s * self.size / 3600
@@ -78,36 +119,68 @@ class Metrics:
         row = {
             "step": step, "samples_seen": step * self.global_batch, "loss": loss,
             "loss_by_time": [total / count if count else None for total, count in zip(*halves(by_time))], "grad_norm": grad_norm, "lr": lr,
-            "images_per_s": images_per_s,
+            "images_per_s": images_per_s, "tokens_per_s": self.tokens * images_per_s,
             "mfu": self.flops * images_per_s / (self.peak * self.size) if self.peak else None,
-            "data_wait_s": data_wait_s, "step_s": step_s, "memory_gib": memory_gib(self.device),
+            "data_wait_s": data_wait_s, "step_s": step_s, "time_s": split, "memory_gib": memory_gib(self.device),
             "skipped_steps": skipped_steps, "skipped_samples": skipped_samples,
             "gpu_hours": self.gpu_hours, "gpu_hours_left": typical_s * (self.num_steps - step) * self.size / 3600,
         }
-        try:
-            self.file.write(json.dumps(row) + "\n")
-            self.file.flush()
-            if self.board is not None:
-                flat = row | {f"loss_by_time/{i}": value for i, value in enumerate(row["loss_by_time"])}
-                for key, value in flat.items():
-                    if key not in ("step", "loss_by_time") and value is not None:
-                        self.board.add_scalar(key, value, step)
-        except OSError as error:
-            print(f"step {step} not logged: {error}", flush=True)
+        if beside:                               # parts on other streams: not of the sum
+            row["time_beside_s"] = beside
+        self.careful("log.jsonl", self.write_line, row)
+        if self.board is not None and not self.careful("TensorBoard", self.write_board, row):
+            self.board = None                    # its thread has ended; the next write would wait for it
+        if self.wandb is not None and not self.careful("wandb", self.write_wandb, row):
+            self.wandb = None
         return row
+
+    def write_line(self, row):
+        """One write a line, tried anew every step: there may be room again."""
+        if self.file is None:
+            return
+        line = b"\n" * self.cut + json.dumps(row).encode() + b"\n"
+        self.cut = True
+        if self.file.write(line) < len(line):
+            raise OSError("the disk is full")
+        self.cut = False
+
+    def write_board(self, row):
+        for key, value in scalars(row).items():
+            self.board.add_scalar(key, value, row["step"])
+        return True
+
+    def write_wandb(self, row):
+        self.wandb.log(scalars(row), step=row["step"])
+        return True
 
     def image(self, tag, path, step):
         """Shows a PNG in TensorBoard."""
-        if self.board is None:
-            return
-        import numpy as np
-        from PIL import Image
-        self.board.add_image(tag, np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
+        def show():
+            import numpy as np
+            from PIL import Image
+            self.board.add_image(tag, np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
+        if self.board is not None:
+            self.careful("TensorBoard", show)
 
     def close(self):
-        self.file.close()
+        if self.file is not None:
+            self.careful("log.jsonl", self.file.close)
         if self.board is not None:
-            self.board.close()
+            self.careful("TensorBoard", self.board.close)
+        if self.wandb is not None:               # it waits for its server; the end of a run does not, for long
+            finish = threading.Thread(target=lambda: self.careful("wandb", self.wandb.finish), daemon=True)
+            finish.start()
+            finish.join(WANDB_PATIENCE_S)
+
+
+def scalars(row):
+    """A record -> {name: number}, its lists and groups spread out as name/part; what is None is left out."""
+    flat = {}
+    for key, value in row.items():
+        parts = enumerate(value) if isinstance(value, list) else value.items() if isinstance(value, dict) else None
+        flat |= {key: value} if parts is None else {f"{key}/{part}": number for part, number in parts}
+    del flat["step"]
+    return {key: value for key, value in flat.items() if value is not None}
 
 
 def halves(values):
@@ -116,9 +189,12 @@ def halves(values):
 
 
 def line(row, num_steps):
-    """One record as the terminal shows it."""
+    """One record as the terminal shows it; of the split the three parts that take longest."""
     mfu = f"  mfu {row['mfu']:.1%}" if row["mfu"] is not None else ""
     norm = f"{row['grad_norm']:.3f}" if row["grad_norm"] is not None else "skipped"
+    longest = sorted(row["time_s"].items(), key=lambda part: -part[1])[:3]
+    split = ", ".join(f"{name} {seconds / row['step_s']:.0%}" for name, seconds in longest)
     return (f"step {row['step']}/{num_steps}  loss {row['loss']:.4f}  grad norm {norm}  lr {row['lr']:.2e}  "
-            f"{row['images_per_s']:.1f} images/s{mfu}  data wait {row['data_wait_s'] * 1e3:.0f} ms  "
-            f"GPU-hours left {row['gpu_hours_left']:.2f}")
+            f"{row['images_per_s']:.1f} images/s  {row['tokens_per_s']:.3g} tokens/s{mfu}  "
+            f"data wait {row['data_wait_s'] * 1e3:.0f} ms  {split}  "
+            f"GPU-hours {row['gpu_hours']:.2f} used, {row['gpu_hours_left']:.2f} left")

@@ -66,8 +66,6 @@ def open_source(config, ranks, mllm, vae, *, index_dir=None, pairs_dir=None):
     elif data.buckets:
         plan = Buckets(seed, images.index, batch, bucket_sizes(data.size_px, vae.factor * vae.patch))
     if data.latents:
-        if config.model.vae_sample:
-            raise InputError("data.latents hold the VAE's mean: set model.vae_sample=false, or leave data.latents out")
         latents = LatentStore(data.latents, images.index, vae=config.model.vae, size_px=data.size_px)
     return ImageSource(
         samples, seed=seed, global_batch=batch, micro_batch=config.train.micro_batch or max(1, batch // ranks.size),

@@ -1,18 +1,24 @@
 """What a run will take, before it takes anything: parameters, memory and work, counted on the meta device."""
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 from iomm.adapter import Connector, QueryAdapter
 from iomm.config import InputError, generator_config
-from iomm.engine.data.index import expand
+from iomm.engine import checkpoint
+from iomm.engine.data import latents
+from iomm.engine.data.patterns import expand
 from iomm.generator import empty_generator
-from iomm.mllm import mllm_without_weights
+from iomm.mllm import TURN, mllm_without_weights
 from iomm.model import IOMM, Recipe
 from iomm.vae import vae_without_weights
 
-NUM_TEXT = 24                   # tokens of the turn and the fixed prompt with Qwen2.5's tokenizer; 1 % of the MLLM's work
+NUM_TEXT, NUM_TURN = 24, 8      # tokens of the turn with the fixed prompt, and without, by Qwen2.5's tokenizer; where there is none
+NUM_CAPTION = 64                # tokens of a caption, assumed: nobody has counted; 64 more are 2 % more work for a pair of IOMM-B
 MATMUL_FLOPS = 790e12           # what a bf16 product reaches on one H200, measured: 769 to 798 TFLOP/s
 UTILISATION = 0.6               # of that, assumed for the expected GPU-hours
 GIB = 2**30
@@ -20,20 +26,20 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Counts of one run on `ranks` GPUs. parameters: part -> number. memory: part -> bytes a GPU. flops: part -> FLOPs an
-    image, forward and, where there is one, backward."""
+    """Counts of one run on `ranks` GPUs. parameters: part -> number. memory: part -> bytes a GPU. flops: part -> FLOPs a
+    sample, forward and, where there is one, backward: the mean over images and pairs."""
 
     ranks: int
     micro_batch: int
     accumulation: int
-    images: int
+    samples: int
     parameters: dict
     memory: dict
     flops: dict
 
     def gpu_hours(self, flops_per_s):
         """Of the whole run at this many FLOP/s per GPU."""
-        return sum(self.flops.values()) * self.images / flops_per_s / 3600
+        return sum(self.flops.values()) * self.samples / flops_per_s / 3600
 
 
 def build_without_weights(config):
@@ -50,27 +56,91 @@ def build_without_weights(config):
 
 
 def make_plan(config, ranks):
-    """RunConfig, number of GPUs -> Plan. Raises InputError where batch and ranks do not divide, or shards are missing."""
+    """RunConfig, number of GPUs -> Plan. Raises InputError where batch and ranks do not divide, or something is missing."""
     batch = config.train.global_batch
     micro_batch = config.train.micro_batch or max(1, batch // ranks)
     if batch % (micro_batch * ranks):
         raise InputError(f"train.global_batch must be a multiple of train.micro_batch x ranks, got {batch} and "
                          f"{micro_batch} x {ranks}")
-    if config.data.shards != "shapes":
-        expand(config.data.shards)
     model = build_without_weights(config)
-    mllm, vae = model.frozen
-    parts = {"generator": model.generator, "adapter": model.adapter, "connector": model.connector}
-    parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items() if part is not None}
-    trained = sum(parameters.values())
-    parameters |= {"MLLM (frozen)": sum(p.numel() for p in mllm.parameters()),
-                   "VAE (frozen)": sum(p.numel() for p in vae.parameters())}
+    check_paths(config, model)
+    parts = {"generator": model.generator, "adapter": model.adapter, "connector": model.connector,
+             "MLLM (frozen)": model.frozen[0], "VAE (frozen)": model.frozen[1]}
+    return Plan(ranks=ranks, micro_batch=micro_batch, accumulation=batch // (micro_batch * ranks),
+                samples=config.train.steps * batch, flops=work(model, config), memory=memory(model, config, ranks, micro_batch),
+                parameters={name: size(part) for name, part in parts.items() if part is not None})
+
+
+def check_paths(config, model):
+    """Raises InputError where shards, pairs, latents or the run to start from are not there, or are of something else."""
+    data, wanted = config.data, {"image": ("shards",), "pair": ("pairs",), "mix": ("shards", "pairs")}[config.train.data]
+    for key in wanted:
+        value = getattr(data, key)
+        if not value:
+            raise InputError(f"data.{key} must name tars, globs or folders for train.data={config.train.data}, got none")
+        if value != "shapes":
+            try:
+                expand(value)
+            except InputError as error:
+                raise InputError(f"data.{key}: {error}") from None
+    if data.latents:
+        latents.check(data.latents, vae=config.model.vae, size_px=data.size_px)
+    if config.run.init is not None:
+        if not (Path(config.run.init) / "config.yaml").is_file():
+            raise InputError(f"run.init: {config.run.init} is not a run folder: no config.yaml in it; give the run.dir of stage 1")
+        found = checkpoint.steps(Path(config.run.init) / "checkpoints")
+        if not found:
+            raise InputError(f"run.init: {config.run.init} has no checkpoint yet")
+        here = {name: list(p.shape) for name, p in model.named_parameters()}
+        if checkpoint.read_manifest(found[-1])["shapes"] != here:
+            raise InputError(f"run.init: {found[-1]} is of another model: give the same model.*, adapter.* as there")
+
+
+def size(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def share_of_images(config):
+    """Of the samples of a global batch, as engine/data/mixture.py fills it."""
+    batch = config.train.global_batch
+    return {"image": 1.0, "pair": 0.0, "mix": round(config.data.mix * batch) / batch}[config.train.data]
+
+
+def kinds(model, config):
+    """[(share, keyword arguments of flops_by_part and tokens_per_image)] of the images and of the pairs of a run. A caption
+    counts as NUM_CAPTION tokens, one that is dropped as none."""
+    mllm, images = model.frozen[0], share_of_images(config)
+    turn, text = NUM_TURN, NUM_TEXT
+    if mllm.tokenizer is not None:
+        turn, text = len(mllm.token_ids("".join(TURN))), None
+    caption = turn + (1 - config.train.caption_drop) * NUM_CAPTION
+    both = [(images, {"num_text": text}), (1 - images, {"num_text": caption, "image": False})]
+    return [(share, kind) for share, kind in both if share]
+
+
+def work(model, config):
+    """{part: FLOPs} that one sample of the run needs, the mean over its images and pairs."""
+    total = {}
+    for share, kind in kinds(model, config):
+        for part, flops in model.flops_by_part(config.data.size_px, cached=config.data.latents is not None, **kind).items():
+            total[part] = total.get(part, 0) + share * flops
+    return total
+
+
+def tokens(model, config):
+    """Latent and condition tokens that the generator reads of one sample of the run, in the mean."""
+    return sum(share * model.tokens_per_image(config.data.size_px, **kind) for share, kind in kinds(model, config))
+
+
+def memory(model, config, ranks, micro_batch):
+    """{part: bytes a GPU} of a run whose model, not yet sharded, this is. What frozen encoders need while they run, and
+    what communication and the allocator keep, is not in it."""
+    trained, frozen = size(model), sum(map(size, model.frozen))
     width = 2 if config.precision == "bf16" else 4
     share = trained / (ranks if config.zero.stage == 3 else 1)
     state = trained / (ranks if config.zero.stage else 1)
-    frozen = sum(number for name, number in parameters.items() if "frozen" in name)
-    block = max(sum(p.numel() for p in module.parameters()) for module in model.modules() if isinstance(module, model.leaves))
-    memory = {
+    block = max(size(module) for module in model.modules() if isinstance(module, model.leaves))
+    return {
         "frozen weights": width * frozen,
         "working weights": width * share,
         "gathered blocks": 2 * width * block if config.zero.stage == 3 else 0,       # one in use, one on its way
@@ -78,56 +148,91 @@ def make_plan(config, ranks):
         "gradients": 4 * state,                                                      # accumulated in fp32
         "optimizer moments": {"adamw": 8, "muon": 4}[config.optim.kind] * state,
         "EMA": 4 * state if config.ema.decay else 0,
-        "activations": activation_bytes(model, config, micro_batch),
+        **{f"activations, {part}": kept for part, kept in activation_bytes(model, config, micro_batch).items()},
     }
-    text = {"num_text": NUM_TEXT}
-    grid = vae.grid(config.data.size_px, config.data.size_px)
-    total = model.flops_per_image(config.data.size_px, **text)
-    flops = {"VAE": vae.flops_per_image(config.data.size_px), "ViT": mllm.vit_flops(),
-             "generator": 3 * model.generator.flops_per_image(grid, config.adapter.num_queries)}
-    flops["MLLM, adapter, connector"] = total - sum(flops.values())
-    return Plan(ranks=ranks, micro_batch=micro_batch, accumulation=batch // (micro_batch * ranks),
-                images=config.train.steps * batch, parameters=parameters, memory=memory, flops=flops)
 
 
-def activation_bytes(model, config, micro_batch):
-    """Bytes that autograd keeps of one micro-batch's generator pass, weights excepted: counted, by running it on the meta
-    device; torch.compile keeps less. Of train.recompute blocks only the inputs stay, and one block's own while it runs."""
-    vae, kept = model.frozen[1], {}
-    own = {id(p) for p in model.parameters()}
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    rows, columns = grid = vae.grid(config.data.size_px, config.data.size_px)
+class Attended(torch.autograd.Function):
+    """What a fused attention keeps: queries, keys, values, output, and a float of each row. For counting, without values."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out, torch.empty(q.shape[:-1], device=q.device))
+        return out
+
+
+class FusedAttention(TorchFunctionMode):
+    """On the meta device PyTorch's own attention is the unfused one, whose matrices no GPU ever keeps."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.scaled_dot_product_attention:
+            return Attended.apply(*args[:3])
+        return function(*args, **(kwargs or {}))
+
+
+def kept_bytes(run, own):
+    """Bytes that autograd keeps for the backward pass of run(), the parameters `own` excepted."""
+    kept, own = {}, {id(p) for p in own}
 
     def keep(tensor):
         base = tensor if tensor._base is None else tensor._base
         if id(base) not in own:
             kept[id(base)] = base, base.numel() * base.element_size()
         return tensor
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), FusedAttention():
+        run()
+    return sum(number for _, number in kept.values())
+
+
+def activation_bytes(model, config, micro_batch):
+    """{part: bytes} that autograd keeps of one micro-batch: counted by running generator, connector and one decoder layer
+    of the MLLM on the meta device, uncompiled; torch.compile keeps less. Of train.recompute blocks only the inputs stay,
+    and one block's own while it runs. The adapter's, small, are left out."""
+    mllm, vae = model.frozen
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    rows, columns = grid = vae.grid(config.data.size_px, config.data.size_px)
+    num_condition = max(round(model.condition_tokens(kind["num_text"], kind.get("image", True))[1])
+                        for _, kind in kinds(model, config))
+    with torch.device("meta"):
+        noisy_BNK = torch.empty(micro_batch, rows * columns, vae.token_dim, dtype=dtype)
+        condition_BCD = torch.empty(micro_batch, num_condition, mllm.width, dtype=dtype, requires_grad=True)
+        t_B = torch.empty(micro_batch)
     generator = empty_generator(model.generator.config, device="meta", dtype=dtype)
-    own |= {id(p) for p in generator.parameters()}
-    noisy = torch.empty(micro_batch, rows * columns, vae.token_dim, dtype=dtype, device="meta")
-    condition = torch.empty(micro_batch, config.adapter.num_queries, generator.config.condition_dim, dtype=dtype, device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        generator(noisy, torch.empty(micro_batch, device="meta"), condition, grid)
-    everything = sum(size for _, size in kept.values())
+    everything = kept_bytes(lambda: generator(noisy_BNK, t_B, condition_BCD, grid), generator.parameters())
     blocks = sum(isinstance(module, generator.block_classes) for module in generator.modules())
     recomputed = min(config.train.recompute, blocks)
-    if not recomputed:
-        return everything
-    tokens = rows * columns + config.adapter.num_queries
-    inputs = recomputed * micro_batch * tokens * generator.config.width * dtype.itemsize
-    return everything * (blocks - recomputed + 1) // blocks + inputs
+    inputs = recomputed * micro_batch * (rows * columns + num_condition) * generator.config.width * dtype.itemsize
+    kept = {"generator": everything * (blocks - max(recomputed - 1, 0)) // blocks + inputs}
+    if model.connector is not None:
+        with torch.device("meta"):
+            connector = Connector(config.adapter, mllm.width).to(dtype)
+        kept["connector"] = kept_bytes(lambda: connector(condition_BCD), connector.parameters())
+    if model.adapter is not None:
+        kept["MLLM queries"] = mllm.num_layers * kept_bytes(*mllm.layer_without_weights(
+            micro_batch * config.adapter.num_queries, dtype, Attended.apply))
+    return kept
+
+
+def table(title, rows, unit, scale, digits):
+    """Lines of a part each, indented under a title."""
+    return [title] + [f"  {name:<26}{number / scale:>10.{digits}f} {unit}" for name, number in rows.items()]
+
+
+def memory_table(memory):
+    """{part: bytes} -> lines."""
+    return table("memory a GPU", memory | {"sum": sum(memory.values())}, "GiB", GIB, 2)
 
 
 def describe(plan, config):
     """Plan -> text for the terminal."""
-    rows = [f"{config.model.preset}, {config.data.size_px} px, {plan.ranks} GPU(s), micro-batch {plan.micro_batch} x "
-            f"{plan.accumulation} accumulation steps, ZeRO-{config.zero.stage}, {config.precision}"]
-    rows += ["", "parameters"] + [f"  {name:<26}{number / 1e6:>10.1f} M" for name, number in plan.parameters.items()]
-    rows += ["", "memory a GPU"] + [f"  {name:<26}{size / GIB:>10.2f} GiB" for name, size in plan.memory.items()]
-    rows += [f"  {'sum':<26}{sum(plan.memory.values()) / GIB:>10.2f} GiB"]
-    rows += ["", "work an image"] + [f"  {name:<26}{work / 1e12:>10.3f} TFLOP" for name, work in plan.flops.items()]
-    rows += [f"  {'sum':<26}{sum(plan.flops.values()) / 1e12:>10.3f} TFLOP", ""]
-    rows += [f"{plan.images / 1e6:.1f} M images: {plan.gpu_hours(MATMUL_FLOPS):,.0f} GPU-hours at the bf16 matmul rate of an H200 "
-             f"(790 TFLOP/s), {plan.gpu_hours(MATMUL_FLOPS * UTILISATION):,.0f} expected at {UTILISATION:.0%} of it"]
-    return "\n".join(rows)
+    pairs = 1 - share_of_images(config)
+    mean = f", mean over {1 - pairs:.0%} images and {pairs:.0%} pairs with captions of {NUM_CAPTION} tokens" if pairs else ""
+    return "\n".join([
+        f"{config.model.preset}, {config.data.size_px} px, {plan.ranks} GPU(s), micro-batch {plan.micro_batch} x "
+        f"{plan.accumulation} accumulation steps, ZeRO-{config.zero.stage}, {config.precision}", "",
+        *table("parameters", plan.parameters, "M", 1e6, 1), "",
+        *memory_table(plan.memory), "",
+        *table(f"work a sample{mean}", plan.flops | {"sum": sum(plan.flops.values())}, "TFLOP", 1e12, 3), "",
+        f"{plan.samples / 1e6:.1f} M samples: {plan.gpu_hours(MATMUL_FLOPS):,.0f} GPU-hours at the bf16 matmul rate of an H200 "
+        f"(790 TFLOP/s), {plan.gpu_hours(MATMUL_FLOPS * UTILISATION):,.0f} expected at {UTILISATION:.0%} of it"])

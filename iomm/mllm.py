@@ -112,6 +112,21 @@ class MLLM(Frozen):
         seen, own = layers * num_queries * num_prefix * pair, layers * num_queries**2 * pair
         return prefix, linears + seen + own, linears + seen + 2 * own
 
+    @property
+    def num_layers(self):
+        """Of the decoder."""
+        return self.backbone.config.text_config.num_hidden_layers
+
+    def layer_without_weights(self, num_queries, dtype, attention):
+        """(a function that runs one decoder layer over so many packed queries on the meta device, its parameters): to count
+        what it keeps for the backward pass. attention: (q, k, v) -> the same shape as q."""
+        decoder = self.backbone.language_model
+        with torch.device("meta"):
+            layer = type(decoder.layers[0])(decoder.config, 0).to(dtype).requires_grad_(False)
+            x_SD = torch.empty(num_queries, self.width, dtype=dtype, requires_grad=True)
+            rotary = (torch.empty(1, num_queries, layer.self_attn.head_dim, dtype=dtype),) * 2
+        return (lambda: finish(layer, x_SD, attention(*heads(layer, x_SD, rotary)))), layer.parameters()
+
     @torch.no_grad()
     def condition(self, texts, image_tokens_IPD=None, *, has_image=None, visible=None, mode="drop", positions="original"):
         """Packs the user turn [text, visible image tokens] of each sample. No gradient.

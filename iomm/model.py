@@ -86,22 +86,41 @@ class IOMM(nn.Module):
         noise_BCHW = normal(self.recipe.seed, VAE, n_B, math.prod(shape)).unflatten(1, shape)
         return vae.encode(pixels_BCHW, noise_BCHW)
 
-    def flops_per_image(self, size_px, num_text=None):
-        """FLOPs that one image of a training step needs: frozen encoders forward, prefix forward, queries forward and
+    def flops_per_image(self, size_px, num_text=None, **sample):
+        """FLOPs that one sample of a training step needs: the sum of flops_by_part."""
+        return sum(self.flops_by_part(size_px, num_text, **sample).values())
+
+    def flops_by_part(self, size_px, num_text=None, *, image=True, cached=False):
+        """{part: FLOPs} that one sample of a training step needs: frozen encoders forward, prefix forward, queries forward and
         backward to their inputs, adapter, connector and generator forward and backward (3 x forward).
 
-        num_text: tokens of turn and prompt; None to ask the tokenizer."""
+        num_text: its text tokens; None to ask the tokenizer for the fixed prompt's. image: conditioned on its visible image
+        tokens; else a pair, on its caption alone, without ViT. cached: latents are read, without VAE."""
         mllm, vae = self.frozen
+        num_prefix, num_condition = self.condition_tokens(num_text, image)
+        num_queries = 0 if self.adapter is None else self.recipe.adapter.num_queries
+        parts = {"VAE": 0 if cached else vae.flops_per_image(size_px), "ViT": mllm.vit_flops() if image else 0,
+                 "MLLM": sum(mllm.decoder_flops(num_prefix, num_queries, outputs=self.recipe.adapter.conditions == "all")),
+                 "generator": 3 * self.generator.flops_per_image(vae.grid(size_px, size_px), num_condition)}
+        if self.adapter is not None:
+            parts["adapter"] = 3 * self.adapter.flops(num_prefix)
+        if self.connector is not None:
+            parts["connector"] = 3 * self.connector.flops(num_condition)
+        return parts
+
+    def tokens_per_image(self, size_px, num_text=None, *, image=True):
+        """Tokens that the generator reads of one sample: latent tokens N + condition tokens C, the latter in the mean over
+        masks. num_text and image as in flops_by_part."""
+        return math.prod(self.frozen[1].grid(size_px, size_px)) + self.condition_tokens(num_text, image)[1]
+
+    def condition_tokens(self, num_text=None, image=True):
+        """(tokens before the queries, C): what the MLLM reads of a sample and what the generator reads of the MLLM, in the
+        mean over masks."""
+        mllm, mask = self.frozen[0], self.recipe.mask
         text = len(mllm.token_ids("".join(TURN) + "".join(IMAGE) + RECONSTRUCT)) if num_text is None else num_text
-        shown = mllm.num_image_tokens * (1 if self.recipe.mask.mode == "zero" else 1 - self.recipe.mask.ratio)
-        num_prefix, num_queries = text + shown, 0 if self.adapter is None else self.recipe.adapter.num_queries
-        every = self.recipe.adapter.conditions == "all"
-        num_condition = num_queries + (num_prefix if every else 0)
-        trained = self.generator.flops_per_image(vae.grid(size_px, size_px), num_condition)
-        trained += 0 if self.adapter is None else self.adapter.flops(num_prefix)
-        trained += 0 if self.connector is None else self.connector.flops(num_condition)
-        decoder = sum(mllm.decoder_flops(num_prefix, num_queries, outputs=every))
-        return vae.flops_per_image(size_px) + mllm.vit_flops() + decoder + 3 * trained
+        shown = mllm.num_image_tokens * (1 if mask.mode == "zero" else 1 - mask.ratio) if image else 0
+        num_queries = 0 if self.adapter is None else self.recipe.adapter.num_queries
+        return text + shown, num_queries + (text + shown if self.recipe.adapter.conditions == "all" else 0)
 
     def read(self, condition):
         """Condition -> what conditions the generator, (B, C, D), and its lengths (B,) or None: steps 6 and 7.

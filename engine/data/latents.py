@@ -78,14 +78,7 @@ class LatentStore:
 
     def __init__(self, folder, index, *, vae, size_px):
         self.folder = Path(folder)
-        header = _read_header(self.folder)
-        if header is None:
-            raise InputError(f"data.latents: {folder} has no {HEADER}: make it with `iomm cache`")
-        wanted = facts_of(index, vae=vae, size_px=size_px)
-        different = [f"{key} is {header.get(key)!r}, wanted {value!r}" for key, value in wanted.items()
-                     if header.get(key) != value]
-        if different:
-            raise InputError(f"data.latents: {folder} is of something else ({'; '.join(different)}): run `iomm cache` again")
+        header = check(folder, **facts_of(index, vae=vae, size_px=size_px))
         self.shape, self.rows, self.dtype = tuple(header["shape"]), header["rows"], DTYPES[header["dtype"]]
         self.row_bytes = int(np.prod(self.shape)) * self.dtype.itemsize
         num_files = -(-len(index.records) // self.rows)
@@ -168,6 +161,17 @@ def _bytes(row):
 
 def _file_name(number):
     return f"latents-{number:05d}.safetensors"
+
+
+def check(folder, **wanted):
+    """The header of a cache. Raises InputError if there is none, or if it differs in one of these facts."""
+    header = _read_header(Path(folder))
+    if header is None:
+        raise InputError(f"data.latents: {folder} has no {HEADER}: make it with `iomm cache`")
+    different = [f"{key} is {header.get(key)!r}, wanted {value!r}" for key, value in wanted.items() if header.get(key) != value]
+    if different:
+        raise InputError(f"data.latents: {folder} is of something else ({'; '.join(different)}): run `iomm cache` again")
+    return header
 
 
 def _read_header(folder):

@@ -195,6 +195,6 @@ def line(row, num_steps):
     longest = sorted(row["time_s"].items(), key=lambda part: -part[1])[:3]
     split = ", ".join(f"{name} {seconds / row['step_s']:.0%}" for name, seconds in longest)
     return (f"step {row['step']}/{num_steps}  loss {row['loss']:.4f}  grad norm {norm}  lr {row['lr']:.2e}  "
-            f"{row['images_per_s']:.1f} images/s  {row['tokens_per_s']:.3g} tokens/s{mfu}  "
+            f"{row['images_per_s']:.1f} images/s  {row['tokens_per_s']:,.0f} tokens/s{mfu}  "
             f"data wait {row['data_wait_s'] * 1e3:.0f} ms  {split}  "
             f"GPU-hours {row['gpu_hours']:.2f} used, {row['gpu_hours_left']:.2f} left")

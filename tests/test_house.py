@@ -25,6 +25,7 @@ DOORS = {
     "nvidia": ("engine/data/decode.py",),
     "deepspeed": ("engine/zero.py", "engine/launch.py"),
     "triton": ("kernels/",),
+    "wandb": ("engine/metrics.py",),
 }
 # Modules that programs import and that a script's own folder, first on sys.path, must not hide.
 WELL_KNOWN = {"kernels", "evaluate", "datasets", "data", "torch", "numpy", "triton", "transformers", "diffusers",

@@ -95,10 +95,18 @@ def test_every_step_is_logged_with_every_key(golden):
     assert [row["step"] for row in found] == [1, 2, 3, 4, 5, 6]
     assert [row["samples_seen"] for row in found] == [16, 32, 48, 64, 80, 96]
     for row in found:
-        assert set(row) == {"step", "samples_seen", "loss", "loss_by_time", "grad_norm", "lr", "images_per_s", "mfu",
-                            "data_wait_s", "step_s", "memory_gib", "skipped_steps", "skipped_samples", "gpu_hours", "gpu_hours_left"}
+        assert set(row) == {"step", "samples_seen", "loss", "loss_by_time", "grad_norm", "lr", "images_per_s", "tokens_per_s",
+                            "mfu", "data_wait_s", "step_s", "time_s", "memory_gib", "skipped_steps", "skipped_samples",
+                            "gpu_hours", "gpu_hours_left"}
+        assert set(row["time_s"]) >= {"data", "vae", "vit", "prefix", "adapter", "suffix", "generator", "backward",
+                                      "optimizer", "ema", "other"}
+        assert ("checkpoint" in row["time_s"]) == (row["step"] in (3, 5))       # of the time since the row before
+        assert sum(row["time_s"].values()) == pytest.approx(row["step_s"])
+        assert row["tokens_per_s"] == pytest.approx(row["images_per_s"] * (64 + 16))
         assert row["loss"] > 0 and row["grad_norm"] > 0 and row["skipped_steps"] == 0
     assert list((golden / "tb").glob("events*"))
+    words = [(golden / f"logs/rank-0000{rank}.txt").read_text() for rank in (0, 1)]
+    assert "step 1/6  loss" in words[0] and "rank 1 of 2, process" in words[1] and "loss" not in words[1]
     assert [p.name for p in checkpoint.steps(golden / "checkpoints")] == ["step-00000002", "step-00000004", "step-00000006"]
 
 
@@ -137,13 +145,14 @@ def test_two_ranks_take_over_from_one(settings, tmp_path):
 
 def test_a_window_of_steps_is_traced_on_a_cpu(settings, tmp_path):
     run_dir = tmp_path / "run"
-    done = launch(1, f"run.dir={run_dir}", *settings, "--profile", "torch", "profile.start_step=2", "profile.num_steps=1",
-                  "train.steps=2")
+    done = launch(1, f"run.dir={run_dir}", *settings, "--profile", "torch", "profile.start_step=2", "profile.num_steps=2",
+                  "train.steps=3", "adapter.connector_layers=1")
     assert done.returncode == 0, done.stdout
-    with gzip.open(run_dir / "traces/rank0-steps-2-2.json.gz") as file:
+    with gzip.open(run_dir / "traces/rank0-steps-2-3.json.gz") as file:
         names = {event.get("name") for event in json.load(file)["traceEvents"]}
-    assert names >= {"data", "vae", "vit", "prefix", "adapter", "suffix", "generator", "backward", "optimizer", "ema"}
-    assert "CPU Mem" in (run_dir / "traces/rank0-steps-2-2-memory.txt").read_text()
+    assert names >= {"data", "vae", "vit", "prefix", "adapter", "suffix", "connector", "generator", "backward", "optimizer",
+                     "ema", "checkpoint"}
+    assert "CPU Mem" in (run_dir / "traces/rank0-steps-2-3-memory.txt").read_text()
 
 
 def test_stage_2_starts_from_stage_1_and_mixes(golden, settings, world, tmp_path):

@@ -1,0 +1,212 @@
+"""What a run says of itself, and that no way of failing to say it costs a step."""
+
+import errno
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from iomm.config import InputError
+from iomm.engine import metrics
+from iomm.engine.metrics import Metrics, check_wandb, line, scalars
+from iomm.ranges import named
+
+RANKS = SimpleNamespace(size=2, device=torch.device("cpu"))
+STEPS = 10
+
+
+def make(run_dir, start_step=0, **more):
+    run_dir.mkdir(parents=True, exist_ok=True)
+    return Metrics(run_dir, flops_per_image=3e12, tokens_per_image=80, global_batch=16, num_steps=STEPS, ranks=RANKS,
+                   start_step=start_step, **more)
+
+
+def record(one, step, loss=1.0):
+    with one.clock, named("generator"):
+        time.sleep(0.001)
+    return one.record(step=step, loss=loss, by_time=[2.0, 3.0, 4.0, 0.0], grad_norm=0.5, lr=1e-4, data_wait_s=0.25,
+                      skipped_steps=1, skipped_samples=2)
+
+
+def logged(run_dir):
+    rows = []
+    for text in (run_dir / "log.jsonl").read_text().splitlines():
+        try:
+            rows.append(json.loads(text)["step"])
+        except ValueError:
+            pass
+    return rows
+
+
+@pytest.fixture
+def no_board(monkeypatch):
+    monkeypatch.setattr(Metrics, "open_board", lambda *_: None)
+
+
+def test_a_record_follows_its_definitions(tmp_path, monkeypatch, no_board):
+    monkeypatch.setattr(metrics, "peak_flops", lambda device: 1e15)
+    one = make(tmp_path, gpu_hours=1.0)
+    row = record(one, 3)
+    assert row["samples_seen"] == 48 and row["loss_by_time"] == [0.5, None]
+    assert row["step_s"] == sum(row["time_s"].values()) and row["time_s"]["generator"] >= 0.001
+    assert row["images_per_s"] == 16 / row["step_s"] and row["tokens_per_s"] == 80 * row["images_per_s"]
+    assert row["mfu"] == pytest.approx(3e12 * row["images_per_s"] / 2e15)
+    assert row["gpu_hours"] == 1.0 + row["step_s"] * 2 / 3600
+    assert row["gpu_hours_left"] == pytest.approx(row["step_s"] * 7 * 2 / 3600)
+    assert json.loads((tmp_path / "log.jsonl").read_text()) == row
+    assert scalars(row)["time_s/generator"] == row["time_s"]["generator"] and scalars(row)["loss_by_time/0"] == 0.5
+    assert not {"step", "time_s", "loss_by_time/1"} & set(scalars(row))
+    assert all(isinstance(number, int | float) for number in scalars(row).values())
+    said = line(row, STEPS)
+    assert "step 3/10" in said and "images/s" in said and "tokens/s" in said and "mfu" in said and "generator" in said
+
+
+def test_tensorboard_shows_what_log_jsonl_holds(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    one = make(tmp_path)
+    rows = [record(one, step, loss=float(step)) for step in (1, 2)]
+    one.close()
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == set(scalars(rows[0]))
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1.0), (2, 2.0)]
+
+
+def test_a_resumed_run_drops_the_lines_that_come_again_and_what_is_no_line(tmp_path, no_board):
+    lines = [json.dumps({"step": step}) for step in (1, 2, 3, 4)] + ['{"step": 5, "lo', "3", "\x00\x00"]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines))
+    one = make(tmp_path, start_step=2)
+    record(one, 3)
+    assert logged(tmp_path) == [1, 2, 3]
+
+
+# Telemetry is never fatal: every step below is recorded, whatever fails, and it is said once.
+
+def test_a_log_that_cannot_be_opened(tmp_path, no_board, capsys):
+    (tmp_path / "log.jsonl").mkdir()
+    one = make(tmp_path)
+    assert [record(one, step)["step"] for step in (1, 2)] == [1, 2]
+    one.close()
+    assert capsys.readouterr().out.count("log.jsonl cannot be written") == 1
+
+
+def test_a_full_disk_costs_lines_until_there_is_room_again(tmp_path, no_board, capsys):
+    """RLIMIT_FSIZE stands for the disk: the kernel writes what fits, then refuses."""
+    one = make(tmp_path)
+    record(one, 1)
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (os.path.getsize(tmp_path / "log.jsonl") + 100, before[1]))
+        assert [record(one, step)["step"] for step in (2, 3, 4)] == [2, 3, 4]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    record(one, 5)
+    record(one, 6)
+    one.close()
+    assert logged(tmp_path) == [1, 5, 6] and capsys.readouterr().out.count("log.jsonl cannot be written") == 1
+
+
+@pytest.mark.parametrize("where", ["open", "add_scalar", "thread", "close"])
+def test_a_tensorboard_writer_that_fails(tmp_path, monkeypatch, capsys, where):
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    if where == "open":
+        (tmp_path / "tb").write_text("a file stands where the folder should")
+    one = make(tmp_path)
+    if where == "add_scalar":
+        monkeypatch.setattr(one.board, "add_scalar", fail)
+    if where == "thread":                        # where tensorboard really writes
+        monkeypatch.setattr(RecordWriter, "write", fail)
+        monkeypatch.setattr("threading.excepthook", lambda _: None)
+    if where == "close":
+        monkeypatch.setattr(one.board, "close", fail)
+    for step in range(1, STEPS + 1):
+        record(one, step)
+        time.sleep(0.01)                         # lets the thread meet its error
+    one.image("samples", tmp_path / "no.png", 1)
+    one.close()
+    assert logged(tmp_path) == list(range(1, STEPS + 1))
+    assert capsys.readouterr().out.count("TensorBoard cannot be written") == 1
+
+
+def test_clock_jumps_change_nothing(tmp_path, monkeypatch):
+    """The wall clock an hour back, a day on: TensorBoard and the progress bar read it, step times do not."""
+    from tqdm import tqdm
+    one = make(tmp_path)
+    real, jumps = time.time, [0, -3600, 86400, -86400, 0]
+    bar = tqdm(total=5, file=open(os.devnull, "w"))
+    for step, jump in enumerate(jumps, start=1):
+        monkeypatch.setattr(time, "time", lambda jump=jump: real() + jump)
+        row = record(one, step)
+        assert 0 < row["step_s"] < 60 and row["gpu_hours"] < 0.1
+        bar.update()
+    bar.close()
+    one.close()
+    assert logged(tmp_path) == [1, 2, 3, 4, 5]
+
+
+def test_wandb_is_asked_for_and_found_before_anything_starts(tmp_path, monkeypatch, capsys):
+    from iomm.engine.launch import main
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
+    assert main(["log.wandb=true", "--dry-run"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and "log.wandb=true needs the package wandb: pip install wandb" in said[0]
+    monkeypatch.undo()
+    (tmp_path / "wandb").mkdir()                 # what a run of it leaves in the folder where it was started
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(InputError):
+        check_wandb()
+
+
+@pytest.mark.parametrize("fails", ["", "init", "log", "finish"])
+def test_a_failing_wandb_costs_no_step(tmp_path, monkeypatch, no_board, capsys, fails):
+    class Run:
+        rows, finished = [], False
+
+        def log(self, row, step):
+            if fails == "log":
+                raise RuntimeError("the service is gone")
+            self.rows.append((step, row["loss"]))
+
+        def finish(self):
+            if fails == "finish":
+                time.sleep(60)
+            self.finished = True
+    run, asked = Run(), {}
+
+    def init(**options):
+        if fails == "init":
+            raise RuntimeError("no API key")
+        asked.update(options)
+        return run
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    monkeypatch.setattr(metrics, "WANDB_PATIENCE_S", 0.1)
+    one = make(tmp_path / "runs/mine", wandb=True, settings={"train.steps": STEPS})
+    for step in (1, 2):
+        record(one, step)
+    started = time.monotonic()
+    one.close()
+    assert logged(tmp_path / "runs/mine") == [1, 2] and time.monotonic() - started < 30
+    assert capsys.readouterr().out.count("wandb cannot be written") == (fails in ("init", "log"))
+    assert run.rows == ([] if fails in ("init", "log") else [(1, 1.0), (2, 1.0)]) and run.finished == (not fails)
+    if fails != "init":
+        assert (asked["project"], asked["name"], asked["config"]) == ("runs", "mine", {"train.steps": STEPS})
+
+
+def test_numbers_that_are_none_are_written_all_the_same(tmp_path):
+    """A skipped step: the loss is NaN and there is no norm."""
+    one = make(tmp_path)
+    row = one.record(step=1, loss=math.nan, by_time=[0.0, 0.0], grad_norm=None, lr=0.0, data_wait_s=0.0, skipped_steps=0,
+                     skipped_samples=0)
+    one.close()
+    assert "skipped" in line(row, STEPS) and logged(tmp_path) == [1]

@@ -1,6 +1,7 @@
 """Checkpoints: written beside and behind training, verified by hash, committed by one rename. Only safetensors and JSON.
 
-    checkpoints/step-00000100/rank-00000-of-00002.safetensors   "master/<parameter>", "exp_avg/...", "ema/..." : pieces
+    checkpoints/step-00000100/rank-00000-of-00002.safetensors   "master/<parameter>", "exp_avg/...", "ema/..." : pieces;
+                                                                "start/<parameter>": where in the flat parameter they begin
     checkpoints/step-00000100/MANIFEST.json                     facts of the run, size and SHA-256 of every file
 
 The newest folder whose manifest and files verify is the one to resume from; there is no pointer file to go stale."""
@@ -24,7 +25,8 @@ from safetensors import SafetensorError, safe_open
 
 from iomm.config import InputError
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)                # 1 had equal pieces of the padded parameter in every file, and no "start/"
 FILE_NAME = re.compile(r"rank-\d{5}-of-\d{5}\.safetensors")       # a manifest may name nothing else: no way out of its folder
 DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
 
@@ -268,7 +270,7 @@ def read_manifest(folder):
     try:
         raw = path.read_bytes()
         manifest = json.loads(raw)["manifest"]
-        if seal(manifest) != raw or manifest["format"] != FORMAT or not all(map(FILE_NAME.fullmatch, manifest["files"])):
+        if seal(manifest) != raw or manifest["format"] not in READABLE or not all(map(FILE_NAME.fullmatch, manifest["files"])):
             raise ValueError
         return manifest
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -333,7 +335,7 @@ def newest(root, ranks=None, say=print):
 
 
 class Reader:
-    """Reads parameters of an intact checkpoint back, for any number of ranks. Never unpickles."""
+    """Reads parameters of an intact checkpoint back, for any number of ranks and any ZeRO stage. Never unpickles."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -341,23 +343,38 @@ class Reader:
         self.names, self.files = sorted(self.manifest["files"]), {}
 
     def file(self, rank):
+        """One rank's open file and the set of its keys."""
         if rank not in self.files:
             try:
-                self.files[rank] = safe_open(self.folder / self.names[rank], framework="pt")
+                file = safe_open(self.folder / self.names[rank], framework="pt")
             except SafetensorError as error:
                 raise InputError(f"{self.folder / self.names[rank]} is not safetensors: {error}") from None
+            self.files[rank] = file, set(file.keys())
         return self.files[rank]
 
     def full(self, slot, name):
         """Whole parameter, in its own shape."""
         shape = self.manifest["shapes"][name]
-        flat = torch.cat([self.file(rank).get_tensor(f"{slot}/{name}") for rank in range(len(self.names))])
-        return flat[:math.prod(shape)].view(shape)
+        return self.piece(slot, name, 0, math.prod(shape)).view(shape)
 
-    def piece(self, slot, name, rank, size):
-        """Rank's padded piece among `size` ranks."""
-        if size == self.manifest["world_size"]:
-            return self.file(rank).get_tensor(f"{slot}/{name}")
-        flat = self.full(slot, name).flatten()
-        numel = -(-len(flat) // size)
-        return torch.nn.functional.pad(flat, (0, numel * size - len(flat)))[rank * numel:(rank + 1) * numel]
+    def piece(self, slot, name, start, numel, first=0):
+        """Values start ... start + numel - 1 of a flattened parameter, fp32, from the files that hold them. Rank `first`'s file
+        is looked into first: at the same world size and stage it has them all."""
+        values, found = torch.empty(numel), 0
+        for rank in (first + i for i in range(len(self.names))):
+            if found == numel:
+                break
+            rank %= len(self.names)
+            file, keys = self.file(rank)
+            if f"{slot}/{name}" not in keys:
+                continue
+            stored = file.get_slice(f"{slot}/{name}")
+            length = stored.get_shape()[0]
+            at = int(file.get_tensor(f"start/{name}")) if f"start/{name}" in keys else rank * length
+            low, high = max(start, at), min(start + numel, at + length)
+            if low < high:
+                values[low - start:high - start] = stored[low - at:high - at]
+                found += high - low
+        if found != numel:
+            raise InputError(f"{self.folder} holds {found} of {numel} values of {slot}/{name}: written by something else?")
+        return values

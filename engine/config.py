@@ -126,6 +126,10 @@ class TimeSection:
 @dataclass(frozen=True, kw_only=True)
 class OptimSection:
     kind: str = "adamw"                # adamw | muon: Muon for the blocks' matrices, AdamW for the rest
+    # Who does AdamW's update: torch (its fused kernel), deepspeed (FusedAdam, compiled at the start unless it was built with
+    # DeepSpeed; a kill meanwhile leaves a lock file that the next start waits for) or apex (NVIDIA's FusedAdam). All give the
+    # same to float32 rounding. torch until `python benchmarks/ops.py --gpu` (its rows `adamw`) has shown another ahead.
+    adamw: str = "torch"
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
@@ -137,6 +141,7 @@ class OptimSection:
 
     def __post_init__(self):
         choice("optim.kind", self.kind, ("adamw", "muon"))
+        choice("optim.adamw", self.adamw, ("torch", "deepspeed", "apex"))
         choice("optim.schedule", self.schedule, ("constant", "cosine"))
         if not all(0 <= value < 1 for value in (*self.betas, self.momentum)):
             raise InputError(f"optim.betas and optim.momentum must be in [0, 1), got {self.betas} and {self.momentum}")
@@ -157,10 +162,47 @@ class EmaSection:
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroSection:
-    stage: int = 3
+    """What is split over the ranks and how it travels. Sizes are numbers of values, not bytes. DeepSpeed's quantised weights and
+    gradients (ZeRO++) have no key: they need kernels compiled at the start and change what is computed."""
+
+    stage: int = 3                     # 0: nothing is split; 1: masters and moments; 2: and gradients; 3: and weights
+    # bf16 | fp32: type in which gradients are summed over ranks. bf16 carries half the bytes; with hundreds of ranks, where
+    # sums get long, fp32. Accumulation over micro-batches is fp32 in any case.
+    reduce_precision: str = "bf16"
+    overlap_comm: bool | None = None   # stages 2, 3: gradients travel during the backward pass; unset: on a GPU only
+    # Stages 1 to 3: gradients that travel together. IOMM-XL's largest block is 181 M, so blocks leave one by one, at 0.4 GB
+    # still as fast as links go, and the last, which nothing hides, is a 34th of all. DeepSpeed's own 500 M is 8 blocks of B.
+    reduce_bucket_size: int = 200_000_000
+    allgather_bucket_size: int = 500_000_000   # stages 1, 2: weights gathered at once after a step, 1 GB of bf16; DeepSpeed's
+    prefetch_bucket_size: int = 200_000_000    # stage 3: weights gathered ahead: IOMM-XL's next block, of 181 M, whole
+    # Stage 3: smaller parameters stay gathered: norms and biases (at most 15 k in IOMM-XL), each too small for a message of its
+    # own; matrices begin at 98 k and are worth splitting.
+    param_persistence_threshold: int = 50_000
+    # Stage 3: weights gathered at a time, 2 GB of bf16. What fits is not gathered again for the backward pass: IOMM-B (1.6 G)
+    # gathers once a step instead of twice at 2 G. Lower it when memory runs out.
+    max_live_parameters: int = 1_000_000_000
+    # Stage 3: ranks that together hold one more copy of the weights, for the backward pass. The GPUs of a machine, 8: backward
+    # gathers stay off the network, for 2 / 8 bytes a weight and GPU. 1: none, since within one machine it saves nothing.
+    hpz_partition_size: int = 1
 
     def __post_init__(self):
-        choice("zero.stage", self.stage, (3,))
+        choice("zero.stage", self.stage, (0, 1, 2, 3))
+        choice("zero.reduce_precision", self.reduce_precision, ("bf16", "fp32"))
+        positive("zero.reduce_bucket_size", self.reduce_bucket_size)
+        positive("zero.allgather_bucket_size", self.allgather_bucket_size, 2)
+        for name in ("prefetch_bucket_size", "param_persistence_threshold", "max_live_parameters"):
+            positive(f"zero.{name}", getattr(self, name), 0)
+        positive("zero.hpz_partition_size", self.hpz_partition_size)
+        if self.allgather_bucket_size % 2:
+            raise InputError(f"zero.allgather_bucket_size must be even, got {self.allgather_bucket_size}")
+        if self.hpz_partition_size > 1 and self.stage != 3:
+            raise InputError(f"zero.hpz_partition_size is for zero.stage 3 alone, got stage {self.stage}: leave it out")
+
+    def check_ranks(self, ranks):
+        """Raises InputError if the weights' second copies cannot be shared out to so many ranks."""
+        if ranks % self.hpz_partition_size:
+            raise InputError(f"zero.hpz_partition_size must divide the number of ranks, got {self.hpz_partition_size} and {ranks}: "
+                             "give the number of GPUs of one machine, or leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,8 +285,10 @@ class RunConfig:
         return yaml.safe_dump(as_plain(asdict(self)), sort_keys=False)
 
 
-# A resumed run may change these: none of them changes what is computed in a step.
-FREE_KEYS = ("run.dir", "train.steps", "train.micro_batch", "train.threads", "train.timeout_s", "data.threads",
+# A resumed run may change these: none of them changes what is computed in a step, rounding apart.
+FREE_KEYS = ("run.dir", "optim.adamw", "zero.stage", "zero.reduce_precision", "zero.overlap_comm", "zero.reduce_bucket_size",
+             "zero.allgather_bucket_size", "zero.prefetch_bucket_size", "zero.param_persistence_threshold",
+             "zero.max_live_parameters", "zero.hpz_partition_size", "train.steps", "train.micro_batch", "train.threads", "train.timeout_s", "data.threads",
              "data.hw_decoder_load", "data.max_bad_fraction", "data.max_bad_shards",
              "checkpoint.every_steps", "checkpoint.keep", "checkpoint.keep_every_steps", "checkpoint.background",
              "checkpoint.mtbf_gpu_hours", "log.every_steps", "log.sample_images", "log.sample_steps", "log.wandb",

@@ -116,6 +116,8 @@ def run(config, args, ranks, watch):
 def build(config, ranks, folder=None, say=print):
     """Data, frozen parts, trained parts, optimizer -> (loop.State, its source of batches, FLOPs that one image needs). Called
     by all ranks together. The state is that of the checkpoint `folder`, or fresh, or of run.init's weights."""
+    adamw = zero.adamw_body(config.optim.adamw, ranks.device)
+    config.zero.check_ranks(ranks.size)
     index_dir = pairs_dir = None
     if config.train.data != "pair":
         index_dir = ranks.on_first(lambda: parts.prepare_data(config))
@@ -138,7 +140,7 @@ def build(config, ranks, folder=None, say=print):
     compiled = ranks.device.type == "cuda" if config.train.compile is None else config.train.compile
     model.prepare_blocks(compiled=compiled, recompute=config.train.recompute)
     sharded = zero.Sharded(
-        model.to(ranks.device), lambda module: make_optimizer(module, config.optim), config=config, ranks=ranks,
+        model.to(ranks.device), lambda module: make_optimizer(module, config.optim, adamw), config=config, ranks=ranks,
         leaves=model.leaves, micro_batch=source.micro_batch, accumulation=source.accumulation_steps)
     skips = Skips(config.data.max_bad_fraction, config.data.max_bad_shards,
                   Path(config.run.dir) / "skipped.jsonl" if ranks.first else None)

@@ -109,10 +109,12 @@ class State:
         self.step, self.gpu_hours = 0, 0.0
 
     def tensors(self):
+        """{(slot, parameter name): this rank's piece, one-dimensional}; slots a parameter has no part in are left out."""
         slots = self.sharded.slots()
         if self.ema.flats:
             slots["ema"] = self.ema.flats
-        return {f"{slot}/{name}": view for slot, flats in slots.items() for name, view in self.sharded.views(flats).items()}
+        return {(slot, name): flats[place.group].detach().narrow(0, place.offset, place.numel)
+                for slot, flats in slots.items() for name, place in self.sharded.places.items() if flats[place.group] is not None}
 
 
 def save(state, config, saver):
@@ -121,18 +123,20 @@ def save(state, config, saver):
              "optimizer_step": state.sharded.optimizer_step, "guard": state.guard.state(),
              "skipped_samples": state.skips.state(), "samples_seen": state.step * config.train.global_batch,
              "gpu_hours": state.gpu_hours}
-    saver.save(state.step, state.tensors(), facts)
+    written = {name: place.start for name, place in state.sharded.places.items() if place.written}
+    tensors = {f"start/{name}": torch.tensor(start) for name, start in written.items()}
+    tensors |= {f"{slot}/{name}": piece for (slot, name), piece in state.tensors().items() if name in written}
+    saver.save(state.step, tensors, facts)
 
 
 @torch.no_grad()
 def restore(state, folder):
-    """Reads a checkpoint into the state, whatever number of ranks wrote it."""
+    """Reads a checkpoint into the state, whatever number of ranks wrote it at whatever ZeRO stage."""
     reader = checkpoint.Reader(folder)
     if {name: list(shape) for name, shape in state.sharded.shapes.items()} != reader.manifest["shapes"]:
         raise InputError(f"{folder} is of another model: its parameters have other names or shapes")
-    for key, view in state.tensors().items():
-        slot, name = key.split("/", 1)
-        view.copy_(reader.piece(slot, name, state.ranks.rank, state.ranks.size))
+    for (slot, name), piece in state.tensors().items():
+        piece.copy_(reader.piece(slot, name, state.sharded.places[name].start, len(piece), first=state.ranks.rank))
     state.sharded.restored(reader.manifest["optimizer_step"])
     state.step, state.gpu_hours = reader.manifest["step"], reader.manifest["gpu_hours"]
     state.guard.restore(reader.manifest["guard"])

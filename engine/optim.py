@@ -9,6 +9,7 @@ from torch.optim.adamw import adamw
 
 STATE = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}     # a flat shard's tensors, by kind
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+CHUNK = 2048 * 32                # values a block of the multi-tensor kernel takes, as both of its owners call it
 
 
 def learning_rate(step, config, num_steps):
@@ -19,48 +20,66 @@ def learning_rate(step, config, num_steps):
     return rate
 
 
-def make_optimizer(module, config):
-    """AdamW, or Muon for matrices inside blocks and AdamW for everything else, over a module's trained parameters."""
+def make_optimizer(module, config, adamw=None):
+    """AdamW, or Muon for matrices inside blocks and AdamW for everything else, over a module's trained parameters. adamw:
+    what does AdamW's update, torch's fused kernel if not given."""
     blocks = {id(p) for name, p in module.named_parameters() if "blocks." in name and p.ndim == 2 and "modulation" not in name}
     matrices = [p for p in module.parameters() if id(p) in blocks] if config.kind == "muon" else []
     others = [p for p in module.parameters() if config.kind != "muon" or id(p) not in blocks]
     groups = [{"params": others, "kind": "adamw"}] + [{"params": matrices, "kind": "muon"}] * bool(matrices)
     return ShardedOptimizer(groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay,
-                            momentum=config.momentum)
+                            momentum=config.momentum, adamw=adamw or adamw_torch)
+
+
+def adamw_torch(flat, grad, exp_avg, exp_avg_sq, step, *, lr, betas, eps, weight_decay):
+    """One AdamW step of a flat shard in place, `step` (a tensor) included, by torch's fused kernel."""
+    adamw([flat], [grad], [exp_avg], [exp_avg_sq], [], [step], fused=True, amsgrad=False, beta1=betas[0], beta2=betas[1], lr=lr,
+          weight_decay=weight_decay, eps=eps, maximize=False)
+
+
+def adamw_multi_tensor(kernel):
+    """The same by multi_tensor_adam of NVIDIA apex, or by DeepSpeed's copy of it: kernel(chunk, overflow, [gradients,
+    weights, first, second moments], lr, beta 1, beta 2, eps, step, decoupled decay, bias correction, decay)."""
+    def update(flat, grad, exp_avg, exp_avg_sq, step, *, lr, betas, eps, weight_decay):
+        step += 1
+        overflow = torch.zeros(1, dtype=torch.int32, device=flat.device)
+        kernel(CHUNK, overflow, [[grad], [flat.detach()], [exp_avg], [exp_avg_sq]], lr, *betas, eps, int(step), 1, 1, weight_decay)
+    return update
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
-    """Where one matrix lies in a flat shard: `numel` values from `offset` on, this rank's equal cut of the padded matrix.
+class Matrix:
+    """Where one matrix lies: rank r's flat shard holds cuts[r] = (offset, numel) of it. Cuts in order of ranks make the whole.
 
     parts: rows of the matrices that are fused into it (query, key and value are three)."""
 
     shape: tuple
     parts: tuple
-    offset: int
-    numel: int
+    cuts: tuple
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
-    """Steps whatever flat shards its groups hold: AdamW (torch's fused one) or Muon, by the group's `kind`.
+    """Steps whatever flat shards its groups hold: AdamW or Muon, by the group's `kind`.
 
     Muon (Jordan et al., 2024; the rate matched to AdamW's update size as in Moonlight, arXiv 2502.16982: 0.2 sqrt(max(rows,
-    columns))) works on whole matrices. `bind` says which matrices a shard holds pieces of. Each matrix has one rank that
-    orthogonalises it: pieces travel there and back by two all-to-alls, once a step; momentum stays in the shards."""
+    columns))) works on whole matrices. `bind` says which matrices a shard holds cuts of. Each matrix has one rank that
+    orthogonalises it: cuts travel there and back by two all-to-alls, once a step; momentum stays in the shards."""
 
-    def __init__(self, groups, *, lr, betas, eps, weight_decay, momentum):
+    def __init__(self, groups, *, lr, betas, eps, weight_decay, momentum, adamw=adamw_torch):
         super().__init__(groups, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, momentum=momentum))
-        self.pieces, self.rank, self.size = {}, 0, 1
+        self.matrices, self.rank, self.size, self.adamw = {}, 0, 1, adamw
 
-    def bind(self, pieces, rank, size):
-        """pieces: {flat shard: [Piece]} of the Muon shards."""
-        self.pieces, self.rank, self.size = pieces, rank, size
+    def bind(self, matrices, rank, size):
+        """matrices: {flat shard: [Matrix]} of the Muon shards, in the same order on every rank."""
+        self.matrices, self.rank, self.size = matrices, rank, size
 
     def fresh_state(self, flat, kind):
         """Makes the state of a flat shard if there is none yet, and returns it."""
         state = self.state[flat]
         if not state:
-            state.update({name: torch.zeros_like(flat) for name in STATE[kind]}, step=torch.zeros((), device=flat.device))
+            # torch's kernel reads the step on the GPU, the others want it as a number: no wait for the GPU in either case.
+            device = flat.device if self.adamw is adamw_torch else "cpu"
+            state.update({name: torch.zeros_like(flat) for name in STATE[kind]}, step=torch.zeros((), device=device))
         return state
 
     @torch.no_grad()
@@ -73,43 +92,41 @@ class ShardedOptimizer(torch.optim.Optimizer):
                     (self.adamw_step if group["kind"] == "adamw" else self.muon_step)(flat, state, group)
 
     def adamw_step(self, flat, state, group):
-        adamw([flat], [flat.grad], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]], fused=True, amsgrad=False,
-              beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"],
-              eps=group["eps"], maximize=False)
+        self.adamw(flat, flat.grad, state["exp_avg"], state["exp_avg_sq"], state["step"], lr=group["lr"], betas=group["betas"],
+                   eps=group["eps"], weight_decay=group["weight_decay"])
 
     def muon_step(self, flat, state, group):
         state["step"] += 1
         buffer = state["momentum_buffer"].lerp_(flat.grad, 1 - group["momentum"])
         update = flat.grad.lerp(buffer, group["momentum"])           # Nesterov
-        pieces = self.pieces[flat]
-        owners = spread([math.prod(piece.shape) * min(piece.shape) for piece in pieces], self.size)
+        matrices = self.matrices[flat]
+        owners = spread([math.prod(matrix.shape) * min(matrix.shape) for matrix in matrices], self.size)
         flat.mul_(1 - group["lr"] * group["weight_decay"])
-        for piece, orthogonal in zip(pieces, self.orthogonalise(update, pieces, owners)):
-            flat[piece.offset:piece.offset + piece.numel].add_(orthogonal, alpha=-group["lr"])
+        for matrix, orthogonal in zip(matrices, self.orthogonalise(update, matrices, owners)):
+            flat.narrow(0, *matrix.cuts[self.rank]).add_(orthogonal, alpha=-group["lr"])
 
-    def orthogonalise(self, update, pieces, owners):
-        """This rank's pieces of the orthogonalised, scaled matrices, in the order of `pieces`."""
-        cuts = [update[piece.offset:piece.offset + piece.numel] for piece in pieces]
+    def orthogonalise(self, update, matrices, owners):
+        """This rank's cuts of the orthogonalised, scaled matrices, in the order of `matrices`."""
+        cuts = [update.narrow(0, *matrix.cuts[self.rank]) for matrix in matrices]
         if self.size == 1:
-            return [orthogonal_flat(cut, piece) for cut, piece in zip(cuts, pieces)]
-        ours = [piece for piece, owner in zip(pieces, owners) if owner == self.rank]
-        by_owner = [i for rank in range(self.size) for i, owner in enumerate(owners) if owner == rank]
-        counts = [sum(piece.numel for piece, owner in zip(pieces, owners) if owner == rank) for rank in range(self.size)]
+            return [orthogonal_flat(cut, matrix) for cut, matrix in zip(cuts, matrices)]
+        ranks = range(self.size)
+        by_owner = [i for rank in ranks for i, owner in enumerate(owners) if owner == rank]
+        ours = [matrix for matrix, owner in zip(matrices, owners) if owner == self.rank]
+        away = [sum(len(cut) for cut, owner in zip(cuts, owners) if owner == rank) for rank in ranks]
+        sizes = [[matrix.cuts[rank][1] for matrix in ours] for rank in ranks]
+        here = [sum(numels) for numels in sizes]
         sent = torch.cat([cuts[i] for i in by_owner])
-        held = sent.new_empty(self.size * counts[self.rank])
-        dist.all_to_all_single(held, sent, [counts[self.rank]] * self.size, counts)
-        held = held.view(self.size, -1)                              # row r: rank r's cuts of our matrices
-        start = 0
-        for piece in ours:
-            columns = held[:, start:start + piece.numel]
-            columns.copy_(orthogonal_flat(columns.reshape(-1), piece).view(self.size, -1))
-            start += piece.numel
-        dist.all_to_all_single(sent, held.flatten(), counts, [counts[self.rank]] * self.size)
-        back, start = [None] * len(pieces), 0
-        for i in by_owner:
-            back[i] = sent[start:start + pieces[i].numel]
-            start += pieces[i].numel
-        return back
+        held = sent.new_empty(sum(here))                             # rank 0's cuts of our matrices, then rank 1's, ...
+        dist.all_to_all_single(held, sent, here, away)
+        by_rank = [part.split(numels) for part, numels in zip(held.split(here), sizes)]
+        for i, matrix in enumerate(ours):
+            whole = orthogonal_flat(torch.cat([parts[i] for parts in by_rank]), matrix)
+            for parts, new in zip(by_rank, whole.split([numels[i] for numels in sizes])):
+                parts[i].copy_(new)
+        dist.all_to_all_single(sent, held, away, here)
+        back = dict(zip(by_owner, sent.split([len(cuts[i]) for i in by_owner])))
+        return [back[i] for i in range(len(matrices))]
 
 
 def spread(costs, size):
@@ -121,12 +138,10 @@ def spread(costs, size):
     return owners
 
 
-def orthogonal_flat(flat, piece):
-    """A padded, flattened matrix -> the same layout: each fused part orthogonalised and scaled."""
-    numel = math.prod(piece.shape)
-    matrix = flat[:numel].view(piece.shape)
-    parts = [orthogonal(part) * (0.2 * math.sqrt(max(part.shape))) for part in matrix.split(piece.parts)]
-    return torch.nn.functional.pad(torch.cat(parts).flatten(), (0, len(flat) - numel))
+def orthogonal_flat(flat, matrix):
+    """A flattened matrix -> the same layout: each fused part orthogonalised and scaled."""
+    parts = [orthogonal(part) * (0.2 * math.sqrt(max(part.shape))) for part in flat.view(matrix.shape).split(matrix.parts)]
+    return torch.cat(parts).flatten()
 
 
 def orthogonal(matrix, steps=5):

@@ -1,4 +1,4 @@
-"""Ranks and ZeRO-3: how processes find each other and how weights, gradients and optimizer state are split.
+"""Ranks and ZeRO: how processes find each other and how weights, gradients and optimizer state are split.
 
 The only door to DeepSpeed, with engine/launch.py. Generator and adapter go in; frozen parts stay outside."""
 
@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from iomm.config import InputError
-from iomm.engine.optim import STATE, Piece
+from iomm.engine.optim import STATE, Matrix, adamw_multi_tensor, adamw_torch
+from iomm.engine.stages import Replicated, Stage3, Stages1And2
 from iomm.layers import FusedLinear
 
 
@@ -95,48 +96,75 @@ def stop():
         dist.destroy_process_group()
 
 
-class Sharded:
-    """A module whose parameters, gradients and optimizer state are split over the ranks by ZeRO-3.
+def adamw_body(name, device):
+    """"torch", "deepspeed" or "apex" -> what does AdamW's update. Raises InputError if it cannot run here, and says what to
+    install."""
+    if name == "torch":
+        return adamw_torch
+    if device.type != "cuda":
+        raise InputError(f"optim.adamw={name} needs a GPU: leave optim.adamw=torch")
+    if name == "apex":
+        try:
+            from amp_C import multi_tensor_adam              # apex's compiled part; PyPI's `apex` is another package
+            from apex.optimizers import FusedAdam  # noqa: F401
+        except ImportError as error:
+            raise InputError(f"optim.adamw=apex: no NVIDIA apex with CUDA extensions here ({error}); build it from "
+                             "github.com/NVIDIA/apex (never `pip install apex`), or set optim.adamw=torch") from None
+        return adamw_multi_tensor(multi_tensor_adam)
+    from deepspeed.ops.op_builder import FusedAdamBuilder
+    try:
+        return adamw_multi_tensor(FusedAdamBuilder().load(verbose=False).multi_tensor_adam)
+    except Exception as error:                               # nvcc missing, another CUDA than torch's, a compiler's error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"optim.adamw=deepspeed: FusedAdam cannot be compiled ({reason}); it takes nvcc of torch's CUDA and "
+                         "ninja, or `DS_BUILD_FUSED_ADAM=1 pip install --no-build-isolation deepspeed`; or set "
+                         "optim.adamw=torch") from None
 
-    Masters are fp32 and so is gradient accumulation. Each parameter is padded to a multiple of the number of ranks and
-    cut into equal pieces; `views` names this rank's pieces."""
+
+class Sharded:
+    """A module whose optimizer state (stage 1), gradients (2) and parameters (3) are split over the ranks by ZeRO; at stage
+    0 every rank has all of it.
+
+    Masters are fp32 and so is gradient accumulation. `places` names the pieces of parameters that this rank holds."""
 
     def __init__(self, module, make_optimizer, *, config, ranks, leaves, micro_batch, accumulation):
-        import deepspeed
-        if leaves:
-            deepspeed.utils.set_z3_leaf_modules(module, list(leaves))
         self.shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
-        self.engine, _, _, _ = deepspeed.initialize(
-            model=module, optimizer=make_optimizer(module),
-            config=deepspeed_config(config, ranks.device, micro_batch, accumulation))
-        self.rank, self.size = ranks.rank, ranks.size
-        parts = {f"{name}.weight": m.parts for name, m in module.named_modules() if isinstance(m, FusedLinear)}
-        pieces = {flat: [] for flat, kind in zip(self.masters, self.kinds) if kind == "muon"}
-        for name, (group, offset, numel) in self.places().items():
-            if self.masters[group] in pieces:
-                shape = self.shapes[name]
-                pieces[self.masters[group]].append(
-                    Piece(shape=shape, parts=parts.get(name, shape[:1]), offset=offset, numel=numel))
-        self.optimizer.bind(pieces, ranks.rank, ranks.size)
+        self.size, stage = ranks.size, config.zero.stage
+        config.zero.check_ranks(ranks.size)
+        self.optimizer = make_optimizer(module)              # our own; DeepSpeed wraps it
+        if stage == 0:
+            self.engine = self.layout = Replicated(
+                module, self.optimizer, rank=ranks.rank, size=ranks.size, clip=config.optim.clip, accumulation=accumulation,
+                dtype=torch.float32 if config.precision == "fp32" else torch.bfloat16, reduce_dtype=reduce_dtype(config))
+        else:
+            import deepspeed
+            if leaves and stage == 3:
+                deepspeed.utils.set_z3_leaf_modules(module, list(leaves))
+            self.engine, _, _, _ = deepspeed.initialize(
+                model=module, optimizer=self.optimizer,
+                config=deepspeed_config(config, ranks.device, micro_batch, accumulation))
+            self.layout = (Stage3 if stage == 3 else Stages1And2)(module, self.engine.optimizer, ranks.rank)
+        self.masters, self.places = self.layout.masters, self.layout.places
+        self.kinds = [self.optimizer.param_groups[group]["kind"] for group in self.layout.param_group]
+        self.bind_matrices(module, ranks, whole=stage == 0)
 
-    @property
-    def optimizer(self):
-        """Our own optimizer, inside DeepSpeed's."""
-        return self.engine.optimizer.optimizer
-
-    @property
-    def kinds(self):
-        """"adamw" or "muon" of every sub-group."""
-        group_of = self.engine.optimizer.sub_group_to_group_id
-        return [self.optimizer.param_groups[group_of[i]]["kind"] for i in range(len(self.masters))]
-
-    @property
-    def masters(self):
-        """fp32 weights of this rank, one flat tensor per sub-group."""
-        return self.engine.optimizer.fp32_partitioned_groups_flat
+    def bind_matrices(self, module, ranks, whole):
+        """Tells the optimizer where the pieces of each matrix lie on all ranks, or on this one if each has them whole."""
+        if "muon" not in self.kinds:
+            return
+        fused = {f"{name}.weight": m.parts for name, m in module.named_modules() if isinstance(m, FusedLinear)}
+        everywhere = [self.places] if whole else ranks.all(self.places)
+        matrices = {flat: [] for flat, kind in zip(self.masters, self.kinds) if kind == "muon"}
+        for name, shape in self.shapes.items():
+            places = [places.get(name) for places in everywhere]
+            flat = self.masters[next(place.group for place in places if place)]
+            if flat in matrices:
+                cuts = tuple((place.offset, place.numel) if place else (0, 0) for place in places)
+                matrices[flat].append(Matrix(shape=shape, parts=fused.get(name, shape[:1]), cuts=cuts))
+        self.optimizer.bind(matrices, *(0, 1) if whole else (ranks.rank, ranks.size))
 
     def slots(self):
-        """{slot: [flat tensor, or None, per sub-group]}: masters, and what the optimizer keeps of each."""
+        """{slot: [flat tensor, or None, per master]}: masters, and what the optimizer keeps of each."""
         states = [self.optimizer.fresh_state(flat, kind) for flat, kind in zip(self.masters, self.kinds)]
         names = sorted({name for kind in self.kinds for name in STATE[kind]})
         return {"master": self.masters, **{name: [state.get(name) for state in states] for name in names}}
@@ -146,28 +174,12 @@ class Sharded:
         state = self.optimizer.state.get(self.masters[0])
         return int(state["step"]) if state else 0
 
-    def places(self):
-        """{parameter name: (sub-group, offset, numel) of this rank's padded piece}."""
-        optimizer = self.engine.optimizer
-        return {name: tuple(optimizer.grad_position[optimizer.get_param_id(parameter)])
-                for name, parameter in self.engine.module.named_parameters()}
-
-    def views(self, flats):
-        """Flat tensors shaped like the masters -> {parameter name: this rank's padded piece, one-dimensional}; parameters
-        of sub-groups that are None have none."""
-        return {name: flats[group].detach().narrow(0, offset, numel)
-                for name, (group, offset, numel) in self.places().items() if flats[group] is not None}
-
     @torch.no_grad()
     def restored(self, optimizer_step):
         """Call after the slots' tensors were overwritten: hands the masters to the working copies."""
-        optimizer = self.engine.optimizer
-        for i, flat in enumerate(self.masters):
+        for flat in self.masters:
             self.optimizer.state[flat]["step"].fill_(optimizer_step)
-            optimizer._reassign_or_swap_out_partitioned_parameters(i)
-        if optimizer.persistent_parameters:      # small parameters stay gathered: gather them anew
-            optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
-            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+        self.layout.refresh()
 
     def set_lr(self, lr):
         for group in self.optimizer.param_groups:
@@ -194,30 +206,49 @@ class Sharded:
 
     @torch.no_grad()
     def doubt(self):
-        """Makes one gradient NaN if a master or moment of this rank is not finite, so that DeepSpeed, which looks at the
-        norm of gradients only, skips the step everywhere. No wait for the GPU, one pass over the optimizer's state."""
-        kept = [flat for flats in self.slots().values() for flat in flats if flat is not None]
-        sound = torch.stack(torch._foreach_norm(kept, ord=float("inf"))).isfinite().all()
-        gradient = next(g for g in self.engine.optimizer.averaged_gradients[0] if g is not None)
-        gradient.view(-1)[:1].mul_(torch.where(sound, 1.0, float("nan")))
+        """Makes one gradient of every rank NaN if a gradient, master or moment of any is not finite, so that DeepSpeed, which
+        looks at the norm of gradients only, skips the step. All ranks, since at stages 0 and 1 each takes the norm of the
+        summed gradient by itself. No wait for the GPU; one pass over gradients and optimizer state."""
+        gradients = self.layout.gradients()
+        kept = gradients + [flat for flats in self.slots().values() for flat in flats if flat is not None]
+        sound = torch.stack(torch._foreach_norm(kept, ord=float("inf"))).isfinite().all().float()
+        if self.size > 1:
+            dist.all_reduce(sound, op=dist.ReduceOp.MIN)
+        gradients[0].view(-1)[:1].mul_(torch.where(sound > 0, 1.0, float("nan")))
 
     def grad_norm(self):
         """Global norm of the last step's gradient before clipping, or None after a skipped step."""
-        norm = self.engine.get_global_grad_norm()
-        return None if norm is None else float(norm)
+        return float(self.engine.get_global_grad_norm()) if self.engine.was_step_applied() else None
+
+
+def reduce_dtype(config):
+    """Type in which gradients travel."""
+    return torch.float32 if "fp32" in (config.precision, config.zero.reduce_precision) else torch.bfloat16
 
 
 def deepspeed_config(config, device, micro_batch, accumulation):
     """Everything that has a default is written out: DeepSpeed's own defaults clip at 1.0 and accumulate in bf16."""
+    zero = config.zero
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.optim.clip,
-        "bf16": {"enabled": config.precision == "bf16"},
+        # Immediate: at stage 1 every bf16 gradient is added to its fp32 sum as soon as it is there, and freed.
+        "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": True, "immediate_grad_update": True},
         "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32" if reduce_dtype(config) == torch.float32 else "bf16",
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": config.zero.stage, "overlap_comm": device.type == "cuda",
+        "zero_optimization": {"stage": zero.stage,
+                              "overlap_comm": device.type == "cuda" if zero.overlap_comm is None else zero.overlap_comm,
                               "contiguous_gradients": True,
+                              "reduce_scatter": True,
+                              "reduce_bucket_size": zero.reduce_bucket_size,
+                              "allgather_bucket_size": zero.allgather_bucket_size,
+                              "stage3_prefetch_bucket_size": zero.prefetch_bucket_size,
+                              "stage3_param_persistence_threshold": zero.param_persistence_threshold,
+                              "stage3_max_live_parameters": zero.max_live_parameters,
+                              "stage3_max_reuse_distance": zero.max_live_parameters,
+                              "zero_hpz_partition_size": zero.hpz_partition_size,
                               # Its own linear keeps no gathered weight for the backward pass; on CPU, where memory is
                               # not what is short, a step of the demo takes 0.65 s instead of 0.90.
                               "memory_efficient_linear": device.type == "cuda"},

@@ -27,6 +27,7 @@ from iomm.engine.data.skips import Skips
 from iomm.engine.ema import Ema
 from iomm.engine.guard import REQUEUE, Guard
 from iomm.engine.metrics import Metrics
+from iomm.engine.stages import Place
 from iomm.engine.watch import Watch, alive
 from iomm.engine.zero import Ranks
 
@@ -48,15 +49,18 @@ class Linear:
             padded = torch.nn.functional.pad(whole, (0, numel * ranks.size - whole.numel()))
             pieces.append(padded[ranks.rank * numel:(ranks.rank + 1) * numel])
         self.sizes = [len(p) for p in pieces]
+        self.places, offset = {}, 0
+        for (name, shape), size in zip(self.shapes.items(), self.sizes):
+            start = ranks.rank * size
+            numel = max(0, min(size, torch.Size(shape).numel() - start))
+            self.places[name] = Place(group=0, offset=offset, numel=numel, start=start)
+            offset += size
         self.masters = [torch.cat(pieces)]
         self.moments = {"exp_avg": [torch.zeros_like(self.masters[0])], "exp_avg_sq": [torch.zeros_like(self.masters[0])]}
         self.optimizer_step, self.gradient = 0, None
 
     def slots(self):
         return {"master": self.masters, **self.moments}
-
-    def views(self, flats):
-        return dict(zip(self.shapes, flats[0].split(self.sizes)))
 
     def restored(self, optimizer_step):
         self.optimizer_step = optimizer_step

@@ -65,7 +65,7 @@ def main():
 
     def step_spoilt(self):
         if here("gradient") is not None:
-            gradient = self.engine.optimizer.averaged_gradients[0][0]
+            gradient = self.layout.gradients()[0]
             gradient.view(-1)[gradient.numel() // 2] = here("gradient")
         moment = self.slots()["exp_avg"][0]
         kept = moment[7].clone()

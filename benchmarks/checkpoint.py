@@ -75,7 +75,7 @@ def main():
         assert checkpoint.damage(saver.folder) is None
         verified = time.perf_counter()
         reader = checkpoint.Reader(saver.folder)
-        assert all(torch.equal(reader.piece(*key.split("/"), 0, 1), t.cpu()) for key, t in state.items())
+        assert all(torch.equal(reader.full(*key.split("/")), t.cpu()) for key, t in state.items())
         read = time.perf_counter()
     stall, write = statistics.median(stalls[1:]), statistics.median(writes[1:])
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()

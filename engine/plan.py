@@ -62,6 +62,7 @@ def make_plan(config, ranks):
     if batch % (micro_batch * ranks):
         raise InputError(f"train.global_batch must be a multiple of train.micro_batch x ranks, got {batch} and "
                          f"{micro_batch} x {ranks}")
+    config.zero.check_ranks(ranks)
     model = build_without_weights(config)
     check_paths(config, model)
     parts = {"generator": model.generator, "adapter": model.adapter, "connector": model.connector,

@@ -62,8 +62,11 @@ def start(timeout_s, local_rank=None):
 
     A collective that takes longer than timeout_s ends the run with an error instead of waiting for ever."""
     import deepspeed
+    from deepspeed.runtime import bf16_optimizer
     from deepspeed.utils import logger
     logger.setLevel(logging.WARNING)
+    # At stage 1 it prints memory a dozen times at the start, each after a garbage collection, and cannot be told not to.
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None
     # It calls collectives by names that torch 2.13 announces to rename; nothing that a user could act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # Its shared-memory op is compiled at the first start, and a kill during that leaves a lock that stops every later
@@ -101,9 +104,9 @@ def adamw_body(name, device):
     install."""
     if name == "torch":
         return adamw_torch
-    if device.type != "cuda":
-        raise InputError(f"optim.adamw={name} needs a GPU: leave optim.adamw=torch")
     if name == "apex":
+        if device.type != "cuda":
+            raise InputError("optim.adamw=apex needs a GPU: leave optim.adamw=torch")
         try:
             from amp_C import multi_tensor_adam              # apex's compiled part; PyPI's `apex` is another package
             from apex.optimizers import FusedAdam  # noqa: F401
@@ -116,9 +119,8 @@ def adamw_body(name, device):
         return adamw_multi_tensor(FusedAdamBuilder().load(verbose=False).multi_tensor_adam)
     except Exception as error:                               # nvcc missing, another CUDA than torch's, a compiler's error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"optim.adamw=deepspeed: FusedAdam cannot be compiled ({reason}); it takes nvcc of torch's CUDA and "
-                         "ninja, or `DS_BUILD_FUSED_ADAM=1 pip install --no-build-isolation deepspeed`; or set "
-                         "optim.adamw=torch") from None
+        raise InputError(f"optim.adamw=deepspeed: FusedAdam cannot be compiled ({reason}); install ninja and, for a GPU, nvcc of "
+                         "torch's CUDA, or set optim.adamw=torch") from None
 
 
 class Sharded:

@@ -254,21 +254,36 @@ def test_retention_never_removes_what_is_needed(num_saves, tmp_path, monkeypatch
     assert len([p for p in intact(tmp_path) if checkpoint.step_of(p) % 10]) == 3 and not hidden(tmp_path)
 
 
-def test_any_number_of_ranks_reads_back_the_same(tmp_path):
-    """Whole tensors and pieces for 1 to 5 ranks, bit by bit, of a parameter whose size divides by none of them."""
-    whole = torch.randn(6000 - 7)
-    padded = torch.nn.functional.pad(whole, (0, 7 % 2 + 0))
+def test_any_piece_is_read_back_whoever_wrote_it(tmp_path):
+    """Whole tensors and pieces for 1 to 5 ranks, bit by bit, of pieces that begin anywhere, and of format 1's equal ones."""
+    whole = torch.randn(5993)
+    padded = torch.nn.functional.pad(whole, (0, 1))
+    begins = {"any": (0, 41, 5993), "padded": (0, 2997, 5994)}
 
     def work(rank):
         one = saver(tmp_path, rank)
-        half = len(padded) // 2
-        one.save(1, {"master/w": padded[rank.rank * half:(rank.rank + 1) * half]}, {**FACTS, "shapes": {"w": [5993]}})
+        cut = {kind: padded[starts[rank.rank]:starts[rank.rank + 1]] for kind, starts in begins.items()}
+        one.save(1, {"master/any": cut["any"], "start/any": torch.tensor(begins["any"][rank.rank]), "master/padded": cut["padded"],
+                     **({"ema/any": cut["any"], } if rank.first else {})}, {**FACTS, "shapes": {"any": [5993], "padded": [13, 461]}})
         return one.wait()
     reader = checkpoint.Reader(Together(2).run(work)[0])
-    assert torch.equal(reader.full("master", "w"), whole)
-    for size in range(1, 6):
-        found = torch.cat([reader.piece("master", "w", rank, size) for rank in range(size)])
-        assert torch.equal(found[:5993], whole) and not found[5993:].any() and len(found) % size == 0
+    assert torch.equal(reader.full("master", "any"), whole)
+    assert torch.equal(reader.full("master", "padded"), whole.view(13, 461))
+    for name in begins:
+        for size in range(1, 6):
+            ends = [len(whole) * r // size for r in range(size + 1)]
+            found = [reader.piece("master", name, at, to - at, first=r % 2) for r, (at, to) in enumerate(zip(ends, ends[1:]))]
+            assert torch.equal(torch.cat(found), whole)
+    with pytest.raises(InputError, match="holds 41 of 5993 values of ema/any"):
+        reader.full("ema", "any")
+
+
+def test_checkpoints_of_the_format_before_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "FORMAT", 1)
+    assert checkpoint.read_manifest(save_all(tmp_path, 3)[0])["format"] == 1
+    monkeypatch.setattr(checkpoint, "FORMAT", 3)
+    with pytest.raises(InputError, match="no intact MANIFEST.json"):
+        checkpoint.read_manifest(save_all(tmp_path, 4)[0])
 
 
 def test_one_job_a_run_directory(tmp_path):

@@ -2,28 +2,41 @@
 
 import math
 import os
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from iomm.config import InputError
 from iomm.engine.config import OptimSection
-from iomm.engine.optim import Piece, ShardedOptimizer, learning_rate, make_optimizer, spread
+from iomm.engine.optim import (Matrix, ShardedOptimizer, adamw_multi_tensor, adamw_torch, learning_rate, make_optimizer,
+                               spread)
+from iomm.engine.zero import adamw_body
 
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 SHAPES = [(12, 20), (20, 12), (7, 5), (16, 16), (30, 8)]
 
 
-def flat_shards(tensors, rank, size):
-    """Pads and cuts as ZeRO-3 does -> this rank's flat shard and its pieces."""
-    cuts, pieces, offset = [], [], 0
-    for tensor in tensors:
-        numel = -(-tensor.numel() // size)
-        padded = torch.nn.functional.pad(tensor.flatten(), (0, numel * size - tensor.numel()))
-        cuts.append(padded[rank * numel:(rank + 1) * numel])
-        pieces.append(Piece(shape=tuple(tensor.shape), parts=(tensor.shape[0],), offset=offset, numel=numel))
-        offset += numel
-    return torch.cat(cuts), pieces
+def flat_shards(tensors, rank, size, end_to_end=False):
+    """This rank's flat shard and its matrices, cut as ZeRO-3 does, each tensor padded, or end to end as ZeRO-1 and 2 do."""
+    if end_to_end:
+        whole = torch.cat([t.flatten() for t in tensors])
+        numel = -(-len(whole) // size)
+        first = [sum(t.numel() for t in tensors[:i]) for i in range(len(tensors))]
+        cuts = [[(max(at - r * numel, 0), max(0, min(at + t.numel(), (r + 1) * numel) - max(at, r * numel)))
+                 for r in range(size)] for at, t in zip(first, tensors)]
+        cuts = [[(offset if count else 0, count) for offset, count in of_ranks] for of_ranks in cuts]
+        shard = whole[rank * numel:(rank + 1) * numel].clone()
+    else:
+        numels = [-(-t.numel() // size) for t in tensors]
+        padded = [torch.nn.functional.pad(t.flatten(), (0, n * size - t.numel())) for t, n in zip(tensors, numels)]
+        shard = torch.cat([p[rank * n:(rank + 1) * n] for p, n in zip(padded, numels)])
+        cuts = [[(sum(numels[:i]), max(0, min(n, t.numel() - r * n))) for r in range(size)]
+                for i, (t, n) in enumerate(zip(tensors, numels))]
+    return shard, [Matrix(shape=tuple(t.shape), parts=(t.shape[0],), cuts=tuple(c)) for t, c in zip(tensors, cuts)]
 
 
 def draw(step):
@@ -31,20 +44,21 @@ def draw(step):
     return [torch.randn(shape, generator=generator) for shape in SHAPES]
 
 
-def run_muon(rank, size, steps=4):
-    flat, pieces = flat_shards(draw(0), rank, size)
+def run_muon(rank, size, steps=4, end_to_end=False):
+    """The shard after some steps, and its matrices."""
+    flat, matrices = flat_shards(draw(0), rank, size, end_to_end)
     flat.requires_grad_()
     optimizer = ShardedOptimizer([{"params": [flat], "kind": "muon"}], lr=0.02, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
                                  momentum=0.95)
-    optimizer.bind({flat: pieces}, rank, size)
+    optimizer.bind({flat: matrices}, rank, size)
     for step in range(1, steps + 1):
-        flat.grad = flat_shards(draw(step), rank, size)[0]
+        flat.grad = flat_shards(draw(step), rank, size, end_to_end)[0]
         optimizer.step()
-    return flat.detach(), pieces
+    return flat.detach(), matrices
 
 
-def whole(flats, pieces):
-    return [torch.cat([flat[p.offset:p.offset + p.numel] for flat in flats])[:math.prod(p.shape)].view(p.shape) for p in pieces]
+def whole(flats, matrices):
+    return [torch.cat([flat.narrow(0, *cut) for flat, cut in zip(flats, m.cuts)]).view(m.shape) for m in matrices]
 
 
 def test_one_rank_is_torchs_muon():
@@ -62,7 +76,8 @@ def test_one_rank_is_torchs_muon():
 def worker(rank, size, port, folder):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=size)
-    torch.save(run_muon(rank, size)[0], f"{folder}/{rank}")
+    for end_to_end in (False, True):
+        torch.save(run_muon(rank, size, end_to_end=end_to_end)[0], f"{folder}/{rank}-{end_to_end}")
     dist.destroy_process_group()
 
 
@@ -73,22 +88,22 @@ def test_more_ranks_do_the_same(size, tmp_path):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     mp.spawn(worker, (size, port, str(tmp_path)), nprocs=size)
-    flats = [torch.load(tmp_path / str(rank), weights_only=True) for rank in range(size)]
-    ours = whole(flats, flat_shards(draw(0), 0, size)[1])
-    for a, b in zip(ours, whole([run_muon(0, 1)[0]], run_muon(0, 1)[1])):
-        assert torch.equal(a, b)
+    for end_to_end in (False, True):
+        flats = [torch.load(tmp_path / f"{rank}-{end_to_end}", weights_only=True) for rank in range(size)]
+        ours = whole(flats, flat_shards(draw(0), 0, size, end_to_end)[1])
+        for a, b in zip(ours, whole([run_muon(0, 1)[0]], run_muon(0, 1)[1])):
+            assert torch.equal(a, b)
 
 
 def test_fused_matrices_are_orthogonalised_apart():
     tall = torch.randn(24, 10, generator=torch.Generator().manual_seed(0))
 
     def run(tensors, parts):
-        flat, pieces = flat_shards(tensors, 0, 1)
+        flat, matrices = flat_shards(tensors, 0, 1)
         flat, grad = torch.zeros_like(flat).requires_grad_(), flat
         optimizer = ShardedOptimizer([{"params": [flat], "kind": "muon"}], lr=1.0, betas=(0.9, 0.95), eps=1e-8,
                                      weight_decay=0.0, momentum=0.0)
-        pieces = [Piece(shape=p.shape, parts=parts or p.parts, offset=p.offset, numel=p.numel) for p in pieces]
-        optimizer.bind({flat: pieces}, 0, 1)
+        optimizer.bind({flat: [replace(matrix, parts=parts or matrix.parts) for matrix in matrices]}, 0, 1)
         flat.grad = grad
         optimizer.step()
         return flat.detach()
@@ -107,6 +122,59 @@ def test_adamw_shards_are_torchs_adamw():
         mine.step()
         adamw.step()
     assert torch.equal(ours, theirs)
+
+
+def multi_tensor_adam(chunk, overflow, tensors, lr, beta1, beta2, eps, step, mode, bias_correction, decay):
+    """What apex's multi_tensor_adam.cu computes, with its arguments: float32, one operation after another."""
+    assert (chunk, mode, bias_correction) == (65536, 1, 1) and not overflow.any() and isinstance(step, int)
+    for gradient, weights, first, second in zip(*tensors, strict=True):
+        first.copy_(beta1 * first + (1 - beta1) * gradient)
+        second.copy_(beta2 * second + (1 - beta2) * gradient * gradient)
+        update = (first / (1 - beta1**step)) / ((second / (1 - beta2**step)).sqrt() + eps) + decay * weights
+        weights.copy_(weights - lr * update)
+
+
+@pytest.mark.parametrize("name, device", [
+    ("words", "cpu"),
+    pytest.param("deepspeed", "cpu", marks=pytest.mark.slow),            # compiles DeepSpeed's C++ body: 40 s
+    pytest.param("words", "cuda", marks=NEEDS_GPU), pytest.param("deepspeed", "cuda", marks=[NEEDS_GPU, pytest.mark.slow]),
+    pytest.param("apex", "cuda", marks=NEEDS_GPU)])
+def test_every_adamw_body_does_torchs_update(name, device, monkeypatch, tmp_path):
+    """Twenty steps with decay: no further from AdamW in float64 than twice torch's fused kernel and an ulp a step."""
+    def train(body, dtype):
+        flat = torch.randn(1003, generator=torch.Generator().manual_seed(0)).to(device, dtype).requires_grad_()
+        optimizer = ShardedOptimizer([{"params": [flat], "kind": "adamw"}], lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
+                                     momentum=0.95, adamw=body)
+        for step in range(20):
+            flat.grad = torch.randn(1003, generator=torch.Generator().manual_seed(step + 1)).to(device, dtype)
+            optimizer.step()
+        assert optimizer.state[flat]["step"] == 20
+        return [flat.detach(), *(optimizer.state[flat][slot] for slot in ("exp_avg", "exp_avg_sq"))]
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    try:
+        body = adamw_multi_tensor(multi_tensor_adam) if name == "words" else adamw_body(name, torch.device(device))
+    except InputError as error:
+        pytest.skip(str(error))
+    exact, theirs, ours = train(adamw_torch, torch.float64), train(adamw_torch, torch.float32), train(body, torch.float32)
+    for got, same, wanted in zip(ours, theirs, exact, strict=True):
+        budget = 2 * (same - wanted).abs().max() + 20 * torch.finfo(torch.float32).eps * wanted.abs().max()
+        assert (got - wanted).abs().max() <= budget
+
+
+def test_an_absent_adamw_body_is_refused_in_one_line(monkeypatch):
+    """apex's name is taken on PyPI by another package, which has no amp_C; DeepSpeed's is compiled at the start."""
+    def fails(self, verbose):
+        raise RuntimeError("nvcc: not found\nand a long trace")
+    monkeypatch.setitem(sys.modules, "amp_C", None)
+    monkeypatch.setattr("deepspeed.ops.op_builder.FusedAdamBuilder.load", fails)
+    for name, device, message in [
+        ("apex", "cpu", "optim.adamw=apex needs a GPU: leave optim.adamw=torch"),
+        ("apex", "cuda", "optim.adamw=apex: no NVIDIA apex with CUDA extensions here"),
+        ("deepspeed", "cuda", "optim.adamw=deepspeed: FusedAdam cannot be compiled (nvcc: not found); install ninja and"),
+    ]:
+        with pytest.raises(InputError) as refused:
+            adamw_body(name, torch.device(device))
+        assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
 def test_muon_takes_matrices_of_blocks_only():

@@ -23,11 +23,14 @@ LIMIT_S = 240
 BUILDS = Path(tempfile.mkdtemp(prefix="iomm-test-"))     # where just-in-time builds would leave a lock
 
 
-def command(ranks, *arguments):
+def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks), "--master_port", str(port),
+        return probe.getsockname()[1]
+
+
+def command(ranks, *arguments):
+    return [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks), "--master_port", str(free_port()),
             str(ROOT / "engine/launch.py"), *arguments]
 
 

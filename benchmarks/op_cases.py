@@ -4,6 +4,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from iomm.config import InputError
+from iomm.engine.optim import adamw_torch
+from iomm.engine.zero import adamw_body
 from iomm.kernels import native, triton_support
 from iomm.kernels.gate_residual.fused import gate_residual_triton
 from iomm.kernels.gate_residual.reference import gate_residual_reference, gate_residual_torch
@@ -44,6 +47,7 @@ class Case:
     share: float = 0.0           # wanted: share of the copy bandwidth
     exact: bool = False          # every bit equal to the reference
     differentiable: bool = True
+    dtype: torch.dtype | None = None               # to check in, if not that of the run
 
 
 def normal(*shape, grad=False, seed=[0]):
@@ -205,6 +209,38 @@ def token_cases(device, dtype):
                    **(goal | {"share": 0.0}))
 
 
+def adamw_reference(flat, grad, exp_avg, exp_avg_sq, step, *, lr, betas, eps, weight_decay):
+    """AdamW (Loshchilov and Hutter, 2019, algorithm 2 with the rate as torch has it), in place."""
+    step += 1
+    exp_avg.lerp_(grad, 1 - betas[0])
+    exp_avg_sq.lerp_(grad.square(), 1 - betas[1])
+    first, second = exp_avg / (1 - betas[0]**step), exp_avg_sq / (1 - betas[1]**step)
+    flat.sub_(lr * (first / (second.sqrt() + eps) + weight_decay * flat))
+
+
+def adamw_case(device):
+    """AdamW over one flat fp32 shard, IOMM-B's (1,620 M parameters) on one of 8 GPUs. torch, the default of optim.adamw, is to
+    be the fastest of those installed; else choose the other."""
+    bodies, numel = {"torch": adamw_torch}, 202_545_080 if device == "cuda" else 1_000_000
+    for name in ("deepspeed", "apex") if device == "cuda" and torch.cuda.is_available() else ():
+        try:
+            bodies[name] = adamw_body(name, torch.device(device))
+        except InputError as error:
+            print(error)
+
+    def run(name, body):
+        def step(flat, grad, exp_avg, exp_avg_sq):
+            number = torch.full((), 9.0, device=flat.device if name == "torch" else "cpu")
+            body(flat, grad, exp_avg, exp_avg_sq, number, lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+            return flat, exp_avg, exp_avg_sq
+        return step
+    return Case(op="adamw", name=f"{numel / 1e6:.0f} M fp32", bodies={name: run(name, body) for name, body in bodies.items()},
+                reference=run("reference", adamw_reference), dtype=torch.float32, differentiable=False, bytes=7 * 4 * numel,
+                check=lambda: [normal(1003), normal(1003), normal(1003), normal(1003) ** 2],
+                time=lambda: [*(drawn(device, torch.float32, numel) for _ in range(3)), torch.rand(numel, device=device)],
+                ours="torch", targets={"deepspeed": 1.0, "apex": 1.0}, share=0.8 if device == "cuda" else 0.0)
+
+
 def cases(device, dtype):
     """All rows of the table on a device type."""
     if device == "cuda":
@@ -224,3 +260,4 @@ def cases(device, dtype):
                              heads=(6, 2), dim=32)
     yield from rows_of(device, dtype)
     yield from token_cases(device, dtype)
+    yield adamw_case(device)

@@ -66,10 +66,12 @@ def weight_of(x, seed):
 
 def check(case, body, device, dtype):
     """Largest error over the budget: twice what the specification makes in the same dtype, plus one ulp; NaN fails."""
-    exact_inputs = case.check()
-    cast = [x.detach().to(device, dtype if x.dtype == torch.float64 else x.dtype).requires_grad_(x.requires_grad)
-            if isinstance(x, torch.Tensor) else x for x in exact_inputs]
-    got, same_dtype = run_whole(body, cast), run_whole(case.reference, cast)
+    exact_inputs, dtype = case.check(), case.dtype or dtype
+
+    def cast():                                  # anew for each: an optimizer's step is in place
+        return [x.detach().to(device, dtype if x.dtype == torch.float64 else x.dtype, copy=True).requires_grad_(x.requires_grad)
+                if isinstance(x, torch.Tensor) else x for x in exact_inputs]
+    got, same_dtype = run_whole(body, cast()), run_whole(case.reference, cast())
     if case.exact:
         return 0.0 if all(torch.equal(a, b) for a, b in zip(got, same_dtype, strict=True)) else float("inf")
     worst = 0.0

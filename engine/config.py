@@ -162,8 +162,8 @@ class EmaSection:
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroSection:
-    """What is split over the ranks and how it travels. Sizes are numbers of values, not bytes. DeepSpeed's quantised weights and
-    gradients (ZeRO++) have no key: they need kernels compiled at the start and change what is computed."""
+    """What is split over the ranks and how it travels. Sizes are numbers of values, not bytes. DeepSpeed's quantised weights
+    and gradients (ZeRO++) have no key: they need kernels compiled at the start and change what is computed."""
 
     stage: int = 3                     # 0: nothing is split; 1: masters and moments; 2: and gradients; 3: and weights
     # bf16 | fp32: type in which gradients are summed over ranks. bf16 carries half the bytes; with hundreds of ranks, where
@@ -178,8 +178,8 @@ class ZeroSection:
     # Stage 3: smaller parameters stay gathered: norms and biases (at most 15 k in IOMM-XL), each too small for a message of its
     # own; matrices begin at 98 k and are worth splitting.
     param_persistence_threshold: int = 50_000
-    # Stage 3: weights gathered at a time, 2 GB of bf16. What fits is not gathered again for the backward pass: IOMM-B (1.6 G)
-    # gathers once a step instead of twice at 2 G. Lower it when memory runs out.
+    # Stage 3: weights gathered at a time, 2 GB of bf16. As many of the last blocks are kept from the forward for the backward
+    # pass instead of being gathered twice: 1 G of IOMM-B's 1.6 G. Lower it when memory runs out.
     max_live_parameters: int = 1_000_000_000
     # Stage 3: ranks that together hold one more copy of the weights, for the backward pass. The GPUs of a machine, 8: backward
     # gathers stay off the network, for 2 / 8 bytes a weight and GPU. 1: none, since within one machine it saves nothing.
@@ -201,8 +201,8 @@ class ZeroSection:
     def check_ranks(self, ranks):
         """Raises InputError if the weights' second copies cannot be shared out to so many ranks."""
         if ranks % self.hpz_partition_size:
-            raise InputError(f"zero.hpz_partition_size must divide the number of ranks, got {self.hpz_partition_size} and {ranks}: "
-                             "give the number of GPUs of one machine, or leave it out")
+            raise InputError(f"zero.hpz_partition_size must divide the number of ranks, got {self.hpz_partition_size} and "
+                             f"{ranks}: give the number of GPUs of one machine, or leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,10 +288,10 @@ class RunConfig:
 # A resumed run may change these: none of them changes what is computed in a step, rounding apart.
 FREE_KEYS = ("run.dir", "optim.adamw", "zero.stage", "zero.reduce_precision", "zero.overlap_comm", "zero.reduce_bucket_size",
              "zero.allgather_bucket_size", "zero.prefetch_bucket_size", "zero.param_persistence_threshold",
-             "zero.max_live_parameters", "zero.hpz_partition_size", "train.steps", "train.micro_batch", "train.threads", "train.timeout_s", "data.threads",
-             "data.hw_decoder_load", "data.max_bad_fraction", "data.max_bad_shards",
-             "checkpoint.every_steps", "checkpoint.keep", "checkpoint.keep_every_steps", "checkpoint.background",
-             "checkpoint.mtbf_gpu_hours", "log.every_steps", "log.sample_images", "log.sample_steps", "log.wandb",
+             "zero.max_live_parameters", "zero.hpz_partition_size", "train.steps", "train.micro_batch", "train.threads",
+             "train.timeout_s", "data.threads", "data.hw_decoder_load", "data.max_bad_fraction",
+             "data.max_bad_shards", "checkpoint.every_steps", "checkpoint.keep", "checkpoint.keep_every_steps",
+             "checkpoint.background", "checkpoint.mtbf_gpu_hours", "log.every_steps", "log.sample_images", "log.sample_steps", "log.wandb",
              "guard.max_skips", "guard.hang_s", "profile.start_step", "profile.num_steps")
 
 

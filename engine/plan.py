@@ -138,16 +138,16 @@ def memory(model, config, ranks, micro_batch):
     what communication and the allocator keep, is not in it."""
     trained, frozen = size(model), sum(map(size, model.frozen))
     width = 2 if config.precision == "bf16" else 4
-    share = trained / (ranks if config.zero.stage == 3 else 1)
-    state = trained / (ranks if config.zero.stage else 1)
-    leaves = model.leaves
+    zero, leaves = config.zero, model.leaves
+    weights, gradients, state = (trained / (ranks if zero.stage >= stage else 1) for stage in (3, 2, 1))
     block = max(size(module) for module in model.modules() if isinstance(module, leaves))
     return {
         "frozen weights": width * frozen,
-        "working weights": width * share,
-        "gathered blocks": 2 * width * block if config.zero.stage == 3 else 0,       # one in use, one on its way
+        "working weights": width * weights + (width * trained / zero.hpz_partition_size if zero.hpz_partition_size > 1 else 0),
+        # One block in use and one on its way at least; as many are kept for the backward pass as may live.
+        "gathered blocks": width * min(trained, max(2 * block, zero.max_live_parameters)) if zero.stage == 3 else 0,
         "masters": 4 * state,
-        "gradients": 4 * state,                                                      # accumulated in fp32
+        "gradients": 4 * gradients,                                                  # accumulated in fp32
         "optimizer moments": {"adamw": 8, "muon": 4}[config.optim.kind] * state,
         "EMA": 4 * state if config.ema.decay else 0,
         **{f"activations, {part}": kept for part, kept in activation_bytes(model, config, micro_batch).items()},

@@ -40,7 +40,7 @@ def test_a_wrong_body_is_over_budget(ops):
 def test_rows_for_a_gpu_have_targets(ops):
     rows = list(ops.cases("cuda", torch.bfloat16))
     assert {case.op for case in rows} >= {"masked_attention", "norm_modulate", "gate_residual", "qk_norm_rope",
-                                          "velocity_loss", "noisy_tokens", "unpatch", "image_patches", "visible_tokens"}
+                                          "velocity_loss", "noisy_tokens", "unpatch", "image_patches", "visible_tokens", "adamw"}
     assert all(case.targets or "joint" in case.name for case in rows)
     assert len({(case.op, case.name) for case in rows}) == len(rows)
 

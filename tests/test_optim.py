@@ -1,6 +1,5 @@
 """Muon over flat shards: torch.optim.Muon's numbers on one rank, the same on two, AdamW beside it."""
 
-import math
 import os
 import sys
 from dataclasses import replace
@@ -12,8 +11,15 @@ import torch.multiprocessing as mp
 
 from iomm.config import InputError
 from iomm.engine.config import OptimSection
-from iomm.engine.optim import (Matrix, ShardedOptimizer, adamw_multi_tensor, adamw_torch, learning_rate, make_optimizer,
-                               spread)
+from iomm.engine.optim import (
+    Matrix,
+    ShardedOptimizer,
+    adamw_multi_tensor,
+    adamw_torch,
+    learning_rate,
+    make_optimizer,
+    spread,
+)
 from iomm.engine.zero import adamw_body
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -125,7 +125,7 @@ def test_every_key_of_zero_reaches_deepspeed():
     assert made["zero_optimization"] == {
         "stage": 2, "overlap_comm": True, "contiguous_gradients": True, "reduce_scatter": True, "reduce_bucket_size": 11,
         "allgather_bucket_size": 12, "stage3_prefetch_bucket_size": 13, "stage3_param_persistence_threshold": 14,
-        "stage3_max_live_parameters": 15, "stage3_max_reuse_distance": 15, "zero_hpz_partition_size": 1,
+        "stage3_max_live_parameters": 15, "stage3_max_reuse_distance": 30, "zero_hpz_partition_size": 1,
         "memory_efficient_linear": False}
     config = parse("", overrides=["zero.hpz_partition_size=8"])
     for device, there in (("cpu", False), ("cuda", True)):
@@ -146,6 +146,15 @@ def test_every_key_of_zero_reaches_deepspeed():
 def test_mistakes_are_named(overrides, message):
     with pytest.raises(InputError, match=message):
         parse("", overrides=overrides)
+
+
+@pytest.mark.parametrize("stage, weights, gradients, state", [(0, 1, 1, 1), (1, 1, 1, 8), (2, 1, 8, 8), (3, 8, 8, 8)])
+def test_memory_is_planned_by_stage(stage, weights, gradients, state):
+    """Each part over 1 or all 8 ranks; gathered blocks at stage 3 alone, as many as may live."""
+    plan = make_plan(load_config("iomm-b-512", ["data.shards=shapes", f"zero.stage={stage}"]), ranks=8)
+    trained = sum(plan.parameters[name] for name in ("generator", "adapter"))
+    assert plan.memory["working weights"] == 2 * trained / weights and plan.memory["gradients"] == 4 * trained / gradients
+    assert plan.memory["masters"] == 4 * trained / state and plan.memory["gathered blocks"] == (2e9 if stage == 3 else 0)
 
 
 def test_hierarchical_partitioning_must_divide_the_ranks():

@@ -1,0 +1,339 @@
+"""The budget of stage 1 on 1 to 512 GPUs, from counts: python benchmarks/budget.py
+
+Counted: FLOPs (engine/plan.py), bytes of what is no matrix product, ZeRO-3's messages (engine/traffic.py), optimizer, EMA,
+checkpoint. Assumed: rates, all in ASSUMED and MACHINES, each with where it is from. Out come step time, GPU-hours and where
+the budget breaks; a table, benchmarks/results/budget.json and budget.png. Nothing is measured here."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "benchmarks"))]
+
+import json  # noqa: E402
+import math  # noqa: E402
+from functools import cache  # noqa: E402
+
+from torch import nn  # noqa: E402
+
+from iomm.engine.config import load_config  # noqa: E402
+from iomm.engine.doctor import machine  # noqa: E402
+from iomm.engine.interval import plan as checkpoint_plan  # noqa: E402
+from iomm.engine.optim import make_optimizer, spread  # noqa: E402
+from iomm.engine.plan import NUM_TEXT, build_without_weights, make_plan  # noqa: E402
+from iomm.engine.traffic import count_traffic  # noqa: E402
+from iomm.layers import attention_flops  # noqa: E402
+
+# Everything that is not counted, each with its source. "Ours": chosen by us with no measurement behind it yet.
+ASSUMED = {
+    "share of the matmul rate, transformer products": (0.80, "ours: 1536 to 10240 wide products against 8192^3, tiles apart"),
+    "share of the matmul rate, VAE convolutions": (0.50, "ours: channels-last bf16, 128 to 512 channels, 3 x 3"),
+    "attention forward, FLOP/s": (590e12, "FlashAttention-3 paper (arXiv 2407.08608), H100, head dim 128, 1k to 2k tokens"),
+    "attention backward, FLOP/s": (435e12, "cuDNN in the same tables, which count 2.5 x the forward FLOPs"),
+    "share of the copy rate, row kernels": (0.80, "ours: the predictions of LOG.md, 78 to 87 %"),
+    "share of a GPU's time lost between kernels": (0.05, "ours: ragged prefixes make the host wait for the GPU twice a pass"),
+    "host seconds a launch": (5e-6, "ours: the usual cost of one CUDA launch from PyTorch; CUDA graphs are not used"),
+    "launches a block and pass": (25, "ours: a compiled block, decoder or ViT layer; backward twice that"),
+    "host seconds a ZeRO-3 visit": (2e-4, "ours: Python of DeepSpeed's hooks around one module"),
+    "share of link rates": (0.80, "DeepSeek-V3 (arXiv 2412.19437, 3.2): 160 of an H800's 200 GB/s NVLink"),
+    "to pinned memory, B/s": (40e9, "ours: PCIe 5 x16 carries 64 GB/s"),
+    "checkpoint to disk, B/s": (5e9, "ours: one shared file system, all ranks together, and back for the check"),
+    "CPU cores a GPU": (12, "ours: 96 cores beside 8 GPUs; data.threads of them decode"),
+}
+# Matmul and copy rates: measured on an H200 (769 to 798 TFLOP/s, the lower taken; 4.3 TB/s read + write, of 4.8). H100 and H800
+# are the same chip (989 TFLOP/s dense bf16) with 3.35 TB/s: copy scaled alike. NVLink: data sheets, both directions 900 GB/s,
+# 400 on the H800; half each way. Network: one 400 Gb/s InfiniBand port a GPU, 50 GB/s each way (DGX H100).
+MACHINES = {
+    "H200": {"matmul": 769e12, "copy": 4.3e12, "nvlink": 450e9, "network": 50e9},
+    "H100": {"matmul": 769e12, "copy": 3.0e12, "nvlink": 450e9, "network": 50e9},
+    "H800": {"matmul": 769e12, "copy": 3.0e12, "nvlink": 200e9, "network": 50e9},
+}
+NODE = 8
+# NCCL's own model of a ring (src/graph/tuning.cc, 2.18 and later): microseconds at the start, a hop over NVLink, a hop over
+# the network; share of the bandwidth. It takes the fastest of three protocols.
+PROTOCOLS = {"LL": (6.6, 0.6 * 1.8, 2.7, 0.25), "LL128": (14.0, 1.9, 4.0, 0.92), "Simple": (8.4, 3.4, 14.0, 1.0)}
+SMS, TILE = 132, 128                # multiprocessors of the chip; a product is cut into tiles of 128 x 128
+CONFIGS, GPUS = ("iomm-b-512", "iomm-l-512", "iomm-xl-512"), (1, 8, 16, 32, 64, 128, 256, 512)
+PAPER_HOURS, PAPER_RATE, AIMS = 1000, 30.6, (61, 80)          # GPU-hours of B's stage 1 on H800; images/s a GPU; our aims
+# What a run may set and today's defaults do not: whole blocks ahead, nothing persistent, 4 GB of bf16 kept, copies in a node.
+TUNED = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 200_000_000, "stage3_max_reuse_distance": 2_000_000_000,
+         "stage3_max_live_parameters": 2_000_000_000}
+
+
+def assumed(name):
+    return ASSUMED[name][0]
+
+
+def link_s(message, machine):
+    """Seconds of one collective alone on the links: rings over all rails of a node; all_to_all: the port of each GPU."""
+    group, nodes = message.group, math.ceil(message.group / NODE)
+    if group == 1:
+        return 0.0
+    rate = min(machine["nvlink"], machine["network"] * (NODE if message.kind != "all_to_all" else 1) if nodes > 1 else math.inf)
+    turns = 2 if message.kind == "all_reduce" else 1
+    hops, over = turns * (group - nodes), turns * (nodes - 1)
+    return min((start + hops * near + over * far) * 1e-6 + message.sent_bytes / (rate * assumed("share of link rates") * share)
+               for start, near, far, share in PROTOCOLS.values())
+
+
+def filled(rows, width):
+    """Share of the chip that the tiles of a (rows x width) product keep busy; the last wave is rarely full."""
+    tiles = math.ceil(rows / TILE) * math.ceil(width / TILE)
+    return tiles / (math.ceil(tiles / SMS) * SMS)
+
+
+@cache
+def counts(name, ranks, tuned=False):
+    """(config, model on the meta device, Plan's FLOPs, Traffic)."""
+    config, model, flops = parts(name)
+    settings = {**TUNED, "zero_hpz_partition_size": NODE if ranks > NODE else 1} if tuned else {}
+    return config, model, flops, count_traffic(model, config, ranks, **settings)
+
+
+@cache
+def parts(name):
+    config = load_config(name, ["data.shards=shapes"])
+    return config, build_without_weights(config), make_plan(config, NODE).flops
+
+
+def row_bytes(name):
+    """{part: (bytes forward, bytes backward)} of an image for everything that is no matrix product, every tensor read or
+    written once a kernel, in bf16. Numbers are passes over a (tokens x width) tensor, as benchmarks/op_cases.py counts them."""
+    config, model, _ = parts(name)
+    mllm, vae = model.frozen
+    width, tokens = model.generator.config.width, math.prod(vae.grid(*[config.data.size_px] * 2)) + config.adapter.num_queries
+    blocks = sum(isinstance(m, model.generator.block_classes) for m in model.generator.modules())
+    if model.generator.config.kind == "mmdit":      # 2 norms, rope, 2 gated residuals, GELU at 4 x | the same, bias sums, sums of grads
+        forward, backward = 2 * 2 + 6 + 2 * 3 + 2 * 4, 2 * 3 + 8 + 2 * 3 + 3 * 4 + 9 + 6
+    else:                                           # 4 RMS norms, rope, 2 gated residuals, SwiGLU at 8/3 x | the same, sums of grads
+        forward, backward = 4 * 2 + 6 + 2 * 3 + 3 * 8 / 3, 4 * 3 + 8 + 2 * 3 + 5 * 8 / 3 + 6
+    bytes_of = {"generator": tuple(2 * tokens * width * blocks * passes for passes in (forward, backward))}
+    text, vision = mllm.backbone.config.text_config, mllm.backbone.config.vision_config
+    prefix = NUM_TEXT + mllm.num_image_tokens * (1 - config.mask.ratio)
+    gate = text.intermediate_size / text.hidden_size       # 2 norms, rope, 2 residual sums, SwiGLU
+    layer = 2 * text.hidden_size * text.num_hidden_layers
+    bytes_of["MLLM"] = (layer * (prefix + config.adapter.num_queries) * (2 * 2 + 4 + 2 * 3 + 3 * gate),
+                        layer * config.adapter.num_queries * (2 * 3 + 4 + 2 * 2 + 5 * gate))
+    patches = (vision.image_size[0] // vision.patch_size[0]) ** 2 + 1      # 2 norms, heads apart, 2 scaled residuals, GELU at 4 x
+    bytes_of["ViT"] = 2 * patches * vision.hidden_size * vision.num_hidden_layers * (2 * 2 + 6 + 2 * 3 + 2 * 4), 0
+    maps, side = 0, config.data.size_px
+    for down in vae.backbone.encoder.down_blocks:          # a residual block: 2 group norms, each read twice and written, and a sum
+        for resnet in down.resnets:
+            maps += side**2 * (3 * resnet.norm1.num_channels + 6 * resnet.norm2.num_channels)
+        side //= 2 if down.downsamplers else 1
+    bytes_of["VAE"] = 2 * maps, 0
+    return bytes_of
+
+
+def micro_batch_s(name, micro_batch, machine, latents=False):
+    """(seconds forward of frozen parts, of the generator; backward of the frozen, of the generator) for one micro-batch.
+    latents: they come from a cache, the VAE does not run."""
+    config, model, flops = parts(name)
+    generator, grid = model.generator, model.frozen[1].grid(*[config.data.size_px] * 2)
+    rows = {"latent_stream": math.prod(grid), "condition_stream": config.adapter.num_queries}
+    tokens, width = sum(rows.values()), generator.config.width
+    blocks = [m for m in generator.modules() if isinstance(m, generator.block_classes)]
+    attention = len(blocks) * attention_flops(tokens, tokens, width)       # FLUX's last block has a fifth less: 0.1 % of the sum
+    products, rate = flops["generator"] / 3 - attention, machine["matmul"] * assumed("share of the matmul rate, transformer products")
+    linears = [(micro_batch * rows.get(path.partition(".")[0], tokens), m) for path, m in blocks[0].named_modules()
+               if isinstance(m, nn.Linear) and "modulation" not in path]
+    busy = sum(n * m.weight.numel() for n, m in linears) / sum(n * m.weight.numel() / filled(n, m.out_features) for n, m in linears)
+    moved = {part: [n / (machine["copy"] * assumed("share of the copy rate, row kernels")) for n in pair]
+             for part, pair in row_bytes(name).items()}
+    once = products / (rate * busy) + attention / assumed("attention forward, FLOP/s") + moved["generator"][0]
+    again = 2 * products / (rate * busy) + 2.5 * attention / assumed("attention backward, FLOP/s") + moved["generator"][1]
+    again += once * min(config.train.recompute, len(blocks)) / len(blocks)
+    mllm = flops["MLLM, adapter, connector"] / 2           # queries forward and backward are alike; the prefix is small
+    frozen = (flops["ViT"] + mllm) / rate + sum(moved[part][0] for part in ("ViT", "MLLM"))
+    if not latents:
+        frozen += flops["VAE"] / (machine["matmul"] * assumed("share of the matmul rate, VAE convolutions")) + moved["VAE"][0]
+    seconds = frozen, once, mllm / rate + moved["MLLM"][1], again
+    return [micro_batch * s / (1 - assumed("share of a GPU's time lost between kernels")) for s in seconds]
+
+
+def host_s(name, visits):
+    """Seconds that the host needs to issue one micro-batch."""
+    _, model, _ = parts(name)
+    text, vision = (getattr(model.frozen[0].backbone.config, part) for part in ("text_config", "vision_config"))
+    blocks = sum(isinstance(m, model.leaves) for m in model.modules())
+    passes = 3 * blocks + (1 + 3) * text.num_hidden_layers + vision.num_hidden_layers
+    return (passes * assumed("launches a block and pass") * assumed("host seconds a launch")
+            + len(visits) * assumed("host seconds a ZeRO-3 visit"))
+
+
+def pass_s(traffic, messages, seconds, machine):
+    """Seconds of one micro-batch with its messages. One link, one message at a time; a message starts when the module that
+    issues it does (gathers) or ends (gradients), and a module waits for its weights. Conservative: no host runs ahead."""
+    frozen, once, frozen_again, again = seconds
+    total = {backward: sum(n for b, n in traffic.visits if b == backward) for backward in (False, True)}
+    clock = link = 0.0
+    arrives, gathers, scatters = {}, {}, {}
+    for message in messages:
+        (gathers if message.kind == "all_gather" else scatters).setdefault(message.issued, []).append(message)
+    for i, (backward, values) in enumerate(traffic.visits):
+        for message in sorted(gathers.get(i, []), key=lambda message: message.needed):
+            link = max(link, clock) + link_s(message, machine)
+            arrives[message.needed] = max(link, arrives.get(message.needed, 0))
+            clock = max(clock, arrives[i]) if message.needed == i else clock
+        clock = max(clock, arrives.get(i, 0)) + (again if backward else once) * values / total[backward]
+        clock += frozen if i == 0 else frozen_again if i == len(traffic.visits) - 1 else 0
+        for message in scatters.get(i, []):
+            link = max(link, clock) + link_s(message, machine)
+    return max(clock, link)
+
+
+def update_s(name, ranks, accumulation, machine):
+    """Seconds of optimizer, EMA and fp32 accumulation on one rank's shard. Bytes a value: accumulation 10 a micro-batch;
+    norm 4, clip 8, flattening 8, check of masters and moments 12, AdamW 28, working copy 6, EMA 12."""
+    config, model, _ = parts(name)
+    values = sum(p.numel() for p in model.parameters()) / ranks
+    moved = values * (10 * accumulation + 66 + (12 if config.ema.decay else 0))
+    costs = [5 * (4 * min(p.shape)**2 * max(p.shape) + 2 * min(p.shape)**3)            # Newton-Schulz, engine/optim.py
+             for group in make_optimizer(model, config.optim).param_groups if group["kind"] == "muon" for p in group["params"]]
+    owners, load = spread(costs, ranks), [0.0] * ranks
+    for cost, owner in zip(costs, owners):
+        load[owner] += cost
+    return (moved / (machine["copy"] * assumed("share of the copy rate, row kernels"))
+            + max(load) / (machine["matmul"] * assumed("share of the matmul rate, transformer products")))
+
+
+def estimate(name, gpu, ranks, tuned=False, latents=False, **measured):
+    """One run -> dict of seconds a step by part, images/s a GPU, GPU-hours of stage 1, checkpoint and loader. measured: rates
+    that replace those of MACHINES."""
+    config, model, flops, traffic = counts(name, ranks, tuned)
+    kind, batch = {**MACHINES[gpu], **measured}, config.train.global_batch
+    micro_batch = min(config.train.micro_batch, batch // ranks)
+    accumulation = batch // (micro_batch * ranks)
+    seconds = micro_batch_s(name, micro_batch, kind, latents)
+    passes = [pass_s(traffic, messages, seconds, kind) for messages in (traffic.first, traffic.later)]
+    host, compute = host_s(name, traffic.visits), sum(seconds)
+    issued = [max(s, host) for s in passes]
+    after, update = sum(link_s(message, kind) for message in traffic.step), update_s(name, ranks, accumulation, kind)
+    step = issued[0] + (accumulation - 1) * issued[1] + after + update
+    state = sum(p.numel() for p in model.parameters()) * (4 + {"adamw": 8, "muon": 4}[config.optim.kind] + 4 * bool(config.ema.decay))
+    stall, write = state / ranks / assumed("to pinned memory, B/s"), 2 * state / assumed("checkpoint to disk, B/s")
+    saves = checkpoint_plan(num_gpus=ranks, stall_s=stall, write_s=write, mtbf_gpu_hours=config.checkpoint.mtbf_gpu_hours)
+    lost = max(stall, write - config.checkpoint.every_steps * step) / config.checkpoint.every_steps
+    rate = batch / (step + lost) / ranks
+    exposed = passes[0] + (accumulation - 1) * passes[1] - accumulation * compute
+    return {"gpus": ranks, "micro_batch": micro_batch, "accumulation": accumulation, "step_s": step + lost,
+            "compute_s": accumulation * compute, "exposed_s": exposed, "host_s": step - after - update - accumulation * compute - exposed,
+            "host_needed_s": accumulation * host, "after_s": after, "update_s": update, "checkpoint_s": lost, "checkpoint_write_s": write,
+            "checkpoint_interval_s": saves.interval_s, "images_per_s": rate, "mfu": sum(flops.values()) * rate / kind["matmul"],
+            "gpu_hours": config.train.steps * batch / rate / 3600, "sent_bytes": traffic.sent_bytes(accumulation),
+            "cores_per_gpu": rate * loader_s(), "read_bytes_per_s": rate * ranks * 1000 * loader()["data"]["mean_kb"]}
+
+
+@cache
+def loader():
+    """The newest measurement of benchmarks/loader.py on a CPU."""
+    return json.loads(sorted((ROOT / "benchmarks/results").glob("loader-cpu-*.json"))[-1].read_text())
+
+
+def loader_s():
+    """CPU seconds that decoding one image takes."""
+    return loader()["ours_cpu_ms_per_image"] / 1000
+
+
+def first(runs, holds):
+    """The fewest GPUs of a row of runs at which holds(run), or None."""
+    return next((run["gpus"] for run in runs if holds(run)), None)
+
+
+def breaks(name, gpu, runs):
+    """Where the budget breaks, in sentences; runs: estimates as configured, by number of GPUs."""
+    config, said = parts(name)[0], []
+
+    def say(what, at):
+        said.append(f"{what} from {at} GPUs on" if at else f"{what} nowhere up to {runs[-1]['gpus']} GPUs")
+    say("weights and gradients that compute does not hide cost over 5 % of a step", first(runs, lambda r: r["exposed_s"] > 0.05 * r["step_s"]))
+    small = sum(m.kind == "all_gather" for m in counts(name, 8)[3].step)
+    say(f"gathering the {small} small parameters that stay whole, one message each after a step, costs over 5 %",
+        first(runs, lambda r: r["after_s"] > 0.05 * r["step_s"]))
+    say("the host issues work more slowly than the GPU does it", first(runs, lambda r: r["host_needed_s"] > r["compute_s"] + r["exposed_s"]))
+    say(f"the global batch of {config.train.global_batch} leaves micro-batches below {config.train.micro_batch}",
+        first(runs, lambda r: r["micro_batch"] < config.train.micro_batch))
+    say("a checkpoint is not on the disk before the next begins", first(
+        runs, lambda r: r["checkpoint_write_s"] > config.checkpoint.every_steps * r["step_s"]))
+    cores, last = max(r["cores_per_gpu"] for r in runs), max(runs, key=lambda r: r["read_bytes_per_s"])
+    said.append(f"decoding on the CPU takes {cores:.2f} cores a GPU of {assumed('CPU cores a GPU')}; storage gives at most "
+                f"{last['read_bytes_per_s'] / 1e9:.1f} GB/s (at {last['gpus']} GPUs)")
+    return [f"{config.model.preset} on {gpu}: {sentence}" for sentence in said]
+
+
+def table(runs):
+    lines = ["GPUs  micro x acc   step s  compute  exposed  host   after  update  images/s/GPU  MFU  GPU-hours"]
+    for r in runs:
+        shares = "".join(f"{r[key] / r['step_s']:>8.1%}" for key in ("compute_s", "exposed_s", "host_s", "after_s", "update_s"))
+        lines.append(f"{r['gpus']:>4}  {r['micro_batch']:>5} x {r['accumulation']:<4}{r['step_s']:>8.3f} {shares}"
+                     f"{r['images_per_s']:>12.1f}{r['mfu']:>8.1%}{r['gpu_hours']:>9,.0f}")
+    return "\n".join(lines)
+
+
+def draw(results, path):
+    """GPU-hours and efficiency against GPUs, a column a model; dashed: tuned."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    figure, axes = plt.subplots(2, len(CONFIGS), figsize=(13, 7), sharex=True, layout="constrained")
+    colours = {"H200": "tab:green", "H100": "tab:blue", "H800": "tab:red"}
+    for column, name in enumerate(CONFIGS):
+        top, bottom = axes[:, column]
+        for gpu in MACHINES:
+            for how, style in (("as configured", "-"), ("tuned", "--")):
+                runs = results[name][gpu][how]
+                x = [r["gpus"] for r in runs]
+                top.plot(x, [r["gpu_hours"] for r in runs], style, color=colours[gpu], marker=".", label=f"{gpu}, {how}")
+                bottom.plot(x, [r["images_per_s"] / runs[0]["images_per_s"] for r in runs], style, color=colours[gpu], marker=".")
+        if name == CONFIGS[0]:
+            top.axhline(PAPER_HOURS, color="black", linestyle=":")
+            top.text(1, PAPER_HOURS * 1.04, f"paper: {PAPER_HOURS} H800 GPU-hours", fontsize=8)
+        top.set(title=f"{name}: stage 1, 110 M images", xscale="log", yscale="log", ylabel="GPU-hours" if not column else None)
+        top.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        top.yaxis.set_minor_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: ""))
+        ticks = [base * 10**power for power in (2, 3, 4, 5) for base in (1, 2, 5)]
+        low, high = top.get_ylim()
+        top.set_yticks([tick for tick in ticks if low <= tick <= high])
+        bottom.set(xscale="log", xlabel="GPUs", ylim=(0, 1.05), ylabel="images/s a GPU, share of one GPU's" if not column else None)
+        bottom.set_xticks(GPUS, [str(n) for n in GPUS])
+        bottom.minorticks_off()
+        for axis in (top, bottom):
+            axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, 0.9))
+    figure.savefig(path, dpi=110)
+
+
+def main():
+    print("Assumed, not counted:")
+    for what, (value, source) in ASSUMED.items():
+        print(f"  {what:<48}{value:>9.3g}   {source}")
+    for gpu, rates in MACHINES.items():
+        print(f"  {gpu}: " + ", ".join(f"{what} {rate:.3g}" for what, rate in rates.items()))
+    results = {name: {gpu: {how: [estimate(name, gpu, n, how == "tuned") for n in GPUS] for how in ("as configured", "tuned")}
+                      for gpu in MACHINES} for name in CONFIGS}
+    words, rows = [], {}
+    for name, by_gpu in results.items():
+        for gpu, runs in by_gpu.items():
+            for how in runs:
+                print(f"\n{name} on {gpu}, {how}\n{table(runs[how])}")
+        words += breaks(name, "H800", by_gpu["H800"]["as configured"])
+        for gpu in ("H200", "H800"):
+            at = {how: {r["gpus"]: r for r in by_gpu[gpu][how]} for how in ("as configured", "tuned")}
+            rows[f"budget (a model, not a measurement): {name}, stage 1 on {gpu}"] = "; ".join(
+                f"{n} GPUs {at['as configured'][n]['gpu_hours']:,.0f} GPU-hours, {at['as configured'][n]['images_per_s']:.1f} images/s a GPU "
+                f"(tuned {at['tuned'][n]['gpu_hours']:,.0f}, {at['tuned'][n]['images_per_s']:.1f})" for n in (8, 64, 512))
+    one = {gpu: results[CONFIGS[0]][gpu]["as configured"][0]["images_per_s"] for gpu in MACHINES}
+    cached = {gpu: estimate(CONFIGS[0], gpu, 1, latents=True)["images_per_s"] for gpu in MACHINES}
+    words.append(f"{CONFIGS[0]} on one GPU: " + ", ".join(f"{gpu} {one[gpu]:.1f} images/s online and {cached[gpu]:.1f} with cached latents"
+                 for gpu in MACHINES) + f"; the paper's {PAPER_HOURS} H800 GPU-hours mean {PAPER_RATE}, our aims are {AIMS[0]} online and "
+                 f"{AIMS[1]} with latents")
+    print("\nWhere the budget breaks\n" + "\n".join(f"  {sentence}" for sentence in words))
+    folder = ROOT / "benchmarks/results"
+    (folder / "budget.json").write_text(json.dumps(
+        {"machine": machine(), "assumed": ASSUMED, "machines": MACHINES, "protocols": PROTOCOLS, "tuned": TUNED, "breaks": words,
+         "rows": rows, "results": results}, indent=1) + "\n")
+    draw(results, folder / "budget.png")
+
+
+if __name__ == "__main__":
+    main()

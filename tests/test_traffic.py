@@ -1,0 +1,144 @@
+"""Bytes that two ranks send in a real ZeRO-3 step, caught at torch.distributed, against the count: equal, kind by kind."""
+
+import inspect
+import json
+import multiprocessing
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from iomm.adapter import Connector, QueryAdapter
+from iomm.config import AdapterConfig, GeneratorConfig
+from iomm.engine import zero
+from iomm.engine.config import load_config
+from iomm.engine.optim import make_optimizer
+from iomm.engine.traffic import DEFAULTS, count_traffic
+from iomm.generator import new_generator
+from iomm.mllm import RECONSTRUCT, create_mllm, load_mllm
+from iomm.model import IOMM, Recipe
+from iomm.vae import load_vae
+
+SIZE, ACCUMULATION, WARM_UP = 2, 2, 2        # DeepSpeed records the order of modules in the first micro-batch
+# Small enough that every rule acts on 1.2 M parameters: some persist, some are kept for the backward pass, some come ahead.
+SMALL = {"stage3_param_persistence_threshold": 500, "stage3_prefetch_bucket_size": 60_000, "reduce_bucket_size": 200_000}
+CASES = {
+    "as configured": ("mmdit", [], {}),
+    "all released": ("mmdit", ["precision=bf16"], {**SMALL, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}),
+    "gathered ahead": ("mmdit", ["precision=bf16"], {**SMALL, "stage3_max_reuse_distance": 0}),
+    "some kept": ("mmdit", [], {**SMALL, "stage3_max_reuse_distance": 250_000}),
+    "few live, none persistent": ("mmdit", [], {**SMALL, "stage3_max_live_parameters": 400_000, "stage3_max_reuse_distance": 400_000,
+                                               "stage3_param_persistence_threshold": 0}),
+    "muon, second copies": ("single_stream", ["precision=bf16", "optim.kind=muon"],
+                            {**SMALL, "stage3_max_reuse_distance": 150_000, "zero_hpz_partition_size": 2}),
+}
+
+
+def make_model(mllm, kind, dtype):
+    adapter = AdapterConfig(num_queries=8, head_dim=16, connector_layers=1)
+    shape = GeneratorConfig(kind=kind, width=64, num_heads=2, num_blocks=5, token_dim=48, condition_dim=mllm.width,
+                            num_refiner_blocks=int(kind == "single_stream"))
+    parts = new_generator(shape, 0), QueryAdapter(adapter, mllm.width), Connector(adapter, mllm.width)
+    for part in parts[1:]:
+        part.init_weights(0)
+    return IOMM(parts[0], parts[1], mllm, load_vae("pixel:4", dtype=dtype), Recipe(adapter=adapter), parts[2])
+
+
+def watch_collectives(sent):
+    """Wraps torch.distributed so that sent[kind] grows by the bytes that this rank sends, by the ring algorithm. A kind that
+    nobody expects is noted by its name."""
+    def bytes_of(tensor):
+        return tensor.numel() * tensor.element_size()
+
+    def away(call):
+        others = sum(n for rank, n in enumerate(call["input_split_sizes"]) if rank != dist.get_rank())
+        return others * call["input"].element_size()
+    kinds = {"all_gather_into_tensor": ("all_gather", lambda call: bytes_of(call["input_tensor"]) * (SIZE - 1)),
+             "reduce_scatter_tensor": ("reduce_scatter", lambda call: bytes_of(call["output"]) * (SIZE - 1)),
+             "all_reduce": ("all_reduce", lambda call: 2 * bytes_of(call["tensor"]) * (SIZE - 1) // SIZE),
+             "all_to_all_single": ("all_to_all", away),
+             **{name: (name, lambda call: 1) for name in ("all_gather", "reduce_scatter", "broadcast", "reduce", "all_to_all")}}
+
+    def wrap(name, kind, count):
+        real = getattr(dist, name)
+        signature = inspect.signature(real)
+
+        def counted(*args, **kwargs):
+            sent[kind] = sent.get(kind, 0) + count(signature.bind(*args, **kwargs).arguments)
+            return real(*args, **kwargs)
+        setattr(dist, name, counted)
+    for name, (kind, count) in kinds.items():
+        wrap(name, kind, count)
+
+
+def worker(rank, port, folder):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(SIZE), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    sent, found = {}, {}
+    watch_collectives(sent)
+    ranks = zero.start(60)
+    configured = zero.deepspeed_config
+    for case, (kind, overrides, settings) in CASES.items():
+        def with_settings(*args, settings=settings):
+            whole = configured(*args)
+            whole["zero_optimization"] |= settings
+            return whole
+        zero.deepspeed_config = with_settings
+        config = load_config("demo", overrides)
+        dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        model = make_model(load_mllm(f"{folder}/mllm", dtype=dtype), kind, dtype)
+        expected = count_traffic(model, config, SIZE, **settings).sent_bytes(ACCUMULATION)
+        model.prepare_blocks(recompute=2)
+        sharded = zero.Sharded(model, lambda module: make_optimizer(module, config.optim), config=config, ranks=ranks,
+                               leaves=model.leaves, micro_batch=1, accumulation=ACCUMULATION)
+        for step in range(WARM_UP + 1):
+            if step == WARM_UP:
+                sent.clear()
+            for _ in range(ACCUMULATION):
+                loss, _, _ = sharded(torch.rand(1, 3, 40, 40), torch.rand(1, 3, 32, 32), torch.tensor([rank]))
+                sharded.backward(loss)
+                sharded.step()
+        found[case] = dict(sent), expected
+    with open(f"{folder}/{rank}.json", "w") as file:
+        json.dump(found, file)
+    zero.stop()
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """{case: (bytes sent by both ranks, bytes counted for both)}."""
+    folder = tmp_path_factory.mktemp("traffic")
+    create_mllm(folder / "mllm", texts=[RECONSTRUCT],
+                vision=dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, image_size=32, patch_size=4,
+                            attention_bias=True),
+                text=dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=80,
+                          max_position_embeddings=256))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    multiprocessing.set_forkserver_preload(["deepspeed", "transformers", "iomm.engine.traffic"])     # imported once
+    mp.start_processes(worker, (port, str(folder)), nprocs=SIZE, start_method="forkserver")
+    one, other = (json.loads((folder / f"{rank}.json").read_text()) for rank in range(SIZE))
+    return {case: tuple({kind: a.get(kind, 0) + b.get(kind, 0) for kind in {*a, *b}} for a, b in zip(one[case], other[case]))
+            for case in CASES}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bytes_sent_are_those_counted(measured, case):
+    sent, counted = measured[case]
+    assert sent == counted and set(sent) >= {"all_gather", "reduce_scatter", "all_reduce"}
+
+
+def test_cases_differ(measured):
+    """Each rule is seen to act: otherwise the cases would prove less than they seem to."""
+    gathered = [sent["all_gather"] for sent, _ in measured.values()]
+    assert len(set(gathered)) == len(gathered) and "all_to_all" in measured["muon, second copies"][0]
+
+
+def test_defaults_are_deepspeed_s():
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    theirs = DeepSpeedZeroConfig()
+    assert {key: getattr(theirs, key.removeprefix("stage3_")) for key in DEFAULTS} == DEFAULTS

@@ -20,8 +20,8 @@ from iomm.engine.config import load_config  # noqa: E402
 from iomm.engine.doctor import machine  # noqa: E402
 from iomm.engine.interval import plan as checkpoint_plan  # noqa: E402
 from iomm.engine.optim import make_optimizer, spread  # noqa: E402
-from iomm.engine.plan import NUM_TEXT, build_without_weights, make_plan  # noqa: E402
-from iomm.engine.traffic import count_traffic  # noqa: E402
+from iomm.engine.plan import build_without_weights, make_plan  # noqa: E402
+from iomm.engine.traffic import count_traffic, row_bytes  # noqa: E402
 from iomm.layers import attention_flops  # noqa: E402
 
 # Everything that is not counted, each with its source. "Ours": chosen by us with no measurement behind it yet.
@@ -83,46 +83,17 @@ def filled(rows, width):
 
 
 @cache
-def counts(name, ranks, tuned=False):
-    """(config, model on the meta device, Plan's FLOPs, Traffic)."""
-    config, model, flops = parts(name)
-    settings = {**TUNED, "zero_hpz_partition_size": NODE if ranks > NODE else 1} if tuned else {}
-    return config, model, flops, count_traffic(model, config, ranks, **settings)
-
-
-@cache
 def parts(name):
+    """(config, model on the meta device, FLOPs an image by part)."""
     config = load_config(name, ["data.shards=shapes"])
     return config, build_without_weights(config), make_plan(config, NODE).flops
 
 
-def row_bytes(name):
-    """{part: (bytes forward, bytes backward)} of an image for everything that is no matrix product, every tensor read or
-    written once a kernel, in bf16. Numbers are passes over a (tokens x width) tensor, as benchmarks/op_cases.py counts them."""
+@cache
+def messages_of(name, ranks, tuned=False):
     config, model, _ = parts(name)
-    mllm, vae = model.frozen
-    width, tokens = model.generator.config.width, math.prod(vae.grid(*[config.data.size_px] * 2)) + config.adapter.num_queries
-    blocks = sum(isinstance(m, model.generator.block_classes) for m in model.generator.modules())
-    if model.generator.config.kind == "mmdit":      # 2 norms, rope, 2 gated residuals, GELU at 4 x | the same, bias sums, sums of grads
-        forward, backward = 2 * 2 + 6 + 2 * 3 + 2 * 4, 2 * 3 + 8 + 2 * 3 + 3 * 4 + 9 + 6
-    else:                                           # 4 RMS norms, rope, 2 gated residuals, SwiGLU at 8/3 x | the same, sums of grads
-        forward, backward = 4 * 2 + 6 + 2 * 3 + 3 * 8 / 3, 4 * 3 + 8 + 2 * 3 + 5 * 8 / 3 + 6
-    bytes_of = {"generator": tuple(2 * tokens * width * blocks * passes for passes in (forward, backward))}
-    text, vision = mllm.backbone.config.text_config, mllm.backbone.config.vision_config
-    prefix = NUM_TEXT + mllm.num_image_tokens * (1 - config.mask.ratio)
-    gate = text.intermediate_size / text.hidden_size       # 2 norms, rope, 2 residual sums, SwiGLU
-    layer = 2 * text.hidden_size * text.num_hidden_layers
-    bytes_of["MLLM"] = (layer * (prefix + config.adapter.num_queries) * (2 * 2 + 4 + 2 * 3 + 3 * gate),
-                        layer * config.adapter.num_queries * (2 * 3 + 4 + 2 * 2 + 5 * gate))
-    patches = (vision.image_size[0] // vision.patch_size[0]) ** 2 + 1      # 2 norms, heads apart, 2 scaled residuals, GELU at 4 x
-    bytes_of["ViT"] = 2 * patches * vision.hidden_size * vision.num_hidden_layers * (2 * 2 + 6 + 2 * 3 + 2 * 4), 0
-    maps, side = 0, config.data.size_px
-    for down in vae.backbone.encoder.down_blocks:          # a residual block: 2 group norms, each read twice and written, and a sum
-        for resnet in down.resnets:
-            maps += side**2 * (3 * resnet.norm1.num_channels + 6 * resnet.norm2.num_channels)
-        side //= 2 if down.downsamplers else 1
-    bytes_of["VAE"] = 2 * maps, 0
-    return bytes_of
+    settings = {**TUNED, "zero_hpz_partition_size": NODE if ranks > NODE else 1} if tuned else {}
+    return count_traffic(model, config, ranks, **settings)
 
 
 def micro_batch_s(name, micro_batch, machine, latents=False):
@@ -139,7 +110,7 @@ def micro_batch_s(name, micro_batch, machine, latents=False):
                if isinstance(m, nn.Linear) and "modulation" not in path]
     busy = sum(n * m.weight.numel() for n, m in linears) / sum(n * m.weight.numel() / filled(n, m.out_features) for n, m in linears)
     moved = {part: [n / (machine["copy"] * assumed("share of the copy rate, row kernels")) for n in pair]
-             for part, pair in row_bytes(name).items()}
+             for part, pair in row_bytes(model, config).items()}
     once = products / (rate * busy) + attention / assumed("attention forward, FLOP/s") + moved["generator"][0]
     again = 2 * products / (rate * busy) + 2.5 * attention / assumed("attention backward, FLOP/s") + moved["generator"][1]
     again += once * min(config.train.recompute, len(blocks)) / len(blocks)
@@ -188,7 +159,7 @@ def update_s(name, ranks, accumulation, machine):
     config, model, _ = parts(name)
     values = sum(p.numel() for p in model.parameters()) / ranks
     moved = values * (10 * accumulation + 66 + (12 if config.ema.decay else 0))
-    costs = [5 * (4 * min(p.shape)**2 * max(p.shape) + 2 * min(p.shape)**3)            # Newton-Schulz, engine/optim.py
+    costs = [5 * (4 * min(p.shape)**2 * max(p.shape) + 2 * min(p.shape)**3)            # Newton-Schulz; fused parts taken as one
              for group in make_optimizer(model, config.optim).param_groups if group["kind"] == "muon" for p in group["params"]]
     owners, load = spread(costs, ranks), [0.0] * ranks
     for cost, owner in zip(costs, owners):
@@ -200,7 +171,7 @@ def update_s(name, ranks, accumulation, machine):
 def estimate(name, gpu, ranks, tuned=False, latents=False, **measured):
     """One run -> dict of seconds a step by part, images/s a GPU, GPU-hours of stage 1, checkpoint and loader. measured: rates
     that replace those of MACHINES."""
-    config, model, flops, traffic = counts(name, ranks, tuned)
+    (config, model, flops), traffic = parts(name), messages_of(name, ranks, tuned)
     kind, batch = {**MACHINES[gpu], **measured}, config.train.global_batch
     micro_batch = min(config.train.micro_batch, batch // ranks)
     accumulation = batch // (micro_batch * ranks)
@@ -215,49 +186,42 @@ def estimate(name, gpu, ranks, tuned=False, latents=False, **measured):
     saves = checkpoint_plan(num_gpus=ranks, stall_s=stall, write_s=write, mtbf_gpu_hours=config.checkpoint.mtbf_gpu_hours)
     lost = max(stall, write - config.checkpoint.every_steps * step) / config.checkpoint.every_steps
     rate = batch / (step + lost) / ranks
-    exposed = passes[0] + (accumulation - 1) * passes[1] - accumulation * compute
+    exposed = max(0.0, passes[0] + (accumulation - 1) * passes[1] - accumulation * compute)
     return {"gpus": ranks, "micro_batch": micro_batch, "accumulation": accumulation, "step_s": step + lost,
             "compute_s": accumulation * compute, "exposed_s": exposed, "host_s": step - after - update - accumulation * compute - exposed,
             "host_needed_s": accumulation * host, "after_s": after, "update_s": update, "checkpoint_s": lost, "checkpoint_write_s": write,
             "checkpoint_interval_s": saves.interval_s, "images_per_s": rate, "mfu": sum(flops.values()) * rate / kind["matmul"],
             "gpu_hours": config.train.steps * batch / rate / 3600, "sent_bytes": traffic.sent_bytes(accumulation),
-            "cores_per_gpu": rate * loader_s(), "read_bytes_per_s": rate * ranks * 1000 * loader()["data"]["mean_kb"]}
+            "cores_per_gpu": rate * loader()["ours_cpu_ms_per_image"] / 1000,
+            "read_bytes_per_s": rate * ranks * 1000 * loader()["data"]["mean_kb"]}
 
 
 @cache
 def loader():
-    """The newest measurement of benchmarks/loader.py on a CPU."""
+    """The newest measurement of benchmarks/loader.py on a CPU: decoding there, not on the GPU."""
     return json.loads(sorted((ROOT / "benchmarks/results").glob("loader-cpu-*.json"))[-1].read_text())
-
-
-def loader_s():
-    """CPU seconds that decoding one image takes."""
-    return loader()["ours_cpu_ms_per_image"] / 1000
-
-
-def first(runs, holds):
-    """The fewest GPUs of a row of runs at which holds(run), or None."""
-    return next((run["gpus"] for run in runs if holds(run)), None)
 
 
 def breaks(name, gpu, runs):
     """Where the budget breaks, in sentences; runs: estimates as configured, by number of GPUs."""
-    config, said = parts(name)[0], []
-
-    def say(what, at):
-        said.append(f"{what} from {at} GPUs on" if at else f"{what} nowhere up to {runs[-1]['gpus']} GPUs")
-    say("weights and gradients that compute does not hide cost over 5 % of a step", first(runs, lambda r: r["exposed_s"] > 0.05 * r["step_s"]))
-    small = sum(m.kind == "all_gather" for m in counts(name, 8)[3].step)
-    say(f"gathering the {small} small parameters that stay whole, one message each after a step, costs over 5 %",
-        first(runs, lambda r: r["after_s"] > 0.05 * r["step_s"]))
-    say("the host issues work more slowly than the GPU does it", first(runs, lambda r: r["host_needed_s"] > r["compute_s"] + r["exposed_s"]))
-    say(f"the global batch of {config.train.global_batch} leaves micro-batches below {config.train.micro_batch}",
-        first(runs, lambda r: r["micro_batch"] < config.train.micro_batch))
-    say("a checkpoint is not on the disk before the next begins", first(
-        runs, lambda r: r["checkpoint_write_s"] > config.checkpoint.every_steps * r["step_s"]))
-    cores, last = max(r["cores_per_gpu"] for r in runs), max(runs, key=lambda r: r["read_bytes_per_s"])
-    said.append(f"decoding on the CPU takes {cores:.2f} cores a GPU of {assumed('CPU cores a GPU')}; storage gives at most "
-                f"{last['read_bytes_per_s'] / 1e9:.1f} GB/s (at {last['gpus']} GPUs)")
+    config, small = parts(name)[0], sum(message.kind == "all_gather" for message in messages_of(name, NODE).step)
+    limits = {
+        "weights and gradients that compute does not hide cost over 5 % of a step": lambda r: r["exposed_s"] > 0.05 * r["step_s"],
+        f"gathering the {small} parameters that stay whole, one message each after a step, costs over 5 %":
+            lambda r: r["after_s"] > 0.05 * r["step_s"],
+        "the host issues work more slowly than the GPU does it": lambda r: r["host_needed_s"] > r["compute_s"] + r["exposed_s"],
+        f"the global batch of {config.train.global_batch} leaves micro-batches below {config.train.micro_batch}":
+            lambda r: r["micro_batch"] < config.train.micro_batch,
+        f"a checkpoint every {config.checkpoint.every_steps} steps is not on the disk before the next":
+            lambda r: r["checkpoint_write_s"] > config.checkpoint.every_steps * r["step_s"]}
+    said = []
+    for what, holds in limits.items():
+        at = next((run["gpus"] for run in runs if holds(run)), None)
+        said.append(f"{what}: " + (f"from {at} GPUs on" if at else f"nowhere up to {runs[-1]['gpus']} GPUs"))
+    cores, most = max(r["cores_per_gpu"] for r in runs), max(runs, key=lambda r: r["read_bytes_per_s"])
+    said.append(f"decoding on the CPU takes {cores:.2f} cores a GPU of {assumed('CPU cores a GPU')}, storage gives at most "
+                f"{most['read_bytes_per_s'] / 1e9:.1f} GB/s (at {most['gpus']} GPUs): the loader is not the limit")
+    assert cores < assumed("CPU cores a GPU")
     return [f"{config.model.preset} on {gpu}: {sentence}" for sentence in said]
 
 
@@ -279,9 +243,8 @@ def draw(results, path):
     colours = {"H200": "tab:green", "H100": "tab:blue", "H800": "tab:red"}
     for column, name in enumerate(CONFIGS):
         top, bottom = axes[:, column]
-        for gpu in MACHINES:
-            for how, style in (("as configured", "-"), ("tuned", "--")):
-                runs = results[name][gpu][how]
+        for gpu, hows in results[name].items():
+            for (how, runs), style in zip(hows.items(), ("-", "--")):
                 x = [r["gpus"] for r in runs]
                 top.plot(x, [r["gpu_hours"] for r in runs], style, color=colours[gpu], marker=".", label=f"{gpu}, {how}")
                 bottom.plot(x, [r["images_per_s"] / runs[0]["images_per_s"] for r in runs], style, color=colours[gpu], marker=".")
@@ -289,15 +252,13 @@ def draw(results, path):
             top.axhline(PAPER_HOURS, color="black", linestyle=":")
             top.text(1, PAPER_HOURS * 1.04, f"paper: {PAPER_HOURS} H800 GPU-hours", fontsize=8)
         top.set(title=f"{name}: stage 1, 110 M images", xscale="log", yscale="log", ylabel="GPU-hours" if not column else None)
-        top.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:,.0f}"))
-        top.yaxis.set_minor_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: ""))
-        ticks = [base * 10**power for power in (2, 3, 4, 5) for base in (1, 2, 5)]
         low, high = top.get_ylim()
-        top.set_yticks([tick for tick in ticks if low <= tick <= high])
-        bottom.set(xscale="log", xlabel="GPUs", ylim=(0, 1.05), ylabel="images/s a GPU, share of one GPU's" if not column else None)
+        ticks = [tick for tick in (600, 800, 1000, 2000, 3000, 4000, 5000, 7000, 10_000) if low <= tick <= high]
+        top.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
+        bottom.set(xscale="log", xlabel="GPUs", ylim=(0, 1.1), ylabel="images/s a GPU, share of one GPU's" if not column else None)
         bottom.set_xticks(GPUS, [str(n) for n in GPUS])
-        bottom.minorticks_off()
         for axis in (top, bottom):
+            axis.minorticks_off()
             axis.grid(alpha=0.3)
     axes[0, 0].legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, 0.9))
     figure.savefig(path, dpi=110)

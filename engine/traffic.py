@@ -1,10 +1,12 @@
-"""What ZeRO-3 sends in one optimizer step, counted from the modules by DeepSpeed's own rules; nothing is run.
+"""What ZeRO-3 sends in one optimizer step, counted from the modules by DeepSpeed's own rules; nothing is run. And what the
+row kernels between matrix products move through memory.
 
 The rules are those of deepspeed/runtime/zero/partitioned_param_coordinator.py (0.19) once its trace is complete, from the
 second micro-batch on: a module's weights are gathered when it is entered, up to prefetch_bucket_size more ahead of their use,
 and they go when it is left unless they come again within max_reuse_distance. tests/test_traffic.py holds the count against
 the bytes that two ranks send."""
 
+import math
 from collections import Counter, deque
 from dataclasses import dataclass
 
@@ -12,6 +14,7 @@ import torch
 from torch import nn
 
 from iomm.engine.optim import make_optimizer
+from iomm.engine.plan import NUM_TEXT
 from iomm.engine.zero import deepspeed_config
 
 # DeepSpeed's own, where deepspeed_config leaves them out (runtime/zero/config.py).
@@ -204,3 +207,29 @@ def scattered(trace, numel, bucket):
                     waiting = []
                 waiting.append(p)
     return [*found, (waiting, step - 1)] if waiting else found
+
+
+def row_bytes(model, config):
+    """{part: (bytes forward, bytes backward)} of an image for all that is no matrix product: every tensor that a kernel reads or
+    writes, once, in bf16. The small numbers are passes over a (tokens x width) tensor, counted as in benchmarks/op_cases.py."""
+    (mllm, vae), generator = model.frozen, model.generator
+    width, tokens = generator.config.width, math.prod(vae.grid(*[config.data.size_px] * 2)) + config.adapter.num_queries
+    blocks = sum(isinstance(module, generator.block_classes) for module in generator.modules())
+    if generator.config.kind == "mmdit":    # 2 norms, rope, 2 gated residuals, GELU at 4 x; backward also bias and residual sums
+        forward, backward = 2 * 2 + 6 + 2 * 3 + 2 * 4, 2 * 3 + 8 + 2 * 3 + 3 * 4 + 9 + 2 * 3
+    else:                                   # 4 RMS norms, rope, 2 gated residuals, SwiGLU at 8/3 x; backward also residual sums
+        forward, backward = 4 * 2 + 6 + 2 * 3 + 3 * 8 / 3, 4 * 3 + 8 + 2 * 3 + 5 * 8 / 3 + 2 * 3
+    text, vision = mllm.backbone.config.text_config, mllm.backbone.config.vision_config
+    prefix, queries = NUM_TEXT + mllm.num_image_tokens * (1 - config.mask.ratio), config.adapter.num_queries
+    layers, gate = 2 * text.hidden_size * text.num_hidden_layers, text.intermediate_size / text.hidden_size
+    patches = (vision.image_size[0] // vision.patch_size[0]) ** 2 + 1
+    maps, side = 0, config.data.size_px
+    for down in vae.backbone.encoder.down_blocks:       # a residual block: 2 group norms, each read twice and written once; a sum
+        maps += sum(side**2 * (3 * resnet.norm1.num_channels + 6 * resnet.norm2.num_channels) for resnet in down.resnets)
+        side //= 2 if down.downsamplers else 1
+    return {"generator": tuple(2 * tokens * width * blocks * passes for passes in (forward, backward)),
+            # 2 norms, rope, 2 residual sums, SwiGLU
+            "MLLM": (layers * (prefix + queries) * (2 * 2 + 4 + 2 * 3 + 3 * gate), layers * queries * (2 * 3 + 4 + 2 * 2 + 5 * gate)),
+            # 2 norms, heads apart, 2 scaled residuals, GELU at 4 x
+            "ViT": (2 * patches * vision.hidden_size * vision.num_hidden_layers * (2 * 2 + 6 + 2 * 3 + 2 * 4), 0),
+            "VAE": (2 * maps, 0)}

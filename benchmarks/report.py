@@ -63,7 +63,7 @@ def survival(result):
 def table():
     """Markdown: a row for every figure that is quoted."""
     kinds = {"demo": demo, "loader": loader, "data-reliability": data_reliability, "ops": ops,
-             "checkpoint": checkpoint, "survival": survival, "sampling": sampling}
+             "checkpoint": checkpoint, "survival": survival, "sampling": sampling, "budget": survival}
     rows = ["| what | figure | machine, date, commit | file |", "|---|---|---|---|"]
     for path in sorted((ROOT / "benchmarks/results").glob("*.json")):
         result = json.loads(path.read_text())

@@ -69,7 +69,7 @@ def table():
         result = json.loads(path.read_text())
         kind = next((kind for kind in kinds if path.name.startswith(kind)), None)
         for what, figure in kinds[kind](result) if kind else ():
-            facts = result["machine"]
+            facts = {**result["machine"], **result.get("of", {}).get(what, {})}      # a row measured on its own day
             rows.append(f"| {what} | {figure} | {facts['device']}, {facts['date']}, {facts['commit'][:9]} | `{path.name}` |")
     return "\n".join(rows)
 

@@ -1,7 +1,12 @@
-"""Runs trials at their full number and notes the counts: python tests/faults/survival.py NAME NUMBER ...
+"""Runs trials of what a run survives at their full number and notes the counts.
 
-Writes benchmarks/results/survival.json, one entry a trial, with date, machine, versions and commit. A count of 0 in n
-trials bounds the rate at 3 / n with 95 % confidence."""
+    python tests/faults/survival.py all               every one
+    python tests/faults/survival.py C1 F2             those of these promises
+    python tests/faults/survival.py kill_chain 20     one, at a number of one's own
+
+Writes benchmarks/results/survival.json: a row a trial, and under `trials` what was counted, with its own date, commit and
+duration. What was noted before of other trials stays. A count of 0 in n trials bounds the rate at 3 / n with 95 % confidence.
+Exits with 1 if a trial broke off; the others are run all the same."""
 
 import datetime
 import json
@@ -11,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -21,15 +27,39 @@ from faults import trials
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "benchmarks/results/survival.json"
 
-NAMES = {"kill_chain": "C1 a committed checkpoint is never lost", "bitwise_resumes": "C5 resume is bitwise",
-         "world_sizes": "C6 the world size may change", "requests_to_stop": "F4 preemption loses nothing",
-         "deaths": "F1 a dead rank stops the job", "hangs": "F2 a hang is found and explained",
-         "false_alarms": "F2 no false alarms"}
+# Name of the trial: what it is called in the report, the function, its full number (None: it knows by itself).
+TRIALS = {
+    "kill_chain": ("C1 a committed checkpoint is never lost", trials.kill_chain, 1000),
+    "bitwise_resumes": ("C5 resume is bitwise", trials.bitwise_resumes, 20),
+    "world_sizes": ("C6 the world size may change", trials.world_sizes, None),
+    "deaths": ("F1 a dead rank stops the job", trials.deaths, 50),
+    "hangs": ("F2 a hang is found and explained", trials.hangs, 40),
+    "false_alarms": ("F2 no false alarms", trials.false_alarms, 10_000),
+    "requests_to_stop": ("F4 preemption loses nothing", trials.requests_to_stop, 50),
+}
 
 
 def cpu():
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def git(*arguments):
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
+def chosen(arguments):
+    """Words of the command line -> [(trial, number)]. Raises SystemExit on a word that names nothing."""
+    found = []
+    for word in arguments:
+        if word.isdigit() and found:
+            found[-1] = found[-1][0], int(word)
+            continue
+        named = [name for name, (what, _, _) in TRIALS.items() if word in ("all", name, what.split()[0])]
+        if not named:
+            raise SystemExit(f"{word} names no trial; there are: all, {', '.join(sorted({*TRIALS} | {t[0].split()[0] for t in TRIALS.values()}))}")
+        found += [(name, TRIALS[name][2]) for name in named]
+    return found
 
 
 def words(found):
@@ -38,23 +68,35 @@ def words(found):
     return ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in found.items())
 
 
+def note(name, found, seconds):
+    """Merges what one trial counted into the file."""
+    whole = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": {}, "trials": {}}
+    changed = git("diff", "--name-only", "HEAD", "--", "engine", "iomm", "kernels", "tests")
+    facts = {"commit": git("rev-parse", "HEAD"), "date": datetime.date.today().isoformat()}
+    what, known = TRIALS[name][0], {what for what, _, _ in TRIALS.values()}
+    whole["trials"][name] = {**facts, **({"with_changes_in": changed.split("\n")} if changed else {}), "seconds": seconds, "found": found}
+    RESULTS.write_text(json.dumps({
+        "machine": {"device": f"{cpu()}, {os.cpu_count()} cores, shared with other work", **facts, "torch": torch.__version__,
+                    "python": platform.python_version()},
+        "rows": {**{row: count for row, count in whole["rows"].items() if row in known}, what: words(found)},
+        "of": {**{row: of for row, of in whole.get("of", {}).items() if row in known}, what: facts},
+        "trials": whole["trials"]}, indent=1) + "\n")
+
+
 def main():
-    for name, number in zip(sys.argv[1::2], sys.argv[2::2]):
+    broken = False
+    for name, number in chosen(sys.argv[1:] or ["all"]):
         started = time.monotonic()
-        with tempfile.TemporaryDirectory(prefix="iomm-survival-") as folder:
-            found = getattr(trials, name)(folder, *([int(number)] if int(number) else []))
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-        note = {"commit": commit, "seconds": round(time.monotonic() - started), "found": found}
-        whole = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": {}, "trials": {}}
-        machine = {"device": f"{cpu()}, {os.cpu_count()} cores, shared with other work", "commit": commit, "torch": torch.__version__,
-                   "date": datetime.date.today().isoformat(), "python": platform.python_version()}
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        RESULTS.write_text(json.dumps({
-            "machine": machine,
-            "trial": "two processes over gloo; the real loop, checkpoints, guard and watchdog; a linear model for DeepSpeed",
-            "rows": {**whole["rows"], NAMES[name]: words(found)}, "trials": {**whole["trials"], name: note}}, indent=1) + "\n")
+        with tempfile.TemporaryDirectory(prefix="iomm-survival-", ignore_cleanup_errors=True) as folder:
+            try:
+                found = TRIALS[name][1](folder, *([] if number is None else [number]))
+            except Exception as error:
+                traceback.print_exc()
+                broken, found = True, {"broke_off": f"{type(error).__name__}: {error}"}
+        note(name, found, round(time.monotonic() - started))
         print(name, found, flush=True)
+    return int(broken)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -157,8 +157,14 @@ def retain(root, newest, keep, permanent):
         ordinary = [p for p in steps(root) if not permanent or step_of(p) % permanent]
         for trash in root.glob(".trash-*"):      # a removal that failed before
             remove(trash)
+        refused = []
         for old in ordinary[:-keep]:
-            discard(old)
+            try:
+                discard(old)
+            except OSError as error:             # one that stays does not make the others stay
+                refused.append(str(error))
+        if refused:
+            raise OSError("; ".join(refused))
     except (OSError, InputError) as error:
         print(f"older checkpoints not removed: {error}; training goes on", flush=True)
 

@@ -53,7 +53,10 @@ class Watch:
         threading.Thread(target=self.talk, name="watch store", daemon=True).start()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
+        if kind is not None and issubclass(kind, RuntimeError):      # a collective failed: somebody has died, it seems
+            self.beats = 0
+            self.thread.join(GRACE_S + 1.5)      # then the thread names the rank and ends this process
         self.over.set()
         self.thread.join()
         self.rest()

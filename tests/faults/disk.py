@@ -1,8 +1,13 @@
-"""Ranks without processes, and a disk that ends the process or fails at its k-th operation."""
+"""Ranks without processes, and a disk that ends the process or fails at its k-th operation; what checkpoints make of it."""
 
+import errno
 import os
+import random
+import shutil
 import threading
 from multiprocessing import Pipe
+from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -82,7 +87,7 @@ FACTS = {"shapes": {"w": [6000]}, "config": "", "ema": True}
 
 
 def saver(run_dir, rank, **settings):
-    return checkpoint.Saver(run_dir / "checkpoints", rank, **{"keep": 2, **settings})
+    return checkpoint.Saver(Path(run_dir) / "checkpoints", rank, **{"keep": 2, **settings})
 
 
 def save_all(run_dir, step, size=2, **settings):
@@ -134,7 +139,7 @@ def instrument(step):
     checkpoint.open = counted_open
 
 
-def save_and_die(run_dir, step, dying_rank, at):
+def save_and_die(run_dir, step, dying_rank, at, **settings):
     """Two processes save; one of them ends at its operation number `at` -> ([operations each did], commit announced?)."""
     ends, tell = Pipe(), Pipe(duplex=False)
     children = []
@@ -158,7 +163,7 @@ def save_and_die(run_dir, step, dying_rank, at):
                 tell[1].send("committed" if "committed" in args[0] else "alert")
             checkpoint.print = say
             instrument(count)
-            saver(run_dir, Piped(rank, ends[rank]), background=False).save(step, pieces(rank, step), FACTS)
+            saver(run_dir, Piped(rank, ends[rank]), background=False, **settings).save(step, pieces(rank, step), FACTS)
             tell[1].send((rank, done[0]))
             os._exit(0)
         children.append(pid)
@@ -177,3 +182,136 @@ def save_and_die(run_dir, step, dying_rank, at):
         committed |= message == "committed"
     tell[0].close()
     return counts, committed
+
+
+def newest_step(run_dir):
+    folder = checkpoint.newest(Path(run_dir) / "checkpoints", say=lambda line: None)
+    return 0 if folder is None else checkpoint.step_of(folder)
+
+
+def hidden(run_dir):
+    return [p.name for p in (Path(run_dir) / "checkpoints").iterdir() if p.name.startswith(".")]
+
+
+def intact(run_dir):
+    return [p for p in checkpoint.steps(Path(run_dir) / "checkpoints") if checkpoint.damage(p) is None]
+
+
+def crash_points(folder):
+    """One rank ends at its k-th file operation of a save, for every k and both ranks; the next start finds what was
+    committed, and at least two, sweeps the rest, and saves."""
+    start, recovered = Path(folder) / "start", 0
+    for step in (2, 4):
+        save_all(start, step)
+    shutil.copytree(start, Path(folder) / "count")
+    counts, committed = save_and_die(Path(folder) / "count", 6, dying_rank=None, at=0)
+    assert committed
+    for rank, count in enumerate(counts):
+        for at in range(1, count + 1):
+            run_dir = Path(folder) / f"{rank}-{at}"
+            shutil.copytree(start, run_dir)
+            _, committed = save_and_die(run_dir, 6, rank, at)
+            kept = newest_step(run_dir) in ((6,) if committed else (4, 6)) and len(intact(run_dir)) >= 2
+            checkpoint.sweep(run_dir / "checkpoints")
+            saved = save_all(run_dir, 8) == [run_dir / "checkpoints/step-00000008"] * 2
+            recovered += (kept and saved and newest_step(run_dir) == 8 and not hidden(run_dir) and len(intact(run_dir)) == 2)
+            shutil.rmtree(run_dir)
+    return {"crash_points": sum(counts), "of_rank_0": counts[0], "of_rank_1": counts[1], "recovered": recovered}
+
+
+def damages(folder, num_flips, seed=0):
+    """Every file of the newest of two checkpoints: single bits flipped, cut, a hole, missing, of another step, a link; and a
+    file too many. Detected: it is named and passed over before any file is opened as tensors, by one process or by two ranks
+    that read a share each; fell back: the one before is what is found."""
+    for step in (2, 4):
+        save_all(folder, step)
+    root, rng = Path(folder) / "checkpoints", random.Random(seed)
+    before, newest = root / "step-00000002", root / "step-00000004"
+    count = {"cases": 0, "of_them_single_bits": 0, "detected": 0, "fell_back": 0}
+
+    def check(together=True):
+        said = []
+        if together:
+            found = Together(2).run(lambda rank: checkpoint.newest(root, rank, say=said.append))
+        else:
+            found = [checkpoint.newest(root, say=said.append)] * 2
+        count["cases"] += 1
+        count["detected"] += len(said) == 1 and newest.name in said[0]
+        count["fell_back"] += found == [before] * 2
+
+    with patch.object(checkpoint, "safe_open", side_effect=AssertionError("opened before all is verified")):
+        for file in sorted(newest.iterdir()):
+            whole = file.read_bytes()
+            for trial in range(num_flips):
+                raw, bit = bytearray(whole), rng.randrange(8 * len(whole))
+                raw[bit // 8] ^= 1 << bit % 8
+                file.write_bytes(raw)
+                check(together=trial % 30 == 0)
+                count["of_them_single_bits"] += 1
+            for cut in (0, len(whole) // 2, len(whole) - 1):
+                file.write_bytes(whole[:cut])
+                check()
+            hole = min(4096, len(whole) // 2)
+            file.write_bytes(whole[:100] + bytes(hole) + whole[100 + hole:])
+            check()
+            file.unlink()
+            check()
+            shutil.copy(before / file.name, file)
+            check()
+            file.unlink()
+            file.symlink_to(before / file.name)
+            check()
+            file.unlink()
+            file.write_bytes(whole)
+        extra = newest / "rank-00002-of-00003.safetensors"
+        extra.write_bytes(b"")
+        check()
+        extra.unlink()
+    assert Together(2).run(lambda rank: checkpoint.newest(root, rank)) == [newest] * 2
+    return count
+
+
+def retention(folder, num_saves, keep=3, permanent=10, seed=1):
+    """Keep 3 and every tenth; a fifth of the removals and a tenth of the renames to trash are refused, a tenth of the saves
+    is killed. Sound, after each: all verify, and these are at least min(2, saves that were not killed); the newest is of this
+    save, or, if it was killed, no older than before; nothing more is on the disk than keep, the permanent ones, what was
+    refused, and one for each kill in a row."""
+    rng, failing, sound, most, killed, row, last, count = random.Random(seed), [True], 0, 0, 0, 0, 0, [0]
+    root, settings = Path(folder) / "checkpoints", {"keep": keep, "keep_every_steps": permanent}
+    remove, rename, refused = shutil.rmtree, os.rename, set()
+
+    def removing(path):
+        if ".trash" in path.name and failing[0] and rng.random() < 0.2:
+            refused.add(path.name)
+            count[0] += 1
+        else:
+            remove(path, ignore_errors=True)
+
+    def renaming(source, target):
+        if ".trash" in str(target) and failing[0] and rng.random() < 0.1:
+            refused.add(Path(source).name)
+            count[0] += 1
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(source))
+        rename(source, target)
+
+    with patch.object(checkpoint, "remove", removing), patch.object(os, "rename", renaming):
+        for step in range(1, num_saves + 1):
+            row = row + 1 if rng.random() < 0.1 else 0
+            if row:
+                counts, _ = save_and_die(folder, step, rng.randrange(2), rng.randrange(1, 30), **settings)
+                killed += None in counts
+                checkpoint.sweep(root)           # the next start
+            else:
+                save_all(folder, step, **settings)
+            good, ordinary = intact(folder), [p.name for p in checkpoint.steps(root) if checkpoint.step_of(p) % permanent]
+            before, last = last, newest_step(folder)
+            spare = {*ordinary[:-keep], *hidden(folder)}
+            sound += (len(good) == len(checkpoint.steps(root)) >= min(2, step - killed)
+                      and (before <= last if row else last == step) and len(spare - refused) <= row)
+            most = max(most, len(ordinary) + len(hidden(folder)))
+        failing[0] = False
+        save_all(folder, num_saves + 1, **settings)
+    steps = [checkpoint.step_of(p) for p in intact(folder)]
+    sound += len([s for s in steps if s % permanent]) == keep and not hidden(folder)
+    return {"saves": num_saves + 1, "killed": killed, "refused": count[0], "sound_after_each": sound, "most_on_disk_beside_permanent_ones": most,
+            "permanent_kept": len([s for s in steps if not s % permanent])}

@@ -4,6 +4,7 @@ in place of DeepSpeed. Processes are forked from a server that has torch loaded,
 import atexit
 import faulthandler
 import functools
+import hashlib
 import json
 import os
 import select
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import uuid
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +25,7 @@ from tqdm import tqdm
 from iomm.config import InputError
 from iomm.engine import checkpoint, loop
 from iomm.engine.config import parse
+from iomm.engine.data.order import Order
 from iomm.engine.data.skips import Skips
 from iomm.engine.ema import Ema
 from iomm.engine.guard import REQUEUE, Guard
@@ -35,12 +38,14 @@ tqdm.set_lock(threading.RLock())                 # its own would be a semaphore 
 
 
 class Linear:
-    """Stands in for zero.Sharded: parameters cut into equal padded pieces, Adam in fp32, gathered for every pass."""
+    """Stands in for zero.Sharded: parameters cut into equal padded pieces, Adam in fp32, gathered for every pass.
+    `trip(place)` is called in the midst of each part of a step."""
 
     shapes = {"layer.weight": (13, 7), "layer.bias": (13,), "odd": (5,)}
 
-    def __init__(self, ranks, accumulation, width=1):
+    def __init__(self, ranks, accumulation, width=1, trip=lambda place: None):
         self.ranks, self.accumulation, self.passes, self.lr, self.norm = ranks, accumulation, 0, 0.0, None
+        self.trip = trip
         self.shapes = {**self.shapes, "wide": (width,)}
         pieces = []
         for i, shape in enumerate(self.shapes.values()):
@@ -75,6 +80,7 @@ class Linear:
     def __call__(self, pixels, vit_pixels, n_B, *_):
         gathered = [torch.empty_like(self.masters[0]) for _ in range(self.ranks.size)]
         dist.all_gather(gathered, self.masters[0])
+        self.trip("forward")
         by_rank = [g.split(self.sizes) for g in gathered]
         self.wholes = [torch.cat([pieces[i] for pieces in by_rank])[:torch.Size(shape).numel()].view(shape).requires_grad_()
                        for i, shape in enumerate(self.shapes.values())]
@@ -86,6 +92,7 @@ class Linear:
 
     def backward(self, loss):
         (loss / self.accumulation).backward()
+        self.trip("backward")
         flat = []
         for p, size in zip(self.wholes, self.sizes):
             g = p.grad.flatten() if p.grad is not None else torch.zeros(p.numel())
@@ -107,6 +114,7 @@ class Linear:
         self.optimizer_step += 1
         m, v = self.moments["exp_avg"][0], self.moments["exp_avg_sq"][0]
         m.lerp_(mine, 0.1)
+        self.trip("step")
         v.lerp_(mine * mine, 0.05)
         self.masters[0] -= self.lr * m / (v.sqrt() + 1e-8)
         return True
@@ -116,13 +124,17 @@ class Linear:
 
 
 class Source:
-    """Micro-batches of sample numbers; `fault(step, micro, rank)` runs before each, slow_s passes before each step."""
+    """Micro-batches in the order of the real loader: NUM_SAMPLES an epoch, in two shards. step_s passes before each step;
+    with `record` every rank notes its samples as a line [step, micro-batch, [sample, ...]]."""
 
-    def __init__(self, ranks, config, options):
-        self.ranks, self.options, self.start_step = ranks, options, 0
-        self.batch = config.train.global_batch
+    NUM_SAMPLES = 84             # no multiple of the batch: some epochs end in the midst of a step
+
+    def __init__(self, ranks, config, options, trip):
+        self.ranks, self.options, self.trip, self.start_step = ranks, options, trip, 0
+        self.batch, self.order = config.train.global_batch, Order(config.run.seed, [50, self.NUM_SAMPLES - 50])
         self.micro = config.train.micro_batch or self.batch // ranks.size
         self.accumulation_steps = self.batch // (self.micro * ranks.size)
+        self.samples = Path(config.run.dir) / f"samples-rank{ranks.rank}.jsonl"
 
     def __iter__(self):
         step = self.start_step
@@ -130,15 +142,36 @@ class Source:
             step += 1
             for micro in range(self.accumulation_steps):
                 time.sleep(self.options.get("step_s", 0.0) * (10 if step == self.options.get("slow_step") else 1))
-                fault = self.options.get("fault")
-                if fault and fault["step"] == step and self.ranks.rank in fault["ranks"] and micro == self.accumulation_steps - 1:
-                    FAULTS[fault["kind"]]()
+                if micro == self.accumulation_steps - 1:
+                    self.trip("data")
                 first = (step - 1) * self.batch + (micro * self.ranks.size + self.ranks.rank) * self.micro
-                n_B = torch.arange(first, first + self.micro)
+                n_B = torch.as_tensor(self.order(torch.arange(first, first + self.micro).numpy()))
+                if self.options.get("record"):
+                    with open(self.samples, "a") as file:
+                        print(json.dumps([step, micro, n_B.tolist()]), file=file)
                 nan = step in self.options.get("nan_steps", ()) and self.ranks.rank == 0
                 yield SimpleNamespace(pixels_BCHW=float("nan") if nan else 1.0, vit_pixels_BCHW=None, n_B=n_B,
                                       latents_BCHW=None, captions=None, has_image=None,
                                       wait_s=0.0, failures=[])
+
+
+def digest(shapes, whole):
+    """SHA-256 over whole(slot, name) of every slot and parameter: the state as if it were not split."""
+    total = hashlib.sha256()
+    for slot in ("master", "exp_avg", "exp_avg_sq", "ema"):
+        for name in sorted(shapes):
+            total.update(whole(slot, name).contiguous().numpy().tobytes())
+    return total.hexdigest()
+
+
+def live_digest(state):
+    """The digest of what all ranks hold now."""
+    parts = state.ranks.all({key: view.numpy().copy() for key, view in state.tensors().items()})
+
+    def whole(slot, name):
+        flat = torch.cat([torch.from_numpy(part[f"{slot}/{name}"]) for part in parts])
+        return flat[:torch.Size(state.sharded.shapes[name]).numel()]
+    return digest(state.sharded.shapes, whole)
 
 
 def read_fifo():
@@ -186,18 +219,37 @@ def work(rank, size, run_dir, rendezvous, overrides, options, parent):
                   patient=dist.new_group(backend="gloo"))
     config = parse("", overrides=["train.global_batch=8", "optim.lr=0.05", "optim.warmup_steps=0", "ema.decay=0.9",
                                   "log.every_steps=100000", f"run.dir={run_dir}", *overrides])
-    code = 1
+    code, state = 1, None
+
+    def trip(place):
+        """Breaks where options["fault"] says {step, ranks, kind, place}: in the first read of a checkpoint, in the first save
+        from that step on, or in that step."""
+        fault = options.get("fault")
+        if not fault or fault["place"] != place or rank not in fault["ranks"]:
+            return
+        if place == "load" or (state.step >= fault["step"] if place == "save" else state.step + 1 == fault["step"]):
+            FAULTS[fault["kind"]]()
+
+    def tripping(real, place):
+        def call(*args, **kwargs):
+            result = real(*args, **kwargs)
+            trip(place)
+            return result
+        return call
+    checkpoint.write_safetensors = tripping(checkpoint.write_safetensors, "save")        # between writing and reading back
+    checkpoint.Reader.piece = tripping(checkpoint.Reader.piece, "load")
     try:
         with Watch(ranks, run_dir, config.guard.hang_s, parent) as watch:
             ranks.on_first(lambda: checkpoint.take(run_dir))
             folder = checkpoint.newest(run_dir / "checkpoints", ranks)
-            source = Source(ranks, config, options)
-            sharded = Linear(ranks, source.accumulation_steps, options.get("width", 1))
+            source = Source(ranks, config, options, trip)
+            sharded = Linear(ranks, source.accumulation_steps, options.get("width", 1), trip)
             guard = Guard(config.guard.max_skips, config.guard.spike_sigmas, config.guard.skip_spikes)
             state = loop.State(sharded, Ema(sharded.masters, config.ema.decay), guard, Skips(1.0, 10**9, None), ranks)
             if folder is not None:
                 loop.restore(state, folder)
-                print(f"resumed from step {state.step}", flush=True)
+                state_digest = live_digest(state) if options.get("record") else ""
+                print(f"resumed from step {state.step} {state_digest}", flush=True)
             source.start_step = state.step
             saver = checkpoint.Saver(run_dir / "checkpoints", ranks.apart(), keep=config.checkpoint.keep,
                                      keep_every_steps=config.checkpoint.keep_every_steps,
@@ -208,6 +260,8 @@ def work(rank, size, run_dir, rendezvous, overrides, options, parent):
     except InputError as error:
         print(f"iomm: {error}", flush=True)
         code = 2
+    except Exception:
+        traceback.print_exc()
     os._exit(code)
 
 
@@ -216,7 +270,7 @@ Metrics.open_board = lambda self, start_step: None          # TensorBoard takes 
 
 def launcher(run_dir, rendezvous, size, overrides, options, tell):
     """The parent of the ranks: forks them, tells their process ids, and at the end their exit codes. Kills the others
-    4 s after one has failed; DeepSpeed's does so after 1 s, too soon to see what the ranks do by themselves."""
+    15 s after one has failed; DeepSpeed's does so after 1 s, too soon to see what the ranks do by themselves."""
     pids, codes, parent = [], {}, os.getpid()
     for rank in range(size):
         pid = os.fork()
@@ -232,7 +286,7 @@ def launcher(run_dir, rendezvous, size, overrides, options, tell):
             if done:
                 codes[pid] = os.waitstatus_to_exitcode(status)
                 failed_at = failed_at or (time.monotonic() if codes[pid] else None)
-            elif failed_at and time.monotonic() - failed_at > 4:
+            elif failed_at and time.monotonic() - failed_at > 15:
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.005)
     os.write(tell, (json.dumps([codes[pid] for pid in pids]) + "\n").encode())

@@ -7,13 +7,14 @@ import re
 import shutil
 import signal
 import time
+from collections import defaultdict
 from pathlib import Path
 
-from faults.mini import Job
+from faults.mini import Job, Source, digest
 
 from iomm.engine import checkpoint
 from iomm.engine.guard import REQUEUE
-from iomm.engine.watch import HUNG, alive
+from iomm.engine.watch import DEAD, HUNG, alive
 
 
 def logged(job):
@@ -24,6 +25,11 @@ def logged(job):
 def newest_step(run_dir):
     folder = checkpoint.newest(Path(run_dir) / "checkpoints", say=lambda line: None)
     return 0 if folder is None else checkpoint.step_of(folder)
+
+
+def said(run_dir):
+    """Everything that any rank has said."""
+    return "".join(path.read_text() for path in sorted(Path(run_dir).glob("out-rank*.txt")))
 
 
 def final_files(run_dir):
@@ -69,49 +75,98 @@ def kill_chain(folder, num_kills, seed=0):
 
 
 def bitwise_resumes(folder, num_trials, seed=0):
-    """Stop at a random step (in an epoch's middle, in accumulation, after a skipped step ...), resume: every later loss,
-    gradient norm and rate as hex, and the last state, are those of the run that was not stopped."""
+    """SIGKILL of one rank in the second half of a step's accumulation, at an epoch's edge, in its midst, just after a skipped
+    step or at random; then a new start: every loss, gradient norm and rate as hex, the samples and the last state are those
+    of the run that was not killed, from the resumed step to the last, at least 20."""
     rng, folder = random.Random(seed), Path(folder)
     settings = ["train.steps=60", "checkpoint.every_steps=1", "checkpoint.keep=100", "train.micro_batch=2"]
-    assert Job(folder / "golden", *settings, nan_steps=[7, 23]).wait(60) == [0, 0]
-    equal = 0
-    for trial in range(num_trials):
-        run_dir, step = folder / f"trial{trial}", rng.choice([7, 8, 23, *range(1, 40)])
-        shutil.copytree(folder / "golden", run_dir)
-        for path in checkpoint.steps(run_dir / "checkpoints"):
-            if checkpoint.step_of(path) > step:
-                shutil.rmtree(path)
-        assert Job(run_dir, *settings, nan_steps=[7, 23]).wait(60) == [0, 0]
-        assert f"resumed from step {step}" in (run_dir / "out-rank0.txt").read_text()
-        equal += final_files(run_dir) == final_files(folder / "golden") and log_rows(run_dir) == log_rows(folder / "golden")
+    same = {"nan_steps": [7, 23], "record": True}
+    assert Job(folder / "golden", *settings, **same).wait(120) == [0, 0]
+    edge = Source.NUM_SAMPLES // 8 + 1           # the step in which the first epoch ends
+    steps = [8, 24, edge, edge + 1, edge // 2, *(rng.randint(2, 40) for _ in range(num_trials))][:num_trials]
+    equal, wanted = 0, samples_of(folder / "golden")
+    for trial, step in enumerate(steps):
+        run_dir = folder / f"trial{trial}"
+        fault = {"step": step, "ranks": [trial % 2], "kind": "kill", "place": "data"}
+        assert Job(run_dir, *settings, fault=fault, **same).wait(60) != [0, 0]
+        assert Job(run_dir, *settings, **same).wait(120) == [0, 0]
+        resumed = int(re.findall(r"resumed from step (\d+)", (run_dir / "out-rank0.txt").read_text())[-1])
+        assert step - 2 <= resumed < step <= 40, "the save of the step before may have been under way"
+        equal += (final_files(run_dir) == final_files(folder / "golden") and log_rows(run_dir) == log_rows(folder / "golden")
+                  and samples_of(run_dir) == wanted)
         shutil.rmtree(run_dir)
     return {"trials": num_trials, "bitwise": equal, "steps_compared_at_least": 20}
 
 
+def damaged_starts(folder):
+    """The newest checkpoint of a run is damaged, each of its files in four ways: the next start says so, goes on from the one
+    before, and ends at the same bits."""
+    golden, good = Path(folder) / "golden", 0
+    settings = ["train.steps=12", "checkpoint.every_steps=4", "checkpoint.keep=100"]
+    assert Job(golden, *settings).wait(60) == [0, 0]
+    names = sorted(p.name for p in checkpoint.newest(golden / "checkpoints").iterdir())
+    ways = {"flip": lambda raw: raw[:-9] + bytes([raw[-9] ^ 4]) + raw[-8:], "cut": lambda raw: raw[:-1],
+            "hole": lambda raw: raw[:len(raw) // 4] + bytes(len(raw) // 2) + raw[-(len(raw) // 4):], "missing": lambda raw: None}
+    for name in names:
+        for way, change in ways.items():
+            run_dir = Path(folder) / f"{name}-{way}"
+            shutil.copytree(golden, run_dir)
+            path = run_dir / "checkpoints/step-00000012" / name
+            raw = change(path.read_bytes())
+            path.write_bytes(raw) if raw is not None else path.unlink()
+            codes, words = Job(run_dir, *settings).wait(60), said(run_dir)
+            good += (codes == [0, 0] and words.count("checkpoint passed over: ") == 1 and "resumed from step 8" in words
+                     and final_files(run_dir) == final_files(golden))
+            shutil.rmtree(run_dir)
+    return {"starts": len(names) * len(ways), "went_on_from_the_one_before_and_ended_at_the_same_bits": good}
+
+
+def samples_of(run_dir):
+    """{step: samples of the global batch in order, whatever number of ranks took them}; of the last start that came there."""
+    found = defaultdict(dict)
+    for path in sorted(Path(run_dir).glob("samples-rank*.jsonl")):
+        for step, micro, samples in map(json.loads, path.read_text().splitlines()):
+            found[step][micro, path.name] = samples
+    return {step: [n for _, samples in sorted(parts.items()) for n in samples] for step, parts in found.items()}
+
+
 def world_sizes(folder):
-    """1 -> 2, 2 -> 1, 2 -> 1 -> 2, 4 -> 2, 3 -> 2: whole state bit-equal after the load, first loss bitwise, then within
-    1e-6 for 50 steps; where only two-term sums occur (1 and 2 ranks), bitwise to the end."""
+    """1 -> 2, 2 -> 1, 2 -> 1 -> 2, 4 -> 2, 2 -> 4: the samples of every step in the same order; what the ranks hold after each
+    load is bit by bit what the files hold; the first loss bitwise, then within 1e-6 for 50 steps; where only two-term sums
+    occur (1 and 2 ranks), bitwise to the end."""
     found = {}
     for path in ([1, 2], [2, 1], [2, 1, 2], [4, 2], [2, 4]):
         run_dir, golden = Path(folder) / "-".join(map(str, path)), Path(folder) / f"golden{path[0]}-{max(path)}"
-        same = [f"train.micro_batch={2 if 4 in path else 4}", "train.global_batch=8", "checkpoint.keep=100"]
+        same = [f"train.micro_batch={2 if 4 in path else 4}", "train.global_batch=8", "checkpoint.keep=100", "checkpoint.every_steps=10"]
         if not golden.exists():
-            assert Job(golden, *same, "checkpoint.every_steps=10", f"train.steps={10 + 25 * 2}", size=path[0]).wait(90) == [0] * path[0]
-        for i, size in enumerate(path):
-            steps = [10, *([35, 60] if len(path) == 3 else [60])][i]
-            assert Job(run_dir, *same, "checkpoint.every_steps=10", f"train.steps={steps}", size=size).wait(90) == [0] * size
+            assert Job(golden, *same, "train.steps=60", size=path[0], record=True).wait(90) == [0] * path[0]
+        loads, in_order, wanted = 0, True, samples_of(golden)
+        for size, steps in zip(path, [10, 30, 60] if len(path) == 3 else [10, 60]):
+            before = checkpoint.newest(run_dir / "checkpoints") if steps > 10 else None
+            for samples in run_dir.glob("samples-rank*.jsonl"):
+                samples.rename(run_dir / f"{samples.name}-{steps}")      # parts of a step come from one start only
+            job = Job(run_dir, *same, f"train.steps={steps}", size=size, record=True)
+            assert job.wait(90) == [0] * size
+            now = samples_of(run_dir)
+            in_order &= now == {step: wanted[step] for step in now} and max(now) == steps
+            if before is not None:
+                reader = checkpoint.Reader(before)
+                loads += job.out.splitlines().count(
+                    f"resumed from step {checkpoint.step_of(before)} {digest(reader.manifest['shapes'], reader.full)}")
         ours, theirs = log_rows(run_dir), log_rows(golden)
         losses = [(float.fromhex(a[1]), float.fromhex(b[1])) for a, b in zip(ours, theirs, strict=True)]
         found["->".join(map(str, path))] = {
-            "steps": [row[0] for row in ours] == list(range(1, 61)), "first_loss_bitwise": ours[10][1] == theirs[10][1],
-            "bitwise_to_the_end": [row[1::2] for row in ours] == [row[1::2] for row in theirs], "worst_relative": max(abs(a - b) / abs(b) for a, b in losses)}
+            "samples_in_order": in_order and [row[0] for row in ours] == list(range(1, 61)),
+            "loads": len(path) - 1, "bitwise_loads": loads, "first_loss_bitwise": ours[10][1] == theirs[10][1],
+            "bitwise_to_the_end": [row[1::2] for row in ours] == [row[1::2] for row in theirs],
+            "worst_relative": max(abs(a - b) / abs(b) for a, b in losses)}
     return found
 
 
 def requests_to_stop(folder, num_trials, seed=0):
     """SIGTERM or SIGUSR1 to one or all ranks at a random moment, once or twice: both ranks leave with the requeue code,
     having committed the last step they did."""
-    rng, good, slowest_s = random.Random(seed), 0, 0.0
+    rng, good, slowest_s, mid_save = random.Random(seed), 0, 0.0, 0
     for trial in range(num_trials):
         run_dir = Path(folder) / f"trial{trial}"
         job = Job(run_dir, "train.steps=100000", "checkpoint.every_steps=4", step_s=0.02, width=100_000)
@@ -121,6 +176,7 @@ def requests_to_stop(folder, num_trials, seed=0):
         number = rng.choice([signal.SIGTERM, signal.SIGUSR1])
         targets, started = rng.choice([[0], [1], [0, 1]]), time.monotonic()
         job.kill(targets, number)
+        mid_save += bool(list((run_dir / "checkpoints").glob(".tmp-*")))
         if rng.random() < 0.5:
             time.sleep(rng.uniform(0.0, 0.02))
             job.kill(targets, number)
@@ -129,7 +185,7 @@ def requests_to_stop(folder, num_trials, seed=0):
         last = log_rows(run_dir)[-1][0]
         good += codes == [REQUEUE] * 2 and newest_step(run_dir) == last == logged(job)
         shutil.rmtree(run_dir)
-    return {"trials": num_trials, "same_step_committed_and_requeue_code": good, "slowest_exit_s": round(slowest_s, 2)}
+    return {"trials": num_trials, "same_step_committed_and_requeue_code": good, "asked_during_a_save": mid_save, "slowest_exit_s": round(slowest_s, 2)}
 
 
 def hangs(folder, num_trials, hang_s=1.5, beyond_s=2.0, seed=0):
@@ -139,7 +195,7 @@ def hangs(folder, num_trials, hang_s=1.5, beyond_s=2.0, seed=0):
     for trial in range(num_trials):
         run_dir, kind, rank, step = Path(folder) / f"trial{trial}", kinds[trial % len(kinds)], rng.randrange(2), rng.randint(3, 9)
         job = Job(run_dir, "train.steps=100000", f"guard.hang_s={hang_s}", step_s=0.01,
-                  fault={"step": step, "ranks": [rank], "kind": kind})
+                  fault={"step": step, "ranks": [rank], "kind": kind, "place": "data"})
         log = run_dir / "log.jsonl"
         while not log.exists() or log.read_text().count("\n") < step - 1:
             time.sleep(0.005)
@@ -148,14 +204,13 @@ def hangs(folder, num_trials, hang_s=1.5, beyond_s=2.0, seed=0):
             time.sleep(0.01)
         took_s = time.monotonic() - started
         codes = job.wait(15)
-        said = "".join(path.read_text() for path in run_dir.glob("out-rank*.txt"))
         stacks = all("File" in (run_dir / f"stacks-rank{r}.txt").read_text() for r in range(2))
-        named = ("all wait in collective" if kind == "mismatch" else f"step {step}: rank {rank} (") in said
+        named = ("all wait in collective" if kind == "mismatch" else f"step {step}: rank {rank} (") in said(run_dir)
         slowest_s = max(slowest_s, took_s)
         if HUNG in codes and named and stacks and took_s < hang_s + beyond_s:
             good += 1
         else:
-            failures.append((kind, rank, codes, round(took_s, 2), stacks, said[-500:]))
+            failures.append((kind, rank, codes, round(took_s, 2), stacks, said(run_dir)[-500:]))
     return {"trials": num_trials, "found_named_and_stacks_saved": good, "slowest_s_beyond_the_limit": round(slowest_s - hang_s, 2)}, failures
 
 
@@ -167,17 +222,31 @@ def false_alarms(folder, num_steps, hang_s=1.5):
     return {"steps": num_steps + 40, "alarms": (code != [0, 0]) + (slow != [0, 0])}
 
 
+PLACES = ("forward", "backward", "step", "load", "save")
+
+
 def deaths(folder, num_trials, seed=0):
-    """SIGKILL of one rank at a random moment: how long the other takes to leave."""
-    rng, times = random.Random(seed), []
+    """SIGKILL of one rank in a forward pass, a backward pass, the optimizer's step, a load, or a save: how long the other takes
+    to leave, and a new start to its first step."""
+    rng, leaving, starting, named = random.Random(seed), [], [], 0
     for trial in range(num_trials):
-        run_dir = Path(folder) / f"trial{trial}"
-        job = Job(run_dir, "train.steps=100000", "checkpoint.every_steps=3", step_s=0.01, width=100_000)
-        time.sleep(rng.uniform(0.2, 1.0))
-        job.kill([trial % 2])
+        run_dir, place, rank = Path(folder) / f"trial{trial}", PLACES[trial % len(PLACES)], trial % 2
+        line, width = ["checkpoint.every_steps=3"], 100_000
+        if place == "load":
+            assert Job(run_dir, *line, "train.steps=3", width=width).wait(30) == [0, 0]
+        job = Job(run_dir, *line, "train.steps=100000", step_s=0.01, width=width,
+                  fault={"step": rng.randint(2, 12), "ranks": [rank], "kind": "kill", "place": place})
+        while alive(job.pids[rank]):
+            time.sleep(0.005)
         started = time.monotonic()
         codes = job.wait(20)
-        assert None not in codes, codes
-        times.append(time.monotonic() - started)
+        leaving.append(time.monotonic() - started)
+        named += codes[1 - rank] == DEAD and f"rank {rank} (" in said(run_dir)
+        started = time.monotonic()
+        last = [*line, f"train.steps={newest_step(run_dir) + 1}"]
+        assert Job(run_dir, *last, width=width).wait(120) == [0, 0], place
+        starting.append(time.monotonic() - started)          # of the first step, its save and the end
         shutil.rmtree(run_dir)
-    return {"trials": num_trials, "survivor_gone_within_5_s": sum(t <= 5 for t in times), "slowest_s": round(max(times), 2)}
+    return {"trials": num_trials, "survivor_gone_within_5_s": sum(t <= 5 for t in leaving), "and_named_the_dead": named,
+            "slowest_s": round(max(leaving), 2),
+            "first_step_of_the_next_start_within_60_s": sum(t <= 60 for t in starting), "slowest_start_s": round(max(starting), 2)}

@@ -51,42 +51,49 @@ def step(seconds, device):
     return (time.perf_counter() - started) / pieces
 
 
+def measure(folder, *, parameters, step_s, num_saves):
+    """Figures of num_saves saves into folder, the first left out of the medians, and what engine/interval.py makes of them."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(1)
+    state = {f"{slot}/w": torch.randn(int(parameters), device=device) for slot in ("master", "exp_avg", "exp_avg_sq", "ema")}
+    facts = {"shapes": {"w": [int(parameters)]}, "config": "", "ema": True}
+    quiet = statistics.median(step(step_s, device) for _ in range(5))
+    stalls, writes, slow = [], [], []
+    saver = checkpoint.Saver(Path(folder) / "checkpoints", Alone(), keep=2)
+    for i in range(num_saves + 1):
+        saver.save(i, state, facts)
+        slow.append(step(step_s, device))
+        saver.wait()
+        stalls.append(saver.stall_s)
+        writes.append(saver.write_s)
+    started = time.perf_counter()
+    assert checkpoint.damage(saver.folder) is None
+    verified = time.perf_counter()
+    reader = checkpoint.Reader(saver.folder)
+    assert all(torch.equal(reader.full(*key.split("/")), t.cpu()) for key, t in state.items())
+    read = time.perf_counter()
+    stall, write = statistics.median(stalls[1:]), statistics.median(writes[1:])
+    return {
+        "parameters": int(parameters), "bytes": saver.bytes, "saves": num_saves, "first_stall_s": stalls[0], "stall_s": stall,
+        "stall_share_of_a_step": stall / step_s, "slowing_of_steps_meanwhile": statistics.median(slow[1:]) / quiet - 1,
+        "commit_s": write, "verify_s": verified - started, "read_s": read - verified,
+        "planned": {str(n): vars(plan(num_gpus=n, stall_s=stall, write_s=write, mtbf_gpu_hours=20_000)) for n in (8, 64, 256)}}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parameters", type=float, default=5.5e6)
     parser.add_argument("--step-s", type=float, default=0.65)
     parser.add_argument("--saves", type=int, default=10)
     args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_num_threads(1)
-    state = {f"{slot}/w": torch.randn(int(args.parameters), device=device) for slot in ("master", "exp_avg", "exp_avg_sq", "ema")}
-    facts = {"shapes": {"w": [int(args.parameters)]}, "config": "", "ema": True}
-    quiet = statistics.median(step(args.step_s, device) for _ in range(5))
-    stalls, writes, slow = [], [], []
     with tempfile.TemporaryDirectory(dir=ROOT) as folder:
-        saver = checkpoint.Saver(Path(folder) / "checkpoints", Alone(), keep=2)
-        for i in range(args.saves + 1):
-            saver.save(i, state, facts)
-            slow.append(step(args.step_s, device))
-            saver.wait()
-            stalls.append(saver.stall_s)
-            writes.append(saver.write_s)
-        started = time.perf_counter()
-        assert checkpoint.damage(saver.folder) is None
-        verified = time.perf_counter()
-        reader = checkpoint.Reader(saver.folder)
-        assert all(torch.equal(reader.full(*key.split("/")), t.cpu()) for key, t in state.items())
-        read = time.perf_counter()
-    stall, write = statistics.median(stalls[1:]), statistics.median(writes[1:])
+        figures = measure(folder, parameters=args.parameters, step_s=args.step_s, num_saves=args.saves)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     date = datetime.date.today().isoformat()
-    result = {
-        "machine": {"device": name, "date": date, "commit": commit, "torch": torch.__version__, "load": os.getloadavg()[0]},
-        "parameters": int(args.parameters), "bytes": saver.bytes, "saves": args.saves, "first_stall_s": stalls[0], "stall_s": stall,
-        "stall_share_of_a_step": stall / args.step_s, "slowing_of_steps_meanwhile": statistics.median(slow[1:]) / quiet - 1,
-        "commit_s": write, "verify_s": verified - started, "read_s": read - verified,
-        "planned": {str(n): vars(plan(num_gpus=n, stall_s=stall, write_s=write, mtbf_gpu_hours=20_000)) for n in (8, 64, 256)}}
+    result = {"machine": {"device": name, "date": date, "commit": commit, "torch": torch.__version__, "load": os.getloadavg()[0]},
+              **figures}
     path = ROOT / f"benchmarks/results/checkpoint-{device}-{date}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))

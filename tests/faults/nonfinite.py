@@ -1,8 +1,9 @@
-"""A whole run in which every second step meets a number that is not finite, in one place, on one rank.
+"""A whole run in which every second step, from the first to the last, meets a number that is not finite, in one place, on one rank.
 
     deepspeed nonfinite.py REPORT NUM_INJECTIONS <arguments of engine/launch.py>
 
-REPORT-rank<r>.json: for every step whether weights changed, and a hash of masters, moments and average at its start."""
+REPORT-rank<r>.json: for every step whether weights changed; hashes of masters, moments and average, the first of them before
+step 1."""
 
 import hashlib
 import itertools
@@ -21,9 +22,9 @@ VALUES = (math.nan, math.inf, -math.inf)
 
 
 def planned(num_injections):
-    """{step: (place, value, rank)}: even steps, every place with every value, ranks in turn."""
+    """{step: (place, value, rank)}: odd steps, every place with every value, ranks in turn."""
     order = itertools.islice(itertools.cycle(itertools.product(VALUES, PLACES)), num_injections)
-    return {2 * i + 2: (place, value, (i // len(PLACES) + i) % 2) for i, (value, place) in enumerate(order)}
+    return {2 * i + 1: (place, value, (i // len(PLACES) + i) % 2) for i, (value, place) in enumerate(order)}
 
 
 def digest(state):
@@ -78,7 +79,9 @@ def main():
 
     def train_recorded(state, *args, **kwargs):
         now["state"], now["step"] = state, 0
-        return train(state, *args, **kwargs)
+        done = train(state, *args, **kwargs)
+        record["hashes"].append(digest(state))
+        return done
 
     def step_recorded(*args, **kwargs):
         now["step"] += 1

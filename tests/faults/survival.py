@@ -8,7 +8,9 @@ Writes benchmarks/results/survival.json: a row a trial, and under `trials` what 
 duration. What was noted before of other trials stays. A count of 0 in n trials bounds the rate at 3 / n with 95 % confidence.
 Exits with 1 if a trial broke off; the others are run all the same."""
 
+import contextlib
 import datetime
+import io
 import json
 import os
 import platform
@@ -17,25 +19,61 @@ import sys
 import tempfile
 import time
 import traceback
+import xml.etree.ElementTree
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import torch
-from faults import trials
+from faults import disk, real, trials
+
+from benchmarks.checkpoint import measure
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "benchmarks/results/survival.json"
 
+
+def tests(*arguments):
+    """A trial that is the tests which these arguments of pytest choose, slow ones too."""
+    def run(folder):
+        path = Path(folder) / "tests.xml"
+        subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "slow or not slow", f"--junitxml={path}", *arguments], cwd=ROOT,
+                       check=False)
+        suite = xml.etree.ElementTree.parse(path).getroot()[0]
+        number = {key: int(suite.get(key)) for key in ("tests", "failures", "errors", "skipped")}
+        return {"cases": number["tests"], "as_promised": 2 * number["tests"] - sum(number.values())}
+    return run
+
+
+def bounded_loss(folder, num_saves):
+    """The demo's state saved so often; the intervals that its times ask for, with the loss at a fault and the stall."""
+    found = measure(folder, parameters=5.5e6, step_s=0.65, num_saves=num_saves)
+    return {"saves": num_saves, "mib": found["bytes"] >> 20, "stall_s": round(found["stall_s"], 4), "commit_s": round(found["commit_s"], 2),
+            **{f"on_{n}_gpus": f"{p['lost_gpu_hours']:.2g} GPU-h at a fault, {p['stall']:.4%} stall" for n, p in found["planned"].items()}}
+
+
 # Name of the trial: what it is called in the report, the function, its full number (None: it knows by itself).
 TRIALS = {
     "kill_chain": ("C1 a committed checkpoint is never lost", trials.kill_chain, 1000),
+    "crash_points": ("C2 every crash point of a save is safe", disk.crash_points, None),
+    "damages": ("C4 no damaged checkpoint is ever loaded", disk.damages, 300),
+    "damaged_starts": ("C4 a start goes on before what is damaged", trials.damaged_starts, None),
     "bitwise_resumes": ("C5 resume is bitwise", trials.bitwise_resumes, 20),
     "world_sizes": ("C6 the world size may change", trials.world_sizes, None),
-    "deaths": ("F1 a dead rank stops the job", trials.deaths, 50),
+    "real_world_sizes": ("C6 the world size may change, ZeRO-3", real.real_world_sizes, None),
+    "failing_disks": ("C9 a failing or full disk costs one save", tests("tests/test_checkpoint.py", "-k", "costs_one_save"), None),
+    "retention": ("C10 retention is safe", disk.retention, 300),
+    "deaths": ("F1 a dead rank stops the job", trials.deaths, 40),
+    "real_deaths": ("F1 a dead rank stops the job, ZeRO-3 through the launcher", real.real_deaths, 10),
     "hangs": ("F2 a hang is found and explained", trials.hangs, 40),
     "false_alarms": ("F2 no false alarms", trials.false_alarms, 10_000),
     "requests_to_stop": ("F4 preemption loses nothing", trials.requests_to_stop, 50),
+    "interrupted_starts": ("F6 no interrupted start blocks the next, ZeRO-3 through the launcher", real.interrupted_starts, 20),
+    "nonfinite": ("N1 non-finite values never reach weights, ZeRO-3 through the launcher", real.nonfinite, 60),
+    "hostile": ("S1 nothing that is loaded runs code", tests("tests/test_hostile.py"), None),
+    "mistakes": ("S3 mistakes in a config fail at the start", tests("tests/test_config.py", "-k", "name_file_line_and_key"), None),
+    "bounded_loss": ("O3 what a fault may cost is bounded", bounded_loss, 10),
 }
 
 
@@ -65,7 +103,10 @@ def chosen(arguments):
 def words(found):
     """Counts as one line."""
     found = found[0] if isinstance(found, tuple) else found
-    return ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in found.items())
+    if any(isinstance(value, dict) for value in found.values()):
+        return "; ".join(f"{key}: {words(value)}" for key, value in found.items())
+    return ", ".join(f"{key.replace('_', ' ')} {f'{value:.1e}' if isinstance(value, float) and value < 1e-3 else value}"
+                     for key, value in found.items())
 
 
 def note(name, found, seconds):
@@ -74,7 +115,7 @@ def note(name, found, seconds):
     changed = git("diff", "--name-only", "HEAD", "--", "engine", "iomm", "kernels", "tests")
     facts = {"commit": git("rev-parse", "HEAD"), "date": datetime.date.today().isoformat()}
     what, known = TRIALS[name][0], {what for what, _, _ in TRIALS.values()}
-    whole["trials"][name] = {**facts, **({"with_changes_in": changed.split("\n")} if changed else {}), "seconds": seconds, "found": found}
+    whole["trials"][name] = {**facts, **({"with_changes_in": changed.splitlines()} if changed else {}), "seconds": seconds, "found": found}
     RESULTS.write_text(json.dumps({
         "machine": {"device": f"{cpu()}, {os.cpu_count()} cores, shared with other work", **facts, "torch": torch.__version__,
                     "python": platform.python_version()},
@@ -89,7 +130,8 @@ def main():
         started = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="iomm-survival-", ignore_cleanup_errors=True) as folder:
             try:
-                found = TRIALS[name][1](folder, *([] if number is None else [number]))
+                with contextlib.redirect_stdout(io.StringIO()):
+                    found = TRIALS[name][1](folder, *([] if number is None else [number]))
             except Exception as error:
                 traceback.print_exc()
                 broken, found = True, {"broke_off": f"{type(error).__name__}: {error}"}

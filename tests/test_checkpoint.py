@@ -22,6 +22,7 @@ from faults.disk import (
     save_all,
     saver,
 )
+from faults.real import real_world_sizes
 from faults.trials import bitwise_resumes, damaged_starts, kill_chain, world_sizes
 from safetensors.torch import load_file
 
@@ -283,6 +284,13 @@ def test_the_world_may_change_its_size(tmp_path):
         assert found["samples_in_order"] and found["first_loss_bitwise"] and found["worst_relative"] <= 1e-6, (path, found)
         assert found["loads"] == found["bitwise_loads"] == path.count("->"), (path, found)
         assert found["bitwise_to_the_end"] or "4" in path, (path, found)
+
+
+@pytest.mark.slow
+def test_the_world_may_change_its_size_under_zero_3(tmp_path):
+    for path, found in real_world_sizes(tmp_path).items():
+        assert found["samples_in_order"] and found["first_loss_bitwise"] and found["worst_relative"] <= 1e-6, (path, found)
+        assert found["loads"] == found["bitwise_loads"] == path.count("->"), (path, found)
 
 
 def test_manifest_is_json_that_anybody_can_check(tmp_path):

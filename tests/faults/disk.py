@@ -298,7 +298,8 @@ def retention(folder, num_saves, keep=3, permanent=10, seed=1):
         for step in range(1, num_saves + 1):
             row = row + 1 if rng.random() < 0.1 else 0
             if row:
-                counts, _ = save_and_die(folder, step, rng.randrange(2), rng.randrange(1, 30), **settings)
+                dying = rng.randrange(2)
+                counts, _ = save_and_die(folder, step, dying, rng.randrange(1, (28, 11)[dying]), **settings)
                 killed += None in counts
                 checkpoint.sweep(root)           # the next start
             else:

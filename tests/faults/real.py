@@ -159,10 +159,10 @@ def entries(run_dir):
     return dict(pair for line in lines for pair in line)
 
 
-def real_world_sizes(folder):
+def real_world_sizes(folder, paths=([1, 2], [2, 1], [2, 1, 2], [4, 2])):
     """1 -> 2, 2 -> 1, 2 -> 1 -> 2, 4 -> 2 under ZeRO-3 in fp32: samples, whole states after each load, losses for 50 steps."""
     settings, found = [*world(folder), "train.global_batch=8", "checkpoint.every_steps=10"], {}
-    for path in ([1, 2], [2, 1], [2, 1, 2], [4, 2]):
+    for path in paths:
         run_dir, same = Path(folder) / "-".join(map(str, path)), [*settings, f"train.micro_batch={8 // max(path)}"]
         golden = Path(folder) / f"golden{path[0]}-{max(path)}"
         if not golden.exists():

@@ -306,6 +306,9 @@ def serve():
         print(pid, flush=True)
 
 
+ASKING = threading.Lock()        # tests run two chains of jobs at once
+
+
 @functools.cache
 def server():
     path = os.pathsep.join([str(Path(__file__).parent.parent), str(Path(__file__).parent.parent.parent)])
@@ -325,8 +328,9 @@ class Job:
         os.set_blocking(pipe, True)
         request = {"run_dir": str(run_dir), "rendezvous": f"{name}-rendezvous", "size": size, "overrides": overrides,
                    "options": options, "answers": f"{name}-answers"}
-        server().stdin.write(json.dumps(request) + "\n")
-        self.launcher = int(server().stdout.readline())
+        with ASKING:
+            server().stdin.write(json.dumps(request) + "\n")
+            self.launcher = int(server().stdout.readline())
         while not select.select([pipe], [], [], 10)[0]:
             raise AssertionError("no ranks were started")
         self.answers = os.fdopen(pipe)

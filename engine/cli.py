@@ -44,6 +44,8 @@ def main(argv=None):
         command.add_argument("--steps", type=int, default=20, help="Euler steps")
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--guidance", type=float, default=guidance, help="classifier-free guidance; above 1 after stage 2")
+        command.add_argument("--shift", type=lambda text: text if text == "flux" else float(text), default=1.0,
+                             help="resolution shift of the steps, above 1 towards noise; flux: FLUX's, by the size")
         command.add_argument("--size", metavar="PX", help="side of a picture, or WIDTHxHEIGHT; default: the run's data.size_px")
 
     command = of_a_run("sample", "draw a PNG grid: masked images and what is drawn of them, or prompts")
@@ -122,7 +124,7 @@ def evaluate(args):
     return evaluate(
         args.bench, prompts=args.prompts, out=args.out, run=args.run, root=args.origin_img_root, num=args.num,
         size=parse_size(args.size) if args.size else None, steps=args.steps, seed=args.seed, guidance=args.guidance,
-        weights=args.weights, batch=args.batch, compiled=args.compile, rank=args.rank, num_ranks=args.ranks, check_only=args.check)
+        shift=args.shift, weights=args.weights, batch=args.batch, compiled=args.compile, rank=args.rank, num_ranks=args.ranks, check_only=args.check)
 
 
 def export(args):
@@ -135,7 +137,7 @@ def drawing_settings(args):
     import torch
 
     from iomm.engine.draw import parse_size
-    return dict(steps=args.steps, seed=args.seed, guidance=args.guidance, weights=args.weights, out=args.out,
+    return dict(steps=args.steps, seed=args.seed, guidance=args.guidance, shift=args.shift, weights=args.weights, out=args.out,
                 size=parse_size(args.size) if args.size else None, device="cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -66,6 +66,7 @@ class DataSection:
     max_pixels: int = 1 << 26          # and those with more pixels: 256 MB while one is decoded
     max_bad_fraction: float = 1e-4     # share of samples that may turn out damaged while training
     max_bad_shards: int = 5            # shards that may hold such samples
+    heldout: int = 0                   # images, and as many pairs, that training never sees: for evaluate.every_steps
 
     def __post_init__(self):
         positive("data.size_px", self.size_px, 16)
@@ -76,14 +77,13 @@ class DataSection:
             positive(f"data.{name}", getattr(self, name))
         positive("data.max_aspect", self.max_aspect, 1)
         positive("data.max_bad_shards", self.max_bad_shards, 0)
+        positive("data.heldout", self.heldout, 0)
         for name in ("mix", "hw_decoder_load", "max_bad_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"data.{name} must be between 0 and 1, got {getattr(self, name)}")
         if self.latents and (self.flip or self.crop != "center" or self.buckets or self.pairs):
             raise InputError("data.latents are those of centre crops of one set of images, as they are: set data.flip="
                              "false, data.crop=center, data.buckets=false and no data.pairs, or leave data.latents out")
-        if self.buckets and self.pairs:
-            raise InputError("data.buckets and data.pairs do not go together yet: choose one")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,6 +234,22 @@ class LogSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluateSection:
+    every_steps: int = 0               # held-out loss and a grid every so many steps and after the last; 0: never
+    micro_batch: int = 16              # held-out samples, or pictures, a rank and pass
+    num_images: int = 16               # pictures of the grid; 0: none
+    steps: int = 20                    # Euler steps of each
+    guidance: float = 1.0              # of pictures from prompts; above 1 once captions were dropped in training
+    prompts: str | None = None         # separated by |, drawn in turn; unset: held-out captions, or masked images without pairs
+
+    def __post_init__(self):
+        positive("evaluate.every_steps", self.every_steps, 0)
+        positive("evaluate.micro_batch", self.micro_batch)
+        positive("evaluate.num_images", self.num_images, 0)
+        positive("evaluate.steps", self.steps)
+
+
+@dataclass(frozen=True, kw_only=True)
 class GuardSection:
     max_skips: int = 5                 # steps in a row that may be skipped before the run stops
     spike_sigmas: float = 6.0          # robust deviations above the median from which a loss is called a spike
@@ -273,6 +289,7 @@ class RunConfig:
     zero: ZeroSection = field(default_factory=ZeroSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     log: LogSection = field(default_factory=LogSection)
+    evaluate: EvaluateSection = field(default_factory=EvaluateSection)
     guard: GuardSection = field(default_factory=GuardSection)
     profile: ProfileSection = field(default_factory=ProfileSection)
 
@@ -292,7 +309,8 @@ FREE_KEYS = ("run.dir", "optim.adamw", "zero.stage", "zero.reduce_precision", "z
              "train.timeout_s", "data.threads", "data.hw_decoder_load", "data.max_bad_fraction",
              "data.max_bad_shards", "checkpoint.every_steps", "checkpoint.keep", "checkpoint.keep_every_steps",
              "checkpoint.background", "checkpoint.mtbf_gpu_hours", "log.every_steps", "log.sample_images", "log.sample_steps", "log.wandb",
-             "guard.max_skips", "guard.hang_s", "profile.start_step", "profile.num_steps")
+             "evaluate.every_steps", "evaluate.micro_batch", "evaluate.num_images", "evaluate.steps", "evaluate.guidance",
+             "evaluate.prompts", "guard.max_skips", "guard.hang_s", "profile.start_step", "profile.num_steps")
 
 
 def load_config(name, overrides=()):

@@ -12,8 +12,6 @@ from iomm.config import InputError
 from iomm.engine import parts
 from iomm.engine.data.shards import Shards
 from iomm.engine.data.source import ImageSource
-from iomm.masking import visible_mask
-from iomm.mllm import RECONSTRUCT
 from iomm.pipeline import CARD, Pipeline, draw, height_width, image_grid, to_images
 
 
@@ -31,8 +29,8 @@ def open_pipeline(run_dir, *, weights="ema", device="cpu"):
     return Pipeline(model, config.data.size_px, origin=origin), config
 
 
-def draw_run(run_dir, *, num=16, steps=20, seed=0, prompts=(), guidance=1.0, size=None, weights="ema", device="cpu", out=None,
-             singles=False):
+def draw_run(run_dir, *, num=16, steps=20, seed=0, prompts=(), guidance=1.0, shift=1.0, size=None, weights="ema", device="cpu",
+             out=None, singles=False):
     """Writes a PNG grid and returns its path; with `singles` every picture too, in the folder of the grid's name.
 
     With prompts: `num` pictures, the prompts in turn. Without: of a run on images, the first `num` of its order, masked as
@@ -51,42 +49,41 @@ def draw_run(run_dir, *, num=16, steps=20, seed=0, prompts=(), guidance=1.0, siz
         raise InputError("--size and --guidance are for pictures from text: give --prompt")
     texts = [prompts[i % len(prompts)] if prompts else f"masked image {i} of the run" for i in range(num)]
     if prompts:
-        drawn = images = pipe(texts, steps=steps, seed=seed, guidance=guidance, size=size)
+        drawn = images = pipe(texts, steps=steps, seed=seed, guidance=guidance, shift=shift, size=size)
     else:
-        references, drawn = reconstruct(config, pipe.model, num, steps, seed, device)
+        references, drawn = reconstruct(config, pipe.model, num, steps, seed, shift, device)
         images = [image for start in range(0, num, columns) for row in (references, drawn)
                   for image in row[start:start + columns]]
     step = f"step-{int(pipe.origin['step']):08d}-" if "step" in pipe.origin else ""
     path = png_path(out, run_dir, f"{step}seed{seed}")
-    facts = drawing_facts(pipe, size or pipe.size_px, steps=steps, seed=seed, guidance=guidance)
+    facts = drawing_facts(pipe, size or pipe.size_px, steps=steps, seed=seed, guidance=guidance, shift=shift)
     save_png(image_grid(images, columns), path, {**facts, "prompt": "\n".join(dict.fromkeys(texts))})
     for i, image in enumerate(drawn if singles else ()):
         save_png(image, path.with_suffix("") / f"{i:04d}.png", {**facts, "prompt": texts[i], "image": i})
     return path
 
 
-def reconstruct(config, model, num, steps, seed, device):
+def reconstruct(config, model, num, steps, seed, shift, device):
     """-> (the first num images of the run's order, what is drawn of them from their visible tokens), PIL images."""
     mllm, _ = model.frozen
     shards = Shards(parts.prepare_data(config, progress=False))
     batch = next(iter(ImageSource(
         shards, seed=config.run.seed, global_batch=num, micro_batch=num, rank=0, world_size=1, size_px=config.data.size_px,
         vit_px=mllm.vit_px, device=torch.device(device), num_steps=1)))
-    visible = visible_mask(config.mask, config.run.seed, batch.n_B.to(device), mllm.num_image_tokens)
-    condition = mllm.condition([RECONSTRUCT] * num, mllm.image_tokens(batch.vit_pixels_BCHW), visible=visible,
-                               mode=config.mask.mode, positions=config.mask.positions)
+    condition = model.condition(batch.vit_pixels_BCHW, batch.n_B.to(device))
     image_B = torch.arange(num, device=device)
-    drawn = draw(model, condition, image_B, size_px=config.data.size_px, steps=steps, seed=seed)
+    drawn = draw(model, condition, image_B, size_px=config.data.size_px, steps=steps, seed=seed, shift=shift)
     return to_images(batch.pixels_BCHW), to_images(drawn)
 
 
-def edit_run(run_dir, image, instruction, *, steps=20, seed=0, guidance=1.0, size=None, weights="ema", device="cpu", out=None):
+def edit_run(run_dir, image, instruction, *, steps=20, seed=0, guidance=1.0, shift=1.0, size=None, weights="ema", device="cpu",
+             out=None):
     """Image file and instruction -> path of the edited PNG. Raises InputError for a file that is no image."""
     picture = open_image(image)
     pipe, _ = open_pipeline(run_dir, weights=weights, device=device)
     path = png_path(out, run_dir, f"edited-{Path(image).stem}-seed{seed}")
-    edited = pipe.edit(picture, instruction, steps=steps, seed=seed, guidance=guidance, size=size)
-    facts = drawing_facts(pipe, size or pipe.size_px, steps=steps, seed=seed, guidance=guidance)
+    edited = pipe.edit(picture, instruction, steps=steps, seed=seed, guidance=guidance, shift=shift, size=size)
+    facts = drawing_facts(pipe, size or pipe.size_px, steps=steps, seed=seed, guidance=guidance, shift=shift)
     save_png(edited, path, {**facts, "prompt": instruction, "source": Path(image).name})
     return path
 
@@ -112,9 +109,9 @@ def size_text(size):
     return f"{width}x{height}"
 
 
-def drawing_facts(pipe, size, *, steps, seed, guidance):
+def drawing_facts(pipe, size, *, steps, seed, guidance, shift):
     """What the text of a PNG says of its origin and settings, beside the prompt."""
-    return {**pipe.origin, "size": size_text(size), "steps": steps, "seed": seed, "guidance": f"{guidance:g}"}
+    return {**pipe.origin, "size": size_text(size), "steps": steps, "seed": seed, "guidance": f"{guidance:g}", "shift": shift}
 
 
 def save_png(image, path, facts):

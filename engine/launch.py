@@ -20,6 +20,7 @@ from iomm.engine.config import differences, flat, load_config
 from iomm.engine.data.skips import Skips
 from iomm.engine.draw import draw_run
 from iomm.engine.ema import Ema
+from iomm.engine.evaluation import Evaluation, load_hook
 from iomm.engine.guard import REQUEUE, Guard
 from iomm.engine.interval import advice
 from iomm.engine.metrics import Metrics, check_wandb
@@ -73,6 +74,9 @@ def parse_args(argv):
     parser.add_argument("--init", help="run folder to start from: its newest weights (run.init_weights), all else fresh")
     parser.add_argument("--resume", default="none", help="none, auto (newest intact checkpoint of run.dir, if any), or a checkpoint folder")
     parser.add_argument("--profile", default="none", help="none, nsys, or torch: trace profile.num_steps from profile.start_step on")
+    parser.add_argument("--hook", metavar="package.module:function",
+                        help="called on rank 0 after each evaluation with (config, step, images, prompts); the numbers that it "
+                        "returns by name are logged")
     parser.add_argument("--dry-run", type=int, nargs="?", const=0, metavar="GPUS",
                         help="check config and paths, print parameters, memory and work for so many GPUs (default 8), and stop")
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)       # the launcher adds it
@@ -95,6 +99,7 @@ def run(config, args, ranks, watch):
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(config.train.threads or max(1, cores // ranks.local_size))
 
+    hook = load_hook(args.hook) if args.hook else None
     ranks.on_first(lambda: open_run_dir(config, args))
     folder = choose_checkpoint(config, args, ranks)
     ranks.on_first(lambda: write_config(config))
@@ -106,7 +111,8 @@ def run(config, args, ranks, watch):
     window = Window(args.profile, state.step + config.profile.start_step, config.profile.num_steps, config.run.dir, ranks)
     saver = checkpoint.Saver(Path(config.run.dir) / "checkpoints", ranks.apart(), keep=config.checkpoint.keep,
                              keep_every_steps=config.checkpoint.keep_every_steps, background=config.checkpoint.background)
-    if loop.train(state, source, config, saver, watch, metrics, window):
+    evaluation = Evaluation(config, source, ranks, hook) if config.evaluate.every_steps else None
+    if loop.train(state, source, config, saver, watch, metrics, window, evaluation):
         ranks.on_first(lambda: finish(config, args, metrics, saver, ranks))
         return True
     say(f"stopped as asked; step {state.step} is saved: start again with --resume auto")
@@ -210,7 +216,7 @@ def finish(config, args, metrics, saver, ranks):
         metrics.image("samples", path, config.train.steps)
         print(f"samples     {path}")
     metrics.close()
-    again = [f"--{name} {shlex.quote(value)}" for name in ("config", "init") if (value := getattr(args, name))]
+    again = [f"--{name} {shlex.quote(value)}" for name in ("config", "init", "hook") if (value := getattr(args, name))]
     again += [shlex.quote(o) for o in args.overrides if not o.startswith("train.steps=")]
     stage_1 = args.stage == "pretrain"
     if saver.folder is not None:

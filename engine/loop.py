@@ -13,7 +13,7 @@ from iomm.engine.guard import Stop
 from iomm.engine.metrics import line
 from iomm.engine.optim import learning_rate
 from iomm.flow import loss_by_time
-from iomm.ranges import each, named
+from iomm.ranges import each, named, whole
 
 
 def train_step(sharded, batches, factor=None):
@@ -38,7 +38,7 @@ def train_step(sharded, batches, factor=None):
     return torch.stack(losses).mean(), by_time, applied, wait_s, failures, seen
 
 
-def train(state, source, config, saver, watch, metrics=None, window=None):
+def train(state, source, config, saver, watch, metrics=None, window=None, evaluation=None):
     """Runs steps state.step + 1 ... train.steps -> whether it came to the end; if not, SIGTERM or SIGUSR1 asked it to stop
     and it has saved. `metrics` is None on all ranks but the first."""
     sharded, ema, guard, ranks = state.sharded, state.ema, state.guard, state.ranks
@@ -66,12 +66,18 @@ def train(state, source, config, saver, watch, metrics=None, window=None):
             guard.saw(state.step, loss, words if applied else words + suspects(seen, ranks), applied)
             if failed:
                 state.skips.saw(sum(ranks.all(failures), []), state.step * batch)
+            evaluated = {}
+            if evaluation is not None and evaluation.due(state.step) and not asked:
+                watch.rest()                     # it may take longer than a step
+                with whole("evaluation"):
+                    evaluated = evaluation(state)
             if metrics is not None:
                 row = metrics.record(
                     step=state.step, loss=loss, by_time=by_time, grad_norm=sharded.grad_norm() if applied else None,
-                    lr=lr, data_wait_s=wait_s, skipped_steps=guard.total, skipped_samples=state.skips.total)
+                    lr=lr, data_wait_s=wait_s, skipped_steps=guard.total, skipped_samples=state.skips.total,
+                    evaluated=evaluated)
                 state.gpu_hours = row["gpu_hours"]
-                if state.step % config.log.every_steps == 0 or state.step == 1:
+                if state.step % config.log.every_steps == 0 or state.step == 1 or evaluated:
                     bar.write(line(row, config.train.steps))
             bar.update()
             if window is not None:

@@ -107,14 +107,17 @@ class Metrics:
         return wandb.init(project=self.dir.absolute().parent.name, name=name, id=name, resume="allow", dir=self.dir,
                           config=settings, settings={"login_timeout": WANDB_PATIENCE_S})
 
-    def record(self, *, step, loss, by_time, grad_norm, lr, data_wait_s, skipped_steps, skipped_samples):
+    def record(self, *, step, loss, by_time, grad_norm, lr, data_wait_s, skipped_steps, skipped_samples,
+               evaluated=None):
         """step counts from 1. by_time: loss sums, then counts, of equal intervals of t from image (0) to noise (1).
+        evaluated: what evaluation.Evaluation found after this step, in a part of that name; its time is none of the step's.
         Returns the record."""
         split, beside = self.clock.read()
+        evaluation_s = split.pop("evaluation", 0.0)
         step_s = sum(split.values())
         self.recent = [*self.recent[-19:], step_s]
         images_per_s = self.global_batch / step_s
-        self.gpu_hours += step_s * self.size / 3600
+        self.gpu_hours += (step_s + evaluation_s) * self.size / 3600
         typical_s = sorted(self.recent)[len(self.recent) // 2]
         row = {
             "step": step, "samples_seen": step * self.global_batch, "loss": loss,
@@ -127,6 +130,8 @@ class Metrics:
         }
         if beside:                               # parts on other streams: not of the sum
             row["time_beside_s"] = beside
+        if evaluated:
+            row |= evaluated | {"evaluation_s": evaluation_s}
         self.careful("log.jsonl", self.write_line, row)
         if self.board is not None and not self.careful("TensorBoard", self.write_board, row):
             self.board = None                    # its thread has ended; the next write would wait for it
@@ -147,6 +152,8 @@ class Metrics:
     def write_board(self, row):
         for key, value in scalars(row).items():
             self.board.add_scalar(key, value, row["step"])
+        if row.get("samples"):
+            self.image("evaluate", row["samples"], row["step"])
         return True
 
     def write_wandb(self, row):
@@ -174,13 +181,19 @@ class Metrics:
 
 
 def scalars(row):
-    """A record -> {name: number}, its lists and groups spread out as name/part; what is None is left out."""
+    """A record -> {name: number}, its lists and groups, at any depth, spread out as name/part; what is no number is left out."""
     flat = {}
+
+    def spread(name, value):
+        if isinstance(value, dict | list):
+            for part, item in value.items() if isinstance(value, dict) else enumerate(value):
+                spread(f"{name}/{part}", item)
+        elif isinstance(value, int | float):
+            flat[name] = value
     for key, value in row.items():
-        parts = enumerate(value) if isinstance(value, list) else value.items() if isinstance(value, dict) else None
-        flat |= {key: value} if parts is None else {f"{key}/{part}": number for part, number in parts}
-    del flat["step"]
-    return {key: value for key, value in flat.items() if value is not None}
+        if key != "step":
+            spread(key, value)
+    return flat
 
 
 def halves(values):
@@ -194,7 +207,8 @@ def line(row, num_steps):
     norm = f"{row['grad_norm']:.3f}" if row["grad_norm"] is not None else "skipped"
     longest = sorted(row["time_s"].items(), key=lambda part: -part[1])[:3]
     split = ", ".join(f"{name} {seconds / row['step_s']:.0%}" for name, seconds in longest)
-    return (f"step {row['step']}/{num_steps}  loss {row['loss']:.4f}  grad norm {norm}  lr {row['lr']:.2e}  "
+    heldout = "".join(f"  held-out {kind} {loss['mean']:.4f}" for kind, loss in row.get("heldout_loss", {}).items())
+    return (f"step {row['step']}/{num_steps}  loss {row['loss']:.4f}{heldout}  grad norm {norm}  lr {row['lr']:.2e}  "
             f"{row['images_per_s']:.1f} images/s  {row['tokens_per_s']:,.0f} tokens/s{mfu}  "
             f"data wait {row['data_wait_s'] * 1e3:.0f} ms  {split}  "
             f"GPU-hours {row['gpu_hours']:.2f} used, {row['gpu_hours_left']:.2f} left")

@@ -11,12 +11,12 @@ from iomm.adapter import Connector, QueryAdapter
 from iomm.config import InputError, generator_config
 from iomm.engine import checkpoint
 from iomm.engine.config import load_config, positive
-from iomm.engine.data.buckets import Buckets, bucket_sizes
+from iomm.engine.data.buckets import Buckets, bucket_sizes, buckets_of_both
 from iomm.engine.data.index import ensure_index, load, warnings_on
 from iomm.engine.data.judge import Rules
 from iomm.engine.data.latents import LatentStore, write_cache
-from iomm.engine.data.mixture import Joined, Mixture
-from iomm.engine.data.order import Order
+from iomm.engine.data.mixture import Joined, Mixture, images_of
+from iomm.engine.data.order import Order, Squares, held_out
 from iomm.engine.data.shards import Shards
 from iomm.engine.data.source import ImageSource
 from iomm.engine.shapes.mllm import tiny_mllm
@@ -56,23 +56,44 @@ def prepare_data(config, progress=True, pairs=False):
 
 def open_source(config, ranks, mllm, vae, *, index_dir=None, pairs_dir=None):
     """The batches of a run (ImageSource), from step 0: images of index_dir, pairs of pairs_dir, or data.mix of both."""
-    data, seed, batch = config.data, config.run.seed, config.train.global_batch
+    data, batch = config.data, config.train.global_batch
     images, pairs = (Shards(folder) if folder else None for folder in (index_dir, pairs_dir))
-    plan, samples, latents = None, images, None
-    if pairs is not None:
-        samples = Joined(images, pairs)
-        orders = [Order(seed, shards.shard_sizes) if shards is not None else None for shards in (images, pairs)]
-        plan = Mixture(seed, batch, data.mix if images is not None else 0.0, *orders, data.size_px)
-    elif data.buckets:
-        plan = Buckets(seed, images.index, batch, bucket_sizes(data.size_px, vae.factor * vae.patch))
+    latents = None
     if data.latents:
         latents = LatentStore(data.latents, images.index, vae=config.model.vae, size_px=data.size_px)
     return ImageSource(
-        samples, seed=seed, global_batch=batch, micro_batch=config.train.micro_batch or max(1, batch // ranks.size),
-        rank=ranks.rank, world_size=ranks.size, size_px=data.size_px, vit_px=mllm.vit_px, device=ranks.device,
-        start_step=0, num_steps=config.train.steps, flip=data.flip, num_threads=data.threads, crop=data.crop, plan=plan,
-        latents=latents, dtype=torch.bfloat16 if data.precision == "bf16" else torch.float32,
-        hw_decoder_load=data.hw_decoder_load, resize=data.resize)
+        images if pairs is None else Joined(images, pairs), seed=config.run.seed, global_batch=batch,
+        micro_batch=config.train.micro_batch or max(1, batch // ranks.size), rank=ranks.rank, world_size=ranks.size,
+        size_px=data.size_px, vit_px=mllm.vit_px, device=ranks.device, start_step=0, num_steps=config.train.steps,
+        flip=data.flip, num_threads=data.threads, crop=data.crop, plan=make_order(config, images, pairs, vae), latents=latents,
+        dtype=torch.bfloat16 if data.precision == "bf16" else torch.float32, hw_decoder_load=data.hw_decoder_load,
+        resize=data.resize)
+
+
+def make_order(config, images, pairs, vae):
+    """Shards of images and of pairs, one of them None where the run has none of the kind -> the plan (see order.Squares) of
+    a run: squares or buckets, without the data.heldout samples of each kind that training never sees."""
+    data, seed, batch = config.data, config.run.seed, config.train.global_batch
+
+    def alone(shards, num):
+        if not num:
+            return None
+        kept = held_out(shards.shard_sizes, data.heldout)
+        if data.buckets:
+            return Buckets(seed, shards.index, num, bucket_sizes(data.size_px, vae.factor * vae.patch), held_out=kept)
+        return Squares(Order(seed, shards.shard_sizes, held_out=kept), data.size_px)
+
+    if pairs is None:
+        plan = alone(images, batch)
+        if plan.total < batch:
+            raise InputError(f"train.global_batch is {batch}, but there are only {plan.total} samples to train on: lower it or "
+                             "add data")
+        return plan
+    num_images = images_of(data.mix, batch) if images is not None else 0
+    plans = alone(images, num_images), alone(pairs, batch - num_images)
+    if data.buckets and all(plans):
+        buckets_of_both(*plans)
+    return Mixture(seed, batch, num_images, *plans, len(images) if images is not None else 0)
 
 
 def share(rank=None, num_ranks=None):

@@ -44,13 +44,20 @@ class Stage3:
 
     def refresh(self):
         """Hands masters that were overwritten to the working copies."""
+        self.optimizer._partition_all_parameters()                     # what is still gathered is of the old ones
         for i in range(len(self.masters)):
             self.optimizer._reassign_or_swap_out_partitioned_parameters(i)
         self.optimizer.invalidate_secondary_tensor()                   # of hierarchical partitioning
         persistent = self.optimizer.persistent_parameters              # small ones stay gathered: gather them anew
         if persistent:
-            persistent[0].partition(persistent)
             persistent[0].all_gather(persistent)
+
+    def leave_training(self):
+        """Before passes that are not a training step's: drops DeepSpeed's record of the order of modules, by which it fetches
+        ahead, so that they neither follow nor write it. The next two steps make it anew, and fetch each block when it is due."""
+        coordinator = self.optimizer.parameter_offload.get_param_coordinator()
+        if not coordinator.is_invalid_trace():
+            coordinator._invalidate_trace()
 
 
 class Stages1And2:
@@ -73,6 +80,9 @@ class Stages1And2:
 
     def refresh(self):
         self.optimizer.update_lp_params()
+
+    def leave_training(self):
+        """Weights are whole on every rank: any pass may come."""
 
 
 class Replicated:
@@ -145,3 +155,6 @@ class Replicated:
     @torch.no_grad()
     def refresh(self):
         torch._foreach_copy_(*map(list, zip(*self.copies)))
+
+    def leave_training(self):
+        """Weights are whole on every rank: any pass may come."""

@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
@@ -180,6 +181,28 @@ class Sharded:
         """Call after the slots' tensors were overwritten: hands the masters to the working copies."""
         for flat in self.masters:
             self.optimizer.state[flat]["step"].fill_(optimizer_step)
+        self.layout.refresh()
+
+    @contextmanager
+    def showing(self, flats):
+        """The module, for forward passes without gradient between two steps, on all ranks alike. Its weights are `flats`
+        (shaped like the masters), or the masters where there are none; afterwards all is as it was, to the bit."""
+        self.layout.leave_training()
+        self.exchange(flats)
+        try:
+            with torch.no_grad():
+                yield self.engine.module
+        finally:
+            self.exchange(flats)
+
+    @torch.no_grad()
+    def exchange(self, flats, part=1 << 24):
+        """Swaps masters and flats, 64 MiB at a time, and hands the new masters over."""
+        for master, flat in zip(self.masters, flats):
+            for mine, theirs in zip(master.detach().split(part), flat.split(part)):
+                kept = mine.clone()
+                mine.copy_(theirs)
+                theirs.copy_(kept)
         self.layout.refresh()
 
     def set_lr(self, lr):

@@ -2,12 +2,14 @@
 
 The noisy tokens with their velocity, and the loss, are ops: kernels/noisy_tokens, kernels/velocity_loss."""
 
+import math
+
 import torch
 
 from iomm.config import InputError, choice
 from iomm.kernels.velocity_loss import velocity_loss
 
-__all__ = ["TIME_KINDS", "loss_by_time", "sample_time", "shift_time", "velocity_loss"]
+__all__ = ["TIME_KINDS", "loss_by_time", "flux_shift", "sample_time", "shift_time", "velocity_loss"]
 
 TIME_KINDS = ("uniform", "logit_normal")
 
@@ -19,6 +21,12 @@ def shift_time(t, shift):
     if not shift > 0:
         raise InputError(f"time shift must be > 0, got {shift}")
     return shift * t / (1 + (shift - 1) * t)
+
+
+def flux_shift(num_tokens):
+    """FLUX.1-dev's resolution shift for an image of so many latent tokens, for shift_time: exp(mu), mu a line through 0.5 at
+    256 tokens (256 px) and 1.15 at 4096 (github.com/black-forest-labs/flux, sampling.py): 1.88 at 512 px, 3.16 at 1024."""
+    return math.exp(0.5 + (1.15 - 0.5) * (num_tokens - 256) / (4096 - 256))
 
 
 def sample_time(uniform_B, kind="uniform", mean=0.0, std=1.0, shift=1.0):

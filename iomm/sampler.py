@@ -5,7 +5,7 @@ from itertools import pairwise
 import torch
 
 from iomm.config import InputError, choice
-from iomm.flow import shift_time
+from iomm.flow import flux_shift, shift_time
 from iomm.kernels.philox import SAMPLER, normal
 
 METHODS = ("euler", "heun")
@@ -51,11 +51,11 @@ def sample(
     """Noise -> image tokens (B, N, K) in the noise's dtype, at least float32, whatever dtype the velocity comes in.
 
     `velocity_fn(x_BNK, t_B, condition_BCD) -> velocity_BNK`; float32 times. Euler calls it `steps` times,
-    Heun twice as often."""
+    Heun twice as often. shift: of the times (flow.shift_time); "flux" for FLUX's by the number of tokens."""
     choice("sampler method", method, METHODS)
     velocity = guided(velocity_fn, condition_BCD, uncondition_BCD, guidance)
     x = noise_BNK.to(torch.promote_types(noise_BNK.dtype, torch.float32))
-    times = step_times(steps, shift).tolist()
+    times = step_times(steps, flux_shift(x.shape[1]) if shift == "flux" else shift).tolist()
     for t, t_next in pairwise(times):
         slope = velocity(x, torch.full((len(x),), t, device=x.device)).to(x.dtype)
         if method == "heun":

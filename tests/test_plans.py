@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iomm.config import InputError
-from iomm.engine.data.buckets import Buckets, bucket_sizes, join_small
+from iomm.engine.data.buckets import Buckets, bucket_sizes, buckets_of_both, join_small
 from iomm.engine.data.index import build
 from iomm.engine.data.judge import RECORD
-from iomm.engine.data.mixture import Joined, Mixture
-from iomm.engine.data.order import Order
+from iomm.engine.data.mixture import Joined, Mixture, images_of
+from iomm.engine.data.order import Order, Squares, held_out, held_out_entries
 from iomm.engine.data.shards import Shards
 from iomm.engine.data.source import ImageSource
 from iomm.engine.shapes.world import write_world
@@ -114,17 +114,28 @@ def bucket_of(plan, index, entry):
 
 def test_small_buckets_join_their_neighbours():
     ratios = np.array([0.5, 0.8, 1.0, 1.3, 2.0])
-    assert join_small(np.array([5, 0, 9, 3, 20]), ratios, 8).tolist() == [2, 1, 2, 2, 4]
-    assert join_small(np.array([1, 1, 1, 1, 4]), ratios, 8).tolist() == [4] * 5
-    with pytest.raises(InputError, match="train.global_batch is 64, but there are only 30 samples"):
-        join_small(np.array([10, 20]), ratios[:2], 64)
+    assert join_small(np.array([[5, 0, 9, 3, 20]]), ratios, [8]).tolist() == [2, 1, 2, 2, 4]
+    assert join_small(np.array([[1, 1, 1, 1, 4]]), ratios, [8]).tolist() == [4] * 5
+    with pytest.raises(InputError, match="there are only 30 samples"):
+        join_small(np.array([[10, 20]]), ratios[:2], [64])
+
+
+def test_a_bucket_that_lacks_one_kind_joins_a_neighbour():
+    ratios = np.array([0.5, 0.8, 1.0, 1.3, 2.0])
+    images, pairs = [50, 50, 50, 50, 50], [0, 9, 90, 0, 3]
+    assert join_small(np.array([images, pairs]), ratios, [4, 4]).tolist() == [1, 1, 2, 2, 2]
+    with pytest.raises(InputError, match="wants 8 samples of a kind, but there are only 7 samples"):
+        join_small(np.array([[10, 20], [0, 7]]), ratios[:2], [8, 8])
+
+
+def squares(seed, shard_sizes):
+    return Squares(Order(seed, shard_sizes), 32)
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 48), st.floats(0, 1), st.integers(0, 10**9), st.integers(0, 10**6))
 def test_a_mixture_holds_exactly_its_share_in_every_batch(batch, share, seed, step):
-    images, pairs = Order(seed, [40, 24]), Order(seed, [50])
-    plan = Mixture(seed, batch, share, images, pairs, 32)
+    plan = Mixture(seed, batch, images_of(share, batch), squares(seed, [40, 24]), squares(seed, [50]), 64)
     n = np.arange(step * batch, (step + 1) * batch)
     is_pair = plan.is_pair(n)
     assert (~is_pair).sum() == round(share * batch)
@@ -136,8 +147,8 @@ def test_a_mixture_holds_exactly_its_share_in_every_batch(batch, share, seed, st
 
 
 def test_each_source_of_a_mixture_keeps_its_own_epochs():
-    images, pairs = Order(1, [30, 34]), Order(1, [25])
-    plan = Mixture(1, 10, 0.3, images, pairs, 32)
+    images, pairs = squares(1, [30, 34]), squares(1, [25])
+    plan = Mixture(1, 10, 3, images, pairs, 64)
     n = np.arange(10 * 200)
     is_pair, entries = plan.is_pair(n), plan(n)
     assert entries[~is_pair].max() < 64 <= entries[is_pair].min()
@@ -151,11 +162,74 @@ def test_each_source_of_a_mixture_keeps_its_own_epochs():
 
 def test_wrong_mixtures_are_one_line():
     with pytest.raises(InputError, match="data.mix, the share of images in a batch, must be between 0 and 1, got 1.5"):
-        Mixture(0, 8, 1.5, Order(0, [9]), Order(0, [9]), 32)
-    with pytest.raises(InputError, match="data.pairs has 3 samples, but data.mix = 0.5 wants 4 of them in every batch of 8"):
-        Mixture(0, 8, 0.5, Order(0, [9]), Order(0, [3]), 32)
+        images_of(1.5, 8)
+    with pytest.raises(InputError, match="data.pairs has 3 samples to train on, but every batch of 8 wants 4 of them"):
+        Mixture(0, 8, 4, squares(0, [9]), squares(0, [3]), 9)
     with pytest.raises(InputError, match="data.shards has 0 samples"):
-        Mixture(0, 8, 0.5, None, Order(0, [30]), 32)
+        Mixture(0, 8, 4, None, squares(0, [30]), 0)
+
+
+@pytest.mark.parametrize("seed, batch, share, num_held_out", [(0, 8, 0.5, 0), (1, 7, 0.4, 40), (2, 12, 0.25, 40)])
+def test_a_mixture_in_buckets_has_one_shape_and_its_share_in_every_batch(seed, batch, share, num_held_out):
+    """Pairs lead: each is seen once an epoch. Images follow their shapes: in each, all are seen before one is seen twice."""
+    num_images = images_of(share, batch)
+    images, pairs = sizes_only([120, 0, 180], seed), sizes_only([90, 50], seed + 1)
+    shapes = bucket_sizes(512, 16)
+    kept = [held_out([shard["num_samples"] for shard in index.shards], num_held_out) for index in (images, pairs)]
+
+    def make():
+        plans = (Buckets(seed, images, num_images, shapes, held_out=kept[0]),
+                 Buckets(seed, pairs, batch - num_images, shapes, held_out=kept[1]))
+        buckets_of_both(*plans)
+        return *plans, Mixture(seed, batch, num_images, *plans, 300)
+    follower, leader, plan = make()
+    assert follower.sizes == leader.sizes and (follower.totals >= num_images).all() and (leader.totals >= batch - num_images).all()
+    num_steps = int(leader._batches_before(3).sum())
+    entries = run_of(plan, batch, num_steps)
+    is_pair = plan.is_pair(np.arange(num_steps * batch)).reshape(num_steps, batch)
+    assert ((~is_pair).sum(1) == num_images).all() and ((entries >= 300) == is_pair).all()
+    visits, by_shape = Counter(entries.ravel().tolist()), {}
+    for step in range(num_steps):
+        assert plan.size_px(step) == follower.size_px(step) == leader.size_px(step)
+        for entry in entries[step].tolist():
+            by_shape.setdefault((entry < 300, plan.size_px(step)), set()).add(entry)
+    for (is_image, shape), seen in by_shape.items():
+        source, index, first = (follower, images, 0) if is_image else (leader, pairs, 300)
+        assert all(bucket_of(source, index, entry - first) == shape for entry in seen)
+        times = [visits[entry] for entry in seen]
+        if is_image:
+            assert max(times) - min(times) <= 1
+        else:
+            assert set(times) <= {2, 3} and times.count(2) < batch - num_images
+    never = {*held_out_entries([120, 0, 180], num_held_out), *(300 + held_out_entries([90, 50], num_held_out))}
+    assert len(never) == 2 * num_held_out and not never & set(visits)
+    assert {k for k in visits if k >= 300} | {k for k in never if k >= 300} == set(range(300, 440))
+    *_, fresh = make()      # from anywhere, by any rank
+    for step in (num_steps - 1, 0, num_steps // 2):
+        for place in (0, batch - 1):
+            assert fresh(np.array([step * batch + place])).tolist() == [entries[step, place]]
+    again = plan(np.arange(batch), attempt=1)
+    assert ((again >= 300) == is_pair[0]).all() and set(again.tolist()).isdisjoint(never)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=8).filter(lambda sizes: sum(sizes) > 4), st.data())
+def test_what_is_held_out_is_spread_over_the_shards_and_never_visited(shard_sizes, data):
+    total = sum(shard_sizes)
+    num = data.draw(st.integers(0, total - 1))
+    kept, entries = held_out(shard_sizes, num), held_out_entries(shard_sizes, num)
+    assert kept.sum() == len(set(entries)) == len(entries) == num and (kept <= shard_sizes).all()
+    assert all(abs(mine - size * num / total) < 1 for mine, size in zip(kept, shard_sizes))
+    order = Order(5, shard_sizes, held_out=kept)
+    for epoch in range(2):
+        seen = order(np.arange(epoch * order.total, (epoch + 1) * order.total)).tolist()
+        assert sorted([*seen, *entries]) == list(range(total))
+
+
+def test_nothing_held_out_changes_nothing_and_everything_is_refused():
+    assert Order(3, [9, 8])(np.arange(40)).tolist() == Order(3, [9, 8], held_out=held_out([9, 8], 0))(np.arange(40)).tolist()
+    with pytest.raises(InputError, match="data.heldout must leave samples to train on: got 17 of 17"):
+        held_out([9, 8], 17)
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +246,7 @@ def batches_of(samples, plan, rank=0, world_size=1, micro_batch=4, **options):
 
 def test_a_mixed_batch_has_captions_for_pairs_and_vit_pixels_for_images(two_worlds):
     images, pairs = two_worlds
-    plan = Mixture(3, 8, 0.5, *(Order(3, shards.shard_sizes) for shards in two_worlds), 32)
+    plan = Mixture(3, 8, 4, *(squares(3, shards.shard_sizes) for shards in two_worlds), 20)
     samples = Joined(images, pairs)
     one = batches_of(samples, plan, flip=True)
     for batch in one:
@@ -190,7 +264,7 @@ def test_a_mixed_batch_has_captions_for_pairs_and_vit_pixels_for_images(two_worl
 
 def test_pairs_alone(two_worlds):
     _, pairs = two_worlds
-    for batch in batches_of(Joined(None, pairs), Mixture(3, 8, 0.0, None, Order(3, pairs.shard_sizes), 32)):
+    for batch in batches_of(Joined(None, pairs), Mixture(3, 8, 0, None, squares(3, pairs.shard_sizes), 0)):
         assert not any(batch.has_image) and all(batch.captions) and batch.vit_pixels_BCHW.shape == (0, 3, 24, 24)
 
 

@@ -36,26 +36,36 @@ class Buckets:
     left over in each bucket, seen E - 1 times. So a position is a pure function of (seed, n), for any number of
     ranks. Memory is O(shards x buckets); one pass over the index's sizes at the start (0.3 s for 10 M samples), then
     one position costs O(log shards) and, for a shard not read lately, sorting its samples.
+
+    Two of them make the batches of a mixture (see buckets_of_both): one leads, the other follows its buckets, so that
+    step s of either is the b-th batch of the same bucket. What is said of epochs holds for the leader; of the
+    follower, each bucket visits all of its samples before any twice.
     """
 
-    def __init__(self, seed, index, global_batch, sizes, group_shards=16):
+    def __init__(self, seed, index, global_batch, sizes, group_shards=16, held_out=0):
+        """held_out: samples of each shard that are never visited, its last ones."""
         self.seed, self.global_batch, self.group_shards = int(seed), int(global_batch), group_shards
-        self.records = index.records
-        self.num_samples = np.array([shard["num_samples"] for shard in index.shards], dtype=np.int64)
-        self.first_entry = np.cumsum(self.num_samples) - self.num_samples
-        ratios = np.array([width / height for height, width in sizes])
-        self._borders = np.sqrt(ratios[1:] * ratios[:-1])      # the same floats on every machine, unlike logarithms
+        self.records, self.leader, self._all_sizes = index.records, self, sizes
+        whole = np.array([shard["num_samples"] for shard in index.shards], dtype=np.int64)
+        self.num_samples, self.first_entry = whole - held_out, np.cumsum(whole) - whole
+        self.ratios = np.array([width / height for height, width in sizes])
+        self._borders = np.sqrt(self.ratios[1:] * self.ratios[:-1])      # the same floats on every machine, unlike logarithms
         self._joined = np.arange(len(sizes))
-        counts = np.stack([np.bincount(self._buckets(shard), minlength=len(sizes)) for shard in range(len(self.num_samples))])
-        self._joined = join_small(counts.sum(0), ratios, self.global_batch)
-        merged = np.zeros_like(counts)
-        for bucket, target in enumerate(self._joined):
-            merged[:, target] += counts[:, bucket]
+        self.counts = np.stack([np.bincount(self._buckets(shard), minlength=len(sizes)) for shard in range(len(whole))])
+        self.join(join_small(self.counts.sum(0)[None], self.ratios, [self.global_batch]))
+
+    def join(self, joined):
+        """Makes each bucket part of the one that `joined` names, and orders what is in each."""
+        self._joined = joined
+        merged = np.zeros_like(self.counts)
+        for bucket, target in enumerate(joined):
+            merged[:, target] += self.counts[:, bucket]
         self.used = np.flatnonzero(merged.sum(0))
-        self.sizes = [sizes[bucket] for bucket in self.used]
+        self.sizes = [self._all_sizes[bucket] for bucket in self.used]
         self.totals = merged.sum(0)[self.used]
+        self.total = int(self.totals.sum())
         key = mix(np.zeros(1, np.uint64), self.seed)
-        self.orders = [Order(int(mix(key, int(bucket))[0]), merged[:, bucket], group_shards) for bucket in self.used]
+        self.orders = [Order(int(mix(key, int(bucket))[0]), merged[:, bucket], self.group_shards) for bucket in self.used]
         self._key = mix(key, -1)
         self._sorted, self._lock = OrderedDict(), threading.Lock()
 
@@ -65,20 +75,20 @@ class Buckets:
         steps = n // self.global_batch
         for step in np.unique(steps):
             here = steps == step
-            bucket, batch = self._batch(int(step))
+            bucket, batch = self.leader._batch(int(step))
             positions = batch * self.global_batch + n[here] % self.global_batch + attempt
             entries[here] = self._entries(bucket, self.orders[bucket](positions))
         return entries
 
     def size_px(self, step):
-        return self.sizes[self._batch(int(step))[0]]
+        return self.sizes[self.leader._batch(int(step))[0]]
 
     def is_pair(self, n):
         return np.zeros(len(n), dtype=bool)
 
     def _batch(self, step):
         """(bucket, number of the batch in that bucket's own order) of a step."""
-        epoch = step * self.global_batch // int(self.totals.sum())
+        epoch = step * self.global_batch // self.total
         while self._batches_before(epoch + 1).sum() <= step:
             epoch += 1
         first = self._batches_before(epoch)
@@ -121,20 +131,36 @@ class Buckets:
         return self._joined[np.searchsorted(self._borders, some["width"] / some["height"])]
 
 
-def join_small(totals, ratios, global_batch):
-    """Which bucket each bucket becomes part of, so that none is left with fewer than global_batch samples (but empty).
+def join_small(totals, ratios, wanted):
+    """Which bucket each bucket becomes part of, so that each has wanted[k] samples of kind k or more, or none of any.
+    totals: (kinds, buckets).
 
-    The smallest goes first, to the neighbour nearest in ratio. Raises InputError if there are not enough samples."""
-    if totals.sum() < global_batch:
-        raise InputError(f"train.global_batch is {global_batch}, but there are only {totals.sum()} samples: "
-                         "lower it or add data")
-    joined, totals = np.arange(len(totals)), totals.copy()
+    The one that lacks the largest share goes first, to the neighbour nearest in ratio. Raises InputError if there are
+    not enough samples."""
+    totals, wanted = totals.copy(), np.array(wanted)
+    for total, want in zip(totals.sum(1), wanted):
+        if total < want:
+            raise InputError(f"train.global_batch wants {want} samples of a kind, but there are only {total} samples: lower it "
+                             "or add data")
+    joined = np.arange(totals.shape[1])
     while True:
-        filled = np.flatnonzero(totals)
-        small = filled[np.argmin(totals[filled])]
-        if totals[small] >= global_batch:
+        filled = np.flatnonzero(totals.sum(0))
+        shares = (totals[:, filled] / wanted[:, None]).min(0)
+        if shares.min() >= 1:
             return joined
+        small = filled[np.argmin(shares)]
         others = filled[filled != small]
         near = others[np.argmin(np.maximum(ratios[others] / ratios[small], ratios[small] / ratios[others]))]
         joined[joined == small] = near
-        totals[near], totals[small] = totals[near] + totals[small], 0
+        totals[:, near] += totals[:, small]
+        totals[:, small] = 0
+
+
+def buckets_of_both(images, pairs):
+    """Makes of two Buckets, of the images and of the pairs of every batch, those of a mixture: alike joined, so that each
+    bucket has enough of either kind, and with the pairs in the lead. They are the fewer; their epochs are those of a run."""
+    joined = join_small(np.stack([images.counts.sum(0), pairs.counts.sum(0)]), pairs.ratios,
+                        [images.global_batch, pairs.global_batch])
+    for plan in (images, pairs):
+        plan.join(joined)
+        plan.leader = pairs

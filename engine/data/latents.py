@@ -18,6 +18,7 @@ from safetensors.torch import save
 
 from iomm.config import InputError, choice
 from iomm.engine.data.archive import Tar
+from iomm.engine.data.order import InARow
 from iomm.engine.data.shards import Damaged
 from iomm.engine.data.source import ImageSource
 
@@ -127,7 +128,7 @@ def _encode(shards, entries, encode, size_px, dtype, device, batch, num_threads,
     num_batches = -(-len(entries) // batch)
     source = ImageSource(
         shards, seed=0, global_batch=batch, micro_batch=batch, rank=0, world_size=1, size_px=size_px, vit_px=VIT_PX,
-        device=torch.device(device), num_steps=num_batches, num_threads=num_threads, plan=_InARow(entries, size_px))
+        device=torch.device(device), num_steps=num_batches, num_threads=num_threads, plan=InARow(entries, size_px))
     latents, bad = [], []
     for one in source:
         bad += [failure.n for failure in one.failures if failure.n < len(entries)]
@@ -137,22 +138,6 @@ def _encode(shards, entries, encode, size_px, dtype, device, batch, num_threads,
     latents = torch.cat(latents)[:len(entries)]
     latents[bad] = 0
     return latents, bad
-
-
-class _InARow:
-    """The plan (see order.Squares) of entries one after the other; the last one fills the last batch."""
-
-    def __init__(self, entries, size_px):
-        self.entries, self._size_px = entries, (size_px, size_px)
-
-    def __call__(self, n, attempt=0):
-        return np.clip(self.entries[0] + n + attempt, None, self.entries[-1])
-
-    def size_px(self, step):
-        return self._size_px
-
-    def is_pair(self, n):
-        return np.zeros(len(n), dtype=bool)
 
 
 def _bytes(row):

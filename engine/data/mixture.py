@@ -6,39 +6,42 @@ from iomm.config import InputError
 from iomm.engine.data.order import mix
 
 
+def images_of(share, global_batch):
+    """How many images a global batch of images and pairs holds: round(share * G)."""
+    if not 0 <= share <= 1:
+        raise InputError(f"data.mix, the share of images in a batch, must be between 0 and 1, got {share}")
+    return round(share * global_batch)
+
+
 class Mixture:
-    """The plan of a run on two sources (what a plan is: order.Squares): every global batch of G positions holds exactly
-    round(share * G) samples of `images` and the rest of `pairs`.
+    """The plan of a run on two sources (what a plan is: order.Squares): every global batch holds exactly num_images samples
+    of `images` and the rest of `pairs`.
 
     They stand evenly spread, from a place that (seed, step) decides, so that any m neighbouring positions, a rank's
-    micro-batch for one, hold share * m images to within one. Each source has an order (an Order, or None if the share
-    leaves nothing to it), and so epochs, of its own. Entries are numbered as in Joined: images first, then pairs.
+    micro-batch for one, hold their share of images to within one. Each source is a plan of its own part of the batch (None
+    where there is no such part), and so has epochs of its own; both give a step the same size. Entries are numbered as in
+    Joined: first_pair images, then pairs.
     """
 
-    def __init__(self, seed, global_batch, share, images, pairs, size_px):
-        if not 0 <= share <= 1:
-            raise InputError(f"data.mix, the share of images in a batch, must be between 0 and 1, got {share}")
-        self.global_batch, self.num_images = global_batch, round(share * global_batch)
-        for name, source, wanted in (("data.shards", images, self.num_images),
-                                     ("data.pairs", pairs, global_batch - self.num_images)):
+    def __init__(self, seed, global_batch, num_images, images, pairs, first_pair):
+        self.global_batch, self.num_images = global_batch, num_images
+        for name, source, wanted in (("data.shards", images, num_images), ("data.pairs", pairs, global_batch - num_images)):
             if wanted > (source.total if source else 0):
-                raise InputError(f"{name} has {source.total if source else 0} samples, but data.mix = {share} wants "
-                                 f"{wanted} of them in every batch of {global_batch}: add data or lower train.global_batch")
-        self.images, self.pairs = images, pairs
-        self._first_pair = images.total if images else 0
+                raise InputError(f"{name} has {source.total if source else 0} samples to train on, but every batch of "
+                                 f"{global_batch} wants {wanted} of them: add data, or change data.mix or train.global_batch")
+        self.images, self.pairs, self._first_pair = images, pairs, first_pair
         self._key = mix(mix(np.zeros(1, np.uint64), int(seed)), -2)
-        self._size_px = size_px, size_px
 
     def __call__(self, n, attempt=0):
         is_pair, ordinal = self._split(n)
         entries = np.empty_like(ordinal)
         for chosen, source, first in ((~is_pair, self.images, 0), (is_pair, self.pairs, self._first_pair)):
             if chosen.any():
-                entries[chosen] = first + source(ordinal[chosen] + attempt)
+                entries[chosen] = first + source(ordinal[chosen], attempt)
         return entries
 
     def size_px(self, step):
-        return self._size_px
+        return (self.pairs or self.images).size_px(step)
 
     def is_pair(self, n):
         return self._split(n)[0]

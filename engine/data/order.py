@@ -17,20 +17,20 @@ class Order:
     Position n lies in epoch n // total, and every epoch visits every sample exactly once. An epoch permutes the shards,
     takes them in groups of `group_shards`, and permutes the samples within each group, so that a reader has at most
     that many shards open. Nothing has the size of the dataset: memory is O(shards) and one position costs O(log
-    shards). Entries are numbered shard by shard, in the order of `shard_sizes`. Raises InputError if there is no
-    sample.
+    shards). Entries are numbered shard by shard, in the order of `shard_sizes`; the last `held_out` of each shard (see
+    held_out below) are never visited, and `total` counts the others. Raises InputError if there is no sample.
     """
 
-    def __init__(self, seed, shard_sizes, group_shards=16):
+    def __init__(self, seed, shard_sizes, group_shards=16, held_out=0):
         self.seed = int(seed)
-        self.shard_sizes = np.asarray(shard_sizes, dtype=np.int64).reshape(-1)
+        whole = np.asarray(shard_sizes, dtype=np.int64).reshape(-1)
+        self.shard_sizes, self.first_entry = whole - held_out, np.cumsum(whole) - whole
         self.group_shards = int(group_shards)
         if self.group_shards < 1:
             raise InputError(f"group_shards must be >= 1, got {group_shards}")
         if (self.shard_sizes < 0).any() or not self.shard_sizes.sum():
             raise InputError("the shards hold no samples, so there is nothing to put in order")
         self.total = int(self.shard_sizes.sum())
-        self.first_entry = np.cumsum(self.shard_sizes) - self.shard_sizes
         self._plans = OrderedDict()
 
     def __call__(self, n):
@@ -68,6 +68,21 @@ class Order:
         while len(self._plans) > CACHED_EPOCHS:
             self._plans.popitem(last=False)
         return self._plans[epoch]
+
+
+def held_out(shard_sizes, num):
+    """How many samples of each shard (int64 array) are kept from training, its last ones: `num` in all, in proportion to
+    the sizes, so that they are of all the data's sources. Raises InputError if nothing would be left."""
+    total = int(np.sum(shard_sizes))
+    if num >= total:
+        raise InputError(f"data.heldout must leave samples to train on: got {num} of {total}")
+    return np.diff(np.cumsum(shard_sizes, dtype=np.int64) * num // total, prepend=0)
+
+
+def held_out_entries(shard_sizes, num):
+    """Their index entries (int64 array), in order."""
+    ends, nums = np.cumsum(shard_sizes, dtype=np.int64), held_out(shard_sizes, num)
+    return np.concatenate([np.arange(end - count, end) for end, count in zip(ends, nums)])
 
 
 def mix(key, value):
@@ -125,7 +140,7 @@ class Squares:
     """
 
     def __init__(self, order, size_px):
-        self.order = order
+        self.order, self.total = order, order.total
         self._size_px = size_px, size_px
 
     def __call__(self, n, attempt=0):
@@ -136,3 +151,20 @@ class Squares:
 
     def is_pair(self, n):
         return np.zeros(len(n), dtype=bool)
+
+
+class InARow:
+    """The plan of some entries one after the other, all images or all pairs; the last one fills the last batch."""
+
+    def __init__(self, entries, size_px, pairs=False):
+        self.entries, self.pairs = np.asarray(entries, dtype=np.int64), pairs
+        self._size_px = size_px, size_px
+
+    def __call__(self, n, attempt=0):
+        return self.entries[np.minimum(np.asarray(n) + attempt, len(self.entries) - 1)]
+
+    def size_px(self, step):
+        return self._size_px
+
+    def is_pair(self, n):
+        return np.full(len(n), self.pairs)

@@ -52,7 +52,7 @@ class ImageSource:
 
     A sample that can no longer be had (damaged on disk, refused by DALI) is replaced by the next one of its plan, up to
     MAX_ATTEMPTS times, then by black; the batch says so in `failures` (for Skips), and is full in any case, so that ranks
-    stay in step. Raises InputError if G is not a multiple of m W, or larger than the number of samples.
+    stay in step. Raises InputError if G is not a multiple of m W or, without a plan, larger than the number of samples.
     """
 
     def __init__(self, shards, *, seed, global_batch, micro_batch, rank, world_size, size_px, vit_px, device,
@@ -61,7 +61,7 @@ class ImageSource:
         if global_batch < 1 or micro_batch < 1 or global_batch % (micro_batch * world_size):
             raise InputError(f"train.global_batch must be a multiple of train.micro_batch x ranks, got {global_batch} "
                              f"and {micro_batch} x {world_size}")
-        if len(shards) < global_batch:
+        if plan is None and len(shards) < global_batch:
             raise InputError(f"train.global_batch is {global_batch}, but there are only {len(shards)} samples: "
                              "lower it or add data")
         choice("data.crop", crop, ("center", "random"))

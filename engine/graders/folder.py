@@ -21,8 +21,8 @@ from iomm.pipeline import height_width, image_grid
 NAMED = 10             # faults of a kind that are named; the others are counted
 
 
-def evaluate(bench, *, prompts, out, run=None, root=None, num=None, size=None, steps=20, seed=0, guidance=4.0, weights="ema",
-             batch=16, compiled=False, rank=None, num_ranks=None, check_only=False):
+def evaluate(bench, *, prompts, out, run=None, root=None, num=None, size=None, steps=20, seed=0, guidance=4.0, shift=1.0,
+             weights="ema", batch=16, compiled=False, rank=None, num_ranks=None, check_only=False):
     """Draws what is not there yet, this rank's share of it, then checks -> exit code: 0 complete, 1 not. Prints.
 
     size: (height, width), default the run's own. Ranks need no connection: each draws and checks its share of the
@@ -48,7 +48,7 @@ def evaluate(bench, *, prompts, out, run=None, root=None, num=None, size=None, s
             raise InputError(f"dpg cuts its grids into squares: --size must be one, got {draw.size_text(size)}")
         if extra := strangers(layout, items, num, out):
             raise InputError(f"--out {out} holds what does not belong to {bench}, {extra[0]} first: remove it, or choose another")
-        settings = dict(steps=steps, seed=seed, guidance=guidance)
+        settings = dict(steps=steps, seed=seed, guidance=guidance, shift=shift)
         facts = {"benchmark": name, **draw.drawing_facts(pipe, size, **settings)}
         draw_share(pipe.compile() if compiled else pipe, layout, own, num, out, out.with_name(f".{out.name}.rank-{rank}"),
                    facts, dict(size=size, **settings), quiet=rank > 0)

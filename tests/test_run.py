@@ -10,12 +10,17 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
 from iomm.engine import checkpoint
 from iomm.engine.cli import main
+from iomm.engine.evaluation import Evaluation, fixed
 from iomm.engine.launch import main as launch_main
+from iomm.engine.parts import load_run, load_weights, open_source, prepare_data
 from iomm.engine.shapes.world import write_world
 
 ROOT = Path(__file__).parent.parent
@@ -81,7 +86,10 @@ def world(tmp_path_factory):
 @pytest.fixture(scope="module")
 def settings(world):
     return [f"data.shards={world}", "train.steps=6", "train.global_batch=16", "checkpoint.every_steps=2", "data.flip=true",
-            "log.sample_images=0", "train.threads=1"]
+            "log.sample_images=0", "train.threads=1", "data.heldout=8"]
+
+
+EVALUATED = ["evaluate.every_steps=2", "evaluate.num_images=3", "evaluate.steps=1", "evaluate.micro_batch=4"]
 
 
 @pytest.fixture(scope="module")
@@ -113,28 +121,75 @@ def test_every_step_is_logged_with_every_key(golden):
     assert [p.name for p in checkpoint.steps(golden / "checkpoints")] == ["step-00000002", "step-00000004", "step-00000006"]
 
 
-@pytest.mark.parametrize("kill_after", [(1, 3), pytest.param((2, 4, 5), marks=pytest.mark.slow)])
-def test_killed_and_resumed_is_bitwise_the_uninterrupted_run(golden, settings, tmp_path, kill_after):
-    run_dir = tmp_path / "run"
+@pytest.fixture(scope="module")
+def survivor(settings, tmp_path_factory):
+    """The same run, killed twice and resumed, and evaluated on the way."""
+    run_dir = tmp_path_factory.mktemp("survivor") / "run"
+    return run_dir, killed_and_resumed(run_dir, (1, 3), settings)
+
+
+def killed_and_resumed(run_dir, kill_after, settings):
+    line = ["--resume", "auto", f"run.dir={run_dir}", *settings, *EVALUATED]
     for step in kill_after:
-        launch_and_kill(2, run_dir / "log.jsonl", step, "--resume", "auto", f"run.dir={run_dir}", *settings)
-    done = launch(2, "--resume", "auto", f"run.dir={run_dir}", *settings)
-    assert done.returncode == 0, done.stdout
+        launch_and_kill(2, run_dir / "log.jsonl", step, *line)
+    return launch(2, *line)
+
+
+def assert_bitwise(run_dir, golden):
     ours, theirs = rows(run_dir / "log.jsonl"), rows(golden / "log.jsonl")
     assert [(r["step"], r["loss"], r["grad_norm"], r["lr"]) for r in ours] == [
         (r["step"], r["loss"], r["grad_norm"], r["lr"]) for r in theirs]
     assert hashes(run_dir) == hashes(golden)     # masters, moments and EMA of both ranks, by SHA-256
+
+
+def test_killed_resumed_and_evaluated_is_bitwise_the_quiet_run(golden, survivor):
+    run_dir, done = survivor
+    assert done.returncode == 0, done.stdout
+    assert_bitwise(run_dir, golden)
     assert not [p for p in (run_dir / "checkpoints").iterdir() if p.name.startswith(".")]
     assert not list(BUILDS.rglob("*")), "something was built just in time: a kill then leaves a lock that blocks every start"
 
 
-def test_one_rank_follows_two(golden, settings, tmp_path):
+@pytest.mark.slow
+def test_killed_at_other_steps_too(golden, settings, tmp_path):
+    done = killed_and_resumed(tmp_path / "run", (2, 4, 5), settings)
+    assert done.returncode == 0, done.stdout
+    assert_bitwise(tmp_path / "run", golden)
+
+
+def test_evaluation_is_of_the_average_and_of_samples_never_trained_on(survivor):
+    """The last row's held-out loss, computed again from the checkpoint on one rank, without DeepSpeed."""
+    run_dir, _ = survivor
+    found = {row["step"]: row for row in rows(run_dir / "log.jsonl") if "heldout_loss" in row}
+    assert set(found) == {2, 4, 6} and all(Path(row["samples"]).is_file() for row in found.values())
+    config, model, manifest = load_run(run_dir, device="cpu")
+    device = torch.device("cpu")
+    alone = SimpleNamespace(rank=0, size=1, device=device, all=lambda value: [value])
+    source = open_source(config, alone, *model.frozen, index_dir=prepare_data(config, progress=False))
+    evaluation = Evaluation(config, source, alone)
+
+    def loss(model):
+        with torch.no_grad(), fixed(model):
+            return evaluation.loss(model, "image")
+    average = loss(model)
+    logged = found[6]["heldout_loss"]["image"]
+    assert average["by_time"] == pytest.approx(logged["by_time"], rel=1e-6) and average["mean"] == pytest.approx(logged["mean"], rel=1e-6)
+    load_weights(model, checkpoint.newest(run_dir / "checkpoints"), "raw")
+    assert loss(model)["mean"] != pytest.approx(logged["mean"], rel=1e-4) and manifest["ema"]
+    visited = set(source.order(np.arange(6 * 16)).tolist())
+    assert len(visited) == 64 and visited.isdisjoint(evaluation.heldout["image"].tolist())
+
+
+def test_one_rank_follows_two(golden, survivor, settings, tmp_path):
     run_dir = tmp_path / "one"
-    done = launch(1, f"run.dir={run_dir}", *settings, "train.micro_batch=8")        # two accumulation steps
+    done = launch(1, f"run.dir={run_dir}", *settings, "train.micro_batch=8", *EVALUATED)        # two accumulation steps
     assert done.returncode == 0, done.stdout
     for one, two in zip(rows(run_dir / "log.jsonl"), rows(golden / "log.jsonl"), strict=True):
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
+    for one, two in zip(rows(run_dir / "log.jsonl"), rows(survivor[0] / "log.jsonl"), strict=True):
+        if "heldout_loss" in one:
+            assert one["heldout_loss"]["image"]["by_time"] == pytest.approx(two["heldout_loss"]["image"]["by_time"], rel=1e-5)
 
 
 def test_a_window_of_steps_is_traced_on_a_cpu(settings, tmp_path):
@@ -164,7 +219,7 @@ def test_stage_2_starts_from_stage_1_and_mixes(golden, settings, world, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", ["train.compile=true", "train.recompute=2"])
 def test_compiled_or_recomputed_blocks_train_alike(golden, settings, tmp_path, setting):
-    done = launch(2, f"run.dir={tmp_path / 'run'}", *settings, setting)
+    done = launch(2, f"run.dir={tmp_path / 'run'}", *settings, setting, *EVALUATED)
     assert done.returncode == 0, done.stdout
     for ours, theirs in zip(rows(tmp_path / "run/log.jsonl"), rows(golden / "log.jsonl"), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
@@ -239,7 +294,7 @@ def test_run_dir_guards_itself(golden, settings):
     for arguments, message in [
         ([], "already holds a run: add --resume auto"),
         (["--resume", "auto", "optim.lr=0.5"], "is the run of another config (optim.lr: 0.001 became 0.5)"),
-        (["--resume", "auto", "train.global_batch=128", "run.dir=" + str(golden.parent / "other")], "there are only 72 samples"),
+        (["--resume", "auto", "train.global_batch=128", "run.dir=" + str(golden.parent / "other")], "there are only 64 samples to train on"),
     ]:
         script = [sys.executable, str(ROOT / "engine/launch.py"), f"run.dir={golden}", *settings, *arguments]
         done = subprocess.run(script, cwd=ROOT, env=environment(), text=True, capture_output=True, timeout=LIMIT_S)

@@ -1,0 +1,164 @@
+"""Evaluation between steps: the loss is the formula's, alike on any number of ranks and for any run; pictures, hooks."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_model import build, mllm, mllm_folder  # noqa: F401  (two of them are fixtures)
+
+from iomm.config import InputError
+from iomm.engine.config import RunConfig, all_keys, parse
+from iomm.engine.data.index import build as build_index
+from iomm.engine.data.mixture import Joined, Mixture
+from iomm.engine.data.order import Order, Squares, held_out, held_out_entries
+from iomm.engine.data.shards import Shards
+from iomm.engine.data.source import ImageSource
+from iomm.engine.evaluation import FIRST_N, SEED, TIMES, Evaluation, fixed, load_hook, losses_at
+from iomm.engine.metrics import numbers
+from iomm.engine.shapes.world import write_world
+from iomm.kernels.noisy_tokens import noisy_tokens
+
+HELD_OUT = 6
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory, mllm):  # noqa: F811
+    """20 images and 12 pairs in batches of 8, half and half."""
+    folder = tmp_path_factory.mktemp("worlds")
+    shards = [Shards(build_index(write_world(folder / name, num_images=num, size_px=48, seed=seed, shard_size=8),
+                                 folder / f"{name}-index", progress=False)) for name, num, seed in (("images", 20, 1), ("pairs", 12, 2))]
+    plans = [Squares(Order(3, its.shard_sizes, held_out=held_out(its.shard_sizes, HELD_OUT)), 32) for its in shards]
+    return ImageSource(Joined(*shards), seed=3, global_batch=8, micro_batch=8, rank=0, world_size=1, size_px=32,
+                       vit_px=mllm.vit_px, device="cpu", num_steps=5, plan=Mixture(3, 8, 4, *plans, 20))
+
+
+class Together(Exception):
+    """Carries what a rank says to the others out of its pass, so that ranks can run one after the other."""
+
+
+def ranks(rank=0, size=1, others=()):
+    def all_of(value):
+        if rank:
+            raise Together(value)
+        return [value, *others]
+    return SimpleNamespace(rank=rank, size=size, first=rank == 0, device=torch.device("cpu"), all=all_of, on_first=lambda work: work())
+
+
+def evaluation(source, *overrides, hook=None, **which):
+    config = parse("", overrides=["data.size_px=32", f"data.heldout={HELD_OUT}", "evaluate.micro_batch=4", "evaluate.num_images=5",
+                                  "evaluate.steps=2", "evaluate.every_steps=10", "train.steps=25", *overrides])
+    return Evaluation(config, source, ranks(**which), hook)
+
+
+def ask(model, work):
+    with torch.no_grad(), fixed(model):
+        return work(model)
+
+
+def test_the_loss_is_that_of_the_formula_at_each_time(source, mllm):  # noqa: F811
+    model, ours = build(mllm), evaluation(source)
+    found = ask(model, lambda model: {kind: ours.loss(model, kind) for kind in ("image", "pair")})
+    assert ours.heldout["image"].tolist() == held_out_entries([8, 8, 4], HELD_OUT).tolist()
+    assert ours.heldout["pair"].tolist() == [20 + k for k in held_out_entries([8, 4], HELD_OUT)]
+    for kind, result in found.items():
+        expected = np.zeros(len(TIMES))
+        for batch in ours.batches(kind, ours.heldout[kind]):
+            assert batch.has_image == [kind == "image"] * 4 and batch.entry_B.tolist()[0] in ours.heldout[kind]
+            with torch.no_grad(), fixed(model):
+                n_B = batch.n_B + FIRST_N
+                latents = model.encode(batch.pixels_BCHW, n_B)
+                (image, _), (noise, _) = (noisy_tokens(latents, torch.full((4,), t), SEED, n_B, model.frozen[1].patch) for t in (0.0, 1.0))
+                read = model.read(model.condition(batch.vit_pixels_BCHW, n_B, batch.captions, batch.has_image))
+                for i, t in enumerate(TIMES):
+                    velocity = model.velocity((1 - t) * image + t * noise, torch.full((4,), t), *read, (8, 8))
+                    errors = (velocity - (noise - image)).square().mean(dim=(1, 2))
+                    expected[i] += float(errors[batch.n_B < HELD_OUT].sum()) / HELD_OUT
+        assert result["by_time"] == pytest.approx(expected.tolist(), rel=1e-5) and result["mean"] == pytest.approx(expected.mean(), rel=1e-5)
+    assert TIMES == (0.0625, 0.1875, 0.3125, 0.4375, 0.5625, 0.6875, 0.8125, 0.9375)
+
+
+def test_two_ranks_find_what_one_finds_to_the_bit(source, mllm):  # noqa: F811
+    model = build(mllm)
+    for work in (lambda e: lambda model: e.loss(model, "image"), lambda e: lambda model: e.loss(model, "pair"),
+                 lambda e: lambda model: [np.asarray(image).tolist() for image in e.pictures(model)[0]]):
+        one = ask(model, work(evaluation(source)))
+        with pytest.raises(Together) as said:
+            ask(model, work(evaluation(source, rank=1, size=2)))
+        assert ask(model, work(evaluation(source, size=2, others=said.value.args))) == one
+
+
+def test_it_depends_on_the_weights_and_on_nothing_else_of_the_run(source, mllm):  # noqa: F811
+    model, ours = build(mllm), evaluation(source)
+    before = ask(model, lambda model: ours.loss(model, "pair"))
+    images = ask(model, lambda model: ours.loss(model, "image"))
+    recipe = model.recipe = replace(model.recipe, seed=99, caption_drop=1.0)
+    assert ask(model, lambda model: ours.loss(model, "pair")) == before and model.recipe is recipe
+    assert ask(model, lambda model: ours.loss(model, "image")) == images
+    model.recipe = replace(recipe, mask=replace(recipe.mask, ratio=0.9))
+    assert ask(model, lambda model: ours.loss(model, "image")) != images
+    with torch.no_grad():
+        model.generator.final.weight.mul_(1.1)
+    assert ask(model, lambda model: ours.loss(model, "pair")) != before
+
+
+def state_of(model, step):
+    return SimpleNamespace(step=step, ema=SimpleNamespace(flats=[]),
+                           sharded=SimpleNamespace(showing=lambda flats: nullcontext(model.requires_grad_(False))))
+
+
+@pytest.mark.parametrize("prompts, shown", [
+    ("a red circle | two blue squares", ["a red circle", "two blue squares", "a red circle", "two blue squares", "a red circle"]),
+    (None, None)])
+def test_a_row_of_the_log_a_picture_and_a_hook(source, mllm, tmp_path, prompts, shown):  # noqa: F811
+    seen = []
+
+    def hook(config, step, images, texts):
+        seen.append((config.run.dir, step, texts, [image.size for image in images]))
+        return {"brightness": np.float32(0.5), "count": len(images)}
+    overrides = [f"run.dir={tmp_path}", *([f"evaluate.prompts={prompts}"] if prompts else [])]
+    ours = evaluation(source, *overrides, hook=hook)
+    assert [step for step in range(1, 27) if ours.due(step)] == [10, 20, 25]
+    row = ours(state_of(build(mllm), 20))
+    assert set(row) == {"heldout_loss", "samples", "metrics", "evaluate_s"} and set(row["heldout_loss"]) == {"image", "pair"}
+    assert row["metrics"] == {"brightness": 0.5, "count": 5.0}
+    captions = [source.shards.caption(k) for k in ours.heldout["pair"][:5].tolist()]
+    assert seen == [(str(tmp_path), 20, shown or captions, [(32, 32)] * 5)] and len(set(captions)) > 1
+    assert Image.open(row["samples"]).size == (5 * 34 - 2, 32) and row["samples"].endswith("samples/evaluate-00000020.png")
+    flat = dict(numbers(row))
+    assert flat["heldout_loss/pair/by_time/7"] == row["heldout_loss"]["pair"]["by_time"][7] and flat["metrics/count"] == 5
+
+
+def test_a_run_on_images_shows_what_it_draws_of_masked_ones(source, mllm, tmp_path):  # noqa: F811
+    bare = SimpleNamespace(shards=source.shards.images, latents=None, decoder=source.decoder)
+    ours = evaluation(bare, f"run.dir={tmp_path}", "data.heldout=0")
+    row = ours(state_of(build(mllm), 25))
+    assert set(row) == {"samples", "evaluate_s"} and Image.open(row["samples"]).size == (5 * 34 - 2, 2 * 34 - 2)
+    assert set(evaluation(bare, f"run.dir={tmp_path}", "evaluate.num_images=0")(state_of(build(mllm), 25))) == {
+        "heldout_loss", "evaluate_s"}
+
+
+def test_a_hook_that_fails_is_said_and_stops_nothing(source, capsys):
+    ours = evaluation(source, hook=lambda *_: {}["nothing"])
+    assert ours.ask(7, [], []) == {} and "step 7: the hook failed: KeyError: 'nothing'" in capsys.readouterr().out
+
+
+def test_only_the_command_line_can_name_a_hook():
+    assert load_hook("os.path:join")("a", "b") == "a/b"
+    assert not [key for key in all_keys(RunConfig) if "hook" in key]
+    for name, words in (("nowhere:f", "No module named 'nowhere'"), ("os.path:nothing", "has no attribute"),
+                        ("os.path:sep", "sep is not a function"), ("", "wanted package.module:function")):
+        with pytest.raises(InputError, match="--hook") as error:
+            load_hook(name)
+        assert words in str(error.value)
+
+
+def test_a_sample_that_is_not_finite_says_so_and_spoils_no_other(source, mllm):  # noqa: F811
+    model = build(mllm)
+    batch = next(iter(evaluation(source).batches("pair", evaluation(source).heldout["pair"])))
+    batch.pixels_BCHW[1] = float("nan")
+    losses = ask(model, lambda model: losses_at(model, batch))
+    assert losses[1].isnan().all() and losses[[0, 2, 3]].isfinite().all() and losses.shape == (4, 8)

@@ -47,10 +47,11 @@ class Watch:
         self.publish()
         self.alarm = None
         self.thread = threading.Thread(target=self.look, name="watch", daemon=True)
+        self.talker = threading.Thread(target=self.talk, name="watch store", daemon=True)
 
     def __enter__(self):
         self.thread.start()
-        threading.Thread(target=self.talk, name="watch store", daemon=True).start()
+        self.talker.start()
         return self
 
     def __exit__(self, kind, *_):
@@ -59,6 +60,7 @@ class Watch:
             self.thread.join(GRACE_S + 1.5)      # then the thread names the rank and ends this process
         self.over.set()
         self.thread.join()
+        self.talker.join(timeout=2)              # ended inside a call of the store, it would abort the process
         self.rest()
 
     def beat(self, step):

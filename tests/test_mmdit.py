@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from iomm.config import PRESETS, GeneratorConfig, InputError, generator_config
 from iomm.generator import empty_generator, new_generator
 from iomm.layout import Layout, describe
-from iomm.mmdit import MMDiT
+from iomm.mmdit import MMDiT, grid_tables
 
 SMALL = GeneratorConfig(width=64, num_heads=2, num_blocks=2, token_dim=12, condition_dim=20)
 MIXED = GeneratorConfig(width=96, num_heads=3, num_blocks=2, num_single_blocks=2, token_dim=8, condition_dim=16)
@@ -183,3 +183,20 @@ def test_a_shape_that_cannot_be_is_refused(changes):
 def test_the_presets_follow_vae_and_mllm():
     config = generator_config("demo", token_dim=48, condition_dim=64)
     assert (config.token_dim, config.condition_dim, config.rope_axes) == (48, 64, (4, 14, 14))
+
+
+def test_a_larger_picture_has_the_positions_of_a_smaller_one_and_more():
+    """From 512 to 1024 px as FLUX does it: row and column are counted, never rescaled, so the upper left quarter has the
+    angles that it had. Equal to diffusers' ids and rotary embedding at both sizes."""
+    from diffusers import FluxPipeline
+    from diffusers.models.transformers.transformer_flux import FluxPosEmbed
+    config = PRESETS["iomm-b"]
+    tables = {side: grid_tables((side, side), config.rope_axes, config.rope_theta, torch.device("cpu"), torch.float32)
+              for side in (32, 64)}
+    for side, ours in tables.items():
+        ids = FluxPipeline._prepare_latent_image_ids(1, side, side, "cpu", torch.float32)
+        theirs = FluxPosEmbed(theta=10000, axes_dim=list(config.rope_axes))(ids)
+        for mine, other in zip(ours, theirs):
+            assert torch.equal(mine, other[:, ::2]) and torch.equal(mine, other[:, 1::2])      # theirs says each angle twice
+    for small, large in zip(tables[32], tables[64]):
+        assert torch.equal(large.unflatten(0, (64, 64))[:32, :32].flatten(0, 1), small)

@@ -1,5 +1,7 @@
 """Algorithm 1 whole: a pure function of the sample, the same on one rank and on two, gradients where they belong."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -9,9 +11,9 @@ from iomm.adapter import Connector, QueryAdapter
 from iomm.config import AdapterConfig, GeneratorConfig, MaskConfig
 from iomm.generator import new_generator
 from iomm.kernels.noisy_tokens import noisy_tokens
-from iomm.kernels.philox import TIME, uniform
+from iomm.kernels.philox import CAPTION_DROP, TIME, uniform
 from iomm.masking import visible_mask
-from iomm.mllm import RECONSTRUCT, create_mllm, load_mllm
+from iomm.mllm import IMAGE, RECONSTRUCT, TURN, create_mllm, load_mllm
 from iomm.model import IOMM, Recipe
 from iomm.pipeline import draw
 from iomm.vae import load_vae
@@ -102,6 +104,54 @@ def test_images_and_pairs_in_one_batch_are_what_they_are_apart(mllm):
     texts = [caption for caption in captions if caption]
     _, pairs_B, _ = model(vae_pixels[~chosen], vit_pixels[:0], n_B[~chosen], None, texts, [False] * 3)
     assert torch.allclose(together_B[chosen], images_B, rtol=1e-5) and torch.allclose(together_B[~chosen], pairs_B, rtol=1e-5)
+
+
+def test_one_forward_for_both_kinds_and_nothing_padded(mllm, monkeypatch):
+    """Each part runs once over the whole batch: the ViT on images alone, the decoder's prefix on the very tokens of each
+    sample, the generator on all."""
+    model, n_B, ran = build(mllm), torch.arange(6), []
+    has_image = [True, False, False, True, False, True]
+    captions = ["" if image else "a red circle " * n for n, image in enumerate(has_image)]
+    vae_pixels, vit_pixels = pixels(n_B)
+
+    def counted(owner, name, size):
+        work = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **kwargs: ran.append((name, size(*args))) or work(*args, **kwargs))
+    counted(mllm, "image_tokens", lambda vit: len(vit))
+    counted(mllm, "prefix", lambda condition, *_: len(condition.tokens_TD))
+    counted(mllm, "queries", lambda queries, *_: tuple(queries.shape[:2]))
+    counted(model, "velocity", lambda noisy, *_: len(noisy))
+    model(vae_pixels, vit_pixels[torch.tensor(has_image)], n_B, None, captions, has_image)
+    visible = visible_mask(model.recipe.mask, 3, n_B[torch.tensor(has_image)], mllm.num_image_tokens)
+    fixed = len(mllm.token_ids(TURN[0] + RECONSTRUCT + IMAGE[0] + IMAGE[1] + TURN[1]))
+    dropped = (uniform(3, CAPTION_DROP, n_B, 1)[:, 0] < 0.1).tolist()
+    texts = ["" if drop else caption for caption, image, drop in zip(captions, has_image, dropped) if not image]
+    tokens = 3 * fixed + int(visible.sum()) + sum(len(mllm.token_ids(TURN[0] + text + TURN[1])) for text in texts)
+    assert ran == [("image_tokens", 3), ("prefix", tokens), ("queries", (6, 8)), ("velocity", 6)]
+
+
+def test_captions_are_dropped_from_pairs_alone(mllm):
+    model, n_B, has_image = build(mllm), torch.arange(4), [True, False, True, False]
+    vit_pixels = pixels(n_B)[1][torch.tensor(has_image)]
+    model.recipe = replace(model.recipe, caption_drop=1.0)
+    bare = model.condition(vit_pixels, n_B, ["", "a red circle", "", "two"], has_image).offsets.diff().tolist()
+    model.recipe = replace(model.recipe, caption_drop=0.0)
+    told = model.condition(vit_pixels, n_B, ["", "a red circle", "", "two"], has_image).offsets.diff().tolist()
+    empty = len(mllm.condition([""]).tokens_TD)
+    assert [bare[0], bare[2]] == [told[0], told[2]] and bare[1] == bare[3] == empty < min(told)
+
+
+def test_captions_go_through_the_tokenizer_in_the_chat_format(mllm):
+    """The chat template that transformers' conversion gives InternVL checkpoints, here for text alone, on one user turn: the
+    same tokens as a caption's condition."""
+    mllm.tokenizer.chat_template = (
+        "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n'}}{{ message['content'] }}{{'<|im_end|>\n'}}"
+        "{% endfor %}{% if add_generation_prompt %}{{'<|im_start|>assistant\n' }}{% endif %}")
+    turn = [{"role": "user", "content": "two blue squares, \"left\" of a red one"}]
+    ids = mllm.tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+    condition = mllm.condition([turn[0]["content"]])
+    assert torch.equal(condition.tokens_TD, mllm.backbone.get_input_embeddings()(torch.tensor(ids)))
+    assert condition.positions_T.tolist() == list(range(len(ids)))
 
 
 def test_captions_are_dropped_by_sample_at_the_rate_asked_for(mllm):

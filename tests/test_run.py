@@ -15,13 +15,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
+from PIL import Image
 
+from iomm.config import PRESETS, GeneratorConfig
 from iomm.engine import checkpoint
 from iomm.engine.cli import main
 from iomm.engine.evaluation import Evaluation, fixed
 from iomm.engine.launch import main as launch_main
 from iomm.engine.parts import load_run, load_weights, open_source, prepare_data
 from iomm.engine.shapes.world import write_world
+from iomm.pipeline import Pipeline
 
 ROOT = Path(__file__).parent.parent
 LIMIT_S = 240
@@ -204,16 +208,73 @@ def test_a_window_of_steps_is_traced_on_a_cpu(settings, tmp_path):
     assert "CPU Mem" in (run_dir / "traces/rank0-steps-2-3-memory.txt").read_text()
 
 
-def test_stage_2_starts_from_stage_1_and_mixes(golden, settings, world, tmp_path):
-    run_dir = tmp_path / "run"
-    mine = [f"run.dir={run_dir}", *settings, f"data.pairs={world}"]
-    done = launch(2, "--stage", "finetune", "--init", str(golden), *mine)
-    assert done.returncode == 0 and "starts from the ema weights" in done.stdout, done.stdout
-    assert [row["step"] for row in rows(run_dir / "log.jsonl")] == [1, 2, 3, 4, 5, 6]
-    refused = subprocess.run([sys.executable, str(ROOT / "engine/launch.py"), "--stage", "finetune", *mine], cwd=ROOT,
-                             env=environment(), text=True, capture_output=True, timeout=LIMIT_S)
-    assert refused.returncode == 2 and "give --init RUN" in refused.stderr
-    assert main(["sample", "--run", str(run_dir), "--num", "2", "--steps", "1"]) == 0
+def test_the_whole_road(survivor, settings, world, tmp_path):
+    """Pre-trained, killed and resumed (the fixture) -> fine-tuned on two ranks -> exported -> loaded in diffusers -> drawn."""
+    stage_1, run_dir, out = survivor[0], tmp_path / "run", tmp_path / "grid.png"
+    mine = [f"run.dir={run_dir}", *settings, f"data.pairs={world}", *EVALUATED]
+    done = launch(2, "--stage", "finetune", "--init", str(stage_1), *mine)
+    assert done.returncode == 0 and f"starts from the ema weights of {stage_1}/checkpoints/step-00000006" in done.stdout, done.stdout
+    found = rows(run_dir / "log.jsonl")
+    assert [row["step"] for row in found] == [1, 2, 3, 4, 5, 6] and all(0 < row["loss"] < 10 for row in found)
+    assert set(found[5]["heldout_loss"]) == {"image", "pair"}
+    assert main(["export", "--run", str(run_dir)]) == 0
+    generator = FluxTransformer2DModel.from_pretrained(run_dir / "export/ema")
+    config, model, _ = load_run(run_dir)
+    assert sum(p.numel() for p in generator.parameters()) > 0.9 * sum(p.numel() for p in model.generator.parameters())
+    prompts = ["a red circle", "two blue squares"]
+    ours = Pipeline(model, config.data.size_px)(prompts, steps=2, seed=5)
+    theirs = Pipeline.from_pretrained(run_dir / "export/ema", device="cpu")(prompts, steps=2, seed=5)
+    assert [np.asarray(image).tolist() for image in ours] == [np.asarray(image).tolist() for image in theirs]
+    assert main(["sample", "--run", str(run_dir), "--num", "2", "--steps", "1", "--prompt", prompts[0], "--guidance", "3", "--shift",
+                 "flux", "--out", str(out)]) == 0
+    assert Image.open(out).size == (2 * 34 - 2, 32)
+
+
+def test_stage_2_wants_a_run_to_start_from(settings, capsys):
+    assert launch_main(["--stage", "finetune", *settings]) == 2 and "give --init RUN" in capsys.readouterr().err
+
+
+RECIPES = """
+import sys
+from iomm.config import PRESETS, GeneratorConfig
+from iomm.engine import zero
+from iomm.engine.cli import main as iomm
+from iomm.engine.launch import main as launch
+zero.stop = lambda: None     # DeepSpeed makes its groups once a process
+PRESETS["demo"] = GeneratorConfig(width=64, num_heads=2, num_blocks=2)
+root, *settings = sys.argv[1:]
+def run(name, stage, *arguments):
+    assert launch(["--stage", stage, f"run.dir={root}/{name}", *settings, *arguments]) == 0, name
+for first in ("image", "pair"):
+    run(first, "pretrain", f"train.data={first}")
+    for second in ("image", "pair", "mix"):
+        run(f"{first}-{second}", "finetune", "--init", f"{root}/{first}", f"train.data={second}")
+run("larger", "finetune", "--init", f"{root}/image", "train.data=mix", "data.size_px=64", "data.buckets=true")
+for num, *prompt in (["3"], ["2", "--prompt", "a red circle"]):
+    assert iomm(["sample", "--run", f"{root}/larger", "--steps", "1", "--num", num, "--out", f"{root}/larger-{num}.png", *prompt]) == 0
+"""
+
+
+def test_the_six_recipes_and_a_larger_size_train(world, tmp_path, monkeypatch):
+    """Stage 1 on images or pairs, stage 2 on images, pairs or both from either; and from 32 px to buckets of about 64 px."""
+    settings = [f"data.shards={world}", f"data.pairs={world}", "train.steps=2", "train.global_batch=6", "log.sample_images=0",
+                "checkpoint.every_steps=10", "train.threads=1", "optim.lr=1e-2", "optim.warmup_steps=0", "ema.decay=0"]
+    done = subprocess.run([sys.executable, "-c", RECIPES, str(tmp_path), *settings], cwd=ROOT, env=environment(), text=True,
+                          timeout=LIMIT_S, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 0, done.stdout
+    seen = {}
+    for name in ("image", "pair", *(f"{first}-{second}" for first in ("image", "pair") for second in ("image", "pair", "mix")), "larger"):
+        losses = [row["loss"] for row in rows(tmp_path / name / "log.jsonl")]
+        assert len(losses) == 2 and all(0 < loss < 10 for loss in losses), (name, losses)
+        seen[name] = tuple(losses)
+    assert len(set(seen.values())) == len(seen)                       # no two recipes are one
+    for first in ("image", "pair"):
+        assert seen[f"{first}-{first}"][0] < seen[first][0]           # the same batch again, one step wiser
+    monkeypatch.setitem(PRESETS, "demo", GeneratorConfig(width=64, num_heads=2, num_blocks=2))
+    _, small, _ = load_run(tmp_path / "image", weights="raw")
+    _, large, _ = load_run(tmp_path / "larger", weights="raw")
+    assert {n: p.shape for n, p in small.named_parameters()} == {n: p.shape for n, p in large.named_parameters()}
+    assert [Image.open(tmp_path / f"larger-{num}.png").size for num in (3, 2)] == [(3 * 66 - 2, 64), (2 * 66 - 2, 64)]
 
 
 @pytest.mark.slow
@@ -318,9 +379,6 @@ def test_a_damaged_checkpoint_is_passed_over(golden, tmp_path):
 
 
 def test_sample_edit_and_export_read_the_run(golden, tmp_path, capsys):
-    from PIL import Image
-
-    from iomm.pipeline import Pipeline
     out = tmp_path / "grid.png"
     assert main(["sample", "--run", str(golden), "--num", "5", "--steps", "2", "--out", str(out)]) == 0
     assert Image.open(out).size == (5 * 34 - 2, 2 * 34 - 2)

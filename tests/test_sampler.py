@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from iomm.config import InputError
+from iomm.flow import flux_shift
 from iomm.sampler import guided, image_noise, sample, step_times
 
 
@@ -28,6 +29,22 @@ def test_euler_equals_diffusers_scheduler(steps, shift):
         x = scheduler.step(field(x, t_B, condition), timestep, x, return_dict=False)[0]
     got = sample(field, noise, condition, steps=steps, shift=shift)
     assert (got - x).abs().max() < 1e-6 * max(1, x.abs().max())  # measured: 5e-7
+
+
+@pytest.mark.parametrize("num_tokens", [256, 1024, 4096])
+def test_the_flux_shift_is_that_of_diffusers(num_tokens):
+    """Its pipeline's mu and its scheduler's exponential shift, at 256, 512 and 1024 px."""
+    import numpy
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    scheduler.set_timesteps(sigmas=numpy.linspace(1.0, 1 / 20, 20), mu=calculate_shift(num_tokens))
+    times = step_times(20, flux_shift(num_tokens))
+    assert (scheduler.sigmas.double() - times).abs().max() < 1e-6
+    noise, condition = torch.randn(2, num_tokens, 1, generator=torch.Generator().manual_seed(0)), torch.ones(2, 2, 4)
+    by_name = sample(field, noise, condition, steps=3, shift="flux")
+    assert torch.equal(by_name, sample(field, noise, condition, steps=3, shift=flux_shift(num_tokens)))
 
 
 def gaussian(mean, std):

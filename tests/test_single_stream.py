@@ -10,9 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from iomm.config import PRESETS, GeneratorConfig, InputError
 from iomm.generator import empty_generator, new_generator
 from iomm.kernels.noisy_tokens import patch_tokens, unpatch
+from iomm.layers import rope_tables
 from iomm.layout import NORM_FREE as NORM_FREE_KEY
 from iomm.layout import Layout, describe
-from iomm.single_stream import SingleStream
+from iomm.single_stream import SingleStream, joint_tables
 
 PATCH = 2
 SMALL = GeneratorConfig(
@@ -151,3 +152,15 @@ def test_a_shape_of_the_other_kind_is_refused():
         replace(SMALL, num_single_blocks=1)
     with pytest.raises(InputError, match="norm_affine"):
         GeneratorConfig(width=64, num_heads=2, num_blocks=1, norm_affine=False)
+
+
+def test_a_larger_picture_has_the_positions_of_a_smaller_one_and_more():
+    """As Z-Image does it: row and column are counted from 0 at any size, and what they count is not rescaled."""
+    from diffusers import ZImageTransformer2DModel
+    config = PRESETS["iomm-xl"]
+    small, large = (joint_tables((side, side), 256, config.rope_axes, config.rope_theta, torch.device("cpu"), torch.float64)
+                    for side in (32, 64))
+    for few, many in zip(small, large):
+        assert torch.equal(many[:64 * 64].unflatten(0, (64, 64))[:32, :32].flatten(0, 1), few[:32 * 32])
+    ids = ZImageTransformer2DModel.create_coordinate_grid((1, 64, 64), (257, 0, 0)).flatten(0, 2)
+    assert torch.equal(large[0][:64 * 64], rope_tables(ids, config.rope_axes, config.rope_theta, "cpu", torch.float64)[0])

@@ -15,6 +15,7 @@ from iomm.config import InputError
 from iomm.engine.data.mixture import Joined
 from iomm.engine.data.order import InARow, held_out_entries
 from iomm.engine.data.source import ImageSource
+from iomm.engine.draw import save_png, size_text
 from iomm.flow import velocity_loss
 from iomm.kernels.noisy_tokens import noisy_tokens
 from iomm.model import grid
@@ -65,7 +66,8 @@ class Evaluation:
         if losses:
             found["heldout_loss"] = losses
         if images:
-            found["samples"] = self.ranks.on_first(lambda: self.show(step, images, references))
+            facts = {"run": self.config.run.dir, "step": step, "weights": "ema" if state.ema.flats else "raw"}
+            found["samples"] = self.ranks.on_first(lambda: self.show(facts, images, prompts, references))
         if self.hook is not None:
             found["metrics"] = self.ranks.on_first(lambda: self.ask(step, images, prompts))
         return found | {"evaluate_s": time.perf_counter() - started}
@@ -112,16 +114,17 @@ class Evaluation:
         drawn = sorted((row for part in self.ranks.all(mine) for row in part if row[0] < num), key=lambda row: row[0])
         return [image for _, _, image in drawn], [None] * num, [reference for _, reference, _ in drawn]
 
-    def show(self, step, images, references):
+    def show(self, facts, images, prompts, references):
         """Writes the grid; returns its path, or None where it cannot be written."""
-        path = Path(self.config.run.dir) / "samples" / f"evaluate-{step:08d}.png"
-        columns = min(8, len(images))
+        evaluate, columns = self.config.evaluate, min(8, len(images))
+        path = Path(self.config.run.dir) / "samples" / f"evaluate-{facts['step']:08d}.png"
         rows = [row[start:start + columns] for start in range(0, len(images), columns) for row in (references, images) if row]
+        facts |= {"size": size_text(self.config.data.size_px), "steps": evaluate.steps, "seed": SEED,
+                  "guidance": f"{evaluate.guidance if self.prompts else 1:g}", "prompt": "\n".join(dict.fromkeys(filter(None, prompts)))}
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            image_grid([image for row in rows for image in row], columns).save(path)
+            save_png(image_grid([image for row in rows for image in row], columns), path, facts)
         except OSError as error:
-            print(f"step {step}: no picture: {error}", flush=True)
+            print(f"step {facts['step']}: no picture: {error}", flush=True)
             return None
         return str(path)
 

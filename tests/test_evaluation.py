@@ -127,6 +127,9 @@ def test_a_row_of_the_log_a_picture_and_a_hook(source, mllm, tmp_path, prompts, 
     assert row["metrics"] == {"brightness": 0.5, "count": 5.0}
     captions = [source.shards.caption(k) for k in ours.heldout["pair"][:5].tolist()]
     assert seen == [(str(tmp_path), 20, shown or captions, [(32, 32)] * 5)] and len(set(captions)) > 1
+    assert Image.open(row["samples"]).text == {
+        "run": str(tmp_path), "step": "20", "weights": "raw", "size": "32x32", "steps": "2", "seed": "0", "guidance": "1",
+        "prompt": "\n".join(dict.fromkeys(shown or captions))}
     assert Image.open(row["samples"]).size == (5 * 34 - 2, 32) and row["samples"].endswith("samples/evaluate-00000020.png")
     flat = dict(numbers(row))
     assert flat["heldout_loss/pair/by_time/7"] == row["heldout_loss"]["pair"]["by_time"][7] and flat["metrics/count"] == 5

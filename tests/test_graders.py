@@ -101,7 +101,7 @@ def test_geneval_gets_its_own_lines_back(drawn, files):
 def test_a_picture_says_what_it_is(drawn):
     assert Image.open(drawn / "wise/641.png").text == {
         "benchmark": "wise verified", "run": "runs/tiny", "step": "7", "weights": "ema", "size": "16x16", "steps": "1",
-        "seed": "0", "guidance": "2", "item": "641", "prompt": "the food of day 641"}
+        "seed": "0", "guidance": "2", "shift": "1.0", "item": "641", "prompt": "the food of day 641"}
 
 
 @pytest.mark.parametrize("bench", LAYOUTS)

@@ -209,7 +209,8 @@ def test_a_window_of_steps_is_traced_on_a_cpu(settings, tmp_path):
 
 
 def test_the_whole_road(survivor, settings, world, tmp_path):
-    """Pre-trained, killed and resumed (the fixture) -> fine-tuned on two ranks -> exported -> loaded in diffusers -> drawn."""
+    """Pre-trained, killed and resumed (the fixture) -> fine-tuned on two ranks -> exported -> loaded in diffusers -> drawn ->
+    a folder for GenEval -> checked."""
     stage_1, run_dir, out = survivor[0], tmp_path / "run", tmp_path / "grid.png"
     mine = [f"run.dir={run_dir}", *settings, f"data.pairs={world}", *EVALUATED]
     done = launch(2, "--stage", "finetune", "--init", str(stage_1), *mine)
@@ -228,6 +229,15 @@ def test_the_whole_road(survivor, settings, world, tmp_path):
     assert main(["sample", "--run", str(run_dir), "--num", "2", "--steps", "1", "--prompt", prompts[0], "--guidance", "3", "--shift",
                  "flux", "--out", str(out)]) == 0
     assert Image.open(out).size == (2 * 34 - 2, 32)
+    lines = [json.dumps({"tag": "single_object", "include": [{"class": "cow", "count": 1}], "prompt": text}) + "\n" for text in prompts]
+    (tmp_path / "prompts.jsonl").write_text("".join(lines))
+    geneval = ["evaluate", "geneval", "--prompts", str(tmp_path / "prompts.jsonl"), "--out", str(tmp_path / "geneval")]
+    assert main([*geneval, "--run", str(run_dir / "export/ema"), "--steps", "2"]) == 0 and main([*geneval, "--check"]) == 0
+    assert [(tmp_path / f"geneval/0000{n}/metadata.jsonl").read_text() for n in range(2)] == lines
+    pictures = [Image.open(tmp_path / f"geneval/0000{n}/samples/000{k}.png").size for n in range(2) for k in range(4)]
+    assert pictures == [(32, 32)] * 8
+    (tmp_path / "geneval/00001/samples/0003.png").unlink()
+    assert main([*geneval, "--check"]) == 1
 
 
 def test_stage_2_wants_a_run_to_start_from(settings, capsys):

@@ -3,7 +3,6 @@
 Nothing of it touches the run: with it or without, training goes on to the same bits."""
 
 import importlib
-import time
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +32,6 @@ class Evaluation:
                   kind: square centre crops, masked as in training, captions never dropped, one noise a sample
     samples       path of the grid in run.dir/samples: pictures of prompts, or masked images with what is drawn of them below
     metrics       what the hook returned
-    evaluate_s    seconds that it took
 
     Weights are the average where the run keeps one, else those that train. Samples go through in micro-batches that do not
     depend on the number of ranks, each whole on one rank: the same weights give the same numbers on any number."""
@@ -58,7 +56,7 @@ class Evaluation:
         return every > 0 and (step % every == 0 or step == self.config.train.steps)
 
     def __call__(self, state):
-        started, found, step = time.perf_counter(), {}, state.step
+        found, step = {}, state.step
         # eager: the shapes met here must not enter the graphs that torch.compile made for training
         with state.sharded.showing(state.ema.flats) as model, fixed(model), torch.compiler.set_stance("force_eager"):
             losses = {kind: self.loss(model, kind) for kind, entries in self.heldout.items() if len(entries)}
@@ -70,7 +68,7 @@ class Evaluation:
             found["samples"] = self.ranks.on_first(lambda: self.show(facts, images, prompts, references))
         if self.hook is not None:
             found["metrics"] = self.ranks.on_first(lambda: self.ask(step, images, prompts))
-        return found | {"evaluate_s": time.perf_counter() - started}
+        return found
 
     def batches(self, kind, entries):
         """This rank's micro-batches of these samples, as many on every rank: the last sample fills up the last of them."""

@@ -18,7 +18,7 @@ from iomm.engine.data.order import Order, Squares, held_out, held_out_entries
 from iomm.engine.data.shards import Shards
 from iomm.engine.data.source import ImageSource
 from iomm.engine.evaluation import FIRST_N, SEED, TIMES, Evaluation, fixed, load_hook, losses_at
-from iomm.engine.metrics import numbers
+from iomm.engine.metrics import scalars
 from iomm.engine.shapes.world import write_world
 from iomm.kernels.noisy_tokens import noisy_tokens
 
@@ -123,7 +123,7 @@ def test_a_row_of_the_log_a_picture_and_a_hook(source, mllm, tmp_path, prompts, 
     ours = evaluation(source, *overrides, hook=hook)
     assert [step for step in range(1, 27) if ours.due(step)] == [10, 20, 25]
     row = ours(state_of(build(mllm), 20))
-    assert set(row) == {"heldout_loss", "samples", "metrics", "evaluate_s"} and set(row["heldout_loss"]) == {"image", "pair"}
+    assert set(row) == {"heldout_loss", "samples", "metrics"} and set(row["heldout_loss"]) == {"image", "pair"}
     assert row["metrics"] == {"brightness": 0.5, "count": 5.0}
     captions = [source.shards.caption(k) for k in ours.heldout["pair"][:5].tolist()]
     assert seen == [(str(tmp_path), 20, shown or captions, [(32, 32)] * 5)] and len(set(captions)) > 1
@@ -131,7 +131,7 @@ def test_a_row_of_the_log_a_picture_and_a_hook(source, mllm, tmp_path, prompts, 
         "run": str(tmp_path), "step": "20", "weights": "raw", "size": "32x32", "steps": "2", "seed": "0", "guidance": "1",
         "prompt": "\n".join(dict.fromkeys(shown or captions))}
     assert Image.open(row["samples"]).size == (5 * 34 - 2, 32) and row["samples"].endswith("samples/evaluate-00000020.png")
-    flat = dict(numbers(row))
+    flat = scalars(row)
     assert flat["heldout_loss/pair/by_time/7"] == row["heldout_loss"]["pair"]["by_time"][7] and flat["metrics/count"] == 5
 
 
@@ -139,9 +139,8 @@ def test_a_run_on_images_shows_what_it_draws_of_masked_ones(source, mllm, tmp_pa
     bare = SimpleNamespace(shards=source.shards.images, latents=None, decoder=source.decoder)
     ours = evaluation(bare, f"run.dir={tmp_path}", "data.heldout=0")
     row = ours(state_of(build(mllm), 25))
-    assert set(row) == {"samples", "evaluate_s"} and Image.open(row["samples"]).size == (5 * 34 - 2, 2 * 34 - 2)
-    assert set(evaluation(bare, f"run.dir={tmp_path}", "evaluate.num_images=0")(state_of(build(mllm), 25))) == {
-        "heldout_loss", "evaluate_s"}
+    assert set(row) == {"samples"} and Image.open(row["samples"]).size == (5 * 34 - 2, 2 * 34 - 2)
+    assert set(evaluation(bare, f"run.dir={tmp_path}", "evaluate.num_images=0")(state_of(build(mllm), 25))) == {"heldout_loss"}
 
 
 def test_a_hook_that_fails_is_said_and_stops_nothing(source, capsys):

@@ -12,11 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from iomm.config import InputError
 from iomm.engine import metrics
 from iomm.engine.metrics import Metrics, check_wandb, line, scalars
-from iomm.ranges import named
+from iomm.ranges import named, whole
 
 RANKS = SimpleNamespace(size=2, device=torch.device("cpu"))
 STEPS = 10
@@ -28,11 +29,11 @@ def make(run_dir, start_step=0, **more):
                    start_step=start_step, **more)
 
 
-def record(one, step, loss=1.0):
+def record(one, step, loss=1.0, **more):
     with one.clock, named("generator"):
         time.sleep(0.001)
     return one.record(step=step, loss=loss, by_time=[2.0, 3.0, 4.0, 0.0], grad_norm=0.5, lr=1e-4, data_wait_s=0.25,
-                      skipped_steps=1, skipped_samples=2)
+                      skipped_steps=1, skipped_samples=2, **more)
 
 
 def logged(run_dir):
@@ -66,6 +67,25 @@ def test_a_record_follows_its_definitions(tmp_path, monkeypatch, no_board):
     assert all(isinstance(number, int | float) for number in scalars(row).values())
     said = line(row, STEPS)
     assert "step 3/10" in said and "images/s" in said and "tokens/s" in said and "mfu" in said and "generator" in said
+
+
+def test_what_an_evaluation_found_stands_in_the_row_and_its_time_is_not_the_steps(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    one = make(tmp_path / "run")
+    with one.clock, whole("evaluation"):
+        time.sleep(0.05)
+    picture = tmp_path / "grid.png"
+    Image.new("RGB", (4, 3)).save(picture)
+    found = {"heldout_loss": {"image": {"mean": 0.5, "by_time": [0.25, 0.75]}}, "metrics": {"score": 3.0}, "samples": str(picture)}
+    row = record(one, 1, evaluated=found)
+    assert row["evaluation_s"] >= 0.05 and row["step_s"] == sum(row["time_s"].values()) and "evaluation" not in row["time_s"]
+    assert row["gpu_hours"] == pytest.approx((row["step_s"] + row["evaluation_s"]) * 2 / 3600)
+    assert json.loads((tmp_path / "run/log.jsonl").read_text()) == row and row.items() >= found.items()
+    assert "held-out image 0.5000" in line(row, STEPS) and "evaluation_s" not in record(one, 2)
+    one.close()
+    seen = EventAccumulator(str(tmp_path / "run/tb")).Reload()
+    assert set(seen.Tags()["scalars"]) >= {"heldout_loss/image/by_time/1", "metrics/score", "evaluation_s"}
+    assert seen.Tags()["images"] == ["evaluate"]
 
 
 def test_tensorboard_shows_what_log_jsonl_holds(tmp_path):

@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from iomm import ranges
-from iomm.ranges import Clock, each, named
+from iomm.ranges import Clock, each, named, whole
 
 
 @pytest.fixture
@@ -38,6 +38,16 @@ def test_the_split_sums_to_the_step_and_what_is_nested_counts_once(ticks):
             assert clock.read()[0]["optimizer"] == 3
             ticks(5)
         assert clock.read()[0]["optimizer"] == 5
+
+
+def test_a_whole_part_keeps_the_time_of_those_in_it(ticks):
+    clock = Clock("cpu")
+    with clock:
+        with whole("evaluation"), named("generator"):
+            ticks(2)
+        with named("generator"):
+            ticks(4)
+    assert {name: seconds for name, seconds in clock.read()[0].items() if seconds} == {"evaluation": 2, "generator": 4}
 
 
 def test_an_error_closes_its_parts(ticks):

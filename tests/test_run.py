@@ -196,6 +196,16 @@ def test_one_rank_follows_two(golden, survivor, settings, tmp_path):
             assert one["heldout_loss"]["image"]["by_time"] == pytest.approx(two["heldout_loss"]["image"]["by_time"], rel=1e-5)
 
 
+@pytest.mark.slow
+def test_two_ranks_take_over_from_one(settings, tmp_path):
+    """And ZeRO-3 from ZeRO-1."""
+    run_dir = tmp_path / "one"
+    assert launch(1, f"run.dir={run_dir}", *settings, "zero.stage=1").returncode == 0
+    done = launch(2, "--resume", "auto", f"run.dir={run_dir}", *settings[:1], "train.steps=7", *settings[2:])
+    assert done.returncode == 0, done.stdout
+    assert "step 6 of 7" in done.stdout and rows(run_dir / "log.jsonl")[-1]["step"] == 7
+
+
 def test_a_window_of_steps_is_traced_on_a_cpu(settings, tmp_path):
     run_dir = tmp_path / "run"
     done = launch(1, f"run.dir={run_dir}", *settings, "--profile", "torch", "profile.start_step=2", "profile.num_steps=2",

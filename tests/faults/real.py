@@ -169,12 +169,13 @@ def real_world_sizes(folder, paths=([1, 2], [2, 1], [2, 1, 2], [4, 2])):
             assert Run(golden, *same, "train.steps=60", size=path[0]).wait() == 0
         loads = 0
         for size, steps in zip(path, [10, 30, 60] if len(path) == 3 else [10, 60]):
-            before = checkpoint.newest(run_dir / "checkpoints")
+            before, wanted = checkpoint.newest(run_dir / "checkpoints"), None
+            if before is not None:               # now: it is not kept for ever
+                reader = checkpoint.Reader(before)
+                wanted = f"state {digest(reader.manifest['shapes'], reader.full)} after loading {before}\n"
             run = Run(run_dir, "--resume", "auto", *same, f"train.steps={steps}", size=size)
             assert run.wait() == 0, run.out[-3000:]
-            if before is not None:
-                reader = checkpoint.Reader(before)
-                loads += f"state {digest(reader.manifest['shapes'], reader.full)} after loading {before}\n" in run.out
+            loads += wanted is not None and wanted in run.out
         ours, theirs = log_rows(run_dir), log_rows(golden)
         losses = [(float.fromhex(a[1]), float.fromhex(b[1])) for a, b in zip(ours, theirs, strict=True)]
         found["->".join(map(str, path))] = {

@@ -47,6 +47,12 @@ def checkpoint(result):
            f"{result['verify_s']:.2f} s")
 
 
+def precision(result):
+    fp8 = result["runs"]["fp8"]
+    yield (f"fp8 against bf16, loss after {result['steps']} steps", f"{fp8['last_loss']:.4f}, {result['fp8_over_bf16']:+.2%} (another seed: "
+           f"{result['seed_over_bf16']:+.2%}); images/s x {result['speedup']:.2f}")
+
+
 def sampling(result):
     for row in result["rows"]:
         passes = f"{row['steps']} steps" + (" x 2 (guidance)" if row["guidance"] != 1 else "")
@@ -63,7 +69,7 @@ def survival(result):
 def table():
     """Markdown: a row for every figure that is quoted."""
     kinds = {"demo": demo, "loader": loader, "data-reliability": data_reliability, "ops": ops,
-             "checkpoint": checkpoint, "survival": survival, "sampling": sampling, "budget": survival}
+             "checkpoint": checkpoint, "precision": precision, "survival": survival, "sampling": sampling, "budget": survival}
     rows = ["| what | figure | machine, date, commit | file |", "|---|---|---|---|"]
     for path in sorted((ROOT / "benchmarks/results").glob("*.json")):
         result = json.loads(path.read_text())

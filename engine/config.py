@@ -5,6 +5,7 @@ The keys and what each means stand here; engine/typed_yaml.py reads them."""
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
 import yaml
 
 from iomm.config import PRESETS, AdapterConfig, InputError, MaskConfig, choice
@@ -96,6 +97,8 @@ class TrainSection:
     threads: int | None = None         # torch CPU threads a rank; unset: cores / ranks of this machine
     timeout_s: float = 1800.0          # a collective that takes longer ends the run
     compile: bool | None = None        # torch.compile of every block; unset: on a GPU only
+    overlap: bool = False              # encode the next micro-batch beside the generator's work, on a stream of its own. Costs
+                                       # memory for both at once; off until a GPU has shown that it pays
     recompute: int = 0                 # blocks, from the first on, that keep no activations and run forward twice
 
     def __post_init__(self):
@@ -285,7 +288,8 @@ class RunConfig:
     time: TimeSection = field(default_factory=TimeSection)
     optim: OptimSection = field(default_factory=OptimSection)
     ema: EmaSection = field(default_factory=EmaSection)
-    precision: str = "bf16"            # bf16 | fp32: arithmetic of the trained parts; masters are always fp32
+    precision: str = "bf16"            # bf16 | fp32 | fp8: arithmetic; fp8: that of bf16, but for the products of the generator's
+                                       # blocks. Masters are always fp32. No GPU has compared the loss of fp8 with bf16's yet
     zero: ZeroSection = field(default_factory=ZeroSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     log: LogSection = field(default_factory=LogSection)
@@ -294,9 +298,14 @@ class RunConfig:
     profile: ProfileSection = field(default_factory=ProfileSection)
 
     def __post_init__(self):
-        choice("precision", self.precision, ("bf16", "fp32"))
+        choice("precision", self.precision, ("bf16", "fp32", "fp8"))
         if self.data.latents and self.model.vae_sample:
             raise InputError("data.latents hold the VAE's mean: set model.vae_sample=false, or leave data.latents out")
+
+    @property
+    def dtype(self):
+        """Of working weights and of what lies between products."""
+        return torch.float32 if self.precision == "fp32" else torch.bfloat16
 
     def to_yaml(self):
         return yaml.safe_dump(as_plain(asdict(self)), sort_keys=False)
@@ -305,7 +314,8 @@ class RunConfig:
 # A resumed run may change these: none of them changes what is computed in a step, rounding apart.
 FREE_KEYS = ("run.dir", "optim.adamw", "zero.stage", "zero.reduce_precision", "zero.overlap_comm", "zero.reduce_bucket_size",
              "zero.allgather_bucket_size", "zero.prefetch_bucket_size", "zero.param_persistence_threshold",
-             "zero.max_live_parameters", "zero.hpz_partition_size", "train.steps", "train.micro_batch", "train.threads",
+             "zero.max_live_parameters", "zero.hpz_partition_size", "train.steps", "train.micro_batch",
+             "train.overlap", "train.threads",
              "train.timeout_s", "data.threads", "data.hw_decoder_load", "data.max_bad_fraction",
              "data.max_bad_shards", "checkpoint.every_steps", "checkpoint.keep", "checkpoint.keep_every_steps",
              "checkpoint.background", "checkpoint.mtbf_gpu_hours", "log.every_steps", "log.sample_images", "log.sample_steps", "log.wandb",

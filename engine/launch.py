@@ -28,7 +28,7 @@ from iomm.engine.optim import make_optimizer
 from iomm.engine.ranklog import RankLog
 from iomm.engine.tracing import Window
 from iomm.engine.watch import Watch
-from iomm.kernels import dispatch
+from iomm.kernels import dispatch, fp8_linear
 
 STAGES = {"pretrain": "demo", "finetune": "demo-finetune"}      # and the config that each takes by default
 
@@ -44,7 +44,7 @@ def main(argv=None):
         config = load_config(args.config or STAGES[args.stage], args.overrides + [f"run.init={args.init}"] * bool(args.init))
         if args.stage == "finetune" and config.run.init is None:
             raise InputError("--stage finetune starts from a run of stage 1: give --init RUN, the run.dir of that run")
-        check_kernels()
+        check_kernels(config.precision)
         if config.log.wandb:
             check_wandb()
         if args.dry_run is not None:
@@ -85,8 +85,10 @@ def parse_args(argv):
     return args
 
 
-def check_kernels():
-    """Raises InputError if IOMM_KERNELS asks for a body that is unknown or cannot run here."""
+def check_kernels(precision):
+    """Raises InputError if IOMM_KERNELS asks for a body that is unknown or cannot run here, or precision for a GPU's fp8."""
+    if precision == "fp8" and (reason := fp8_linear.why_not()):
+        raise InputError(f"precision fp8 on this GPU ({torch.cuda.get_device_name()}) {reason}: set precision=bf16")
     try:
         dispatch.table("cuda" if torch.cuda.is_available() else "cpu")
     except ValueError as error:
@@ -142,9 +144,12 @@ def build(config, ranks, folder=None, say=print):
         _, start = parts.read_run(config.run.init)
         parts.load_weights(model, start, config.run.init_weights)
         say(f"starts from the {config.run.init_weights} weights of {start}")
+    if config.precision == "fp8":
+        say("precision fp8 has not been compared on a GPU yet: no record says that its loss follows bf16's "
+            "(python benchmarks/precision.py makes one)")
     flops = sum(plan.work(model, config).values())
     compiled = ranks.device.type == "cuda" if config.train.compile is None else config.train.compile
-    model.prepare_blocks(compiled=compiled, recompute=config.train.recompute)
+    model.prepare_blocks(compiled=compiled, recompute=config.train.recompute, fp8=config.precision == "fp8")
     sharded = zero.Sharded(
         model.to(ranks.device), lambda module: make_optimizer(module, config.optim, adamw), config=config, ranks=ranks,
         leaves=model.leaves, micro_batch=source.micro_batch, accumulation=source.accumulation_steps)

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from iomm.config import InputError
 from iomm.engine import checkpoint
+from iomm.engine.ahead import Ahead
 from iomm.engine.guard import Stop
 from iomm.engine.metrics import line
 from iomm.engine.optim import learning_rate
@@ -16,20 +17,22 @@ from iomm.flow import loss_by_time
 from iomm.ranges import each, named, whole
 
 
-def train_step(sharded, batches, factor=None):
+def train_step(sharded, batches, factor=None, look_ahead=None):
     """One optimizer step over this rank's micro-batches -> (mean loss, its sum and count by time bucket (2, buckets),
     whether weights changed, seconds waited for data, samples that had to be replaced, [(samples, their losses)]).
 
-    factor(mean loss), if given, multiplies the last loss: NaN makes all ranks skip the step."""
+    factor(mean loss), if given, multiplies the last loss: NaN makes all ranks skip the step. look_ahead(), if given, is
+    called when all passes of a micro-batch are queued."""
     losses, by_time, wait_s, failures, seen = [], 0, 0.0, [], []
     for batch in each("data", batches):          # one micro-batch each
-        loss, loss_B, t_B = sharded(batch.pixels_BCHW, batch.vit_pixels_BCHW, batch.n_B, batch.latents_BCHW,
-                                     batch.captions, batch.has_image)
+        loss, loss_B, t_B = sharded(*batch.inputs)
         losses.append(loss.detach())
         if factor is not None and sharded.last_micro_batch:
             loss = loss * factor(torch.stack(losses).mean())
         with named("backward"):
             sharded.backward(loss)
+        if look_ahead is not None:
+            look_ahead()
         with named("optimizer"):
             applied = sharded.step()             # acts only on the last one
         seen.append((batch.n_B, loss_B.detach()))
@@ -42,7 +45,10 @@ def train(state, source, config, saver, watch, metrics=None, window=None, evalua
     """Runs steps state.step + 1 ... train.steps -> whether it came to the end; if not, SIGTERM or SIGUSR1 asked it to stop
     and it has saved. `metrics` is None on all ranks but the first."""
     sharded, ema, guard, ranks = state.sharded, state.ema, state.guard, state.ranks
-    batches, batch = iter(source), config.train.global_batch
+    batches, batch, look_ahead = iter(source), config.train.global_batch, None
+    if config.train.overlap:
+        batches = Ahead(batches, sharded.module.prepare, ranks.device)
+        look_ahead = batches.fetch
     factor = (lambda loss: spike_factor(loss, guard, ranks)) if guard.skip_spikes else None
     bar = tqdm(total=config.train.steps, initial=state.step, disable=None if ranks.first else True, unit="step")
     start, asked = state.step, False
@@ -54,7 +60,7 @@ def train(state, source, config, saver, watch, metrics=None, window=None, evalua
             if window is not None:
                 window.before(state.step + 1)
             loss, by_time, applied, wait_s, failures, seen = train_step(
-                sharded, islice(batches, source.accumulation_steps), factor)
+                sharded, islice(batches, source.accumulation_steps), factor, look_ahead)
             if applied:
                 with named("ema"):
                     ema.update(state.step)

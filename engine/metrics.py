@@ -18,7 +18,7 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "B
 
 
 def peak_flops(device):
-    """Known bf16 peak of this device in FLOP/s, or None (every CPU, any other GPU)."""
+    """Known bf16 peak of this device in FLOP/s, or None (every CPU, any other GPU). fp8 runs are held against it too."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

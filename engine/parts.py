@@ -116,7 +116,7 @@ def write_latents(config, out, *, dtype, batch, rank=None, num_ranks=None):
     positive("--batch", batch)
     shards = Shards(prepare_data(config, progress=rank == 0))
     # as training loads it, so that the latents are those that training would compute
-    vae = load_vae(config.model.vae, dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32, device=device)
+    vae = load_vae(config.model.vae, dtype=config.dtype, device=device)
     with tqdm(total=-(-len(shards) // num_ranks), unit="image", desc="cache", disable=None if rank == 0 else True) as bar:
         num = write_cache(shards, out, vae, vae_name=config.model.vae, size_px=config.data.size_px, dtype=dtype,
                           device=device, batch=batch, num_threads=config.data.threads, rank=rank, num_ranks=num_ranks,
@@ -133,9 +133,8 @@ def prepare_mllm(config):
 
 def build_model(config, mllm_name, device):
     """Frozen parts on `device`, trained parts drawn from run.seed on the CPU -> IOMM."""
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    mllm = load_mllm(mllm_name, revision=config.model.mllm_revision, dtype=dtype, device=device)
-    vae = load_vae(config.model.vae, dtype=dtype, device=device)
+    mllm = load_mllm(mllm_name, revision=config.model.mllm_revision, dtype=config.dtype, device=device)
+    vae = load_vae(config.model.vae, dtype=config.dtype, device=device)
     vae.grid(config.data.size_px, config.data.size_px)          # raises if the size does not divide
     shape = generator_config(config.model.preset, token_dim=vae.token_dim, condition_dim=mllm.width)
     recipe = Recipe(seed=config.run.seed, mask=config.mask, adapter=config.adapter, time=asdict(config.time),
@@ -167,7 +166,7 @@ def load_run(run_dir, *, weights="ema", device="cpu"):
     config, folder = read_run(run_dir)
     model = build_model(config, prepare_mllm(config), device).to(device)
     manifest = load_weights(model, folder, weights)
-    if torch.device(device).type == "cuda" and config.precision == "bf16":
+    if torch.device(device).type == "cuda" and config.dtype == torch.bfloat16:
         model.to(torch.bfloat16)
     return config, model, manifest
 

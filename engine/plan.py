@@ -13,6 +13,7 @@ from iomm.engine import checkpoint
 from iomm.engine.data import latents
 from iomm.engine.data.patterns import expand
 from iomm.generator import empty_generator
+from iomm.layers import use_fp8
 from iomm.mllm import TURN, mllm_without_weights
 from iomm.model import IOMM, Recipe
 from iomm.vae import vae_without_weights
@@ -137,7 +138,7 @@ def memory(model, config, ranks, micro_batch):
     """{part: bytes a GPU} of a run whose model, not yet sharded, this is. What frozen encoders need while they run, and
     what communication and the allocator keep, is not in it."""
     trained, frozen = size(model), sum(map(size, model.frozen))
-    width = 2 if config.precision == "bf16" else 4
+    width = config.dtype.itemsize
     zero, leaves = config.zero, model.leaves
     weights, gradients, state = (trained / (ranks if zero.stage >= stage else 1) for stage in (3, 2, 1))
     block = max(size(module) for module in model.modules() if isinstance(module, leaves))
@@ -151,6 +152,7 @@ def memory(model, config, ranks, micro_batch):
         "optimizer moments": {"adamw": 8, "muon": 4}[config.optim.kind] * state,
         "EMA": 4 * state if config.ema.decay else 0,
         **{f"activations, {part}": kept for part, kept in activation_bytes(model, config, micro_batch).items()},
+        **({"encoded ahead": prepared_bytes(model, config, micro_batch)} if config.train.overlap else {}),
     }
 
 
@@ -192,7 +194,7 @@ def activation_bytes(model, config, micro_batch):
     of the MLLM on the meta device, uncompiled; torch.compile keeps less. Of train.recompute blocks only the inputs stay,
     and one block's own while it runs. The adapter's, small, are left out."""
     mllm, vae = model.frozen
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    dtype = config.dtype
     rows, columns = grid = vae.grid(config.data.size_px, config.data.size_px)
     num_condition = max(round(model.condition_tokens(kind["num_text"], kind.get("image", True))[1])
                         for _, kind in kinds(model, config))
@@ -203,6 +205,8 @@ def activation_bytes(model, config, micro_batch):
 
     def kept_by(num_blocks):
         generator = empty_generator(replace(model.generator.config, num_blocks=num_blocks), device="meta", dtype=dtype)
+        if config.precision == "fp8":
+            use_fp8(generator)
         return kept_bytes(lambda: generator(noisy_BNK, t_B, condition_BCD, grid), generator.parameters())
     # Blocks are alike but for the last: a model of 2 and one of 3 tell all, in a quarter of a second.
     two, three = kept_by(2), kept_by(3)
@@ -219,6 +223,16 @@ def activation_bytes(model, config, micro_batch):
         kept["MLLM queries"] = mllm.num_layers * kept_bytes(*mllm.layer_without_weights(
             micro_batch * config.adapter.num_queries, dtype, Attended.apply))
     return kept
+
+
+def prepared_bytes(model, config, micro_batch):
+    """Bytes of a micro-batch that train.overlap has encoded: noisy tokens and their targets in the dtype of the pixels, the
+    condition and its prefix in that of the MLLM."""
+    mllm, vae = model.frozen
+    rows, columns = vae.grid(config.data.size_px, config.data.size_px)
+    num_prefix = max(model.condition_tokens(kind["num_text"], kind.get("image", True))[0] for _, kind in kinds(model, config))
+    latents = 2 * rows * columns * vae.token_dim * (2 if config.data.precision == "bf16" else 4)
+    return micro_batch * (latents + mllm.prefix_numbers(num_prefix) * config.dtype.itemsize)
 
 
 def table(title, rows, unit, scale, digits):

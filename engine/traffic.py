@@ -82,7 +82,7 @@ def count_traffic(model, config, ranks, **settings):
     zero_optimization that replace the config's."""
     whole = deepspeed_config(config, torch.device("cuda"), 1, 1)
     settings = {**DEFAULTS, **whole["zero_optimization"], **settings}
-    itemsize = 2 if config.precision == "bf16" else 4
+    itemsize = config.dtype.itemsize
     reduced = {"bf16": 2, "fp16": 2, "fp32": 4, None: itemsize}[whole.get("communication_data_type")]
     numel = {id(p): p.numel() for p in model.parameters()}
     persistent = {p for p, number in numel.items() if number <= settings["stage3_param_persistence_threshold"]}

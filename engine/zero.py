@@ -137,7 +137,7 @@ class Sharded:
         if stage == 0:
             self.engine = self.layout = Replicated(
                 module, self.optimizer, rank=ranks.rank, size=ranks.size, clip=config.optim.clip, accumulation=accumulation,
-                dtype=torch.float32 if config.precision == "fp32" else torch.bfloat16, reduce_dtype=reduce_dtype(config))
+                dtype=config.dtype, reduce_dtype=reduce_dtype(config))
         else:
             import deepspeed
             if leaves and stage == 3:
@@ -209,6 +209,11 @@ class Sharded:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
+    @property
+    def module(self):
+        """What is sharded, for calls that touch none of its parameters; all others go through __call__."""
+        return self.engine.module
+
     def __call__(self, *args):
         return self.engine(*args)
 
@@ -258,7 +263,7 @@ def deepspeed_config(config, device, micro_batch, accumulation):
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.optim.clip,
         # Immediate: at stage 1 every bf16 gradient is added to its fp32 sum as soon as it is there, and freed.
-        "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": True, "immediate_grad_update": True},
+        "bf16": {"enabled": config.dtype == torch.bfloat16, "check_grad_overflow": True, "immediate_grad_update": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32" if reduce_dtype(config) == torch.float32 else "bf16",
         "zero_allow_untested_optimizer": True,

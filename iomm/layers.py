@@ -1,4 +1,4 @@
-"""Parts that both generators are made of: rotary tables, time embedding, fused linear, attention, fresh weights."""
+"""Parts that both generators are made of: linears, rotary tables, time embedding, attention, fresh weights."""
 
 import hashlib
 import math
@@ -8,10 +8,31 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from iomm.kernels.fp8_linear import MULTIPLE, fp8_linear
+
 ZERO_AT_START = ("modulation", "final_modulation", "final")  # names of linears: blocks start closed, velocity at 0
 
 
-class FusedLinear(nn.Linear):
+class TokenLinear(nn.Linear):
+    """Linear on every token of a block, which is where a generator's work is: (..., in) -> (..., out).
+
+    `fp8`: forward and backward products take their sides in fp8. Linears on one row a sample (times) or at either end of
+    the generator stay nn.Linear: they cost nothing, and what they round the whole model sees."""
+
+    fp8 = False
+
+    def forward(self, x):
+        return fp8_linear(x, self.weight, self.bias) if self.fp8 else super().forward(x)
+
+
+def use_fp8(model):
+    """Turns fp8 on in every TokenLinear whose sizes its products can have."""
+    for part in model.modules():
+        if isinstance(part, TokenLinear):
+            part.fp8 = part.in_features % MULTIPLE == 0 and part.out_features % MULTIPLE == 0
+
+
+class FusedLinear(TokenLinear):
     """Linear (..., in) -> (..., sum(parts)): several matrices of one input as one product.
 
     `parts` are the output sizes. Fresh weights and exports treat each part as a matrix of its own."""

@@ -3,6 +3,7 @@
 The only door to transformers. Weights stay in transformers' own modules; the two passes over them are ours because no
 library runs a packed, gradient-free prefix followed by queries that see it."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,12 +36,14 @@ class Condition:
     """Condition tokens of a batch, packed: sample b owns rows offsets[b] to offsets[b + 1].
 
     tokens_TD embeddings; positions_T their position ids (int64, gaps where tokens were dropped);
-    offsets (B + 1,) int32; end_B the position id of the first token after each sample (int64)."""
+    offsets (B + 1,) int32; end_B the position id of the first token after each sample (int64), and end the largest of
+    them, a number that the host knows: reading it from the GPU later would wait for all that is queued there."""
 
     tokens_TD: torch.Tensor
     positions_T: torch.Tensor
     offsets: torch.Tensor
     end_B: torch.Tensor
+    end: int
 
     @property
     def batch(self):
@@ -57,6 +60,9 @@ class MLLM(Frozen):
         config = internvl.config
         if config.text_config.model_type not in ("qwen2", "qwen3"):
             raise InputError(f"model.mllm: the decoder must be qwen2 or qwen3, got {config.text_config.model_type}")
+        if config.vision_feature_layer != -1 or config.vision_feature_select_strategy != "default":
+            raise InputError("model.mllm: its image tokens must be those of the ViT's last layer without the class token, got "
+                             f"layer {config.vision_feature_layer}, strategy {config.vision_feature_select_strategy}")
         self.tokenizer = tokenizer
         self.width = config.text_config.hidden_size
         self.vit_px = config.vision_config.image_size[0]
@@ -65,12 +71,12 @@ class MLLM(Frozen):
         self.max_positions = config.text_config.max_position_embeddings
         self.heads, self.finish = heads, finish
 
-    def compile_parts(self):
-        """ViT and projector, and either half of a decoder layer, become graphs of torch.compile. Prefixes are ragged, so the
-        halves are compiled for any number of tokens."""
-        self.backbone.vision_tower.compile()
-        self.backbone.multi_modal_projector.compile()
-        self.heads, self.finish = (torch.compile(part, dynamic=True) for part in (heads, finish))
+    def compile_parts(self, backend="inductor"):
+        """Layers of the ViT and either half of a decoder layer become graphs of torch.compile: one for all layers alike.
+        Prefixes are ragged, so the halves are compiled for any number of tokens."""
+        for layer in self.backbone.vision_tower.encoder.layer:
+            layer.forward = torch.compile(layer.forward, fullgraph=True, backend=backend)
+        self.heads, self.finish = (torch.compile(part, dynamic=True, fullgraph=True, backend=backend) for part in (heads, finish))
 
     @property
     def dtype(self):
@@ -78,8 +84,14 @@ class MLLM(Frozen):
 
     @torch.no_grad()
     def image_tokens(self, vit_pixels_BCHW):
-        """(B, 3, vit_px, vit_px) normalised by IMAGE_MEAN and IMAGE_STD -> (B, P, D). No gradient."""
-        return self.backbone.get_image_features(vit_pixels_BCHW.to(self.dtype)).pooler_output
+        """(B, 3, vit_px, vit_px) normalised by IMAGE_MEAN and IMAGE_STD -> (B, P, D). No gradient.
+
+        What transformers' get_image_features computes, without its hooks on every layer, which torch.compile cannot trace."""
+        tower = self.backbone.vision_tower
+        x_BNW = tower.layernorm(tower.encoder(tower.embeddings(vit_pixels_BCHW.to(self.dtype))).last_hidden_state)[:, 1:]
+        side = math.isqrt(x_BNW.shape[1])
+        shuffled = self.backbone.pixel_shuffle(x_BNW.unflatten(1, (side, side)), scale_factor=self.backbone.config.downsample_ratio)
+        return self.backbone.multi_modal_projector(shuffled.flatten(1, 2))
 
     def token_ids(self, text):
         """Text -> list of token ids, special tokens in the text included, none added."""
@@ -111,6 +123,12 @@ class MLLM(Frozen):
         linears = layers * num_queries * (keys + rest)
         seen, own = layers * num_queries * num_prefix * pair, layers * num_queries**2 * pair
         return prefix, linears + seen + own, linears + seen + 2 * own
+
+    def prefix_numbers(self, num_prefix):
+        """How many numbers one image's condition is: its tokens, and the keys and values that `prefix` keeps of them."""
+        text = self.backbone.config.text_config
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return num_prefix * (self.width + 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim)
 
     @property
     def num_layers(self):
@@ -154,7 +172,7 @@ class MLLM(Frozen):
         sample_T = torch.repeat_interleave(torch.arange(len(texts), device=device), lengths_B)
         positions_T = torch.arange(len(ids), device=device) - starts_B[sample_T]
         tokens_TD = self.backbone.get_input_embeddings()(torch.tensor(ids, device=device))
-        end_B = lengths_B
+        end_B, end = lengths_B, max(lengths)
         if any(has_image):
             image_T = torch.tensor(is_image, device=device)
             image_TD = image_tokens_IPD.flatten(0, 1).to(tokens_TD.dtype)
@@ -168,9 +186,9 @@ class MLLM(Frozen):
                 tokens_TD, sample_T, positions_T = tokens_TD[rows], sample_T[rows], positions_T[rows]
                 if positions == "compact":
                     positions_T = torch.arange(len(rows), device=device) - (lengths_B.cumsum(0) - lengths_B)[sample_T]
-                    end_B = lengths_B
+                    end_B, end = lengths_B, int(lengths_B.max())
         offsets = torch.nn.functional.pad(lengths_B.cumsum(0), (1, 0)).int()
-        return Condition(tokens_TD=tokens_TD, positions_T=positions_T, offsets=offsets, end_B=end_B)
+        return Condition(tokens_TD=tokens_TD, positions_T=positions_T, offsets=offsets, end_B=end_B, end=end)
 
     @torch.no_grad()
     def prefix(self, condition, outputs=False):
@@ -195,7 +213,7 @@ class MLLM(Frozen):
         Gradients flow to queries_BQD, never into the prefix. causal: queries see earlier queries; else all of them."""
         decoder = self.backbone.language_model
         batch, num, width = queries_BQD.shape
-        if int(condition.end_B.max()) + num > self.max_positions:
+        if condition.end + num > self.max_positions:
             raise InputError(f"prompt and {num} queries exceed the MLLM's context of {self.max_positions}: shorten it")
         positions = condition.end_B[:, None] + torch.arange(num, device=queries_BQD.device)
         x_SD = queries_BQD.flatten(0, 1)

@@ -16,6 +16,7 @@ from iomm.kernels.qk_norm_rope import qk_norm_rope
 from iomm.layers import (
     FusedLinear,
     TimeEmbedding,
+    TokenLinear,
     at_least_float32,
     attend,
     attention_flops,
@@ -38,9 +39,9 @@ class Stream(nn.Module):
         self.qkv = FusedLinear(width, (width, width, width))
         self.q_norm = nn.RMSNorm(width // num_heads, eps=EPS)
         self.k_norm = nn.RMSNorm(width // num_heads, eps=EPS)
-        self.out = nn.Linear(width, width)
-        self.mlp_in = nn.Linear(width, 4 * width)
-        self.mlp_out = nn.Linear(4 * width, width)
+        self.out = TokenLinear(width, width)
+        self.mlp_in = TokenLinear(width, 4 * width)
+        self.mlp_out = TokenLinear(4 * width, width)
 
     def open(self, x_BLD, time_BD):
         """-> (qkv (B, L, 3, A, E), weights of the norms of q and k), and what `close` needs of the modulation."""
@@ -108,7 +109,7 @@ class SingleBlock(nn.Module):
         self.linear_in = FusedLinear(width, (width, width, width, 4 * width))
         self.q_norm = nn.RMSNorm(width // num_heads, eps=EPS)
         self.k_norm = nn.RMSNorm(width // num_heads, eps=EPS)
-        self.linear_out = nn.Linear(5 * width, width)
+        self.linear_out = TokenLinear(5 * width, width)
 
     def forward(self, joint_BLD, time_BD, cos_LF, sin_LF, shown_BL=None):
         shift, scale, gate = self.modulation(time_BD).chunk(3, dim=-1)

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import nn
@@ -12,8 +13,9 @@ from iomm.config import AdapterConfig, MaskConfig
 from iomm.flow import sample_time, velocity_loss
 from iomm.kernels.noisy_tokens import noisy_tokens
 from iomm.kernels.philox import CAPTION_DROP, TIME, VAE, normal, uniform
+from iomm.layers import use_fp8
 from iomm.masking import visible_mask
-from iomm.mllm import IMAGE, RECONSTRUCT, TURN
+from iomm.mllm import IMAGE, RECONSTRUCT, TURN, Condition
 from iomm.ranges import named
 
 
@@ -29,6 +31,25 @@ class Recipe:
     caption_drop: float = 0.1                     # share of captions replaced by the empty prompt, for guidance
 
 
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What Algorithm 1 makes of a batch without a trained weight. grid: (rows, columns) of latent tokens; prefix: keys and
+    values of every layer of the MLLM, and its outputs or None."""
+
+    noisy_BNK: torch.Tensor
+    target_BNK: torch.Tensor
+    t_B: torch.Tensor
+    grid: tuple
+    condition: Condition
+    prefix: tuple
+
+    def tensors(self):
+        """All of them, for whoever hands them from one CUDA stream to another."""
+        cache, outputs_TD = self.prefix
+        held = self.noisy_BNK, self.target_BNK, self.t_B, *vars(self.condition).values(), *chain(*cache), outputs_TD
+        return [tensor for tensor in held if isinstance(tensor, torch.Tensor)]
+
+
 class IOMM(nn.Module):
     """Generator and adapter (trained), MLLM and VAE (frozen, held in a tuple so that nothing that walks the modules
     partitions, casts or saves them)."""
@@ -40,8 +61,10 @@ class IOMM(nn.Module):
         self.frozen = (mllm, vae)
         self.recipe = recipe
 
-    def forward(self, pixels_BCHW, vit_pixels_ICHW, n_B, latents_BCHW=None, captions=None, has_image=None):
-        """VAE pixels in [-1, 1], normalised ViT pixels, sample numbers -> (mean loss, loss_B, t_B).
+    @torch.no_grad()
+    def prepare(self, pixels_BCHW, vit_pixels_ICHW, n_B, latents_BCHW=None, captions=None, has_image=None):
+        """VAE pixels in [-1, 1], normalised ViT pixels, sample numbers -> Prepared, on which `forward` goes on. No trained
+        weight takes part, so it may run while the generator still works on the batch before.
 
         captions and has_image (B texts, B bools), where some samples are pairs: those are conditioned on their caption and
         vit_pixels_ICHW are of the others, in order. With cached latents_BCHW the VAE pixels may be None. Draws nothing
@@ -54,9 +77,16 @@ class IOMM(nn.Module):
         t_B = sample_time(uniform(seed, TIME, n_B, 1)[:, 0], **self.recipe.time)
         noisy_BNK, target_BNK = noisy_tokens(latents_BCHW, t_B, seed, n_B, vae.patch)
         condition = self.condition(vit_pixels_ICHW, n_B, captions, has_image)             # steps 3, 4, 5
-        velocity_BNK = self.velocity(noisy_BNK, t_B, *self.read(condition), grid(latents_BCHW, vae.patch))
-        loss, loss_B = velocity_loss(velocity_BNK, target_BNK)                            # step 8
-        return loss, loss_B.detach(), t_B
+        return Prepared(noisy_BNK=noisy_BNK, target_BNK=target_BNK, t_B=t_B, grid=grid(latents_BCHW, vae.patch),
+                        condition=condition, prefix=self.prefix(condition))               # of step 7, what sees no query
+
+    def forward(self, *sample):
+        """The arguments of `prepare`, or what it made of them -> (mean loss, loss_B, t_B)."""
+        given = sample[0] if isinstance(sample[0], Prepared) else self.prepare(*sample)   # steps 2, 3, 4, 5
+        hidden_BCD, lengths_B = self.read(given.condition, given.prefix)                  # steps 6, 7
+        velocity_BNK = self.velocity(given.noisy_BNK, given.t_B, hidden_BCD, lengths_B, given.grid)
+        loss, loss_B = velocity_loss(velocity_BNK, given.target_BNK)                      # step 8
+        return loss, loss_B.detach(), given.t_B
 
     def condition(self, vit_pixels_ICHW, n_B, captions=None, has_image=None):
         """One packed condition for both kinds of samples: [fixed prompt, visible image tokens] or [caption]; a caption is
@@ -122,8 +152,15 @@ class IOMM(nn.Module):
         num_queries = 0 if self.adapter is None else self.recipe.adapter.num_queries
         return text + shown, num_queries + (text + shown if self.recipe.adapter.conditions == "all" else 0)
 
-    def read(self, condition):
-        """Condition -> what conditions the generator, (B, C, D), and its lengths (B,) or None: steps 6 and 7.
+    def prefix(self, condition):
+        """Keys and values of every layer, and outputs if they are wanted: the part of step 7 that depends on no query."""
+        mllm, _ = self.frozen
+        with named("prefix"):
+            return mllm.prefix(condition, outputs=self.recipe.adapter.conditions == "all")
+
+    def read(self, condition, prefix=None):
+        """Condition (and its `prefix`, if that is there) -> what conditions the generator, (B, C, D), and its lengths (B,) or
+        None: steps 6 and 7.
 
         conditions "query": the outputs at the queries, C = Q. "all": every output, each sample's in a row, filled up with
         zeros to the longest; lengths is None where all are alike."""
@@ -133,8 +170,7 @@ class IOMM(nn.Module):
         if self.adapter is not None:
             with named("adapter"):
                 queries_BQD = self.adapter(condition)
-        with named("prefix"):
-            cache, outputs_TD = mllm.prefix(condition, outputs=every)
+        cache, outputs_TD = self.prefix(condition) if prefix is None else prefix
         if queries_BQD is not None:
             with named("suffix"):
                 hidden_BCD = mllm.queries(queries_BQD.to(mllm.dtype), condition, cache,
@@ -152,9 +188,12 @@ class IOMM(nn.Module):
         classes = (*self.generator.block_classes, *(() if self.connector is None else self.connector.block_classes))
         return tuple(c for c in classes if any(isinstance(module, c) for module in self.modules()))
 
-    def prepare_blocks(self, *, compiled=False, recompute=0):
+    def prepare_blocks(self, *, compiled=False, recompute=0, fp8=False):
         """Call once, before weights are partitioned. compiled: every block becomes one graph of torch.compile, and so do ViT,
-        VAE encoder and the layers of the decoder. recompute: the first blocks keep no activations and run forward twice."""
+        VAE encoder and the layers of the decoder. recompute: the first blocks keep no activations and run forward twice.
+        fp8: the products of the generator's blocks take their sides in fp8."""
+        if fp8:
+            use_fp8(self.generator)
         blocks = [module for module in self.modules() if isinstance(module, self.leaves)]
         for i, block in enumerate(blocks):
             forward = torch.compile(block.forward, fullgraph=True) if compiled else block.forward

@@ -19,6 +19,7 @@ from iomm.kernels.qk_norm_rope import qk_norm_rope
 from iomm.layers import (
     FusedLinear,
     TimeEmbedding,
+    TokenLinear,
     at_least_float32,
     attend,
     attention_flops,
@@ -56,10 +57,10 @@ class Layer(nn.Module):
         self.attention_norm_in, self.attention_norm_out = norm(width), norm(width)
         self.qkv = FusedLinear(width, (width, width, width), bias=False)
         self.q_norm, self.k_norm = norm(config.head_dim), norm(config.head_dim)
-        self.out = nn.Linear(width, width, bias=False)
+        self.out = TokenLinear(width, width, bias=False)
         self.mlp_norm_in, self.mlp_norm_out = norm(width), norm(width)
         self.mlp_in = FusedLinear(width, (hidden, hidden), bias=False)  # gate, value
-        self.mlp_out = nn.Linear(hidden, width, bias=False)
+        self.mlp_out = TokenLinear(hidden, width, bias=False)
         self.modulation = nn.Linear(time_width(width), 4 * width) if modulated else None
 
     def forward(self, x_BLD, cos_LF, sin_LF, time_BW=None):

@@ -37,7 +37,7 @@ class PixelVAE(Latents, nn.Module):
         super().__init__()
         self.patch = patch
 
-    def compile_parts(self):
+    def compile_parts(self, backend="inductor"):
         """Nothing here to compile."""
 
     def encode(self, pixels_BCHW, noise_BCHW=None):
@@ -67,9 +67,9 @@ class FluxVAE(Latents, Frozen):
         if tiling:
             autoencoder.enable_tiling()
 
-    def compile_parts(self):
+    def compile_parts(self, backend="inductor"):
         """The encoder becomes one graph of torch.compile."""
-        self.backbone.encoder.compile()
+        self.backbone.encoder.compile(fullgraph=True, backend=backend)
 
     def batch(self, x_BCHW):
         """In the layout and dtype of the weights."""

@@ -111,6 +111,13 @@ def test_qwen3_decoders_are_read_too(tmp_path):
     assert (ours - theirs).abs().max() <= 1e-12 * theirs.abs().max()
 
 
+def test_image_tokens_are_those_of_transformers(mllm):
+    pixels = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        theirs = mllm.backbone.get_image_features(pixels).pooler_output
+    assert torch.equal(mllm.image_tokens(pixels), theirs)
+
+
 def test_zero_keeps_hidden_tokens_as_zeros(mllm):
     tokens = torch.randn(2, mllm.num_image_tokens, mllm.width, dtype=torch.float64)
     visible = torch.arange(2 * mllm.num_image_tokens) % 3 == 0
@@ -147,3 +154,11 @@ def test_errors_say_what_was_wanted(mllm, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(InputError, match="is a bert checkpoint; wanted InternVL"):
         load_mllm(str(tmp_path))
+
+
+@pytest.mark.parametrize("positions", ["original", "compact"])
+def test_the_end_that_the_host_knows_is_the_largest(mllm, positions):
+    tokens, visible = torch.randn(2, mllm.num_image_tokens, mllm.width, dtype=torch.float64), torch.arange(128) % 5 == 0
+    condition = mllm.condition(["a red circle" * 3, "", "a"], tokens, has_image=[False, True, True], visible=visible[:2 * mllm.num_image_tokens],
+                               positions=positions)
+    assert condition.end == int(condition.end_B.max())

@@ -20,6 +20,7 @@ from iomm.engine.plan import (
     kept_bytes,
     make_plan,
     memory,
+    prepared_bytes,
     tokens,
     work,
 )
@@ -119,6 +120,32 @@ def test_two_models_of_few_blocks_tell_the_activations_of_many(preset):
         inputs = torch.empty(4, 64, vae.token_dim), torch.empty(4), torch.empty(4, 16, generator.config.condition_dim, requires_grad=True)
     whole = kept_bytes(lambda: generator(*inputs, (8, 8)), generator.parameters())
     assert activation_bytes(model, config, micro_batch=4)["generator"] == whole
+
+
+def test_fp8_keeps_the_sides_of_its_products_in_a_byte():
+    """Of a block's linears at width D with M rows: inputs of qkv, out, mlp_in (D each) and mlp_out (4 D)."""
+    config = load_config("demo", ["precision=bf16"])
+    model = build_without_weights(config)
+    bf16, fp8 = (activation_bytes(model, load_config("demo", [f"precision={p}"]), micro_batch=4)["generator"] for p in ("bf16", "fp8"))
+    blocks, width, latents, condition = 4, 192, 64, config.adapter.num_queries
+    # The last block's condition has kv alone, and its latents' `out` reads what attention keeps anyway: a byte more, not less.
+    rows = 4 * (blocks * 7 * (latents + condition) - 6 * condition - 2 * latents)
+    scales = 4 * (blocks * 8 - 3)
+    assert bf16 - fp8 == rows * width - scales
+
+
+def test_bytes_encoded_ahead_are_those_of_a_real_batch(tmp_path):
+    from iomm.engine.shapes.mllm import tiny_mllm
+    from iomm.mllm import load_mllm
+    from iomm.model import IOMM
+    from iomm.vae import load_vae
+    config = load_config("demo", ["mask.ratio=0.0"])
+    mllm, vae = load_mllm(str(tiny_mllm(tmp_path / "mllm")), dtype=torch.float32), load_vae(config.model.vae)
+    counted = build_without_weights(config)
+    model = IOMM(counted.generator, counted.adapter, mllm, vae, counted.recipe)
+    prepared = model.prepare(torch.rand(4, 3, 32, 32), torch.rand(4, 3, 32, 32), torch.arange(4))
+    real = sum(tensor.nbytes for tensor in prepared.tensors() if tensor.is_floating_point() and tensor is not prepared.t_B)
+    assert prepared_bytes(model, config, micro_batch=4) == real
 
 
 def test_what_cannot_be_is_said_before_it_costs():

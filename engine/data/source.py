@@ -38,6 +38,14 @@ class Batch:
     has_image: list = field(default_factory=list)      # B bools: conditioned on its image, not on its caption
     latents_BCHW: torch.Tensor | None = None           # float32, on the device
     failures: list = field(default_factory=list)       # of Failure: samples that were replaced
+    prepared: object = None                            # what IOMM.prepare made of the pixels, where it has run ahead
+
+    @property
+    def inputs(self):
+        """Arguments of IOMM.forward."""
+        if self.prepared is not None:
+            return self.prepared,
+        return self.pixels_BCHW, self.vit_pixels_BCHW, self.n_B, self.latents_BCHW, self.captions, self.has_image
 
 
 class ImageSource:

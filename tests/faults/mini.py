@@ -150,9 +150,7 @@ class Source:
                     with open(self.samples, "a") as file:
                         print(json.dumps([step, micro, n_B.tolist()]), file=file)
                 nan = step in self.options.get("nan_steps", ()) and self.ranks.rank == 0
-                yield SimpleNamespace(pixels_BCHW=float("nan") if nan else 1.0, vit_pixels_BCHW=None, n_B=n_B,
-                                      latents_BCHW=None, captions=None, has_image=None,
-                                      wait_s=0.0, failures=[])
+                yield SimpleNamespace(inputs=(float("nan") if nan else 1.0, None, n_B), n_B=n_B, wait_s=0.0, failures=[])
 
 
 def digest(shapes, whole):

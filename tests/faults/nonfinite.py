@@ -55,8 +55,8 @@ def main():
         IOMM.encode, IOMM.read, zero.Sharded.__call__, zero.Sharded.step, loop.train, loop.train_step)
     IOMM.encode = lambda self, pixels, n_B: spoilt(encode(self, spoilt(pixels, "pixel"), n_B), "latent")
 
-    def read_spoilt(self, condition):
-        hidden, lengths = read(self, condition)
+    def read_spoilt(self, *args):
+        hidden, lengths = read(self, *args)
         factor = torch.ones_like(hidden)
         return hidden * spoilt(factor, "embedding"), lengths
 

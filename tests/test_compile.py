@@ -1,0 +1,89 @@
+"""What torch.compile makes of the frozen parts: whole graphs, as many over ragged batches as at first, the same numbers."""
+
+import pytest
+import torch
+from kernel_checks import assert_no_worse
+from test_mllm import TEXT, VISION
+from test_vae import autoencoder
+from torch._dynamo.utils import counters
+
+from iomm.mllm import RECONSTRUCT, create_mllm, load_mllm
+from iomm.vae import FluxVAE
+
+Q = 7
+LAYERS = 6       # of the decoder: more than there are graphs of each half
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return create_mllm(tmp_path_factory.mktemp("mllm") / "tiny", texts=[RECONSTRUCT], vision=VISION,
+                       text={**TEXT, "num_hidden_layers": LAYERS})
+
+
+@pytest.fixture(autouse=True)
+def fresh_counts():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def graphs():
+    return counters["stats"]["unique_graphs"]
+
+
+def read(mllm, batch, seed, dtype=torch.float32):
+    """Image tokens, queries behind a ragged prefix, and their gradient, of random images."""
+    random = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=random, dtype=torch.float64).to(dtype)
+    tokens_BPD, queries_BQD = mllm.image_tokens(draw(batch, 3, 32, 32)), draw(batch, Q, mllm.width).requires_grad_()
+    visible = torch.rand(batch * mllm.num_image_tokens, generator=random) < 0.4
+    condition = mllm.condition([RECONSTRUCT] * batch, tokens_BPD, visible=visible)
+    hidden_BQD = mllm.queries(queries_BQD, condition, mllm.prefix(condition)[0])
+    return tokens_BPD, hidden_BQD.detach(), torch.autograd.grad(hidden_BQD.square().sum(), queries_BQD)[0]
+
+
+def pixels(batch, height, width, dtype=torch.float32):
+    random = torch.Generator().manual_seed(height)
+    return (torch.rand(batch, 3, height, width, generator=random, dtype=torch.float64) * 2 - 1).to(dtype)
+
+
+def test_ragged_prefixes_and_other_layers_need_no_graphs_of_their_own(folder):
+    """One graph a ViT layer; of `heads` one in the prefix, its last layer's without queries, and two with gradient (the
+    first layer's input is a view of the queries); of `finish` one without and two with gradient."""
+    mllm = load_mllm(str(folder), dtype=torch.float32)
+    mllm.compile_parts(backend="eager")
+    expected = [read(load_mllm(str(folder), dtype=torch.float32), 3, seed) for seed in range(4)]
+    for seed, wanted in enumerate(expected):
+        assert all(torch.equal(a, b) for a, b in zip(read(mllm, 3, seed), wanted))
+        assert graphs() == 1 + 4 + 3
+    read(mllm, 5, 4)                                  # a stage-2 batch holds any number of images:
+    read(mllm, 4, 5)                                  # the ViT layer is traced once more, for all of them
+    assert graphs() == 1 + 4 + 3 + 1 and not counters["graph_break"]
+
+
+def test_the_vae_encoder_is_one_graph_whatever_the_bucket():
+    vae, compiled = (FluxVAE(autoencoder(widths=(8, 8))) for _ in range(2))
+    compiled.compile_parts(backend="eager")
+    for height, width in ((48, 32), (32, 48), (64, 32), (48, 48)):
+        image = pixels(2, height, width)
+        assert torch.equal(compiled.encode(image), vae.encode(image))
+    assert graphs() == 2 and not counters["graph_break"]        # the first size; then one for all others
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_frozen_parts_are_as_exact_as_eager_ones(folder, dtype):
+    exact, eager, compiled = (load_mllm(str(folder), dtype=d) for d in (torch.float64, dtype, dtype))
+    compiled.compile_parts()
+    for batch, seed in ((3, 0), (3, 1)):
+        rows = zip(read(compiled, batch, seed, dtype), read(eager, batch, seed, dtype), read(exact, batch, seed, torch.float64))
+        for got, same_dtype, wanted in rows:
+            assert_no_worse(got, same_dtype, wanted)
+    exact, eager, compiled = (FluxVAE(autoencoder().to(d)) for d in (torch.float64, dtype, dtype))
+    compiled.compile_parts()
+    got, same_dtype, wanted = (vae.encode(pixels(2, 32, 32, d)) for vae, d in (
+        (compiled, dtype), (eager, dtype), (exact, torch.float64)))
+    assert_no_worse(got, same_dtype, wanted)

@@ -218,7 +218,7 @@ def false_alarms(folder, num_steps, hang_s=1.5):
     """A long run whose one step is ten times as slow as the others, one pause just below the limit, and an evaluation that
     takes longer than it: no alarm."""
     code = Job(Path(folder) / "quiet", f"train.steps={num_steps}", "checkpoint.every_steps=1000", f"guard.hang_s={hang_s}",
-               slow_step=num_steps // 2, step_s=0.0).wait(600)
+               slow_step=num_steps // 2, step_s=0.0).wait(1800)
     slow = Job(Path(folder) / "slow", "train.steps=40", f"guard.hang_s={hang_s}", slow_step=20, step_s=0.1,
                evaluate_at=30, evaluate_s=1.5 * hang_s).wait(60)
     return {"steps": num_steps + 40, "alarms": (code != [0, 0]) + (slow != [0, 0])}

@@ -171,25 +171,25 @@ from iomm.engine.launch import main as launch
 zero.stop = lambda: None     # DeepSpeed makes its groups once a process
 PRESETS["demo"] = GeneratorConfig(width=64, num_heads=2, num_blocks=2)
 root, *settings = sys.argv[1:]
-for stage in range(4):
-    for precision in ("fp32", "bf16"):
-        for every in (0, 1):
-            name = f"{stage}-{precision}-{every}"
-            assert launch([f"run.dir={root}/{name}", *settings, f"zero.stage={stage}", f"precision={precision}",
-                           f"evaluate.every_steps={every}"]) == 0, name
+for compiled, stage, precision in [("false", stage, precision) for stage in range(4) for precision in ("fp32", "bf16")] + [
+        ("true", 3, "fp32"), ("true", 3, "bf16")]:
+    for every in (0, 1):
+        name = f"{compiled}-{stage}-{precision}-{every}"
+        assert launch([f"run.dir={root}/{name}", *settings, f"zero.stage={stage}", f"precision={precision}",
+                       f"train.compile={compiled}", f"evaluate.every_steps={every}"]) == 0, name
 """
 
 
 @pytest.mark.slow
-def test_evaluation_touches_nothing_at_any_stage_and_precision(settings, tmp_path):
+def test_evaluation_touches_nothing_at_any_stage_and_precision_nor_when_compiled(settings, tmp_path):
     done = subprocess.run([sys.executable, "-c", QUIET_OR_NOT, str(tmp_path), *settings, "train.steps=4", "train.micro_batch=8",
                            "optim.lr=1e-2", "optim.warmup_steps=0", *EVALUATED[1:]],
-                          cwd=ROOT, env=environment(), text=True, timeout=2 * LIMIT_S, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                          cwd=ROOT, env=environment(), text=True, timeout=4 * LIMIT_S, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 0, done.stdout
     for precision in ("fp32", "bf16"):
         losses = []
-        for stage in range(4):
-            quiet, loud = (tmp_path / f"{stage}-{precision}-{every}" for every in (0, 1))
+        for which in ("false-0", "false-1", "false-2", "false-3", "true-3"):
+            quiet, loud = (tmp_path / f"{which}-{precision}-{every}" for every in (0, 1))
             assert_bitwise(loud, quiet)
             losses.append([row["heldout_loss"]["image"]["mean"] for row in rows(loud / "log.jsonl")])
             assert len(set(losses[-1])) == 4

@@ -201,6 +201,7 @@ if __name__ == "__main__":
         ],
         extras_require={
             "test": ["pytest>=8.3", "pytest-benchmark>=5", "hypothesis>=6.100"],
+            "bench": ["matplotlib>=3.9", "pytest-benchmark>=5"],
             "gpu": ["flash-attn>=2.8"],
             "wandb": ["wandb>=0.19"],              # for log.wandb=true
             # Beside nvidia-dali-cuda130, not instead of it: README says how to leave that one out.

@@ -11,18 +11,16 @@ if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().p
     sys.path[0:1] = [str(Path(__file__).resolve().parent.parent)]      # a script's own folder hides other modules
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import statistics
-import subprocess
 import tempfile
 import time
 
 import torch
 
 from iomm.engine import checkpoint
+from iomm.engine.doctor import machine
 from iomm.engine.interval import plan
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,13 +86,9 @@ def main():
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=ROOT) as folder:
         figures = measure(folder, parameters=args.parameters, step_s=args.step_s, num_saves=args.saves)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-    date = datetime.date.today().isoformat()
-    result = {"machine": {"device": name, "date": date, "commit": commit, "torch": torch.__version__, "load": os.getloadavg()[0]},
-              **figures}
-    path = ROOT / f"benchmarks/results/checkpoint-{device}-{date}.json"
+    facts = machine()
+    result = {"machine": facts | {"load": os.getloadavg()[0]}, **figures}
+    path = ROOT / f"benchmarks/results/checkpoint-{'cuda' if facts['gpu'] else 'cpu'}-{facts['date']}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 

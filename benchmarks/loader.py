@@ -19,15 +19,12 @@ OWN = ROOT, ROOT / "benchmarks"     # the script's own folder must not come firs
 sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path or ".").resolve() not in OWN)]
 
 import argparse  # noqa: E402
-import datetime  # noqa: E402
 import importlib.metadata  # noqa: E402
 import io  # noqa: E402
 import json  # noqa: E402
 import multiprocessing  # noqa: E402
 import os  # noqa: E402
-import platform  # noqa: E402
 import statistics  # noqa: E402
-import subprocess  # noqa: E402
 import tarfile  # noqa: E402
 import tempfile  # noqa: E402
 import time  # noqa: E402
@@ -43,6 +40,7 @@ from iomm.engine.data.judge import RECORD  # noqa: E402
 from iomm.engine.data.order import Order  # noqa: E402
 from iomm.engine.data.shards import Shards  # noqa: E402
 from iomm.engine.data.source import ImageSource  # noqa: E402
+from iomm.engine.doctor import machine  # noqa: E402
 
 SIZE_PX, VIT_PX, BATCH = 512, 448, 16
 NUM_CORES, ROUNDS, BATCHES_A_ROUND, WARM_UP = 2, 5, 8, 4
@@ -236,17 +234,10 @@ def draw_photographs(folder, num=128):
     return folder
 
 
-def machine(gpu):
+def facts_of():
     """What a number depends on."""
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run(["git", "status", "--porcelain", "engine/data", "benchmarks/loader.py"], cwd=ROOT,
-                             capture_output=True, text=True).stdout.strip()
     dali = next(d for d in importlib.metadata.distributions() if d.metadata["Name"].startswith("nvidia-dali"))
-    return {"device": torch.cuda.get_device_name() if gpu else f"{cpu}, {len(os.sched_getaffinity(0))} cores",
-            "date": datetime.date.today().isoformat(), "python": platform.python_version(), "torch": torch.__version__,
-            "dali": dali.version, "pillow": importlib.metadata.version("pillow"), "load": os.getloadavg()[0],
-            "commit": commit + (" and changes" if changed else "")}
+    return machine() | {"dali": dali.version, "pillow": importlib.metadata.version("pillow"), "load": os.getloadavg()[0]}
 
 
 def main():
@@ -265,7 +256,7 @@ def main():
         data = {"images": len(records), "kind": "photographs" if args.shards else "drawn",
                 "mean_kb": float(records["image_bytes"].mean()) / 1e3,
                 "median_px": [int(np.median(records["width"])), int(np.median(records["height"]))]}
-        report = {"machine": machine(args.gpu), "data": data, "size_px": SIZE_PX, "vit_px": VIT_PX, "batch": BATCH}
+        report = {"machine": facts_of(), "data": data, "size_px": SIZE_PX, "vit_px": VIT_PX, "batch": BATCH}
         if args.gpu:
             report |= on_gpu(index_dir)
         else:

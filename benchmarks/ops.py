@@ -4,6 +4,7 @@
     python benchmarks/ops.py --gpu         builds, checks every body in bf16 against float64, runs compute-sanitizer on
                                            the CUDA ops, times, prints the targets; under 8 minutes
     python benchmarks/ops.py --gpu --tiles         and times the other tiles of masked_attention
+    pytest benchmarks/ops.py --benchmark-only      the same bodies as rows of pytest-benchmark, to compare two checkouts
 
 Nothing is timed if a check fails. Times are medians on random data; on a GPU CUDA graphs are replayed, with the cache
 swept in between. Numbers go to benchmarks/results/ops-<device>-<date>.json with machine, versions and commit.
@@ -17,11 +18,9 @@ OWN = ROOT, ROOT / "benchmarks"     # the script's own folder must not come firs
 sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path or ".").resolve() not in OWN)]
 
 import argparse  # noqa: E402
-import datetime  # noqa: E402
 import functools  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
-import platform  # noqa: E402
 import shutil  # noqa: E402
 import subprocess  # noqa: E402
 import time  # noqa: E402
@@ -29,7 +28,8 @@ import time  # noqa: E402
 import torch  # noqa: E402
 
 from benchmarks.op_cases import cases  # noqa: E402
-from iomm.kernels import native, triton_support  # noqa: E402
+from iomm.engine.doctor import machine  # noqa: E402
+from iomm.kernels import native  # noqa: E402
 
 LIMIT_S = 480
 
@@ -127,14 +127,16 @@ def median_cpu(fn, budget_s=0.25):
     return sorted(times)[len(times) // 2], "calls"
 
 
-def ceilings():
-    """(bytes/s of a device copy, read and write counted; FLOP/s of a bf16 product of 8192^3)."""
-    source = torch.randn(2**29, device="cuda", dtype=torch.bfloat16)
+def ceilings(device="cuda", dtype=torch.bfloat16):
+    """(bytes/s of a device copy, read and write counted; FLOP/s of a product of 8192^3, on a CPU of 2048^3)."""
+    cuda = torch.device(device).type == "cuda"
+    timer, side = (median_gpu, 8192) if cuda else (median_cpu, 2048)
+    source = torch.randn(2**29 if cuda else 2**26, device=device, dtype=dtype)
     target = torch.empty_like(source)
-    copy_ms, _ = median_gpu(lambda: target.copy_(source))
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    product_ms, _ = median_gpu(lambda: a @ b)
-    return 2 * source.nbytes / copy_ms * 1e3, 2 * 8192**3 / product_ms * 1e3
+    copy_ms, _ = timer(lambda: target.copy_(source))
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    product_ms, _ = timer(lambda: a @ b)
+    return 2 * source.nbytes / copy_ms * 1e3, 2 * side**3 / product_ms * 1e3
 
 
 def build():
@@ -267,23 +269,27 @@ def time_tiles(deadline):
         print(f"tiles of {kernel}: " + "; ".join(f"{ms:.3f} ms {tile}" for ms, tile in found))
 
 
-def machine(device):
-    """What a number depends on."""
-    try:
-        cpu = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
-    except (OSError, StopIteration):
-        cpu = platform.processor()
-    def git(*arguments):
-        if shutil.which("git") is None:
-            return ""
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+def pytest_generate_tests(metafunc):
+    """Rows of pytest-benchmark: one per op, size and body."""
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    rows = [(case, body, device, dtype) for case in cases(device, dtype) for body in case.bodies]
+    metafunc.parametrize("case, body, device, dtype", rows, ids=[f"{case.op}-{case.name}-{body}" for case, body, *_ in rows])
 
-    commit = git("rev-parse", "HEAD")
-    changed = git("status", "--porcelain", "kernels", "csrc", "benchmarks/ops.py", "benchmarks/op_cases.py")
-    return {"device": torch.cuda.get_device_name() if device == "cuda" else f"{cpu}, {torch.get_num_threads()} threads",
-            "date": datetime.date.today().isoformat(), "torch": torch.__version__, "python": platform.python_version(),
-            "load": os.getloadavg()[0], "triton": triton_support.version(), "libraries": native.build_facts()["built"],
-            "commit": commit + (" and changes" if changed else "")}
+
+def test_body(case, body, device, dtype, benchmark):
+    run, inputs = case.bodies[body], case.time()
+    assert check(case, run, device, dtype) <= 1, "wrong: not timed"
+
+    def whole():
+        run_whole(run, inputs)
+        if device == "cuda":
+            torch.cuda.synchronize()
+    benchmark(whole)
+
+
+def facts_of(threads):
+    """What a number depends on."""
+    return machine() | {"threads": threads, "load": os.getloadavg()[0], "libraries": native.build_facts()["built"]}
 
 
 def main():
@@ -313,7 +319,7 @@ def main():
     report(ready, rows, bandwidth, rate)
     if args.gpu and args.tiles:
         time_tiles(begun + LIMIT_S - 30)
-    facts |= {"machine": machine(facts["device"]), "copy_bytes_per_s": bandwidth, "product_flop_per_s": rate,
+    facts |= {"machine": facts_of(torch.get_num_threads()), "copy_bytes_per_s": bandwidth, "product_flop_per_s": rate,
               "wall_s": round(time.monotonic() - begun, 1), "rows": rows}
     target = ROOT / "benchmarks" / "results" / f"ops-{facts['device']}-{facts['machine']['date']}.json"
     target.parent.mkdir(exist_ok=True)

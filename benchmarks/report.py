@@ -61,7 +61,37 @@ def sampling(result):
                f"{row['images_per_s']:.3g} images/s, generator at {row['generator_tflops']:.3g} TFLOP/s")
 
 
-def survival(result):
+def throughput(result):
+    rows, batch = result["rows"], result["images_a_step"]
+    ours = rows["ours"]
+    mfu = f", mfu {result['mfu']:.1%}" if result["mfu"] else ""
+    yield (f"training step of `{result['config']}`, {batch} images, {result['precision']}",
+           f"{ours['s'] * 1e3:.0f} ms, {ours['images_per_s']:.2f} images/s, {result['of_matmul_rate']:.0%} of the matmul rate{mfu}, "
+           f"peak memory {result['peak_memory_gib']:.1f} GiB")
+    if "split_s" in result:
+        total = sum(result["split_s"].values())
+        parts = sorted(result["split_s"].items(), key=lambda pair: -pair[1])
+        yield (f"where that time goes, `{result['config']}`", ", ".join(f"{part} {s / total:.0%}" for part, s in parts if s / total >= 0.01))
+    for name, found in result["ratios"].items():
+        kind = name.removeprefix("plain").removeprefix(", ")
+        yield (f"plain PyTorch{f' ({kind})' if kind else ''}, its step over ours, `{result['config']}`",
+               f"{found['median']:.2f} x ({found['low']:.2f} to {found['high']:.2f}), counted {found['counted']:.2f}")
+    for name, found in result.get("ablations", {}).items():
+        yield f"our step with {name}, `{result['config']}`", f"{found['median']:.2f} x ({found['low']:.2f} to {found['high']:.2f})"
+    if "projection" in result:
+        found = result["projection"]
+        paper = found["paper_gpu_hours"]
+        yield (f"projected from that step, `{result['config']}`", f"stage 1 {found['stage_1_gpu_hours']:,.0f} GPU-hours (paper "
+               f"{paper[0]:,}), stage 2 {found['stage_2_gpu_hours']:,.1f} (paper {paper[1]})")
+
+
+def startup(result):
+    yield (f"start of a run of `{result['config']}`", f"imports {result['import_s']:.1f} s, ranks {result['ranks_s']:.1f} s, build "
+           f"{result['build_s']:.1f} s, first step {result['first_step_s']:.1f} s, second {result['second_step_s']:.1f} s")
+
+
+def rows_of(result):
+    """A result that says itself what is quoted: {"rows": {what: figure}}."""
     for what, count in result.get("rows", {}).items():
         yield what, str(count)
 
@@ -69,7 +99,8 @@ def survival(result):
 def table():
     """Markdown: a row for every figure that is quoted."""
     kinds = {"demo": demo, "loader": loader, "data-reliability": data_reliability, "ops": ops,
-             "checkpoint": checkpoint, "precision": precision, "survival": survival, "sampling": sampling, "budget": survival}
+             "checkpoint": checkpoint, "precision": precision, "throughput": throughput, "startup": startup,
+             "sampling": sampling, "survival": rows_of, "budget": rows_of}
     rows = ["| what | figure | machine, date, commit | file |", "|---|---|---|---|"]
     for path in sorted((ROOT / "benchmarks/results").glob("*.json")):
         result = json.loads(path.read_text())

@@ -37,9 +37,10 @@ class RunSection:
 @dataclass(frozen=True, kw_only=True)
 class ModelSection:
     preset: str = "iomm-b"             # shape of the generator, iomm/config.py
-    mllm: str = "shapes"               # folder or hub id of an InternVL; "shapes": the tiny one of the shapes world
+    mllm: str = "shapes"               # folder or hub id of an InternVL; "shapes": the tiny one of the shapes world;
+                                       # "random:internvl3-2b": random weights of that shape, for measuring
     mllm_revision: str | None = None   # commit of a hub checkpoint
-    vae: str = "pixel:4"               # folder or hub id of an AutoencoderKL; "pixel:<patch>": no VAE
+    vae: str = "pixel:4"               # folder or hub id of an AutoencoderKL; "pixel:<patch>": no VAE; "random:flux"
     vae_sample: bool = False           # latents drawn from the VAE's posterior; else its mean
 
     def __post_init__(self):

@@ -10,6 +10,8 @@ if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().p
     del sys.path[0]              # a script's own folder: engine/ would shadow whatever else is called `config` or `data`
 
 import argparse
+import ctypes
+import platform
 import shlex
 
 import torch
@@ -30,6 +32,8 @@ from iomm.engine.tracing import Window
 from iomm.engine.watch import Watch
 from iomm.kernels import dispatch, fp8_linear
 
+# Of malloc.h: number and value. No memory of its own for a large block, trim the heap above 2 GiB free, grow it by 256 MiB.
+M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD = (-4, 0), (-1, 2**31 - 1), (-2, 2**28)
 STAGES = {"pretrain": "demo", "finetune": "demo-finetune"}      # and the config that each takes by default
 
 
@@ -98,9 +102,7 @@ def check_kernels(precision):
 def run(config, args, ranks, watch):
     """Builds every part, hands over to the loop -> whether that came to the end."""
     say = print if ranks.first else lambda *_, **__: None
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(config.train.threads or max(1, cores // ranks.local_size))
-
+    prepare_process(config, ranks)
     hook = load_hook(args.hook) if args.hook else None
     ranks.on_first(lambda: open_run_dir(config, args))
     folder = choose_checkpoint(config, args, ranks)
@@ -119,6 +121,16 @@ def run(config, args, ranks, watch):
         return True
     say(f"stopped as asked; step {state.step} is saved: start again with --resume auto")
     return False
+
+
+def prepare_process(config, ranks):
+    """Threads of this rank, and memory on a CPU: glibc gives every large tensor back to the system and gets it again page
+    by page, a tenth of a step of demo-cpu; kept, the pages are there already. Elsewhere than on glibc nothing happens."""
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(config.train.threads or max(1, cores // ranks.local_size))
+    if ranks.device.type == "cpu" and platform.libc_ver()[0] == "glibc":
+        for option, value in M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD:
+            ctypes.CDLL(None).mallopt(option, value)
 
 
 def build(config, ranks, folder=None, say=print):

@@ -240,7 +240,11 @@ class Sharded:
         summed gradient by itself. No wait for the GPU; one pass over gradients and optimizer state."""
         gradients = self.layout.gradients()
         kept = gradients + [flat for flats in self.slots().values() for flat in flats if flat is not None]
-        sound = torch.stack(torch._foreach_norm(kept, ord=float("inf"))).isfinite().all().float()
+        if kept[0].is_cuda:
+            ends = torch._foreach_norm(kept, ord=float("inf"))
+        else:                                    # a CPU takes a twelfth of the time for the least and the largest value
+            ends = [end for tensor in kept for end in tensor.aminmax()]
+        sound = torch.stack(ends).isfinite().all().float()
         if self.size > 1:
             dist.all_reduce(sound, op=dist.ReduceOp.MIN)
         gradients[0].view(-1)[:1].mul_(torch.where(sound > 0, 1.0, float("nan")))

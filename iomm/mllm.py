@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from iomm.config import InputError
+from iomm.config import InputError, choice
 from iomm.kernels.masked_attention import masked_attention
 
 # One user turn, then the assistant's turn, where the queries stand: the Qwen2.5 chat format without a system prompt.
@@ -255,12 +255,15 @@ def rotate(x_TAE, rotary):
 
 
 def load_mllm(name, *, revision=None, dtype=torch.bfloat16, device="cpu"):
-    """Loads a frozen InternVL from a local folder or a hub id in transformers' own format, safetensors only.
+    """Loads a frozen InternVL from a local folder or a hub id in transformers' own format, safetensors only; random:<shape>
+    makes one of a known shape (RANDOM), with random weights: for measuring, it understands nothing.
 
     Never runs code from the checkpoint. Raises InputError when there is none or it is of another architecture."""
     from transformers import AutoConfig, AutoTokenizer, InternVLModel
     from transformers.utils import logging
     logging.disable_progress_bar()
+    if name.startswith("random:"):
+        return random_mllm(random_shape(name), dtype, device)
     local = Path(name).is_dir()
     if not local and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
         raise InputError(f"model.mllm: no folder {name}; give a folder or a hub id such as OpenGVLab/InternVL3-2B-hf")
@@ -292,7 +295,25 @@ INTERNVL3_2B = {
 }
 
 
+# InternVL3-2B's widths by four and depth by 19 / 4, as the preset iomm-b-quarter. 49 image tokens and not 64, because the
+# prompt's 21 tokens cannot shrink: so prompt, image and 64 queries are a quarter of IOMM-B's 533. 7 ViT layers, and not 5,
+# make up for its smaller image.
+INTERNVL3_QUARTER = {
+    "vision": dict(hidden_size=256, num_hidden_layers=7, num_attention_heads=4, intermediate_size=1024, image_size=196,
+                   patch_size=14, attention_bias=True),
+    "text": dict(vocab_size=512, hidden_size=384, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=1,
+                 intermediate_size=2240, max_position_embeddings=1024),
+}
+
 KNOWN = {"OpenGVLab/InternVL3-2B-hf": INTERNVL3_2B}
+RANDOM = {"internvl3-2b": INTERNVL3_2B, "internvl3-quarter": INTERNVL3_QUARTER}
+
+
+def random_shape(name):
+    """random:<shape> -> keyword arguments of `internvl_config`. Raises InputError for an unknown shape."""
+    shape = name.partition(":")[2]
+    choice("model.mllm random:", shape, tuple(RANDOM))
+    return RANDOM[shape]
 
 
 def internvl_config(vision, text, **more):
@@ -317,6 +338,8 @@ def mllm_without_weights(name, revision=None):
     from transformers import AutoConfig, InternVLModel
     if name in KNOWN:
         return shape_of_mllm(**KNOWN[name])
+    if name.startswith("random:"):
+        return shape_of_mllm(**random_shape(name))
     local = Path(name).is_dir()
     if not local and name.count("/") != 1:
         raise InputError(f"model.mllm: no folder {name}; give a folder or a hub id such as OpenGVLab/InternVL3-2B-hf")
@@ -330,15 +353,10 @@ def mllm_without_weights(name, revision=None):
         return MLLM(InternVLModel(config), None)
 
 
-def create_mllm(folder, *, texts, vision, text, seed=0, vocab_size=512):
-    """Writes a new InternVL with random weights to `folder`, in transformers' own format, and returns the folder.
-
-    vision, text: keyword arguments of InternVLVisionConfig and of the decoder's config (Qwen2Config unless model_type
-    says qwen3). texts: strings on which a byte-level BPE vocabulary of at most vocab_size tokens is trained, so that any
-    other text still has an encoding. Weights are drawn on the CPU from `seed`."""
+def byte_tokenizer(texts, vocab_size=512):
+    """Byte-level BPE of at most vocab_size tokens trained on `texts`, with the special tokens of Qwen2.5 and InternVL."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import InternVLForConditionalGeneration, PreTrainedTokenizerFast
-    from transformers.utils import logging
+    from transformers import PreTrainedTokenizerFast
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -346,10 +364,36 @@ def create_mllm(folder, *, texts, vision, text, seed=0, vocab_size=512):
     bpe.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=special[0], pad_token=special[0],
-                                        additional_special_tokens=special[1:])
-    config = internvl_config(vision, {**text, "vocab_size": bpe.get_vocab_size()},
-                             image_token_id=bpe.token_to_id("<IMG_CONTEXT>"))
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=special[0], pad_token=special[0],
+                                   additional_special_tokens=special[1:])
+
+
+def prompt_tokenizer():
+    """One that knows the words of the turn and of the fixed prompt, so that these are 21 tokens, as with Qwen2.5's."""
+    return byte_tokenizer([RECONSTRUCT, "user\n", "assistant\n"] * 2)
+
+
+def random_mllm(shape, dtype, device, seed=0):
+    """An MLLM of this shape whose weights are drawn on `device`, from a seed, without touching the disk."""
+    from transformers import InternVLModel
+    device = torch.device(device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
+        torch.manual_seed(seed)
+        internvl = InternVLModel(internvl_config(**shape)).to(dtype)
+    return MLLM(internvl, prompt_tokenizer())
+
+
+def create_mllm(folder, *, texts, vision, text, seed=0, vocab_size=512):
+    """Writes a new InternVL with random weights to `folder`, in transformers' own format, and returns the folder.
+
+    vision, text: keyword arguments of InternVLVisionConfig and of the decoder's config (Qwen2Config unless model_type
+    says qwen3). texts: strings on which a byte-level BPE vocabulary of at most vocab_size tokens is trained, so that any
+    other text still has an encoding. Weights are drawn on the CPU from `seed`."""
+    from transformers import InternVLForConditionalGeneration
+    from transformers.utils import logging
+    tokenizer = byte_tokenizer(texts, vocab_size)
+    config = internvl_config(vision, {**text, "vocab_size": len(tokenizer)},
+                             image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = InternVLForConditionalGeneration(config)

@@ -21,7 +21,7 @@ MAY_IMPORT = {
 # Where each third party may be imported: files, or folders with a slash.
 DOORS = {
     "transformers": ("iomm/mllm.py",),
-    "diffusers": ("iomm/vae.py", "tests/"),
+    "diffusers": ("iomm/vae.py", "benchmarks/plain.py", "tests/"),
     "nvidia": ("engine/data/decode.py",),
     "deepspeed": ("engine/zero.py", "engine/launch.py"),
     "triton": ("kernels/",),

@@ -1,0 +1,79 @@
+"""What a start costs: python benchmarks/startup.py [--config demo-cpu] [section.key=value ...]
+
+In a fresh interpreter, in the order of a run: the imports of engine/launch.py, joining the ranks, launch.build (data, index,
+frozen parts, ZeRO-3), the first and the second step. Medians over --runs interpreters. The shapes world and its index are
+made before, by a run that does not count. Writes benchmarks/results/startup-<device>-<date>.json."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+OWN = ROOT, ROOT / "benchmarks"     # the script's own folder must not come first: a file in it could hide a module
+sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path or ".").resolve() not in OWN)]
+
+import argparse  # noqa: E402
+import json  # noqa: E402
+import statistics  # noqa: E402
+import subprocess  # noqa: E402
+import tempfile  # noqa: E402
+import time  # noqa: E402
+
+
+def start(config_name, overrides):
+    """Times one start in this interpreter; prints the seconds as JSON."""
+    clock, found = time.perf_counter(), {}
+
+    def done(what):
+        nonlocal clock
+        now = time.perf_counter()
+        found[f"{what}_s"], clock = now - clock, now
+
+    from itertools import islice
+
+    from iomm.engine import launch, loop, zero
+    from iomm.engine.config import load_config
+    done("import")
+    config = load_config(config_name, overrides)
+    ranks = zero.start(600)
+    launch.prepare_process(config, ranks)
+    done("ranks")
+    state, source, _ = launch.build(config, ranks, say=lambda *_: None)
+    done("build")
+    batches = iter(source)
+    for what in ("first_step", "second_step"):
+        loop.train_step(state.sharded, islice(batches, source.accumulation_steps))[0].item()
+        done(what)
+    batches.close()
+    zero.stop()
+    print(json.dumps(found))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--config", default="demo-cpu")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    args = parser.parse_intermixed_args()
+    if args.once:
+        return start(args.config, args.overrides)
+    from iomm.engine.doctor import machine
+    runs = []
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, "--once", "--config", args.config, *args.overrides, f"run.dir={folder}/run"]
+        for _ in range(args.runs + 1):
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            if done.returncode:
+                raise SystemExit(done.stderr)
+            runs.append(json.loads(done.stdout.splitlines()[-1]))
+    facts = machine()
+    result = {"machine": facts, "config": args.config, "overrides": args.overrides, "runs": runs[1:],
+              **{key: statistics.median(run[key] for run in runs[1:]) for key in runs[0]}}
+    path = ROOT / "benchmarks/results" / f"startup-{'cuda' if facts['gpu'] else 'cpu'}-{facts['date']}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({key: value for key, value in result.items() if key not in ("machine", "runs")}, indent=1))
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

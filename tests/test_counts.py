@@ -1,0 +1,60 @@
+"""The committed counts are those of this checkout: work, bytes kept, calls and tensors of a step, graph breaks."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import counts
+from iomm.engine.config import load_config
+from iomm.engine.plan import build_without_weights
+from iomm.mllm import prompt_tokenizer
+
+COMMITTED = json.loads(counts.FILE.read_text())
+AGAIN = "if the change is meant: python benchmarks/counts.py --write, and commit it"
+
+
+@pytest.mark.parametrize("name", COMMITTED["work"])
+def test_work_of_an_image(name):
+    assert counts.work(name) == COMMITTED["work"][name], AGAIN
+
+
+def test_calls_bytes_tensors_and_flops_of_a_step():
+    if torch.__version__.partition("+")[0] != COMMITTED["step"]["torch"]:
+        pytest.skip(f"the counts of a step are of torch {COMMITTED['step']['torch']}")
+    assert counts.step_counts() == COMMITTED["step"]["demo-cpu"], AGAIN
+
+
+def test_blocks_have_no_graph_breaks():
+    assert counts.graph_breaks() == COMMITTED["step"]["graph_breaks"] == 0
+
+
+def test_parts_sum_to_what_the_mfu_is_computed_from():
+    config = load_config("demo-cpu")
+    model = build_without_weights(config)
+    model.frozen[0].tokenizer = prompt_tokenizer()
+    parts = counts.part_flops(model, config.data.size_px)
+    assert sum(parts.values()) == pytest.approx(model.flops_per_image(config.data.size_px), rel=1e-9)
+
+
+def test_a_step_does_no_work_that_the_formulas_do_not_know():
+    """2 % above them: the SDPA body pads ragged prefixes and computes gradients of the prefix that nobody reads."""
+    work = COMMITTED["work"]["demo-cpu"]["flops"]
+    assert 1.0 <= COMMITTED["step"]["demo-cpu"]["flops"] / (2 * sum(work.values())) < 1.02
+
+
+def test_demo_cpu_has_the_proportions_of_iomm_b():
+    small, real = (COMMITTED["work"][name] for name in ("demo-cpu", "iomm-b-512"))
+    for row in ("plain", "plain, all outputs"):
+        assert small[row]["ratio"] == pytest.approx(real[row]["ratio"], rel=0.02)
+    shares = [{part: flops / sum(work["flops"].values()) for part, flops in work["flops"].items()} for work in (small, real)]
+    assert all(abs(shares[0][part] - share) < 0.03 for part, share in shares[1].items())
+
+
+def test_counting_knows_views_writes_and_new_tensors():
+    x, y = torch.ones(4, 8), torch.ones(8, 2)
+    with counts.Count() as count:
+        x.view(8, 4).t()                     # views are free
+        x @ y                                # reads 128 + 64 bytes, writes 32
+        x.add_(1)                            # reads and writes itself
+    assert (count.calls, count.tensors) == (2, 1) and count.bytes == 128 + 64 + 32 + 128

@@ -1,0 +1,110 @@
+"""benchmarks/plain.py computes what iomm/model.py computes: losses and gradients, on the same batch, weights and draws."""
+
+import pytest
+import torch
+from parity import relative_error, true_float64
+
+from benchmarks.plain import Draws, Plain, Trainer
+from iomm.adapter import QueryAdapter
+from iomm.config import AdapterConfig, GeneratorConfig, MaskConfig
+from iomm.engine.config import OptimSection
+from iomm.flow import sample_time
+from iomm.generator import new_generator
+from iomm.kernels.philox import NOISE, TIME, normal, uniform
+from iomm.layout import Layout
+from iomm.masking import visible_mask
+from iomm.mllm import random_mllm
+from iomm.model import IOMM, Recipe
+from iomm.vae import FLUX_AUTOENCODER, random_vae
+
+SEED, SIZE, RATIO = 3, 64, 0.6
+SHAPE = {"vision": dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, image_size=32, patch_size=4,
+                        attention_bias=True),
+         "text": dict(vocab_size=512, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+                      intermediate_size=64, max_position_embeddings=256)}
+VAE = FLUX_AUTOENCODER | dict(block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4)
+
+
+def both(dtype, every=False):
+    """(ours, plain with its weights, the draws that ours makes of a batch, the batch)."""
+    mllm, vae = random_mllm(SHAPE, dtype, "cpu"), random_vae(VAE, dtype, "cpu")
+    adapter = AdapterConfig(num_queries=8, head_dim=16, conditions="all" if every else "query")
+    shape = GeneratorConfig(width=64, num_heads=2, num_blocks=3, token_dim=vae.token_dim, condition_dim=mllm.width)
+    parts, draw = [new_generator(shape, 0), QueryAdapter(adapter, mllm.width)], torch.Generator().manual_seed(0)
+    parts[1].init_weights(0)
+    with torch.no_grad():                        # a fresh generator answers zero whatever it is told
+        for part in parts:
+            for p in part.parameters():
+                p.add_(torch.randn(p.shape, generator=draw) * 0.05)
+    recipe = Recipe(seed=SEED, mask=MaskConfig(ratio=RATIO, mode="zero" if every else "drop"), adapter=adapter)
+    ours = IOMM(*parts, mllm, vae, recipe).to(dtype)
+    plain = Plain(shape, adapter, mllm, vae, ratio=RATIO, every=every).to(dtype)
+    plain.load(ours.state_dict())
+    n_B = torch.arange(5, 9)
+    pixels_BCHW, vit_BCHW = torch.rand(4, 3, SIZE, SIZE, generator=draw) * 2 - 1, torch.randn(4, 3, 32, 32, generator=draw)
+    side = SIZE // vae.factor
+    noise_BCHW = normal(SEED, NOISE, n_B, vae.channels * side * side).view(4, vae.channels, side, side).to(dtype)
+    draws = Draws(visible_BP=visible_mask(recipe.mask, SEED, n_B, mllm.num_image_tokens).view(4, -1),
+                  t_B=sample_time(uniform(SEED, TIME, n_B, 1)[:, 0]).to(dtype), noise_BCHW=noise_BCHW)
+    return ours, plain, draws, (pixels_BCHW.to(dtype), vit_BCHW.to(dtype), n_B)
+
+
+@pytest.mark.parametrize("every", [False, True], ids=["query outputs", "all outputs"])
+def test_loss_and_all_gradients_agree_in_float64(every, monkeypatch):
+    monkeypatch.setattr("iomm.model.sample_time", lambda drawn_B, **kind: sample_time(drawn_B.double(), **kind))
+    ours, plain, draws, (pixels, vit, n_B) = both(torch.float64, every)
+    with true_float64():
+        loss, _, _ = ours(pixels, vit, n_B)
+        loss.backward()
+        expected = plain.loss(pixels, vit, draws)
+        expected.backward()
+    layout = Layout(plain.shape, plain.patch)
+    theirs = {name: p.grad for name, p in plain.generator.named_parameters()}
+    wanted = {f"generator.{name}": layout.to_ours(name, theirs.__getitem__) for name, _ in ours.generator.named_parameters()}
+    wanted |= {f"adapter.{name}": p.grad for name, p in plain.adapter.named_parameters()}
+    errors = {name: relative_error(p.grad, wanted[name]) for name, p in ours.named_parameters()
+              if name != "adapter.to_k.bias"}            # a bias of all keys cancels in the softmax: both are rounding
+    print(f"loss {abs(loss - expected) / expected:.1e}, gradients {max(errors.values()):.1e}")
+    worst = max(errors, key=errors.get)
+    assert abs(loss - expected) <= 1e-7 * expected
+    assert all(error <= 1e-6 for error in errors.values()), f"{worst}: {errors[worst]:.1e}"
+
+
+def test_loss_agrees_in_float32_as_the_benchmark_runs():
+    ours, plain, draws, (pixels, vit, n_B) = both(torch.float32)
+    with torch.no_grad():
+        loss, expected = ours(pixels, vit, n_B)[0], plain.loss(pixels, vit, draws)
+    print(f"float32: {abs(loss - expected) / expected:.1e}")
+    assert abs(loss - expected) <= 1e-5 * expected
+
+
+def test_hidden_tokens_do_not_reach_the_loss():
+    _, plain, draws, (pixels, vit, _) = both(torch.float32)
+    real = plain.frozen[0].get_image_features
+
+    def changed(x):
+        out = real(x)
+        out.pooler_output = torch.where(draws.visible_BP[..., None], out.pooler_output, 7.0)
+        return out
+    with torch.no_grad():
+        before = plain.loss(pixels, vit, draws)
+        plain.frozen[0].get_image_features = changed
+        after = plain.loss(pixels, vit, draws)
+    assert torch.equal(before, after)
+
+
+def test_a_step_trains():
+    _, plain, draws, (pixels, vit, n_B) = both(torch.float32)
+    trainer = Trainer(plain, OptimSection(lr=1e-2), decay=0.9)
+
+    class Batch:
+        pixels_BCHW, vit_pixels_BCHW = pixels, vit
+    with torch.no_grad():
+        before = plain.loss(pixels, vit, draws)
+    for _ in range(5):
+        trainer.step([Batch])
+    with torch.no_grad():
+        assert plain.loss(pixels, vit, draws) < before
+    assert any(not torch.equal(a, p) for a, p in zip(trainer.average, trainer.parameters))
+    assert not any(p.grad is not None for part in plain.frozen for p in part.parameters())
+

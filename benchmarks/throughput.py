@@ -121,8 +121,8 @@ class Bench:
     def weights(self):
         """Name -> whole fp32 tensor of what trains; one rank holds them all."""
         sharded = self.state.sharded
-        return {name: view[:torch.Size(sharded.shapes[name]).numel()].view(sharded.shapes[name])
-                for name, view in sharded.views(sharded.masters).items()}
+        return {name: sharded.masters[place.group].detach()[place.offset:place.offset + place.numel].view(sharded.shapes[name])
+                for name, place in sharded.places.items()}
 
     def step(self, batches=None):
         """What engine/loop.py does in a step, its log and checkpoints aside."""
@@ -263,10 +263,11 @@ def parts_alone(bench):
     def optimize():
         sharded.set_lr(0.0)
         for flat, kind, gradient in zip(sharded.masters, sharded.kinds, gradients):
-            flat.grad, group = gradient, next(g for g in optimizer.param_groups if g["kind"] == kind)
+            before, flat.grad = flat.grad, gradient
+            group = next(g for g in optimizer.param_groups if g["kind"] == kind)
             with torch.no_grad():
                 (optimizer.adamw_step if kind == "adamw" else optimizer.muon_step)(flat, optimizer.state[flat], group)
-            flat.grad = None
+            flat.grad = before
 
     def backward(out):
         out.backward(torch.ones_like(out))
@@ -471,7 +472,9 @@ def measure(bench, args, result, save):
         print("\nour step with one thing changed, its time over ours")
         for name, row in result["ablations"].items():
             print(f"{name:<52} {row['median']:.3f} ({row['low']:.3f} to {row['high']:.3f})", flush=True)
-    if args.trace:
+    if args.trace and time.monotonic() > bench.deadline(1.0):
+        print("no trace: the time is up; repeat with --no-ablations")
+    elif args.trace:
         window = Window("torch", bench.state.step + 1, 10, args.trace, bench.ranks)
         for _ in range(10):
             window.before(bench.state.step + 1)
@@ -503,7 +506,7 @@ def main():
 
 def report(bench, args, changes):
     facts, device = machine(), bench.device.type
-    copy, matmul = ceilings(bench.device, torch.float32 if bench.config.precision == "fp32" else torch.bfloat16)
+    copy, matmul = ceilings(bench.device, torch.float32 if bench.config.precision == "fp32" else torch.bfloat16)      # as it is idle
     given = [item.replace("=", "-").replace("/", "-") for item in args.overrides]
     path = ROOT / "benchmarks/results" / f"throughput-{'-'.join([Path(args.config).stem, *given])}-{device}-{facts['date']}.json"
     result = {"machine": facts | {"load": os.getloadavg()[0], "threads": torch.get_num_threads()}, "config": args.config,
@@ -516,7 +519,6 @@ def report(bench, args, changes):
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(result, indent=1) + "\n")
     measure(bench, args, result, save)
-    save()
     picture(result, path.with_suffix(".png"))
     print(f"{result['wall_s']:.0f} s; written to {path}")
     if args.against:

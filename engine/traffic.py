@@ -100,6 +100,7 @@ def count_traffic(model, config, ranks, **settings):
     visits = [visit for visit, entered in trace if entered]
     shared = settings["zero_hpz_partition_size"] > 1
     after = [message("all_gather", [id(p)], itemsize, group=ranks) for p in model.parameters() if id(p) in persistent]
+    after += [Message(kind="all_reduce", size_bytes=4, group=ranks)]                             # whether all is finite
     for group in make_optimizer(model, config.optim).param_groups:
         cuts = [-(-p.numel() // ranks) for p in group["params"]]
         parts = sub_groups(cuts, settings["sub_group_size"])

@@ -167,7 +167,8 @@ def live_digest(state):
     parts = state.ranks.all({key: view.numpy().copy() for key, view in state.tensors().items()})
 
     def whole(slot, name):
-        flat = torch.cat([torch.from_numpy(part[f"{slot}/{name}"]) for part in parts])
+        key = f"{slot}/{name}"                   # a rank may hold nothing of a small parameter
+        flat = torch.cat([torch.from_numpy(part[key]) for part in parts if key in part])
         return flat[:torch.Size(state.sharded.shapes[name]).numel()]
     return digest(state.sharded.shapes, whole)
 

@@ -18,6 +18,7 @@ import uuid
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -164,11 +165,12 @@ def digest(shapes, whole):
 
 def live_digest(state):
     """The digest of what all ranks hold now."""
-    parts = state.ranks.all({key: view.numpy().copy() for key, view in state.tensors().items()})
+    places = state.sharded.places
+    parts = state.ranks.all({key: (places[key[1]].start, view.numpy().copy()) for key, view in state.tensors().items()})
 
     def whole(slot, name):
-        key = f"{slot}/{name}"                   # a rank may hold nothing of a small parameter
-        flat = torch.cat([torch.from_numpy(part[key]) for part in parts if key in part])
+        pieces = sorted((part[slot, name] for part in parts if (slot, name) in part), key=lambda piece: piece[0])
+        flat = torch.from_numpy(np.concatenate([values for _, values in pieces]))
         return flat[:torch.Size(state.sharded.shapes[name]).numel()]
     return digest(state.sharded.shapes, whole)
 

@@ -39,6 +39,7 @@ from benchmarks.ops import ceilings  # noqa: E402
 from benchmarks.plain import Draws, Plain, Trainer  # noqa: E402
 from iomm.adapter import QueryAdapter  # noqa: E402
 from iomm.engine import launch, loop, zero  # noqa: E402
+from iomm.engine.ahead import Ahead  # noqa: E402
 from iomm.engine.config import load_config  # noqa: E402
 from iomm.engine.doctor import machine  # noqa: E402
 from iomm.engine.metrics import memory_gib, peak_flops  # noqa: E402
@@ -47,9 +48,10 @@ from iomm.engine.plan import make_plan  # noqa: E402
 from iomm.engine.tracing import Window  # noqa: E402
 from iomm.flow import sample_time  # noqa: E402
 from iomm.generator import empty_generator  # noqa: E402
-from iomm.kernels import dispatch  # noqa: E402
+from iomm.kernels import dispatch, fp8_linear  # noqa: E402
 from iomm.kernels.masked_attention import masked_attention  # noqa: E402
 from iomm.kernels.philox import NOISE, TIME, normal, uniform  # noqa: E402
+from iomm.layers import TokenLinear, use_fp8  # noqa: E402
 from iomm.masking import visible_mask  # noqa: E402
 from iomm.model import IOMM  # noqa: E402
 from iomm.ranges import Clock, named  # noqa: E402
@@ -124,11 +126,11 @@ class Bench:
         return {name: sharded.masters[place.group].detach()[place.offset:place.offset + place.numel].view(sharded.shapes[name])
                 for name, place in sharded.places.items()}
 
-    def step(self, batches=None):
-        """What engine/loop.py does in a step, its log and checkpoints aside."""
+    def step(self, batches=None, look_ahead=None):
+        """What engine/loop.py does in a step, its log, guard and checkpoints aside."""
         state, config = self.state, self.config
         state.sharded.set_lr(learning_rate(state.step, config.optim, config.train.steps))
-        loss, by_time, applied, *_ = loop.train_step(state.sharded, batches or self.next())
+        loss, by_time, applied, *_ = loop.train_step(state.sharded, batches or self.next(), look_ahead=look_ahead)
         assert applied, "a step was skipped: its gradient is not finite"
         with named("ema"):
             state.ema.update(state.step)
@@ -314,6 +316,18 @@ def bodies(choice):
             os.environ["IOMM_KERNELS"] = before
 
 
+@contextmanager
+def in_fp8(generator):
+    """The generator's products in fp8 for a while; torch.compile makes graphs of that too, in the first step."""
+    use_fp8(generator)
+    try:
+        yield
+    finally:
+        for part in generator.modules():
+            if isinstance(part, TokenLinear):
+                part.fp8 = False
+
+
 def whole_pass(mllm, queries_BQD, condition, cache, *, causal=True):
     """Like MLLM.queries, without the prefix split: prompt, image tokens and queries in one pass with ordinary autograd."""
     decoder, (batch, num, width) = mllm.backbone.language_model, queries_BQD.shape
@@ -348,8 +362,11 @@ def ablations(bench):
         rows["no torch.compile"] = lambda: [torch.compiler.set_stance("force_eager")]
     if bench.device.type == "cuda":
         for body in ("triton", "varlen"):
-            if any(name == body and reason is None for name, reason in refusals("masked_attention", bench.device)):
+            if dict(refusals("masked_attention", bench.device)).get(body, "unknown") is None:
                 rows[f"masked_attention by {body}"] = lambda body=body: [bodies(f"masked_attention:{body}")]
+
+        if fp8_linear.why_not() is None:
+            rows["fp8 in the generator's blocks (precision=fp8)"] = lambda: [in_fp8(model.generator)]
 
     def inside(contexts):
         def run():
@@ -359,6 +376,10 @@ def ablations(bench):
                 return bench.step()
         return run
     steps = {name: inside(contexts) for name, contexts in rows.items()}
+    if bench.device.type == "cuda":
+        ahead = Ahead(bench.batches, model.prepare, bench.device)
+        steps["encoded ahead on a stream of its own (train.overlap)"] = lambda: bench.step(
+            list(islice(ahead, bench.source.accumulation_steps)), ahead.fetch)
     held = bench.next()
     ready = [replace(batch, latents_BCHW=model.encode(batch.pixels_BCHW, batch.n_B.to(bench.device)).float(), pixels_BCHW=None)
              for batch in held]

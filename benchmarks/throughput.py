@@ -150,18 +150,21 @@ class Bench:
             torch.cuda.synchronize()
 
     def in_turn(self, rows, rounds, deadline, warm_up=WARM_UP):
-        """{row: [seconds]}: every row once a round, in an order that rotates; at least 3 rounds, then until `deadline`."""
+        """{row: [seconds]}: every row once a round, in an order that rotates; at least 3 rounds, then until `deadline`.
+        `cpu_s` then holds the CPU time of the same, over all threads: what says something where others compute too."""
         times, names = {name: [] for name in rows}, list(rows)
+        self.cpu_s = {name: [] for name in rows}
         for r in range(warm_up + rounds):
             if r >= warm_up + 3 and time.monotonic() > deadline:
                 break
             for name in names[r % len(names):] + names[:r % len(names)]:
                 self.wait()
-                started = time.perf_counter()
+                started, started_cpu = time.perf_counter(), time.process_time()
                 rows[name]()
                 self.wait()
                 if r >= warm_up:
                     times[name].append(time.perf_counter() - started)
+                    self.cpu_s[name].append(time.process_time() - started_cpu)
         return times
 
     def split(self, num_steps):
@@ -464,13 +467,14 @@ def measure(bench, args, result, save):
         times = against(bench, args, result)
     else:
         times = bench.in_turn({"ours": bench.step}, args.steps, bench.deadline(SHARES[0]))
-    result["seconds"] = times
+    result["seconds"], result["cpu_s"] = times, bench.cpu_s
     result["rows"] = {name: summary(seconds, batch) for name, seconds in times.items()}
     result["peak_memory_gib"] = memory_gib(bench.device)
     result["ratios"] = {name: ratio(times[name], times["ours"]) for name in times if name != "ours"}
     for name, found in result["ratios"].items():
         work = name if name in result["flops_per_image"] else "plain"
         found["counted"] = result["flops_per_image"][work] / bench.flops
+        found["cpu_time"] = ratio(bench.cpu_s[name], bench.cpu_s["ours"])["median"]
     images_per_s = result["rows"]["ours"]["images_per_s"]
     peak, result["of_matmul_rate"] = peak_flops(bench.device), bench.flops * images_per_s / result["matmul_flop_per_s"]
     result["mfu"] = bench.flops * images_per_s / peak if peak else None
@@ -545,6 +549,8 @@ def report(bench, args, changes):
     if args.against:
         everything, same = result["ratios"]["plain, all outputs"], result["ratios"]["plain"]
         print(f"against all outputs as condition {line(everything)}")
+        if device == "cpu":
+            print(f"by CPU time over all threads: {same['cpu_time']:.2f}, all outputs {everything['cpu_time']:.2f}")
         print(line(same), flush=True)
 
 

@@ -57,10 +57,10 @@ def kill_chain(folder, num_kills, seed=0):
             os.kill(job.launcher, signal.SIGKILL)
         else:
             job.kill({"rank 0": [0], "rank 1": [1], "both": [0, 1]}[target])
-        while any(map(alive, job.pids)) and time.monotonic() - started < 10:
+        while any(map(alive, job.pids)) and time.monotonic() - started < 30:
             time.sleep(0.01)
         slowest_s = max(slowest_s, time.monotonic() - started)
-        assert not any(map(alive, job.pids)), f"a rank outlives {target} by 10 s"
+        assert not any(map(alive, job.pids)), f"a rank outlives {target} by 30 s"
         mid_save += bool(list((run_dir / "checkpoints").glob(".tmp-*")))
         lost += newest_step(run_dir) < logged(job)
         job.wait()

@@ -60,8 +60,8 @@ STAND_INS = {"OpenGVLab/InternVL3-2B-hf": "random:internvl3-2b", "black-forest-l
 STAGE_1, STAGE_2 = 110e6, 4.2e6     # images: 11 M x 10 epochs; 210 k pairs x 10 epochs and as many images beside them
 PAPER_HOURS, PAPER_RATE = (1000, 50), 110e6 / (1000 * 3600)      # H800-hours of the stages; images/s that the first implies
 LIMIT_S = {"cpu": 170, "cuda": 480}
-WARM_UP = 2                         # rounds of every row that do not count: compiling, attention plans, allocator
-SHARES = 0.55, 0.7, 0.95            # of the time limit, when the comparison, the parts and the ablations have to end
+WARM_UP = {"cpu": 1, "cuda": 3}     # rounds of every row that do not count: compiling, attention plans, allocator
+SHARES = 0.55, 0.95                 # of the time limit, when the comparison and the ablations end, 3 rounds each at least
 
 
 def prepare(args, device, folder):
@@ -149,9 +149,10 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def in_turn(self, rows, rounds, deadline, warm_up=WARM_UP):
+    def in_turn(self, rows, rounds, deadline, warm_up=None):
         """{row: [seconds]}: every row once a round, in an order that rotates; at least 3 rounds, then until `deadline`.
         `cpu_s` then holds the CPU time of the same, over all threads: what says something where others compute too."""
+        warm_up = WARM_UP[self.device.type] if warm_up is None else warm_up
         times, names = {name: [] for name in rows}, list(rows)
         self.cpu_s = {name: [] for name in rows}
         for r in range(warm_up + rounds):
@@ -284,7 +285,7 @@ def parts_alone(bench):
     flops, found = part_flops(twin, bench.config.data.size_px), {}
     assert latents.shape[-1] // vae.patch == size[1]
     for name, run in work.items():
-        seconds = bench.in_turn({name: run}, 20, time.monotonic() + bench.limit_s / 80, warm_up=2)[name]
+        seconds = bench.in_turn({name: run}, 20, time.monotonic() + bench.limit_s / 80)[name]
         with torch.compiler.set_stance("force_eager"), Count() as counter:
             run()
         found[name] = {"s": statistics.median(seconds), "flops": flops.get(name), "bytes": counter.bytes}
@@ -491,7 +492,7 @@ def measure(bench, args, result, save):
           f", peak memory {result['peak_memory_gib']:.1f} GiB")
     print(projection(result) if peak else "no projection: this is not the real shape on a GPU whose peak is known", flush=True)
     if not args.no_ablations:
-        found = bench.in_turn({"ours": bench.step, **ablations(bench)}, max(4, args.steps // 3), bench.deadline(SHARES[2]), 1)
+        found = bench.in_turn({"ours": bench.step, **ablations(bench)}, max(4, args.steps // 3), bench.deadline(SHARES[1]))
         result["ablations"] = {name: ratio(seconds, found["ours"]) for name, seconds in found.items() if name != "ours"}
         save()
         print("\nour step with one thing changed, its time over ours")

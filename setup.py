@@ -200,7 +200,7 @@ if __name__ == "__main__":
             "tqdm>=4.66",
         ],
         extras_require={
-            "test": ["pytest>=8.3", "pytest-benchmark>=5", "hypothesis>=6.100"],
+            "test": ["pytest>=8.3", "pytest-xdist>=3.6", "pytest-benchmark>=5", "hypothesis>=6.100"],
             "bench": ["matplotlib>=3.9", "pytest-benchmark>=5"],
             "gpu": ["flash-attn>=2.8"],
             "wandb": ["wandb>=0.19"],              # for log.wandb=true

@@ -114,7 +114,7 @@ def micro_batch_s(name, micro_batch, machine, latents=False):
     once = products / (rate * busy) + attention / assumed("attention forward, FLOP/s") + moved["generator"][0]
     again = 2 * products / (rate * busy) + 2.5 * attention / assumed("attention backward, FLOP/s") + moved["generator"][1]
     again += once * min(config.train.recompute, len(blocks)) / len(blocks)
-    mllm = flops["MLLM, adapter, connector"] / 2           # queries forward and backward are alike; the prefix is small
+    mllm = (flops["MLLM"] + flops["adapter"]) / 2           # queries forward and backward are alike; the prefix is small
     frozen = (flops["ViT"] + mllm) / rate + sum(moved[part][0] for part in ("ViT", "MLLM"))
     if not latents:
         frozen += flops["VAE"] / (machine["matmul"] * assumed("share of the matmul rate, VAE convolutions")) + moved["VAE"][0]

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
+with torch.device("meta"):       # torch remembers once which functions make tensors: before any of them is poisoned below
+    torch.empty(0)
 
 
 @pytest.fixture

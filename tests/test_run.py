@@ -467,7 +467,8 @@ def test_sample_edit_and_export_read_the_run(golden, tmp_path, capsys):
     assert Image.open(tmp_path / "grid/0004.png").text["prompt"] == "masked image 4 of the run"
     assert main(["sample", "--run", str(golden), "--num", "3", "--steps", "2", "--prompt", "a red circle", "--prompt", "zwölf",
                  "--out", str(out), "--guidance", "2", "--size", "48x16", "--seed", "5"]) == 0
-    facts = {"run": golden.as_posix(), "step": "6", "weights": "ema", "size": "48x16", "steps": "2", "seed": "5", "guidance": "2"}
+    facts = {"run": golden.as_posix(), "step": "6", "weights": "ema", "size": "48x16", "steps": "2", "seed": "5", "guidance": "2",
+             "shift": "1.0"}
     grid, single = Image.open(out), Image.open(tmp_path / "grid/0001.png")
     assert grid.size == (3 * 50 - 2, 16) and grid.text == {**facts, "prompt": "a red circle\nzwölf"}
     assert single.size == (48, 16) and single.text == {**facts, "prompt": "zwölf", "image": "1"}

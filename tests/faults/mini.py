@@ -280,9 +280,6 @@ def work(rank, size, run_dir, rendezvous, overrides, options, parent):
     os._exit(code)
 
 
-Metrics.open_board = lambda self, start_step: None          # TensorBoard takes seconds to import
-
-
 def launcher(run_dir, rendezvous, size, overrides, options, tell):
     """The parent of the ranks: forks them, tells their process ids, and at the end their exit codes. Kills the others
     15 s after one has failed; DeepSpeed's does so after 1 s, too soon to see what the ranks do by themselves."""
@@ -311,6 +308,7 @@ def launcher(run_dir, rendezvous, size, overrides, options, tell):
 def serve():
     """Reads one start a line from stdin, forks a launcher for it, and writes that one's process id."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    Metrics.open_board = lambda self, start_step: None      # TensorBoard takes seconds to import
     for line in sys.stdin:
         request = json.loads(line)
         pid = os.fork()

@@ -401,3 +401,46 @@ def create_mllm(folder, *, texts, vision, text, seed=0, vocab_size=512):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+class Captioner(nn.Module):
+    """An InternVL with its language-model head, to be trained on turns [user: text, image] -> [assistant: answer].
+
+    `folder` is one that create_mllm or save wrote. forward(texts, answers, vit_pixels_ICHW, has_image) -> (mean loss of the
+    answers' tokens, (B,) bool: whether the most probable tokens are exactly the answer; greedy decoding gives it then)."""
+
+    def __init__(self, folder):
+        from transformers import AutoTokenizer, InternVLForConditionalGeneration
+        super().__init__()
+        self.internvl = InternVLForConditionalGeneration.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def forward(self, texts, answers, vit_pixels_ICHW, has_image):
+        config = self.internvl.config
+        rows = []
+        for text, answer, image in zip(texts, answers, has_image, strict=True):
+            middle = IMAGE[0] + "<IMG_CONTEXT>" * config.image_seq_length + IMAGE[1] if image else ""
+            asked, said = (self.tokenizer(part, add_special_tokens=False)["input_ids"]
+                           for part in (TURN[0] + text + middle + TURN[1], answer + "<|im_end|>"))
+            rows.append((torch.tensor(asked + said), torch.tensor([-100] * len(asked) + said)))
+        ids_BT, labels_BT = (torch.nn.utils.rnn.pad_sequence(column, batch_first=True, padding_value=padding)
+                             for column, padding in zip(zip(*rows), (self.tokenizer.pad_token_id, -100)))
+        shown_BT = torch.nn.utils.rnn.pad_sequence([torch.ones(len(row), dtype=torch.long) for row, _ in rows], batch_first=True)
+        logits_BTV = self.internvl(input_ids=ids_BT, attention_mask=shown_BT, pixel_values=vit_pixels_ICHW,
+                                   use_cache=False).logits[:, :-1]
+        labels_BT = labels_BT[:, 1:]
+        loss = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), labels_BT.flatten(), ignore_index=-100)
+        right_BT = (logits_BTV.argmax(-1) == labels_BT) | (labels_BT == -100)
+        return loss, right_BT.all(1)
+
+    def save(self, folder, dtype, metadata):
+        """Writes weights of `dtype`, config and tokenizer in transformers' own format; metadata: strings that stand in the
+        head of model.safetensors."""
+        from safetensors import safe_open
+        from safetensors.torch import load_file, save_file
+        self.internvl.to(dtype).save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        path = Path(folder) / "model.safetensors"
+        with safe_open(path, framework="pt") as file:
+            metadata = {**file.metadata(), **metadata}
+        save_file(load_file(path), path, metadata=metadata)

@@ -31,7 +31,7 @@ from PIL import Image, ImageDraw
 
 from iomm.config import InputError, choice
 from iomm.engine.data.folder import whole_folder
-from iomm.kernels.philox import WORLD, uniform
+from iomm.kernels.philox import EDIT, WORLD, uniform
 
 VERSION = 1      # a change of what is drawn raises it, so that older folders are drawn again
 SHAPES = ("circle", "square", "triangle")
@@ -48,6 +48,7 @@ COLOURS = {      # name -> ranges of hue (degrees), saturation and value; far en
 ROLES = ("alone", "and", "two", "three", "left of", "right of", "above", "below")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above", "and": "and"}
 DIRECTION = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+PLACES = {"to the left": "left of", "to the right": "right of", "above": "above", "below": "below"}     # of an edit
 KINDS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 SPLITS = ("train", "test")
 MANIFEST = "manifest.json"
@@ -110,6 +111,24 @@ def scene(seed, i, split="train", kind=None):
     return Scene(kind=kind, caption=caption, shapes=shapes, background_rgb=background,
                  light=(draws.between(-10, 10), draws.between(-10, 10)),
                  noise_level=draws.between(2, 8), noise_key=int(draws.between(0, 1 << 24)))
+
+
+def edit(picture, seed, n, split="train"):
+    """A scene of one shape -> (instruction, caption of what it asks for): "make it red", or "add a blue square to the left".
+
+    Edit n of a seed, a pure function of its arguments. In the "train" split the result shows no held-out combination; in
+    the "test" split, whose pictures show one, any may come."""
+    draws, known = _Draws(uniform(seed, EDIT, torch.tensor([n]), 5)[0].tolist()), split == "train"
+    before, = picture.shapes
+    if draws.pick((True, False)):
+        colour = _colour(draws, before.shape, "alone", novel=False, known=known, taken=before.colour)
+        return f"make it {colour}", _name(colour, before.shape)
+    place = draws.pick([place for place, role in PLACES.items()
+                        if not (known and held_out(before.colour, before.shape, OPPOSITE[role]))])
+    shape = draws.pick(tuple(shape for shape in SHAPES if shape != before.shape))
+    colour = _colour(draws, shape, PLACES[place], novel=False, known=known)
+    name = _name(colour, shape)
+    return f"add {name} {place}", f"{name} {PLACES[place]} {_name(before.colour, before.shape)}"
 
 
 def draw(scene, size_px=64):

@@ -30,6 +30,7 @@ SAMPLER = 7
 VAE = 8
 INIT = 9
 WORLD = 10
+EDIT = 11
 
 register("philox", "cpp", philox_compiled, devices=("cpu",), why_not=lambda: native.why_not("cpu"))
 register("philox", "cuda", philox_compiled, devices=("cuda",), why_not=lambda: native.why_not("cuda"))

@@ -1,0 +1,183 @@
+"""Whether a picture of the shapes world shows what a caption says, decided from its pixels alone.
+
+The background is a plane fitted to the picture's border; what differs from it falls into connected pieces; each piece is
+compared with the three shapes at its own place, area and best turn, and its colour with the ranges that the world draws
+from. Nothing is learned, so nothing can be fooled that a ruler would not be. Works at any size from 16 px on."""
+
+import math
+import re
+from collections import Counter
+from colorsys import hsv_to_rgb
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from iomm.config import InputError
+from iomm.engine.shapes.world import COLOURS, DIRECTION, SHAPES
+
+SIDE = 128                  # pixels to which every picture is brought; the smallest shape is then 25 wide
+BACKGROUND_LEVELS = 40.0    # distance from the background, in grey levels of 255, that is no noise (largest drawn: 8 a channel)
+LEAST_AREA = 0.012          # of the picture; the smallest shape drawn has 0.031
+LEAST_OVERLAP = 0.80        # intersection over union with the ideal shape; real ones at 32 px have 0.87 and more
+COLOUR_LEVELS = 60.0        # distance from the nearest colour that the world draws
+LEAN = 0.6                  # smaller over larger distance of two centres, up to which one is beside or above the other
+
+NUMBERS = {"two": 2, "three": 3}
+ONE = rf"an? (?P<colour{{0}}>{'|'.join(COLOURS)}) (?P<shape{{0}}>{'|'.join(SHAPES)})"
+CAPTION = re.compile(
+    rf"(?P<number>two|three) (?P<colour>{'|'.join(COLOURS)}) (?P<shape>{'|'.join(SHAPES)})s"
+    rf"|{ONE.format(1)}(?: (?P<relation>and|{'|'.join(DIRECTION)}) {ONE.format(2)})?")
+
+
+@dataclass(frozen=True)
+class Found:
+    """One piece of a picture. x, y: its centre in parts of the side, y downwards; area in parts of the picture. colour or
+    shape is None if it is none of the world's."""
+
+    shape: str | None
+    colour: str | None
+    x: float
+    y: float
+    area: float
+
+
+def parse(caption):
+    """Caption -> ([(colour, shape) of each object, in order], "left of" .. "below", "and" or None). Raises InputError."""
+    match = CAPTION.fullmatch(caption)
+    if match is None:
+        raise InputError(f"not a caption of the shapes world: {caption!r}; like 'a red circle left of a blue square'")
+    if match["number"]:
+        return [(match["colour"], match["shape"])] * NUMBERS[match["number"]], None
+    objects = [(match["colour1"], match["shape1"])]
+    return (objects + [(match["colour2"], match["shape2"])], match["relation"]) if match["relation"] else (objects, None)
+
+
+def score(image, caption):
+    """RGB PIL image or (H, W, 3) uint8, caption -> {"fits", "number", "colours", "shapes", "relation"}: bools.
+
+    number: as many objects as named. colours, shapes: the named ones and no others, each as often as named. relation: None
+    for a caption without one, else whether the two named objects lie so. fits: all of it, each colour on its shape."""
+    found, (objects, relation) = look(image), parse(caption)
+    seen = Counter((piece.colour, piece.shape) for piece in found)
+    placed = None
+    if relation not in (None, "and"):
+        first, second = ([piece for piece in found if (piece.colour, piece.shape) == wanted] for wanted in objects)
+        placed = any(lies(a, relation, b) for a, b in product(first, second) if a is not b)
+    return {"fits": seen == Counter(objects) and placed is not False, "number": len(found) == len(objects),
+            "colours": Counter(piece.colour for piece in found) == Counter(colour for colour, _ in objects),
+            "shapes": Counter(piece.shape for piece in found) == Counter(shape for _, shape in objects), "relation": placed}
+
+
+def lies(a, relation, b):
+    """Whether piece a lies `relation` ("left of" ...) piece b, and not diagonally."""
+    dx, dy = a.x - b.x, a.y - b.y
+    along, across = (dx, dy) if DIRECTION[relation][0] else (dy, dx)
+    return along * sum(DIRECTION[relation]) > 0 and abs(across) <= LEAN * abs(along)
+
+
+def look(image):
+    """RGB PIL image or (H, W, 3) uint8 -> [Found], from left to right."""
+    pixels_HWC = enlarged(np.asarray(image))
+    background_HWC = plane(pixels_HWC)
+    away_HWC = pixels_HWC - background_HWC
+    labels_HW = pieces(np.linalg.norm(away_HWC, axis=-1) > BACKGROUND_LEVELS)
+    found = []
+    for label in np.unique(labels_HW[labels_HW > 0]):
+        inside_HW = labels_HW == label
+        if inside_HW.mean() < LEAST_AREA:
+            continue
+        rgb = np.median(pixels_HWC[inside_HW], axis=0)
+        # the edge stands where a pixel is half background, half piece; the threshold above is nearer to the background
+        towards = rgb - background_HWC[inside_HW].mean(0)
+        inside_HW &= (away_HWC @ towards) / (towards @ towards) > 0.5
+        if inside_HW.mean() >= LEAST_AREA:
+            y, x = (float(axis.mean()) for axis in np.nonzero(inside_HW))
+            found.append(Found(shape=shape_of(inside_HW), colour=colour_of(rgb), x=(x + 0.5) / SIDE, y=(y + 0.5) / SIDE,
+                               area=float(inside_HW.mean())))
+    return sorted(found, key=lambda piece: piece.x)
+
+
+def enlarged(pixels_HWC):
+    """(H, W, 3) uint8 -> (SIDE, SIDE, 3) float32 by cubic interpolation, in 0..255."""
+    if pixels_HWC.ndim != 3 or pixels_HWC.shape[2] != 3 or pixels_HWC.dtype != np.uint8:
+        raise InputError(f"a picture to score must be RGB, 8 bits a channel; got {pixels_HWC.dtype} of shape {pixels_HWC.shape}")
+    image_1CHW = torch.from_numpy(np.array(pixels_HWC)).permute(2, 0, 1)[None].float()
+    if image_1CHW.shape[-2:] != (SIDE, SIDE):
+        image_1CHW = F.interpolate(image_1CHW, size=(SIDE, SIDE), mode="bicubic", antialias=True)
+    return image_1CHW[0].permute(1, 2, 0).numpy()
+
+
+def plane(pixels_HWC, trims=4):
+    """The background a + b x + c y of each channel: least squares over the border, its farthest quarter left out anew a few
+    times, so that a shape which touches the border does not bend it."""
+    rows, columns = np.mgrid[:SIDE, :SIDE] / (SIDE - 1) - 0.5
+    terms_HWT = np.stack((np.ones_like(rows), rows, columns), axis=-1)
+    border_HW = np.ones((SIDE, SIDE), bool)
+    border_HW[4:-4, 4:-4] = False
+    terms_KT, pixels_KC = terms_HWT[border_HW], pixels_HWC[border_HW]
+    kept = np.linalg.norm(pixels_KC - np.median(pixels_KC, axis=0), axis=1) < 2 * BACKGROUND_LEVELS
+    for _ in range(trims):
+        solution_TC = np.linalg.lstsq(terms_KT[kept], pixels_KC[kept], rcond=None)[0]
+        distance_K = np.linalg.norm(pixels_KC - terms_KT @ solution_TC, axis=1)
+        kept = distance_K <= np.quantile(distance_K, 0.75)
+    return terms_HWT @ solution_TC
+
+
+def pieces(inside_HW):
+    """(H, W) bool -> int labels of its 8-connected pieces, 0 outside: the largest index spreads until nothing changes."""
+    inside = torch.from_numpy(inside_HW)
+    labels = torch.arange(1, inside.numel() + 1, dtype=torch.float32).view(inside.shape) * inside
+    while True:
+        spread = F.max_pool2d(labels[None, None], 3, stride=1, padding=1)[0, 0] * inside
+        if torch.equal(spread, labels):
+            return labels.numpy()
+        labels = spread
+
+
+def shape_of(inside_HW):
+    """The shape that this piece overlaps best, at its centre and area and turned by up to 8 degrees, or None."""
+    overlaps = {shape: max(overlap(inside_HW, shape, turn) for turn in ((0,) if shape == "circle" else range(-8, 9, 4)))
+                for shape in SHAPES}
+    best = max(overlaps, key=overlaps.get)
+    return best if overlaps[best] >= LEAST_OVERLAP else None
+
+
+def overlap(inside_HW, shape, turn_degrees):
+    """Intersection over union of a piece and the ideal shape of its area around its centre."""
+    rows, columns = np.nonzero(inside_HW)
+    y_HW, x_HW = np.mgrid[:SIDE, :SIDE].astype(np.float64)
+    x_HW, y_HW = x_HW - columns.mean(), y_HW - rows.mean()
+    if shape == "circle":
+        ideal_HW = x_HW**2 + y_HW**2 <= len(rows) / math.pi
+    else:
+        corners = 3 if shape == "triangle" else 4
+        # a regular polygon of n corners and area A has the inner radius sqrt(A / (n tan(pi / n)))
+        inner = math.sqrt(len(rows) / (corners * math.tan(math.pi / corners)))
+        ideal_HW = np.ones_like(inside_HW)
+        for i in range(corners):
+            angle = math.radians(90 + turn_degrees + 360 * i / corners)      # of a side; the first one lies below
+            ideal_HW &= x_HW * math.cos(angle) + y_HW * math.sin(angle) <= inner
+    return (inside_HW & ideal_HW).sum() / (inside_HW | ideal_HW).sum()
+
+
+def colour_table():
+    """(K, 3) colours that the world draws, and whose each is: 5 values in each of its three ranges."""
+    names, rows = [], []
+    for name, ranges in COLOURS.items():
+        for hue, saturation, value in product(*(np.linspace(low, high, 5) for low, high in ranges)):
+            names.append(name)
+            rows.append([255 * level for level in hsv_to_rgb(hue / 360 % 1, saturation, value)])
+    return names, np.array(rows)
+
+
+NAMES, DRAWN_K3 = colour_table()
+
+
+def colour_of(rgb):
+    """(3,) in 0..255 -> the nearest colour of the world, or None if none is near."""
+    distance_K = np.linalg.norm(DRAWN_K3 - rgb, axis=1)
+    nearest = int(distance_K.argmin())
+    return NAMES[nearest] if distance_K[nearest] <= COLOUR_LEVELS else None

@@ -70,8 +70,18 @@ class Examples:
             chosen.append(i)
         if task == "read":
             return texts, answers, None, [False] * len(texts)
-        mean, std = (torch.tensor(x)[:, None, None] for x in (IMAGE_MEAN, IMAGE_STD))
-        return texts, answers, (self.pixels_NCHW[chosen] / 255 - mean) / std, [True] * len(texts)
+        return texts, answers, normalised(self.pixels_NCHW[chosen]), [True] * len(texts)
+
+
+def normalised(bytes_CHW):
+    """uint8 (..., 3, H, W) -> as the ViT wants it."""
+    mean, std = (torch.tensor(x)[:, None, None] for x in (IMAGE_MEAN, IMAGE_STD))
+    return (bytes_CHW / 255 - mean) / std
+
+
+def vit_pixels(picture, side):
+    """PIL image -> (3, side, side) as the loader hands it to the ViT: through JPEG, resized, normalised."""
+    return normalised(vit_bytes(picture, side))
 
 
 def vit_bytes(picture, side):

@@ -1,0 +1,82 @@
+"""How well a model draws the shapes world: pictures from captions, from pictures with hidden tokens, and from edits, each
+decided by score.py, a row a kind."""
+
+import torch
+
+from iomm.config import InputError, choice
+from iomm.engine.shapes.mllm import vit_pixels
+from iomm.engine.shapes.score import score
+from iomm.engine.shapes.world import KINDS, draw, edit, scene
+from iomm.masking import visible_mask
+from iomm.mllm import RECONSTRUCT
+from iomm.pipeline import draw as draw_pixels
+from iomm.pipeline import to_images
+
+WAYS = ("text", "image", "edit")     # what the model is shown: a caption; a picture, masked as in training; picture and instruction
+ASKED = ("fits", "number", "colours", "shapes", "relation")      # what score() answers
+SEED = 2**32                         # of the scenes that are asked for: pictures that no run is trained on
+
+
+def tasks(model, way, split, per_kind):
+    """-> ([kind], [text], vit pixels or None, [caption that the picture must fit]) of what the model will be asked."""
+    choice("way", way, WAYS)
+    kinds = [kind for kind in (("single_object",) if way == "edit" else KINDS) for _ in range(per_kind)]
+    scenes = [scene(SEED, i, split, kind) for i, kind in enumerate(kinds)]
+    captions = [picture.caption for picture in scenes]
+    if way == "text":
+        return kinds, captions, None, captions
+    pixels_ICHW = torch.stack([vit_pixels(draw(picture), model.frozen[0].vit_px) for picture in scenes])
+    if way == "image":
+        return kinds, [RECONSTRUCT] * len(scenes), pixels_ICHW, captions
+    texts, captions = zip(*(edit(picture, SEED, i, split) for i, picture in enumerate(scenes)))
+    return [text.split()[0] for text in texts], list(texts), pixels_ICHW, list(captions)
+
+
+@torch.no_grad()
+def grade(model, size_px, way="text", *, split="train", per_kind=8, steps=20, guidance=1.0, seed=0, batch=64):
+    """IOMM, not sharded -> ({kind: {"fits": share, "number": share, ...; "pictures": how many}}, the pictures, PIL, in order).
+
+    way: one of WAYS. split: "train" asks for pictures like those of training, "test" for combinations never seen there.
+    Noise and masks belong to (seed, picture). Raises InputError for unknown ways and splits."""
+    if per_kind < 1:
+        raise InputError(f"pictures per kind must be >= 1, got {per_kind}")
+    mllm, device = model.frozen[0], model.generator.final.weight.device
+    kinds, texts, pixels_ICHW, captions = tasks(model, way, split, per_kind)
+    pictures = []
+    for start in range(0, len(texts), batch):
+        part = slice(start, start + batch)
+        n_B = torch.arange(len(texts), device=device)[part]
+        tokens_BPD = visible = None
+        if pixels_ICHW is not None:
+            tokens_BPD = mllm.image_tokens(pixels_ICHW[part].to(device))
+        if way == "image":
+            visible = visible_mask(model.recipe.mask, seed, n_B, mllm.num_image_tokens)
+        condition = mllm.condition(texts[part], tokens_BPD, visible=visible, mode=model.recipe.mask.mode,
+                                   positions=model.recipe.mask.positions)
+        pictures += to_images(draw_pixels(model, condition, n_B, size_px=size_px, steps=steps, guidance=guidance, seed=seed))
+    rows = {}
+    for kind, picture, caption in zip(kinds, pictures, captions):
+        rows.setdefault(kind, []).append(score(picture, caption))
+    return {kind: {**{key: mean(row[key] for row in found) for key in ASKED}, "pictures": len(found)}
+            for kind, found in rows.items()}, pictures
+
+
+def mean(values):
+    """Share of True, of those that are not None; None if all are."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def overall(table, key="fits"):
+    """Mean over all pictures of a grade's table."""
+    asked = [row for row in table.values() if row[key] is not None]
+    return sum(row[key] * row["pictures"] for row in asked) / sum(row["pictures"] for row in asked)
+
+
+def describe(table):
+    """A grade's table as text, a line a kind."""
+    lines = [f"{'':<14}" + "".join(f"{key:>10}" for key in ASKED)]
+    for kind, row in table.items():
+        lines.append(f"{kind:<14}" + "".join(f"{'-' if row[key] is None else format(row[key], '.2f'):>10}" for key in ASKED))
+    lines.append(f"{'all':<14}" + "".join(f"{overall(table, key):>10.2f}" for key in ASKED[:-1]))
+    return "\n".join(lines)

@@ -1,0 +1,233 @@
+"""The paper's comparisons in the shapes world, each cell two runs of the real engine: python benchmarks/recipes.py
+
+    recipes     pre-train on {image, pair} x fine-tune on {image, pair, mix}: the paper's 2 x 3 table
+    adapter     none, metaquery, metaquery with as many parameters as the RQA (one connector layer has its 12 D^2), rqa:
+                score against steps of stage 1
+    ratio       share of hidden image tokens in stage 1
+    mix         lambda, the share of images in stage 2
+    choices     hidden tokens dropped or zeroed, outputs at the queries or all, Bernoulli or a fixed number
+    editing     "make it red", "add a blue square to the left": never trained on
+
+All cells of an experiment have the same steps, batches, learning rates and seeds, those of the demo configs; nothing is tuned
+for a cell. A cell is scored by engine/shapes/grade.py on captions like those of training and on unseen combinations. Runs
+lie under --out and are kept: started again, the command goes on where it stopped, and cells share the runs that they have
+in common. --budget cpu-smoke: two minutes, the tests' | cpu-night: 8 hours on two cores | gpu: 25 minutes on one H200, several
+runs side by side."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "benchmarks"))]
+
+import argparse  # noqa: E402
+import hashlib  # noqa: E402
+import json  # noqa: E402
+import math  # noqa: E402
+import shutil  # noqa: E402
+import socket  # noqa: E402
+import statistics  # noqa: E402
+import subprocess  # noqa: E402
+from concurrent.futures import ThreadPoolExecutor  # noqa: E402
+from dataclasses import asdict, dataclass, replace  # noqa: E402
+from threading import Lock  # noqa: E402
+
+import torch  # noqa: E402
+
+from iomm.config import InputError  # noqa: E402
+from iomm.engine import checkpoint, parts  # noqa: E402
+from iomm.engine.doctor import machine  # noqa: E402
+from iomm.engine.shapes.grade import grade, overall  # noqa: E402
+
+GUIDANCE = 2.0     # of every picture that is scored
+# Student's t, two-sided 95 %, by number of seeds less one.
+T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Steps of stage 1 and 2, seeds, pictures a kind, Euler steps, runs at once, what else every run is given, experiments."""
+
+    pretrain: int
+    finetune: int
+    seeds: int
+    per_kind: int
+    draw_steps: int
+    at_once: int
+    settings: tuple = ()
+    experiments: tuple = ("recipes", "adapter", "ratio", "mix", "choices", "editing")
+
+
+BUDGETS = {
+    "cpu-smoke": Budget(pretrain=2, finetune=2, seeds=1, per_kind=1, draw_steps=1, at_once=1, experiments=("recipes",),
+                        settings=("train.global_batch=4", "data.num_images=64", "data.num_pairs=16", "log.sample_images=0")),
+    "cpu-night": Budget(pretrain=600, finetune=600, seeds=3, per_kind=16, draw_steps=20, at_once=1, settings=("log.sample_images=0",)),
+    "gpu": Budget(pretrain=2000, finetune=2000, seeds=3, per_kind=32, draw_steps=20, at_once=6, settings=("log.sample_images=0",)),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """What both stages, stage 1 alone and stage 2 alone are given beside the demo configs. points: parts of stage 1 after
+    each of which stage 2 is run and scored. ways: of grade()."""
+
+    both: tuple = ()
+    first: tuple = ()
+    second: tuple = ()
+    points: tuple = (1.0,)
+    ways: tuple = ("text",)
+
+
+QUARTERS = (0.25, 0.5, 0.75, 1.0)
+EXPERIMENTS = {
+    "recipes": {f"{a} -> {b}": Cell(first=(f"train.data={a}",), second=(f"train.data={b}",))
+                for a in ("pair", "image") for b in ("image", "pair", "mix")},
+    "adapter": {
+        "none": Cell(both=("adapter.kind=none", "adapter.conditions=all"), points=QUARTERS),
+        "metaquery": Cell(both=("adapter.kind=metaquery",), points=QUARTERS),
+        "metaquery, as large": Cell(both=("adapter.kind=metaquery", "adapter.connector_layers=1"), points=QUARTERS),
+        "rqa": Cell(points=QUARTERS)},
+    "ratio": {str(ratio): Cell(both=(f"mask.ratio={ratio}",)) for ratio in (0.0, 0.25, 0.45, 0.65, 0.85, 0.95)},
+    "mix": {str(share): Cell(second=(f"data.mix={share}",)) for share in (0.0, 0.1, 0.3, 0.5, 0.7, 1.0)},
+    "choices": {"drop, query, bernoulli": Cell(), "zero": Cell(both=("mask.mode=zero",)),
+                "all": Cell(both=("adapter.conditions=all",)), "fixed": Cell(both=("mask.count=fixed",))},
+    "editing": {"image -> mix": Cell(ways=("edit",))},
+}
+
+
+class Runs:
+    """The runs below a folder, each named by what it was given; what is there already is not run again."""
+
+    def __init__(self, folder, budget):
+        self.folder, self.budget, self.locks = Path(folder), budget, {}
+
+    def dir(self, stage, steps, settings, init=None):
+        name = hashlib.sha256(json.dumps([stage, sorted(settings), init and init.name]).encode()).hexdigest()[:12]
+        return self.folder / f"{stage}-{name}-{steps}"
+
+    def train(self, stage, steps, settings, init=None, before=None):
+        """-> the folder of a run of so many steps; `before`: that of one of fewer steps, which it goes on from."""
+        run_dir = self.dir(stage, steps, settings, init)
+        folder = checkpoint.newest(run_dir / "checkpoints", say=lambda line: None)
+        if folder is None and before is not None:
+            shutil.copytree(before, run_dir, dirs_exist_ok=True)
+        if folder is None or checkpoint.step_of(folder) < steps:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+            command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "1", "--master_port", str(port),
+                       str(ROOT / "engine/launch.py"), "--stage", stage, "--resume", "auto", *(["--init", str(init)] if init else []),
+                       *settings, f"run.dir={run_dir}", f"train.steps={steps}", "checkpoint.every_steps=1000000"]
+            run_dir.mkdir(parents=True, exist_ok=True)
+            with open(run_dir / "said.txt", "ab") as said:
+                code = subprocess.run(command, cwd=ROOT, stdout=said, stderr=said).returncode
+            if code:
+                raise InputError(f"a run ended with exit code {code}: see {run_dir}/said.txt")
+        return run_dir
+
+    def scores(self, run_dir, ways, steps):
+        """{"text, train": share of pictures that fit, ...} of a trained run; kept in its folder."""
+        path = run_dir / f"scores-{steps}.json"
+        known = json.loads(path.read_text()) if path.exists() else {}
+        wanted = [(way, split) for way in ways for split in ("train", "test")]
+        if any(f"{way}, {split}" not in known for way, split in wanted):
+            config, model, _ = parts.load_run(run_dir, device="cuda" if torch.cuda.is_available() else "cpu")
+            for way, split in wanted:
+                table, _ = grade(model, config.data.size_px, way, split=split, per_kind=self.budget.per_kind,
+                                 steps=self.budget.draw_steps, guidance=GUIDANCE)
+                known[f"{way}, {split}"] = {key: overall(table, key) for key in ("fits", "number", "colours", "shapes")}
+            path.write_text(json.dumps(known, indent=1) + "\n")
+        return known
+
+    def cell(self, cell, seed):
+        """-> {steps of stage 1: scores after stage 2}."""
+        shared, first, found = [f"run.seed={seed}", *self.budget.settings, *cell.both], None, {}
+        for point in cell.points:
+            steps = max(1, round(point * self.budget.pretrain))
+            with self.locked(f"{seed} {cell.both} {cell.first}"):         # cells that run side by side share stage 1
+                first = self.train("pretrain", steps, [*shared, *cell.first], before=first)
+            second = self.train("finetune", self.budget.finetune, [*shared, *cell.second], init=first)
+            found[steps] = self.scores(second, cell.ways, self.budget.finetune)
+        return found
+
+    def locked(self, name):
+        return self.locks.setdefault(name, Lock())
+
+
+def interval(values):
+    """(mean, half of the 95 % interval of the mean by Student's t; None from one value)."""
+    if len(values) < 2:
+        return values[0], None
+    return statistics.mean(values), T_95[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def summed(per_seed):
+    """[{steps: {way: {key: share}}} of each seed] -> the same with {"mean", "interval", "seeds"} in place of a share."""
+    first = per_seed[0]
+    return {steps: {way: {key: dict(zip(("mean", "interval"), interval(values := [seed[steps][way][key] for seed in per_seed])),
+                                    seeds=values) for key in keys} for way, keys in ways.items()} for steps, ways in first.items()}
+
+
+def show(name, cells):
+    """One experiment as text: a line a cell and point."""
+    lines = [f"{name:<28}{'steps':>7}{'':>3}" + "".join(f"{key:>16}" for key in ("fits", "number", "colours", "shapes"))]
+    for cell, points in cells.items():
+        for steps, ways in points.items():
+            for way, keys in ways.items():
+                shares = [f"{row['mean']:.3f}" + ("" if row["interval"] is None else f" +-{row['interval']:.3f}") for row in keys.values()]
+                lines.append(f"{cell:<22}{way:>12}{steps:>7}" + "".join(f"{share:>16}" for share in shares))
+    return "\n".join(lines)
+
+
+def draw_bars(experiments, path):
+    """A PNG: per experiment the share of colours and of whole captions that are right, with intervals."""
+    import matplotlib
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(len(experiments), 1, figsize=(9, 2.6 * len(experiments)), squeeze=False)
+    for axis, (name, cells) in zip(axes[:, 0], experiments.items()):
+        rows = [(f"{cell}\n{steps}" if len(points) > 1 else cell, next(iter(ways.values())))
+                for cell, points in cells.items() for steps, ways in points.items()]
+        for shift, key in ((-0.2, "fits"), (0.2, "colours")):
+            axis.bar([i + shift for i in range(len(rows))], [row[key]["mean"] for _, row in rows], 0.4, label=key,
+                     yerr=[row[key]["interval"] or 0 for _, row in rows], capsize=2)
+        axis.set_xticks(range(len(rows)), [label for label, _ in rows], fontsize=6)
+        axis.set_ylim(0, 1)
+        axis.set_title(name, fontsize=9)
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiments", nargs="*", help=f"of: {', '.join(EXPERIMENTS)}; default: the budget's")
+    parser.add_argument("--budget", choices=tuple(BUDGETS), default="gpu" if torch.cuda.is_available() else "cpu-night")
+    parser.add_argument("--seeds", type=int, help="default: the budget's")
+    parser.add_argument("--steps", type=int, help="of either stage; default: the budget's")
+    parser.add_argument("--out", default=str(ROOT / "runs/recipes"), help="folder of the runs; what is there is not run again")
+    parser.add_argument("--results", default=str(ROOT / "benchmarks/results"))
+    args = parser.parse_args(argv)
+    budget = BUDGETS[args.budget]
+    budget = replace(budget, seeds=args.seeds or budget.seeds, pretrain=args.steps or budget.pretrain,
+                     finetune=args.steps or budget.finetune)
+    unknown = set(args.experiments) - set(EXPERIMENTS)
+    if unknown:
+        parser.error(f"no experiment {sorted(unknown)[0]}: choose of {', '.join(EXPERIMENTS)}")
+    runs, found = Runs(Path(args.out) / args.budget, budget), {}
+    path = Path(args.results) / f"recipes-{args.budget}-{machine()['date']}.json"
+    for name in args.experiments or budget.experiments:
+        cells = EXPERIMENTS[name]
+        with ThreadPoolExecutor(budget.at_once) as pool:
+            waiting = {cell: [pool.submit(runs.cell, cells[cell], seed) for seed in range(budget.seeds)] for cell in cells}
+            found[name] = {cell: summed([one.result() for one in seeds]) for cell, seeds in waiting.items()}
+        print(show(name, found[name]), flush=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"machine": machine(), "budget": {**asdict(budget), "name": args.budget},
+                                    "experiments": found}, indent=1) + "\n")
+    draw_bars(found, path.with_suffix(".png"))
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

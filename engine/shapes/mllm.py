@@ -1,15 +1,16 @@
-"""The tiny MLLM of the shapes world: InternVL's architecture at 1 / 1000 of its size, which understands that world.
+"""The tiny MLLM of the shapes world: InternVL's architecture at 1 / 1000 of its size.
 
-Its weights come with the package (engine/shapes/weights, bf16). How they were made, on two cores in about a quarter of an hour:
+The default run's has random weights from a fixed seed. One that understands the world is trained here, and given to a run as
+model.mllm=FOLDER:
 
-    python -m iomm.engine.shapes.mllm --out engine/shapes/weights
+    python -m iomm.engine.shapes.mllm --out FOLDER
 
-It is trained to understand and never to draw: picture -> caption, caption -> the same caption, and picture and instruction ->
-caption of the edited picture. It sees pictures and captions of the world's "train" split only, like the generator. The
-accuracies of the rounded weights stand in the head of weights/model.safetensors."""
+It learns to understand and never to draw: picture -> caption, caption -> the same caption, picture and instruction -> caption
+of the edited picture, of the world's "train" split only. Its accuracies stand in the head of its model.safetensors."""
 
 import argparse
 import io
+import json
 import math
 import shutil
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 from iomm.engine.shapes.world import draw, edit, scene
 from iomm.mllm import IMAGE_MEAN, IMAGE_STD, RECONSTRUCT, Captioner, create_mllm
@@ -25,20 +27,19 @@ VISION = dict(hidden_size=128, num_hidden_layers=3, num_attention_heads=4, inter
               attention_bias=True)
 TEXT = dict(hidden_size=192, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2, intermediate_size=512,
             max_position_embeddings=512)
-WEIGHTS = Path(__file__).parent / "weights"
 ASKED = ("", RECONSTRUCT, "Describe the image.")       # what the user says beside a picture that is to be captioned
-TASKS = {"caption": 0.5, "read": 0.25, "edit": 0.25}   # shares of a batch: picture -> caption, caption -> caption, edits
+TASKS = {"caption": 0.75, "read": 0.0625, "edit": 0.1875}   # shares of a batch: picture -> caption, caption -> caption, edits
 
 
-def tiny_mllm(folder):
-    """Folder -> the same folder, holding the tiny MLLM in transformers' own format; copied there only if it is missing.
+def tiny_mllm(folder, seed=0):
+    """Folder -> the same folder, holding the tiny MLLM in transformers' own format; made only if it is missing.
 
     32 px input, 16 image tokens, width 192."""
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         partial = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(WEIGHTS, partial)
+        create_mllm(partial, texts=[RECONSTRUCT, *(scene(0, i).caption for i in range(1000))], vision=VISION, text=TEXT, seed=seed)
         partial.rename(folder)
     return folder
 
@@ -54,10 +55,11 @@ class Examples:
         self.seed, self.split = seed, split
         self.editable = [i for i, picture in enumerate(self.scenes) if len(picture.shapes) == 1]
 
-    def batch(self, task, numbers):
-        """-> (texts, answers, vit pixels (I, 3, side, side), has_image) for Captioner; `numbers` choose scene and wording."""
-        texts, answers, chosen = [], [], []
-        for n in numbers:
+    def batch(self, tasks, numbers):
+        """A task and a number each, which chooses scene and wording -> (texts, answers, vit pixels (I, 3, side, side) of those
+        with a picture, has_image) for Captioner."""
+        texts, answers, shown = [], [], []
+        for task, n in zip(tasks, numbers, strict=True):
             if task == "edit":
                 i = self.editable[n % len(self.editable)]
                 text, answer = edit(self.scenes[i], self.seed, n, self.split)
@@ -67,10 +69,8 @@ class Examples:
                 text = answer if task == "read" else ASKED[n // len(self.scenes) % len(ASKED)]
             texts.append(text)
             answers.append(answer)
-            chosen.append(i)
-        if task == "read":
-            return texts, answers, None, [False] * len(texts)
-        return texts, answers, normalised(self.pixels_NCHW[chosen]), [True] * len(texts)
+            shown += [i] if task != "read" else []
+        return texts, answers, normalised(self.pixels_NCHW[shown]) if shown else None, [task != "read" for task in tasks]
 
 
 def normalised(bytes_CHW):
@@ -93,38 +93,48 @@ def vit_bytes(picture, side):
     return torch.nn.functional.interpolate(image_1CHW, size=(side, side), mode="bicubic", antialias=True)[0]
 
 
-def train(out, *, steps, batch, lr, num_images, seed, say=print):
-    """Trains from scratch and writes the folder `out`. Returns the accuracies, as they stand in its metadata."""
-    folder = Path(out)
+def train(out, *, steps, batch, lr, num_images, seed, start=None, say=print):
+    """Trains from scratch, or from the folder `start` on, and writes the folder `out`. Returns the accuracies, which stand in
+    the metadata of its weights beside the settings of every leg."""
+    folder, legs = Path(out), []
     shutil.rmtree(folder, ignore_errors=True)
-    words = [RECONSTRUCT, *ASKED, *(scene(seed, i).caption for i in range(2000))]
-    words += [part for i in range(2000) if len((picture := scene(seed, i)).shapes) == 1 for part in edit(picture, seed, i)]
-    create_mllm(folder, texts=words, vision=VISION, text=TEXT, seed=seed)
+    if start is None:
+        words = [RECONSTRUCT, *ASKED, *(scene(seed, i).caption for i in range(2000))]
+        words += [part for i in range(2000) if len((picture := scene(seed, i)).shapes) == 1 for part in edit(picture, seed, i)]
+        create_mllm(folder, texts=words, vision=VISION, text=TEXT, seed=seed)
+    else:
+        shutil.copytree(start, folder)
+        legs = json.loads(metadata(folder)["legs"])
     model = Captioner(folder)
     examples = Examples(seed, 0, num_images, "train")
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    random, begun = torch.Generator().manual_seed(seed), time.monotonic()
+    random, begun, tasks = torch.Generator().manual_seed(seed + len(legs)), time.monotonic(), []
+    for task, share in TASKS.items():
+        tasks += [task] * round(batch * share)
     for step in range(steps):
-        rate = lr * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
-            group["lr"] = rate
-        total = 0.0
-        for task, share in TASKS.items():
-            numbers = torch.randint(0, 1 << 40, (round(batch * share),), generator=random).tolist()
-            loss, _ = model(*examples.batch(task, numbers))
-            (share * loss).backward()
-            total += share * loss.item()
+            group["lr"] = lr * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        numbers = torch.randint(0, 1 << 40, (len(tasks),), generator=random).tolist()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, _ = model(*examples.batch(tasks, numbers))
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if step % 50 == 0 or step == steps - 1:
-            say(f"step {step}/{steps}  loss {total:.4f}  {time.monotonic() - begun:.0f} s", flush=True)
+            say(f"step {step}/{steps}  loss {loss.item():.4f}  {time.monotonic() - begun:.0f} s", flush=True)
     model.internvl.bfloat16().float()            # the rounding of the file, before it is judged
     found = accuracies(model, seed, num_images)
-    facts = {"steps": steps, "batch": batch, "lr": lr, "images": num_images, "seed": seed, "torch": torch.__version__,
-             "command": "python -m iomm.engine.shapes.mllm --out engine/shapes/weights", **found}
-    model.save(folder, torch.bfloat16, {key: str(value) for key, value in facts.items()})
+    legs.append({"steps": steps, "batch": batch, "lr": lr, "images": num_images, "seed": seed, "tasks": TASKS,
+                 "torch": torch.__version__, "seconds": round(time.monotonic() - begun), "found": found})
+    model.save(folder, torch.bfloat16, {"accuracy": json.dumps(found), "legs": json.dumps(legs)})
     return found
+
+
+def metadata(folder):
+    """{name: text} in the head of a folder's weights."""
+    with safe_open(Path(folder) / "model.safetensors", framework="pt") as file:
+        return file.metadata()
 
 
 @torch.no_grad()
@@ -135,7 +145,7 @@ def accuracies(model, seed, start, num=2000):
     for split in ("train", "test"):
         examples = Examples(seed, start, num, split)
         for task in TASKS:
-            right = [model(*examples.batch(task, range(first, min(first + 100, num))))[1] for first in range(0, num, 100)]
+            right = [model(*examples.batch([task] * 100, range(first, first + 100)))[1] for first in range(0, num, 100)]
             found[f"{task}, {split}"] = round(torch.cat(right).double().mean().item(), 4)
     return found
 
@@ -143,10 +153,12 @@ def accuracies(model, seed, start, num=2000):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--start", help="folder of weights to go on from; default: from scratch")
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--num-images", type=int, default=16000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    print(train(args.out, steps=args.steps, batch=args.batch, lr=args.lr, num_images=args.num_images, seed=args.seed))
+    print(train(args.out, steps=args.steps, batch=args.batch, lr=args.lr, num_images=args.num_images, seed=args.seed,
+                start=args.start))

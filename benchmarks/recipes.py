@@ -80,8 +80,9 @@ class Cell:
 
 QUARTERS = (0.25, 0.5, 0.75, 1.0)
 EXPERIMENTS = {
-    "recipes": {f"{a} -> {b}": Cell(first=(f"train.data={a}",), second=(f"train.data={b}",))
-                for a in ("pair", "image") for b in ("image", "pair", "mix")},
+    "recipes": {f"{a} -> {b}": Cell(first=first, second=(f"train.data={b}",))
+                for a, first in (("pair", ("train.data=pair", "data.pairs=shapes")), ("image", ("train.data=image",)))
+                for b in ("image", "pair", "mix")},
     "adapter": {
         "none": Cell(both=("adapter.kind=none", "adapter.conditions=all"), points=QUARTERS),
         "metaquery": Cell(both=("adapter.kind=metaquery",), points=QUARTERS),
@@ -179,6 +180,18 @@ def show(name, cells):
     return "\n".join(lines)
 
 
+def paper_table(cells, key="fits"):
+    """The six recipes as the paper prints them: rows pre-train, columns fine-tune; captions like those of training."""
+    lines = [f"{f'{key}: pre-train | fine-tune':<28}" + "".join(f"{column:>18}" for column in ("image", "pair", "mix"))]
+    for row in ("pair", "image"):
+        shares = []
+        for column in ("image", "pair", "mix"):
+            found = list(cells[f"{row} -> {column}"].values())[-1]["text, train"][key]
+            shares.append(f"{found['mean']:.3f}" + ("" if found["interval"] is None else f" +-{found['interval']:.3f}"))
+        lines.append(f"{row:<28}" + "".join(f"{share:>18}" for share in shares))
+    return "\n".join(lines)
+
+
 def draw_bars(experiments, path):
     """A PNG: per experiment the share of colours and of whole captions that are right, with intervals."""
     import matplotlib
@@ -222,6 +235,8 @@ def main(argv=None):
             waiting = {cell: [pool.submit(runs.cell, cells[cell], seed) for seed in range(budget.seeds)] for cell in cells}
             found[name] = {cell: summed([one.result() for one in seeds]) for cell, seeds in waiting.items()}
         print(show(name, found[name]), flush=True)
+        if name == "recipes":
+            print(paper_table(found[name]), flush=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"machine": machine(), "budget": {**asdict(budget), "name": args.budget},
                                     "experiments": found}, indent=1) + "\n")

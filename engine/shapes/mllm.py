@@ -93,7 +93,7 @@ def vit_bytes(picture, side):
     return torch.nn.functional.interpolate(image_1CHW, size=(side, side), mode="bicubic", antialias=True)[0]
 
 
-def train(out, *, steps, batch, lr, num_images, seed, start=None, say=print):
+def train(out, *, steps, batch, lr, num_images, seed, start=None, num_judged=2000, say=print):
     """Trains from scratch, or from the folder `start` on, and writes the folder `out`. Returns the accuracies, which stand in
     the metadata of its weights beside the settings of every leg."""
     folder, legs = Path(out), []
@@ -124,7 +124,7 @@ def train(out, *, steps, batch, lr, num_images, seed, start=None, say=print):
         if step % 50 == 0 or step == steps - 1:
             say(f"step {step}/{steps}  loss {loss.item():.4f}  {time.monotonic() - begun:.0f} s", flush=True)
     model.internvl.bfloat16().float()            # the rounding of the file, before it is judged
-    found = accuracies(model, seed, num_images)
+    found = accuracies(model, seed, num_images, num_judged)
     legs.append({"steps": steps, "batch": batch, "lr": lr, "images": num_images, "seed": seed, "tasks": TASKS,
                  "torch": torch.__version__, "seconds": round(time.monotonic() - begun), "found": found})
     model.save(folder, torch.bfloat16, {"accuracy": json.dumps(found), "legs": json.dumps(legs)})
@@ -138,14 +138,15 @@ def metadata(folder):
 
 
 @torch.no_grad()
-def accuracies(model, seed, start, num=2000):
+def accuracies(model, seed, start, num, batch=100):
     """{"caption, train": share answered exactly, ...}: pictures that were not trained on, of combinations of colour, shape
     and role that were ("train") and of those that never were ("test")."""
     found = {}
     for split in ("train", "test"):
         examples = Examples(seed, start, num, split)
         for task in TASKS:
-            right = [model(*examples.batch([task] * 100, range(first, first + 100)))[1] for first in range(0, num, 100)]
+            parts = [range(first, min(first + batch, num)) for first in range(0, num, batch)]
+            right = [model(*examples.batch([task] * len(part), part))[1] for part in parts]
             found[f"{task}, {split}"] = round(torch.cat(right).double().mean().item(), 4)
     return found
 

@@ -1,0 +1,127 @@
+"""The shapes world as a judge: pictures read from pixels, edits, grades of a model, and the table of recipes."""
+
+import io
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from benchmarks.recipes import EXPERIMENTS, interval, paper_table, show, summed
+from iomm.config import InputError
+from iomm.engine.config import load_config
+from iomm.engine.parts import build_model, prepare_mllm
+from iomm.engine.shapes.grade import WAYS, describe, grade, overall
+from iomm.engine.shapes.mllm import TASKS, train
+from iomm.engine.shapes.score import look, parse, score
+from iomm.engine.shapes.world import COLOURS, KINDS, OPPOSITE, PLACES, SHAPES, draw, edit, held_out, scene
+from iomm.mllm import load_mllm
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def rendered(i, split, kind, px):
+    """A scene and its picture as a data set holds it: JPEG of 64 px, resized."""
+    picture, file = scene(11, i, split, kind), io.BytesIO()
+    draw(picture, 64).save(file, "JPEG", quality=92, subsampling=0)
+    return picture, Image.open(file).convert("RGB").resize((px, px), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("px, num", [(64, 12), (32, 12), pytest.param(64, 400, marks=pytest.mark.slow)])
+def test_real_pictures_fit_their_captions_and_no_others(px, num):
+    pictures = [rendered(i, ("train", "test")[i % 2], kind, px) for kind in KINDS for i in range(num)]
+    for kind in KINDS:
+        right = [score(image, picture.caption)["fits"] for picture, image in pictures if picture.kind == kind]
+        assert sum(right) >= 0.99 * len(right) - (num < 100), kind            # of 12, one may be wrong
+    captions = [picture.caption for picture, _ in pictures]
+    random.Random(0).shuffle(captions)
+    others = [(image, caption) for (picture, image), caption in zip(pictures, captions) if caption != picture.caption]
+    assert sum(score(image, caption)["fits"] for image, caption in others) <= 0.01 * len(others)
+
+
+def test_each_part_of_a_caption_is_judged_by_itself():
+    canvas = Image.new("RGB", (64, 64), (140, 140, 140))
+    pen = ImageDraw.Draw(canvas)
+    pen.ellipse((6, 24, 26, 44), fill=(230, 10, 10))
+    pen.rectangle((40, 26, 54, 40), fill=(20, 40, 230))
+    verdict = {"fits": True, "number": True, "colours": True, "shapes": True, "relation": True}
+    assert score(canvas, "a red circle left of a blue square") == verdict
+    assert score(canvas, "a red circle right of a blue square") == {**verdict, "fits": False, "relation": False}
+    assert score(canvas, "a blue circle and a red square") == {**verdict, "fits": False, "relation": None}
+    assert score(canvas, "a red circle above a green square") == {**verdict, "fits": False, "colours": False, "relation": False}
+    assert score(canvas, "a red circle") == {"fits": False, "number": False, "colours": False, "shapes": False, "relation": None}
+    pen.polygon(((32, 4), (60, 4), (32, 10)), fill=(20, 150, 40))              # green, and no shape of the world
+    assert {(piece.colour, piece.shape) for piece in look(canvas)} == {("red", "circle"), ("blue", "square"), ("green", None)}
+    noise = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy()
+    assert not any(score(noise, f"a {colour} {shape}")["fits"] for colour in COLOURS if colour != "orange" for shape in SHAPES)
+
+
+@pytest.mark.parametrize("caption", ["", "a red cat", "two red circle", "a red circle beside a blue square", "an red circle and"])
+def test_captions_of_another_world_are_refused(caption):
+    with pytest.raises(InputError, match="not a caption of the shapes world"):
+        parse(caption)
+
+
+def test_edits_ask_for_what_training_may_show():
+    for i in range(300):
+        picture = scene(3, i, "train", "single_object")
+        instruction, caption = edit(picture, 3, i)
+        objects, relation = parse(caption)
+        before = picture.shapes[0]
+        if relation is None:
+            assert instruction == f"make it {objects[0][0]}" and objects[0][1] == before.shape and objects[0][0] != before.colour
+            assert not held_out(*objects[0], "alone")
+        else:
+            assert instruction.startswith("add ") and objects[1] == (before.colour, before.shape)
+            assert relation in PLACES.values() and not held_out(*objects[0], relation)
+            assert not held_out(*objects[1], OPPOSITE[relation])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    config = load_config("demo", [f"run.dir={tmp_path_factory.mktemp('grade')}/run", "precision=fp32"])
+    return build_model(config, prepare_mllm(config), "cpu")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_grade_is_a_function_of_model_and_seed(model, way):
+    table, pictures = grade(model, 32, way, per_kind=2, steps=1)
+    again, _ = grade(model, 32, way, per_kind=2, steps=1, batch=5)
+    assert table == again and sum(row["pictures"] for row in table.values()) == len(pictures)
+    assert set(table) == (set(KINDS) if way != "edit" else {"make", "add"} & set(table)) and "fits" in describe(table)
+    assert overall(table) == sum(row["fits"] * row["pictures"] for row in table.values()) / len(pictures)
+
+
+def test_a_tiny_mllm_is_trained_and_loaded(tmp_path):
+    found = train(tmp_path / "mllm", steps=2, batch=16, lr=1e-3, num_images=40, seed=0, num_judged=20, say=lambda *_, **__: None)
+    assert set(found) == {f"{task}, {split}" for task in TASKS for split in ("train", "test")}
+    mllm = load_mllm(str(tmp_path / "mllm"), dtype=torch.float32)
+    assert mllm.num_image_tokens == 16 and (tmp_path / "mllm/model.safetensors").stat().st_size < 6e6
+
+
+def test_intervals_are_students():
+    assert interval([0.5]) == (0.5, None)
+    mean, half = interval([0.1, 0.2, 0.3])
+    assert mean == pytest.approx(0.2) and half == pytest.approx(4.303 * 0.1 / 3 ** 0.5)
+    keys = ("fits", "number", "colours", "shapes")
+    cells = {cell: summed([{7: {"text, train": dict.fromkeys(keys, share)}} for share in (0.1, 0.2, 0.3)])
+             for cell in EXPERIMENTS["recipes"]}
+    assert "0.200 +-0.248" in show("recipes", cells) and paper_table(cells).count("0.200 +-0.248") == 6
+
+
+@pytest.mark.slow
+def test_the_smoke_budget_runs_and_goes_on(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks/recipes.py"), "--budget", "cpu-smoke", "--out", str(tmp_path / "runs"),
+               "--results", str(tmp_path)]
+    subprocess.run(command, check=True, timeout=900)
+    result, = tmp_path.glob("recipes-cpu-smoke-*.json")
+    first = json.loads(result.read_text())["experiments"]
+    assert set(first["recipes"]) == set(EXPERIMENTS["recipes"]) and result.with_suffix(".png").exists()
+    runs = sorted(path.name for path in (tmp_path / "runs/cpu-smoke").iterdir())
+    assert len(runs) == 2 + 6                                                  # stage 1 is shared by the cells
+    subprocess.run(command, check=True, timeout=60)                            # nothing is run again
+    assert json.loads(result.read_text())["experiments"] == first

@@ -49,7 +49,7 @@ def test_the_run_leaves_what_the_readme_says(demo):
     run_dir, said = demo
     assert f"step 10/{STEPS}  loss" in said and "next        iomm sample --run" in said
     assert [p.name for p in (run_dir / "samples").iterdir()] == [f"step-{STEPS:08d}-seed0.png"]
-    assert sorted(p.name for p in run_dir.iterdir()) == [".lock", "checkpoints", "config.yaml", "log.jsonl", "samples", "tb"]
+    assert sorted(p.name for p in run_dir.iterdir()) == [".lock", "checkpoints", "config.yaml", "log.jsonl", "logs", "samples", "tb"]
     tars = sorted((run_dir.parent / "shared").glob("shapes-4096-*/*.tar"))
     assert len(tars) == 4
 

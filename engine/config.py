@@ -179,9 +179,10 @@ class ZeroSection:
     reduce_bucket_size: int = 200_000_000
     allgather_bucket_size: int = 500_000_000   # stages 1, 2: weights gathered at once after a step, 1 GB of bf16; DeepSpeed's
     prefetch_bucket_size: int = 200_000_000    # stage 3: weights gathered ahead: IOMM-XL's next block, of 181 M, whole
-    # Stage 3: smaller parameters stay gathered: norms and biases (at most 15 k in IOMM-XL), each too small for a message of its
-    # own; matrices begin at 98 k and are worth splitting.
-    param_persistence_threshold: int = 50_000
+    # Stage 3: parameters up to this size stay gathered, and each is a message of its own after every step. None by default:
+    # blocks are gathered whole, their norms and biases with them. At 50,000 IOMM-B would send 280 such messages, over 5 % of a
+    # step from 64 GPUs on (benchmarks/budget.py).
+    param_persistence_threshold: int = 0
     # Stage 3: weights gathered at a time, 2 GB of bf16. As many of the last blocks are kept from the forward for the backward
     # pass instead of being gathered twice: 1 G of IOMM-B's 1.6 G. Lower it when memory runs out.
     max_live_parameters: int = 1_000_000_000

@@ -63,25 +63,26 @@ def sampling(result):
 
 def throughput(result):
     rows, batch = result["rows"], result["images_a_step"]
-    ours = rows["ours"]
+    ours, bare = rows["ours"], ("run.dir", "train.", "data.max_bad_fraction", "precision")
+    whose = f"`{' '.join([result['config'], *(c for c in result['changed'] if not c.startswith(bare))])}`, {result['precision']}"
     mfu = f", mfu {result['mfu']:.1%}" if result["mfu"] else ""
-    yield (f"training step of `{result['config']}`, {batch} images, {result['precision']}",
+    yield (f"training step of {whose}, {batch} images",
            f"{ours['s'] * 1e3:.0f} ms, {ours['images_per_s']:.2f} images/s, {result['of_matmul_rate']:.0%} of the matmul rate{mfu}, "
            f"peak memory {result['peak_memory_gib']:.1f} GiB")
     if "split_s" in result:
         total = sum(result["split_s"].values())
         parts = sorted(result["split_s"].items(), key=lambda pair: -pair[1])
-        yield (f"where that time goes, `{result['config']}`", ", ".join(f"{part} {s / total:.0%}" for part, s in parts if s / total >= 0.01))
+        yield (f"where that time goes, {whose}", ", ".join(f"{part} {s / total:.0%}" for part, s in parts if s / total >= 0.01))
     for name, found in result["ratios"].items():
         kind = name.removeprefix("plain").removeprefix(", ")
-        yield (f"plain PyTorch{f' ({kind})' if kind else ''}, its step over ours, `{result['config']}`",
+        yield (f"plain PyTorch{f' ({kind})' if kind else ''}, its step over ours, {whose}",
                f"{found['median']:.2f} x ({found['low']:.2f} to {found['high']:.2f}), counted {found['counted']:.2f}")
     for name, found in result.get("ablations", {}).items():
-        yield f"our step with {name}, `{result['config']}`", f"{found['median']:.2f} x ({found['low']:.2f} to {found['high']:.2f})"
+        yield f"our step with {name}, {whose}", f"{found['median']:.2f} x ({found['low']:.2f} to {found['high']:.2f})"
     if "projection" in result:
         found = result["projection"]
         paper = found["paper_gpu_hours"]
-        yield (f"projected from that step, `{result['config']}`", f"stage 1 {found['stage_1_gpu_hours']:,.0f} GPU-hours (paper "
+        yield (f"projected from that step, {whose}", f"stage 1 {found['stage_1_gpu_hours']:,.0f} GPU-hours (paper "
                f"{paper[0]:,}), stage 2 {found['stage_2_gpu_hours']:,.1f} (paper {paper[1]})")
 
 

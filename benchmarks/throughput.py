@@ -450,8 +450,8 @@ def picture(result, path):
     for part, row in result["parts"].items():
         if row["flops"]:
             flops = batch * row["flops"]
-            roof.loglog(flops / row["bytes"], flops / row["s"], "o")
-            roof.annotate(part, (flops / row["bytes"], flops / row["s"]), textcoords="offset points", xytext=(5, -10))
+            roof.loglog(flops / row["bytes"], flops / row["s"], "o", label=part)
+    roof.legend(fontsize=8)
     roof.set_xlabel("FLOP per byte that eager ops read and write")
     roof.set_ylabel("FLOP/s")
     figure.suptitle(f"{result['config']}, {result['images_a_step']} images a step, {result['machine']['device']}, "

@@ -25,6 +25,7 @@ from iomm.engine.ema import Ema
 from iomm.engine.evaluation import Evaluation, load_hook
 from iomm.engine.guard import REQUEUE, Guard
 from iomm.engine.interval import advice
+from iomm.engine.leftovers import remove_half_compiled
 from iomm.engine.metrics import Metrics, check_wandb
 from iomm.engine.optim import make_optimizer
 from iomm.engine.ranklog import RankLog
@@ -161,6 +162,9 @@ def build(config, ranks, folder=None, say=print):
             "(python benchmarks/precision.py makes one)")
     flops = sum(plan.work(model, config).values())
     compiled = ranks.device.type == "cuda" if config.train.compile is None else config.train.compile
+    if compiled:
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+        ranks.all(remove_half_compiled(cache_dir()) if ranks.local_rank == 0 else None)      # and nobody compiles before
     model.prepare_blocks(compiled=compiled, recompute=config.train.recompute, fp8=config.precision == "fp8")
     sharded = zero.Sharded(
         model.to(ranks.device), lambda module: make_optimizer(module, config.optim, adamw), config=config, ranks=ranks,

@@ -194,9 +194,13 @@ def paper_table(cells, key="fits"):
 
 def draw_bars(experiments, path):
     """A PNG: per experiment the share of colours and of whole captions that are right, with intervals."""
-    import matplotlib
-    matplotlib.use("agg")
-    from matplotlib import pyplot
+    try:
+        import matplotlib
+        matplotlib.use("agg")
+        from matplotlib import pyplot
+    except ImportError:
+        print('no PNG: matplotlib is missing (pip install -e ".[bench]")')
+        return
     figure, axes = pyplot.subplots(len(experiments), 1, figsize=(9, 2.6 * len(experiments)), squeeze=False)
     for axis, (name, cells) in zip(axes[:, 0], experiments.items()):
         rows = [(f"{cell}\n{steps}" if len(points) > 1 else cell, next(iter(ways.values())))

@@ -1,5 +1,6 @@
 """The shapes world as a judge: pictures read from pixels, edits, grades of a model, and the table of recipes."""
 
+import importlib.util
 import io
 import json
 import random
@@ -120,7 +121,8 @@ def test_the_smoke_budget_runs_and_goes_on(tmp_path):
     subprocess.run(command, check=True, timeout=900)
     result, = tmp_path.glob("recipes-cpu-smoke-*.json")
     first = json.loads(result.read_text())["experiments"]
-    assert set(first["recipes"]) == set(EXPERIMENTS["recipes"]) and result.with_suffix(".png").exists()
+    assert set(first["recipes"]) == set(EXPERIMENTS["recipes"])
+    assert result.with_suffix(".png").exists() or importlib.util.find_spec("matplotlib") is None
     runs = list((tmp_path / "runs/cpu-smoke").glob("*/config.yaml"))
     assert len(runs) == 2 + 6                                                  # stage 1 is shared by the cells
     subprocess.run(command, check=True, timeout=60)                            # nothing is run again

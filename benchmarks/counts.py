@@ -99,7 +99,7 @@ def step_counts():
     from iomm.engine import parts
     from iomm.engine.optim import make_optimizer
     config = load_config("demo-cpu")
-    model = parts.build_model(config, config.model.mllm, "cpu")
+    model = parts.build_model(config, "cpu")
     mllm, vae = model.frozen
     draw = torch.Generator().manual_seed(0)
     size, batch = config.data.size_px, 2

@@ -25,21 +25,19 @@ import hashlib  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
 import shutil  # noqa: E402
-import socket  # noqa: E402
 import statistics  # noqa: E402
-import subprocess  # noqa: E402
 from concurrent.futures import ThreadPoolExecutor  # noqa: E402
 from dataclasses import asdict, dataclass, replace  # noqa: E402
 from threading import Lock  # noqa: E402
 
 import torch  # noqa: E402
 
+from benchmarks.demo import launch  # noqa: E402
 from iomm.config import InputError  # noqa: E402
 from iomm.engine import checkpoint, parts  # noqa: E402
 from iomm.engine.doctor import machine  # noqa: E402
-from iomm.engine.shapes.grade import grade, overall  # noqa: E402
+from iomm.engine.shapes.grade import GUIDANCE, grade, overall  # noqa: E402
 
-GUIDANCE = 2.0     # of every picture that is scored
 # Student's t, two-sided 95 %, by number of seeds less one.
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 
@@ -113,15 +111,10 @@ class Runs:
         if folder is None and before is not None:
             shutil.copytree(before, run_dir, dirs_exist_ok=True)
         if folder is None or checkpoint.step_of(folder) < steps:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
-            command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "1", "--master_port", str(port),
-                       str(ROOT / "engine/launch.py"), "--stage", stage, "--resume", "auto", *(["--init", str(init)] if init else []),
-                       *settings, f"run.dir={run_dir}", f"train.steps={steps}", "checkpoint.every_steps=1000000"]
             run_dir.mkdir(parents=True, exist_ok=True)
             with open(run_dir / "said.txt", "ab") as said:
-                code = subprocess.run(command, cwd=ROOT, stdout=said, stderr=said).returncode
+                code = launch("--stage", stage, "--resume", "auto", *(["--init", str(init)] if init else []), *settings,
+                              f"run.dir={run_dir}", f"train.steps={steps}", "checkpoint.every_steps=1000000", said=said)
             if code:
                 raise InputError(f"a run ended with exit code {code}: see {run_dir}/said.txt")
         return run_dir

@@ -11,11 +11,12 @@ START, END = "<!-- measured: made by benchmarks/report.py -->", "<!-- /measured 
 
 def demo(result):
     one, two = result["pretrain"], result["finetune"]
-    yield (f"default command, stage 1: {one['steps']} steps of 32 images",
-           f"{one['training_s']:.0f} s of training, {one['images_per_s']:.0f} images/s, loss {one['first_loss']:.2f} -> "
-           f"{one['last_loss']:.2f}, below half at step {one['half_of_first_loss_at_step']}")
-    yield (f"stage 2 after it: {two['steps']} steps, half images, half of 500 pairs",
-           f"{two['training_s']:.0f} s of training, loss {two['last_loss']:.2f}")
+    for name, found in (("default command, stage 1", one), ("stage 2 after it, half images, half of 500 pairs", two)):
+        yield (f"{name}: {found['steps']} steps of {found['global_batch']} images, {found['precision']}",
+               f"{found['command_s']:.0f} s, {found['training_s']:.0f} of them training, {found['images_per_s']:.0f} images/s, loss "
+               f"{found['first_loss']:.2f} -> {found['last_loss']:.2f}")
+    for way, shown in (("image", "half-masked images drawn whole"), ("text", "captions drawn")):
+        yield (f"{shown}: what fits its caption, after stage 1 and after stage 2", f"{one['fits'][way]:.0%}, {two['fits'][way]:.0%}")
 
 
 def loader(result):

@@ -2,7 +2,7 @@
 
 The keys and what each means stand here; engine/typed_yaml.py reads them."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -228,7 +228,7 @@ class CheckpointSection:
 @dataclass(frozen=True, kw_only=True)
 class LogSection:
     every_steps: int = 10              # lines on the terminal; log.jsonl has every step
-    sample_images: int = 16            # images of the grid drawn at the end
+    sample_images: int = 16            # images of the grid drawn at the end; in the shapes world what is drawn is scored then; 0: neither
     sample_steps: int = 20             # Euler steps of that grid
     wandb: bool = False                # also to Weights & Biases: name and project are the last two folders of run.dir
 
@@ -291,7 +291,8 @@ class RunConfig:
     optim: OptimSection = field(default_factory=OptimSection)
     ema: EmaSection = field(default_factory=EmaSection)
     precision: str = "bf16"            # bf16 | fp32 | fp8: arithmetic; fp8: that of bf16, but for the products of the generator's
-                                       # blocks. Masters are always fp32. No GPU has compared the loss of fp8 with bf16's yet
+                                       # blocks. Masters are always fp32. No GPU has compared the loss of fp8 with bf16's yet.
+                                       # auto: bf16 where this machine multiplies it faster, else fp32; decided when it is read
     zero: ZeroSection = field(default_factory=ZeroSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     log: LogSection = field(default_factory=LogSection)
@@ -300,7 +301,7 @@ class RunConfig:
     profile: ProfileSection = field(default_factory=ProfileSection)
 
     def __post_init__(self):
-        choice("precision", self.precision, ("bf16", "fp32", "fp8"))
+        choice("precision", self.precision, ("auto", "bf16", "fp32", "fp8"))
         if self.data.latents and self.model.vae_sample:
             raise InputError("data.latents hold the VAE's mean: set model.vae_sample=false, or leave data.latents out")
 
@@ -341,7 +342,12 @@ def load_config(name, overrides=()):
 
 def parse(text, source="config", overrides=()):
     """YAML text and overrides -> RunConfig. Raises InputError with file, line and key."""
-    return read(RunConfig, text, source, overrides)
+    config = read(RunConfig, text, source, overrides)
+    if config.precision != "auto":
+        return config
+    able = torch.cpu.get_capabilities()
+    fast = torch.cuda.is_available() or able.get("avx512_bf16") or able.get("amx_bf16")
+    return replace(config, precision="bf16" if fast else "fp32")
 
 
 def as_plain(value):

@@ -29,6 +29,7 @@ from iomm.engine.leftovers import remove_half_compiled
 from iomm.engine.metrics import Metrics, check_wandb
 from iomm.engine.optim import make_optimizer
 from iomm.engine.ranklog import RankLog
+from iomm.engine.shapes.grade import grade_run
 from iomm.engine.tracing import Window
 from iomm.engine.watch import Watch
 from iomm.kernels import dispatch, fp8_linear
@@ -144,8 +145,7 @@ def build(config, ranks, folder=None, say=print):
         index_dir = ranks.on_first(lambda: parts.prepare_data(config))
     if config.train.data != "image":
         pairs_dir = ranks.on_first(lambda: parts.prepare_data(config, pairs=True))
-    mllm_name = ranks.on_first(lambda: parts.prepare_mllm(config))
-    model = parts.build_model(config, mllm_name, ranks.device)
+    model = parts.build_model(config, ranks.device)
     mllm, vae = model.frozen
     source = parts.open_source(config, ranks, mllm, vae, index_dir=index_dir, pairs_dir=pairs_dir)
     if ranks.first:
@@ -230,12 +230,14 @@ def write_config(config):
 
 
 def finish(config, args, metrics, saver, ranks):
-    """Draws the sample grid from the checkpoint just written and says what to type next."""
+    """Draws the sample grid from the checkpoint just written, scores it in the shapes world, and says what to type next."""
     run_dir = config.run.dir
     if config.log.sample_images:
         path = draw_run(run_dir, num=config.log.sample_images, steps=config.log.sample_steps, device=ranks.device)
         metrics.image("samples", path, config.train.steps)
         print(f"samples     {path}")
+        if config.data.shards == config.model.mllm == "shapes":
+            print(grade_run(run_dir, steps=config.log.sample_steps, device=ranks.device))
     metrics.close()
     again = [f"--{name} {shlex.quote(value)}" for name in ("config", "init", "hook") if (value := getattr(args, name))]
     again += [shlex.quote(o) for o in args.overrides if not o.startswith("train.steps=")]

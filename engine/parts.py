@@ -19,7 +19,7 @@ from iomm.engine.data.mixture import Joined, Mixture, images_of
 from iomm.engine.data.order import Order, Squares, held_out
 from iomm.engine.data.shards import Shards
 from iomm.engine.data.source import ImageSource
-from iomm.engine.shapes.mllm import tiny_mllm
+from iomm.engine.shapes.mllm import WEIGHTS
 from iomm.engine.shapes.world import write_world
 from iomm.generator import new_generator
 from iomm.mllm import load_mllm
@@ -28,7 +28,7 @@ from iomm.vae import load_vae
 
 
 def cache_dir(config):
-    """What runs share lies beside them: the shapes world, its MLLM, indexes."""
+    """What runs share lies beside them: the shapes world, indexes."""
     return Path(config.run.dir).parent / "shared"
 
 
@@ -124,16 +124,14 @@ def write_latents(config, out, *, dtype, batch, rank=None, num_ranks=None):
     return f"rank {rank} of {num_ranks}: {num:,} of {len(shards):,} latents written to {out}; train with data.latents={out}"
 
 
-def prepare_mllm(config):
-    """Name of the MLLM to load; makes the tiny one of the shapes world if that is the one. Work for one rank."""
-    if config.model.mllm != "shapes":
-        return config.model.mllm
-    return str(tiny_mllm(cache_dir(config) / "shapes-mllm"))
+def mllm_name(config):
+    """Name of the MLLM to load: a hub id or a folder."""
+    return str(WEIGHTS) if config.model.mllm == "shapes" else config.model.mllm
 
 
-def build_model(config, mllm_name, device):
+def build_model(config, device):
     """Frozen parts on `device`, trained parts drawn from run.seed on the CPU -> IOMM."""
-    mllm = load_mllm(mllm_name, revision=config.model.mllm_revision, dtype=config.dtype, device=device)
+    mllm = load_mllm(mllm_name(config), revision=config.model.mllm_revision, dtype=config.dtype, device=device)
     vae = load_vae(config.model.vae, dtype=config.dtype, device=device)
     vae.grid(config.data.size_px, config.data.size_px)          # raises if the size does not divide
     shape = generator_config(config.model.preset, token_dim=vae.token_dim, condition_dim=mllm.width)
@@ -164,7 +162,7 @@ def load_run(run_dir, *, weights="ema", device="cpu"):
     """Run folder -> (config, model with the weights of its newest intact checkpoint, not sharded; manifest). On a GPU the
     weights are in the run's precision, as training computes; on a CPU in float32."""
     config, folder = read_run(run_dir)
-    model = build_model(config, prepare_mllm(config), device).to(device)
+    model = build_model(config, device).to(device)
     manifest = load_weights(model, folder, weights)
     if torch.device(device).type == "cuda" and config.dtype == torch.bfloat16:
         model.to(torch.bfloat16)

@@ -12,6 +12,7 @@ from iomm.config import InputError, generator_config
 from iomm.engine import checkpoint
 from iomm.engine.data import latents
 from iomm.engine.data.patterns import expand
+from iomm.engine.parts import mllm_name
 from iomm.generator import empty_generator
 from iomm.layers import use_fp8
 from iomm.mllm import TURN, mllm_without_weights
@@ -45,7 +46,7 @@ class Plan:
 
 def build_without_weights(config):
     """RunConfig -> IOMM on the meta device. Raises InputError for what load and build would refuse."""
-    mllm = mllm_without_weights("OpenGVLab/InternVL3-2B-hf" if config.model.mllm == "shapes" else config.model.mllm)
+    mllm = mllm_without_weights(mllm_name(config))
     vae = vae_without_weights(config.model.vae)
     vae.grid(config.data.size_px, config.data.size_px)
     shape = generator_config(config.model.preset, token_dim=vae.token_dim, condition_dim=mllm.width)

@@ -6,9 +6,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from iomm.kernels.fp8_linear import MULTIPLE, fp8_linear
+from iomm.kernels.masked_attention.sdpa import dense_attention
 
 ZERO_AT_START = ("modulation", "final_modulation", "final")  # names of linears: blocks start closed, velocity at 0
 
@@ -97,14 +97,9 @@ def grid_positions(index, rows, columns):
 def attend(q_BLAE, k_BLAE, v_BLAE, shown_BL=None):
     """Softmax attention, (B, L, A, E) -> (B, L, D). `shown_BL`: bool, keys that may be seen; None, the rule, for all.
 
-    A mask is for ragged conditions only, and then cuDNN is kept out: its backward gives NaN with one at lengths of
-    64 modulo 128 (pytorch #196678)."""
+    A mask is for ragged conditions only."""
     q, k, v = (x.transpose(1, 2) for x in (q_BLAE, k_BLAE, v_BLAE))
-    if shown_BL is None:
-        heads_BALE = F.scaled_dot_product_attention(q, k, v)
-    else:
-        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-            heads_BALE = F.scaled_dot_product_attention(q, k, v, attn_mask=shown_BL[:, None, None])
+    heads_BALE = dense_attention(q, k, v, None if shown_BL is None else shown_BL[:, None, None])
     return heads_BALE.transpose(1, 2).flatten(2)
 
 

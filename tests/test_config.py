@@ -39,7 +39,7 @@ def test_overrides_win_and_numbers_are_numbers():
     ("run:\n  seed: 1\n  seed: 2\n", "f.yaml:3: run.seed is given twice"),
     ("run: &a\n  seed: 1\nmask: *a\n", "aliases"),
     ("run:\n  seed: [1\n", "f.yaml:3: not valid YAML"),
-    ("precision: fp16\n", "f.yaml:1: precision must be one of bf16, fp32, fp8; got 'fp16'"),
+    ("precision: fp16\n", "f.yaml:1: precision must be one of auto, bf16, fp32, fp8; got 'fp16'"),
     ("mask:\n  ratio: 1.5\n", "f.yaml:2: mask.ratio must be between 0 and 1"),
     ("ema:\n  decay: 1\n", "f.yaml:2: ema.decay must be in"),
     ("model:\n  preset: iomm-z\n", "f.yaml:2: model.preset must be one of"),

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import tarfile
 
 import pytest
@@ -15,7 +16,7 @@ from iomm.engine import checkpoint
 from iomm.engine.config import parse
 from iomm.engine.data import index
 from iomm.engine.data.shards import Shards
-from iomm.engine.shapes.mllm import tiny_mllm
+from iomm.engine.shapes.mllm import WEIGHTS
 from iomm.mllm import load_mllm
 from iomm.vae import load_vae
 
@@ -112,7 +113,7 @@ def test_a_model_with_its_own_code(marker, tmp_path):
                                        ("chat_template.jinja", None)])
 def test_a_tokenizer_with_its_own_code(name, key, marker, tmp_path):
     """Not refused where it can be passed over: the class is ours to choose, and templates are never rendered."""
-    folder = tiny_mllm(tmp_path / "mllm")
+    folder = shutil.copytree(WEIGHTS, tmp_path / "mllm")
     (folder / "evil.py").write_text(f"import os\nos.system('touch {marker}')\n")
     path = folder / name
     if key is None:

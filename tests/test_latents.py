@@ -15,7 +15,7 @@ from iomm.engine.data.latents import LatentStore, write_cache
 from iomm.engine.data.shards import Damaged, Shards
 from iomm.engine.data.source import ImageSource
 from iomm.engine.parts import write_latents
-from iomm.engine.shapes.mllm import tiny_mllm
+from iomm.engine.shapes.mllm import WEIGHTS
 from iomm.engine.shapes.world import write_world
 from iomm.generator import new_generator
 from iomm.mllm import load_mllm
@@ -69,7 +69,7 @@ def test_losses_agree_to_the_rounding_of_the_latents(world, vae, tmp_path):
     """fp32 training on bf16 latents: exactly the loss of the rounded latents, and that is within their rounding,
     relative 2^-9 of values up to 1, of the loss of the pixels."""
     write(world, tmp_path / "cache", vae)
-    mllm = load_mllm(str(tiny_mllm(tmp_path / "mllm")), dtype=torch.float32)
+    mllm = load_mllm(str(WEIGHTS), dtype=torch.float32)
     shape = generator_config("demo", token_dim=vae.token_dim, condition_dim=mllm.width)
     settings = AdapterConfig(num_queries=8, head_dim=32)
     adapter = QueryAdapter(settings, mllm.width)

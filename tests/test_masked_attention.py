@@ -52,7 +52,7 @@ def leaves(arguments, prefix):
 
 def value_and_gradients(arguments, prefix, **options):
     out = masked_attention(*arguments, **prefix, **options)
-    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out.dtype)
     return [out, *torch.autograd.grad((out * weight).sum(), leaves(arguments, prefix), materialize_grads=True)]
 
 
@@ -95,6 +95,22 @@ def test_bodies_agree_in_float64(lengths, prefix_lengths, heads, causal, monkeyp
             torch.testing.assert_close(mine, specified, rtol=1e-12, atol=1e-12)
         by_mask = literal(arguments, prefix, causal, 0.4)
         torch.testing.assert_close(results["reference"][0], by_mask, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("lengths", "prefix_lengths"), BATCHES)
+def test_bfloat16_products_on_a_cpu_are_within_their_rounding(lengths, prefix_lengths, causal, monkeypatch):
+    """Scores below 4 rounded to 8 bits move a weight by 2^-6 of itself; as much again for all other roundings."""
+    arguments, prefix = inputs(lengths, prefix_lengths)
+    monkeypatch.setenv("IOMM_KERNELS", "masked_attention:sdpa")
+
+    def rounded(x, dtype):
+        return x if x is None or not x.is_floating_point() else x.detach().bfloat16().to(dtype).requires_grad_()
+    found, wanted = (value_and_gradients([rounded(x, dtype) for x in arguments], {name: rounded(x, dtype) for name, x in prefix.items()},
+                                         causal=causal, scale=0.4) for dtype in (torch.bfloat16, torch.float64))
+    for mine, exact in zip(found, wanted):
+        assert mine.dtype == torch.bfloat16 and mine.isfinite().all()
+        torch.testing.assert_close(mine.double(), exact, rtol=0, atol=2**-5 * max(1.0, exact.abs().max().item() if len(exact) else 0.0))
 
 
 def test_gradcheck_of_the_reference():

@@ -94,7 +94,7 @@ def test_the_paper_s_budget_in_gpu_hours():
 
 
 def test_counted_activations_are_what_a_real_pass_keeps():
-    config = load_config("demo", ["precision=fp32"])
+    config = load_config("demo", ["precision=fp32", "data.size_px=32", "optim.kind=adamw"])
     model = build_without_weights(config)
     counted = activation_bytes(model, config, micro_batch=4)["generator"]
     from iomm.generator import new_generator
@@ -124,9 +124,9 @@ def test_two_models_of_few_blocks_tell_the_activations_of_many(preset):
 
 def test_fp8_keeps_the_sides_of_its_products_in_a_byte():
     """Of a block's linears at width D with M rows: inputs of qkv, out, mlp_in (D each) and mlp_out (4 D)."""
-    config = load_config("demo", ["precision=bf16"])
+    config = load_config("demo", ["precision=bf16", "data.size_px=32", "optim.kind=adamw"])
     model = build_without_weights(config)
-    bf16, fp8 = (activation_bytes(model, load_config("demo", [f"precision={p}"]), micro_batch=4)["generator"] for p in ("bf16", "fp8"))
+    bf16, fp8 = (activation_bytes(model, load_config("demo", [f"precision={p}", "data.size_px=32", "optim.kind=adamw"]), micro_batch=4)["generator"] for p in ("bf16", "fp8"))
     blocks, width, latents, condition = 4, 192, 64, config.adapter.num_queries
     # The last block's condition has kv alone, and its latents' `out` reads what attention keeps anyway: a byte more, not less.
     rows = 4 * (blocks * 7 * (latents + condition) - 6 * condition - 2 * latents)
@@ -134,13 +134,13 @@ def test_fp8_keeps_the_sides_of_its_products_in_a_byte():
     assert bf16 - fp8 == rows * width - scales
 
 
-def test_bytes_encoded_ahead_are_those_of_a_real_batch(tmp_path):
-    from iomm.engine.shapes.mllm import tiny_mllm
+def test_bytes_encoded_ahead_are_those_of_a_real_batch():
+    from iomm.engine.shapes.mllm import WEIGHTS
     from iomm.mllm import load_mllm
     from iomm.model import IOMM
     from iomm.vae import load_vae
-    config = load_config("demo", ["mask.ratio=0.0"])
-    mllm, vae = load_mllm(str(tiny_mllm(tmp_path / "mllm")), dtype=torch.float32), load_vae(config.model.vae)
+    config = load_config("demo", ["mask.ratio=0.0", "precision=fp32", "data.size_px=32"])
+    mllm, vae = load_mllm(str(WEIGHTS), dtype=torch.float32), load_vae(config.model.vae)
     counted = build_without_weights(config)
     model = IOMM(counted.generator, counted.adapter, mllm, vae, counted.recipe)
     prepared = model.prepare(torch.rand(4, 3, 32, 32), torch.rand(4, 3, 32, 32), torch.arange(4))
@@ -155,15 +155,14 @@ def test_what_cannot_be_is_said_before_it_costs():
         make_plan(load_config("iomm-b-512", [*NO_PATHS, "data.size_px=500"]), ranks=8)
 
 
-def test_what_the_mllm_keeps_of_its_queries_is_what_a_real_pass_keeps(tmp_path):
+def test_what_the_mllm_keeps_of_its_queries_is_what_a_real_pass_keeps():
     """The tiny MLLM on real tensors; attention keeps a mask and repeated heads besides, where batches are ragged."""
-    from iomm.engine.shapes.mllm import tiny_mllm
+    from iomm.engine.shapes.mllm import WEIGHTS
     from iomm.mllm import load_mllm
-    folder = tiny_mllm(tmp_path / "mllm")
-    config = load_config("demo", [f"model.mllm={folder}", "adapter.attention=bidirectional"])
+    config = load_config("demo", ["adapter.attention=bidirectional", "precision=fp32"])
     model = build_without_weights(config)
     counted = activation_bytes(model, config, micro_batch=4)["MLLM queries"]
-    mllm = load_mllm(str(folder), dtype=torch.float32)
+    mllm = load_mllm(str(WEIGHTS), dtype=torch.float32)
     condition = mllm.condition(["a red circle"] * 4)
     cache, _ = mllm.prefix(condition)
     own, kept = {p.untyped_storage().data_ptr() for p in mllm.parameters()}, {}

@@ -30,6 +30,7 @@ from iomm.pipeline import Pipeline
 
 ROOT = Path(__file__).parent.parent
 LIMIT_S = 240
+PLAIN = ["precision=fp32", "optim.kind=adamw", "optim.lr=1e-3", "data.size_px=32", "ema.decay=0.99"]      # of the demo config, what rounds
 BUILDS = Path(tempfile.mkdtemp(prefix="iomm-test-"))     # where just-in-time builds would leave a lock
 
 
@@ -91,7 +92,7 @@ def world(tmp_path_factory):
 @pytest.fixture(scope="module")
 def settings(world):
     return [f"data.shards={world}", "train.steps=6", "train.global_batch=16", "checkpoint.every_steps=2", "data.flip=true",
-            "log.sample_images=0", "train.threads=1", "data.heldout=8"]
+            "log.sample_images=0", "train.threads=1", "data.heldout=8", *PLAIN]
 
 
 EVALUATED = ["evaluate.every_steps=2", "evaluate.num_images=3", "evaluate.steps=1", "evaluate.micro_batch=4"]
@@ -327,7 +328,7 @@ for num, *prompt in (["3"], ["2", "--prompt", "a red circle"]):
 def test_the_six_recipes_and_a_larger_size_train(world, tmp_path, monkeypatch):
     """Stage 1 on images or pairs, stage 2 on images, pairs or both from either; and from 32 px to buckets of about 64 px."""
     settings = [f"data.shards={world}", f"data.pairs={world}", "train.steps=2", "train.global_batch=6", "log.sample_images=0",
-                "checkpoint.every_steps=10", "train.threads=1", "optim.lr=1e-2", "optim.warmup_steps=0", "ema.decay=0"]
+                "checkpoint.every_steps=10", "train.threads=1", *PLAIN, "optim.lr=1e-2", "optim.warmup_steps=0", "ema.decay=0"]
     done = subprocess.run([sys.executable, "-c", RECIPES, str(tmp_path), *settings], cwd=ROOT, env=environment(), text=True,
                           timeout=LIMIT_S, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 0, done.stdout

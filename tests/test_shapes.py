@@ -15,12 +15,12 @@ from PIL import Image, ImageDraw
 from benchmarks.recipes import EXPERIMENTS, interval, paper_table, show, summed
 from iomm.config import InputError
 from iomm.engine.config import load_config
-from iomm.engine.parts import build_model, prepare_mllm
+from iomm.engine.parts import build_model
 from iomm.engine.shapes.grade import WAYS, describe, grade, overall
-from iomm.engine.shapes.mllm import TASKS, train
+from iomm.engine.shapes.mllm import TASKS, WEIGHTS, accuracies, metadata, train
 from iomm.engine.shapes.score import look, parse, score
 from iomm.engine.shapes.world import COLOURS, KINDS, OPPOSITE, PLACES, SHAPES, draw, edit, held_out, scene
-from iomm.mllm import load_mllm
+from iomm.mllm import Captioner, load_mllm
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -85,7 +85,7 @@ def test_edits_ask_for_what_training_may_show():
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     config = load_config("demo", [f"run.dir={tmp_path_factory.mktemp('grade')}/run", "precision=fp32"])
-    return build_model(config, prepare_mllm(config), "cpu")
+    return build_model(config, "cpu")
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -102,6 +102,17 @@ def test_a_tiny_mllm_is_trained_and_loaded(tmp_path):
     assert set(found) == {f"{task}, {split}" for task in TASKS for split in ("train", "test")}
     mllm = load_mllm(str(tmp_path / "mllm"), dtype=torch.float32)
     assert mllm.num_image_tokens == 16 and (tmp_path / "mllm/model.safetensors").stat().st_size < 6e6
+
+
+def test_the_shipped_mllm_answers_as_its_head_says():
+    """New scenes; within three standard errors of the shares in the head, which were found on other ones."""
+    head, num = metadata(WEIGHTS), 200
+    said, legs = json.loads(head["accuracy"]), json.loads(head["legs"])
+    assert (WEIGHTS / "model.safetensors").stat().st_size <= 6e6
+    found = accuracies(Captioner(WEIGHTS), legs[-1]["seed"], legs[-1]["images"] + 2000, num)
+    assert set(found) == set(said)
+    for task, share in said.items():
+        assert abs(found[task] - share) <= 3 * max(share * (1 - share), 1 / num)**0.5 / num**0.5, task
 
 
 def test_intervals_are_students():

@@ -1,9 +1,13 @@
 """How well a model draws the shapes world: pictures from captions, from pictures with hidden tokens, and from edits, each
 decided by score.py, a row a kind."""
 
+import json
+from pathlib import Path
+
 import torch
 
 from iomm.config import InputError, choice
+from iomm.engine.parts import load_run
 from iomm.engine.shapes.mllm import vit_pixels
 from iomm.engine.shapes.score import score
 from iomm.engine.shapes.world import KINDS, draw, edit, scene
@@ -14,6 +18,7 @@ from iomm.pipeline import to_images
 
 WAYS = ("text", "image", "edit")     # what the model is shown: a caption; a picture, masked as in training; picture and instruction
 ASKED = ("fits", "number", "colours", "shapes", "relation")      # what score() answers
+GUIDANCE = 2.0                       # of pictures from captions, wherever models are compared
 SEED = 2**32                         # of the scenes that are asked for: pictures that no run is trained on
 
 
@@ -59,6 +64,17 @@ def grade(model, size_px, way="text", *, split="train", per_kind=8, steps=20, gu
         rows.setdefault(kind, []).append(score(picture, caption))
     return {kind: {**{key: mean(row[key] for row in found) for key in ASKED}, "pictures": len(found)}
             for kind, found in rows.items()}, pictures
+
+
+def grade_run(run_dir, *, per_kind=8, steps=20, device="cpu"):
+    """Run folder -> text: grades of its newest weights on masked images and on captions like those of training, a line a kind.
+    Writes run_dir/scores.json, {way: grade's table}."""
+    config, model, _ = load_run(run_dir, device=device)
+    found = {way: grade(model, config.data.size_px, way, per_kind=per_kind, steps=steps, guidance=GUIDANCE if way == "text" else 1.0)[0]
+             for way in ("image", "text")}
+    (Path(run_dir) / "scores.json").write_text(json.dumps(found, indent=1) + "\n")
+    return "\n".join(f"scores, {shown}\n{describe(found[way])}" for way, shown in
+                     (("image", "masked images drawn whole"), ("text", f"captions drawn, guidance {GUIDANCE:g}")))
 
 
 def mean(values):

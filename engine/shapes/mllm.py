@@ -1,12 +1,10 @@
-"""The tiny MLLM of the shapes world: InternVL's architecture at 1 / 1000 of its size.
-
-The default run's has random weights from a fixed seed. One that understands the world is trained here, and given to a run as
-model.mllm=FOLDER:
-
-    python -m iomm.engine.shapes.mllm --out FOLDER
+"""The tiny MLLM of the shapes world: InternVL's architecture at 1 / 1000 of its size, 32 px input, 16 image tokens, width 192.
 
 It learns to understand and never to draw: picture -> caption, caption -> the same caption, picture and instruction -> caption
-of the edited picture, of the world's "train" split only. Its accuracies stand in the head of its model.safetensors."""
+of the edited picture, of the world's "train" split only. model.mllm=shapes is the one in WEIGHTS; the head of its
+model.safetensors says how exactly it answers and how it was made. To make another, and give it to a run as model.mllm=FOLDER:
+
+    python -m iomm.engine.shapes.mllm --out FOLDER"""
 
 import argparse
 import io
@@ -28,20 +26,8 @@ VISION = dict(hidden_size=128, num_hidden_layers=3, num_attention_heads=4, inter
 TEXT = dict(hidden_size=192, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2, intermediate_size=512,
             max_position_embeddings=512)
 ASKED = ("", RECONSTRUCT, "Describe the image.")       # what the user says beside a picture that is to be captioned
+WEIGHTS = Path(__file__).parent / "weights"
 TASKS = {"caption": 0.75, "read": 0.0625, "edit": 0.1875}   # shares of a batch: picture -> caption, caption -> caption, edits
-
-
-def tiny_mllm(folder, seed=0):
-    """Folder -> the same folder, holding the tiny MLLM in transformers' own format; made only if it is missing.
-
-    32 px input, 16 image tokens, width 192."""
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        partial = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        create_mllm(partial, texts=[RECONSTRUCT, *(scene(0, i).caption for i in range(1000))], vision=VISION, text=TEXT, seed=seed)
-        partial.rename(folder)
-    return folder
 
 
 class Examples:

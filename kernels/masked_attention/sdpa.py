@@ -1,5 +1,6 @@
 """The PyTorch body: one scaled_dot_product_attention, maskless where the batch is regular, else padded to dense."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,23 @@ from iomm.kernels.masked_attention.reference import masked_attention_reference
 
 # cuDNN's backward gives NaN with a mask at lengths % 128 == 64 (pytorch #196678), so masked calls go without it.
 _MASKED_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def dense_attention(q, k, v, mask=None, *, causal=False, scale=None):
+    """(B, A, L, E): softmax attention by PyTorch. k, v may have fewer heads than q. mask: bool, True where visible.
+
+    With gradients in bfloat16 on a CPU plain products take its place: torch 2.13's backward there is 2 to 8 times slower
+    than they are (320 and 80 tokens; benchmarks/LOG.md). They round scores and weights to bfloat16, which it does not."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
+        repeat = q.shape[1] // k.shape[1]
+        k, v = (x if repeat == 1 else x.repeat_interleave(repeat, dim=1) for x in (k, v))
+        scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-1, -2)
+        if causal:
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        return (scores if mask is None else scores.masked_fill(~mask, float("-inf"))).softmax(-1) @ v
+    with sdpa_kernel(_MASKED_BACKENDS) if q.is_cuda and mask is not None else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale,
+                                              enable_gqa=k.shape[1] != q.shape[1])
 
 
 @dataclass(frozen=True)
@@ -88,9 +106,7 @@ def _regular(plan, q, k, v, prefix_k, prefix_v, causal, scale):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
     keys, values = joined(prefix_k, k), joined(prefix_v, v)
-    out = F.scaled_dot_product_attention(
-        _heads_first(q, plan.num_samples), keys, values, is_causal=causal and k is not None, scale=scale,
-        enable_gqa=keys.shape[1] != q.shape[1])
+    out = dense_attention(_heads_first(q, plan.num_samples), keys, values, causal=causal and k is not None, scale=scale)
     return out.transpose(1, 2).flatten(0, 1)
 
 
@@ -109,10 +125,5 @@ def _padded(plan, q, k, v, prefix_k, prefix_v, causal, scale):
         return _heads_first(slots, plan.num_samples).repeat_interleave(repeat, dim=1)
 
     queries = q.new_zeros(plan.num_samples * plan.num_queries, *q.shape[1:]).index_copy(0, plan.query_rows, q)
-    arguments = _heads_first(queries, plan.num_samples), dense(prefix_k, k), dense(prefix_v, v)
-    if q.is_cuda:
-        with sdpa_kernel(_MASKED_BACKENDS):
-            out = F.scaled_dot_product_attention(*arguments, attn_mask=plan.mask, scale=scale)
-    else:
-        out = F.scaled_dot_product_attention(*arguments, attn_mask=plan.mask, scale=scale)
+    out = dense_attention(_heads_first(queries, plan.num_samples), dense(prefix_k, k), dense(prefix_v, v), plan.mask, scale=scale)
     return out.transpose(1, 2).flatten(0, 1).index_select(0, plan.query_rows)

@@ -26,7 +26,7 @@ def machine():
 def demo(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("demo") / "demo"
     done = launch(1, "--stage", "pretrain", f"run.dir={run_dir}", f"train.steps={STEPS}", f"train.threads={THREADS}",
-                  f"checkpoint.every_steps={STEPS}")
+                  f"checkpoint.every_steps={STEPS}", "precision=fp32")       # bf16 is not every machine's
     assert done.returncode == 0, done.stdout
     return run_dir, done.stdout
 
@@ -49,7 +49,9 @@ def test_the_run_leaves_what_the_readme_says(demo):
     run_dir, said = demo
     assert f"step 10/{STEPS}  loss" in said and "next        iomm sample --run" in said
     assert [p.name for p in (run_dir / "samples").iterdir()] == [f"step-{STEPS:08d}-seed0.png"]
-    assert sorted(p.name for p in run_dir.iterdir()) == [".lock", "checkpoints", "config.yaml", "log.jsonl", "logs", "samples", "tb"]
+    assert sorted(p.name for p in run_dir.iterdir()) == [".lock", "checkpoints", "config.yaml", "log.jsonl", "logs", "samples",
+                                                         "scores.json", "tb"]
+    assert set(json.loads((run_dir / "scores.json").read_text())) == {"image", "text"} and "captions drawn, guidance 2" in said
     tars = sorted((run_dir.parent / "shared").glob("shapes-4096-*/*.tar"))
     assert len(tars) == 4
 

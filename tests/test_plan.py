@@ -113,7 +113,7 @@ def test_counted_activations_are_what_a_real_pass_keeps():
 
 @pytest.mark.parametrize("preset", ["demo", "iomm-xl"])
 def test_two_models_of_few_blocks_tell_the_activations_of_many(preset):
-    config = load_config("demo", [f"model.preset={preset}"])
+    config = load_config("demo", [f"model.preset={preset}", "precision=fp32", "data.size_px=32"])
     model = build_without_weights(config)
     generator, vae = model.generator, model.frozen[1]
     with torch.device("meta"):
@@ -126,7 +126,7 @@ def test_fp8_keeps_the_sides_of_its_products_in_a_byte():
     """Of a block's linears at width D with M rows: inputs of qkv, out, mlp_in (D each) and mlp_out (4 D)."""
     config = load_config("demo", ["precision=bf16", "data.size_px=32", "optim.kind=adamw"])
     model = build_without_weights(config)
-    bf16, fp8 = (activation_bytes(model, load_config("demo", [f"precision={p}", "data.size_px=32", "optim.kind=adamw"]), micro_batch=4)["generator"] for p in ("bf16", "fp8"))
+    bf16, fp8 = (activation_bytes(model, replace(config, precision=p), micro_batch=4)["generator"] for p in ("bf16", "fp8"))
     blocks, width, latents, condition = 4, 192, 64, config.adapter.num_queries
     # The last block's condition has kv alone, and its latents' `out` reads what attention keeps anyway: a byte more, not less.
     rows = 4 * (blocks * 7 * (latents + condition) - 6 * condition - 2 * latents)

@@ -44,7 +44,8 @@ def stage(name, run_dir, *arguments):
             "images_per_s": statistics.median(row["images_per_s"] for row in rows), "first_loss": rows[0]["loss"],
             "last_loss": statistics.mean(row["loss"] for row in rows[-20:]), "memory_gib": rows[-1]["memory_gib"],
             "half_of_first_loss_at_step": next((row["step"] for row in rows if row["loss"] < rows[0]["loss"] / 2), None),
-            "fits": {way: overall(table) for way, table in scores.items()}, "scores": scores}
+            **{key: {way: overall(table, key) for way, table in scores.items()} for key in ("fits", "number", "colours")},
+            "scores": scores}
 
 
 def main():

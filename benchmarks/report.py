@@ -16,7 +16,9 @@ def demo(result):
                f"{found['command_s']:.0f} s, {found['training_s']:.0f} of them training, {found['images_per_s']:.0f} images/s, loss "
                f"{found['first_loss']:.2f} -> {found['last_loss']:.2f}")
     for way, shown in (("image", "half-masked images drawn whole"), ("text", "captions drawn")):
-        yield (f"{shown}: what fits its caption, after stage 1 and after stage 2", f"{one['fits'][way]:.0%}, {two['fits'][way]:.0%}")
+        yield (f"{shown}, after stage 1 and after stage 2",
+               "; ".join(f"{words} {one[key][way]:.0%}, {two[key][way]:.0%}" for key, words in
+                         (("fits", "all of the caption right"), ("number", "number of shapes"), ("colours", "number and colours"))))
 
 
 def loader(result):

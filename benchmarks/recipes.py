@@ -162,14 +162,18 @@ def summed(per_seed):
                                     seeds=values) for key in keys} for way, keys in ways.items()} for steps, ways in first.items()}
 
 
+def in_words(share):
+    """A share of `summed` as "0.200 +-0.248"."""
+    return f"{share['mean']:.3f}" + ("" if share["interval"] is None else f" +-{share['interval']:.3f}")
+
+
 def show(name, cells):
     """One experiment as text: a line a cell and point."""
     lines = [f"{name:<28}{'steps':>7}{'':>3}" + "".join(f"{key:>16}" for key in ("fits", "number", "colours", "shapes"))]
     for cell, points in cells.items():
         for steps, ways in points.items():
             for way, keys in ways.items():
-                shares = [f"{row['mean']:.3f}" + ("" if row["interval"] is None else f" +-{row['interval']:.3f}") for row in keys.values()]
-                lines.append(f"{cell:<22}{way:>12}{steps:>7}" + "".join(f"{share:>16}" for share in shares))
+                lines.append(f"{cell:<22}{way:>12}{steps:>7}" + "".join(f"{in_words(share):>16}" for share in keys.values()))
     return "\n".join(lines)
 
 
@@ -177,11 +181,8 @@ def paper_table(cells, key="fits"):
     """The six recipes as the paper prints them: rows pre-train, columns fine-tune; captions like those of training."""
     lines = [f"{f'{key}: pre-train | fine-tune':<28}" + "".join(f"{column:>18}" for column in ("image", "pair", "mix"))]
     for row in ("pair", "image"):
-        shares = []
-        for column in ("image", "pair", "mix"):
-            found = list(cells[f"{row} -> {column}"].values())[-1]["text, train"][key]
-            shares.append(f"{found['mean']:.3f}" + ("" if found["interval"] is None else f" +-{found['interval']:.3f}"))
-        lines.append(f"{row:<28}" + "".join(f"{share:>18}" for share in shares))
+        shares = [list(cells[f"{row} -> {column}"].values())[-1]["text, train"][key] for column in ("image", "pair", "mix")]
+        lines.append(f"{row:<28}" + "".join(f"{in_words(share):>18}" for share in shares))
     return "\n".join(lines)
 
 

@@ -11,6 +11,7 @@ import yaml
 from iomm.config import PRESETS, AdapterConfig, InputError, MaskConfig, choice
 from iomm.engine.typed_yaml import all_keys, read
 from iomm.flow import TIME_KINDS
+from iomm.kernels.dispatch import cpu_has_bf16
 
 __all__ = ["CONFIGS", "FREE_KEYS", "RunConfig", "all_keys", "differences", "flat", "load_config", "parse"]
 
@@ -345,9 +346,7 @@ def parse(text, source="config", overrides=()):
     config = read(RunConfig, text, source, overrides)
     if config.precision != "auto":
         return config
-    able = torch.cpu.get_capabilities()
-    fast = torch.cuda.is_available() or able.get("avx512_bf16") or able.get("amx_bf16")
-    return replace(config, precision="bf16" if fast else "fp32")
+    return replace(config, precision="bf16" if torch.cuda.is_available() or cpu_has_bf16() else "fp32")
 
 
 def as_plain(value):

@@ -12,9 +12,17 @@ proven in the interpreter and compiled, and have not been timed on a GPU (`pytho
 import importlib
 import os
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
+
+
+@cache
+def cpu_has_bf16():
+    """Whether this CPU multiplies bfloat16 faster than float32; others take thirty times as long for it."""
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -63,7 +63,7 @@ class GeneratorConfig:
 
 
 PRESETS = {
-    "demo": GeneratorConfig(width=192, num_heads=6, num_blocks=4),
+    "demo": GeneratorConfig(width=96, num_heads=3, num_blocks=6),
     "iomm-b-quarter": GeneratorConfig(width=384, num_heads=6, num_blocks=4),      # for benchmarks on a CPU
     "iomm-b": GeneratorConfig(width=1536, num_heads=12, num_blocks=19),
     "iomm-l": GeneratorConfig(width=2048, num_heads=16, num_blocks=18),

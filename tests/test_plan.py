@@ -94,7 +94,7 @@ def test_the_paper_s_budget_in_gpu_hours():
 
 
 def test_counted_activations_are_what_a_real_pass_keeps():
-    config = load_config("demo", ["precision=fp32", "data.size_px=32", "optim.kind=adamw"])
+    config = load_config("demo", ["precision=fp32", "data.size_px=32", "model.vae=pixel:4", "optim.kind=adamw"])
     model = build_without_weights(config)
     counted = activation_bytes(model, config, micro_batch=4)["generator"]
     from iomm.generator import new_generator
@@ -113,7 +113,7 @@ def test_counted_activations_are_what_a_real_pass_keeps():
 
 @pytest.mark.parametrize("preset", ["demo", "iomm-xl"])
 def test_two_models_of_few_blocks_tell_the_activations_of_many(preset):
-    config = load_config("demo", [f"model.preset={preset}", "precision=fp32", "data.size_px=32"])
+    config = load_config("demo", [f"model.preset={preset}", "precision=fp32", "data.size_px=32", "model.vae=pixel:4"])
     model = build_without_weights(config)
     generator, vae = model.generator, model.frozen[1]
     with torch.device("meta"):
@@ -124,10 +124,10 @@ def test_two_models_of_few_blocks_tell_the_activations_of_many(preset):
 
 def test_fp8_keeps_the_sides_of_its_products_in_a_byte():
     """Of a block's linears at width D with M rows: inputs of qkv, out, mlp_in (D each) and mlp_out (4 D)."""
-    config = load_config("demo", ["precision=bf16", "data.size_px=32", "optim.kind=adamw"])
+    config = load_config("demo", ["precision=bf16", "data.size_px=32", "model.vae=pixel:4", "optim.kind=adamw"])
     model = build_without_weights(config)
     bf16, fp8 = (activation_bytes(model, replace(config, precision=p), micro_batch=4)["generator"] for p in ("bf16", "fp8"))
-    blocks, width, latents, condition = 4, 192, 64, config.adapter.num_queries
+    blocks, width, latents, condition = 6, 96, 64, config.adapter.num_queries
     # The last block's condition has kv alone, and its latents' `out` reads what attention keeps anyway: a byte more, not less.
     rows = 4 * (blocks * 7 * (latents + condition) - 6 * condition - 2 * latents)
     scales = 4 * (blocks * 8 - 3)
@@ -139,7 +139,7 @@ def test_bytes_encoded_ahead_are_those_of_a_real_batch():
     from iomm.mllm import load_mllm
     from iomm.model import IOMM
     from iomm.vae import load_vae
-    config = load_config("demo", ["mask.ratio=0.0", "precision=fp32", "data.size_px=32"])
+    config = load_config("demo", ["mask.ratio=0.0", "precision=fp32", "data.size_px=32", "model.vae=pixel:4"])
     mllm, vae = load_mllm(str(WEIGHTS), dtype=torch.float32), load_vae(config.model.vae)
     counted = build_without_weights(config)
     model = IOMM(counted.generator, counted.adapter, mllm, vae, counted.recipe)

@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from iomm.engine.shapes.world import draw, edit, scene
+from iomm.engine.shapes.world import VERSION, draw, edit, scene
+from iomm.kernels.dispatch import cpu_has_bf16
 from iomm.mllm import IMAGE_MEAN, IMAGE_STD, RECONSTRUCT, Captioner, create_mllm
 
 VISION = dict(hidden_size=128, num_hidden_layers=3, num_attention_heads=4, intermediate_size=512, image_size=32, patch_size=4,
@@ -101,7 +102,7 @@ def train(out, *, steps, batch, lr, num_images, seed, start=None, num_judged=200
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
         numbers = torch.randint(0, 1 << 40, (len(tasks),), generator=random).tolist()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bf16()):
             loss, _ = model(*examples.batch(tasks, numbers))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -111,7 +112,7 @@ def train(out, *, steps, batch, lr, num_images, seed, start=None, num_judged=200
             say(f"step {step}/{steps}  loss {loss.item():.4f}  {time.monotonic() - begun:.0f} s", flush=True)
     model.internvl.bfloat16().float()            # the rounding of the file, before it is judged
     found = accuracies(model, seed, num_images, num_judged)
-    legs.append({"steps": steps, "batch": batch, "lr": lr, "images": num_images, "seed": seed, "tasks": TASKS,
+    legs.append({"steps": steps, "batch": batch, "lr": lr, "images": num_images, "seed": seed, "tasks": TASKS, "world": VERSION,
                  "torch": torch.__version__, "seconds": round(time.monotonic() - begun), "found": found})
     model.save(folder, torch.bfloat16, {"accuracy": json.dumps(found), "legs": json.dumps(legs)})
     return found

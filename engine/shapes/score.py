@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from iomm.config import InputError
 from iomm.engine.shapes.world import COLOURS, DIRECTION, SHAPES
 
-SIDE = 128                  # pixels to which every picture is brought; the smallest shape is then 25 wide
+SIDE = 128                  # pixels to which every picture is brought; the smallest shape is then 29 wide
 BACKGROUND_LEVELS = 40.0    # distance from the background, in grey levels of 255, that is no noise (largest drawn: 8 a channel)
-LEAST_AREA = 0.012          # of the picture; the smallest shape drawn has 0.031
+LEAST_AREA = 0.012          # of the picture; the smallest shape drawn has 0.033
 LEAST_OVERLAP = 0.80        # intersection over union with the ideal shape; real ones at 32 px have 0.87 and more
 COLOUR_LEVELS = 60.0        # distance from the nearest colour that the world draws
 LEAN = 0.6                  # smaller over larger distance of two centres, up to which one is beside or above the other

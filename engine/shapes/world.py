@@ -33,7 +33,7 @@ from iomm.config import InputError, choice
 from iomm.engine.data.folder import whole_folder
 from iomm.kernels.philox import EDIT, WORLD, uniform
 
-VERSION = 1      # a change of what is drawn raises it, so that older folders are drawn again
+VERSION = 2      # a change of what is drawn raises it, so that older folders are drawn again
 SHAPES = ("circle", "square", "triangle")
 COLOURS = {      # name -> ranges of hue (degrees), saturation and value; far enough apart to be told by eye
     "red": ((-7, 5), (0.85, 1.0), (0.75, 0.95)),
@@ -216,7 +216,7 @@ class _Draws:
 def _alone(draws, split):
     shape = draws.pick(SHAPES)
     colour = _colour(draws, shape, "alone", novel=split == "test")
-    radius = draws.between(0.14, 0.28)
+    radius = draws.between(0.17, 0.28)
     low = radius * REACH[shape] + MARGIN
     x, y = draws.between(low, 1 - low), draws.between(low, 1 - low)
     return (_shape(draws, shape, colour, x, y, radius),), _name(colour, shape)
@@ -227,7 +227,7 @@ def _counted(draws, split):
     role = ROLES[number]
     shape = draws.pick(SHAPES)
     colour = _colour(draws, shape, role, novel=split == "test")
-    radius = draws.between(0.11, 0.145)
+    radius = draws.between(0.125, 0.145)
     # a quarter of the picture each, one or two quarters empty: they never touch
     quarters = [(0.26, 0.26), (0.74, 0.26), (0.26, 0.74), (0.74, 0.74)]
     for _ in range(4 - number):
@@ -249,8 +249,8 @@ def _pair(draws, split, kind):
         shape, its_role = ((first, role), (second, OPPOSITE[role]))[which]
         taken = colours[1 - which] if kind == "color_attr" else None
         colours[which] = _colour(draws, shape, its_role, novel=novel[which], known=split == "train", taken=taken)
-    large, small = draws.between(0.155, 0.185), draws.between(0.10, 0.12)
-    distance = draws.between(0.42, 0.50)
+    large, small = draws.between(0.165, 0.185), draws.between(0.115, 0.13)
+    distance = draws.between(0.44, 0.49)
     lean = math.radians(draws.between(-10, 10))
     if role == "and":
         angle = math.radians(draws.pick((45, 135, 225, 315))) + lean

@@ -89,7 +89,7 @@ def worker(rank, port, folder, cases):
             whole["zero_optimization"] |= settings
             return whole
         zero.deepspeed_config = with_settings
-        config = load_config("demo", overrides)
+        config = load_config("demo", ["zero.stage=3", *overrides])
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         model = make_model(load_mllm(f"{folder}/mllm", dtype=dtype), kind, dtype)
         expected = count_traffic(model, config, SIZE, **settings).sent_bytes(ACCUMULATION)

@@ -80,9 +80,14 @@ def part_flops(model, size_px):
             "prefix": prefix, "suffix": forward + backward, "generator": 3 * generator}
 
 
+def counted(name):
+    """A config as it is counted: in float32 where it leaves the precision to the machine."""
+    return load_config(name, ["data.shards=shapes"] + ["precision=fp32"] * (name == "demo-cpu"))
+
+
 def work(name):
     """Of one image: FLOPs by part, and of plain; bytes that autograd keeps of the generator."""
-    config = load_config(name, ["data.shards=shapes"])
+    config = counted(name)
     model = plan.build_without_weights(config)
     model.frozen[0].tokenizer = prompt_tokenizer()
     ours = model.flops_per_image(config.data.size_px)
@@ -98,7 +103,7 @@ def step_counts():
     """Of one step of demo-cpu on two images, without loader and ranks: by part, in eager mode."""
     from iomm.engine import parts
     from iomm.engine.optim import make_optimizer
-    config = load_config("demo-cpu")
+    config = counted("demo-cpu")
     model = parts.build_model(config, "cpu")
     mllm, vae = model.frozen
     draw = torch.Generator().manual_seed(0)

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from benchmarks import counts
-from iomm.engine.config import load_config
 from iomm.engine.plan import build_without_weights
 from iomm.mllm import prompt_tokenizer
 
@@ -30,7 +29,7 @@ def test_blocks_have_no_graph_breaks():
 
 
 def test_parts_sum_to_what_the_mfu_is_computed_from():
-    config = load_config("demo-cpu")
+    config = counts.counted("demo-cpu")
     model = build_without_weights(config)
     model.frozen[0].tokenizer = prompt_tokenizer()
     parts = counts.part_flops(model, config.data.size_px)

@@ -59,7 +59,7 @@ class Budget:
 BUDGETS = {
     "cpu-smoke": Budget(pretrain=2, finetune=2, seeds=1, per_kind=1, draw_steps=1, at_once=1, experiments=("recipes",),
                         settings=("train.global_batch=4", "data.num_images=64", "data.num_pairs=16", "log.sample_images=0")),
-    # two runs of one thread each get more done than one of two: 0.75 s a step of each against 0.54 (LOG.md, 2026-11-26)
+    # two runs of one thread each get more done than one of two: 0.82 and 0.93 s a step side by side, 0.54 alone (LOG.md, 2026-11-26)
     "cpu-night": Budget(pretrain=600, finetune=600, seeds=3, per_kind=16, draw_steps=20, at_once=2,
                         settings=("log.sample_images=0", "train.threads=1")),
     "gpu": Budget(pretrain=2000, finetune=2000, seeds=3, per_kind=32, draw_steps=20, at_once=6, settings=("log.sample_images=0",)),

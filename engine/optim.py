@@ -146,8 +146,7 @@ def orthogonal_flat(flat, matrix):
 
 def orthogonal(matrix, steps=5):
     """Nearest (semi-)orthogonal matrix, roughly: five Newton-Schulz steps X <- a X + (b G + c G^2) X, G = X X^T, in bfloat16
-    on a GPU and in float32 on a CPU, many of which take thirty times as long for bfloat16 (singular values land in about 0.7 to
-    1.2). Returns the input's dtype."""
+    on a GPU and in float32 on a CPU, where it may be emulated (singular values land in about 0.7 to 1.2). Returns the input's dtype."""
     a, b, c = NEWTON_SCHULZ
     x = matrix.bfloat16() if matrix.is_cuda else matrix.float()
     tall = x.shape[0] > x.shape[1]

@@ -170,7 +170,6 @@ def losses(precision, seed=0, steps=40):
     return torch.tensor(found)
 
 
-@pytest.mark.slow
 def test_training_ends_as_near_to_bf16_as_other_starting_weights_do():
     def end(*of):
         return losses(*of)[-10:].mean()

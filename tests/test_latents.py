@@ -8,7 +8,7 @@ import torch
 from iomm.adapter import QueryAdapter
 from iomm.config import AdapterConfig, InputError, MaskConfig, generator_config
 from iomm.engine import cli
-from iomm.engine.config import parse
+from iomm.engine.config import load_config, parse
 from iomm.engine.data import latents as latents_module
 from iomm.engine.data.index import build
 from iomm.engine.data.latents import LatentStore, write_cache
@@ -150,7 +150,6 @@ def test_the_command(tmp_path, capsys):
     for rank in ("0", "1"):
         assert cli.main(["cache", "--out", str(tmp_path / "cache"), "--rank", rank, "--ranks", "2", *settings]) == 0
     assert "rank 1 of 2: 8 of 20 latents written" in capsys.readouterr().out
-    assert "0 of 20 latents" in write_latents(parse("", overrides=[*settings, "data.size_px=16", "model.vae=pixel:2"]), tmp_path / "cache", dtype="bf16",
-                                              batch=4)
+    assert "0 of 20 latents" in write_latents(load_config("demo", settings), tmp_path / "cache", dtype="bf16", batch=4)
     assert cli.main(["cache", "--out", str(tmp_path / "cache"), "--rank", "2", "--ranks", "2", *settings]) == 2
     assert "--rank must be from 0 to --ranks - 1, got 2 of 2" in capsys.readouterr().err

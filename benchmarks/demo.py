@@ -1,7 +1,8 @@
-"""The README's default command, both stages, run and read: python benchmarks/demo.py
+"""The README's default command, both stages, run and read: python benchmarks/demo.py [train.steps=3000 ...]
 
-Writes benchmarks/results/demo-<device>-<date>.json: seconds from start to end and in training, images/s, first and last
-loss, scores; and, four times as large, the grids that the two stages drew beside it."""
+Writes benchmarks/results/demo[-<settings>]-<device>-<date>.json: seconds from start to end and in training, images/s, first
+and last loss, scores; and, four times as large, the grids that the two stages drew beside it. Settings are given to both stages.
+With --out the runs are kept, and go on where they stopped."""
 
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "benchmarks"))]
 
+import argparse  # noqa: E402
 import json  # noqa: E402
 import socket  # noqa: E402
 import statistics  # noqa: E402
@@ -33,14 +35,14 @@ def launch(*arguments, said=None):
     return subprocess.run(command, cwd=ROOT, stdout=said, stderr=said).returncode
 
 
-def stage(name, run_dir, *arguments):
+def stage(name, label, run_dir, *arguments):
     """Runs a stage and keeps its grid -> what is reported of it."""
     started = time.perf_counter()
-    if code := launch("--stage", name, *arguments, f"run.dir={run_dir}"):
+    if code := launch("--stage", name, "--resume", "auto", *arguments, f"run.dir={run_dir}"):
         sys.exit(code)
     seconds, rows = time.perf_counter() - started, [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
     grid = Image.open(next(run_dir.glob("samples/*.png")))
-    grid.resize((4 * grid.width, 4 * grid.height), Image.Resampling.NEAREST).save(ROOT / f"benchmarks/results/demo-{name}.png")
+    grid.resize((4 * grid.width, 4 * grid.height), Image.Resampling.NEAREST).save(ROOT / f"benchmarks/results/{label}-{name}.png")
     scores, config = json.loads((run_dir / "scores.json").read_text()), load_config(str(run_dir / "config.yaml"))
     return {"command_s": seconds, "training_s": sum(row["step_s"] for row in rows), "steps": len(rows),
             "global_batch": config.train.global_batch, "precision": config.precision,
@@ -52,12 +54,17 @@ def stage(name, run_dir, *arguments):
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("settings", nargs="*", help="of both stages, as engine/launch.py takes them")
+    parser.add_argument("--out", help="folder of the two runs; default: one that is removed")
+    args = parser.parse_args()
+    label = "-".join(["demo", *(setting.replace("=", "-") for setting in args.settings)])
     with tempfile.TemporaryDirectory() as folder:
-        first, second = Path(folder) / "demo", Path(folder) / "demo-finetune"
-        result = {"machine": machine(), "pretrain": stage("pretrain", first),
-                  "finetune": stage("finetune", second, "--init", str(first))}
+        first, second = (Path(args.out or folder) / name for name in ("demo", "demo-finetune"))
+        result = {"machine": machine(), "settings": args.settings, "pretrain": stage("pretrain", label, first, *args.settings),
+                  "finetune": stage("finetune", label, second, "--init", str(first), *args.settings)}
     facts = result["machine"]
-    path = ROOT / "benchmarks/results" / f"demo-{'cuda' if facts['gpu'] else 'cpu'}-{facts['date']}.json"
+    path = ROOT / "benchmarks/results" / f"{label}-{'cuda' if facts['gpu'] else 'cpu'}-{facts['date']}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(path)
 

@@ -60,7 +60,7 @@ BUDGETS = {
     "cpu-smoke": Budget(pretrain=2, finetune=2, seeds=1, per_kind=1, draw_steps=1, at_once=1, experiments=("recipes",),
                         settings=("train.global_batch=4", "data.num_images=64", "data.num_pairs=16", "log.sample_images=0")),
     # two runs of one thread each get more done than one of two: 0.82 and 0.93 s a step side by side, 0.54 alone (LOG.md, 2026-11-26)
-    "cpu-night": Budget(pretrain=600, finetune=600, seeds=3, per_kind=16, draw_steps=20, at_once=2,
+    "cpu-night": Budget(pretrain=400, finetune=400, seeds=3, per_kind=16, draw_steps=20, at_once=2,
                         settings=("log.sample_images=0", "train.threads=1")),
     "gpu": Budget(pretrain=2000, finetune=2000, seeds=3, per_kind=32, draw_steps=20, at_once=6, settings=("log.sample_images=0",)),
 }
@@ -68,8 +68,8 @@ BUDGETS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """What both stages, stage 1 alone and stage 2 alone are given beside the demo configs. points: parts of stage 1 after
-    each of which stage 2 is run and scored. ways: of grade()."""
+    """What both stages, stage 1 alone and stage 2 alone are given; nothing that the demo configs say too, so that cells that
+    are alike share their runs. points: parts of stage 1 after each of which stage 2 is run and scored. ways: of grade()."""
 
     both: tuple = ()
     first: tuple = ()
@@ -80,16 +80,16 @@ class Cell:
 
 QUARTERS = (0.25, 0.5, 0.75, 1.0)
 EXPERIMENTS = {
-    "recipes": {f"{a} -> {b}": Cell(first=first, second=(f"train.data={b}",))
-                for a, first in (("pair", ("train.data=pair", "data.pairs=shapes")), ("image", ("train.data=image",)))
-                for b in ("image", "pair", "mix")},
+    "recipes": {f"{a} -> {b}": Cell(first=first, second=second)
+                for a, first in (("pair", ("train.data=pair", "data.pairs=shapes")), ("image", ()))
+                for b, second in (("image", ("train.data=image",)), ("pair", ("train.data=pair",)), ("mix", ()))},
     "adapter": {
         "none": Cell(both=("adapter.kind=none", "adapter.conditions=all"), points=QUARTERS),
         "metaquery": Cell(both=("adapter.kind=metaquery",), points=QUARTERS),
         "metaquery, as large": Cell(both=("adapter.kind=metaquery", "adapter.connector_layers=1"), points=QUARTERS),
         "rqa": Cell(points=QUARTERS)},
     "ratio": {str(ratio): Cell(both=(f"mask.ratio={ratio}",)) for ratio in (0.0, 0.25, 0.45, 0.65, 0.85, 0.95)},
-    "mix": {str(share): Cell(second=(f"data.mix={share}",)) for share in (0.0, 0.1, 0.3, 0.5, 0.7, 1.0)},
+    "mix": {str(share): Cell(second=() if share == 0.5 else (f"data.mix={share}",)) for share in (0.0, 0.1, 0.3, 0.5, 0.7, 1.0)},
     "choices": {"drop, query, bernoulli": Cell(), "zero": Cell(both=("mask.mode=zero",)),
                 "all": Cell(both=("adapter.conditions=all",)), "fixed": Cell(both=("mask.count=fixed",))},
     "editing": {"image -> mix": Cell(ways=("edit",))},
@@ -227,8 +227,10 @@ def main(argv=None):
     unknown = set(args.experiments) - set(EXPERIMENTS)
     if unknown:
         parser.error(f"no experiment {sorted(unknown)[0]}: choose of {', '.join(EXPERIMENTS)}")
-    runs, found = Runs(Path(args.out) / args.budget, budget), {}
+    runs, given = Runs(Path(args.out) / args.budget, budget), json.loads(json.dumps({**asdict(budget), "name": args.budget}))
     path = Path(args.results) / f"recipes-{args.budget}-{machine()['date']}.json"
+    earlier = json.loads(path.read_text()) if path.exists() else {}
+    found = earlier["experiments"] if earlier.get("budget") == given else {}      # other experiments of today
     for name in args.experiments or budget.experiments:
         cells = EXPERIMENTS[name]
         with ThreadPoolExecutor(budget.at_once) as pool:
@@ -238,8 +240,7 @@ def main(argv=None):
         if name == "recipes":
             print(paper_table(found[name]), flush=True)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"machine": machine(), "budget": {**asdict(budget), "name": args.budget},
-                                    "experiments": found}, indent=1) + "\n")
+        path.write_text(json.dumps({"machine": machine(), "budget": given, "experiments": found}, indent=1) + "\n")
     draw_bars(found, path.with_suffix(".png"))
     print(path)
 

@@ -11,14 +11,26 @@ START, END = "<!-- measured: made by benchmarks/report.py -->", "<!-- /measured 
 
 def demo(result):
     one, two = result["pretrain"], result["finetune"]
-    for name, found in (("default command, stage 1", one), ("stage 2 after it, half images, half of 500 pairs", two)):
+    given = "".join(f" {setting}" for setting in result.get("settings", ()))
+    for name, found in ((f"default command{given}, stage 1", one), ("stage 2 after it, half images, half of 500 pairs", two)):
         yield (f"{name}: {found['steps']} steps of {found['global_batch']} images, {found['precision']}",
                f"{found['command_s']:.0f} s, {found['training_s']:.0f} of them training, {found['images_per_s']:.0f} images/s, loss "
                f"{found['first_loss']:.2f} -> {found['last_loss']:.2f}")
     for way, shown in (("image", "half-masked images drawn whole"), ("text", "captions drawn")):
-        yield (f"{shown}, after stage 1 and after stage 2",
+        yield (f"{shown}, after stage 1 and after stage 2 of {one['steps']:,} steps",
                "; ".join(f"{words} {one[key][way]:.0%}, {two[key][way]:.0%}" for key, words in
                          (("fits", "all of the caption right"), ("number", "number of shapes"), ("colours", "number and colours"))))
+
+
+def recipes(result):
+    budget = result["budget"]
+    for name, cells in result["experiments"].items():
+        for key, shown in (("colours", "number and colours right"), ("fits", "all of the caption right")):
+            shares = [(f"{cell}{f' at {steps}' if len(points) > 1 else ''}", next(iter(ways.values()))[key])
+                      for cell, points in cells.items() for steps, ways in points.items()]
+            yield (f"shapes world, {name}, {budget['pretrain']} and {budget['finetune']} steps, {budget['seeds']} seeds: {shown}",
+                   "; ".join(f"{cell} {share['mean']:.1%}" + (f" +-{share['interval']:.1%}" if share["interval"] is not None else "")
+                             for cell, share in shares))
 
 
 def loader(result):
@@ -102,7 +114,7 @@ def rows_of(result):
 
 def table():
     """Markdown: a row for every figure that is quoted."""
-    kinds = {"demo": demo, "loader": loader, "data-reliability": data_reliability, "ops": ops,
+    kinds = {"demo": demo, "recipes": recipes, "loader": loader, "data-reliability": data_reliability, "ops": ops,
              "checkpoint": checkpoint, "precision": precision, "throughput": throughput, "startup": startup,
              "sampling": sampling, "survival": rows_of, "budget": rows_of}
     rows = ["| what | figure | machine, date, commit | file |", "|---|---|---|---|"]

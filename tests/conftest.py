@@ -1,16 +1,26 @@
-"""What all tests share: two threads at most, and poisoned outputs for kernel tests."""
+"""What all tests share: how many threads they take, which files come first, and poisoned outputs for kernel tests."""
+
+import os
 
 import pytest
 import torch
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+if "PYTEST_XDIST_WORKER" in os.environ:          # threads of two workers on two cores spend a fifth of the time waiting for each other
+    os.environ["OMP_NUM_THREADS"] = "1"          # of what the tests start
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
+# The files that take longest, so that no worker is left alone with one at the end; the second goes with the third.
+FIRST = ("test_run.py", "test_interpreter.py", "test_ranges.py", "test_demo.py", "test_skips.py", "test_checkpoint.py", "test_guard.py",
+         "test_zero.py", "test_build.py", "test_plans.py", "test_traffic.py", "test_shapes.py", "test_counts.py", "test_optim.py")
 with torch.device("meta"):       # torch remembers once which functions make tensors: before any of them is poisoned below
     torch.empty(0)
 
 
 @pytest.fixture
 def poison(monkeypatch):
-    """Fills torch.empty and torch.empty_like with NaN (integers: the lowest), so that an unwritten element shows."""
+    """Fills torch.empty and torch.empty_like with NaN (integers: the lowest), so that an unwritten element shows; and gives
+    the kernels two threads, so that a seam between them does."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
 
     def poisoned(real):
         def make(*args, **kwargs):
@@ -20,3 +30,9 @@ def poison(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    yield
+    torch.set_num_threads(before)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))

@@ -138,3 +138,6 @@ def test_the_smoke_budget_runs_and_goes_on(tmp_path):
     assert len(runs) == 2 + 6                                                  # stage 1 is shared by the cells
     subprocess.run(command, check=True, timeout=60)                            # nothing is run again
     assert json.loads(result.read_text())["experiments"] == first
+    subprocess.run([*command, "editing"], check=True, timeout=120)             # of a model that is there: only drawn and scored
+    assert json.loads(result.read_text())["experiments"].keys() == {"recipes", "editing"}
+    assert len(list((tmp_path / "runs/cpu-smoke").glob("*/config.yaml"))) == len(runs)

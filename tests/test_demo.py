@@ -51,7 +51,7 @@ def test_the_run_leaves_what_the_readme_says(demo):
     assert [p.name for p in (run_dir / "samples").iterdir()] == [f"step-{STEPS:08d}-seed0.png"]
     assert sorted(p.name for p in run_dir.iterdir()) == [".lock", "checkpoints", "config.yaml", "log.jsonl", "logs", "samples",
                                                          "scores.json", "tb"]
-    assert set(json.loads((run_dir / "scores.json").read_text())) == {"image", "text"} and "captions drawn, guidance 2" in said
+    assert set(json.loads((run_dir / "scores.json").read_text())) == {"image", "text", "real"} and "captions drawn, guidance 2" in said
     tars = sorted((run_dir.parent / "shared").glob("shapes-4096-*/*.tar"))
     assert len(tars) == 4
 

@@ -8,7 +8,7 @@ import torch
 
 from iomm.config import InputError, choice
 from iomm.engine.parts import load_run
-from iomm.engine.shapes.mllm import vit_pixels
+from iomm.engine.shapes.mllm import vit_bytes, vit_pixels
 from iomm.engine.shapes.score import score
 from iomm.engine.shapes.world import KINDS, draw, edit, scene
 from iomm.masking import visible_mask
@@ -59,22 +59,36 @@ def grade(model, size_px, way="text", *, split="train", per_kind=8, steps=20, gu
         condition = mllm.condition(texts[part], tokens_BPD, visible=visible, mode=model.recipe.mask.mode,
                                    positions=model.recipe.mask.positions)
         pictures += to_images(draw_pixels(model, condition, n_B, size_px=size_px, steps=steps, guidance=guidance, seed=seed))
+    return judged(kinds, pictures, captions), pictures
+
+
+def ceiling(size_px, split="train", per_kind=8):
+    """grade()'s table of the real pictures, made as small as a model's: what a model that draws perfectly would get."""
+    scenes = [scene(SEED, i, split, kind) for i, kind in enumerate(kind for kind in KINDS for _ in range(per_kind))]
+    pictures = [vit_bytes(draw(picture), size_px).permute(1, 2, 0).numpy() for picture in scenes]
+    return judged([picture.kind for picture in scenes], pictures, [picture.caption for picture in scenes])
+
+
+def judged(kinds, pictures, captions):
+    """Of equally long lists -> {kind: {"fits": share, "number": share, ...; "pictures": how many}}."""
     rows = {}
     for kind, picture, caption in zip(kinds, pictures, captions):
         rows.setdefault(kind, []).append(score(picture, caption))
-    return {kind: {**{key: mean(row[key] for row in found) for key in ASKED}, "pictures": len(found)}
-            for kind, found in rows.items()}, pictures
+    return {kind: {**{key: mean(row[key] for row in found) for key in ASKED}, "pictures": len(found)} for kind, found in rows.items()}
 
 
 def grade_run(run_dir, *, per_kind=8, steps=20, device="cpu"):
-    """Run folder -> text: grades of its newest weights on masked images and on captions like those of training, a line a kind.
-    Writes run_dir/scores.json, {way: grade's table}."""
+    """Run folder -> text: grades of its newest weights on masked images and on captions like those of training, a line a kind,
+    and of real pictures. Writes run_dir/scores.json, {way: grade's table}."""
     config, model, _ = load_run(run_dir, device=device)
-    found = {way: grade(model, config.data.size_px, way, per_kind=per_kind, steps=steps, guidance=GUIDANCE if way == "text" else 1.0)[0]
+    size_px = config.data.size_px
+    found = {way: grade(model, size_px, way, per_kind=per_kind, steps=steps, guidance=GUIDANCE if way == "text" else 1.0)[0]
              for way in ("image", "text")}
+    found["real"] = ceiling(size_px, per_kind=per_kind)
     (Path(run_dir) / "scores.json").write_text(json.dumps(found, indent=1) + "\n")
     return "\n".join(f"scores, {shown}\n{describe(found[way])}" for way, shown in
-                     (("image", "masked images drawn whole"), ("text", f"captions drawn, guidance {GUIDANCE:g}")))
+                     (("image", "masked images drawn whole"), ("text", f"captions drawn, guidance {GUIDANCE:g}"),
+                      ("real", f"real pictures at {size_px} px")))
 
 
 def mean(values):

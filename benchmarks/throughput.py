@@ -491,8 +491,12 @@ def measure(bench, args, result, save):
           f"rate ({result['matmul_flop_per_s'] / 1e12:.2f} TFLOP/s), mfu {'%.1f %%' % (100 * result['mfu']) if peak else 'unknown: no peak'}"
           f", peak memory {result['peak_memory_gib']:.1f} GiB")
     print(projection(result) if peak else "no projection: this is not the real shape on a GPU whose peak is known", flush=True)
-    if not args.no_ablations:
-        found = bench.in_turn({"ours": bench.step, **ablations(bench)}, max(4, args.steps // 3), bench.deadline(SHARES[1]))
+    rows = {} if args.no_ablations else {"ours": bench.step, **ablations(bench)}
+    least_s = (WARM_UP[bench.device.type] + 3) * len(rows) * result["rows"]["ours"]["s"]
+    if rows and time.monotonic() + least_s > bench.deadline(1.1):
+        print(f"no ablations: they take {least_s:.0f} s more; give --limit-s {time.monotonic() - bench.begun + least_s:.0f} for them")
+    elif rows:
+        found = bench.in_turn(rows, max(4, args.steps // 3), bench.deadline(SHARES[1]))
         result["ablations"] = {name: ratio(seconds, found["ours"]) for name, seconds in found.items() if name != "ours"}
         save()
         print("\nour step with one thing changed, its time over ours")
@@ -515,7 +519,7 @@ def main():
     parser.add_argument("--config", default="iomm-b-512" if device == "cuda" else "demo-cpu")
     parser.add_argument("--against", choices=("plain",))
     parser.add_argument("--steps", type=int, default=40, help="rounds at most")
-    parser.add_argument("--limit-s", type=float, default=LIMIT_S[device], help="about so many seconds in all")
+    parser.add_argument("--limit-s", type=float, default=LIMIT_S[device], help="about so many seconds in all; what does not fit is left out")
     parser.add_argument("--no-ablations", action="store_true")
     parser.add_argument("--trace", help="folder for a torch trace of ten steps")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")

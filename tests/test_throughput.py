@@ -70,7 +70,7 @@ def test_the_whole_command_on_one_image_a_step(tmp_path):
     for path in (ROOT / "benchmarks").glob("*.*"):
         (copy / "benchmarks" / path.name).write_text(path.read_text())
     done = subprocess.run(
-        [sys.executable, "benchmarks/throughput.py", "--against", "plain", "--steps", "3", "--limit-s", "30", "train.micro_batch=1",
+        [sys.executable, "benchmarks/throughput.py", "--against", "plain", "--steps", "3", "--limit-s", "120", "train.micro_batch=1",
          "--trace", str(tmp_path)], cwd=copy, capture_output=True, text=True, timeout=500,
         env={**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "2"})
     assert done.returncode == 0, done.stderr[-3000:]

@@ -133,7 +133,7 @@ class Runs:
                                  steps=self.budget.draw_steps, guidance=GUIDANCE)
                 known[f"{way}, {split}"] = {key: overall(table, key) for key in ("fits", "number", "colours", "shapes")}
             path.write_text(json.dumps(known, indent=1) + "\n")
-        return known
+        return {f"{way}, {split}": known[f"{way}, {split}"] for way, split in wanted}
 
     def cell(self, cell, seed):
         """-> {steps of stage 1: scores after stage 2}."""
@@ -238,7 +238,7 @@ def main(argv=None):
             found[name] = {cell: summed([one.result() for one in seeds]) for cell, seeds in waiting.items()}
         print(show(name, found[name]), flush=True)
         if name == "recipes":
-            print(paper_table(found[name]), flush=True)
+            print("\n".join(paper_table(found[name], key) for key in ("fits", "colours")), flush=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"machine": machine(), "budget": given, "experiments": found}, indent=1) + "\n")
     draw_bars(found, path.with_suffix(".png"))

@@ -2,7 +2,7 @@
 
     recipes     pre-train on {image, pair} x fine-tune on {image, pair, mix}: the paper's 2 x 3 table
     adapter     none, metaquery, metaquery with as many parameters as the RQA (one connector layer has its 12 D^2), rqa:
-                score against steps of stage 1
+                score on masked images against steps of stage 1, on captions after stage 2
     ratio       share of hidden image tokens in stage 1
     mix         lambda, the share of images in stage 2
     choices     hidden tokens dropped or zeroed, outputs at the queries or all, Bernoulli or a fixed number
@@ -11,7 +11,7 @@
 All cells of an experiment have the same steps, batches, learning rates and seeds, those of the demo configs; nothing is tuned
 for a cell. A cell is scored by engine/shapes/grade.py on captions like those of training and on unseen combinations. Runs
 lie under --out and are kept: started again, the command goes on where it stopped, and cells share the runs that they have
-in common. --budget cpu-smoke: two minutes, the tests' | cpu-night: 8 hours on two cores | gpu: 25 minutes on one H200, several
+in common. --budget cpu-smoke: two minutes, the tests' | cpu-night: 7 hours on two slow cores | gpu: 25 minutes on one H200, several
 runs side by side."""
 
 import sys
@@ -69,12 +69,12 @@ BUDGETS = {
 @dataclass(frozen=True, kw_only=True)
 class Cell:
     """What both stages, stage 1 alone and stage 2 alone are given; nothing that the demo configs say too, so that cells that
-    are alike share their runs. points: parts of stage 1 after each of which stage 2 is run and scored. ways: of grade()."""
+    are alike share their runs. points: parts of stage 1 after which masked images are scored. ways: of grade(), after stage 2."""
 
     both: tuple = ()
     first: tuple = ()
     second: tuple = ()
-    points: tuple = (1.0,)
+    points: tuple = ()
     ways: tuple = ("text",)
 
 
@@ -130,20 +130,22 @@ class Runs:
             config, model, _ = parts.load_run(run_dir, device="cuda" if torch.cuda.is_available() else "cpu")
             for way, split in wanted:
                 table, _ = grade(model, config.data.size_px, way, split=split, per_kind=self.budget.per_kind,
-                                 steps=self.budget.draw_steps, guidance=GUIDANCE)
+                                 steps=self.budget.draw_steps, guidance=1.0 if way == "image" else GUIDANCE)
                 known[f"{way}, {split}"] = {key: overall(table, key) for key in ("fits", "number", "colours", "shapes")}
             path.write_text(json.dumps(known, indent=1) + "\n")
         return {f"{way}, {split}": known[f"{way}, {split}"] for way, split in wanted}
 
     def cell(self, cell, seed):
-        """-> {steps of stage 1: scores after stage 2}."""
+        """-> {steps of both stages so far: scores}."""
         shared, first, found = [f"run.seed={seed}", *self.budget.settings, *cell.both], None, {}
-        for point in cell.points:
+        for point in sorted({*cell.points, 1.0}):
             steps = max(1, round(point * self.budget.pretrain))
             with self.locked(f"{seed} {cell.both} {cell.first}"):         # cells that run side by side share stage 1
                 first = self.train("pretrain", steps, [*shared, *cell.first], before=first)
-            second = self.train("finetune", self.budget.finetune, [*shared, *cell.second], init=first)
-            found[steps] = self.scores(second, cell.ways, self.budget.finetune)
+            if point in cell.points:
+                found[steps] = self.scores(first, ("image",), steps)
+        second = self.train("finetune", self.budget.finetune, [*shared, *cell.second], init=first)
+        found[self.budget.pretrain + self.budget.finetune] = self.scores(second, cell.ways, self.budget.finetune)
         return found
 
     def locked(self, name):
@@ -199,8 +201,8 @@ def draw_bars(experiments, path):
         return
     figure, axes = pyplot.subplots(len(experiments), 1, figsize=(9, 2.6 * len(experiments)), squeeze=False)
     for axis, (name, cells) in zip(axes[:, 0], experiments.items()):
-        rows = [(f"{cell}\n{steps}" if len(points) > 1 else cell, next(iter(ways.values())))
-                for cell, points in cells.items() for steps, ways in points.items()]
+        rows = [(f"{cell}\n{steps} ({way.split(',')[0]})" if len(points) > 1 else cell, shares) for cell, points in cells.items()
+                for steps, ways in points.items() for way, shares in list(ways.items())[:1]]
         for shift, key in ((-0.2, "fits"), (0.2, "colours")):
             axis.bar([i + shift for i in range(len(rows))], [row[key]["mean"] for _, row in rows], 0.4, label=key,
                      yerr=[row[key]["interval"] or 0 for _, row in rows], capsize=2)

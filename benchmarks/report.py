@@ -28,11 +28,11 @@ def recipes(result):
     budget = result["budget"]
     for name, cells in result["experiments"].items():
         for key, shown in (("colours", "number and colours right"), ("fits", "all of the caption right")):
-            shares = [(f"{cell}{f' at {steps}' if len(points) > 1 else ''}", next(iter(ways.values()))[key])
-                      for cell, points in cells.items() for steps, ways in points.items()]
+            rows = [(f"{cell} at {steps} ({way.split(',')[0]})" if len(points) > 1 else cell, shares) for cell, points in cells.items()
+                    for steps, ways in points.items() for way, shares in list(ways.items())[:1]]
             yield (f"shapes world, {name}, {budget['pretrain']} and {budget['finetune']} steps, {budget['seeds']} seeds: {shown}",
-                   "; ".join(f"{cell} {share['mean']:.1%}" + (f" +-{share['interval']:.1%}" if share["interval"] is not None else "")
-                             for cell, share in shares))
+                   "; ".join(f"{label} {shares[key]['mean']:.1%}" + (
+                       "" if shares[key]["interval"] is None else f" +-{shares[key]['interval']:.1%}") for label, shares in rows))
 
 
 def loader(result):

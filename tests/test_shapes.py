@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from benchmarks.recipes import EXPERIMENTS, interval, paper_table, show, summed
+from benchmarks.recipes import BUDGETS, EXPERIMENTS, Runs, interval, paper_table, show, summed
 from iomm.config import InputError
 from iomm.engine.config import load_config
 from iomm.engine.parts import build_model
@@ -130,6 +130,28 @@ def test_intervals_are_students():
     cells = {cell: summed([{7: {"text, train": dict.fromkeys(keys, share)}} for share in (0.1, 0.2, 0.3)])
              for cell in EXPERIMENTS["recipes"]}
     assert "0.200 +-0.248" in show("recipes", cells) and paper_table(cells).count("0.200 +-0.248") == 6
+
+
+def test_cells_share_the_runs_that_they_have_in_common(tmp_path):
+    """Of one seed: stage 1 on images and on pairs, of 3 adapters, 6 ratios and 3 choices; stage 2 after each, once more with
+    each of its own settings; and stage 1 of 4 adapters up to each quarter."""
+    begun = []
+
+    class Named(Runs):
+        def train(self, stage, steps, settings, init=None, before=None):
+            assert before is None or before in begun
+            begun.append(self.dir(stage, steps, settings, init))
+            return begun[-1]
+
+        def scores(self, run_dir, ways, steps):
+            return {f"{way}, train": {"fits": 0.5} for way in ways}
+    runs = Named(tmp_path, BUDGETS["cpu-night"])
+    found = {name: {cell: runs.cell(what, 0) for cell, what in cells.items()} for name, cells in EXPERIMENTS.items()}
+    assert len({run for run in begun if run.name.startswith("finetune")}) == 6 + 3 + 6 + 5 + 3
+    assert len({run for run in begun if run.name.startswith("pretrain") and run.name.endswith("-400")}) == 2 + 3 + 6 + 3
+    assert len({run for run in begun if run.name.startswith("pretrain")}) == 14 + 4 * 3
+    assert list(found["adapter"]["rqa"].items())[2:4] == [(300, {"image, train": {"fits": 0.5}}), (400, {"image, train": {"fits": 0.5}})]
+    assert all(set(points) == ({100, 200, 300, 400, 800} if name == "adapter" else {800}) for name in found for points in found[name].values())
 
 
 @pytest.mark.slow

@@ -32,7 +32,8 @@ with RankLog(sys.argv[1], rank=int(sys.argv[2])):
 
 
 def work(run_dir, rank, end):
-    done = subprocess.run([sys.executable, "-c", WORK, str(run_dir), str(rank), end], capture_output=True, text=True, timeout=60,
+    # -u: as DeepSpeed starts its ranks; a killed process would keep what is buffered for a terminal that is a pipe
+    done = subprocess.run([sys.executable, "-u", "-c", WORK, str(run_dir), str(rank), end], capture_output=True, text=True, timeout=60,
                           env={**os.environ, "WORLD_SIZE": "2"})
     return done, (Path(run_dir) / f"logs/rank-0000{rank}.txt").read_text() if (Path(run_dir) / "logs").is_dir() else ""
 

@@ -35,8 +35,9 @@ import torch  # noqa: E402
 from benchmarks.demo import launch  # noqa: E402
 from iomm.config import InputError  # noqa: E402
 from iomm.engine import checkpoint, parts  # noqa: E402
+from iomm.engine.config import load_config  # noqa: E402
 from iomm.engine.doctor import machine  # noqa: E402
-from iomm.engine.shapes.grade import GUIDANCE, grade, overall  # noqa: E402
+from iomm.engine.shapes.grade import GUIDANCE, ceiling, grade, overall  # noqa: E402
 
 # Student's t, two-sided 95 %, by number of seeds less one.
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
@@ -233,6 +234,8 @@ def main(argv=None):
     path = Path(args.results) / f"recipes-{args.budget}-{machine()['date']}.json"
     earlier = json.loads(path.read_text()) if path.exists() else {}
     found = earlier["experiments"] if earlier.get("budget") == given else {}      # other experiments of today
+    size_px = load_config("demo").data.size_px
+    real = {"size_px": size_px, "fits": {kind: row["fits"] for kind, row in ceiling(size_px, per_kind=100).items()}}
     for name in args.experiments or budget.experiments:
         cells = EXPERIMENTS[name]
         with ThreadPoolExecutor(budget.at_once) as pool:
@@ -242,7 +245,7 @@ def main(argv=None):
         if name == "recipes":
             print("\n".join(paper_table(found[name], key) for key in ("fits", "colours")), flush=True)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"machine": machine(), "budget": given, "experiments": found}, indent=1) + "\n")
+        path.write_text(json.dumps({"machine": machine(), "budget": given, "real": real, "experiments": found}, indent=1) + "\n")
     draw_bars(found, path.with_suffix(".png"))
     print(path)
 

@@ -20,12 +20,12 @@ def demo(result):
         yield (f"{shown}, after stage 1 and after stage 2 of {one['steps']:,} steps",
                "; ".join(f"{words} {one[key][way]:.0%}, {two[key][way]:.0%}" for key, words in
                          (("fits", "all of the caption right"), ("number", "number of shapes"), ("colours", "number and colours"))))
-    if "real" in one["fits"]:
-        yield "real pictures of that size, as the judge finds them: what a perfect model would get", f"all of the caption right {one['fits']['real']:.0%}"
 
 
 def recipes(result):
-    budget = result["budget"]
+    budget, real = result["budget"], result["real"]
+    yield (f"shapes world, 100 real pictures a kind at {real['size_px']} px, found right by the judge: what a perfect model would get",
+           "; ".join(f"{kind} {share:.0%}" for kind, share in real["fits"].items()))
     for name, cells in result["experiments"].items():
         for key, shown in (("colours", "number and colours right"), ("fits", "all of the caption right")):
             rows = [(f"{cell} at {steps} ({way.split(',')[0]})" if len(points) > 1 else cell, shares) for cell, points in cells.items()

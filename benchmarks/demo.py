@@ -20,6 +20,7 @@ import time  # noqa: E402
 
 from PIL import Image  # noqa: E402
 
+from benchmarks.report import label  # noqa: E402
 from iomm.engine.config import load_config  # noqa: E402
 from iomm.engine.doctor import machine  # noqa: E402
 from iomm.engine.shapes.grade import overall  # noqa: E402
@@ -35,14 +36,14 @@ def launch(*arguments, said=None):
     return subprocess.run(command, cwd=ROOT, stdout=said, stderr=said).returncode
 
 
-def stage(name, label, run_dir, *arguments):
+def stage(which, name, run_dir, *arguments):
     """Runs a stage and keeps its grid -> what is reported of it."""
     started = time.perf_counter()
-    if code := launch("--stage", name, "--resume", "auto", *arguments, f"run.dir={run_dir}"):
+    if code := launch("--stage", which, "--resume", "auto", *arguments, f"run.dir={run_dir}"):
         sys.exit(code)
     seconds, rows = time.perf_counter() - started, [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
     grid = Image.open(next(run_dir.glob("samples/*.png")))
-    grid.resize((4 * grid.width, 4 * grid.height), Image.Resampling.NEAREST).save(ROOT / f"benchmarks/results/{label}-{name}.png")
+    grid.resize((4 * grid.width, 4 * grid.height), Image.Resampling.NEAREST).save(ROOT / f"benchmarks/results/{name}-{which}.png")
     scores, config = json.loads((run_dir / "scores.json").read_text()), load_config(str(run_dir / "config.yaml"))
     return {"command_s": seconds, "training_s": sum(row["step_s"] for row in rows), "steps": len(rows),
             "global_batch": config.train.global_batch, "precision": config.precision,
@@ -58,13 +59,13 @@ def main():
     parser.add_argument("settings", nargs="*", help="of both stages, as engine/launch.py takes them")
     parser.add_argument("--out", help="folder of the two runs; default: one that is removed")
     args = parser.parse_args()
-    label = "-".join(["demo", *(setting.replace("=", "-") for setting in args.settings)])
+    name = label("demo", args.settings)
     with tempfile.TemporaryDirectory() as folder:
         first, second = (Path(args.out or folder) / name for name in ("demo", "demo-finetune"))
-        result = {"machine": machine(), "settings": args.settings, "pretrain": stage("pretrain", label, first, *args.settings),
-                  "finetune": stage("finetune", label, second, "--init", str(first), *args.settings)}
+        result = {"machine": machine(), "settings": args.settings, "pretrain": stage("pretrain", name, first, *args.settings),
+                  "finetune": stage("finetune", name, second, "--init", str(first), *args.settings)}
     facts = result["machine"]
-    path = ROOT / "benchmarks/results" / f"{label}-{'cuda' if facts['gpu'] else 'cpu'}-{facts['date']}.json"
+    path = ROOT / "benchmarks/results" / f"{name}-{'cuda' if facts['gpu'] else 'cpu'}-{facts['date']}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(path)
 

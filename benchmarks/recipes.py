@@ -131,7 +131,7 @@ class Runs:
             config, model, _ = parts.load_run(run_dir, device="cuda" if torch.cuda.is_available() else "cpu")
             for way, split in wanted:
                 table, _ = grade(model, config.data.size_px, way, split=split, per_kind=self.budget.per_kind,
-                                 steps=self.budget.draw_steps, guidance=1.0 if way == "image" else GUIDANCE)
+                                 steps=self.budget.draw_steps, guidance=GUIDANCE[way])
                 known[f"{way}, {split}"] = {key: overall(table, key) for key in ("fits", "number", "colours", "shapes")}
             path.write_text(json.dumps(known, indent=1) + "\n")
         return {f"{way}, {split}": known[f"{way}, {split}"] for way, split in wanted}
@@ -151,6 +151,11 @@ class Runs:
 
     def locked(self, name):
         return self.locks.setdefault(name, Lock())
+
+
+def limit_of_the_judge(size_px, per_kind=100):
+    return {"size_px": size_px, "per_kind": per_kind,
+            "fits": {kind: row["fits"] for kind, row in ceiling(size_px, per_kind=per_kind).items()}}
 
 
 def interval(values):
@@ -191,6 +196,23 @@ def paper_table(cells, key="fits"):
     return "\n".join(lines)
 
 
+def bars(cells):
+    """[(label, {key: share})] of every cell and point by the first of its ways."""
+    return [(f"{cell} at {steps} ({way.split(',')[0]})" if len(points) > 1 else cell, shares) for cell, points in cells.items()
+            for steps, ways in points.items() for way, shares in list(ways.items())[:1]]
+
+
+def quoted(experiments, budget, real):
+    """{what: figure} for the README."""
+    found = {f"shapes world, real pictures at {real['size_px']} px found right by the judge, {real['per_kind']} a kind: what a perfect "
+             "model would get": "; ".join(f"{kind} {share:.2f}" for kind, share in real["fits"].items())}
+    for name, cells in experiments.items():
+        for key, shown in (("colours", "number and colours right"), ("fits", "all of the caption right")):
+            found[f"shapes world, {name}, {budget['pretrain']} and {budget['finetune']} steps, {budget['seeds']} seeds: {shown}"] = "; ".join(
+                f"{label} {in_words(shares[key])}" for label, shares in bars(cells))
+    return found
+
+
 def draw_bars(experiments, path):
     """A PNG: per experiment the share of colours and of whole captions that are right, with intervals."""
     try:
@@ -202,12 +224,11 @@ def draw_bars(experiments, path):
         return
     figure, axes = pyplot.subplots(len(experiments), 1, figsize=(9, 2.6 * len(experiments)), squeeze=False)
     for axis, (name, cells) in zip(axes[:, 0], experiments.items()):
-        rows = [(f"{cell}\n{steps} ({way.split(',')[0]})" if len(points) > 1 else cell, shares) for cell, points in cells.items()
-                for steps, ways in points.items() for way, shares in list(ways.items())[:1]]
+        rows = bars(cells)
         for shift, key in ((-0.2, "fits"), (0.2, "colours")):
             axis.bar([i + shift for i in range(len(rows))], [row[key]["mean"] for _, row in rows], 0.4, label=key,
                      yerr=[row[key]["interval"] or 0 for _, row in rows], capsize=2)
-        axis.set_xticks(range(len(rows)), [label for label, _ in rows], fontsize=6)
+        axis.set_xticks(range(len(rows)), [label.replace(" at ", "\n") for label, _ in rows], fontsize=6)
         axis.set_ylim(0, 1)
         axis.set_title(name, fontsize=9)
         axis.legend(fontsize=7)
@@ -233,9 +254,8 @@ def main(argv=None):
     runs, given = Runs(Path(args.out) / args.budget, budget), json.loads(json.dumps({**asdict(budget), "name": args.budget}))
     path = Path(args.results) / f"recipes-{args.budget}-{machine()['date']}.json"
     earlier = json.loads(path.read_text()) if path.exists() else {}
-    found = earlier["experiments"] if earlier.get("budget") == given else {}      # other experiments of today
-    size_px = load_config("demo").data.size_px
-    real = {"size_px": size_px, "fits": {kind: row["fits"] for kind, row in ceiling(size_px, per_kind=100).items()}}
+    found, real = ((earlier["experiments"], earlier["real"]) if earlier.get("budget") == given      # other experiments of today
+                   else ({}, limit_of_the_judge(load_config("demo").data.size_px)))
     for name in args.experiments or budget.experiments:
         cells = EXPERIMENTS[name]
         with ThreadPoolExecutor(budget.at_once) as pool:
@@ -245,7 +265,8 @@ def main(argv=None):
         if name == "recipes":
             print("\n".join(paper_table(found[name], key) for key in ("fits", "colours")), flush=True)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"machine": machine(), "budget": given, "real": real, "experiments": found}, indent=1) + "\n")
+        path.write_text(json.dumps({"machine": machine(), "budget": given, "rows": quoted(found, given, real), "real": real,
+                                    "experiments": found}, indent=1) + "\n")
     draw_bars(found, path.with_suffix(".png"))
     print(path)
 

@@ -9,6 +9,11 @@ ROOT = Path(__file__).resolve().parent.parent
 START, END = "<!-- measured: made by benchmarks/report.py -->", "<!-- /measured -->"
 
 
+def label(kind, settings):
+    """What result files of a run with these settings are called."""
+    return "-".join([kind, *(setting.replace("=", "-").replace("/", "-") for setting in settings)])
+
+
 def demo(result):
     one, two = result["pretrain"], result["finetune"]
     given = "".join(f" {setting}" for setting in result.get("settings", ()))
@@ -20,19 +25,6 @@ def demo(result):
         yield (f"{shown}, after stage 1 and after stage 2 of {one['steps']:,} steps",
                "; ".join(f"{words} {one[key][way]:.0%}, {two[key][way]:.0%}" for key, words in
                          (("fits", "all of the caption right"), ("number", "number of shapes"), ("colours", "number and colours"))))
-
-
-def recipes(result):
-    budget, real = result["budget"], result["real"]
-    yield (f"shapes world, 100 real pictures a kind at {real['size_px']} px, found right by the judge: what a perfect model would get",
-           "; ".join(f"{kind} {share:.0%}" for kind, share in real["fits"].items()))
-    for name, cells in result["experiments"].items():
-        for key, shown in (("colours", "number and colours right"), ("fits", "all of the caption right")):
-            rows = [(f"{cell} at {steps} ({way.split(',')[0]})" if len(points) > 1 else cell, shares) for cell, points in cells.items()
-                    for steps, ways in points.items() for way, shares in list(ways.items())[:1]]
-            yield (f"shapes world, {name}, {budget['pretrain']} and {budget['finetune']} steps, {budget['seeds']} seeds: {shown}",
-                   "; ".join(f"{label} {shares[key]['mean']:.1%}" + (
-                       "" if shares[key]["interval"] is None else f" +-{shares[key]['interval']:.1%}") for label, shares in rows))
 
 
 def loader(result):
@@ -116,9 +108,9 @@ def rows_of(result):
 
 def table():
     """Markdown: a row for every figure that is quoted."""
-    kinds = {"demo": demo, "recipes": recipes, "loader": loader, "data-reliability": data_reliability, "ops": ops,
+    kinds = {"demo": demo, "loader": loader, "data-reliability": data_reliability, "ops": ops,
              "checkpoint": checkpoint, "precision": precision, "throughput": throughput, "startup": startup,
-             "sampling": sampling, "survival": rows_of, "budget": rows_of}
+             "sampling": sampling, "survival": rows_of, "budget": rows_of, "recipes": rows_of}
     rows = ["| what | figure | machine, date, commit | file |", "|---|---|---|---|"]
     for path in sorted((ROOT / "benchmarks/results").glob("*.json")):
         result = json.loads(path.read_text())

@@ -37,6 +37,7 @@ from benchmarks.counts import Count, part_flops, plain_flops  # noqa: E402
 from benchmarks.loader import draw_photographs  # noqa: E402
 from benchmarks.ops import ceilings  # noqa: E402
 from benchmarks.plain import Draws, Plain, Trainer  # noqa: E402
+from benchmarks.report import label  # noqa: E402
 from iomm.adapter import QueryAdapter  # noqa: E402
 from iomm.engine import launch, loop, zero  # noqa: E402
 from iomm.engine.ahead import Ahead  # noqa: E402
@@ -537,8 +538,7 @@ def main():
 def report(bench, args, changes):
     facts, device = machine(), bench.device.type
     copy, matmul = ceilings(bench.device, torch.float32 if bench.config.precision == "fp32" else torch.bfloat16)      # as it is idle
-    given = [item.replace("=", "-").replace("/", "-") for item in args.overrides]
-    path = ROOT / "benchmarks/results" / f"throughput-{'-'.join([Path(args.config).stem, *given])}-{device}-{facts['date']}.json"
+    path = ROOT / "benchmarks/results" / f"{label(f'throughput-{Path(args.config).stem}', args.overrides)}-{device}-{facts['date']}.json"
     result = {"machine": facts | {"load": os.getloadavg()[0], "threads": torch.get_num_threads()}, "config": args.config,
               "changed": [*args.overrides, *changes], "precision": bench.config.precision, "compiled": bench.compiled,
               "images_a_step": bench.config.train.global_batch, "copy_bytes_per_s": copy, "matmul_flop_per_s": matmul,

@@ -27,14 +27,11 @@ def test_bodies_are_equal(num_tokens, ratio, fixed):
 
 @needs_cpp
 def test_threads_do_not_change_the_mask():
-    n, before = torch.arange(400), torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            for mine, specified in zip(visible_tokens(1, n, 256, 0.85), visible_tokens_reference(1, n, 256, 0.85, False, None)):
-                assert torch.equal(mine, specified)
-    finally:
-        torch.set_num_threads(before)
+    n = torch.arange(400)
+    for threads in (1, 2, 3):                     # the fixture `poison` gives back the number there was
+        torch.set_num_threads(threads)
+        for mine, specified in zip(visible_tokens(1, n, 256, 0.85), visible_tokens_reference(1, n, 256, 0.85, False, None)):
+            assert torch.equal(mine, specified)
 
 
 @pytest.mark.parametrize("ratio", RATIOS)

@@ -18,16 +18,20 @@ from iomm.pipeline import to_images
 
 WAYS = ("text", "image", "edit")     # what the model is shown: a caption; a picture, masked as in training; picture and instruction
 ASKED = ("fits", "number", "colours", "shapes", "relation")      # what score() answers
-GUIDANCE = 2.0                       # of pictures from captions, wherever models are compared
+GUIDANCE = {"text": 2.0, "image": 1.0, "edit": 2.0}              # by way, wherever models are compared
 SEED = 2**32                         # of the scenes that are asked for: pictures that no run is trained on
+
+
+def asked_for(kinds, split, per_kind):
+    """The scenes that every model is asked for, per_kind of each kind."""
+    return [scene(SEED, i, split, kind) for i, kind in enumerate(kind for kind in kinds for _ in range(per_kind))]
 
 
 def tasks(model, way, split, per_kind):
     """-> ([kind], [text], vit pixels or None, [caption that the picture must fit]) of what the model will be asked."""
     choice("way", way, WAYS)
-    kinds = [kind for kind in (("single_object",) if way == "edit" else KINDS) for _ in range(per_kind)]
-    scenes = [scene(SEED, i, split, kind) for i, kind in enumerate(kinds)]
-    captions = [picture.caption for picture in scenes]
+    scenes = asked_for(("single_object",) if way == "edit" else KINDS, split, per_kind)
+    kinds, captions = [picture.kind for picture in scenes], [picture.caption for picture in scenes]
     if way == "text":
         return kinds, captions, None, captions
     pixels_ICHW = torch.stack([vit_pixels(draw(picture), model.frozen[0].vit_px) for picture in scenes])
@@ -64,7 +68,7 @@ def grade(model, size_px, way="text", *, split="train", per_kind=8, steps=20, gu
 
 def ceiling(size_px, split="train", per_kind=8):
     """grade()'s table of the real pictures, made as small as a model's: what a model that draws perfectly would get."""
-    scenes = [scene(SEED, i, split, kind) for i, kind in enumerate(kind for kind in KINDS for _ in range(per_kind))]
+    scenes = asked_for(KINDS, split, per_kind)
     pictures = [vit_bytes(draw(picture), size_px).permute(1, 2, 0).numpy() for picture in scenes]
     return judged([picture.kind for picture in scenes], pictures, [picture.caption for picture in scenes])
 
@@ -82,12 +86,12 @@ def grade_run(run_dir, *, per_kind=8, steps=20, device="cpu"):
     and of real pictures. Writes run_dir/scores.json, {way: grade's table}."""
     config, model, _ = load_run(run_dir, device=device)
     size_px = config.data.size_px
-    found = {way: grade(model, size_px, way, per_kind=per_kind, steps=steps, guidance=GUIDANCE if way == "text" else 1.0)[0]
+    found = {way: grade(model, size_px, way, per_kind=per_kind, steps=steps, guidance=GUIDANCE[way])[0]
              for way in ("image", "text")}
     found["real"] = ceiling(size_px, per_kind=per_kind)
     (Path(run_dir) / "scores.json").write_text(json.dumps(found, indent=1) + "\n")
     return "\n".join(f"scores, {shown}\n{describe(found[way])}" for way, shown in
-                     (("image", "masked images drawn whole"), ("text", f"captions drawn, guidance {GUIDANCE:g}"),
+                     (("image", "masked images drawn whole"), ("text", f"captions drawn, guidance {GUIDANCE['text']:g}"),
                       ("real", f"real pictures at {size_px} px")))
 
 

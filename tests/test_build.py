@@ -26,17 +26,22 @@ def recipe():
     return module
 
 
-def test_builds_without_nvcc(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(recipe, "find_nvcc", lambda: None)
+def test_a_compiler_that_fails(recipe, tmp_path, monkeypatch):
+    """nvcc may fail (an old one, a host compiler it does not know): the reason is kept, the C++ library built. g++ may not."""
+    monkeypatch.setattr(recipe, "find_nvcc", lambda: "/bin/false")
+    monkeypatch.setattr(recipe, "CXX_FLAGS", [*recipe.CXX_FLAGS, "-O0"])
     facts = recipe.build_native(tmp_path)
     assert json.loads((tmp_path / "build.json").read_text()) == facts
-    assert "libiomm_cpu.so" in facts["built"] and "no nvcc found" in facts["missing"]["libiomm_cuda.so"]
+    assert "libiomm_cpu.so" in facts["built"] and facts["missing"]["libiomm_cuda.so"] == "false: exit status 1"
     line = recipe.summary(facts)
     assert "\n" not in line and "libiomm_cpu.so" in line and "libiomm_cuda.so" in line
     for name in facts["built"]:
         library = ctypes.CDLL(str(tmp_path / name))
         library.iomm_source_hash.restype = ctypes.c_char_p
         assert library.iomm_source_hash().decode() == facts["source_hash"] == native.source_hash()
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(recipe.BuildError, match="false: exit status 1"):
+        recipe.build_native(tmp_path)
 
 
 def test_without_compilers_it_says_so(recipe, tmp_path, monkeypatch):
@@ -45,17 +50,8 @@ def test_without_compilers_it_says_so(recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     facts = recipe.build_native(tmp_path)
     assert facts["built"] == {} and "no-such-compiler" in facts["missing"]["libiomm_cpu.so"]
+    assert "no nvcc found" in facts["missing"]["libiomm_cuda.so"]
     assert [path.name for path in tmp_path.iterdir()] == ["build.json"]  # nothing of an earlier build either
-
-
-def test_a_compiler_that_fails(recipe, tmp_path, monkeypatch):
-    # nvcc may fail (an old one, a host compiler it does not know): the reason is kept. g++ may not.
-    monkeypatch.setattr(recipe, "find_nvcc", lambda: "/bin/false")
-    monkeypatch.setattr(recipe, "CXX_FLAGS", [*recipe.CXX_FLAGS, "-O0"])
-    assert recipe.build_native(tmp_path)["missing"]["libiomm_cuda.so"] == "false: exit status 1"
-    monkeypatch.setenv("CXX", "false")
-    with pytest.raises(recipe.BuildError, match="false: exit status 1"):
-        recipe.build_native(tmp_path)
 
 
 def test_every_package_is_listed(recipe):

@@ -4,7 +4,7 @@ import json
 import os
 
 import pytest
-from test_run import hashes, launch, rows
+from test_run import hashes, launch, rows, start
 
 from iomm.config import InputError
 from iomm.engine.data.index import build
@@ -95,7 +95,7 @@ def test_a_run_goes_on_and_its_count_is_exact_after_resuming(damaged_world, tmp_
 
 
 def test_too_many_end_every_rank_with_one_line(damaged_world, tmp_path):
-    done = launch(2, *settings(damaged_world, tmp_path / "run", "train.steps=9", "data.max_bad_fraction=0"))
+    done = start(2, *settings(damaged_world, tmp_path / "run", "train.steps=9", "data.max_bad_fraction=0"))
     said = [line for line in done.stdout.splitlines() if line.startswith("iomm: ")]
     assert done.returncode != 0 and len(said) == 1 and "Traceback" not in done.stdout, done.stdout
     assert "1 samples of" in said[0] and "more than data.max_bad_fraction (0.0) allows; last:" in said[0]

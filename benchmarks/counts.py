@@ -27,7 +27,8 @@ from benchmarks.plain import Plain  # noqa: E402
 from iomm.config import generator_config  # noqa: E402
 from iomm.engine import plan  # noqa: E402
 from iomm.engine.config import load_config  # noqa: E402
-from iomm.mllm import IMAGE, RECONSTRUCT, TURN, mllm_without_weights, prompt_tokenizer  # noqa: E402
+from iomm.internvl import mllm_without_weights, prompt_tokenizer  # noqa: E402
+from iomm.mllm import IMAGE, RECONSTRUCT, TURN  # noqa: E402
 from iomm.vae import vae_without_weights  # noqa: E402
 
 FILE = ROOT / "benchmarks" / "counts.json"

@@ -26,169 +26,28 @@ import os  # noqa: E402
 import statistics  # noqa: E402
 import tempfile  # noqa: E402
 import time  # noqa: E402
-from contextlib import ExitStack, contextmanager, nullcontext  # noqa: E402
-from dataclasses import replace  # noqa: E402
-from itertools import islice  # noqa: E402
+from contextlib import nullcontext  # noqa: E402
 
 import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
 
+from benchmarks.ablations import ablations, swapped  # noqa: E402
+from benchmarks.bench import WARM_UP, Bench, prepare, ratio, summary, whole_copy  # noqa: E402
 from benchmarks.counts import Count, part_flops, plain_flops  # noqa: E402
-from benchmarks.loader import draw_photographs  # noqa: E402
 from benchmarks.ops import ceilings  # noqa: E402
 from benchmarks.plain import Draws, Plain, Trainer  # noqa: E402
 from benchmarks.report import label  # noqa: E402
-from iomm.adapter import QueryAdapter  # noqa: E402
-from iomm.engine import launch, loop, zero  # noqa: E402
-from iomm.engine.ahead import Ahead  # noqa: E402
-from iomm.engine.config import load_config  # noqa: E402
+from iomm.engine import zero  # noqa: E402
 from iomm.engine.doctor import machine  # noqa: E402
 from iomm.engine.metrics import memory_gib, peak_flops  # noqa: E402
-from iomm.engine.optim import learning_rate  # noqa: E402
-from iomm.engine.plan import make_plan  # noqa: E402
 from iomm.engine.tracing import Window  # noqa: E402
 from iomm.flow import sample_time  # noqa: E402
-from iomm.generator import empty_generator  # noqa: E402
-from iomm.kernels import dispatch, fp8_linear  # noqa: E402
-from iomm.kernels.masked_attention import masked_attention  # noqa: E402
 from iomm.kernels.philox import NOISE, TIME, normal, uniform  # noqa: E402
-from iomm.layers import TokenLinear, use_fp8  # noqa: E402
 from iomm.masking import visible_mask  # noqa: E402
-from iomm.model import IOMM  # noqa: E402
-from iomm.ranges import Clock, named  # noqa: E402
 
-STAND_INS = {"OpenGVLab/InternVL3-2B-hf": "random:internvl3-2b", "black-forest-labs/FLUX.1-schnell/vae": "random:flux"}
 STAGE_1, STAGE_2 = 110e6, 4.2e6     # images: 11 M x 10 epochs; 210 k pairs x 10 epochs and as many images beside them
 PAPER_HOURS, PAPER_RATE = (1000, 50), 110e6 / (1000 * 3600)      # H800-hours of the stages; images/s that the first implies
 LIMIT_S = {"cpu": 170, "cuda": 480}
-WARM_UP = {"cpu": 1, "cuda": 3}     # rounds of every row that do not count: compiling, attention plans, allocator
 SHARES = 0.55, 0.95                 # of the time limit, when the comparison and the ablations end, 3 rounds each at least
-
-
-def prepare(args, device, folder):
-    """(RunConfig as it is measured, [what was changed])."""
-    config = load_config(args.config, args.overrides)
-    changes = [f"run.dir={folder}", "train.steps=1000000", "data.max_bad_fraction=0"]
-    changes += [f"model.{key}={STAND_INS[name]}" for key in ("mllm", "vae")
-                if (name := getattr(config.model, key)) in STAND_INS]
-    if config.data.shards != "shapes" and not any(item.startswith("data.shards=") for item in args.overrides):
-        changes.append(f"data.shards={draw_photographs(folder / 'photographs', 64)}")
-    config = load_config(args.config, [*args.overrides, *changes])
-    micro_batch = config.train.micro_batch or config.train.global_batch
-    if device == "cuda":
-        room, wanted = torch.cuda.get_device_properties(0).total_memory * 0.9, micro_batch
-        while micro_batch > 1 and needed(config, micro_batch, args.against) > room:
-            micro_batch //= 2
-        if micro_batch < wanted:
-            print(f"micro-batch {micro_batch} and not {wanted}: {needed(config, wanted, args.against) / 2**30:.0f} GiB do not "
-                  f"fit into {room / 2**30:.0f}", flush=True)
-    changes += [f"train.micro_batch={micro_batch}", f"train.global_batch={micro_batch}"]
-    return load_config(args.config, [*args.overrides, *changes]), changes
-
-
-def needed(config, micro_batch, against):
-    """Bytes on one GPU: the run's, an unsharded copy to time parts alone, and plain's weights, gradients, moments and
-    average in fp32, with activations half as large again as ours (assumed: autocast keeps norms in fp32)."""
-    config = replace(config, train=replace(config.train, global_batch=micro_batch, micro_batch=micro_batch))
-    plan = make_plan(config, 1)
-    trained = sum(number for part, number in plan.parameters.items() if "frozen" not in part)
-    return (sum(plan.memory.values()) + 2 * trained
-            + (20 * trained + 0.5 * plan.memory["activations"] if against else 0))
-
-
-class Bench:
-    """Our run and what is measured of it. `deadline(share)` is a moment of time.monotonic()."""
-
-    def __init__(self, config, ranks, limit_s, begun):
-        self.config, self.ranks, self.device = config, ranks, ranks.device
-        self.begun, self.limit_s = begun, limit_s
-        launch.prepare_process(config, ranks)
-        self.state, self.source, self.flops = launch.build(config, ranks, say=lambda *_: None)
-        self.batches = iter(self.source)
-        self.model = self.state.sharded.engine.module
-        self.compiled = self.device.type == "cuda" if config.train.compile is None else config.train.compile
-        self.wake()
-
-    @torch.no_grad()
-    def wake(self):
-        """Moves all masters away from where they start: there gates and velocity are zero, and multiplying zeros takes a
-        GPU less power and time (13 % measured on products)."""
-        state, draw = self.state, torch.Generator(self.device).manual_seed(0)
-        state.sharded.slots()
-        for flat in state.sharded.masters:
-            flat.add_(torch.randn(flat.shape, generator=draw, device=self.device), alpha=0.02)
-        state.sharded.restored(0)
-        for average, flat in zip(state.ema.flats, state.sharded.masters):
-            average.copy_(flat)
-
-    def weights(self):
-        """Name -> whole fp32 tensor of what trains; one rank holds them all."""
-        sharded = self.state.sharded
-        return {name: sharded.masters[place.group].detach()[place.offset:place.offset + place.numel].view(sharded.shapes[name])
-                for name, place in sharded.places.items()}
-
-    def step(self, batches=None, look_ahead=None):
-        """What engine/loop.py does in a step, its log, guard and checkpoints aside."""
-        state, config = self.state, self.config
-        state.sharded.set_lr(learning_rate(state.step, config.optim, config.train.steps))
-        loss, by_time, applied, *_ = loop.train_step(state.sharded, batches or self.next(), look_ahead=look_ahead)
-        assert applied, "a step was skipped: its gradient is not finite"
-        with named("ema"):
-            state.ema.update(state.step)
-        state.step += 1
-        sums = torch.cat((loss[None], by_time.flatten()))
-        dist.all_reduce(sums)
-        return sums.tolist()[0]
-
-    def next(self):
-        return list(islice(self.batches, self.source.accumulation_steps))
-
-    def deadline(self, share):
-        return self.begun + share * self.limit_s
-
-    def wait(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def in_turn(self, rows, rounds, deadline, warm_up=None):
-        """{row: [seconds]}: every row once a round, in an order that rotates; at least 3 rounds, then until `deadline`.
-        `cpu_s` then holds the CPU time of the same, over all threads: what says something where others compute too."""
-        warm_up = WARM_UP[self.device.type] if warm_up is None else warm_up
-        times, names = {name: [] for name in rows}, list(rows)
-        self.cpu_s = {name: [] for name in rows}
-        for r in range(warm_up + rounds):
-            if r >= warm_up + 3 and time.monotonic() > deadline:
-                break
-            for name in names[r % len(names):] + names[:r % len(names)]:
-                self.wait()
-                started, started_cpu = time.perf_counter(), time.process_time()
-                rows[name]()
-                self.wait()
-                if r >= warm_up:
-                    times[name].append(time.perf_counter() - started)
-                    self.cpu_s[name].append(time.process_time() - started_cpu)
-        return times
-
-    def split(self, num_steps):
-        """{part: median seconds} within the step, on the device's own timeline."""
-        clock, found = Clock(self.device), []
-        with clock:
-            for _ in range(num_steps):
-                self.step()
-                found.append(clock.read()[0])
-        return {part: statistics.median(row.get(part, 0.0) for row in found) for part in sorted(set().union(*found))}
-
-
-def summary(seconds, batch):
-    return {"steps": len(seconds), "s": statistics.median(seconds), "fastest_s": min(seconds), "slowest_s": max(seconds),
-            "images_per_s": batch / statistics.median(seconds)}
-
-
-def ratio(over, under):
-    """Median, 10th and 90th percentile of over / under, round by round."""
-    found = sorted(a / b for a, b in zip(over, under))
-    return {"median": statistics.median(found), "low": found[round(0.1 * (len(found) - 1))],
-            "high": found[round(0.9 * (len(found) - 1))]}
 
 
 # The rival
@@ -216,18 +75,6 @@ def make_plain(bench):
     if bench.compiled:
         plain.compile_blocks()
     return plain, Trainer(plain, config.optim, config.ema.decay), {"ours": ours, "plain": theirs}
-
-
-def whole_copy(bench):
-    """An IOMM with our weights that no ZeRO cuts up, for what is run alone; its frozen parts are the same modules."""
-    config, model = bench.config, bench.model
-    dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
-    mllm, vae = model.frozen
-    with torch.device(bench.device):
-        adapter = QueryAdapter(config.adapter, mllm.width)
-    twin = IOMM(empty_generator(model.generator.config, device=bench.device), adapter, mllm, vae, model.recipe).to(dtype)
-    twin.load_state_dict(bench.weights())
-    return twin
 
 
 def against(bench, args, result):
@@ -291,110 +138,6 @@ def parts_alone(bench):
             run()
         found[name] = {"s": statistics.median(seconds), "flops": flops.get(name), "bytes": counter.bytes}
     return found
-
-
-# Each idea switched off
-
-@contextmanager
-def swapped(thing, **values):
-    """Attributes of a thing, other ones for a while."""
-    before = {name: getattr(thing, name) for name in values}
-    for name, value in values.items():
-        setattr(thing, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(thing, name, value)
-
-
-@contextmanager
-def bodies(choice):
-    """IOMM_KERNELS, another one for a while."""
-    before = os.environ.pop("IOMM_KERNELS", None)
-    os.environ["IOMM_KERNELS"] = choice
-    try:
-        yield
-    finally:
-        del os.environ["IOMM_KERNELS"]
-        if before is not None:
-            os.environ["IOMM_KERNELS"] = before
-
-
-@contextmanager
-def in_fp8(generator):
-    """The generator's products in fp8 for a while; torch.compile makes graphs of that too, in the first step."""
-    use_fp8(generator)
-    try:
-        yield
-    finally:
-        for part in generator.modules():
-            if isinstance(part, TokenLinear):
-                part.fp8 = False
-
-
-def whole_pass(mllm, queries_BQD, condition, cache, *, causal=True):
-    """Like MLLM.queries, without the prefix split: prompt, image tokens and queries in one pass with ordinary autograd."""
-    decoder, (batch, num, width) = mllm.backbone.language_model, queries_BQD.shape
-    bounds, device = condition.offsets.tolist(), queries_BQD.device
-    steps = torch.arange(num, device=device)
-    tokens, positions, is_query = [], [], []
-    for b, (start, stop) in enumerate(zip(bounds, bounds[1:])):
-        tokens += [condition.tokens_TD[start:stop], queries_BQD[b]]
-        positions += [condition.positions_T[start:stop], condition.end_B[b] + steps]
-        is_query += [torch.zeros(stop - start, dtype=torch.bool), torch.ones(num, dtype=torch.bool)]
-    x_SD, rotary = torch.cat(tokens), decoder.rotary_emb(queries_BQD, torch.cat(positions)[None])
-    offsets = condition.offsets + num * torch.arange(batch + 1, dtype=torch.int32, device=device)
-    for layer in decoder.layers:
-        q, k, v = mllm.heads(layer, x_SD, rotary)
-        x_SD = mllm.finish(layer, x_SD, masked_attention(q, k, v, offsets, causal=causal))
-    return decoder.norm(x_SD)[torch.cat(is_query).to(device)].view(batch, num, width)
-
-
-def ablations(bench):
-    """{row: step with one idea switched off}, and {row: step with something switched on that is not by default}."""
-    model, mllm, recipe = bench.model, bench.model.frozen[0], bench.model.recipe
-    rows = {"hidden tokens enter as zeros (mask.mode=zero)": lambda: [
-                swapped(model, recipe=replace(recipe, mask=replace(recipe.mask, mode="zero")))],
-            "no prefix split": lambda: [swapped(mllm, prefix=lambda condition, outputs=False: (None, None),
-                                                queries=lambda *args, **kind: whole_pass(mllm, *args, **kind))],
-            "all outputs condition (adapter.conditions=all)": lambda: [
-                swapped(model, recipe=replace(recipe, adapter=replace(recipe.adapter, conditions="all")))]}
-    own = [f"{op}:reference" for op, _, body, _ in dispatch.table(bench.device) if body in ("cpp", "cuda")]
-    if own:
-        rows["no compiled ops of ours"] = lambda: [bodies(",".join(own))]
-    if bench.compiled:
-        rows["no torch.compile"] = lambda: [torch.compiler.set_stance("force_eager")]
-    if bench.device.type == "cuda":
-        for body in ("triton", "varlen"):
-            if dict(refusals("masked_attention", bench.device)).get(body, "unknown") is None:
-                rows[f"masked_attention by {body}"] = lambda body=body: [bodies(f"masked_attention:{body}")]
-
-        if fp8_linear.why_not() is None:
-            rows["fp8 in the generator's blocks (precision=fp8)"] = lambda: [in_fp8(model.generator)]
-
-    def inside(contexts):
-        def run():
-            with ExitStack() as stack:
-                for context in contexts():
-                    stack.enter_context(context)
-                return bench.step()
-        return run
-    steps = {name: inside(contexts) for name, contexts in rows.items()}
-    if bench.device.type == "cuda":
-        ahead = Ahead(bench.batches, model.prepare, bench.device)
-        steps["encoded ahead on a stream of its own (train.overlap)"] = lambda: bench.step(
-            list(islice(ahead, bench.source.accumulation_steps)), ahead.fetch)
-    held = bench.next()
-    ready = [replace(batch, latents_BCHW=model.encode(batch.pixels_BCHW, batch.n_B.to(bench.device)).float(), pixels_BCHW=None)
-             for batch in held]
-    steps["latents at hand (data.latents, without its reads)"] = lambda: bench.step(ready)
-    return steps
-
-
-def refusals(op, device):
-    """[(body, why it cannot run here, or None)]."""
-    return [(body.name, body.refusal(device.type, torch.bfloat16)) for body in dispatch._bodies[op]]
 
 
 # What is said of it

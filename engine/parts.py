@@ -22,7 +22,7 @@ from iomm.engine.data.source import ImageSource
 from iomm.engine.shapes.mllm import WEIGHTS
 from iomm.engine.shapes.world import write_world
 from iomm.generator import new_generator
-from iomm.mllm import load_mllm
+from iomm.internvl import load_mllm
 from iomm.model import IOMM, Recipe
 from iomm.vae import load_vae
 

@@ -14,8 +14,9 @@ from iomm.engine.data import latents
 from iomm.engine.data.patterns import expand
 from iomm.engine.parts import mllm_name
 from iomm.generator import empty_generator
+from iomm.internvl import mllm_without_weights
 from iomm.layers import use_fp8
-from iomm.mllm import TURN, mllm_without_weights
+from iomm.mllm import TURN
 from iomm.model import IOMM, Recipe
 from iomm.vae import vae_without_weights
 

@@ -11,8 +11,9 @@ from PIL import Image
 
 from iomm.adapter import Connector, QueryAdapter
 from iomm.config import AdapterConfig, InputError
+from iomm.internvl import load_mllm
 from iomm.kernels.noisy_tokens import unpatch
-from iomm.mllm import IMAGE_MEAN, IMAGE_STD, load_mllm
+from iomm.mllm import IMAGE_MEAN, IMAGE_STD
 from iomm.model import IOMM, Recipe
 from iomm.sampler import image_noise, sample
 from iomm.vae import load_vae

@@ -10,7 +10,7 @@ from test_model import build, mllm, mllm_folder, pixels  # noqa: F401  two of th
 from iomm.engine.ahead import Ahead
 from iomm.engine.data.source import Batch
 from iomm.engine.loop import train_step
-from iomm.mllm import load_mllm
+from iomm.internvl import load_mllm
 
 
 def batches(num, order):

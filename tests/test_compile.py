@@ -7,7 +7,8 @@ from test_mllm import TEXT, VISION
 from test_vae import autoencoder
 from torch._dynamo.utils import counters
 
-from iomm.mllm import RECONSTRUCT, create_mllm, load_mllm
+from iomm.internvl import create_mllm, load_mllm
+from iomm.mllm import RECONSTRUCT
 from iomm.vae import FluxVAE
 
 Q = 7

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import counts
 from iomm.engine.plan import build_without_weights
-from iomm.mllm import prompt_tokenizer
+from iomm.internvl import prompt_tokenizer
 
 COMMITTED = json.loads(counts.FILE.read_text())
 AGAIN = "if the change is meant: python benchmarks/counts.py --write, and commit it"

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from iomm.adapter import QueryAdapter
 from iomm.config import AdapterConfig, generator_config
 from iomm.generator import empty_generator
-from iomm.mllm import INTERNVL3_2B, shape_of_mllm
+from iomm.internvl import INTERNVL3_2B, shape_of_mllm
 
 T = 1e12
 TEXT, IMAGE, QUERIES, RATIO = 12, 256, 256, 0.85

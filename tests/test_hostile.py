@@ -17,7 +17,7 @@ from iomm.engine.config import parse
 from iomm.engine.data import index
 from iomm.engine.data.shards import Shards
 from iomm.engine.shapes.mllm import WEIGHTS
-from iomm.mllm import load_mllm
+from iomm.internvl import load_mllm
 from iomm.vae import load_vae
 
 

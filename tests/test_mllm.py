@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from iomm.config import InputError
-from iomm.mllm import RECONSTRUCT, create_mllm, load_mllm
+from iomm.internvl import create_mllm, load_mllm
+from iomm.mllm import RECONSTRUCT
 
 VISION = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=96, image_size=32, patch_size=4,
               attention_bias=True)

@@ -10,10 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from iomm.adapter import Connector, QueryAdapter
 from iomm.config import AdapterConfig, GeneratorConfig, MaskConfig
 from iomm.generator import new_generator
+from iomm.internvl import create_mllm, load_mllm
 from iomm.kernels.noisy_tokens import noisy_tokens
 from iomm.kernels.philox import CAPTION_DROP, TIME, uniform
 from iomm.masking import visible_mask
-from iomm.mllm import IMAGE, RECONSTRUCT, TURN, create_mllm, load_mllm
+from iomm.mllm import IMAGE, RECONSTRUCT, TURN
 from iomm.model import IOMM, Recipe
 from iomm.pipeline import draw
 from iomm.vae import load_vae

@@ -10,10 +10,10 @@ from iomm.config import AdapterConfig, GeneratorConfig, MaskConfig
 from iomm.engine.config import OptimSection
 from iomm.flow import sample_time
 from iomm.generator import new_generator
+from iomm.internvl import random_mllm
 from iomm.kernels.philox import NOISE, TIME, normal, uniform
 from iomm.layout import Layout
 from iomm.masking import visible_mask
-from iomm.mllm import random_mllm
 from iomm.model import IOMM, Recipe
 from iomm.vae import FLUX_AUTOENCODER, random_vae
 

@@ -136,7 +136,7 @@ def test_fp8_keeps_the_sides_of_its_products_in_a_byte():
 
 def test_bytes_encoded_ahead_are_those_of_a_real_batch():
     from iomm.engine.shapes.mllm import WEIGHTS
-    from iomm.mllm import load_mllm
+    from iomm.internvl import load_mllm
     from iomm.model import IOMM
     from iomm.vae import load_vae
     config = load_config("demo", ["mask.ratio=0.0", "precision=fp32", "data.size_px=32", "model.vae=pixel:4"])
@@ -158,7 +158,7 @@ def test_what_cannot_be_is_said_before_it_costs():
 def test_what_the_mllm_keeps_of_its_queries_is_what_a_real_pass_keeps():
     """The tiny MLLM on real tensors; attention keeps a mask and repeated heads besides, where batches are ragged."""
     from iomm.engine.shapes.mllm import WEIGHTS
-    from iomm.mllm import load_mllm
+    from iomm.internvl import load_mllm
     config = load_config("demo", ["adapter.attention=bidirectional", "precision=fp32"])
     model = build_without_weights(config)
     counted = activation_bytes(model, config, micro_batch=4)["MLLM queries"]

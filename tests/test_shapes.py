@@ -20,7 +20,7 @@ from iomm.engine.shapes.grade import WAYS, ceiling, describe, grade, overall
 from iomm.engine.shapes.mllm import TASKS, WEIGHTS, accuracies, metadata, train
 from iomm.engine.shapes.score import look, parse, score
 from iomm.engine.shapes.world import COLOURS, KINDS, OPPOSITE, PLACES, SHAPES, draw, edit, held_out, scene
-from iomm.mllm import Captioner, load_mllm
+from iomm.internvl import Captioner, load_mllm
 
 ROOT = Path(__file__).resolve().parents[1]
 

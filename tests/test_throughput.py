@@ -12,8 +12,8 @@ import pytest
 import torch
 from test_mllm import TEXT, VISION
 
-from benchmarks import report, throughput
-from iomm.mllm import random_mllm
+from benchmarks import ablations, report, throughput
+from iomm.internvl import random_mllm
 
 ROOT = Path(__file__).resolve().parent.parent
 LAST = re.compile(r"ratio \d+\.\d\d \(counted \d+\.\d\d, spread \d+\.\d\d-\d+\.\d\d\)")
@@ -34,7 +34,7 @@ def test_the_pass_without_the_split_gives_the_same_outputs_and_gradients():
     queries = torch.randn(3, 5, mllm.width, generator=draw, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(3, 5, mllm.width, generator=draw, dtype=torch.float64)
     split = mllm.queries(queries, condition, mllm.prefix(condition)[0])
-    whole = throughput.whole_pass(mllm, queries, condition, None)
+    whole = ablations.whole_pass(mllm, queries, condition, None)
     assert (split - whole).abs().max() <= 1e-12 * whole.abs().max()
     grads = [torch.autograd.grad((out * weight).sum(), queries)[0] for out in (split, whole)]
     assert (grads[0] - grads[1]).abs().max() <= 1e-12 * grads[1].abs().max()
@@ -46,7 +46,7 @@ def test_switches_are_put_back(monkeypatch):
         value: int = 1
     thing = Thing()
     monkeypatch.delenv("IOMM_KERNELS", raising=False)
-    with pytest.raises(KeyError), throughput.swapped(thing, value=2), throughput.bodies("philox:reference"):
+    with pytest.raises(KeyError), ablations.swapped(thing, value=2), ablations.bodies("philox:reference"):
         assert thing.value == 2 and os.environ["IOMM_KERNELS"] == "philox:reference"
         raise KeyError
     assert thing.value == 1 and "IOMM_KERNELS" not in os.environ

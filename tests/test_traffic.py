@@ -18,7 +18,8 @@ from iomm.engine.config import load_config
 from iomm.engine.optim import make_optimizer
 from iomm.engine.traffic import DEFAULTS, count_traffic
 from iomm.generator import new_generator
-from iomm.mllm import RECONSTRUCT, create_mllm, load_mllm
+from iomm.internvl import create_mllm, load_mllm
+from iomm.mllm import RECONSTRUCT
 from iomm.model import IOMM, Recipe
 from iomm.vae import load_vae
 

@@ -19,8 +19,9 @@ from PIL import Image
 from safetensors import safe_open
 
 from iomm.engine.shapes.world import VERSION, draw, edit, scene
+from iomm.internvl import Captioner, create_mllm
 from iomm.kernels.dispatch import cpu_has_bf16
-from iomm.mllm import IMAGE_MEAN, IMAGE_STD, RECONSTRUCT, Captioner, create_mllm
+from iomm.mllm import IMAGE_MEAN, IMAGE_STD, RECONSTRUCT
 
 VISION = dict(hidden_size=128, num_hidden_layers=3, num_attention_heads=4, intermediate_size=512, image_size=32, patch_size=4,
               attention_bias=True)

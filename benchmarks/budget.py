@@ -16,6 +16,7 @@ from functools import cache  # noqa: E402
 
 from torch import nn  # noqa: E402
 
+from benchmarks.report import pyplot  # noqa: E402
 from iomm.engine.config import load_config  # noqa: E402
 from iomm.engine.doctor import machine  # noqa: E402
 from iomm.engine.interval import plan as checkpoint_plan  # noqa: E402
@@ -236,9 +237,8 @@ def table(runs):
 
 def draw(results, path):
     """GPU-hours and efficiency against GPUs, a column a model; dashed: tuned."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    if (plt := pyplot()) is None:
+        return
     figure, axes = plt.subplots(2, len(CONFIGS), figsize=(13, 7), sharex=True, layout="constrained")
     colours = {"H200": "tab:green", "H100": "tab:blue", "H800": "tab:red"}
     for column, name in enumerate(CONFIGS):

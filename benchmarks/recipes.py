@@ -33,6 +33,7 @@ from threading import Lock  # noqa: E402
 import torch  # noqa: E402
 
 from benchmarks.demo import launch  # noqa: E402
+from benchmarks.report import pyplot  # noqa: E402
 from iomm.config import InputError  # noqa: E402
 from iomm.engine import checkpoint, parts  # noqa: E402
 from iomm.engine.config import load_config  # noqa: E402
@@ -215,14 +216,9 @@ def quoted(experiments, budget, real):
 
 def draw_bars(experiments, path):
     """A PNG: per experiment the share of colours and of whole captions that are right, with intervals."""
-    try:
-        import matplotlib
-        matplotlib.use("agg")
-        from matplotlib import pyplot
-    except ImportError:
-        print('no PNG: matplotlib is missing (pip install -e ".[bench]")')
+    if (plt := pyplot()) is None:
         return
-    figure, axes = pyplot.subplots(len(experiments), 1, figsize=(9, 2.6 * len(experiments)), squeeze=False)
+    figure, axes = plt.subplots(len(experiments), 1, figsize=(9, 2.6 * len(experiments)), squeeze=False)
     for axis, (name, cells) in zip(axes[:, 0], experiments.items()):
         rows = bars(cells)
         for shift, key in ((-0.2, "fits"), (0.2, "colours")):

@@ -14,6 +14,18 @@ def label(kind, settings):
     return "-".join([kind, *(setting.replace("=", "-").replace("/", "-") for setting in settings)])
 
 
+def pyplot():
+    """matplotlib's pyplot, to draw into files; where it is missing None, and one line says so."""
+    try:
+        import matplotlib
+    except ImportError:
+        print('no PNG: matplotlib is missing (pip install -e ".[bench]")')
+        return None
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+    return pyplot
+
+
 def demo(result):
     one, two = result["pretrain"], result["finetune"]
     given = "".join(f" {setting}" for setting in result.get("settings", ()))

@@ -35,7 +35,7 @@ from benchmarks.bench import WARM_UP, Bench, prepare, ratio, summary, whole_copy
 from benchmarks.counts import Count, part_flops, plain_flops  # noqa: E402
 from benchmarks.ops import ceilings  # noqa: E402
 from benchmarks.plain import Draws, Plain, Trainer  # noqa: E402
-from benchmarks.report import label  # noqa: E402
+from benchmarks.report import label, pyplot  # noqa: E402
 from iomm.engine import zero  # noqa: E402
 from iomm.engine.doctor import machine  # noqa: E402
 from iomm.engine.metrics import memory_gib, peak_flops  # noqa: E402
@@ -170,12 +170,7 @@ def projection(result):
 
 def picture(result, path):
     """Bars of the time split beside plain's steps, and the roofline, as a PNG."""
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
-    except ImportError:
-        print('no PNG: matplotlib is missing (pip install -e ".[bench]")')
+    if (plt := pyplot()) is None:
         return
     figure, (bars, roof) = plt.subplots(1, 2, figsize=(13, 5), width_ratios=(1, 1.2))
     scale = result["rows"]["ours"]["s"] / sum(result["split_s"].values())      # the clock's own steps were others

@@ -250,13 +250,12 @@ def one(settings, tmp_path_factory):
 
 
 def test_one_rank_follows_two(golden, survivor, one):
-    run_dir = one
-    for one, two in zip(rows(run_dir / "log.jsonl"), rows(golden / "log.jsonl"), strict=True):
-        assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
-        assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
-    for one, two in zip(rows(run_dir / "log.jsonl"), rows(survivor[0] / "log.jsonl"), strict=True):
-        if "heldout_loss" in one:
-            assert one["heldout_loss"]["image"]["by_time"] == pytest.approx(two["heldout_loss"]["image"]["by_time"], rel=1e-5)
+    for ours, theirs in zip(rows(one / "log.jsonl"), rows(golden / "log.jsonl"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+    for ours, theirs in zip(rows(one / "log.jsonl"), rows(survivor[0] / "log.jsonl"), strict=True):
+        if "heldout_loss" in ours:
+            assert ours["heldout_loss"]["image"]["by_time"] == pytest.approx(theirs["heldout_loss"]["image"]["by_time"], rel=1e-5)
 
 
 @pytest.mark.slow

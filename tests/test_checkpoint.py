@@ -269,7 +269,7 @@ def test_planned_intervals_bound_what_a_fault_costs(num_gpus, stall_s, write_s):
     assert found.lost_gpu_hours == pytest.approx((found.interval_s + write_s) * num_gpus / 3600)
 
 
-@pytest.mark.parametrize("num_kills", [20, pytest.param(200, marks=pytest.mark.slow), pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_kills", [10, pytest.param(200, marks=pytest.mark.slow), pytest.param(1000, marks=pytest.mark.slow)])
 def test_no_commit_is_lost_to_a_kill(num_kills, tmp_path):
     """In two chains at once: most of the time of one goes into waiting for the watchdog."""
     with ThreadPoolExecutor() as pool:

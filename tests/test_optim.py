@@ -89,7 +89,7 @@ def worker(rank, size, port, folder):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_more_ranks_do_the_same(size, tmp_path):
     import socket
     with socket.socket() as probe:

@@ -129,7 +129,8 @@ class Runs:
         known = json.loads(path.read_text()) if path.exists() else {}
         wanted = [(way, split) for way in ways for split in ("train", "test")]
         if any(f"{way}, {split}" not in known for way, split in wanted):
-            config, model, _ = parts.load_run(run_dir, device="cuda" if torch.cuda.is_available() else "cpu")
+            with self.locked("transformers"):            # its first imports fail in two threads at once
+                config, model, _ = parts.load_run(run_dir, device="cuda" if torch.cuda.is_available() else "cpu")
             for way, split in wanted:
                 table, _ = grade(model, config.data.size_px, way, split=split, per_kind=self.budget.per_kind,
                                  steps=self.budget.draw_steps, guidance=GUIDANCE[way])

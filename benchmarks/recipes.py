@@ -199,9 +199,9 @@ def paper_table(cells, key="fits"):
 
 
 def bars(cells):
-    """[(label, {key: share})] of every cell and point by the first of its ways."""
+    """[(label, {key: share})] of every cell by the first of its ways; of one that is scored on the way, after each stage."""
     return [(f"{cell} at {steps} ({way.split(',')[0]})" if len(points) > 1 else cell, shares) for cell, points in cells.items()
-            for steps, ways in points.items() for way, shares in list(ways.items())[:1]]
+            for steps, ways in list(points.items())[-2:] for way, shares in list(ways.items())[:1]]
 
 
 def quoted(experiments, budget, real):
@@ -215,17 +215,32 @@ def quoted(experiments, budget, real):
     return found
 
 
+def draw_against_steps(axis, cells):
+    """Colours on masked images along stage 1, a line a cell, and on captions after stage 2."""
+    for i, (cell, points) in enumerate(cells.items()):
+        found = [(int(steps), next(iter(ways.values()))["colours"]) for steps, ways in points.items()]
+        x = [steps * (1 + 0.01 * i) for steps, _ in found]       # side by side, so that intervals do not hide each other
+        y, yerr = [share["mean"] for _, share in found], [share["interval"] or 0 for _, share in found]
+        line = axis.errorbar(x[:-1], y[:-1], yerr[:-1], capsize=2, marker=".", label=f"{cell}, colours")
+        axis.errorbar(x[-1:], y[-1:], yerr[-1:], capsize=2, marker="s", color=line[0].get_color())
+    axis.set_xticks([steps for steps, _ in found], [*(f"{steps}, masked images" for steps, _ in found[:-1]), f"{found[-1][0]}, captions"],
+                    fontsize=6)
+
+
 def draw_bars(experiments, path):
     """A PNG: per experiment the share of colours and of whole captions that are right, with intervals."""
     if (plt := pyplot()) is None:
         return
     figure, axes = plt.subplots(len(experiments), 1, figsize=(9, 2.6 * len(experiments)), squeeze=False)
     for axis, (name, cells) in zip(axes[:, 0], experiments.items()):
-        rows = bars(cells)
-        for shift, key in ((-0.2, "fits"), (0.2, "colours")):
-            axis.bar([i + shift for i in range(len(rows))], [row[key]["mean"] for _, row in rows], 0.4, label=key,
-                     yerr=[row[key]["interval"] or 0 for _, row in rows], capsize=2)
-        axis.set_xticks(range(len(rows)), [label.replace(" at ", "\n") for label, _ in rows], fontsize=6)
+        if any(len(points) > 1 for points in cells.values()):
+            draw_against_steps(axis, cells)
+        else:
+            rows = bars(cells)
+            for shift, key in ((-0.2, "fits"), (0.2, "colours")):
+                axis.bar([i + shift for i in range(len(rows))], [row[key]["mean"] for _, row in rows], 0.4, label=key,
+                         yerr=[row[key]["interval"] or 0 for _, row in rows], capsize=2)
+            axis.set_xticks(range(len(rows)), [label for label, _ in rows], fontsize=6)
         axis.set_ylim(0, 1)
         axis.set_title(name, fontsize=9)
         axis.legend(fontsize=7)

@@ -26,7 +26,7 @@ CSRC = ROOT / "csrc"
 
 CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=off", "-fno-math-errno",
              "-Wall", "-Wextra", "-Werror=vla"]
-NVCC_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "-Xcompiler", "-fPIC,-Wall"]
+NVCC_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "-Xcompiler", "-fPIC,-Wall", "--threads", "0"]      # files and archs side by side
 # H100 and H200 are 9.0 and run sm_90a code; the PTX is what Blackwell and later compile for themselves.
 CUDA_ARCHS = {
     "sm_80": ["-gencode", "arch=compute_80,code=sm_80"],

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_run import launch, rows
+from launches import launch, rows
 
 LOSSES = Path(__file__).parent / "demo_losses.json"
 STEPS, THREADS = 16, 1         # two threads would wait for each other where other tests run

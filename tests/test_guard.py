@@ -10,7 +10,7 @@ import time
 import pytest
 from faults.real import Run, interrupted_starts, nonfinite, real_deaths, world
 from faults.trials import deaths, false_alarms, hangs, newest_step, requests_to_stop
-from test_run import rows
+from launches import rows
 
 from iomm.config import InputError
 from iomm.engine.guard import REQUEUE, Guard

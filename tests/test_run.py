@@ -2,13 +2,8 @@
 
 import gzip
 import json
-import os
-import signal
-import socket
 import subprocess
 import sys
-import tempfile
-import time
 from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from launches import BUILDS, LIMIT_S, ROOT, environment, hashes, launch, launch_and_kill, rows, start
 from PIL import Image
 
 from iomm.config import PRESETS, GeneratorConfig
@@ -28,75 +24,8 @@ from iomm.engine.parts import load_run, load_weights, open_source, prepare_data
 from iomm.engine.shapes.world import write_world
 from iomm.pipeline import Pipeline
 
-ROOT = Path(__file__).parent.parent
-LIMIT_S = 240
 # Of the demo config what rounds, and what it leaves out: ZeRO-3.
 PLAIN = ["precision=fp32", "optim.kind=adamw", "optim.lr=1e-3", "data.size_px=32", "model.vae=pixel:4", "ema.decay=0.99", "zero.stage=3"]
-BUILDS = Path(tempfile.mkdtemp(prefix="iomm-test-"))     # where just-in-time builds would leave a lock
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def command(ranks, *arguments):
-    return [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks), "--master_port", str(free_port()),
-            str(ROOT / "engine/launch.py"), *arguments]
-
-
-def environment():
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(BUILDS)}
-
-
-def launch(ranks, *arguments):
-    """Runs to the end -> completed process, output as text."""
-    return subprocess.run(command(ranks, *arguments), cwd=ROOT, env=environment(), text=True, timeout=LIMIT_S,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-def start(ranks, *arguments):
-    """The ranks alone, as any launcher would start them: DeepSpeed's takes longer than they -> as launch()."""
-    shared = {**environment(), "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    with tempfile.TemporaryFile("w+") as said:
-        processes = [subprocess.Popen([sys.executable, str(ROOT / "engine/launch.py"), *arguments], cwd=ROOT, stdout=said,
-                                      stderr=subprocess.STDOUT, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-                     for rank in range(ranks)]
-        try:
-            codes = [process.wait(LIMIT_S) for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-        said.seek(0)
-        return subprocess.CompletedProcess(arguments, max(codes, key=abs), said.read())
-
-
-def launch_and_kill(ranks, log, after_step, *arguments):
-    """Starts a run and kills all of its processes once `log` shows the step `after_step`."""
-    process = subprocess.Popen(command(ranks, *arguments), cwd=ROOT, env=environment(), start_new_session=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + LIMIT_S
-    while not any(row["step"] >= after_step for row in rows(log)):
-        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def rows(log):
-    found = []
-    for line in Path(log).read_text().splitlines() if Path(log).exists() else []:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            pass                                 # the line being written
-    return found
-
-
-def hashes(run_dir):
-    return checkpoint.read_manifest(checkpoint.newest(Path(run_dir) / "checkpoints"))["files"]
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import json
 import os
 
 import pytest
-from test_run import hashes, launch, rows, start
+from launches import hashes, launch, rows, start
 
 from iomm.config import InputError
 from iomm.engine.data.index import build

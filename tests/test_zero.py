@@ -1,14 +1,11 @@
 """ZeRO stages 0 to 3 on one and two ranks: same losses and norms, whole steps or none, checkpoints of each for each."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from test_run import BUILDS, LIMIT_S, free_port
+from launches import finish, start_ranks
 from zero_ranks import KINDS, STAGES
 
 from iomm.config import InputError
@@ -27,19 +24,11 @@ def reports(tmp_path_factory):
     folder, started = tmp_path_factory.mktemp("zero"), {}
     for size in (1, 2):
         (folder / str(size)).mkdir()
-        shared = {**os.environ, "WORLD_SIZE": str(size), "LOCAL_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1",
-                  "MASTER_PORT": str(free_port()), "TORCH_EXTENSIONS_DIR": str(BUILDS)}
-        for rank in range(size):
-            with open(folder / f"{size}-rank{rank}.txt", "w") as said:
-                started[size, rank] = subprocess.Popen(
-                    [sys.executable, str(Path(__file__).with_name("zero_ranks.py")), str(folder)],
-                    env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=said, stderr=subprocess.STDOUT)
-    try:
-        codes = [process.wait(timeout=LIMIT_S) for process in started.values()]
-        assert not any(codes), "\n".join(path.read_text()[-2000:] for path in sorted(folder.glob("*.txt")))
-    finally:
-        for process in started.values():
-            process.kill()
+        with open(folder / f"{size}.txt", "w") as said:
+            processes = start_ranks(size, Path(__file__).with_name("zero_ranks.py"), str(folder), said=said)
+        started |= {(size, rank): process for rank, process in enumerate(processes)}
+    codes = finish(started.values())
+    assert not any(codes), "\n".join(path.read_text()[-4000:] for path in sorted(folder.glob("*.txt")))
     return {(size, rank): json.loads((folder / f"{size}-rank{rank}.json").read_text()) for size, rank in started}
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from faults.mini import digest
 from faults.nonfinite import planned
 from faults.trials import PLACES, log_rows, newest_step
-from test_run import ROOT, command, environment, rows
+from launches import ROOT, command, environment, rows
 
 from iomm.engine import checkpoint
 from iomm.engine.shapes.world import write_world

@@ -9,7 +9,7 @@ import torch
 from launches import launch, rows
 
 LOSSES = Path(__file__).parent / "demo_losses.json"
-STEPS, THREADS = 16, 1         # two threads would wait for each other where other tests run
+STEPS, THREADS = 20, 1         # two threads would wait for each other where other tests run
 
 
 def machine():

@@ -11,6 +11,14 @@ from iomm.config import InputError, choice
 from iomm.mllm import IMAGE, MLLM, RECONSTRUCT, TURN
 
 
+def is_folder(name):
+    """Whether `name` is a local folder; if not, it is a hub id. Raises InputError for what can be neither."""
+    local = Path(name).is_dir()
+    if not local and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+        raise InputError(f"model.mllm: no folder {name}; give a folder or a hub id such as OpenGVLab/InternVL3-2B-hf")
+    return local
+
+
 def load_mllm(name, *, revision=None, dtype=torch.bfloat16, device="cpu"):
     """Loads a frozen InternVL from a local folder or a hub id in transformers' own format, safetensors only; random:<shape>
     makes one of a known shape (RANDOM), with random weights: for measuring, it understands nothing.
@@ -21,9 +29,7 @@ def load_mllm(name, *, revision=None, dtype=torch.bfloat16, device="cpu"):
     logging.disable_progress_bar()
     if name.startswith("random:"):
         return random_mllm(random_shape(name), dtype, device)
-    local = Path(name).is_dir()
-    if not local and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
-        raise InputError(f"model.mllm: no folder {name}; give a folder or a hub id such as OpenGVLab/InternVL3-2B-hf")
+    local = is_folder(name)
     options = dict(revision=revision, trust_remote_code=False, local_files_only=local)
     try:
         config = AutoConfig.from_pretrained(name, **options)
@@ -96,9 +102,7 @@ def mllm_without_weights(name, revision=None):
         return shape_of_mllm(**KNOWN[name])
     if name.startswith("random:"):
         return shape_of_mllm(**random_shape(name))
-    local = Path(name).is_dir()
-    if not local and name.count("/") != 1:
-        raise InputError(f"model.mllm: no folder {name}; give a folder or a hub id such as OpenGVLab/InternVL3-2B-hf")
+    local = is_folder(name)
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False, local_files_only=local)
     except (OSError, ValueError) as error:

@@ -204,15 +204,17 @@ def bars(cells):
             for steps, ways in list(points.items())[-2:] for way, shares in list(ways.items())[:1]]
 
 
-def quoted(experiments, budget, real):
-    """{what: figure} for the README."""
-    found = {f"shapes world, real pictures at {real['size_px']} px found right by the judge, {real['per_kind']} a kind: what a perfect "
-             "model would get": "; ".join(f"{kind} {share:.2f}" for kind, share in real["fits"].items())}
-    for name, cells in experiments.items():
-        for key, shown in (("colours", "number and colours right"), ("fits", "all of the caption right")):
-            found[f"shapes world, {name}, {budget['pretrain']} and {budget['finetune']} steps, {budget['seeds']} seeds: {shown}"] = "; ".join(
-                f"{label} {in_words(shares[key])}" for label, shares in bars(cells))
-    return found
+def judged(real):
+    """{what: figure} for the README of limit_of_the_judge()."""
+    return {f"shapes world, real pictures at {real['size_px']} px found right by the judge, {real['per_kind']} a kind: what a perfect "
+            "model would get": "; ".join(f"{kind} {share:.2f}" for kind, share in real["fits"].items())}
+
+
+def quoted(name, cells, budget):
+    """{what: figure} for the README of one experiment."""
+    return {f"shapes world, {name}, {budget['pretrain']} and {budget['finetune']} steps, {budget['seeds']} seeds: {shown}": "; ".join(
+        f"{label} {in_words(shares[key])}" for label, shares in bars(cells))
+        for key, shown in (("colours", "number and colours right"), ("fits", "all of the caption right"))}
 
 
 def draw_against_steps(axis, cells):
@@ -265,20 +267,25 @@ def main(argv=None):
         parser.error(f"no experiment {sorted(unknown)[0]}: choose of {', '.join(EXPERIMENTS)}")
     runs, given = Runs(Path(args.out) / args.budget, budget), json.loads(json.dumps({**asdict(budget), "name": args.budget}))
     path = Path(args.results) / f"recipes-{args.budget}-{machine()['date']}.json"
-    earlier = json.loads(path.read_text()) if path.exists() else {}
-    found, real = ((earlier["experiments"], earlier["real"]) if earlier.get("budget") == given      # other experiments of today
-                   else ({}, limit_of_the_judge(load_config("demo").data.size_px)))
+    kept = json.loads(path.read_text()) if path.exists() else {}      # other experiments of today
+    if kept.get("budget") != given:
+        real = limit_of_the_judge(load_config("demo").data.size_px)
+        kept = {"machine": machine(), "budget": given, "rows": judged(real), "of": {}, "real": real, "experiments": {}}
+    found = kept["experiments"]
+    path.parent.mkdir(parents=True, exist_ok=True)
     for name in args.experiments or budget.experiments:
-        cells = EXPERIMENTS[name]
+        cells, found[name] = EXPERIMENTS[name], {}
         with ThreadPoolExecutor(budget.at_once) as pool:
             waiting = {cell: [pool.submit(runs.cell, cells[cell], seed) for seed in range(budget.seeds)] for cell in cells}
-            found[name] = {cell: summed([one.result() for one in seeds]) for cell, seeds in waiting.items()}
+            for cell, seeds in waiting.items():                # written as each is done: a night that is cut short keeps them
+                found[name][cell] = summed([one.result() for one in seeds])
+                rows = quoted(name, found[name], given)
+                kept["rows"].update(rows)
+                kept["of"].update(dict.fromkeys(rows, machine()))
+                path.write_text(json.dumps(kept, indent=1) + "\n")
         print(show(name, found[name]), flush=True)
         if name == "recipes":
             print("\n".join(paper_table(found[name], key) for key in ("fits", "colours")), flush=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"machine": machine(), "budget": given, "rows": quoted(found, given, real), "real": real,
-                                    "experiments": found}, indent=1) + "\n")
     draw_bars(found, path.with_suffix(".png"))
     print(path)
 

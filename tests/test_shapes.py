@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from benchmarks.recipes import BUDGETS, EXPERIMENTS, Runs, interval, paper_table, show, summed
+from benchmarks.recipes import BUDGETS, EXPERIMENTS, Runs, interval, judged, paper_table, show, summed
 from iomm.config import InputError
 from iomm.engine.config import load_config
 from iomm.engine.parts import build_model
@@ -168,5 +168,7 @@ def test_the_smoke_budget_runs_and_goes_on(tmp_path):
     subprocess.run(command, check=True, timeout=60)                            # nothing is run again
     assert json.loads(result.read_text())["experiments"] == first
     subprocess.run([*command, "editing"], check=True, timeout=120)             # of a model that is there: only drawn and scored
-    assert json.loads(result.read_text())["experiments"].keys() == {"recipes", "editing"}
+    both = json.loads(result.read_text())
+    assert both["experiments"].keys() == {"recipes", "editing"}
+    assert set(both["rows"]) - set(both["of"]) == set(judged(both["real"]))        # every row of an experiment says what measured it
     assert len(list((tmp_path / "runs/cpu-smoke").glob("*/config.yaml"))) == len(runs)

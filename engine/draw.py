@@ -31,7 +31,8 @@ def open_pipeline(run_dir, *, weights="ema", device="cpu"):
 
 def draw_run(run_dir, *, num=16, steps=20, seed=0, prompts=(), guidance=1.0, shift=1.0, size=None, weights="ema", device="cpu",
              out=None, singles=False):
-    """Writes a PNG grid and returns its path; with `singles` every picture too, in the folder of the grid's name.
+    """Writes a PNG grid and returns its path; with `singles` every picture too, in the folder of the grid's name. Its name has
+    the first prompt's words, so that pictures of another prompt stay.
 
     With prompts: `num` pictures, the prompts in turn. Without: of a run on images, the first `num` of its order, masked as
     in training, each above what the model draws from what is left; of a run on pairs, pictures of its first captions.
@@ -39,7 +40,7 @@ def draw_run(run_dir, *, num=16, steps=20, seed=0, prompts=(), guidance=1.0, shi
     if num < 1 or steps < 1:
         raise InputError(f"--num and --steps must be >= 1, got {num} and {steps}")
     pipe, config = open_pipeline(run_dir, weights=weights, device=device)
-    columns = min(8, num)
+    columns, words = min(8, num), in_a_name(*prompts[:1])
     if not prompts and config is None:
         raise InputError(f"{run_dir} is an exported folder, without data: say what to draw with --prompt")
     if not prompts and config.train.data != "image":
@@ -55,7 +56,7 @@ def draw_run(run_dir, *, num=16, steps=20, seed=0, prompts=(), guidance=1.0, shi
         images = [image for start in range(0, num, columns) for row in (references, drawn)
                   for image in row[start:start + columns]]
     step = f"step-{int(pipe.origin['step']):08d}-" if "step" in pipe.origin else ""
-    path = png_path(out, run_dir, f"{step}seed{seed}")
+    path = png_path(out, run_dir, f"{step}{words}seed{seed}")
     facts = drawing_facts(pipe, size or pipe.size_px, steps=steps, seed=seed, guidance=guidance, shift=shift)
     save_png(image_grid(images, columns), path, {**facts, "prompt": "\n".join(dict.fromkeys(texts))})
     for i, image in enumerate(drawn if singles else ()):
@@ -81,7 +82,7 @@ def edit_run(run_dir, image, instruction, *, steps=20, seed=0, guidance=1.0, shi
     """Image file and instruction -> path of the edited PNG. Raises InputError for a file that is no image."""
     picture = open_image(image)
     pipe, _ = open_pipeline(run_dir, weights=weights, device=device)
-    path = png_path(out, run_dir, f"edited-{Path(image).stem}-seed{seed}")
+    path = png_path(out, run_dir, f"edited-{Path(image).stem}-{in_a_name(instruction)}seed{seed}")
     edited = pipe.edit(picture, instruction, steps=steps, seed=seed, guidance=guidance, shift=shift, size=size)
     facts = drawing_facts(pipe, size or pipe.size_px, steps=steps, seed=seed, guidance=guidance, shift=shift)
     save_png(edited, path, {**facts, "prompt": instruction, "source": Path(image).name})
@@ -121,6 +122,12 @@ def save_png(image, path, facts):
         text.add_text(word, str(value))
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path, format="PNG", pnginfo=text)
+
+
+def in_a_name(text=""):
+    """What a text gives a file's name: "make it red" -> "make-it-red-"; nothing -> ""."""
+    words = "-".join(re.findall(r"\w+", text.lower()))[:40]
+    return f"{words}-" if words else ""
 
 
 def png_path(out, run_dir, name):

@@ -427,7 +427,7 @@ def test_sample_edit_and_export_read_the_run(golden, tmp_path, capsys):
     assert grid.size == (3 * 50 - 2, 16) and grid.text == {**facts, "prompt": "a red circle\nzwölf"}
     assert single.size == (48, 16) and single.text == {**facts, "prompt": "zwölf", "image": "1"}
     assert main(["edit", "--run", str(golden), "--image", str(out), "--instruction", "make it red", "--steps", "2"]) == 0
-    edited = Image.open(golden / "samples/edited-grid-seed0.png")
+    edited = Image.open(golden / "samples/edited-grid-make-it-red-seed0.png")
     assert edited.text == {**facts, "size": "32x32", "seed": "0", "guidance": "1", "prompt": "make it red", "source": "grid.png"}
     prompts = tmp_path / "evaluation_metadata.jsonl"
     prompts.write_text('{"prompt": "a photo of a bench"}\n')
@@ -436,7 +436,7 @@ def test_sample_edit_and_export_read_the_run(golden, tmp_path, capsys):
     assert Image.open(tmp_path / "geneval/00000/samples/0003.png").text["step"] == "6"
     assert main(["export", "--run", str(golden), "--weights", "raw"]) == 0
     assert main(["sample", "--run", str(golden / "export/raw"), "--num", "1", "--steps", "1", "--prompt", "x"]) == 0
-    assert Image.open(golden / "export/raw/samples/step-00000006-seed0.png").text["weights"] == "raw"
+    assert Image.open(golden / "export/raw/samples/step-00000006-x-seed0.png").text["weights"] == "raw"
     assert (golden / "export/raw/diffusion_pytorch_model.safetensors").is_file()
     images = Pipeline.from_pretrained(golden / "export/raw", device="cpu")(["a red circle", ""], steps=2)
     assert [image.size for image in images] == [(32, 32)] * 2

@@ -48,7 +48,7 @@ def in_fp8(generator):
     finally:
         for part in generator.modules():
             if isinstance(part, TokenLinear):
-                part.fp8 = False
+                vars(part).pop("fp8", None)      # and not False: graphs look at whether a part has one of its own
 
 
 def whole_pass(mllm, queries_BQD, condition, cache, *, causal=True):
@@ -70,26 +70,29 @@ def whole_pass(mllm, queries_BQD, condition, cache, *, causal=True):
 
 
 def ablations(bench):
-    """{row: step with one idea switched off}, and {row: step with something switched on that is not by default}."""
+    """{row: step with one idea switched off}, and {row: step with something switched on that is not by default}. Those that
+    torch.compile makes new graphs for come last. The Triton bodies of row kernels have no row: compiled blocks have chosen
+    theirs (benchmarks/ops.py --gpu times them)."""
     model, mllm, recipe = bench.model, bench.model.frozen[0], bench.model.recipe
     rows = {"hidden tokens enter as zeros (mask.mode=zero)": lambda: [
                 swapped(model, recipe=replace(recipe, mask=replace(recipe.mask, mode="zero")))],
             "no prefix split": lambda: [swapped(mllm, prefix=lambda condition, outputs=False: (None, None),
-                                                queries=lambda *args, **kind: whole_pass(mllm, *args, **kind))],
-            "all outputs condition (adapter.conditions=all)": lambda: [
-                swapped(model, recipe=replace(recipe, adapter=replace(recipe.adapter, conditions="all")))]}
+                                                queries=lambda *args, **kind: whole_pass(mllm, *args, **kind))]}
+    late = {"all outputs condition (adapter.conditions=all)": lambda: [
+        swapped(model, recipe=replace(recipe, adapter=replace(recipe.adapter, conditions="all")))]}
     own = [f"{op}:reference" for op, _, body, _ in dispatch.table(bench.device) if body in ("cpp", "cuda")]
     if own:
         rows["no compiled ops of ours"] = lambda: [bodies(",".join(own))]
+    else:
+        print("no row for our compiled ops: none is in use here (iomm doctor says why)")
     if bench.compiled:
         rows["no torch.compile"] = lambda: [torch.compiler.set_stance("force_eager")]
     if bench.device.type == "cuda":
         for body in ("triton", "varlen"):
             if dict(refusals("masked_attention", bench.device)).get(body, "unknown") is None:
-                rows[f"masked_attention by {body}"] = lambda body=body: [bodies(f"masked_attention:{body}")]
-
-        if fp8_linear.why_not() is None:
-            rows["fp8 in the generator's blocks (precision=fp8)"] = lambda: [in_fp8(model.generator)]
+                late[f"masked_attention by {body}"] = lambda body=body: [bodies(f"masked_attention:{body}")]
+        if fp8_linear.why_not() is None and bench.config.precision != "fp8":
+            late["fp8 in the generator's blocks (precision=fp8)"] = lambda: [in_fp8(model.generator)]
 
     def inside(contexts):
         def run():
@@ -99,15 +102,15 @@ def ablations(bench):
                 return bench.step()
         return run
     steps = {name: inside(contexts) for name, contexts in rows.items()}
-    if bench.device.type == "cuda":
-        ahead = Ahead(bench.batches, model.prepare, bench.device)
-        steps["encoded ahead on a stream of its own (train.overlap)"] = lambda: bench.step(
-            list(islice(ahead, bench.source.accumulation_steps)), ahead.fetch)
     held = bench.next()
     ready = [replace(batch, latents_BCHW=model.encode(batch.pixels_BCHW, batch.n_B.to(bench.device)).float(), pixels_BCHW=None)
              for batch in held]
     steps["latents at hand (data.latents, without its reads)"] = lambda: bench.step(ready)
-    return steps
+    if bench.device.type == "cuda":
+        ahead = Ahead(bench.batches, model.prepare, bench.device)
+        steps["encoded ahead on a stream of its own (train.overlap)"] = lambda: bench.step(
+            islice(ahead, bench.source.accumulation_steps), ahead.fetch)
+    return steps | {name: inside(contexts) for name, contexts in late.items()}
 
 
 def refusals(op, device):

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from benchmarks.loader import draw_photographs
 from iomm.adapter import QueryAdapter
+from iomm.config import PRESETS, InputError
 from iomm.engine import launch, loop
 from iomm.engine.config import load_config
 from iomm.engine.optim import learning_rate
@@ -20,12 +21,17 @@ from iomm.ranges import Clock, named
 
 STAND_INS = {"OpenGVLab/InternVL3-2B-hf": "random:internvl3-2b", "black-forest-labs/FLUX.1-schnell/vae": "random:flux"}
 WARM_UP = {"cpu": 1, "cuda": 3}     # rounds of every row that do not count: compiling, attention plans, allocator
+PASSES = {"cpu": 1, "cuda": 4}      # micro-batches a step: one rank of many updates a small share, one GPU alone everything
 
 
 def prepare(args, device, folder):
-    """(RunConfig as it is measured, [what was changed])."""
+    """(RunConfig as it is measured, [what was changed]). Raises InputError: it does not fit, or plain is no rival for it."""
     config = load_config(args.config, args.overrides)
-    changes = [f"run.dir={folder}", "train.steps=1000000", "data.max_bad_fraction=0"]
+    if args.against and (PRESETS[config.model.preset].kind != "mmdit" or config.adapter.kind != "rqa" or config.adapter.connector_layers
+                         or config.train.data != "image"):
+        raise InputError("--against plain is Algorithm 1 on images with the RQA, no connector and FLUX's blocks: leave it out, or give a "
+                         "config of these")
+    changes = [f"run.dir={folder / 'run'}", "train.steps=1000000", "data.max_bad_fraction=0", "data.heldout=0", "evaluate.every_steps=0"]
     changes += [f"model.{key}={STAND_INS[name]}" for key in ("mllm", "vae")
                 if (name := getattr(config.model, key)) in STAND_INS]
     if config.data.shards != "shapes" and not any(item.startswith("data.shards=") for item in args.overrides):
@@ -33,24 +39,30 @@ def prepare(args, device, folder):
     config = load_config(args.config, [*args.overrides, *changes])
     micro_batch = config.train.micro_batch or config.train.global_batch
     if device == "cuda":
-        room, wanted = torch.cuda.get_device_properties(0).total_memory * 0.9, micro_batch
-        while micro_batch > 1 and needed(config, micro_batch, args.against) > room:
+        room, wanted = torch.cuda.get_device_properties(0).total_memory * 0.95, micro_batch       # a context, an allocator's gaps
+        while (bytes_ := needed(config, micro_batch, args.against)) > room:
+            if micro_batch == 1 and not args.against:
+                raise InputError(f"one image a pass needs {bytes_ / 2**30:.0f} GiB, this GPU has {room / 2**30:.0f}: give a smaller model")
+            if micro_batch == 1:
+                print(f"no comparison: plain beside ours needs {bytes_ / 2**30:.0f} GiB at one image, this GPU has {room / 2**30:.0f}")
+                args.against, micro_batch = None, 2 * wanted
             micro_batch //= 2
         if micro_batch < wanted:
             print(f"micro-batch {micro_batch} and not {wanted}: {needed(config, wanted, args.against) / 2**30:.0f} GiB do not "
                   f"fit into {room / 2**30:.0f}", flush=True)
-    changes += [f"train.micro_batch={micro_batch}", f"train.global_batch={micro_batch}"]
+    changes += [f"train.micro_batch={micro_batch}", f"train.global_batch={micro_batch * PASSES[device]}"]
     return load_config(args.config, [*args.overrides, *changes]), changes
 
 
 def needed(config, micro_batch, against):
-    """Bytes on one GPU: the run's, an unsharded copy to time parts alone, and plain's weights, gradients, moments and
-    average in fp32, with activations half as large again as ours (assumed: autocast keeps norms in fp32)."""
+    """Bytes on one GPU: the run's, and the larger of what stands beside it: for parts alone an unsharded copy, its gradients and
+    random ones in fp32; plain's weights, gradients, moments and average in fp32 and its weights once more in bf16, with
+    activations half as large again as ours (assumed: autocast keeps norms in fp32)."""
     config = replace(config, train=replace(config.train, global_batch=micro_batch, micro_batch=micro_batch))
     plan = make_plan(config, 1)
     trained = sum(number for part, number in plan.parameters.items() if "frozen" not in part)
-    return (sum(plan.memory.values()) + 2 * trained
-            + (20 * trained + 0.5 * plan.memory["activations"] if against else 0))
+    kept = sum(number for part, number in plan.memory.items() if part.startswith("activations"))
+    return sum(plan.memory.values()) + max(12 * trained, 22 * trained + 0.5 * kept if against else 0)
 
 
 class Bench:
@@ -63,7 +75,9 @@ class Bench:
         self.state, self.source, self.flops = launch.build(config, ranks, say=lambda *_: None)
         self.batches = iter(self.source)
         self.model = self.state.sharded.engine.module
-        self.compiled = self.device.type == "cuda" if config.train.compile is None else config.train.compile
+        self.compiled = config.train.compiled(self.device)
+        # Graphs of a function are counted together, whichever row they are for; beyond the limit (8) fullgraph fails.
+        torch._dynamo.config.recompile_limit = 64
         self.wake()
 
     @torch.no_grad()
@@ -88,7 +102,8 @@ class Bench:
         """What engine/loop.py does in a step, its log, guard and checkpoints aside."""
         state, config = self.state, self.config
         state.sharded.set_lr(learning_rate(state.step, config.optim, config.train.steps))
-        loss, by_time, applied, *_ = loop.train_step(state.sharded, batches or self.next(), look_ahead=look_ahead)
+        batches = islice(self.batches, self.source.accumulation_steps) if batches is None else batches
+        loss, by_time, applied, *_ = loop.train_step(state.sharded, batches, look_ahead=look_ahead)
         assert applied, "a step was skipped: its gradient is not finite"
         with named("ema"):
             state.ema.update(state.step)

@@ -1,6 +1,6 @@
 """Algorithm 1 as the paper writes it, in plain PyTorch: what benchmarks/throughput.py --against plain measures us against.
 
-The way a good engineer would in an afternoon: transformers' InternVL forward with an attention mask and ordinary autograd
+The way a good engineer would in an afternoon: transformers' decoder forward with an attention mask and ordinary autograd
 (hidden tokens stay in the sequence and nobody sees them, position ids are the original ones), diffusers' FLUX transformer,
 scaled_dot_product_attention, bf16 autocast over fp32 weights, fused AdamW, torch.compile on the blocks. One process, no
 partitioning: what DeepSpeed costs on one GPU is ours to bear.
@@ -53,7 +53,7 @@ class Draws:
 
 
 class Plain(nn.Module):
-    """Generator and adapter, trained; MLLM and VAE, frozen, shared with ours.
+    """Generator and adapter, trained; MLLM and VAE, frozen, shared with ours, whose compiled ViT and encoder it runs too.
 
     every: all MLLM outputs condition the generator and hidden tokens are zeros that are seen, as the text of Algorithm 1
     reads; else the outputs at the queries do, and nobody sees a hidden token."""
@@ -62,7 +62,7 @@ class Plain(nn.Module):
         """shape: GeneratorConfig; adapter: AdapterConfig; mllm, vae: MLLM and FluxVAE, whose modules it takes."""
         super().__init__()
         self.shape, self.ratio, self.every, self.autocast = shape, ratio, every, autocast
-        self.frozen = mllm.backbone, vae.backbone            # in a tuple: parameters() gives what trains
+        self.frozen = mllm, vae                              # in a tuple: parameters() gives what trains
         self.patch, self.num_image = vae.patch, mllm.num_image_tokens
         self.before = mllm.token_ids(TURN[0] + RECONSTRUCT + IMAGE[0])
         self.after = mllm.token_ids(IMAGE[1] + TURN[1])
@@ -79,7 +79,7 @@ class Plain(nn.Module):
 
     def compile_blocks(self):
         """Every block one graph; ViT and VAE are compiled by their owner."""
-        for block in (*self.generator.transformer_blocks, *self.frozen[0].language_model.layers):
+        for block in (*self.generator.transformer_blocks, *self.frozen[0].backbone.language_model.layers):
             block.compile()
 
     def draw(self, batch, latents_BCHW):
@@ -89,10 +89,11 @@ class Plain(nn.Module):
 
     def loss(self, pixels_BCHW, vit_pixels_BCHW, draws=None):
         """Mean squared error of the velocity; `draws` default to fresh ones."""
-        latents_BCHW = self.encode(pixels_BCHW)
+        mllm, vae = self.frozen
+        latents_BCHW, image_BPD = vae.encode(pixels_BCHW), mllm.image_tokens(vit_pixels_BCHW)
         draws = draws or self.draw(len(pixels_BCHW), latents_BCHW)
         with self.arithmetic(latents_BCHW.device):
-            condition_BCD = self.condition(vit_pixels_BCHW, draws.visible_BP)
+            condition_BCD = self.condition(image_BPD, draws.visible_BP)
             t = draws.t_B.to(latents_BCHW.dtype)[:, None, None, None]
             noisy_BCHW = (1 - t) * latents_BCHW + t * draws.noise_BCHW
             velocity_BNK = self.velocity(noisy_BCHW, condition_BCD, draws.t_B)
@@ -101,18 +102,10 @@ class Plain(nn.Module):
     def arithmetic(self, device):
         return torch.autocast(device.type, torch.bfloat16) if self.autocast else contextlib.nullcontext()
 
-    @torch.no_grad()
-    def encode(self, pixels_BCHW):
-        _, vae = self.frozen
-        latents = vae.encode(pixels_BCHW.to(vae.dtype)).latent_dist.mode().to(pixels_BCHW.dtype)
-        return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
-
-    def condition(self, vit_pixels_BCHW, visible_BP):
+    def condition(self, image_BPD, visible_BP):
         """[prompt, image tokens, prompt, RQA's queries] through the whole MLLM -> what conditions the generator (B, C, D)."""
-        mllm, _ = self.frozen
-        batch, device = len(vit_pixels_BCHW), vit_pixels_BCHW.device
+        mllm, batch, device = self.frozen[0].backbone, len(image_BPD), image_BPD.device
         with torch.no_grad():
-            image_BPD = mllm.get_image_features(vit_pixels_BCHW.to(mllm.dtype)).pooler_output
             before, after = (mllm.get_input_embeddings()(torch.tensor(ids, device=device)).expand(batch, -1, -1)
                              for ids in (self.before, self.after))
             if self.every:
@@ -157,10 +150,10 @@ class Trainer:
         self.average = [p.detach().clone() for p in self.parameters] if decay else []
 
     def step(self, batches):
-        """Over micro-batches (engine's Batch) -> their losses."""
+        """Over micro-batches (engine's Batch) -> their mean loss."""
         losses = []
         for batch in batches:
-            loss = self.plain.loss(batch.pixels_BCHW, batch.vit_pixels_BCHW)
+            loss = self.plain.loss(batch.pixels_BCHW, batch.vit_pixels_BCHW) / len(batches)
             loss.backward()
             losses.append(loss.detach())
         if self.clip:
@@ -169,4 +162,4 @@ class Trainer:
         self.optimizer.zero_grad()
         if self.average:
             torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - self.decay)
-        return torch.stack(losses)
+        return torch.stack(losses).sum()

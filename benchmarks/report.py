@@ -84,7 +84,7 @@ def sampling(result):
 
 def throughput(result):
     rows, batch = result["rows"], result["images_a_step"]
-    ours, bare = rows["ours"], ("run.dir", "train.", "data.max_bad_fraction", "precision")
+    ours, bare = rows["ours"], ("run.dir", "train.", "data.max_bad_fraction", "data.shards=", "data.heldout=", "evaluate.", "precision")
     whose = f"`{' '.join([result['config'], *(c for c in result['changed'] if not c.startswith(bare))])}`, {result['precision']}"
     mfu = f", mfu {result['mfu']:.1%}" if result["mfu"] else ""
     yield (f"training step of {whose}, {batch} images",
@@ -123,13 +123,13 @@ def table():
     kinds = {"demo": demo, "loader": loader, "data-reliability": data_reliability, "ops": ops,
              "checkpoint": checkpoint, "precision": precision, "throughput": throughput, "startup": startup,
              "sampling": sampling, "survival": rows_of, "budget": rows_of, "recipes": rows_of}
-    rows = ["| what | figure | machine, date, commit | file |", "|---|---|---|---|"]
+    rows = ["| what | figure | machine, date, commit (+: with changes that are not in it) | file |", "|---|---|---|---|"]
     for path in sorted((ROOT / "benchmarks/results").glob("*.json")):
         result = json.loads(path.read_text())
         kind = next((kind for kind in kinds if path.name.startswith(kind)), None)
         for what, figure in kinds[kind](result) if kind else ():
             facts = {**result["machine"], **result.get("of", {}).get(what, {})}      # a row measured on its own day
-            rows.append(f"| {what} | {figure} | {facts['device']}, {facts['date']}, {facts['commit'][:9]} | `{path.name}` |")
+            rows.append(f"| {what} | {figure} | {facts['device']}, {facts['date']}, {facts['commit'][:9]}{'+' * ('changes' in facts['commit'])} | `{path.name}` |")
     return "\n".join(rows)
 
 

@@ -5,13 +5,14 @@
     python benchmarks/throughput.py --config iomm-b-512 --against plain --trace traces --limit-s 480     the one GPU visit
     python benchmarks/throughput.py precision=fp32 train.micro_batch=4           keys of the config, as for a run
 
-Measured is the engine's own step (launch.build, loop.train_step, average, the loss read), all parts of it; one optimizer
-step per micro-batch. Hub models give way to random weights of their shape and missing photographs to drawn ones: shapes
+Measured is the engine's own step (launch.build, loop.train_step, average, the loss read), all parts of it: one micro-batch on
+a CPU, four on a GPU. Hub models give way to random weights of their shape and missing photographs to drawn ones: shapes
 and times are real, pictures are not. Rows take turns step by step in one process, in an order that rotates; figures are
 medians, ratios are taken within a round, their spread is from the 10th to the 90th percentile. Nothing is timed unless
 both sides have the same loss on the same batch, weights and draws. `counted` is the ratio of FLOPs.
 
-Everything goes to benchmarks/results/throughput-<config>-<device>-<date>.json as it is measured, and a PNG beside it."""
+Our step alone comes first, then the comparison, the parts, a trace, the ablations. Everything goes to
+benchmarks/results/throughput-<config>-<device>-<date>.json as it is measured, and a PNG beside it."""
 
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path or ".").resol
 
 import argparse  # noqa: E402
 import json  # noqa: E402
+import math  # noqa: E402
 import os  # noqa: E402
 import statistics  # noqa: E402
 import tempfile  # noqa: E402
@@ -36,6 +38,7 @@ from benchmarks.counts import Count, part_flops, plain_flops  # noqa: E402
 from benchmarks.ops import ceilings  # noqa: E402
 from benchmarks.plain import Draws, Plain, Trainer  # noqa: E402
 from benchmarks.report import label, pyplot  # noqa: E402
+from iomm.config import InputError  # noqa: E402
 from iomm.engine import zero  # noqa: E402
 from iomm.engine.doctor import machine  # noqa: E402
 from iomm.engine.metrics import memory_gib, peak_flops  # noqa: E402
@@ -48,6 +51,8 @@ STAGE_1, STAGE_2 = 110e6, 4.2e6     # images: 11 M x 10 epochs; 210 k pairs x 10
 PAPER_HOURS, PAPER_RATE = (1000, 50), 110e6 / (1000 * 3600)      # H800-hours of the stages; images/s that the first implies
 LIMIT_S = {"cpu": 170, "cuda": 480}
 SHARES = 0.55, 0.95                 # of the time limit, when the comparison and the ablations end, 3 rounds each at least
+ALONE = {"cpu": 1, "cuda": 10}      # rounds of our step before there is a rival
+LINEAR = torch.nn.functional.linear # DeepSpeed puts one of its own there where blocks are not compiled on a GPU
 
 
 # The rival
@@ -56,8 +61,9 @@ def make_plain(bench):
     """Plain and its Trainer with our weights, once its loss on a batch is ours."""
     config, model = bench.config, bench.model
     mllm, vae = model.frozen
-    plain = Plain(model.generator.config, config.adapter, mllm, vae, ratio=config.mask.ratio,
-                  autocast=config.precision != "fp32").to(bench.device)
+    with torch.device(bench.device):             # drawn there: a billion numbers on the CPU take longer than the comparison
+        plain = Plain(model.generator.config, config.adapter, mllm, vae, ratio=config.mask.ratio,
+                      autocast=config.precision != "fp32").to(bench.device)
     plain.load(bench.weights())
     (batch, *_), twin = bench.next(), whole_copy(bench)
     n_B, seed, (rows, columns) = batch.n_B.to(bench.device), config.run.seed, (
@@ -65,7 +71,7 @@ def make_plain(bench):
     draws = Draws(visible_BP=visible_mask(config.mask, seed, n_B, mllm.num_image_tokens).view(len(n_B), -1),
                   t_B=sample_time(uniform(seed, TIME, n_B, 1)[:, 0]), noise_BCHW=normal(
                       seed, NOISE, n_B, vae.channels * rows * columns).view(-1, vae.channels, rows, columns))
-    with torch.no_grad():
+    with torch.no_grad(), swapped(torch.nn.functional, linear=LINEAR):
         ours = twin(batch.pixels_BCHW, batch.vit_pixels_BCHW, batch.n_B)[0].item()
         theirs = plain.loss(batch.pixels_BCHW, batch.vit_pixels_BCHW, draws).item()
     allowed = 1e-4 if config.precision == "fp32" else 2e-2
@@ -84,8 +90,9 @@ def against(bench, args, result):
     result["flops_per_image"]["plain, all outputs"] = plain_flops(bench.config, every=True)
 
     def plain_step(every=False, compiled=True):
-        with swapped(plain, every=every), nullcontext() if compiled else torch.compiler.set_stance("force_eager"):
-            return trainer.step(bench.next()).mean().item()
+        with (swapped(plain, every=every), swapped(torch.nn.functional, linear=LINEAR),
+              nullcontext() if compiled else torch.compiler.set_stance("force_eager")):
+            return trainer.step(bench.next()).item()
     rows = {"ours": bench.step, "plain": plain_step, "plain, all outputs": lambda: plain_step(every=True)}
     if bench.compiled:
         rows["plain, no compile"] = lambda: plain_step(compiled=False)
@@ -143,7 +150,8 @@ def parts_alone(bench):
 # What is said of it
 
 def table(result):
-    batch, step_s = result["images_a_step"], result["rows"]["ours"]["s"]
+    batch, step_s = result["images_a_pass"], result["rows"]["ours"]["s"]
+    passes = result["images_a_step"] // batch
     rate, bandwidth = result["matmul_flop_per_s"], result["copy_bytes_per_s"]
     split = result["split_s"]
     total = sum(split.values())
@@ -154,7 +162,8 @@ def table(result):
         flops = batch * (row["flops"] or 0) / row["s"]
         moved = row["bytes"] / row["s"]
         work = f"{flops / 1e12:>9.3f}   {flops / rate:>9.1%}" if flops else f"{'':>21}"
-        lines.append(f"{part:<18} {1e3 * row['s']:>6.1f}   {row['s'] / step_s:>7.1%} {work} {moved / 1e9:>9.1f}   {moved / bandwidth:>7.1%}")
+        share = row["s"] * (1 if part in ("optimizer", "ema") else passes) / step_s
+        lines.append(f"{part:<18} {1e3 * row['s']:>6.1f}   {share:>7.1%} {work} {moved / 1e9:>9.1f}   {moved / bandwidth:>7.1%}")
     return "\n".join(lines)
 
 
@@ -184,7 +193,7 @@ def picture(result, path):
     bars.set_ylabel("seconds a step")
     bars.legend(fontsize=8)
     rate, bandwidth = result["matmul_flop_per_s"], result["copy_bytes_per_s"]
-    ridge, batch = rate / bandwidth, result["images_a_step"]
+    ridge, batch = rate / bandwidth, result["images_a_pass"]
     roof.loglog([ridge / 100, ridge, ridge * 30], [rate / 100, rate, rate], color="0.5")
     for part, row in result["parts"].items():
         if row["flops"]:
@@ -202,26 +211,20 @@ def picture(result, path):
 
 def measure(bench, args, result, save):
     """Fills `result`, saving as it goes, and prints."""
-    batch = result["images_a_step"]
-    if args.against:
-        times = against(bench, args, result)
-    else:
-        times = bench.in_turn({"ours": bench.step}, args.steps, bench.deadline(SHARES[0]))
-    result["seconds"], result["cpu_s"] = times, bench.cpu_s
-    result["rows"] = {name: summary(seconds, batch) for name, seconds in times.items()}
+    batch, peak = result["images_a_step"], peak_flops(bench.device)
+    alone = bench.in_turn({"ours": bench.step}, ALONE[bench.device.type] if args.against else args.steps, bench.deadline(SHARES[0]))
     result["peak_memory_gib"] = memory_gib(bench.device)
-    result["ratios"] = {name: ratio(times[name], times["ours"]) for name in times if name != "ours"}
-    for name, found in result["ratios"].items():
-        work = name if name in result["flops_per_image"] else "plain"
-        found["counted"] = result["flops_per_image"][work] / bench.flops
-        found["cpu_time"] = ratio(bench.cpu_s[name], bench.cpu_s["ours"])["median"]
-    images_per_s = result["rows"]["ours"]["images_per_s"]
-    peak, result["of_matmul_rate"] = peak_flops(bench.device), bench.flops * images_per_s / result["matmul_flop_per_s"]
-    result["mfu"] = bench.flops * images_per_s / peak if peak else None
+    rows(bench, alone, result)
     save()
-    for name, row in result["rows"].items():
-        print(f"{name:<20} {row['s'] * 1e3:>8.1f} ms a step of {batch} images, {row['images_per_s']:.2f} images/s "
-              f"({row['steps']} steps, {row['fastest_s'] * 1e3:.0f} to {row['slowest_s'] * 1e3:.0f} ms)", flush=True)
+    if args.against:
+        try:
+            rows(bench, against(bench, args, result), result)
+            print("\n".join(verdict(result, bench.device.type)), flush=True)
+        except torch.OutOfMemoryError as error:
+            result["ratios"] = {}
+            print(f"no comparison: plain does not fit beside ours ({str(error).splitlines()[0]}); repeat with a smaller train.micro_batch")
+        save()
+    images_per_s = result["rows"]["ours"]["images_per_s"]
     result["split_s"] = bench.split(5)
     result["parts"] = parts_alone(bench)
     save()
@@ -230,25 +233,62 @@ def measure(bench, args, result, save):
           f"rate ({result['matmul_flop_per_s'] / 1e12:.2f} TFLOP/s), mfu {'%.1f %%' % (100 * result['mfu']) if peak else 'unknown: no peak'}"
           f", peak memory {result['peak_memory_gib']:.1f} GiB")
     print(projection(result) if peak else "no projection: this is not the real shape on a GPU whose peak is known", flush=True)
-    rows = {} if args.no_ablations else {"ours": bench.step, **ablations(bench)}
-    least_s = (WARM_UP[bench.device.type] + 3) * len(rows) * result["rows"]["ours"]["s"]
-    if rows and time.monotonic() + least_s > bench.deadline(1.1):
-        print(f"no ablations: they take {least_s:.0f} s more; give --limit-s {time.monotonic() - bench.begun + least_s:.0f} for them")
-    elif rows:
-        found = bench.in_turn(rows, max(4, args.steps // 3), bench.deadline(SHARES[1]))
-        result["ablations"] = {name: ratio(seconds, found["ours"]) for name, seconds in found.items() if name != "ours"}
+    if args.trace:
+        trace(bench, args.trace, math.ceil(10 * result["images_a_pass"] / batch))
+    if not args.no_ablations:
+        ablate(bench, args, result, save)
+    save()
+
+
+def rows(bench, times, result):
+    """Seconds of every row -> what is said of them; prints a line a row."""
+    batch = result["images_a_step"]
+    result["seconds"], result["cpu_s"] = times, bench.cpu_s
+    result["rows"] = {name: summary(seconds, batch) for name, seconds in times.items()}
+    result["ratios"] = {name: ratio(times[name], times["ours"]) for name in times if name != "ours"}
+    for name, found in result["ratios"].items():
+        work = name if name in result["flops_per_image"] else "plain"
+        found["counted"] = result["flops_per_image"][work] / bench.flops
+        found["cpu_time"] = ratio(bench.cpu_s[name], bench.cpu_s["ours"])["median"]
+    images_per_s, peak = result["rows"]["ours"]["images_per_s"], peak_flops(bench.device)
+    result["of_matmul_rate"] = bench.flops * images_per_s / result["matmul_flop_per_s"]
+    result["mfu"] = bench.flops * images_per_s / peak if peak else None
+    for name, row in result["rows"].items():
+        print(f"{name:<20} {row['s'] * 1e3:>8.1f} ms a step of {batch} images, {row['images_per_s']:.2f} images/s "
+              f"({row['steps']} steps, {row['fastest_s'] * 1e3:.0f} to {row['slowest_s'] * 1e3:.0f} ms)", flush=True)
+
+
+def trace(bench, folder, num_steps):
+    """Ten micro-batches, in whole steps."""
+    window = Window("torch", bench.state.step + 1, num_steps, folder, bench.ranks)
+    for _ in range(num_steps):
+        window.before(bench.state.step + 1)
+        bench.step()
+        window.after(bench.state.step)
+
+
+def ablate(bench, args, result, save):
+    """Our step against itself with one thing changed, a row after the other until the time is up."""
+    changed, result["ablations"], left_out = ablations(bench), {}, {}
+    least_s = 2 * (WARM_UP[bench.device.type] + 3) * result["rows"]["ours"]["s"]
+    print("\nour step with one thing changed, its time over ours")
+    for i, (name, step) in enumerate(changed.items()):
+        now, end = time.monotonic(), bench.deadline(SHARES[1])
+        if now + least_s > bench.deadline(1.1):
+            left_out[name] = "the time is up"
+            continue
+        try:
+            found = bench.in_turn({"ours": bench.step, name: step}, max(4, args.steps // 3), now + (end - now) / (len(changed) - i))
+        except torch.OutOfMemoryError:
+            left_out[name] = "out of memory"
+            continue
+        result["ablations"][name] = found = ratio(found[name], found["ours"])
         save()
-        print("\nour step with one thing changed, its time over ours")
-        for name, row in result["ablations"].items():
-            print(f"{name:<52} {row['median']:.3f} ({row['low']:.3f} to {row['high']:.3f})", flush=True)
-    if args.trace and time.monotonic() > bench.deadline(1.0):
-        print("no trace: the time is up; repeat with --no-ablations")
-    elif args.trace:
-        window = Window("torch", bench.state.step + 1, 10, args.trace, bench.ranks)
-        for _ in range(10):
-            window.before(bench.state.step + 1)
-            bench.step()
-            window.after(bench.state.step)
+        print(f"{name:<52} {found['median']:.3f} ({found['low']:.3f} to {found['high']:.3f})", flush=True)
+    if left_out:
+        wanted = time.monotonic() - bench.begun + least_s * len(left_out)
+        print("not measured: " + "; ".join(f"{name}: {why}" for name, why in left_out.items())
+              + f" (--limit-s {wanted:.0f} gives time for them)" * ("the time is up" in left_out.values()))
 
 
 def main():
@@ -263,9 +303,14 @@ def main():
     parser.add_argument("--trace", help="folder for a torch trace of ten steps")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args()
+    if args.steps < 1:
+        parser.error("--steps must be >= 1")
     with tempfile.TemporaryDirectory() as folder:
-        config, changes = prepare(args, device, Path(folder))
-        bench = Bench(config, zero.start(600), args.limit_s, begun)
+        try:
+            config, changes = prepare(args, device, Path(folder))
+            bench = Bench(config, zero.start(600), args.limit_s, begun)
+        except InputError as error:
+            raise SystemExit(f"iomm: {error}") from None
         try:
             report(bench, args, changes)
         finally:
@@ -279,7 +324,8 @@ def report(bench, args, changes):
     path = ROOT / "benchmarks/results" / f"{label(f'throughput-{Path(args.config).stem}', args.overrides)}-{device}-{facts['date']}.json"
     result = {"machine": facts | {"load": os.getloadavg()[0], "threads": torch.get_num_threads()}, "config": args.config,
               "changed": [*args.overrides, *changes], "precision": bench.config.precision, "compiled": bench.compiled,
-              "images_a_step": bench.config.train.global_batch, "copy_bytes_per_s": copy, "matmul_flop_per_s": matmul,
+              "images_a_step": bench.config.train.global_batch, "images_a_pass": bench.config.train.micro_batch,
+              "copy_bytes_per_s": copy, "matmul_flop_per_s": matmul,
               "flops_per_image": {"ours": bench.flops}, "build_s": time.monotonic() - bench.begun}
 
     def save():
@@ -289,12 +335,17 @@ def report(bench, args, changes):
     measure(bench, args, result, save)
     picture(result, path.with_suffix(".png"))
     print(f"{result['wall_s']:.0f} s; written to {path}")
-    if args.against:
-        everything, same = result["ratios"]["plain, all outputs"], result["ratios"]["plain"]
-        print(f"against all outputs as condition {line(everything)}")
-        if device == "cpu":
-            print(f"by CPU time over all threads: {same['cpu_time']:.2f}, all outputs {everything['cpu_time']:.2f}")
-        print(line(same), flush=True)
+    if result["ratios"]:
+        print("\n".join(verdict(result, device)), flush=True)
+
+
+def verdict(result, device):
+    """What is said of the comparison, the wanted line last."""
+    everything, same = result["ratios"]["plain, all outputs"], result["ratios"]["plain"]
+    said = [f"against all outputs as condition {line(everything)}"]
+    if device == "cpu":
+        said.append(f"by CPU time over all threads: {same['cpu_time']:.2f}, all outputs {everything['cpu_time']:.2f}")
+    return [*said, line(same)]
 
 
 def line(found):

@@ -114,6 +114,10 @@ class TrainSection:
         positive("train.timeout_s", self.timeout_s)
         positive("train.recompute", self.recompute, 0)
 
+    def compiled(self, device):
+        """Whether blocks are compiled on this device."""
+        return device.type == "cuda" if self.compile is None else self.compile
+
 
 @dataclass(frozen=True, kw_only=True)
 class TimeSection:

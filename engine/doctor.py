@@ -47,7 +47,7 @@ def machine():
         return done.stdout.strip() if done.returncode == 0 else "unknown"
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     cpu = next((line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "CPU")
-    changed = git("status", "--porcelain", "--untracked-files=no")
+    changed = git("status", "--porcelain", "--untracked-files=no", ":/", ":(top,exclude)benchmarks/results", ":(top,exclude)*.md")
     return {"device": gpu or f"{cpu}, {len(os.sched_getaffinity(0))} cores", "gpu": gpu, "date": str(datetime.date.today()),
             "torch": torch.__version__, "python": platform.python_version(),
             **{name: version_of(name) for name in ("deepspeed", "transformers", "diffusers", "triton")},

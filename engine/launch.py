@@ -161,7 +161,7 @@ def build(config, ranks, folder=None, say=print):
         say("precision fp8 has not been compared on a GPU yet: no record says that its loss follows bf16's "
             "(python benchmarks/precision.py makes one)")
     flops = sum(plan.work(model, config).values())
-    compiled = ranks.device.type == "cuda" if config.train.compile is None else config.train.compile
+    compiled = config.train.compiled(ranks.device)
     if compiled:
         from torch._inductor.runtime.cache_dir_utils import cache_dir
         ranks.all(remove_half_compiled(cache_dir()) if ranks.local_rank == 0 else None)      # and nobody compiles before

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.optim.adamw import adamw
 
 STATE = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}     # a flat shard's tensors, by kind
@@ -21,11 +22,12 @@ def learning_rate(step, config, num_steps):
 
 
 def make_optimizer(module, config, adamw=None):
-    """AdamW, or Muon for matrices inside blocks and AdamW for everything else, over a module's trained parameters. adamw:
-    what does AdamW's update, torch's fused kernel if not given."""
-    blocks = {id(p) for name, p in module.named_parameters() if "blocks." in name and p.ndim == 2 and "modulation" not in name}
-    matrices = [p for p in module.parameters() if id(p) in blocks] if config.kind == "muon" else []
-    others = [p for p in module.parameters() if config.kind != "muon" or id(p) not in blocks]
+    """AdamW, or Muon for the matrices of layers (blocks, refiners, connector, query adapter) and AdamW for everything else,
+    over a module's trained parameters. adamw: what does AdamW's update, torch's fused kernel if not given."""
+    layers = {id(part.weight) for name, part in module.named_modules() if isinstance(part, nn.Linear)
+              and any(where in name for where in ("blocks.", "refiners.", "adapter.")) and "modulation" not in name}
+    matrices = [p for p in module.parameters() if id(p) in layers] if config.kind == "muon" else []
+    others = [p for p in module.parameters() if config.kind != "muon" or id(p) not in layers]
     groups = [{"params": others, "kind": "adamw"}] + [{"params": matrices, "kind": "muon"}] * bool(matrices)
     return ShardedOptimizer(groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay,
                             momentum=config.momentum, adamw=adamw or adamw_torch)

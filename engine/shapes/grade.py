@@ -27,14 +27,14 @@ def asked_for(kinds, split, per_kind):
     return [scene(SEED, i, split, kind) for i, kind in enumerate(kind for kind in kinds for _ in range(per_kind))]
 
 
-def tasks(model, way, split, per_kind):
+def tasks(model, way, split, per_kind, size_px):
     """-> ([kind], [text], vit pixels or None, [caption that the picture must fit]) of what the model will be asked."""
     choice("way", way, WAYS)
     scenes = asked_for(("single_object",) if way == "edit" else KINDS, split, per_kind)
     kinds, captions = [picture.kind for picture in scenes], [picture.caption for picture in scenes]
     if way == "text":
         return kinds, captions, None, captions
-    pixels_ICHW = torch.stack([vit_pixels(draw(picture), model.frozen[0].vit_px) for picture in scenes])
+    pixels_ICHW = torch.stack([vit_pixels(draw(picture), model.frozen[0].vit_px, size_px) for picture in scenes])
     if way == "image":
         return kinds, [RECONSTRUCT] * len(scenes), pixels_ICHW, captions
     texts, captions = zip(*(edit(picture, SEED, i, split) for i, picture in enumerate(scenes)))
@@ -50,7 +50,7 @@ def grade(model, size_px, way="text", *, split="train", per_kind=8, steps=20, gu
     if per_kind < 1:
         raise InputError(f"pictures per kind must be >= 1, got {per_kind}")
     mllm, device = model.frozen[0], model.generator.final.weight.device
-    kinds, texts, pixels_ICHW, captions = tasks(model, way, split, per_kind)
+    kinds, texts, pixels_ICHW, captions = tasks(model, way, split, per_kind, size_px)
     pictures = []
     for start in range(0, len(texts), batch):
         part = slice(start, start + batch)

@@ -67,18 +67,23 @@ def normalised(bytes_CHW):
     return (bytes_CHW / 255 - mean) / std
 
 
-def vit_pixels(picture, side):
-    """PIL image -> (3, side, side) as the loader hands it to the ViT: through JPEG, resized, normalised."""
-    return normalised(vit_bytes(picture, side))
+def vit_pixels(picture, side, size_px):
+    """PIL image -> (3, side, side) as the loader of a run at size_px hands it to the ViT: JPEG, the VAE's crop, resized from
+    that, normalised."""
+    return normalised(resized(vit_bytes(picture, size_px), side))
 
 
 def vit_bytes(picture, side):
-    """PIL image -> (3, side, side) uint8 as the loader would hand it to the ViT."""
+    """PIL image -> (3, side, side) uint8, through JPEG."""
     jpeg = io.BytesIO()
     picture.save(jpeg, "JPEG", quality=92, subsampling=0)
     pixels_HWC = torch.frombuffer(bytearray(Image.open(jpeg).convert("RGB").tobytes()), dtype=torch.uint8)
     image_1CHW = pixels_HWC.view(picture.height, picture.width, 3).permute(2, 0, 1)[None]
-    return torch.nn.functional.interpolate(image_1CHW, size=(side, side), mode="bicubic", antialias=True)[0]
+    return resized(image_1CHW[0], side)
+
+
+def resized(bytes_CHW, side):
+    return torch.nn.functional.interpolate(bytes_CHW[None], size=(side, side), mode="bicubic", antialias=True)[0]
 
 
 def train(out, *, steps, batch, lr, num_images, seed, start=None, num_judged=2000, say=print):

@@ -56,8 +56,8 @@ PROTOCOLS = {"LL": (6.6, 0.6 * 1.8, 2.7, 0.25), "LL128": (14.0, 1.9, 4.0, 0.92),
 SMS, TILE = 132, 128                # multiprocessors of the chip; a product is cut into tiles of 128 x 128
 CONFIGS, GPUS = ("iomm-b-512", "iomm-l-512", "iomm-xl-512"), (1, 8, 16, 32, 64, 128, 256, 512)
 PAPER_HOURS, PAPER_RATE, AIMS = 1000, 30.6, (61, 80)          # GPU-hours of B's stage 1 on H800; images/s a GPU; our aims
-# What a run may set and today's defaults do not: whole blocks ahead, nothing persistent, 4 GB of bf16 kept, copies in a node.
-TUNED = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 200_000_000, "stage3_max_reuse_distance": 2_000_000_000,
+# What a run may set and the defaults do not: whole blocks ahead, 4 GB of bf16 kept, copies in a node.
+TUNED = {"stage3_prefetch_bucket_size": 200_000_000, "stage3_max_reuse_distance": 2_000_000_000,
          "stage3_max_live_parameters": 2_000_000_000}
 
 
@@ -169,12 +169,12 @@ def update_s(name, ranks, accumulation, machine):
             + max(load) / (machine["matmul"] * assumed("share of the matmul rate, transformer products")))
 
 
-def estimate(name, gpu, ranks, tuned=False, latents=False, **measured):
-    """One run -> dict of seconds a step by part, images/s a GPU, GPU-hours of stage 1, checkpoint and loader. measured: rates
-    that replace those of MACHINES."""
+def estimate(name, gpu, ranks, tuned=False, latents=False, batch=None, micro_batch=None, **measured):
+    """One run -> dict of seconds a step by part, images/s a GPU, GPU-hours of stage 1, checkpoint and loader. batch,
+    micro_batch: default to the config's; measured: rates that replace those of MACHINES."""
     (config, model, flops), traffic = parts(name), messages_of(name, ranks, tuned)
-    kind, batch = {**MACHINES[gpu], **measured}, config.train.global_batch
-    micro_batch = min(config.train.micro_batch, batch // ranks)
+    kind, batch = {**MACHINES[gpu], **measured}, batch or config.train.global_batch
+    micro_batch = min(micro_batch or config.train.micro_batch, batch // ranks)
     accumulation = batch // (micro_batch * ranks)
     seconds = micro_batch_s(name, micro_batch, kind, latents)
     passes = [pass_s(traffic, messages, seconds, kind) for messages in (traffic.first, traffic.later)]
@@ -208,8 +208,8 @@ def breaks(name, gpu, runs):
     config, small = parts(name)[0], sum(message.kind == "all_gather" for message in messages_of(name, NODE).step)
     limits = {
         "weights and gradients that compute does not hide cost over 5 % of a step": lambda r: r["exposed_s"] > 0.05 * r["step_s"],
-        f"gathering the {small} parameters that stay whole, one message each after a step, costs over 5 %":
-            lambda r: r["after_s"] > 0.05 * r["step_s"],
+        **({f"gathering the {small} parameters that stay whole, one message each after a step, costs over 5 %":
+            lambda r: r["after_s"] > 0.05 * r["step_s"]} if small else {}),
         "the host issues work more slowly than the GPU does it": lambda r: r["host_needed_s"] > r["compute_s"] + r["exposed_s"],
         f"the global batch of {config.train.global_batch} leaves micro-batches below {config.train.micro_batch}":
             lambda r: r["micro_batch"] < config.train.micro_batch,

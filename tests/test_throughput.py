@@ -7,12 +7,14 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_mllm import TEXT, VISION
 
-from benchmarks import ablations, report, throughput
+from benchmarks import ablations, bench, report, throughput
+from iomm.config import InputError
 from iomm.internvl import random_mllm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,9 +61,31 @@ def test_projection_is_hours_at_the_measured_rate():
     assert result["projection"]["stage_2_gpu_hours"] == pytest.approx(500 * 4.2 / 110)
 
 
+@pytest.mark.parametrize("gib, against, micro_batch", [(139.8, "plain", 16), (79.2, None, 4)])
+def test_the_visit_of_a_gpu_is_planned(gib, against, micro_batch, monkeypatch, tmp_path):
+    """iomm-b-512 on an H200 beside plain; on an H100 without it, where both do not fit."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=gib * 2**30))
+    args = SimpleNamespace(config="iomm-b-512", overrides=[], against="plain")
+    config, _ = bench.prepare(args, "cuda", tmp_path)
+    assert args.against == against and config.train.micro_batch == micro_batch
+    assert config.train.global_batch == 4 * micro_batch and config.data.heldout == 0          # 64 photographs are all there is
+
+
+@pytest.mark.parametrize("config", ["iomm-xl-512", "iomm-b-512-finetune"])
+def test_plain_is_a_rival_of_what_it_computes_alone(config, tmp_path):
+    args = SimpleNamespace(config=config, overrides=[], against="plain")
+    with pytest.raises(InputError, match="--against plain is"):
+        bench.prepare(args, "cpu", tmp_path)
+
+
+SMALL = ["model.preset=iomm-b-quarter", "model.mllm=random:internvl3-quarter", "model.vae=random:flux-quarter", "data.size_px=64",
+         "adapter.num_queries=16", "adapter.head_dim=64", "train.micro_batch=2", "precision=fp32"]
+
+
 @pytest.mark.slow
-def test_the_whole_command_on_one_image_a_step(tmp_path):
-    """Every figure is there, the last line reads as it must, and the report quotes it."""
+@pytest.mark.parametrize("visit", [False, True], ids=["on a CPU", "of a GPU, made small"])
+def test_the_whole_command(visit, tmp_path):
+    """Every figure is there, the last line reads as it must, and the report quotes it. The visit: iomm-b-512's file, compiled."""
     copy = tmp_path / "checkout"
     copy.mkdir()
     for name in ("iomm", "kernels", "csrc", "engine"):
@@ -70,15 +94,19 @@ def test_the_whole_command_on_one_image_a_step(tmp_path):
     for path in (ROOT / "benchmarks").glob("*.*"):
         (copy / "benchmarks" / path.name).write_text(path.read_text())
     done = subprocess.run(
-        [sys.executable, "benchmarks/throughput.py", "--against", "plain", "--steps", "3", "--limit-s", "120", "train.micro_batch=1",
-         "--trace", str(tmp_path)], cwd=copy, capture_output=True, text=True, timeout=500,
-        env={**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "2"})
+        [sys.executable, "benchmarks/throughput.py", "--against", "plain", "--steps", "3", "--trace", str(tmp_path),
+         *(["--config", "iomm-b-512", "--limit-s", "900", "train.compile=true", *SMALL] if visit else
+           ["--limit-s", "120", "train.micro_batch=1"])],
+        cwd=copy, capture_output=True, text=True, timeout=1500, env={**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "2"})
     assert done.returncode == 0, done.stderr[-3000:]
     assert LAST.fullmatch(done.stdout.splitlines()[-1])
     path = next((copy / "benchmarks/results").glob("throughput-*-cpu-*.json"))
     result = json.loads(path.read_text())
-    assert set(result["rows"]) == {"ours", "plain", "plain, all outputs"} and len(result["ablations"]) == 5
+    assert set(result["rows"]) == {"ours", "plain", "plain, all outputs", *(["plain, no compile"] if visit else [])}
+    assert len(result["ablations"]) == 5 + visit and (tmp_path / "traces").is_dir()
     assert abs(result["loss"]["ours"] - result["loss"]["plain"]) < 1e-4
     assert all(row["s"] > 0 and row["bytes"] > 0 for row in result["parts"].values())
-    assert 1.15 < result["ratios"]["plain"]["counted"] < 1.2 < 1.3 < result["ratios"]["plain, all outputs"]["counted"] < 1.35
-    assert len(list(report.throughput(result))) == 4 + len(result["ablations"])
+    if not visit:
+        assert 1.15 < result["ratios"]["plain"]["counted"] < 1.2 < 1.3 < result["ratios"]["plain, all outputs"]["counted"] < 1.35
+    quoted = list(report.throughput(result))
+    assert len(quoted) == 4 + visit + len(result["ablations"]) and not any("/photographs" in what for what, _ in quoted)

@@ -134,7 +134,7 @@ class TimeSection:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimSection:
-    kind: str = "adamw"                # adamw | muon: Muon for the blocks' matrices, AdamW for the rest
+    kind: str = "adamw"                # adamw | muon: Muon for the matrices of layers, AdamW for the rest
     # Who does AdamW's update: torch (its fused kernel), deepspeed (FusedAdam, compiled at the start unless it was built with
     # DeepSpeed; a kill meanwhile leaves a lock file that the next start waits for) or apex (NVIDIA's FusedAdam). All give the
     # same to float32 rounding. torch until `python benchmarks/ops.py --gpu` (its rows `adamw`) has shown another ahead.

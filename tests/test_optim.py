@@ -8,8 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import nn
 
-from iomm.config import InputError
+from iomm.adapter import Connector, QueryAdapter
+from iomm.config import AdapterConfig, GeneratorConfig, InputError
 from iomm.engine.config import OptimSection
 from iomm.engine.optim import (
     Matrix,
@@ -21,6 +23,7 @@ from iomm.engine.optim import (
     spread,
 )
 from iomm.engine.zero import adamw_body
+from iomm.generator import empty_generator
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 SHAPES = [(12, 20), (20, 12), (7, 5), (16, 16), (30, 8)]
@@ -185,16 +188,25 @@ def test_an_absent_adamw_body_is_refused_in_one_line(monkeypatch):
         assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
-def test_muon_takes_matrices_of_blocks_only():
-    from iomm.config import GeneratorConfig
-    from iomm.generator import empty_generator
-    model = empty_generator(GeneratorConfig(width=64, num_heads=2, num_blocks=2), device="meta")
+@pytest.mark.parametrize("shape, layers", [
+    (GeneratorConfig(width=64, num_heads=2, num_blocks=2), ("generator.blocks.",)),
+    (GeneratorConfig(kind="single_stream", width=64, num_heads=2, num_blocks=2, num_refiner_blocks=1),
+     ("generator.blocks.", "generator.latent_refiners.", "generator.condition_refiners.")),
+], ids=["FLUX", "Z-Image"])
+def test_muon_takes_the_matrices_of_layers_only(shape, layers):
+    """The query adapter's too, whose queries are an embedding; not those at either end of the generator, nor modulations."""
+    config = AdapterConfig(num_queries=4, head_dim=32, connector_layers=1)
+    model = nn.ModuleDict({"generator": empty_generator(shape, device="meta"), "adapter": QueryAdapter(config, 64),
+                           "connector": Connector(config, 64)})
     names = {id(p): name for name, p in model.named_parameters()}
-    adamw, muon = make_optimizer(model, OptimSection(kind="muon")).param_groups
-    assert all(p.ndim == 2 and names[id(p)].startswith("blocks.") for p in muon["params"])
-    assert {"latents_in.weight", "condition_in.weight", "final.weight", "blocks.0.latent_stream.modulation.weight",
-            "blocks.0.latent_stream.qkv.bias"} <= {names[id(p)] for p in adamw["params"]}
-    assert len(muon["params"]) + len(adamw["params"]) == len(names)
+    adamw, muon = ({names[id(p)] for p in group["params"]}
+                   for group in make_optimizer(model, OptimSection(kind="muon")).param_groups)
+    places = (*layers, "adapter.", "connector.blocks.")
+    assert muon == {name for name, p in model.named_parameters() if p.ndim == 2 and name.startswith(places)
+                    and "modulation" not in name and name != "adapter.queries_QD"}
+    assert {"adapter.to_q.weight", "adapter.mlp_out.weight", "connector.blocks.0.qkv.weight"} < muon
+    assert {f"generator.{end}.weight" for end in ("latents_in", "condition_in", "final")} | {"adapter.queries_QD"} < adamw
+    assert all(any(name.startswith(place) for name in muon) for place in places) and len(muon) + len(adamw) == len(names)
     assert len(make_optimizer(model, OptimSection()).param_groups) == 1
 
 

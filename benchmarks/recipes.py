@@ -6,13 +6,15 @@
     ratio       share of hidden image tokens in stage 1
     mix         lambda, the share of images in stage 2
     choices     hidden tokens dropped or zeroed, outputs at the queries or all, Bernoulli or a fixed number
-    editing     "make it red", "add a blue square to the left": never trained on
+    editing     "make it red", "add a blue square to the left": the generator never saw one (the tiny MLLM reads such sentences)
 
 All cells of an experiment have the same steps, batches, learning rates and seeds, those of the demo configs; nothing is tuned
-for a cell. A cell is scored by engine/shapes/grade.py on captions like those of training and on unseen combinations. Runs
-lie under --out and are kept: started again, the command goes on where it stopped, and cells share the runs that they have
-in common. --budget cpu-smoke: two minutes, the tests' | cpu-night: 7 hours on two slow cores | gpu: 25 minutes on one H200, several
-runs side by side."""
+for a cell. Both stages have the same seed: one that goes on with the data of the stage before sees its very draws again. A
+cell is scored by engine/shapes/grade.py on captions like those of training and on unseen combinations, drawn with guidance 2
+in every cell; all seeds draw the same scenes, so intervals are those of training. Runs lie under --out and are kept: started
+again, the command goes on where it stopped, and cells share the runs that they have in common. After a change of code or of
+the demo configs give another --out. --budget cpu-smoke: minutes, the slow tests' | cpu-night: 7 hours on two slow cores |
+gpu: meant for 25 minutes of one H200, several runs side by side; it has not run yet."""
 
 import sys
 from pathlib import Path
@@ -64,7 +66,8 @@ BUDGETS = {
     # two runs of one thread each get more done than one of two: 0.82 and 0.93 s a step side by side, 0.54 alone (LOG.md, 2026-11-26)
     "cpu-night": Budget(pretrain=400, finetune=400, seeds=3, per_kind=16, draw_steps=20, at_once=2,
                         settings=("log.sample_images=0", "train.threads=1")),
-    "gpu": Budget(pretrain=2000, finetune=2000, seeds=3, per_kind=32, draw_steps=20, at_once=6, settings=("log.sample_images=0",)),
+    "gpu": Budget(pretrain=2000, finetune=2000, seeds=3, per_kind=32, draw_steps=20, at_once=6,
+                  settings=("log.sample_images=0", "train.compile=false")),          # compiling takes longer than such a run
 }
 
 
@@ -262,6 +265,8 @@ def main(argv=None):
     budget = BUDGETS[args.budget]
     budget = replace(budget, seeds=args.seeds or budget.seeds, pretrain=args.steps or budget.pretrain,
                      finetune=args.steps or budget.finetune)
+    if not 1 <= budget.seeds <= max(T_95) + 1:
+        parser.error(f"--seeds must be 1 to {max(T_95) + 1}, got {budget.seeds}")
     unknown = set(args.experiments) - set(EXPERIMENTS)
     if unknown:
         parser.error(f"no experiment {sorted(unknown)[0]}: choose of {', '.join(EXPERIMENTS)}")
@@ -271,24 +276,30 @@ def main(argv=None):
     if kept.get("budget") != given:
         real = limit_of_the_judge(load_config("demo").data.size_px)
         kept = {"machine": machine(), "budget": given, "rows": judged(real), "of": {}, "real": real, "experiments": {}}
-    found = kept["experiments"]
+    found, failed = kept["experiments"], 0
     path.parent.mkdir(parents=True, exist_ok=True)
     for name in args.experiments or budget.experiments:
         cells, found[name] = EXPERIMENTS[name], {}
         with ThreadPoolExecutor(budget.at_once) as pool:
             waiting = {cell: [pool.submit(runs.cell, cells[cell], seed) for seed in range(budget.seeds)] for cell in cells}
             for cell, seeds in waiting.items():                # written as each is done: a night that is cut short keeps them
-                found[name][cell] = summed([one.result() for one in seeds])
+                try:
+                    found[name][cell] = summed([one.result() for one in seeds])
+                except InputError as error:                    # the others go on
+                    failed += 1
+                    print(f"iomm: {name}, {cell}: {error}", file=sys.stderr, flush=True)
+                    continue
                 rows = quoted(name, found[name], given)
                 kept["rows"].update(rows)
                 kept["of"].update(dict.fromkeys(rows, machine()))
                 path.write_text(json.dumps(kept, indent=1) + "\n")
         print(show(name, found[name]), flush=True)
-        if name == "recipes":
+        if name == "recipes" and len(found[name]) == len(cells):
             print("\n".join(paper_table(found[name], key) for key in ("fits", "colours")), flush=True)
-    draw_bars(found, path.with_suffix(".png"))
+    draw_bars({name: cells for name, cells in found.items() if cells}, path.with_suffix(".png"))
     print(path)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -42,7 +42,7 @@ def main(argv=None):
 
     def drawing(command, guidance):
         command.add_argument("--steps", type=int, default=20, help="Euler steps")
-        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--seed", type=whole, default=0)
         command.add_argument("--guidance", type=float, default=guidance, help="classifier-free guidance; above 1 after stage 2")
         command.add_argument("--shift", type=lambda text: text if text == "flux" else float(text), default=1.0,
                              help="resolution shift of the steps, above 1 towards noise; flux: FLUX's, by the size")
@@ -83,6 +83,13 @@ def main(argv=None):
     except InputError as error:
         print(f"iomm: {error}", file=sys.stderr)
         return 2
+
+
+def whole(text):
+    """A number that draws can start from; argparse says what was wrong."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number >= 0, got {text!r}")
+    return int(text)
 
 
 def index(args):

@@ -156,6 +156,15 @@ def test_a_killed_writer_leaves_nothing_half_made(tmp_path):
     assert write_world(tmp_path / "world", num_images=2)[0].exists()
 
 
+def test_of_two_that_ask_at_once_one_draws(tmp_path):
+    """And the other's tars are not replaced under it."""
+    line = f"from iomm.engine.shapes.world import write_world; print(write_world({str(tmp_path / 'world')!r}, 64)[0].stat().st_ino)"
+    both = [subprocess.Popen([sys.executable, "-c", line], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=120)[0] for process in both]
+    assert not any(process.returncode for process in both) and said[0] == said[1]
+    assert os.listdir(tmp_path) == ["world"]
+
+
 def test_a_folder_of_somebody_else_is_not_touched(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(InputError, match="holds something else"):

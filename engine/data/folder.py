@@ -1,5 +1,6 @@
-"""A folder that appears whole or not at all."""
+"""A folder that appears whole or not at all, and a lock on one."""
 
+import fcntl
 import os
 import shutil
 import tempfile
@@ -36,6 +37,17 @@ def whole_folder(path, marker):
             fresh.rename(path)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+@contextmanager
+def one_at_a_time(folder):
+    """Holds an existing folder's lock; others who ask for it wait. A killed process lets go of it."""
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 def check_replaceable(path, marker):

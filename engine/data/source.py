@@ -56,7 +56,7 @@ class ImageSource:
     accumulation steps. So the state of the loader is the step. `plan` (see order.Squares) says which samples these are;
     without one, all samples in their order on squares of size_px. A sample is mirrored if `flip` and its own random
     number say so, but never one with a caption, which may say left or right; crop="random" lets its own numbers choose
-    the place of the crop, else it is the centre. With `latents` (cache.LatentStore) its latents come instead of pixels.
+    the place of the crop, else it is the centre. With `latents` (latents.LatentStore) its latents come instead of pixels.
 
     A sample that can no longer be had (damaged on disk, refused by DALI) is replaced by the next one of its plan, up to
     MAX_ATTEMPTS times, then by black; the batch says so in `failures` (for Skips), and is full in any case, so that ranks

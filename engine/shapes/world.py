@@ -30,7 +30,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from iomm.config import InputError, choice
-from iomm.engine.data.folder import whole_folder
+from iomm.engine.data.folder import one_at_a_time, whole_folder
 from iomm.kernels.philox import EDIT, WORLD, uniform
 
 VERSION = 2      # a change of what is drawn raises it, so that older folders are drawn again
@@ -158,22 +158,24 @@ def write_world(folder, num_images=4096, size_px=64, seed=0, shard_size=1024, sp
     """Tars of samples 000000.jpg, .txt (the caption) and .json (the scene), shard_size to a tar; returns their paths.
 
     A folder that already holds this very world is left as it is. The folder appears only when complete; a folder of
-    another world is replaced, anything else at that path raises InputError.
+    another world is replaced, anything else at that path raises InputError. Of processes that ask at once one draws.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()
     if num_images < 1 or shard_size < 1 or size_px < 16:
         raise InputError("a world needs num_images and shard_size >= 1 and size_px >= 16, "
                          f"got {num_images}, {shard_size}, {size_px}")
     settings = {"version": VERSION, "num_images": num_images, "size_px": size_px, "seed": seed,
                 "shard_size": shard_size, "split": split}
     names = [f"{shard:05d}.tar" for shard in range(-(-num_images // shard_size))]
-    if not _is_complete(folder, settings, names):
-        with whole_folder(folder, MANIFEST) as fresh:
-            for shard, name in enumerate(names):
-                first = shard * shard_size
-                _write_shard(fresh / name, seed, range(first, min(first + shard_size, num_images)), size_px, split)
-            sizes = {name: (fresh / name).stat().st_size for name in names}
-            (fresh / MANIFEST).write_text(json.dumps({"settings": settings, "bytes": sizes}, indent=1))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with one_at_a_time(folder.parent):
+        if not _is_complete(folder, settings, names):
+            with whole_folder(folder, MANIFEST) as fresh:
+                for shard, name in enumerate(names):
+                    first = shard * shard_size
+                    _write_shard(fresh / name, seed, range(first, min(first + shard_size, num_images)), size_px, split)
+                sizes = {name: (fresh / name).stat().st_size for name in names}
+                (fresh / MANIFEST).write_text(json.dumps({"settings": settings, "bytes": sizes}, indent=1))
     return [folder / name for name in names]
 
 

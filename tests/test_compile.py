@@ -1,8 +1,11 @@
 """What torch.compile makes of the frozen parts: whole graphs, as many over ragged batches as at first, the same numbers."""
 
+import json
+
 import pytest
 import torch
 from kernel_checks import assert_no_worse
+from launches import finish, start_ranks
 from test_mllm import TEXT, VISION
 from test_vae import autoencoder
 from torch._dynamo.utils import counters
@@ -88,3 +91,44 @@ def test_compiled_frozen_parts_are_as_exact_as_eager_ones(folder, dtype):
     got, same_dtype, wanted = (vae.encode(pixels(2, 32, 32, d)) for vae, d in (
         (compiled, dtype), (eager, dtype), (exact, torch.float64)))
     assert_no_worse(got, same_dtype, wanted)
+
+
+KEPT = """
+import json, sys
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from iomm.engine import launch, zero
+from iomm.engine.config import load_config
+config, ranks = load_config("demo", sys.argv[2:]), zero.start(200)
+launch.prepare_process(config, ranks)
+state, source, _ = launch.build(config, ranks, say=lambda *_: None)
+module, gathered = state.sharded.engine.module, []
+
+def look(block, inputs):
+    gathered.extend((StorageWeakRef(p.data.untyped_storage()), p.numel()) for p in block.parameters() if p.ndim == 2)
+for step, batch in enumerate(source):
+    for block in module.modules() if step else ():             # what the first step gathers it also traces
+        if isinstance(block, module.leaves):
+            block.register_forward_pre_hook(look)
+    loss, *_ = state.sharded(*batch.inputs)
+    alive = sum(numel for storage, numel in gathered if not storage.expired())
+    state.sharded.backward(loss)
+    state.sharded.step()
+if ranks.first:
+    open(sys.argv[1], "w").write(json.dumps([alive, sum(numel for _, numel in gathered)]))
+zero.stop()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [True, False])
+def test_zero_3_keeps_no_gathered_weight_of_a_compiled_block_for_its_backward_pass(compiled, tmp_path):
+    """Without DeepSpeed's own linear, as on a GPU. Eager blocks keep every one, by which the test is known to see them."""
+    (tmp_path / "kept.py").write_text(KEPT)
+    with open(tmp_path / "said.txt", "w") as said:
+        codes = finish(start_ranks(2, tmp_path / "kept.py", str(tmp_path / "kept.json"), f"run.dir={tmp_path / 'run'}", "zero.stage=3",
+                                   "zero.max_live_parameters=1", "zero.prefetch_bucket_size=1", "data.num_images=64", "precision=fp32",
+                                   "train.global_batch=4", "train.steps=2", f"train.compile={str(compiled).lower()}", said=said))
+    assert not any(codes), (tmp_path / "said.txt").read_text()[-4000:]
+    alive, gathered = json.loads((tmp_path / "kept.json").read_text())
+    assert gathered > 1e6 and alive == (0 if compiled else gathered)

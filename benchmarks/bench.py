@@ -76,8 +76,6 @@ class Bench:
         self.batches = iter(self.source)
         self.model = self.state.sharded.engine.module
         self.compiled = config.train.compiled(self.device)
-        # Graphs of a function are counted together, whichever row they are for; beyond the limit (8) fullgraph fails.
-        torch._dynamo.config.recompile_limit = 64
         self.wake()
 
     @torch.no_grad()

@@ -50,6 +50,7 @@ def main(argv=None):
         config = load_config(args.config or STAGES[args.stage], args.overrides + [f"run.init={args.init}"] * bool(args.init))
         if args.stage == "finetune" and config.run.init is None:
             raise InputError("--stage finetune starts from a run of stage 1: give --init RUN, the run.dir of that run")
+        zero.take_device(args.local_rank)
         check_kernels(config.precision)
         if config.log.wandb:
             check_wandb()

@@ -108,7 +108,7 @@ def spike_factor(loss, guard, ranks):
 
 def suspects(seen, ranks):
     """Which samples of a skipped step had a loss that is not finite, in words. All ranks together."""
-    mine = [int(n) for n_B, loss_B in seen for n in n_B[~loss_B.isfinite()].tolist()]
+    mine = [int(n) for n_B, loss_B in seen for n in n_B[~loss_B.isfinite().cpu()].tolist()]
     bad = sorted(sum(ranks.all(mine), []))
     return f"; not finite: {', '.join(map(str, bad[:16]))}{' ...' * (len(bad) > 16)}" if bad else "; the loss of each is finite"
 

@@ -106,6 +106,7 @@ def share(rank=None, num_ranks=None):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', rank)) % torch.cuda.device_count()}"
+        torch.cuda.set_device(device)
     return rank, num_ranks, device
 
 

@@ -28,7 +28,8 @@ class Stage3:
     def __init__(self, module, optimizer, rank):
         self.optimizer, self.places = optimizer, {}
         self.masters = optimizer.fp32_partitioned_groups_flat
-        self.param_group = optimizer.sub_group_to_group_id             # of every master
+        # Of every master; DeepSpeed cuts a group of which a rank holds over a billion values into several.
+        self.param_group = [optimizer.sub_group_to_group_id[i] for i in range(len(self.masters))]
         for name, parameter in module.named_parameters():
             group, offset, padded = optimizer.grad_position[optimizer.get_param_id(parameter)]
             start = rank * padded
@@ -51,6 +52,8 @@ class Stage3:
         persistent = self.optimizer.persistent_parameters              # small ones stay gathered: gather them anew
         if persistent:
             persistent[0].all_gather(persistent)
+        if self.masters[0].is_cuda:                                    # DeepSpeed gathers on a stream that waits for nobody
+            torch.cuda.current_stream().synchronize()
 
     def leave_training(self):
         """Before passes that are not a training step's: drops DeepSpeed's record of the order of modules, by which it fetches
@@ -74,8 +77,9 @@ class Stages1And2:
                        for name, m in held.items()}
 
     def gradients(self):
-        if self.bf16_optimizer:
-            return list(self.optimizer.fp32_groups_gradients_flat)
+        if self.bf16_optimizer:                                        # those that its norm is made of
+            return [g for gradients, there in zip(self.optimizer.fp32_groups_gradients, self.optimizer.fp32_groups_has_gradients)
+                    for g, has in zip(gradients, there) if has]
         return [g for group in self.optimizer.averaged_gradients.values() for g in group]
 
     def refresh(self):
@@ -83,6 +87,15 @@ class Stages1And2:
 
     def leave_training(self):
         """Weights are whole on every rank: any pass may come."""
+
+
+def adds_into(sums):
+    """Hook of a parameter: its gradient, once there, is added up in fp32 and goes. Kept as `.grad` in fp32 beside bf16 weights it
+    would keep torch.compile from tracing their block."""
+    def add(p):
+        sums.add_(p.grad)
+        p.grad = None
+    return add
 
 
 class Replicated:
@@ -107,7 +120,7 @@ class Replicated:
                 self.places[name] = Place(group=len(self.masters), offset=offset, numel=p.numel(), start=0,
                                           written=i % size == rank)
                 self.copies.append((p.detach(), weights.view_as(p)))
-                p.grad_dtype, p.grad = torch.float32, gradient.view_as(p)        # autograd adds up in place, in fp32
+                p.register_post_accumulate_grad_hook(adds_into(gradient.view_as(p)))
                 offset += p.numel()
             self.masters.append(master)
             self.sums.append(sums)

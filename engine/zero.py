@@ -58,6 +58,19 @@ class Ranks:
         return replace(self, patient=dist.new_group(backend="gloo", timeout=timedelta(days=7)))
 
 
+def take_device(local_rank=None):
+    """(local rank, its device), made the current one: call it before anything opens a context, which would be on GPU 0.
+    Raises InputError: no such GPU."""
+    local_rank = int(os.environ.get("LOCAL_RANK", local_rank or 0))
+    if not torch.cuda.is_available():
+        return local_rank, torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise InputError(f"local rank {local_rank} has no GPU: this machine shows {torch.cuda.device_count()}; "
+                         "start fewer ranks with --num_gpus")
+    torch.cuda.set_device(local_rank)
+    return local_rank, torch.device("cuda", local_rank)
+
+
 def start(timeout_s, local_rank=None):
     """Joins the other ranks (gloo without a GPU, NCCL with) and returns this process's Ranks.
 
@@ -79,15 +92,8 @@ def start(timeout_s, local_rank=None):
             port = probe.getsockname()[1]
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1",
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    local_rank = int(os.environ.get("LOCAL_RANK", local_rank or 0))
-    cuda = torch.cuda.is_available()
-    if cuda and local_rank >= torch.cuda.device_count():
-        raise InputError(f"local rank {local_rank} has no GPU: this machine shows {torch.cuda.device_count()}; "
-                         "start fewer ranks with --num_gpus")
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s),
+    local_rank, device = take_device(local_rank)
+    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s),
                                verbose=False)
     return Ranks(rank=dist.get_rank(), local_rank=local_rank, size=dist.get_world_size(), device=device,
                  local_size=int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))),
@@ -228,15 +234,17 @@ class Sharded:
     def step(self):
         """Acts only at the last micro-batch. Returns whether weights changed: a gradient, master or moment that is not
         finite on any rank makes every rank skip."""
-        if self.last_micro_batch:
-            self.doubt()
+        mark = self.doubt() if self.last_micro_batch else None
         self.engine.step()
-        return self.engine.was_step_applied()
+        applied = self.engine.was_step_applied()
+        if mark is not None and not applied:     # DeepSpeed keeps the buffer, and not every parameter has a gradient each time
+            mark.zero_()
+        return applied
 
     @torch.no_grad()
     def doubt(self):
         """Makes one gradient of every rank NaN if a gradient, master or moment of any is not finite, so that DeepSpeed, which
-        looks at the norm of gradients only, skips the step. All ranks, since at stages 0 and 1 each takes the norm of the
+        looks at the norm of gradients only, skips the step; returns that gradient. All ranks, since at stages 0 and 1 each takes the norm of the
         summed gradient by itself. No wait for the GPU; one pass over gradients and optimizer state."""
         gradients = self.layout.gradients()
         kept = gradients + [flat for flats in self.slots().values() for flat in flats if flat is not None]
@@ -247,7 +255,7 @@ class Sharded:
         sound = torch.stack(ends).isfinite().all().float()
         if self.size > 1:
             dist.all_reduce(sound, op=dist.ReduceOp.MIN)
-        gradients[0].view(-1)[:1].mul_(torch.where(sound > 0, 1.0, float("nan")))
+        return gradients[0].view(-1)[:1].mul_(torch.where(sound > 0, 1.0, float("nan")))
 
     def grad_norm(self):
         """Global norm of the last step's gradient before clipping, or None after a skipped step."""

@@ -194,6 +194,8 @@ class IOMM(nn.Module):
         fp8: the products of the generator's blocks take their sides in fp8."""
         if fp8:
             use_fp8(self.generator)
+        if compiled:                 # graphs of a function are counted together, whoever calls it; beyond the limit (8) fullgraph fails
+            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         blocks = [module for module in self.modules() if isinstance(module, self.leaves)]
         for i, block in enumerate(blocks):
             forward = torch.compile(block.forward, fullgraph=True) if compiled else block.forward

@@ -95,10 +95,10 @@ def padded(length):
 
 
 def fill_up(x_BLD, pad_1D):
-    """Appends the pad token until the length is a multiple of 32."""
+    """Appends the pad token until the length is a multiple of 32. Where none is missing it is in the graph all the same: a
+    parameter without a gradient is one that ZeRO-3 gives that of the step before."""
     batch, length, width = x_BLD.shape
-    missing = padded(length) - length
-    return torch.cat((x_BLD, pad_1D.to(x_BLD.dtype).expand(batch, missing, width)), dim=1) if missing else x_BLD
+    return torch.cat((x_BLD, pad_1D.to(x_BLD.dtype).expand(batch, padded(length) - length, width)), dim=1)
 
 
 @lru_cache(maxsize=64)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from launches import finish, start_ranks
-from zero_ranks import KINDS, STAGES
+from zero_ranks import CUT, KINDS, STAGES
 
 from iomm.config import InputError
 from iomm.engine import zero
@@ -54,6 +54,13 @@ def test_hierarchical_partitioning_changes_nothing(reports):
     for rank in range(2):
         runs = reports[2, rank]["runs"]
         assert runs["adamw-bf16-3-hpz"] == runs["adamw-bf16-3"]
+
+
+def test_several_masters_of_a_group_change_nothing(reports):
+    for report in reports.values():
+        for name in CUT:
+            for ours, theirs in zip(report["runs"][name], report["runs"][name.removesuffix("-cut")], strict=True):
+                assert ours == pytest.approx(theirs, rel=1e-6)
 
 
 def test_muon_s_matrices_are_the_same_at_every_stage(reports):

@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import time
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -28,7 +29,24 @@ from iomm.layers import FusedLinear
 BATCH, STEPS, STAGES = 8, 4, (0, 1, 2, 3)
 # adamw: two or more micro-batches, clipped. muon: one or two, not clipped, so that nothing but sums over ranks can round.
 KINDS = {"adamw": (2, ["optim.clip=0.05", "optim.weight_decay=0.1"]), "muon": (4, ["optim.kind=muon", "optim.clip=0"])}
+CUT = ["adamw-bf16-3-cut", "muon-fp32-3-cut"]
 CONVERTED = ("muon-fp32", "adamw-bf16")      # both kinds of moments, and all four of DeepSpeed's optimizers and ours
+
+
+@contextmanager
+def cut_up():
+    """Stage 3 makes several masters of a group, as it does where a rank holds over a billion values of one."""
+    real = zero.deepspeed_config
+
+    def small(*args):
+        config = real(*args)
+        config["zero_optimization"]["sub_group_size"] = 40
+        return config
+    zero.deepspeed_config = small
+    try:
+        yield
+    finally:
+        zero.deepspeed_config = real
 
 
 class Block(nn.Module):
@@ -44,8 +62,11 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
+    """Its first parameter never has a gradient."""
+
     def __init__(self):
         super().__init__()
+        self.unused = nn.Parameter(torch.empty(3))
         self.enter, self.blocks, self.leave = nn.Linear(3, 7), nn.ModuleList([Block(), Block()]), nn.Linear(7, 1)
         for i, p in enumerate(self.parameters()):
             p.data = torch.sin(torch.arange(p.numel(), dtype=torch.float32) * 0.7 + i).view(p.shape) * 0.4
@@ -163,8 +184,10 @@ def main(folder):
     folder, report, runs = Path(folder), {"runs": {}, "again": {}, "broken": {}, "converted": []}, {}
     mine, other = folder / str(ranks.size), folder / str(3 - ranks.size)
     names = [f"{kind}-{precision}-{stage}" for kind in KINDS for precision in ("fp32", "bf16") for stage in STAGES]
-    for name in names + ["adamw-bf16-3-hpz"] * (ranks.size == 2):
-        run = runs[name] = Run(name, ranks, *[f"zero.hpz_partition_size={ranks.size}"] * name.endswith("hpz"))
+    for name in names + CUT + ["adamw-bf16-3-hpz"] * (ranks.size == 2):
+        with cut_up() if name in CUT else nullcontext():
+            run = runs[name] = Run(name, ranks, *[f"zero.hpz_partition_size={ranks.size}"] * name.endswith("hpz"))
+        assert name not in CUT or len(run.sharded.masters) > len(run.sharded.optimizer.param_groups)
         rows = [run.step()[:2]]
         first = run.save(mine / name)
         rows += [run.step()[:2] for _ in range(STEPS - 1)]

@@ -78,8 +78,7 @@ def ablations(bench):
                 swapped(model, recipe=replace(recipe, mask=replace(recipe.mask, mode="zero")))],
             "no prefix split": lambda: [swapped(mllm, prefix=lambda condition, outputs=False: (None, None),
                                                 queries=lambda *args, **kind: whole_pass(mllm, *args, **kind))]}
-    late = {"all outputs condition (adapter.conditions=all)": lambda: [
-        swapped(model, recipe=replace(recipe, adapter=replace(recipe.adapter, conditions="all")))]}
+    late = {}
     own = [f"{op}:reference" for op, _, body, _ in dispatch.table(bench.device) if body in ("cpp", "cuda")]
     if own:
         rows["no compiled ops of ours"] = lambda: [bodies(",".join(own))]
@@ -93,6 +92,9 @@ def ablations(bench):
                 late[f"masked_attention by {body}"] = lambda body=body: [bodies(f"masked_attention:{body}")]
         if fp8_linear.why_not() is None and bench.config.precision != "fp8":
             late["fp8 in the generator's blocks (precision=fp8)"] = lambda: [in_fp8(model.generator)]
+    # Last of all: its lengths make graphs for any length, which from then on are taken for one length too.
+    late["all outputs condition (adapter.conditions=all)"] = lambda: [
+        swapped(model, recipe=replace(recipe, adapter=replace(recipe.adapter, conditions="all")))]
 
     def inside(contexts):
         def run():

@@ -80,7 +80,7 @@ class Plain(nn.Module):
     def compile_blocks(self):
         """Every block one graph; ViT and VAE are compiled by their owner."""
         for block in (*self.generator.transformer_blocks, *self.frozen[0].backbone.language_model.layers):
-            block.compile()
+            block.compile(dynamic=False)         # a graph for lengths in general would take the place of those for one length
 
     def draw(self, batch, latents_BCHW):
         device = latents_BCHW.device

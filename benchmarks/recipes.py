@@ -67,7 +67,7 @@ BUDGETS = {
     "cpu-night": Budget(pretrain=400, finetune=400, seeds=3, per_kind=16, draw_steps=20, at_once=2,
                         settings=("log.sample_images=0", "train.threads=1")),
     "gpu": Budget(pretrain=2000, finetune=2000, seeds=3, per_kind=32, draw_steps=20, at_once=6,
-                  settings=("log.sample_images=0", "train.compile=false")),          # compiling takes longer than such a run
+                  settings=("log.sample_images=0", "train.compile=false")),      # compiling takes longer than such a run
 }
 
 
@@ -121,7 +121,7 @@ class Runs:
             run_dir.mkdir(parents=True, exist_ok=True)
             with open(run_dir / "said.txt", "ab") as said:
                 code = launch("--stage", stage, "--resume", "auto", *(["--init", str(init)] if init else []), *settings,
-                              f"run.dir={run_dir}", f"train.steps={steps}", "checkpoint.every_steps=1000000", said=said)
+                              f"run.dir={run_dir}", f"train.steps={steps}", "checkpoint.every_steps=500", said=said)
             if code:
                 raise InputError(f"a run ended with exit code {code}: see {run_dir}/said.txt")
         return run_dir

@@ -84,7 +84,7 @@ def make_plain(bench):
 
 
 def against(bench, args, result):
-    """Times ours and plain in turn; fills result["against"]."""
+    """Times ours and plain in turn; yields whenever something new stands in `result`."""
     plain, trainer, result["loss"] = make_plain(bench)
     result["flops_per_image"]["plain"] = plain_flops(bench.config)
     result["flops_per_image"]["plain, all outputs"] = plain_flops(bench.config, every=True)
@@ -92,11 +92,15 @@ def against(bench, args, result):
     def plain_step(every=False, compiled=True):
         with (swapped(plain, every=every), swapped(torch.nn.functional, linear=LINEAR),
               nullcontext() if compiled else torch.compiler.set_stance("force_eager")):
-            return trainer.step(bench.next()).item()
-    rows = {"ours": bench.step, "plain": plain_step, "plain, all outputs": lambda: plain_step(every=True)}
-    if bench.compiled:
-        rows["plain, no compile"] = lambda: plain_step(compiled=False)
-    return bench.in_turn(rows, args.steps, bench.deadline(SHARES[0]))
+            loss = trainer.step(bench.next()).item()
+        assert math.isfinite(loss), "plain's loss is not finite: its time means nothing"
+    timed = {"ours": bench.step, "plain": plain_step, "plain, all outputs": lambda: plain_step(every=True)}
+    rows(bench, bench.in_turn(timed, args.steps, bench.deadline(SHARES[0])), result)
+    yield
+    if bench.compiled:                           # by itself: it needs most memory and matters least
+        found = bench.in_turn({"ours": bench.step, "plain, no compile": lambda: plain_step(compiled=False)}, 4, bench.deadline(SHARES[0]))
+        rows(bench, found, result)
+        yield
 
 
 # Each part alone
@@ -132,7 +136,7 @@ def parts_alone(bench):
 
     def backward(out):
         out.backward(torch.ones_like(out))
-    work = {"data": lambda: bench.next(), "vae": lambda: twin.encode(pixels, n_B), "vit": lambda: mllm.image_tokens(vit_pixels),
+    work = {"data": lambda: next(bench.batches), "vae": lambda: twin.encode(pixels, n_B), "vit": lambda: mllm.image_tokens(vit_pixels),
             "adapter": lambda: backward(twin.adapter(condition)), "prefix": lambda: mllm.prefix(condition),
             "suffix": lambda: backward(mllm.queries(queries, condition, cache)),
             "generator": lambda: backward(twin.velocity(noisy, t_B, hidden, None, size)),
@@ -218,14 +222,14 @@ def measure(bench, args, result, save):
     save()
     if args.against:
         try:
-            rows(bench, against(bench, args, result), result)
-            print("\n".join(verdict(result, bench.device.type)), flush=True)
+            for _ in against(bench, args, result):
+                save()
+                print("\n".join(verdict(result, bench.device.type)), flush=True)
         except torch.OutOfMemoryError as error:
-            result["ratios"] = {}
-            print(f"no comparison: plain does not fit beside ours ({str(error).splitlines()[0]}); repeat with a smaller train.micro_batch")
-        save()
+            print(f"plain does not fit beside ours ({str(error).splitlines()[0]}); repeat with a smaller train.micro_batch")
     images_per_s = result["rows"]["ours"]["images_per_s"]
     result["split_s"] = bench.split(5)
+    save()
     result["parts"] = parts_alone(bench)
     save()
     print("\n" + table(result))
@@ -233,7 +237,9 @@ def measure(bench, args, result, save):
           f"rate ({result['matmul_flop_per_s'] / 1e12:.2f} TFLOP/s), mfu {'%.1f %%' % (100 * result['mfu']) if peak else 'unknown: no peak'}"
           f", peak memory {result['peak_memory_gib']:.1f} GiB")
     print(projection(result) if peak else "no projection: this is not the real shape on a GPU whose peak is known", flush=True)
-    if args.trace:
+    if args.trace and time.monotonic() > bench.deadline(1.0):
+        print("no trace: the time is up; repeat without --against")
+    elif args.trace:
         trace(bench, args.trace, math.ceil(10 * result["images_a_pass"] / batch))
     if not args.no_ablations:
         ablate(bench, args, result, save)
@@ -241,19 +247,23 @@ def measure(bench, args, result, save):
 
 
 def rows(bench, times, result):
-    """Seconds of every row -> what is said of them; prints a line a row."""
+    """Seconds of rows that took turns with ours -> what is said of them; prints a line a row. Ours is that of the most rows."""
     batch = result["images_a_step"]
-    result["seconds"], result["cpu_s"] = times, bench.cpu_s
-    result["rows"] = {name: summary(seconds, batch) for name, seconds in times.items()}
-    result["ratios"] = {name: ratio(times[name], times["ours"]) for name in times if name != "ours"}
-    for name, found in result["ratios"].items():
-        work = name if name in result["flops_per_image"] else "plain"
-        found["counted"] = result["flops_per_image"][work] / bench.flops
-        found["cpu_time"] = ratio(bench.cpu_s[name], bench.cpu_s["ours"])["median"]
+    first = len(times) > len(result.get("rows", {}))
+    for what, found in (("seconds", times), ("cpu_s", bench.cpu_s),
+                        ("rows", {name: summary(seconds, batch) for name, seconds in times.items()})):
+        result[what] = result.get(what, {}) | {name: value for name, value in found.items() if name != "ours" or first}
+    result.setdefault("ratios", {})
+    for name in times:
+        if name != "ours":
+            work = name if name in result["flops_per_image"] else "plain"
+            result["ratios"][name] = ratio(times[name], times["ours"]) | {
+                "counted": result["flops_per_image"][work] / bench.flops,
+                "cpu_time": ratio(bench.cpu_s[name], bench.cpu_s["ours"])["median"]}
     images_per_s, peak = result["rows"]["ours"]["images_per_s"], peak_flops(bench.device)
     result["of_matmul_rate"] = bench.flops * images_per_s / result["matmul_flop_per_s"]
     result["mfu"] = bench.flops * images_per_s / peak if peak else None
-    for name, row in result["rows"].items():
+    for name, row in ((name, result["rows"][name]) for name in times):
         print(f"{name:<20} {row['s'] * 1e3:>8.1f} ms a step of {batch} images, {row['images_per_s']:.2f} images/s "
               f"({row['steps']} steps, {row['fastest_s'] * 1e3:.0f} to {row['slowest_s'] * 1e3:.0f} ms)", flush=True)
 
@@ -279,9 +289,10 @@ def ablate(bench, args, result, save):
             continue
         try:
             found = bench.in_turn({"ours": bench.step, name: step}, max(4, args.steps // 3), now + (end - now) / (len(changed) - i))
-        except torch.OutOfMemoryError:
-            left_out[name] = "out of memory"
-            continue
+        except Exception as error:               # it may have ended amid a step: what came after would start there
+            left_out |= {name: f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"}
+            left_out |= dict.fromkeys(list(changed)[i + 1:], "after that")
+            break
         result["ablations"][name] = found = ratio(found[name], found["ours"])
         save()
         print(f"{name:<52} {found['median']:.3f} ({found['low']:.3f} to {found['high']:.3f})", flush=True)

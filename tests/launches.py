@@ -29,8 +29,9 @@ def command(ranks, *arguments):
 
 
 def environment():
+    """Without a GPU, where there is one: two ranks want two, and losses are compared with a CPU's."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(BUILDS)}
+    return {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PATH": path, "OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(BUILDS)}
 
 
 def launch(ranks, *arguments):

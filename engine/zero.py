@@ -60,13 +60,14 @@ class Ranks:
 
 def take_device(local_rank=None):
     """(local rank, its device), made the current one: call it before anything opens a context, which would be on GPU 0.
-    Raises InputError: no such GPU."""
+    Raises InputError, on all ranks of a machine that has more of them than GPUs."""
     local_rank = int(os.environ.get("LOCAL_RANK", local_rank or 0))
     if not torch.cuda.is_available():
         return local_rank, torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
-        raise InputError(f"local rank {local_rank} has no GPU: this machine shows {torch.cuda.device_count()}; "
-                         "start fewer ranks with --num_gpus")
+    ranks = max(local_rank + 1, int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    if ranks > torch.cuda.device_count():
+        raise InputError(f"{ranks} ranks on a machine that shows {torch.cuda.device_count()} GPU(s): start fewer, with --num_gpus or "
+                         "--nproc-per-node")
     torch.cuda.set_device(local_rank)
     return local_rank, torch.device("cuda", local_rank)
 

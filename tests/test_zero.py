@@ -63,6 +63,23 @@ def test_several_masters_of_a_group_change_nothing(reports):
                 assert ours == pytest.approx(theirs, rel=1e-6)
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+def test_more_ranks_than_gpus_are_refused_on_all_of_them(rank, monkeypatch):
+    """By rank 0 too, which is the one that says it; and as many as there are get theirs."""
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    monkeypatch.delenv("LOCAL_SIZE", raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(InputError, match=r"^4 ranks on a machine that shows 2 GPU\(s\)"):
+        zero.take_device()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert zero.take_device() == (1, torch.device("cuda", 1)) and taken == [1]
+
+
 def test_muon_s_matrices_are_the_same_at_every_stage(reports):
     """First step of two ranks, one micro-batch each, no clipping: the gradients are equal bit by bit, and so is what Muon
     makes of them. (AdamW's kernel rounds the last values of a flat shard otherwise than those before.)"""

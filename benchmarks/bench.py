@@ -40,18 +40,27 @@ def prepare(args, device, folder):
     micro_batch = config.train.micro_batch or config.train.global_batch
     if device == "cuda":
         room, wanted = torch.cuda.get_device_properties(0).total_memory * 0.95, micro_batch       # a context, an allocator's gaps
-        while (bytes_ := needed(config, micro_batch, args.against)) > room:
-            if micro_batch == 1 and not args.against:
-                raise InputError(f"one image a pass needs {bytes_ / 2**30:.0f} GiB, this GPU has {room / 2**30:.0f}: give a smaller model")
-            if micro_batch == 1:
-                print(f"no comparison: plain beside ours needs {bytes_ / 2**30:.0f} GiB at one image, this GPU has {room / 2**30:.0f}")
-                args.against, micro_batch = None, 2 * wanted
-            micro_batch //= 2
+        micro_batch = largest(config, wanted, args.against, room)
+        if not micro_batch and args.against:
+            print(f"no comparison: plain beside ours needs {needed(config, 1, args.against) / 2**30:.0f} GiB at one image, this GPU has "
+                  f"{room / 2**30:.0f}")
+            args.against = None
+            micro_batch = largest(config, wanted, None, room)
+        if not micro_batch:
+            raise InputError(f"one image a pass needs {needed(config, 1, None) / 2**30:.0f} GiB, this GPU has {room / 2**30:.0f}: give a "
+                             "smaller model")
         if micro_batch < wanted:
             print(f"micro-batch {micro_batch} and not {wanted}: {needed(config, wanted, args.against) / 2**30:.0f} GiB do not "
                   f"fit into {room / 2**30:.0f}", flush=True)
     changes += [f"train.micro_batch={micro_batch}", f"train.global_batch={micro_batch * PASSES[device]}"]
     return load_config(args.config, [*args.overrides, *changes]), changes
+
+
+def largest(config, micro_batch, against, room):
+    """The micro-batch, halved until it fits into `room` bytes; 0 if one image does not."""
+    while micro_batch and needed(config, micro_batch, against) > room:
+        micro_batch //= 2
+    return micro_batch
 
 
 def needed(config, micro_batch, against):

@@ -99,7 +99,7 @@ def against(bench, args, result):
     yield
     if bench.compiled:                           # by itself: it needs most memory and matters least
         found = bench.in_turn({"ours": bench.step, "plain, no compile": lambda: plain_step(compiled=False)}, 4, bench.deadline(SHARES[0]))
-        rows(bench, found, result)
+        rows(bench, found, result, ours=False)
         yield
 
 
@@ -246,13 +246,13 @@ def measure(bench, args, result, save):
     save()
 
 
-def rows(bench, times, result):
-    """Seconds of rows that took turns with ours -> what is said of them; prints a line a row. Ours is that of the most rows."""
+def rows(bench, times, result, ours=True):
+    """Seconds of rows that took turns with ours -> what is said of them; prints a line a row. ours: whether its own are kept, or
+    those of before."""
     batch = result["images_a_step"]
-    first = len(times) > len(result.get("rows", {}))
     for what, found in (("seconds", times), ("cpu_s", bench.cpu_s),
                         ("rows", {name: summary(seconds, batch) for name, seconds in times.items()})):
-        result[what] = result.get(what, {}) | {name: value for name, value in found.items() if name != "ours" or first}
+        result[what] = result.get(what, {}) | {name: value for name, value in found.items() if name != "ours" or ours}
     result.setdefault("ratios", {})
     for name in times:
         if name != "ours":
@@ -290,7 +290,7 @@ def ablate(bench, args, result, save):
         try:
             found = bench.in_turn({"ours": bench.step, name: step}, max(4, args.steps // 3), now + (end - now) / (len(changed) - i))
         except Exception as error:               # it may have ended amid a step: what came after would start there
-            left_out |= {name: f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"}
+            left_out[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
             left_out |= dict.fromkeys(list(changed)[i + 1:], "after that")
             break
         result["ablations"][name] = found = ratio(found[name], found["ours"])

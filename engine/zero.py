@@ -245,8 +245,8 @@ class Sharded:
     @torch.no_grad()
     def doubt(self):
         """Makes one gradient of every rank NaN if a gradient, master or moment of any is not finite, so that DeepSpeed, which
-        looks at the norm of gradients only, skips the step; returns that gradient. All ranks, since at stages 0 and 1 each takes the norm of the
-        summed gradient by itself. No wait for the GPU; one pass over gradients and optimizer state."""
+        looks at the norm of gradients only, skips the step; returns that gradient. All ranks, since at stages 0 and 1 each
+        takes the norm of the summed gradient by itself. No wait for the GPU; one pass over gradients and optimizer state."""
         gradients = self.layout.gradients()
         kept = gradients + [flat for flats in self.slots().values() for flat in flats if flat is not None]
         if kept[0].is_cuda:

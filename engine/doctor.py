@@ -92,7 +92,7 @@ def dali_row():
     """Row of DALI: which wheel, whether it loads, and whether it can decode on the GPU."""
     wheels = {name: version for name in ("nvidia-dali-cuda130", "nvidia-dali-cuda120") if (version := version_of(name))}
     if not wheels or find("nvidia.dali") is None:
-        return "DALI", "-", ABSENT, "training reads images through it: pip install nvidia-dali-cuda130 (or -cuda120)"
+        return "DALI", "-", ABSENT, "Pillow decodes instead, on the CPU: pip install nvidia-dali-cuda130 (or -cuda120)"
     version = " and ".join(f"{version} ({name.rpartition('-')[2]})" for name, version in wheels.items())
     if len(wheels) > 1:
         return "DALI", version, PROBLEM, ("both wheels are installed and overwrite one another: pip uninstall both, "

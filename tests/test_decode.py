@@ -28,6 +28,13 @@ def photograph(width, height, seed=0):
     return Image.fromarray((pixels + 128).clip(0, 255).astype(np.uint8))
 
 
+@pytest.fixture(params=["dali", "pillow"])
+def either(request, monkeypatch):
+    """With DALI, and as if it were missing."""
+    if request.param == "pillow":
+        monkeypatch.setattr("iomm.engine.data.decode.fn", None)
+
+
 def encode(image, kind="JPEG", **options):
     out = io.BytesIO()
     image.save(out, kind, **({"quality": 90} | options if kind == "JPEG" else options))
@@ -68,6 +75,7 @@ def error(got, wanted):
     return np.abs(got - wanted).mean()
 
 
+@pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("resize", ["dali", "torch"])
 def test_photographs_agree_with_pillow(resize):
     """Mean absolute error below half a grey level of 255, for both outputs, at every size, ratio, subsampling and JPEG
@@ -82,6 +90,7 @@ def test_photographs_agree_with_pillow(resize):
         assert error(got, wanted) < 0.5 and error(vit_got, vit_wanted) < 0.5
 
 
+@pytest.mark.usefixtures("either")
 def test_png_and_webp_agree_with_pillow():
     image = photograph(200, 150)
     images = [encode(image, "PNG"), encode(image, "WEBP", lossless=True)]
@@ -89,6 +98,7 @@ def test_png_and_webp_agree_with_pillow():
         assert error(got, by_pillow(data, 96, 56)[0]) < 0.5
 
 
+@pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("mode, kind", [("L", "JPEG"), ("CMYK", "JPEG"), ("L", "PNG"), ("P", "PNG"), ("1", "PNG")])
 def test_colour_modes_become_rgb(mode, kind):
     image = photograph(128, 160)
@@ -98,12 +108,14 @@ def test_colour_modes_become_rgb(mode, kind):
     assert error(decode([data])[0][0], by_pillow(data, 96, 56)[0]) < 1.0
 
 
+@pytest.mark.usefixtures("either")
 def test_sixteen_bit_grey_is_scaled():
     levels = np.asarray(photograph(96, 96).convert("L"))
     data = encode(Image.fromarray(levels.astype(np.uint16) * 257), "PNG")
     assert error(decode([data])[0][0], levels[:, :, None].repeat(3, 2)) < 0.6
 
 
+@pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(orientation):
     image = photograph(160, 120)
@@ -122,6 +134,7 @@ def test_range_of_the_outputs():
         torch.testing.assert_close(vit_pixels[1, channel], torch.full((16, 16), -mean / std))
 
 
+@pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("num_batches", [0, 1, 2, 7])
 def test_every_batch_once_in_order_and_nothing_beyond(num_batches):
     taken = []
@@ -137,12 +150,14 @@ def test_every_batch_once_in_order_and_nothing_beyond(num_batches):
     assert [round(float((pixels.mean() + 1) / 2 * 255)) for pixels, _ in got] == [10 * level for level in taken]
 
 
+@pytest.mark.usefixtures("either")
 def test_the_same_bytes_give_the_same_bits_in_any_batch():
     images = [encode(photograph(120 + 7 * seed, 150, seed)) for seed in range(8)]
     one, four = decode(images, batch_size=1), decode(images, batch_size=4)
     assert np.array_equal(one[0], four[0]) and np.array_equal(one[1], four[1])
 
 
+@pytest.mark.usefixtures("either")
 def test_an_error_of_the_plan_arrives_as_it_is():
     def batches():
         yield batch([encode(photograph(50, 50))], 32)
@@ -152,6 +167,7 @@ def test_an_error_of_the_plan_arrives_as_it_is():
         list(Decoder(1, 16, CPU)(batches()))
 
 
+@pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("kept_bytes", [0.02, 0.5, 0.95])
 def test_a_refused_image_stops_when_its_batch_is_due(kept_bytes):
     good = encode(photograph(150, 150))
@@ -164,6 +180,7 @@ def test_a_refused_image_stops_when_its_batch_is_due(kept_bytes):
     assert sizes([good, bad, b"", good]) == [(150, 150), None, None, (150, 150)]
 
 
+@pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("resize", ["dali", "torch"])
 def test_a_crop_lies_where_it_is_told_and_covers_any_size(resize):
     """Wide and tall targets, at corners and in between, against Pillow."""

@@ -1,12 +1,19 @@
-"""DALI graph: encoded images -> VAE pixels and ViT pixels. The only file that knows DALI."""
+"""DALI graph: encoded images -> VAE pixels and ViT pixels. The only file that knows DALI, and what stands in for it."""
 
+import io
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from nvidia.dali import fn, types
-from nvidia.dali.pipeline import Pipeline
+from PIL import Image, ImageOps
+
+try:
+    from nvidia.dali import fn, types
+    from nvidia.dali.pipeline import Pipeline
+except ImportError:              # no wheel for this machine: Pillow decodes, and `iomm doctor` says so
+    fn = types = Pipeline = None
 
 from iomm.config import InputError, choice
 
@@ -16,7 +23,7 @@ CENTRE = 0.5
 
 
 class DecodeError(Exception):
-    """DALI refuses an image of the batch that is due. It does not always say which one."""
+    """An image of the batch that is due cannot be decoded. DALI does not always say which one."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ class Decoder:
     raised by it is raised here. An image that DALI refuses costs the whole batch and the pipeline: DecodeError, when
     that batch is due. resize="torch" leaves only the JPEG to DALI where the device is a CPU, and gives the rest to torch's
     vectorised resize of bytes: 1.0 ms of CPU for a photograph to 512 px where DALI takes 7.5, within half a grey level
-    of it. On CUDA it changes nothing.
+    of it. On CUDA it changes nothing. Without DALI Pillow decodes on the CPU, in num_threads threads, and torch resizes.
     """
 
     def __init__(self, batch_size, vit_px, device, num_threads=2, prefetch=2, *, dtype=torch.float32, vae_pixels=True,
@@ -59,15 +66,20 @@ class Decoder:
         self.dtype = dtype
         self.vae_pixels = vae_pixels
         self.hw_decoder_load = hw_decoder_load
-        self.by_torch = resize == "torch" and self.device.type == "cpu"
+        if fn is None:
+            print("DALI is missing: Pillow decodes and torch resizes images, on the CPU (iomm doctor)", flush=True)
+        self.by_torch = fn is not None and resize == "torch" and self.device.type == "cpu"
         # of images, places, sizes, flips: DALI warns of those it does not use
         self._num_inputs = 1 if self.by_torch else 4 if vae_pixels or self.device.type == "cuda" else 3
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def __call__(self, batches):
         """Iterator of (pixels_BCHW, vit_pixels_ICHW) over `batches`; owns a DALI pipeline and frees it at its end."""
-        taken = []      # the batches that DALI has taken and not given back
         threads = ThreadPoolExecutor(self.num_threads, thread_name_prefix="resize")      # they start when there is work
+        if fn is None:
+            yield from self._by_pillow(batches, threads)
+            return
+        taken = []      # the batches that DALI has taken and not given back
         pipe = self._pipeline(self._inputs(batches, taken))
         pipe.build()
         try:
@@ -80,11 +92,29 @@ class Decoder:
                     if "fn.decoders.image" not in str(error):
                         raise
                     raise DecodeError(str(error)) from None
-                yield self._by_torch(outputs[0], taken.pop(0), threads) if self.by_torch else self._finish(
-                    outputs, taken.pop(0))
+                if self.by_torch:
+                    images = [np.asarray(outputs[0].at(i)) for i in range(len(taken[0].images))]
+                    yield self._by_torch(images, taken.pop(0), threads)
+                else:
+                    yield self._finish(outputs, taken.pop(0))
         finally:
             threads.shutdown(cancel_futures=True)
             del pipe
+
+    def _by_pillow(self, batches, threads):
+        """__call__ without DALI."""
+        waiting, batches = deque(), iter(batches)
+        try:
+            while True:
+                while len(waiting) <= self.prefetch and (batch := next(batches, None)) is not None:
+                    waiting.append((batch, [threads.submit(upright, image) for image in batch.images]))
+                if not waiting:
+                    return
+                batch, images = waiting.popleft()
+                outputs = self._by_torch([image.result() for image in images], batch, threads)
+                yield tuple(None if output is None else output.to(self.device) for output in outputs)
+        finally:
+            threads.shutdown(cancel_futures=True)
 
     def _inputs(self, batches, taken):
         """What DALI reads of each batch: images, places, sizes, and flips if it mirrors anything."""
@@ -129,7 +159,7 @@ class Decoder:
         vit_pixels_ICHW = torch.empty((int(np.sum(batch.has_image_B)), 3, self.vit_px, self.vit_px), dtype=self.dtype)
 
         def finish(i):
-            image = torch.from_numpy(np.asarray(images.at(i))).permute(2, 0, 1)[None]
+            image = torch.from_numpy(images[i]).permute(2, 0, 1)[None]
             scale = max(height / image.shape[-2], width / image.shape[-1])
             image = resized(image, tuple(max(round(side * scale), least) for side, least in zip(image.shape[-2:], (height, width))))
             left, top = (int(float(at) * (side - crop)) for at, side, crop in zip(
@@ -196,9 +226,34 @@ def write_normalised(image_1CHW, mean, std, flip, out_CHW):
     out_CHW.copy_(pixels.flip(-1) if flip else pixels)
 
 
+def upright(data):
+    """Encoded image -> HWC bytes by Pillow, as DALI gives them. Raises DecodeError."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return np.array(rgb(ImageOps.exif_transpose(image)))
+    except Exception as error:                   # Pillow's parsers raise OSError, SyntaxError, struct.error, ValueError and more
+        raise DecodeError(f"{type(error).__name__}: {error}") from None
+
+
+def rgb(image):
+    """16-bit grey becomes 8 bits by its upper ones, where Pillow would cut off; alpha is dropped."""
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
+
+
+def size_by_pillow(data):
+    try:
+        return upright(data).shape[:2]
+    except DecodeError:
+        return None
+
+
 def sizes(images):
     """(height, width), upright, that DALI sees of each image (bytes), or None where it cannot decode it. On the CPU, one
     by one: for errors and checks."""
+    if fn is None:
+        return [size_by_pillow(image) for image in images]
     found = []
     while len(found) < len(images):
         given = iter(images[len(found):])

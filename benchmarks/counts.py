@@ -32,6 +32,7 @@ from iomm.mllm import IMAGE, RECONSTRUCT, TURN  # noqa: E402
 from iomm.vae import vae_without_weights  # noqa: E402
 
 FILE = ROOT / "benchmarks" / "counts.json"
+BLIND = "aten::copy_", "aten::zero_", "aten::fill_"       # write without reading what was there
 
 
 class Count(TorchDispatchMode):
@@ -48,12 +49,22 @@ class Count(TorchDispatchMode):
         made = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
         known = {x.untyped_storage()._cdata for x in given}
         new = [x for x in made if x.untyped_storage()._cdata not in known]
-        writes = func._schema.is_mutable
+        writes, written = func._schema.is_mutable, []
+        if writes:                               # gradients count as read alone: AdamW scales them in place only when asked to
+            kinds = {**dict(zip((a.name for a in func._schema.arguments), args)), **(kwargs or {})}
+            written = [kinds.get(a.name) for a in func._schema.arguments
+                       if a.alias_info is not None and a.alias_info.is_write and a.name != "grads"]
         if new or writes or not made:
             self.calls += 1
             self.tensors += len(new)
-            self.bytes += sum(x.numel() * x.element_size() for x in given + (made if not writes else new))
+            self.bytes += size(given) + (size([written, new]) if writes else size(made))
+            self.bytes -= size(written) if func._schema.name in BLIND else 0
         return out
+
+
+def size(tree):
+    """Bytes of all tensors in it."""
+    return sum(x.numel() * x.element_size() for x in tree_leaves(tree) if isinstance(x, torch.Tensor))
 
 
 def plain_flops(config, every=False):

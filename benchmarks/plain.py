@@ -149,11 +149,11 @@ class Trainer:
                                            weight_decay=optim.weight_decay, fused=True)
         self.average = [p.detach().clone() for p in self.parameters] if decay else []
 
-    def step(self, batches):
-        """Over micro-batches (engine's Batch) -> their mean loss."""
+    def step(self, batches, num):
+        """Over `num` micro-batches (engine's Batch), each asked for when it is due -> their mean loss."""
         losses = []
         for batch in batches:
-            loss = self.plain.loss(batch.pixels_BCHW, batch.vit_pixels_BCHW) / len(batches)
+            loss = self.plain.loss(batch.pixels_BCHW, batch.vit_pixels_BCHW) / num
             loss.backward()
             losses.append(loss.detach())
         if self.clip:

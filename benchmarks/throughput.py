@@ -11,7 +11,8 @@ and times are real, pictures are not. Rows take turns step by step in one proces
 medians, ratios are taken within a round, their spread is from the 10th to the 90th percentile. Nothing is timed unless
 both sides have the same loss on the same batch, weights and draws. `counted` is the ratio of FLOPs.
 
-Our step alone comes first, then the comparison, the parts, a trace, the ablations. Everything goes to
+Our step alone comes first, then the comparison, the parts, the ablations, a trace; one that fails is said and ends no other.
+Everything goes to
 benchmarks/results/throughput-<config>-<device>-<date>.json as it is measured, and a PNG beside it."""
 
 import sys
@@ -28,7 +29,9 @@ import os  # noqa: E402
 import statistics  # noqa: E402
 import tempfile  # noqa: E402
 import time  # noqa: E402
+import traceback  # noqa: E402
 from contextlib import nullcontext  # noqa: E402
+from itertools import islice  # noqa: E402
 
 import torch  # noqa: E402
 
@@ -47,6 +50,7 @@ from iomm.flow import sample_time  # noqa: E402
 from iomm.kernels.philox import NOISE, TIME, normal, uniform  # noqa: E402
 from iomm.masking import visible_mask  # noqa: E402
 
+REAL = "iomm-b-512"                 # the config that the paper's hours are of
 STAGE_1, STAGE_2 = 110e6, 4.2e6     # images: 11 M x 10 epochs; 210 k pairs x 10 epochs and as many images beside them
 PAPER_HOURS, PAPER_RATE = (1000, 50), 110e6 / (1000 * 3600)      # H800-hours of the stages; images/s that the first implies
 LIMIT_S = {"cpu": 170, "cuda": 480}
@@ -77,14 +81,14 @@ def make_plain(bench):
     allowed = 1e-4 if config.precision == "fp32" else 2e-2
     print(f"loss on one batch: ours {ours:.6f}, plain {theirs:.6f}", flush=True)
     if not abs(ours - theirs) <= allowed * ours:
-        raise SystemExit(f"the losses differ by more than {allowed:.0e} of themselves: nothing is timed")
+        raise ValueError(f"the losses differ by more than {allowed:.0e} of themselves: nothing is timed")
     if bench.compiled:
         plain.compile_blocks()
     return plain, Trainer(plain, config.optim, config.ema.decay), {"ours": ours, "plain": theirs}
 
 
-def against(bench, args, result):
-    """Times ours and plain in turn; yields whenever something new stands in `result`."""
+def against(bench, args, result, save):
+    """Times ours and plain in turn; saves and says what is known whenever that grows."""
     plain, trainer, result["loss"] = make_plain(bench)
     result["flops_per_image"]["plain"] = plain_flops(bench.config)
     result["flops_per_image"]["plain, all outputs"] = plain_flops(bench.config, every=True)
@@ -92,15 +96,17 @@ def against(bench, args, result):
     def plain_step(every=False, compiled=True):
         with (swapped(plain, every=every), swapped(torch.nn.functional, linear=LINEAR),
               nullcontext() if compiled else torch.compiler.set_stance("force_eager")):
-            loss = trainer.step(bench.next()).item()
+            loss = trainer.step(islice(bench.batches, bench.source.accumulation_steps), bench.source.accumulation_steps).item()
         assert math.isfinite(loss), "plain's loss is not finite: its time means nothing"
     timed = {"ours": bench.step, "plain": plain_step, "plain, all outputs": lambda: plain_step(every=True)}
     rows(bench, bench.in_turn(timed, args.steps, bench.deadline(SHARES[0])), result)
-    yield
+    save()
+    print("\n".join(verdict(result, bench.device.type)), flush=True)
     if bench.compiled:                           # by itself: it needs most memory and matters least
         found = bench.in_turn({"ours": bench.step, "plain, no compile": lambda: plain_step(compiled=False)}, 4, bench.deadline(SHARES[0]))
         rows(bench, found, result, ours=False)
-        yield
+        save()
+        print("\n".join(verdict(result, bench.device.type)), flush=True)
 
 
 # Each part alone
@@ -161,8 +167,8 @@ def table(result):
     total = sum(split.values())
     lines = ["within the step        ms   share"]
     lines += [f"{part:<18} {1e3 * s:>6.1f}  {s / total:>5.1%}" for part, s in sorted(split.items(), key=lambda pair: -pair[1])]
-    lines += ["", "alone                  ms   of step   TFLOP/s   of matmul      GB/s   of copy (bytes of eager ops)"]
-    for part, row in result["parts"].items():
+    lines += ["", "alone                  ms   of step   TFLOP/s   of matmul      GB/s   of copy (bytes of eager ops)"] * ("parts" in result)
+    for part, row in result.get("parts", {}).items():
         flops = batch * (row["flops"] or 0) / row["s"]
         moved = row["bytes"] / row["s"]
         work = f"{flops / 1e12:>9.3f}   {flops / rate:>9.1%}" if flops else f"{'':>21}"
@@ -177,8 +183,9 @@ def projection(result):
     hours = [images / rate / 3600 for images in (STAGE_1, STAGE_2)]
     result["projection"] = {"stage_1_gpu_hours": hours[0], "stage_2_gpu_hours": hours[1], "paper_gpu_hours": PAPER_HOURS,
                             "paper_images_per_s": PAPER_RATE}
-    return (f"stage 1, {STAGE_1 / 1e6:.0f} M images: {hours[0]:,.0f} GPU-hours (paper: {PAPER_HOURS[0]:,} on H800); stage 2, "
-            f"{STAGE_2 / 1e6:.1f} M: {hours[1]:,.1f} (paper: {PAPER_HOURS[1]}); {rate:.1f} images/s per GPU (paper: {PAPER_RATE:.1f})")
+    return (f"at this rate on every GPU, with no messages between them: stage 1, {STAGE_1 / 1e6:.0f} M images: {hours[0]:,.0f} GPU-hours (paper: "
+            f"{PAPER_HOURS[0]:,} on H800); stage 2, {STAGE_2 / 1e6:.1f} M, at stage 1's rate: {hours[1]:,.1f} (paper: {PAPER_HOURS[1]}); "
+            f"{rate:.1f} images/s per GPU (paper: {PAPER_RATE:.1f})")
 
 
 def picture(result, path):
@@ -199,7 +206,7 @@ def picture(result, path):
     rate, bandwidth = result["matmul_flop_per_s"], result["copy_bytes_per_s"]
     ridge, batch = rate / bandwidth, result["images_a_pass"]
     roof.loglog([ridge / 100, ridge, ridge * 30], [rate / 100, rate, rate], color="0.5")
-    for part, row in result["parts"].items():
+    for part, row in result.get("parts", {}).items():
         if row["flops"]:
             flops = batch * row["flops"]
             roof.loglog(flops / row["bytes"], flops / row["s"], "o", label=part)
@@ -220,30 +227,44 @@ def measure(bench, args, result, save):
     result["peak_memory_gib"] = memory_gib(bench.device)
     rows(bench, alone, result)
     save()
+    print(f"\n{result['rows']['ours']['images_per_s']:.2f} images/s, {bench.flops / 1e12:.3f} TFLOP an image: {result['of_matmul_rate']:.1%} "
+          f"of the measured matmul rate ({result['matmul_flop_per_s'] / 1e12:.2f} TFLOP/s), mfu "
+          f"{'%.1f %%' % (100 * result['mfu']) if peak else 'unknown: no peak'}, peak memory {result['peak_memory_gib']:.1f} GiB")
+    print(projection(result) if peak and Path(args.config).stem == REAL else
+          f"no projection: that is of {REAL} on a GPU whose peak is known", flush=True)
     if args.against:
-        try:
-            for _ in against(bench, args, result):
-                save()
-                print("\n".join(verdict(result, bench.device.type)), flush=True)
-        except torch.OutOfMemoryError as error:
-            print(f"plain does not fit beside ours ({str(error).splitlines()[0]}); repeat with a smaller train.micro_batch")
-    images_per_s = result["rows"]["ours"]["images_per_s"]
+        attempt("plain", lambda: against(bench, args, result, save), result, save)
     result["split_s"] = bench.split(5)
     save()
-    result["parts"] = parts_alone(bench)
-    save()
-    print("\n" + table(result))
-    print(f"\n{images_per_s:.2f} images/s, {bench.flops / 1e12:.3f} TFLOP an image: {result['of_matmul_rate']:.1%} of the measured matmul "
-          f"rate ({result['matmul_flop_per_s'] / 1e12:.2f} TFLOP/s), mfu {'%.1f %%' % (100 * result['mfu']) if peak else 'unknown: no peak'}"
-          f", peak memory {result['peak_memory_gib']:.1f} GiB")
-    print(projection(result) if peak else "no projection: this is not the real shape on a GPU whose peak is known", flush=True)
-    if args.trace and time.monotonic() > bench.deadline(1.0):
+    attempt("parts alone", lambda: result.update(parts=parts_alone(bench)), result, save)
+    print("\n" + table(result), flush=True)
+    if not args.no_ablations:
+        attempt("ablations", lambda: ablate(bench, args, result, save), result, save)
+    if args.trace and time.monotonic() > bench.deadline(1.1):
         print("no trace: the time is up; repeat without --against")
     elif args.trace:
-        trace(bench, args.trace, math.ceil(10 * result["images_a_pass"] / batch))
-    if not args.no_ablations:
-        ablate(bench, args, result, save)
+        attempt("trace", lambda: trace(bench, args.trace, math.ceil(10 * result["images_a_pass"] / batch)), result, save)
     save()
+
+
+def attempt(what, work, result, save):
+    """work(); whatever goes wrong in it is said and kept, and what comes after goes on: a visit is short."""
+    try:
+        work()
+    except Exception as error:
+        reason = first_line(error)
+        result.setdefault("failed", {})[what] = reason
+        fits = "; repeat with a smaller train.micro_batch" * isinstance(error, torch.OutOfMemoryError)
+        print(f"{what} failed: {reason}{fits}", flush=True)
+        if os.environ.get("IOMM_TRACEBACK"):
+            traceback.print_exception(error)
+    if torch.cuda.is_available():                # what it held must not lie in the way of what comes
+        torch.cuda.empty_cache()
+    save()
+
+
+def first_line(error):
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
 def rows(bench, times, result, ours=True):
@@ -284,13 +305,13 @@ def ablate(bench, args, result, save):
     print("\nour step with one thing changed, its time over ours")
     for i, (name, step) in enumerate(changed.items()):
         now, end = time.monotonic(), bench.deadline(SHARES[1])
-        if now + least_s > bench.deadline(1.1):
+        if now + least_s > bench.deadline(1.05):
             left_out[name] = "the time is up"
             continue
         try:
             found = bench.in_turn({"ours": bench.step, name: step}, max(4, args.steps // 3), now + (end - now) / (len(changed) - i))
         except Exception as error:               # it may have ended amid a step: what came after would start there
-            left_out[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+            left_out[name] = first_line(error)
             left_out |= dict.fromkeys(list(changed)[i + 1:], "after that")
             break
         result["ablations"][name] = found = ratio(found[name], found["ours"])
@@ -316,14 +337,17 @@ def main():
     args = parser.parse_intermixed_args()
     if args.steps < 1:
         parser.error("--steps must be >= 1")
+    if not 0 < args.limit_s < math.inf:
+        parser.error(f"--limit-s must be a number of seconds above 0, got {args.limit_s}")
     with tempfile.TemporaryDirectory() as folder:
         try:
             config, changes = prepare(args, device, Path(folder))
             bench = Bench(config, zero.start(600), args.limit_s, begun)
         except InputError as error:
-            raise SystemExit(f"iomm: {error}") from None
+            print(f"iomm: {error}", file=sys.stderr)
+            return 2
         try:
-            report(bench, args, changes)
+            return report(bench, args, changes)
         finally:
             bench.batches.close()
             zero.stop()
@@ -348,6 +372,7 @@ def report(bench, args, changes):
     print(f"{result['wall_s']:.0f} s; written to {path}")
     if result["ratios"]:
         print("\n".join(verdict(result, device)), flush=True)
+    return 1 if result.get("failed") else 0
 
 
 def verdict(result, device):
@@ -364,4 +389,4 @@ def line(found):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

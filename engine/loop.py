@@ -22,17 +22,17 @@ def train_step(sharded, batches, factor=None, look_ahead=None):
     whether weights changed, seconds waited for data, samples that had to be replaced, [(samples, their losses)]).
 
     factor(mean loss), if given, multiplies the last loss: NaN makes all ranks skip the step. look_ahead(), if given, is
-    called when all passes of a micro-batch are queued."""
+    called when the forward pass of a micro-batch is queued."""
     losses, by_time, wait_s, failures, seen = [], 0, 0.0, [], []
     for batch in each("data", batches):          # one micro-batch each
         loss, loss_B, t_B = sharded(*batch.inputs)
         losses.append(loss.detach())
         if factor is not None and sharded.last_micro_batch:
             loss = loss * factor(torch.stack(losses).mean())
+        if look_ahead is not None:
+            look_ahead()                         # now: DeepSpeed's backward pass returns when the GPU has done it
         with named("backward"):
             sharded.backward(loss)
-        if look_ahead is not None:
-            look_ahead()
         with named("optimizer"):
             applied = sharded.step()             # acts only on the last one
         seen.append((batch.n_B, loss_B.detach()))

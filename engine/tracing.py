@@ -35,7 +35,7 @@ class Window:
             torch.cuda.profiler.start()
             return
         if cuda:
-            torch.cuda.memory._record_memory_history(max_entries=200_000)
+            torch.cuda.memory._record_memory_history(max_entries=200_000, stacks="python")
         self.open = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])], profile_memory=True)
         self.open.__enter__()
 

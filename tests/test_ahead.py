@@ -40,7 +40,7 @@ class Stub:
         return self.passes % 2 == 0
 
 
-def test_the_next_batch_is_read_and_encoded_once_the_passes_are_queued():
+def test_the_next_batch_is_read_and_encoded_once_the_forward_pass_is_queued():
     order = []
 
     def prepare(pixels, *_):
@@ -49,7 +49,7 @@ def test_the_next_batch_is_read_and_encoded_once_the_passes_are_queued():
     ahead, sharded = Ahead(batches(4, order), prepare, torch.device("cpu")), Stub(order)
     results = [train_step(sharded, islice(ahead, 2), None, ahead.fetch) for _ in range(2)]
     assert order == ["read 0", "prepare 0"] + sum([[
-        f"forward prepared {i}", "backward", *([f"read {i + 1}", f"prepare {i + 1}"] if i < 3 else []),
+        f"forward prepared {i}", *([f"read {i + 1}", f"prepare {i + 1}"] if i < 3 else []), "backward",
         "step" if i % 2 else "no step"] for i in range(4)], [])
     assert [result[3] for result in results] == pytest.approx([0.1, 0.5]) and [result[4] for result in results] == [[0, 1], [2, 3]]
     assert [n_B.tolist() for result in results for n_B, _ in result[5]] == [[0, 1], [2, 3], [4, 5], [6, 7]]

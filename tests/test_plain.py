@@ -97,7 +97,7 @@ def test_a_step_trains():
     with torch.no_grad():
         before = plain.loss(pixels, vit, draws)
     for _ in range(5):
-        trainer.step([Batch])
+        trainer.step([Batch], 1)
     with torch.no_grad():
         assert plain.loss(pixels, vit, draws) < before
     assert any(not torch.equal(a, p) for a, p in zip(trainer.average, trainer.parameters))

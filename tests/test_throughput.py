@@ -61,6 +61,17 @@ def test_projection_is_hours_at_the_measured_rate():
     assert result["projection"]["stage_2_gpu_hours"] == pytest.approx(500 * 4.2 / 110)
 
 
+def test_what_fails_is_said_and_kept_and_ends_nothing(capsys):
+    def work():
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried a lot")
+    result, saved = {}, []
+    throughput.attempt("plain", work, result, lambda: saved.append(dict(result)))
+    throughput.attempt("parts alone", lambda: result.update(parts={}), result, lambda: saved.append(dict(result)))
+    failed = {"plain": "OutOfMemoryError: CUDA out of memory."}
+    assert saved == [{"failed": failed}, {"failed": failed, "parts": {}}]
+    assert capsys.readouterr().out == f"plain failed: {failed['plain']}; repeat with a smaller train.micro_batch\n"
+
+
 @pytest.mark.parametrize("gib, against, micro_batch", [(139.8, "plain", 16), (79.2, None, 4)])
 def test_the_visit_of_a_gpu_is_planned(gib, against, micro_batch, monkeypatch, tmp_path):
     """iomm-b-512 on an H200 beside plain; on an H100 without it, where both do not fit."""

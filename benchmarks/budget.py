@@ -10,8 +10,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "benchmarks"))]
 
+import argparse  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
+from dataclasses import replace  # noqa: E402
 from functools import cache  # noqa: E402
 
 from torch import nn  # noqa: E402
@@ -21,7 +23,7 @@ from iomm.engine.config import load_config  # noqa: E402
 from iomm.engine.doctor import machine  # noqa: E402
 from iomm.engine.interval import plan as checkpoint_plan  # noqa: E402
 from iomm.engine.optim import make_optimizer, spread  # noqa: E402
-from iomm.engine.plan import build_without_weights, make_plan  # noqa: E402
+from iomm.engine.plan import build_without_weights, make_plan, memory  # noqa: E402
 from iomm.engine.traffic import count_traffic, row_bytes  # noqa: E402
 from iomm.layers import attention_flops  # noqa: E402
 
@@ -39,15 +41,18 @@ ASSUMED = {
     "share of link rates": (0.80, "DeepSeek-V3 (arXiv 2412.19437, 3.2): 160 of an H800's 200 GB/s NVLink"),
     "to pinned memory, B/s": (40e9, "ours: PCIe 5 x16 carries 64 GB/s"),
     "checkpoint to disk, B/s": (5e9, "ours: one shared file system, all ranks together, and back for the check"),
+    "share of memory that a run may fill": (0.95, "ours: a context and the allocator's gaps, as benchmarks/bench.py takes it"),
     "CPU cores a GPU": (12, "ours: 96 cores beside 8 GPUs; data.threads of them decode"),
 }
 # Matmul and copy rates: measured on an H200 (769 to 798 TFLOP/s, the lower taken; 4.3 TB/s read + write, of 4.8). H100 and H800
 # are the same chip (989 TFLOP/s dense bf16) with 3.35 TB/s: copy scaled alike. NVLink: data sheets, both directions 900 GB/s,
-# 400 on the H800; half each way. Network: one 400 Gb/s InfiniBand port a GPU, 50 GB/s each way (DGX H100).
+# 400 on the H800; half each way. Network: one 400 Gb/s InfiniBand port a GPU, 50 GB/s each way (DGX H100). Memory: what
+# nvidia-smi says of such cards.
+GIB = 2**30
 MACHINES = {
-    "H200": {"matmul": 769e12, "copy": 4.3e12, "nvlink": 450e9, "network": 50e9},
-    "H100": {"matmul": 769e12, "copy": 3.0e12, "nvlink": 450e9, "network": 50e9},
-    "H800": {"matmul": 769e12, "copy": 3.0e12, "nvlink": 200e9, "network": 50e9},
+    "H200": {"matmul": 769e12, "copy": 4.3e12, "nvlink": 450e9, "network": 50e9, "memory": 140 * GIB},
+    "H100": {"matmul": 769e12, "copy": 3.0e12, "nvlink": 450e9, "network": 50e9, "memory": 79 * GIB},
+    "H800": {"matmul": 769e12, "copy": 3.0e12, "nvlink": 200e9, "network": 50e9, "memory": 79 * GIB},
 }
 NODE = 8
 # NCCL's own model of a ring (src/graph/tuning.cc, 2.18 and later): microseconds at the start, a hop over NVLink, a hop over
@@ -56,9 +61,8 @@ PROTOCOLS = {"LL": (6.6, 0.6 * 1.8, 2.7, 0.25), "LL128": (14.0, 1.9, 4.0, 0.92),
 SMS, TILE = 132, 128                # multiprocessors of the chip; a product is cut into tiles of 128 x 128
 CONFIGS, GPUS = ("iomm-b-512", "iomm-l-512", "iomm-xl-512"), (1, 8, 16, 32, 64, 128, 256, 512)
 PAPER_HOURS, PAPER_RATE, AIMS = 1000, 30.6, (61, 80)          # GPU-hours of B's stage 1 on H800; images/s a GPU; our aims
-# What a run may set and the defaults do not: whole blocks ahead, 4 GB of bf16 kept, copies in a node.
-TUNED = {"stage3_prefetch_bucket_size": 200_000_000, "stage3_max_reuse_distance": 2_000_000_000,
-         "stage3_max_live_parameters": 2_000_000_000}
+# What a run may set and the defaults do not: 4 GB of bf16 kept, copies in a node (where there are several).
+TUNED = {"max_live_parameters": 2_000_000_000, "hpz_partition_size": NODE}
 
 
 def assumed(name):
@@ -90,11 +94,21 @@ def parts(name):
     return config, build_without_weights(config), make_plan(config, NODE).flops
 
 
+def configured(name, ranks, tuned):
+    config = parts(name)[0]
+    settings = {key: value for key, value in TUNED.items() if ranks > NODE or key != "hpz_partition_size"} if tuned else {}
+    return replace(config, zero=replace(config.zero, **settings))
+
+
 @cache
 def messages_of(name, ranks, tuned=False):
-    config, model, _ = parts(name)
-    settings = {**TUNED, "zero_hpz_partition_size": NODE if ranks > NODE else 1} if tuned else {}
-    return count_traffic(model, config, ranks, **settings)
+    return count_traffic(parts(name)[1], configured(name, ranks, tuned), ranks)
+
+
+@cache
+def memory_of(name, ranks, tuned, micro_batch):
+    """Bytes on a GPU, what frozen encoders need while they run aside (engine/plan.py)."""
+    return sum(memory(parts(name)[1], configured(name, ranks, tuned), ranks, micro_batch).values())
 
 
 def micro_batch_s(name, micro_batch, machine, latents=False):
@@ -170,11 +184,17 @@ def update_s(name, ranks, accumulation, machine):
 
 
 def estimate(name, gpu, ranks, tuned=False, latents=False, batch=None, micro_batch=None, **measured):
-    """One run -> dict of seconds a step by part, images/s a GPU, GPU-hours of stage 1, checkpoint and loader. batch,
-    micro_batch: default to the config's; measured: rates that replace those of MACHINES."""
+    """One run -> dict of seconds a step by part, images/s a GPU, GPU-hours of stage 1, checkpoint and loader; None where not
+    one image fits into memory. batch: defaults to the config's; micro_batch: to the config's, halved until it fits;
+    measured: rates that replace those of MACHINES."""
     (config, model, flops), traffic = parts(name), messages_of(name, ranks, tuned)
     kind, batch = {**MACHINES[gpu], **measured}, batch or config.train.global_batch
-    micro_batch = min(micro_batch or config.train.micro_batch, batch // ranks)
+    if micro_batch is None:
+        micro_batch = min(config.train.micro_batch, batch // ranks)
+        while micro_batch and memory_of(name, ranks, tuned, micro_batch) > assumed("share of memory that a run may fill") * kind["memory"]:
+            micro_batch //= 2
+        if not micro_batch:
+            return None
     accumulation = batch // (micro_batch * ranks)
     seconds = micro_batch_s(name, micro_batch, kind, latents)
     passes = [pass_s(traffic, messages, seconds, kind) for messages in (traffic.first, traffic.later)]
@@ -191,7 +211,9 @@ def estimate(name, gpu, ranks, tuned=False, latents=False, batch=None, micro_bat
     return {"gpus": ranks, "micro_batch": micro_batch, "accumulation": accumulation, "step_s": step + lost,
             "compute_s": accumulation * compute, "exposed_s": exposed, "host_s": step - after - update - accumulation * compute - exposed,
             "host_needed_s": accumulation * host, "after_s": after, "update_s": update, "checkpoint_s": lost, "checkpoint_write_s": write,
-            "checkpoint_interval_s": saves.interval_s, "images_per_s": rate, "mfu": sum(flops.values()) * rate / kind["matmul"],
+            "checkpoint_interval_s": saves.interval_s, "images_per_s": rate,
+            "of_matmul_rate": (sum(flops.values()) - latents * flops["VAE"]) * rate / kind["matmul"],
+            "memory_gib": memory_of(name, ranks, tuned, micro_batch) / GIB,
             "gpu_hours": config.train.steps * batch / rate / 3600, "sent_bytes": traffic.sent_bytes(accumulation),
             "cores_per_gpu": rate * loader()["ours_cpu_ms_per_image"] / 1000,
             "read_bytes_per_s": rate * ranks * 1000 * loader()["data"]["mean_kb"]}
@@ -212,13 +234,18 @@ def breaks(name, gpu, runs):
             lambda r: r["after_s"] > 0.05 * r["step_s"]} if small else {}),
         "the host issues work more slowly than the GPU does it": lambda r: r["host_needed_s"] > r["compute_s"] + r["exposed_s"],
         f"the global batch of {config.train.global_batch} leaves micro-batches below {config.train.micro_batch}":
-            lambda r: r["micro_batch"] < config.train.micro_batch,
+            lambda r: config.train.global_batch < config.train.micro_batch * r["gpus"],
         f"a checkpoint every {config.checkpoint.every_steps} steps is not on the disk before the next":
             lambda r: r["checkpoint_write_s"] > config.checkpoint.every_steps * r["step_s"]}
     said = []
     for what, holds in limits.items():
         at = next((run["gpus"] for run in runs if holds(run)), None)
         said.append(f"{what}: " + (f"from {at} GPUs on" if at else f"nowhere up to {runs[-1]['gpus']} GPUs"))
+    small = [run["gpus"] for run in runs if run["micro_batch"] < min(config.train.micro_batch, config.train.global_batch // run["gpus"])]
+    missing = sorted(set(GPUS) - {run["gpus"] for run in runs})
+    said.append(f"micro-batches of {config.train.micro_batch} need more memory than there is: " + (
+        f"{'on ' + ', '.join(map(str, missing)) + ' GPUs not even one image fits; ' if missing else ''}"
+        f"halved until they fit on {', '.join(map(str, small))} GPUs" if small or missing else "nowhere"))
     cores, most = max(r["cores_per_gpu"] for r in runs), max(runs, key=lambda r: r["read_bytes_per_s"])
     said.append(f"decoding on the CPU takes {cores:.2f} cores a GPU of {assumed('CPU cores a GPU')}, storage gives at most "
                 f"{most['read_bytes_per_s'] / 1e9:.1f} GB/s (at {most['gpus']} GPUs): the loader is not the limit")
@@ -227,11 +254,11 @@ def breaks(name, gpu, runs):
 
 
 def table(runs):
-    lines = ["GPUs  micro x acc   step s  compute  exposed  host   after  update  images/s/GPU  MFU  GPU-hours"]
+    lines = ["GPUs  micro x acc   step s  compute  exposed  host   after  update  images/s/GPU  of matmul  GPU-hours  GiB"]
     for r in runs:
         shares = "".join(f"{r[key] / r['step_s']:>8.1%}" for key in ("compute_s", "exposed_s", "host_s", "after_s", "update_s"))
         lines.append(f"{r['gpus']:>4}  {r['micro_batch']:>5} x {r['accumulation']:<4}{r['step_s']:>8.3f} {shares}"
-                     f"{r['images_per_s']:>12.1f}{r['mfu']:>8.1%}{r['gpu_hours']:>9,.0f}")
+                     f"{r['images_per_s']:>12.1f}{r['of_matmul_rate']:>11.1%}{r['gpu_hours']:>11,.0f}{r['memory_gib']:>6.0f}")
     return "\n".join(lines)
 
 
@@ -255,7 +282,7 @@ def draw(results, path):
         low, high = top.get_ylim()
         ticks = [tick for tick in (600, 800, 1000, 2000, 3000, 4000, 5000, 7000, 10_000) if low <= tick <= high]
         top.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
-        bottom.set(xscale="log", xlabel="GPUs", ylim=(0, 1.1), ylabel="images/s a GPU, share of one GPU's" if not column else None)
+        bottom.set(xscale="log", xlabel="GPUs", ylim=(0, 1.1), ylabel="images/s a GPU, share of that on the fewest" if not column else None)
         bottom.set_xticks(GPUS, [str(n) for n in GPUS])
         for axis in (top, bottom):
             axis.minorticks_off()
@@ -264,13 +291,14 @@ def draw(results, path):
     figure.savefig(path, dpi=110)
 
 
-def main():
+def main(argv=None):
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
     print("Assumed, not counted:")
     for what, (value, source) in ASSUMED.items():
         print(f"  {what:<48}{value:>9.3g}   {source}")
     for gpu, rates in MACHINES.items():
         print(f"  {gpu}: " + ", ".join(f"{what} {rate:.3g}" for what, rate in rates.items()))
-    results = {name: {gpu: {how: [estimate(name, gpu, n, how == "tuned") for n in GPUS] for how in ("as configured", "tuned")}
+    results = {name: {gpu: {how: [run for n in GPUS if (run := estimate(name, gpu, n, how == "tuned"))] for how in ("as configured", "tuned")}
                       for gpu in MACHINES} for name in CONFIGS}
     words, rows = [], {}
     for name, by_gpu in results.items():

@@ -2,7 +2,9 @@
 
 One function a kind of result file says which of its figures the README quotes; none is typed by hand."""
 
+import argparse
 import json
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -137,11 +139,23 @@ def table():
     return "\n".join(rows)
 
 
-def main():
+def written(text, rows):
+    """README's text with these rows between its two marks. Raises ValueError unless each mark stands there once."""
+    if not (text.count(START) == text.count(END) == 1 and text.index(START) < text.index(END)):
+        raise ValueError(f"the README must hold {START} and, below it, {END}, once each")
+    return f"{text.partition(START)[0]}{START}\n{rows}\n{END}{text.partition(END)[2]}"
+
+
+def main(argv=None):
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
     readme = ROOT / "README.md"
-    before, _, rest = readme.read_text().partition(START)
-    readme.write_text(f"{before}{START}\n{table()}\n{END}{rest.partition(END)[2]}")
+    try:
+        readme.write_text(written(readme.read_text(), table()))
+    except ValueError as error:
+        print(f"iomm: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

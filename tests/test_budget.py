@@ -9,7 +9,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from iomm.engine.traffic import Message
+from benchmarks import report
+from iomm.engine.traffic import Message, Traffic
 from iomm.generator import empty_generator
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,6 +68,33 @@ def test_parts_of_a_step_sum_up(budget):
     stale = "benchmarks/results/budget.json is of other code: run benchmarks/budget.py, then report.py"
     assert [run[key] for key in ("step_s", "after_s", "images_per_s")] == pytest.approx(
         [saved[budget.GPUS.index(64)][key] for key in ("step_s", "after_s", "images_per_s")]), stale
+
+
+def test_what_does_not_fit_is_not_promised(budget):
+    """IOMM-XL: no image on one H800, half the micro-batch on 8; what is set by hand is not asked."""
+    assert budget.estimate("iomm-xl-512", "H800", 1) is None
+    run = budget.estimate("iomm-xl-512", "H800", 8)
+    assert run["micro_batch"] == 8 and run["memory_gib"] < 0.95 * 79
+    assert budget.estimate("iomm-xl-512", "H800", 8, micro_batch=16)["memory_gib"] > 79
+
+
+def test_a_message_costs_what_compute_does_not_hide(budget):
+    """Two modules of a second each, forward alone: the second's weights come while the first computes, or are waited for."""
+    traffic = Traffic(visits=[(False, 1), (False, 1)], first=[], later=[], step=[])
+    rate = budget.assumed("share of link rates") * 200e9
+    for seconds, wanted in ((0.5, 2.0), (1.5, 2.5)):
+        message = Message(kind="all_gather", size_bytes=int(seconds * rate * 8 / 7), group=8, issued=0, needed=1)
+        assert budget.pass_s(traffic, [message], (0.0, 2.0, 0.0, 0.0), budget.MACHINES["H800"]) == pytest.approx(wanted, rel=1e-3)
+    late = Message(kind="all_gather", size_bytes=int(0.5 * rate * 8 / 7), group=8, issued=1, needed=1)
+    assert budget.pass_s(traffic, [late], (0.0, 2.0, 0.0, 0.0), budget.MACHINES["H800"]) == pytest.approx(2.5, rel=1e-3)
+
+
+def test_the_readme_quotes_the_results():
+    """Its table is what benchmarks/report.py makes of benchmarks/results, to the letter."""
+    text = (ROOT / "README.md").read_text()
+    assert report.written(text, report.table()) == text, "run python benchmarks/report.py"
+    with pytest.raises(ValueError, match="once each"):
+        report.written(text.replace(report.END, ""), "")
 
 
 def test_one_gpu_is_what_was_measured(budget):

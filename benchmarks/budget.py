@@ -243,9 +243,9 @@ def breaks(name, gpu, runs):
         said.append(f"{what}: " + (f"from {at} GPUs on" if at else f"nowhere up to {runs[-1]['gpus']} GPUs"))
     small = [run["gpus"] for run in runs if run["micro_batch"] < min(config.train.micro_batch, config.train.global_batch // run["gpus"])]
     missing = sorted(set(GPUS) - {run["gpus"] for run in runs})
-    said.append(f"micro-batches of {config.train.micro_batch} need more memory than there is: " + (
-        f"{'on ' + ', '.join(map(str, missing)) + ' GPUs not even one image fits; ' if missing else ''}"
-        f"halved until they fit on {', '.join(map(str, small))} GPUs" if small or missing else "nowhere"))
+    said.append(f"micro-batches of {config.train.micro_batch} need more memory than that many GPUs have: " + (
+        f"{'with ' + ', '.join(map(str, missing)) + ' not even one image fits, ' if missing else ''}"
+        f"halved until they fit with {', '.join(map(str, small))}" if small or missing else "nowhere"))
     cores, most = max(r["cores_per_gpu"] for r in runs), max(runs, key=lambda r: r["read_bytes_per_s"])
     said.append(f"decoding on the CPU takes {cores:.2f} cores a GPU of {assumed('CPU cores a GPU')}, storage gives at most "
                 f"{most['read_bytes_per_s'] / 1e9:.1f} GB/s (at {most['gpus']} GPUs): the loader is not the limit")

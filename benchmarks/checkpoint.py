@@ -19,6 +19,7 @@ import time
 
 import torch
 
+from benchmarks.report import above_0
 from iomm.engine import checkpoint
 from iomm.engine.doctor import machine
 from iomm.engine.interval import plan
@@ -80,9 +81,9 @@ def measure(folder, *, parameters, step_s, num_saves):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parameters", type=float, default=5.5e6)
-    parser.add_argument("--step-s", type=float, default=0.65)
-    parser.add_argument("--saves", type=int, default=10)
+    parser.add_argument("--parameters", type=above_0(float), default=5.5e6)
+    parser.add_argument("--step-s", type=above_0(float), default=0.65)
+    parser.add_argument("--saves", type=above_0(int), default=10)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=ROOT) as folder:
         figures = measure(folder, parameters=args.parameters, step_s=args.step_s, num_saves=args.saves)

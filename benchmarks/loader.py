@@ -33,6 +33,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image, ImageFilter, ImageOps  # noqa: E402
 
+from benchmarks.report import command  # noqa: E402
 from iomm.engine.data.buckets import Buckets, bucket_sizes  # noqa: E402
 from iomm.engine.data.decode import IMAGENET_MEAN, IMAGENET_STD  # noqa: E402
 from iomm.engine.data.index import build  # noqa: E402
@@ -269,4 +270,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command(main))

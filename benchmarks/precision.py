@@ -18,6 +18,7 @@ import statistics  # noqa: E402
 import subprocess  # noqa: E402
 import tempfile  # noqa: E402
 
+from benchmarks.report import above_0  # noqa: E402
 from iomm.engine.doctor import machine  # noqa: E402
 
 RUNS = {"bf16": ("bf16", 0), "fp8": ("fp8", 0), "bf16, another seed": ("bf16", 1)}
@@ -55,7 +56,7 @@ def compare(folder, steps, overrides):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, help=f"default: {STEPS[True]} with a GPU, {STEPS[False]} without")
+    parser.add_argument("--steps", type=above_0(int), help=f"default: {STEPS[True]} with a GPU, {STEPS[False]} without")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args, facts = parser.parse_intermixed_args(), machine()
     args.steps = args.steps or STEPS[bool(facts["gpu"])]

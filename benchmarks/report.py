@@ -8,12 +8,37 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "benchmarks"))]
+
+from iomm.config import InputError  # noqa: E402
+
 START, END = "<!-- measured: made by benchmarks/report.py -->", "<!-- /measured -->"
 
 
 def label(kind, settings):
     """What result files of a run with these settings are called."""
     return "-".join([kind, *(setting.replace("=", "-").replace("/", "-") for setting in settings)])
+
+
+def above_0(kind):
+    """An argparse type: numbers of this kind above 0, and below infinity."""
+    def read(text):
+        try:
+            if 0 < (number := kind(text)) < float("inf"):
+                return number
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"must be a {'whole ' * (kind is int)}number above 0, got {text}")
+    return read
+
+
+def command(main):
+    """Exit code of a script: a mistake of who runs it is one line, and 2."""
+    try:
+        return main()
+    except InputError as error:
+        print(f"iomm: {error}", file=sys.stderr)
+        return 2
 
 
 def pyplot():

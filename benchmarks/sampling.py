@@ -13,6 +13,7 @@ import json  # noqa: E402
 import statistics  # noqa: E402
 import time  # noqa: E402
 
+from benchmarks.report import above_0, command  # noqa: E402
 from iomm.pipeline import height_width  # noqa: E402
 
 
@@ -42,11 +43,11 @@ def sampling_rate(pipeline, *, steps=20, guidance=4.0, size=None, batches=3, com
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", required=True, help="folder of a run, or an exported one")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--batch", type=above_0(int), default=16)
+    parser.add_argument("--steps", type=above_0(int), default=20)
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--size", help="side in pixels, or WIDTHxHEIGHT; default: the run's")
-    parser.add_argument("--batches", type=int, default=3)
+    parser.add_argument("--batches", type=above_0(int), default=3)
     parser.add_argument("--compile", action="store_true", help="a second row, with torch.compile")
     args = parser.parse_args()
     import torch
@@ -67,4 +68,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command(main))

@@ -18,6 +18,9 @@ import subprocess  # noqa: E402
 import tempfile  # noqa: E402
 import time  # noqa: E402
 
+from benchmarks.report import above_0, command  # noqa: E402
+from iomm.config import InputError  # noqa: E402
+
 
 def start(config_name, overrides):
     """Times one start in this interpreter; prints the seconds as JSON."""
@@ -51,7 +54,7 @@ def start(config_name, overrides):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--config", default="demo-cpu")
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--runs", type=above_0(int), default=5)
     parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args()
@@ -64,7 +67,7 @@ def main():
         for _ in range(args.runs + 1):
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
             if done.returncode:
-                raise SystemExit(done.stderr)
+                raise InputError((done.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("iomm: "))
             runs.append(json.loads(done.stdout.splitlines()[-1]))
     facts = machine()
     result = {"machine": facts, "config": args.config, "overrides": args.overrides, "runs": runs[1:],
@@ -76,4 +79,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command(main))

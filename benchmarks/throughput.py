@@ -40,8 +40,7 @@ from benchmarks.bench import WARM_UP, Bench, prepare, ratio, summary, whole_copy
 from benchmarks.counts import Count, part_flops, plain_flops  # noqa: E402
 from benchmarks.ops import ceilings  # noqa: E402
 from benchmarks.plain import Draws, Plain, Trainer  # noqa: E402
-from benchmarks.report import label, pyplot  # noqa: E402
-from iomm.config import InputError  # noqa: E402
+from benchmarks.report import above_0, command, label, pyplot  # noqa: E402
 from iomm.engine import zero  # noqa: E402
 from iomm.engine.doctor import machine  # noqa: E402
 from iomm.engine.metrics import memory_gib, peak_flops  # noqa: E402
@@ -329,23 +328,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="iomm-b-512" if device == "cuda" else "demo-cpu")
     parser.add_argument("--against", choices=("plain",))
-    parser.add_argument("--steps", type=int, default=40, help="rounds at most")
-    parser.add_argument("--limit-s", type=float, default=LIMIT_S[device], help="about so many seconds in all; what does not fit is left out")
+    parser.add_argument("--steps", type=above_0(int), default=40, help="rounds at most")
+    parser.add_argument("--limit-s", type=above_0(float), default=LIMIT_S[device], help="about so many seconds in all; what does not fit is left out")
     parser.add_argument("--no-ablations", action="store_true")
     parser.add_argument("--trace", help="folder for a torch trace of ten steps")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args()
-    if args.steps < 1:
-        parser.error("--steps must be >= 1")
-    if not 0 < args.limit_s < math.inf:
-        parser.error(f"--limit-s must be a number of seconds above 0, got {args.limit_s}")
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            config, changes = prepare(args, device, Path(folder))
-            bench = Bench(config, zero.start(600), args.limit_s, begun)
-        except InputError as error:
-            print(f"iomm: {error}", file=sys.stderr)
-            return 2
+        config, changes = prepare(args, device, Path(folder))
+        bench = Bench(config, zero.start(600), args.limit_s, begun)
         try:
             return report(bench, args, changes)
         finally:
@@ -389,4 +380,4 @@ def line(found):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(main))

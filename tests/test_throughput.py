@@ -61,6 +61,21 @@ def test_projection_is_hours_at_the_measured_rate():
     assert result["projection"]["stage_2_gpu_hours"] == pytest.approx(500 * 4.2 / 110)
 
 
+@pytest.mark.parametrize("given", [["--steps", "0"], ["--steps", "1.5"], ["--limit-s", "nan"], ["--limit-s", "-3"]])
+def test_a_number_that_is_none_is_one_line(given, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["throughput.py", *given])
+    with pytest.raises(SystemExit) as ended:
+        throughput.main()
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2 and f"argument {given[0]}: must be a" in said and said.endswith(f"number above 0, got {given[1]}")
+
+
+def test_a_mistake_is_one_line_and_2(capsys):
+    def main():
+        raise InputError("no such thing")
+    assert report.command(main) == 2 and report.command(lambda: 1) == 1 and capsys.readouterr().err == "iomm: no such thing\n"
+
+
 def test_what_fails_is_said_and_kept_and_ends_nothing(capsys):
     def work():
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried a lot")

@@ -72,31 +72,42 @@ def train(state, source, config, saver, watch, metrics=None, window=None, evalua
             guard.saw(state.step, loss, words if applied else words + suspects(seen, ranks), applied)
             if failed:
                 state.skips.saw(sum(ranks.all(failures), []), state.step * batch)
-            evaluated = {}
-            if evaluation is not None and evaluation.due(state.step) and not asked:
-                watch.rest()                     # it may take longer than a step
-                with whole("evaluation"):
-                    evaluated = evaluation(state)
+            row = None
             if metrics is not None:
                 row = metrics.record(
                     step=state.step, loss=loss, by_time=by_time, grad_norm=sharded.grad_norm() if applied else None,
-                    lr=lr, data_wait_s=wait_s, skipped_steps=guard.total, skipped_samples=state.skips.total,
-                    evaluated=evaluated)
+                    lr=lr, data_wait_s=wait_s, skipped_steps=guard.total, skipped_samples=state.skips.total)
                 state.gpu_hours = row["gpu_hours"]
-                if state.step % config.log.every_steps == 0 or state.step == 1 or evaluated:
-                    bar.write(line(row, config.train.steps))
-            bar.update()
-            if window is not None:
-                window.after(state.step)
             if asked or state.step % config.checkpoint.every_steps == 0 or state.step == config.train.steps:
                 with named("checkpoint"):
                     save(state, config, saver)
+            evaluated = {}
+            if evaluation is not None and evaluation.due(state.step) and not asked:
+                evaluated = evaluate(state, evaluation, saver, watch)
+                if metrics is not None:
+                    state.gpu_hours = metrics.add(row, evaluated)["gpu_hours"]
+            if metrics is not None and (state.step % config.log.every_steps == 0 or state.step == 1 or evaluated):
+                bar.write(line(row, config.train.steps))
+            bar.update()
+            if window is not None:
+                window.after(state.step)
         watch.rest()
         folder = saver.wait()
     bar.close()
     if folder is None and state.step > start:
         raise InputError(f"the last checkpoint, of step {state.step}, could not be written: make room, then --resume auto")
     return state.step == config.train.steps
+
+
+def evaluate(state, evaluation, saver, watch):
+    """What it finds. It comes after the save of its step, and what fails in it (memory, say) does not cost that save."""
+    watch.rest()                                 # it may take longer than a step
+    try:
+        with whole("evaluation"):
+            return evaluation(state)
+    except Exception:
+        saver.wait()
+        raise
 
 
 def spike_factor(loss, guard, ranks):

@@ -23,13 +23,15 @@ from faults.disk import (
     save_all,
     saver,
 )
+from faults.mini import Job
 from faults.real import real_world_sizes
-from faults.trials import bitwise_resumes, damaged_starts, kill_chain, world_sizes
+from faults.trials import bitwise_resumes, damaged_starts, final_files, kill_chain, log_rows, world_sizes
 from safetensors.torch import load_file
 
 from iomm.config import InputError
 from iomm.engine import checkpoint
 from iomm.engine.interval import plan
+from iomm.engine.watch import DEAD
 
 
 def test_what_is_written_is_what_was_there_at_the_call(tmp_path):
@@ -280,6 +282,19 @@ def test_no_commit_is_lost_to_a_kill(num_kills, tmp_path):
 @pytest.mark.parametrize("num_trials", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_resume_is_bitwise_wherever_it_starts(num_trials, tmp_path):
     assert bitwise_resumes(tmp_path, num_trials)["bitwise"] == num_trials
+
+
+@pytest.mark.parametrize("ranks", [[0, 1], [1]])
+def test_an_evaluation_that_fails_costs_neither_its_step_nor_the_next_start(ranks, tmp_path):
+    """The step is saved first, and the save that is under way as one rank or all of them fail comes to its end."""
+    settings = ["train.steps=8", "checkpoint.every_steps=4"]
+    failing = {"width": 1_000_000, "evaluate_at": 4, "evaluate_s": 0.1}
+    assert Job(tmp_path / "golden", *settings, **failing).wait(60) == [0, 0]
+    for codes in ([1, 1] if len(ranks) == 2 else [DEAD, 1], [0, 0]):
+        assert Job(tmp_path / "run", *settings, **failing, evaluate_fails=ranks).wait(60) == codes
+    said = (tmp_path / "run/out-rank0.txt").read_text()
+    assert "checkpoint of step 4 committed" in said and "resumed from step 4" in said
+    assert final_files(tmp_path / "run") == final_files(tmp_path / "golden") and log_rows(tmp_path / "run") == log_rows(tmp_path / "golden")
 
 
 def test_the_world_may_change_its_size(tmp_path):

@@ -176,7 +176,7 @@ def live_digest(state):
 
 
 class Pause:
-    """Stands in for evaluation.Evaluation: after step evaluate_at it takes evaluate_s."""
+    """Stands in for evaluation.Evaluation: after step evaluate_at it takes evaluate_s, or fails on the ranks evaluate_fails."""
 
     def __init__(self, options):
         self.options = options
@@ -185,6 +185,8 @@ class Pause:
         return step == self.options.get("evaluate_at")
 
     def __call__(self, state):
+        if state.ranks.rank in self.options.get("evaluate_fails", ()):
+            raise MemoryError("the pictures are too large")
         time.sleep(self.options["evaluate_s"])
         return {"heldout_loss": {}}
 

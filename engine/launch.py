@@ -13,6 +13,7 @@ import argparse
 import ctypes
 import platform
 import shlex
+import socket
 
 import torch
 
@@ -31,7 +32,7 @@ from iomm.engine.optim import make_optimizer
 from iomm.engine.ranklog import RankLog
 from iomm.engine.shapes.grade import grade_run
 from iomm.engine.tracing import Window
-from iomm.engine.watch import Watch
+from iomm.engine.watch import REFUSED, Watch
 from iomm.kernels import dispatch, fp8_linear
 
 # Of malloc.h: number and value. No memory of its own for a large block, trim the heap above 2 GiB free, grow it by 256 MiB.
@@ -40,9 +41,11 @@ STAGES = {"pretrain": "demo", "finetune": "demo-finetune"}      # and the config
 
 
 def main(argv=None):
-    """Exit code: 0 done, 2 something that the user gave is wrong (one line on stderr, said by rank 0), 75 asked to stop by
-    SIGTERM or SIGUSR1 and saved: start again with --resume auto; 70 a rank or the launcher died, 71 a hang."""
-    first = os.environ.get("RANK", "0") == "0"
+    """Exit code: 0 done, 2 something that the user gave is wrong (one line on stderr, said by rank 0 or by one that names
+    itself), 75 asked to stop by SIGTERM or SIGUSR1 and saved: start again with --resume auto; 70 a rank or the launcher
+    died, 71 a hang."""
+    rank = int(os.environ.get("RANK", 0))
+    speaks = not rank or os.environ.get("LOCAL_RANK") == "0"     # one a machine, until the ranks have met
     try:
         args = parse_args(argv)
         choice("--stage", args.stage, tuple(STAGES))
@@ -55,19 +58,21 @@ def main(argv=None):
         if config.log.wandb:
             check_wandb()
         if args.dry_run is not None:
-            if first:
+            if not rank:
                 print(plan.describe(plan.make_plan(config, args.dry_run or 8), config))
             return 0
         with RankLog(config.run.dir):
             ranks = zero.start(config.train.timeout_s, args.local_rank)
             with Watch(ranks, config.run.dir, config.guard.hang_s, int(os.environ.get("IOMM_PARENT", 0))) as watch:
+                speaks = False                   # the watch does
                 return 0 if run(config, args, ranks, watch) else REQUEUE
     except InputError as error:
-        if first:
-            print(f"iomm: {error}", file=sys.stderr, flush=True)
+        if speaks:
+            who = f"rank {rank} ({socket.gethostname()}): " if rank else ""
+            print(f"iomm: {who}{error}", file=sys.stderr, flush=True)
         if os.environ.get("IOMM_TRACEBACK"):
             raise
-        return 2
+        return REFUSED
     except KeyboardInterrupt:
         return 130
     finally:

@@ -4,16 +4,21 @@ import json
 import math
 import os
 import random
+import re
 import signal
+import socket
 import time
 
 import pytest
+from faults.mini import Job
 from faults.real import Run, interrupted_starts, nonfinite, real_deaths, world
-from faults.trials import deaths, false_alarms, hangs, newest_step, requests_to_stop
+from faults.trials import deaths, false_alarms, hangs, newest_step, requests_to_stop, said
 from launches import rows
 
 from iomm.config import InputError
 from iomm.engine.guard import REQUEUE, Guard
+from iomm.engine.launch import main
+from iomm.engine.watch import REFUSED
 
 
 @pytest.mark.parametrize("precisions, num_injections", [
@@ -89,6 +94,23 @@ def test_a_dead_rank_ends_the_other(num_trials, tmp_path):
     found = deaths(tmp_path, num_trials)
     assert found["and_named_the_dead"] == found["survivor_gone_within_5_s"] == num_trials, found
     assert found["first_step_of_the_next_start_within_60_s"] == num_trials, found
+
+
+@pytest.mark.parametrize("ranks, who", [([0, 1], ""), ([0], ""), ([1], rf"rank 1 \({re.escape(socket.gethostname())}\): ")])
+def test_a_mistake_is_said_once_whichever_ranks_meet_it(ranks, who, tmp_path):
+    job = Job(tmp_path, "train.steps=100000", step_s=0.01, fault={"step": 3, "ranks": ranks, "kind": "mistake", "place": "data"})
+    assert job.wait(20) == [REFUSED, REFUSED]
+    words = [line for line in said(tmp_path).splitlines() if "iomm: " in line]
+    assert len(words) == 1 and re.fullmatch(f"iomm: {who}a size must be >= 1, got 0", words[0]), words
+
+
+def test_before_the_ranks_have_met_one_a_machine_says_it(monkeypatch, capsys):
+    for rank, local_rank, who in (0, 0, "iomm: --config"), (1, 1, None), (8, 0, f"iomm: rank 8 ({socket.gethostname()}): --config"):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        assert main(["--config", "dmeo"]) == REFUSED
+        words = capsys.readouterr().err
+        assert words.count("\n") == 1 and words.startswith(who) if who else not words
 
 
 @pytest.mark.slow

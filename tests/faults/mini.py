@@ -25,14 +25,14 @@ from tqdm import tqdm
 
 from iomm.config import InputError
 from iomm.engine import checkpoint, loop
-from iomm.engine.config import parse
+from iomm.engine.config import parse, positive
 from iomm.engine.data.order import Order
 from iomm.engine.data.skips import Skips
 from iomm.engine.ema import Ema
 from iomm.engine.guard import REQUEUE, Guard
 from iomm.engine.metrics import Metrics
 from iomm.engine.stages import Place
-from iomm.engine.watch import Watch, alive
+from iomm.engine.watch import REFUSED, Watch, alive
 from iomm.engine.zero import Ranks
 
 tqdm.set_lock(threading.RLock())                 # its own would be a semaphore that a killed process leaves behind
@@ -218,6 +218,7 @@ FAULTS = {
     "mismatch": lambda: dist.barrier(),
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "exit": lambda: os._exit(3),
+    "mistake": lambda: positive("a size", 0),
 }
 
 
@@ -274,9 +275,8 @@ def work(rank, size, run_dir, rendezvous, overrides, options, parent):
             metrics = Metrics(run_dir, flops_per_image=1, global_batch=8, num_steps=config.train.steps, ranks=ranks,
                               start_step=state.step, gpu_hours=0.0) if ranks.first else None
             code = 0 if loop.train(state, source, config, saver, watch, metrics, evaluation=Pause(options)) else REQUEUE
-    except InputError as error:
-        print(f"iomm: {error}", flush=True)
-        code = 2
+    except InputError:
+        code = REFUSED
     except Exception:
         traceback.print_exc()
     os._exit(code)

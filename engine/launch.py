@@ -116,6 +116,8 @@ def run(config, args, ranks, watch):
     folder = choose_checkpoint(config, args, ranks)
     ranks.on_first(lambda: write_config(config))
     state, source, flops = build(config, ranks, folder, say)
+    if args.resume not in ("none", "auto"):      # it may be an earlier one of this very run
+        ranks.on_first(lambda: checkpoint.set_aside(Path(config.run.dir) / "checkpoints", state.step))
     metrics = Metrics(config.run.dir, flops_per_image=flops, global_batch=config.train.global_batch,
                       num_steps=config.train.steps, ranks=ranks, start_step=state.step, gpu_hours=state.gpu_hours,
                       tokens_per_image=plan.tokens(state.sharded.engine.module, config), wandb=config.log.wandb,

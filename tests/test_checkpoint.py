@@ -69,6 +69,32 @@ def test_a_checkpoint_under_another_name_is_passed_over(tmp_path):
     assert newest_step(tmp_path) == 2
 
 
+def test_a_rollback_is_not_undone(tmp_path, capsys):
+    """--resume with the checkpoint of an earlier step: the later ones are no longer the run's, and auto finds the new way."""
+    for step in (2, 4, 6):
+        save_all(tmp_path, step, keep=9)
+    root = tmp_path / "checkpoints"
+    for turn in range(2):
+        capsys.readouterr()
+        checkpoint.set_aside(root, 2)
+        assert newest_step(tmp_path) == 2 and len(list(root.glob("abandoned-step-*"))) == 2 + turn
+        words = capsys.readouterr().out.splitlines()
+        assert len(words) == 1 and words[0].startswith(f"checkpoints of steps {'4' if turn else '4, 6'} set aside as {root}/abandoned")
+        save_all(tmp_path, 4, keep=9)
+    assert newest_step(tmp_path) == 4
+
+
+def test_what_is_committed_again_is_what_stays(tmp_path, monkeypatch):
+    """The same step with other bits takes the place of the one before, which goes only then; with the same bits it is left."""
+    folder = save_all(tmp_path, 4)[0]
+    inode, before = folder.stat().st_ino, checkpoint.read_manifest(folder)["files"]
+    assert save_all(tmp_path, 4) == [folder] * 2 and folder.stat().st_ino == inode and not hidden(tmp_path)
+    monkeypatch.setitem(save_all.__globals__, "pieces", lambda rank, step: pieces(rank, step + 1))
+    assert save_all(tmp_path, 4) == [folder] * 2 and not hidden(tmp_path)
+    assert checkpoint.read_manifest(folder)["files"] != before and checkpoint.damage(folder) is None
+    assert load_file(folder / "rank-00001-of-00002.safetensors")["master/w"].equal(pieces(1, 5)["master/w"])
+
+
 @pytest.mark.slow
 def test_a_start_goes_on_before_what_is_damaged(tmp_path):
     found = damaged_starts(tmp_path)

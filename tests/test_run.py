@@ -270,13 +270,16 @@ for first in ("image", "pair"):
     for second in ("image", "pair", "mix"):
         run(f"{first}-{second}", "finetune", "--init", f"{root}/{first}", f"train.data={second}")
 run("larger", "finetune", "--init", f"{root}/image", "train.data=mix", "data.size_px=64", "data.buckets=true")
+for resume in ("none", f"{root}/back/checkpoints/step-00000001"):
+    run("back", "pretrain", "checkpoint.every_steps=1", "--resume", resume)
 for num, *prompt in (["3"], ["2", "--prompt", "a red circle"]):
     assert iomm(["sample", "--run", f"{root}/larger", "--steps", "1", "--num", num, "--out", f"{root}/larger-{num}.png", *prompt]) == 0
 """
 
 
 def test_the_six_recipes_and_a_larger_size_train(world, tmp_path, monkeypatch):
-    """Stage 1 on images or pairs, stage 2 on images, pairs or both from either; and from 32 px to buckets of about 64 px."""
+    """Stage 1 on images or pairs, stage 2 on images, pairs or both from either; and from 32 px to buckets of about 64 px. One run
+    goes back a step."""
     settings = [f"data.shards={world}", f"data.pairs={world}", "train.steps=2", "train.global_batch=6", "log.sample_images=0",
                 "checkpoint.every_steps=10", "train.threads=1", *PLAIN, "optim.lr=1e-2", "optim.warmup_steps=0", "ema.decay=0"]
     done = subprocess.run([sys.executable, "-c", RECIPES, str(tmp_path), *settings], cwd=ROOT, env=environment(), text=True,
@@ -290,6 +293,7 @@ def test_the_six_recipes_and_a_larger_size_train(world, tmp_path, monkeypatch):
     assert len(set(seen.values())) == len(seen)                       # no two recipes are one
     for first in ("image", "pair"):
         assert seen[f"{first}-{first}"][0] < seen[first][0]           # the same batch again, one step wiser
+    assert sorted(p.name for p in (tmp_path / "back/checkpoints").iterdir()) == ["abandoned-step-00000002", "step-00000001", "step-00000002"]
     monkeypatch.setitem(PRESETS, "demo", GeneratorConfig(width=64, num_heads=2, num_blocks=2))
     _, small, _ = load_run(tmp_path / "image", weights="raw")
     _, large, _ = load_run(tmp_path / "larger", weights="raw")

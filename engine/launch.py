@@ -198,7 +198,8 @@ def open_run_dir(config, args):
         changed = differences(config, load_config(str(run_dir / "config.yaml")))
         if changed:
             raise InputError(f"{run_dir} is the run of another config ({'; '.join(changed)}): "
-                             "choose another run.dir, or give the same values to resume it")
+                             "give the same values to resume it, or choose another run.dir, there with --resume "
+                             f"{run_dir}/checkpoints/step-N to go on from one of its checkpoints")
     if args.resume == "none" and checkpoint.steps(run_dir / "checkpoints"):
         raise InputError(f"{run_dir} already holds a run: add --resume auto to go on with it, or choose another run.dir")
     try:

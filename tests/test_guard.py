@@ -33,7 +33,7 @@ def test_too_many_skips_in_a_row_stop_the_run():
     guard = Guard(max_skips=2, say=lambda line: None)
     for applied in (False, False, True, False, False):
         guard.saw(1, math.nan, "samples 0 to 3", applied)
-    with pytest.raises(InputError, match="3 steps in a row up to step 9 .*samples 8 to 9.*resume auto"):
+    with pytest.raises(InputError, match="3 steps in a row up to step 9 .*samples 8 to 9.*a new run.dir .*resume OLD/checkpoints/step-00000009"):
         guard.saw(9, math.nan, "samples 8 to 9", False)
     assert guard.total == 5
 

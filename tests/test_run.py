@@ -369,7 +369,8 @@ def test_mistakes_are_one_line_and_exit_2(golden, settings, tmp_path):
         (["model.vae=nowhere"], "model.vae"),
         (["train.global_batch=128"], "there are only 64 samples to train on"),
         ([f"run.dir={golden}"], "already holds a run: add --resume auto"),
-        ([f"run.dir={golden}", "--resume", "auto", "optim.lr=0.5"], "is the run of another config (optim.lr: 0.001 became 0.5)"),
+        ([f"run.dir={golden}", "--resume", "auto", "optim.lr=0.5"], "is the run of another config (optim.lr: 0.001 became 0.5): "
+         f"give the same values to resume it, or choose another run.dir, there with --resume {golden}/checkpoints/step-N"),
     ]
     given = [[f"run.dir={tmp_path / str(n)}", *settings, *arguments] for n, (arguments, _) in enumerate(mistakes)]
     done = subprocess.run([sys.executable, "-c", MISTAKES, json.dumps(given)], cwd=ROOT, env=environment(), text=True,

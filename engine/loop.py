@@ -69,18 +69,29 @@ def train(state, source, config, saver, watch, metrics=None, window=None, evalua
             dist.all_reduce(sums)                # one message: loss, sums and counts by time, replaced samples, stop
             loss, *by_time, failed, asked = sums.tolist()
             words = f"samples {(state.step - 1) * batch} to {state.step * batch - 1}"
-            guard.saw(state.step, loss, words if applied else words + suspects(seen, ranks), applied)
-            if failed:
-                state.skips.saw(sum(ranks.all(failures), []), state.step * batch)
+            words = words if applied else words + suspects(seen, ranks)
+            lost, mistake = sum(ranks.all(failures), []) if failed else [], None
+            try:
+                if lost:
+                    state.skips.saw(lost, state.step * batch)
+                guard.saw(state.step, loss, words, applied)
+            except InputError as error:          # on all ranks alike
+                if any(failure.fatal for failure in lost):       # weights have learnt from black
+                    raise
+                mistake = error                  # they are sound: the step is saved before the run ends
             row = None
             if metrics is not None:
                 row = metrics.record(
                     step=state.step, loss=loss, by_time=by_time, grad_norm=sharded.grad_norm() if applied else None,
                     lr=lr, data_wait_s=wait_s, skipped_steps=guard.total, skipped_samples=state.skips.total)
                 state.gpu_hours = row["gpu_hours"]
-            if asked or state.step % config.checkpoint.every_steps == 0 or state.step == config.train.steps:
+            if asked or mistake or state.step % config.checkpoint.every_steps == 0 or state.step == config.train.steps:
                 with named("checkpoint"):
                     save(state, config, saver)
+            if mistake:
+                watch.rest()
+                saver.wait()
+                raise mistake
             evaluated = {}
             if evaluation is not None and evaluation.due(state.step) and not asked:
                 evaluated = evaluate(state, evaluation, saver, watch)

@@ -12,7 +12,7 @@ import time
 import pytest
 from faults.mini import Job
 from faults.real import Run, interrupted_starts, nonfinite, real_deaths, world
-from faults.trials import deaths, false_alarms, hangs, newest_step, requests_to_stop, said
+from faults.trials import deaths, false_alarms, hangs, log_rows, newest_step, requests_to_stop, said
 from launches import rows
 
 from iomm.config import InputError
@@ -36,6 +36,14 @@ def test_too_many_skips_in_a_row_stop_the_run():
     with pytest.raises(InputError, match="3 steps in a row up to step 9 .*samples 8 to 9.*a new run.dir .*resume OLD/checkpoints/step-00000009"):
         guard.saw(9, math.nan, "samples 8 to 9", False)
     assert guard.total == 5
+
+
+def test_a_run_that_its_guard_ends_has_saved_its_last_step(tmp_path):
+    settings, same = ["train.steps=20", "checkpoint.every_steps=100", "guard.max_skips=1"], {"nan_steps": [6, 7]}
+    assert Job(tmp_path, *settings, **same).wait(20) == [REFUSED] * 2
+    assert newest_step(tmp_path) == 7 and [row[0] for row in log_rows(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
+    assert "iomm: 2 steps in a row up to step 7 " in said(tmp_path)
+    assert Job(tmp_path, *settings, **same).wait(20) == [0, 0] and "resumed from step 7" in said(tmp_path)
 
 
 def noise(rng, step):

@@ -56,6 +56,11 @@ class Saver:
             self.wait()
         self.stall_s = time.perf_counter() - started
 
+    @property
+    def waits(self):
+        """Whether save() would wait for a disk: for its own work, or for the save before."""
+        return not self.background or self.thread is not None and self.thread.is_alive()
+
     def wait(self):
         """Returns the folder of the last save once it is committed, or None if it could not be."""
         if self.thread is not None:

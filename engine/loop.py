@@ -86,6 +86,8 @@ def train(state, source, config, saver, watch, metrics=None, window=None, evalua
                     lr=lr, data_wait_s=wait_s, skipped_steps=guard.total, skipped_samples=state.skips.total)
                 state.gpu_hours = row["gpu_hours"]
             if asked or mistake or state.step % config.checkpoint.every_steps == 0 or state.step == config.train.steps:
+                if any(ranks.all(saver.waits)):
+                    watch.rest()                 # a disk may take longer than a step
                 with named("checkpoint"):
                     save(state, config, saver)
             if mistake:

@@ -254,6 +254,8 @@ def work(rank, size, run_dir, rendezvous, overrides, options, parent):
             trip(place)
             return result
         return call
+    write = checkpoint.write_safetensors
+    checkpoint.write_safetensors = lambda *args: (time.sleep(options.get("disk_s", 0.0)), write(*args))[1]
     checkpoint.write_safetensors = tripping(checkpoint.write_safetensors, "save")        # between writing and reading back
     checkpoint.Reader.piece = tripping(checkpoint.Reader.piece, "load")
     try:

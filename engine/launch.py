@@ -162,9 +162,7 @@ def build(config, ranks, folder=None, say=print):
         say(dispatch.format_table(ranks.device.type))
         say("\n".join(plan.memory_table(plan.memory(model, config, ranks.size, source.micro_batch))))
     if config.run.init is not None and folder is None:
-        _, start = parts.read_run(config.run.init)
-        parts.load_weights(model, start, config.run.init_weights)
-        say(f"starts from the {config.run.init_weights} weights of {start}")
+        say(start_from(config, model, ranks))
     if config.precision == "fp8":
         say("precision fp8 has not been compared on a GPU yet: no record says that its loss follows bf16's "
             "(python benchmarks/precision.py makes one)")
@@ -185,6 +183,13 @@ def build(config, ranks, folder=None, say=print):
         say(f"resumed from {folder}: step {state.step} of {config.train.steps}")
     source.start_step = state.step
     return state, source, flops
+
+
+def start_from(config, model, ranks):
+    """Loads the weights of run.init into the model -> a line that says which. Called by all ranks together."""
+    _, folder = parts.read_run(config.run.init, ranks)
+    averaged = parts.load_weights(model, folder, config.run.init_weights)["ema"]
+    return f"starts from the {config.run.init_weights if averaged else 'raw'} weights of {folder}"
 
 
 def make_guard(config, say):

@@ -148,12 +148,13 @@ def build_model(config, device):
     return IOMM(new_generator(shape, seed), adapter, mllm, vae, recipe, connector)
 
 
-def read_run(run_dir):
-    """Run folder -> (its config, its newest intact checkpoint). Raises InputError when either is missing."""
+def read_run(run_dir, ranks=None):
+    """Run folder -> (its config, its newest intact checkpoint). Raises InputError when either is missing. With ranks: called on
+    all of them, which check a share each and choose alike."""
     path = Path(run_dir) / "config.yaml"
     if not path.is_file():
         raise InputError(f"{run_dir} is not a run folder: no config.yaml in it; give the run.dir of a training run")
-    folder = checkpoint.newest(Path(run_dir) / "checkpoints")
+    folder = checkpoint.newest(Path(run_dir) / "checkpoints", ranks)
     if folder is None:
         raise InputError(f"{run_dir} has no intact checkpoint: train first, or wait for checkpoint.every_steps")
     return load_config(str(path)), folder

@@ -30,7 +30,9 @@ from safetensors.torch import load_file
 
 from iomm.config import InputError
 from iomm.engine import checkpoint
+from iomm.engine.config import parse
 from iomm.engine.interval import plan
+from iomm.engine.launch import start_from
 from iomm.engine.watch import DEAD
 
 
@@ -243,6 +245,29 @@ def one_save_fails(run_dir, arm, number, capsys):
 def test_retention_never_removes_what_is_needed(num_saves, tmp_path):
     found = retention(tmp_path, num_saves)
     assert found["sound_after_each"] == found["saves"] == num_saves + 1 and found["killed"] and found["refused"], found
+
+
+@pytest.mark.parametrize("ema, slot", [(True, "ema"), (False, "raw")])
+def test_ranks_choose_alike_what_they_start_from_and_say_what_it_is(ema, slot, tmp_path, monkeypatch):
+    """Every file is hashed by one rank alone; the newest is damaged, so all start from the one before."""
+    monkeypatch.setitem(FACTS, "ema", ema)
+    for step in (2, 4):
+        save_all(tmp_path, step)
+    (tmp_path / "config.yaml").write_text("")
+    (tmp_path / "checkpoints/step-00000004/rank-00001-of-00002.safetensors").write_bytes(b"")
+    hashed, real = [], checkpoint.sha256
+    monkeypatch.setattr(checkpoint, "sha256", lambda path, **kwargs: (hashed.append(Path(path)), real(path, **kwargs))[1])
+    config = parse("", overrides=[f"run.init={tmp_path}"])
+
+    def start(rank):
+        model = torch.nn.Module()
+        model.w = torch.nn.Parameter(torch.zeros(6000))
+        return start_from(config, model, rank), model.w.detach()
+    before = tmp_path / "checkpoints/step-00000002"
+    for words, weights in Together(2).run(start):
+        assert words == f"starts from the {slot} weights of {before}"
+        assert weights.equal(torch.arange(6000.0) / 2 if ema else torch.arange(6000.0) * 2)
+    assert sorted(p.name for p in hashed if p.parent == before and p.name != "MANIFEST.json") == [p.name for p in sorted(before.glob("rank*"))]
 
 
 def test_any_piece_is_read_back_whoever_wrote_it(tmp_path):

@@ -177,7 +177,8 @@ def build(config, ranks, folder=None, say=print):
         leaves=model.leaves, micro_batch=source.micro_batch, accumulation=source.accumulation_steps)
     skips = Skips(config.data.max_bad_fraction, config.data.max_bad_shards,
                   Path(config.run.dir) / "skipped.jsonl" if ranks.first else None)
-    state = loop.State(sharded, Ema(sharded.masters, config.ema.decay), make_guard(config, say), skips, ranks)
+    state = loop.State(sharded, Ema(sharded.masters, config.ema.decay), make_guard(config, say), skips, ranks,
+                       ranks.on_first(lambda: parts.data_facts(source.shards)))
     if folder is not None:
         loop.restore(state, folder)
         say(f"resumed from {folder}: step {state.step} of {config.train.steps}")

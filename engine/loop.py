@@ -138,10 +138,11 @@ def suspects(seen, ranks):
 
 
 class State:
-    """What a checkpoint holds: weights, moments, average, step. Everything else is a function of the config."""
+    """What a checkpoint holds: weights, moments, average, step. Everything else is a function of the config and the data, of
+    which it keeps what parts.data_facts says."""
 
-    def __init__(self, sharded, ema, guard, skips, ranks):
-        self.sharded, self.ema, self.guard, self.skips, self.ranks = sharded, ema, guard, skips, ranks
+    def __init__(self, sharded, ema, guard, skips, ranks, data=None):
+        self.sharded, self.ema, self.guard, self.skips, self.ranks, self.data = sharded, ema, guard, skips, ranks, data
         self.step, self.gpu_hours = 0, 0.0
 
     def tensors(self):
@@ -158,7 +159,7 @@ def save(state, config, saver):
     facts = {"config": config.to_yaml(), "shapes": state.sharded.shapes, "ema": bool(state.ema.flats),
              "optimizer_step": state.sharded.optimizer_step, "guard": state.guard.state(),
              "skipped_samples": state.skips.state(), "samples_seen": state.step * config.train.global_batch,
-             "gpu_hours": state.gpu_hours}
+             "gpu_hours": state.gpu_hours, "data": state.data}
     written = {name: place.start for name, place in state.sharded.places.items() if place.written}
     tensors = {f"start/{name}": torch.tensor(start) for name, start in written.items()}
     tensors |= {f"{slot}/{name}": piece for (slot, name), piece in state.tensors().items() if name in written}
@@ -171,9 +172,23 @@ def restore(state, folder):
     reader = checkpoint.Reader(folder)
     if {name: list(shape) for name, shape in state.sharded.shapes.items()} != reader.manifest["shapes"]:
         raise InputError(f"{folder} is of another model: its parameters have other names or shapes")
+    then, now = reader.manifest.get("data"), state.data
+    if then and now and then != now:             # nothing is known of an older checkpoint's
+        raise InputError(f"{folder} is of other data ({changes(then, now)}), in whose order alone it goes on: give the tars of then, or "
+                         "start a new run.dir from its weights with --init")
     for (slot, name), piece in state.tensors().items():
         piece.copy_(reader.piece(slot, name, state.sharded.places[name].start, len(piece), first=state.ranks.rank))
     state.sharded.restored(reader.manifest["optimizer_step"])
     state.step, state.gpu_hours = reader.manifest["step"], reader.manifest["gpu_hours"]
     state.guard.restore(reader.manifest["guard"])
     state.skips.restore(reader.manifest["skipped_samples"])
+
+
+def changes(then, now):
+    """Two of parts.data_facts -> how they differ, in words."""
+    words = []
+    for kind in sorted(then.keys() | now.keys()):
+        old, new = then.get(kind, [0, 0]), now.get(kind, [0, 0])
+        if old != new:
+            words.append(f"{old[0]} {kind} then, {new[0]} {'others ' if old[0] == new[0] else ''}now")
+    return "; ".join(words)

@@ -1,9 +1,11 @@
 """RunConfig -> the parts of a run: data, frozen models, trained model. Shared by training and by the console command."""
 
 import os
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -12,7 +14,7 @@ from iomm.config import InputError, generator_config
 from iomm.engine import checkpoint
 from iomm.engine.config import load_config, positive
 from iomm.engine.data.buckets import Buckets, bucket_sizes, buckets_of_both
-from iomm.engine.data.index import ensure_index, load, warnings_on
+from iomm.engine.data.index import ensure_index, load, records_crc32, warnings_on
 from iomm.engine.data.judge import Rules
 from iomm.engine.data.latents import LatentStore, write_cache
 from iomm.engine.data.mixture import Joined, Mixture, images_of
@@ -94,6 +96,14 @@ def make_order(config, images, pairs, vae):
     if data.buckets and all(plans):
         buckets_of_both(*plans)
     return Mixture(seed, batch, num_images, *plans, len(images) if images is not None else 0)
+
+
+def data_facts(shards):
+    """What decides the order of a run's samples, by kind: [how many, CRC-32 of their records and of the sizes of shards]. Plain
+    values for a checkpoint, which goes on with no others."""
+    kinds = {"images": shards.images, "pairs": shards.pairs} if isinstance(shards, Joined) else {"images": shards}
+    return {kind: [len(its), zlib.crc32(np.asarray(its.shard_sizes, "<i8").tobytes(), records_crc32(its.index))]
+            for kind, its in kinds.items() if its is not None}
 
 
 def share(rank=None, num_ranks=None):

@@ -31,8 +31,13 @@ from safetensors.torch import load_file
 from iomm.config import InputError
 from iomm.engine import checkpoint
 from iomm.engine.config import parse
+from iomm.engine.data.index import build
+from iomm.engine.data.mixture import Joined
+from iomm.engine.data.shards import Shards
 from iomm.engine.interval import plan
 from iomm.engine.launch import start_from
+from iomm.engine.parts import data_facts
+from iomm.engine.shapes.world import write_world
 from iomm.engine.watch import DEAD
 
 
@@ -346,6 +351,29 @@ def test_an_evaluation_that_fails_costs_neither_its_step_nor_the_next_start(rank
     said = (tmp_path / "run/out-rank0.txt").read_text()
     assert "checkpoint of step 4 committed" in said and "resumed from step 4" in said
     assert final_files(tmp_path / "run") == final_files(tmp_path / "golden") and log_rows(tmp_path / "run") == log_rows(tmp_path / "golden")
+
+
+def test_a_resumed_run_wants_the_data_that_it_had(tmp_path):
+    """A checkpoint that says nothing of them, as older ones, goes on with any."""
+    for steps, data, told in (
+            (2, None, "committed"), (4, {"images": [72, 5]}, "resumed from step 2"), (6, {"images": [72, 5]}, "resumed from step 4"),
+            (8, {"images": [96, 7]}, "of other data (72 images then, 96 now)"),
+            (8, {"images": [72, 7], "pairs": [9, 1]}, "of other data (72 images then, 72 others now; 0 pairs then, 9 now)")):
+        refused = "other data" in told
+        codes = Job(tmp_path, f"train.steps={steps}", "checkpoint.every_steps=2", data=data).wait(60)
+        assert codes == [2 * refused] * 2 and told in (tmp_path / "out-rank0.txt").read_text(), told
+
+
+def test_what_is_known_of_data_is_what_decides_their_order(tmp_path):
+    for name, number, size in (("a", 8, 4), ("b", 8, 4), ("more", 9, 4), ("divided", 8, 8)):
+        write_world(tmp_path / name, num_images=number, size_px=32, seed=1, shard_size=size)
+    a, b, more, divided = (Shards(build(tmp_path / name, tmp_path / f"{name}-index", progress=False))
+                           for name in ("a", "b", "more", "divided"))
+    assert data_facts(a) == data_facts(b) == json.loads(json.dumps(data_facts(a))) and data_facts(a)["images"][0] == 8
+    assert len({data_facts(its)["images"][1] for its in (a, more, divided)}) == 3
+    assert data_facts(Joined(None, a)) == {"pairs": data_facts(a)["images"]} and set(data_facts(Joined(a, more))) == {"images", "pairs"}
+    divided.shard_sizes = [8, 0]                 # a shard without a good sample shuffles the others too
+    assert data_facts(divided)["images"][1] != data_facts(Shards(tmp_path / "divided-index"))["images"][1]
 
 
 def test_the_world_may_change_its_size(tmp_path):

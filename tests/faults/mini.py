@@ -265,7 +265,8 @@ def work(rank, size, run_dir, rendezvous, overrides, options, parent):
             source = Source(ranks, config, options, trip)
             sharded = Linear(ranks, source.accumulation_steps, options.get("width", 1), trip)
             guard = Guard(config.guard.max_skips, config.guard.spike_sigmas, config.guard.skip_spikes)
-            state = loop.State(sharded, Ema(sharded.masters, config.ema.decay), guard, Skips(1.0, 10**9, None), ranks)
+            state = loop.State(sharded, Ema(sharded.masters, config.ema.decay), guard, Skips(1.0, 10**9, None), ranks,
+                               options.get("data"))
             if folder is not None:
                 loop.restore(state, folder)
                 state_digest = live_digest(state) if options.get("record") else ""

@@ -39,12 +39,12 @@ class Watch:
         self.step, self.beats, self.last, self.pulse = 0, 0, time.monotonic(), 0
         self.parent, self.over, self.stacks = parent or os.getppid(), threading.Event(), None
         self.server = dist.TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False) if ranks.first else None
-        mine = (socket.gethostname(), os.getpid(), self.server.port if self.server else 0, os.environ.get("MASTER_ADDR"))
-        everyone = ranks.all(mine)
-        self.hosts = [host for host, _, _, _ in everyone]
-        self.host = self.hosts[ranks.rank]
-        self.pids = {r: pid for r, (host, pid, _, _) in enumerate(everyone) if host == self.host and r != ranks.rank}
-        address = "127.0.0.1" if self.hosts[0] == self.host else everyone[0][3]
+        everyone = ranks.all((place(), os.getpid(), self.server.port if self.server else 0, os.environ.get("MASTER_ADDR")))
+        places = [where for where, _, _, _ in everyone]
+        self.hosts = [where[0] for where in places]
+        here = places[ranks.rank]
+        self.pids = {r: pid for r, (where, pid, _, _) in enumerate(everyone) if where == here and r != ranks.rank}
+        address = "127.0.0.1" if places[0] == here else everyone[0][3]
         self.store = dist.TCPStore(address, everyone[0][2], is_master=False, wait_for_workers=False)
         self.store.set_timeout(timedelta(seconds=0.5))
         self.publish()
@@ -214,6 +214,12 @@ class Watch:
             if say:
                 print(f"iomm: {reason}; start again with --resume auto", file=sys.stderr, flush=True)
             os._exit(code)                       # the training thread may wait in a collective that never returns
+
+
+def place():
+    """(name of this host, what else tells where a process id means the same): containers may bear one name, and so may hosts."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return socket.gethostname(), boot.read_text().strip() if boot.is_file() else "", os.readlink("/proc/self/ns/pid")
 
 
 def collectives():

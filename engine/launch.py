@@ -245,14 +245,18 @@ def write_config(config):
 
 
 def finish(config, args, metrics, saver, ranks):
-    """Draws the sample grid from the checkpoint just written, scores it in the shapes world, and says what to type next."""
+    """Draws the sample grid from the checkpoint just written, scores it in the shapes world, and says what to type next. The
+    run is complete, whatever fails in here."""
     run_dir = config.run.dir
-    if config.log.sample_images:
-        path = draw_run(run_dir, num=config.log.sample_images, steps=config.log.sample_steps, device=ranks.device)
-        metrics.image("samples", path, config.train.steps)
-        print(f"samples     {path}")
-        if config.data.shards == config.model.mllm == "shapes":
-            print(grade_run(run_dir, steps=config.log.sample_steps, device=ranks.device))
+    try:
+        if config.log.sample_images:
+            path = draw_run(run_dir, num=config.log.sample_images, steps=config.log.sample_steps, device=ranks.device)
+            metrics.image("samples", path, config.train.steps)
+            print(f"samples     {path}")
+            if config.data.shards == config.model.mllm == "shapes":
+                print(grade_run(run_dir, steps=config.log.sample_steps, device=ranks.device))
+    except Exception as error:                   # of whatever kind: too little memory, no room on the disk
+        print(f"samples     not drawn or not scored: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
     metrics.close()
     again = [f"--{name} {shlex.quote(value)}" for name in ("config", "init", "hook") if (value := getattr(args, name))]
     again += [shlex.quote(o) for o in args.overrides if not o.startswith("train.steps=")]
@@ -263,9 +267,9 @@ def finish(config, args, metrics, saver, ranks):
     print(f"log         {run_dir}/log.jsonl, {run_dir}/tb (tensorboard --logdir {run_dir}/tb)\n"
           f"GPU-hours   {metrics.gpu_hours:.3f}\n"
           f"next        iomm sample --run {run_dir} --num 16\n"
-          + (f"            deepspeed engine/launch.py --stage finetune --init {run_dir}   # stage 2\n" if stage_1 else "") +
-          f"            deepspeed engine/launch.py --stage {args.stage} --resume auto {' '.join(again)} "
-          f"train.steps={2 * config.train.steps}   # train on", flush=True)
+          + (f"            deepspeed engine/launch.py --stage finetune --init {run_dir}   # stage 2\n" if stage_1 else "")
+          + (f"            deepspeed engine/launch.py --stage {args.stage} --resume auto {' '.join(again)} "
+             f"train.steps={2 * config.train.steps}   # train on\n" if config.optim.schedule != "cosine" else ""), end="", flush=True)
 
 
 if __name__ == "__main__":

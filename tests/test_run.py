@@ -17,7 +17,9 @@ from PIL import Image
 
 from iomm.config import PRESETS, GeneratorConfig
 from iomm.engine import checkpoint
+from iomm.engine import launch as launch_module
 from iomm.engine.cli import main
+from iomm.engine.config import parse
 from iomm.engine.evaluation import Evaluation, fixed
 from iomm.engine.launch import main as launch_main
 from iomm.engine.parts import load_run, load_weights, open_source, prepare_data
@@ -349,6 +351,21 @@ def test_mistakes_in_words_are_said_before_anything_starts(arguments, message, m
     assert launch_main(arguments) == 2
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and said[0].startswith("iomm: ") and message in said[0]
+
+
+@pytest.mark.parametrize("schedule, offered", [("constant", True), ("cosine", False)])
+def test_a_run_is_complete_whatever_becomes_of_its_pictures(schedule, offered, tmp_path, monkeypatch, capsys):
+    """And its steps can be doubled only where the last one shapes no other."""
+    def fails(*_, **__):
+        raise torch.OutOfMemoryError("no room\nfor pictures")
+    monkeypatch.setattr(launch_module, "draw_run", fails)
+    config = parse("", overrides=[f"run.dir={tmp_path}", f"optim.schedule={schedule}", "train.steps=10"])
+    metrics, closed = SimpleNamespace(gpu_hours=1.0, close=lambda: closed.append(True)), []
+    launch_module.finish(config, launch_module.parse_args([]), metrics, SimpleNamespace(folder=None), SimpleNamespace(device="cpu", size=1))
+    words = capsys.readouterr().out.splitlines()
+    assert words[0] == "samples     not drawn or not scored: OutOfMemoryError: no room for pictures" and closed
+    assert any("--stage finetune" in line for line in words) and any("train.steps=20   # train on" in line for line in words) == offered
+    assert words[-1].strip()
 
 
 MISTAKES = """

@@ -18,6 +18,7 @@ import struct
 import threading
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -54,6 +55,11 @@ class Saver:
         if not self.background:
             self.wait()
         self.stall_s = time.perf_counter() - started
+
+    @property
+    def waits(self):
+        """Whether save() would wait for a disk: for its own work, or for the save before."""
+        return not self.background or self.thread is not None and self.thread.is_alive()
 
     def wait(self):
         """Returns the folder of the last save once it is committed, or None if it could not be."""
@@ -126,7 +132,7 @@ def write_piece(folder, rank, size, tensors):
 
 def commit(root, folder, facts, outcomes):
     """Seals the folder and renames it to its final name -> that name, or None with one line said. Work for rank 0."""
-    final = root / folder_name(facts["step"])
+    final, trash = root / folder_name(facts["step"]), None
     try:
         failed = [f"{name}: {error}" for name, _, _, error in outcomes if error]
         if failed:
@@ -138,14 +144,19 @@ def commit(root, folder, facts, outcomes):
             os.fsync(file.fileno())
         sync(folder)
         if final.exists():
-            if not damage(final):                # a run repeats itself: what is there is as good, and there already
+            if not damage(final) and read_manifest(final)["files"] == files:     # a run repeats itself, and it is there already
                 remove(folder)
                 return str(final)
-            discard(final)
+            trash = to_trash(final)
         os.rename(folder, final)                 # the only commit point
         sync(root)
+        if trash is not None:
+            remove(trash)
         return str(final)
     except OSError as error:
+        if trash is not None and not final.exists():
+            with suppress(OSError):
+                os.rename(trash, final)
         remove(folder)
         alert(facts["step"], error)
 
@@ -219,10 +230,30 @@ def sweep(root):
             remove(left)
 
 
+def set_aside(root, step):
+    """Renames the checkpoints of later steps to abandoned-step-..., which is none: from `step` on the run goes another way, and
+    they would be taken for its newest. Work for rank 0; raises InputError."""
+    later = [folder for folder in steps(root) if step_of(folder) > step]
+    for folder in reversed(later):
+        aside = folder.with_name(f"abandoned-{folder.name}")
+        try:
+            os.rename(folder, aside if not aside.exists() else f"{aside}-{uuid.uuid4().hex[:8]}")
+        except OSError as error:
+            raise InputError(f"{folder}, of a step after {step}, cannot be set aside: {error.strerror}") from error
+    if later:
+        sync(Path(root))
+        print(f"checkpoints of steps {', '.join(str(step_of(folder)) for folder in later)} set aside as {root}/abandoned-step-*: "
+              f"the run goes on from step {step}", flush=True)
+
+
 def discard(folder):
+    remove(to_trash(folder))
+
+
+def to_trash(folder):
     trash = folder.with_name(f".trash-{folder.name}-{uuid.uuid4().hex[:8]}")
     os.rename(folder, trash)
-    remove(trash)
+    return trash
 
 
 def remove(folder):

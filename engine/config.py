@@ -31,7 +31,8 @@ class RunSection:
     init_weights: str = "ema"          # ema | raw: which of them
 
     def __post_init__(self):
-        positive("run.seed", self.seed, 0)
+        if not 0 <= self.seed < 2**64:
+            raise InputError(f"run.seed must be >= 0 and below 2^64, got {self.seed}")
         choice("run.init_weights", self.init_weights, ("ema", "raw"))
 
 
@@ -156,8 +157,10 @@ class OptimSection:
             raise InputError(f"optim.betas and optim.momentum must be in [0, 1), got {self.betas} and {self.momentum}")
         positive("optim.warmup_steps", self.warmup_steps, 0)
         positive("optim.clip", self.clip, 0)
-        if not self.lr > 0:
-            raise InputError(f"optim.lr must be > 0, got {self.lr}")
+        positive("optim.weight_decay", self.weight_decay, 0)
+        for name in ("lr", "eps"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"optim.{name} must be > 0, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,6 +260,7 @@ class EvaluateSection:
         positive("evaluate.micro_batch", self.micro_batch)
         positive("evaluate.num_images", self.num_images, 0)
         positive("evaluate.steps", self.steps)
+        positive("evaluate.guidance", self.guidance, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,6 +313,9 @@ class RunConfig:
         choice("precision", self.precision, ("auto", "bf16", "fp32", "fp8"))
         if self.data.latents and self.model.vae_sample:
             raise InputError("data.latents hold the VAE's mean: set model.vae_sample=false, or leave data.latents out")
+        if self.data.latents and self.train.data != "image":
+            raise InputError(f"data.latents are of images, train.data is {self.train.data}: set train.data=image, or leave "
+                             "data.latents out")
 
     @property
     def dtype(self):
@@ -323,8 +330,8 @@ class RunConfig:
 FREE_KEYS = ("run.dir", "optim.adamw", "zero.stage", "zero.reduce_precision", "zero.overlap_comm", "zero.reduce_bucket_size",
              "zero.allgather_bucket_size", "zero.prefetch_bucket_size", "zero.param_persistence_threshold",
              "zero.max_live_parameters", "zero.hpz_partition_size", "train.steps", "train.micro_batch",
-             "train.overlap", "train.threads",
-             "train.timeout_s", "data.threads", "data.hw_decoder_load", "data.max_bad_fraction",
+             "train.overlap", "train.threads", "train.compile", "train.recompute", "train.timeout_s",
+             "data.threads", "data.hw_decoder_load", "data.max_bad_fraction",
              "data.max_bad_shards", "checkpoint.every_steps", "checkpoint.keep", "checkpoint.keep_every_steps",
              "checkpoint.background", "checkpoint.mtbf_gpu_hours", "log.every_steps", "log.sample_images", "log.sample_steps", "log.wandb",
              "evaluate.every_steps", "evaluate.micro_batch", "evaluate.num_images", "evaluate.steps", "evaluate.guidance",

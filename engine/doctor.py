@@ -43,7 +43,10 @@ def rows():
 def machine():
     """What a measured figure needs beside it: device, date, versions, commit ("and changes" if the tree is not clean)."""
     def git(*arguments):
-        done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
+        try:
+            done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
+        except OSError:                          # no git
+            return "unknown"
         return done.stdout.strip() if done.returncode == 0 else "unknown"
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     cpu = next((line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "CPU")

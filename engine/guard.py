@@ -57,7 +57,8 @@ class Guard:
         if self.row > self.max_skips:
             raise InputError(
                 f"{self.row} steps in a row up to step {step} had a non-finite loss or gradient (last: {samples}); weights "
-                "are as before them. Lower optim.lr or look at these samples, then --resume auto")
+                "are as before them. Look at these samples; to lower optim.lr, choose a new run.dir and give --resume "
+                f"OLD/checkpoints/step-{step:08d}, with OLD for this one")
 
     def state(self):
         """What a checkpoint keeps, as JSON: judging goes on after a resume as if there had been none."""

@@ -13,6 +13,7 @@ import argparse
 import ctypes
 import platform
 import shlex
+import socket
 
 import torch
 
@@ -31,7 +32,7 @@ from iomm.engine.optim import make_optimizer
 from iomm.engine.ranklog import RankLog
 from iomm.engine.shapes.grade import grade_run
 from iomm.engine.tracing import Window
-from iomm.engine.watch import Watch
+from iomm.engine.watch import REFUSED, Watch
 from iomm.kernels import dispatch, fp8_linear
 
 # Of malloc.h: number and value. No memory of its own for a large block, trim the heap above 2 GiB free, grow it by 256 MiB.
@@ -40,9 +41,11 @@ STAGES = {"pretrain": "demo", "finetune": "demo-finetune"}      # and the config
 
 
 def main(argv=None):
-    """Exit code: 0 done, 2 something that the user gave is wrong (one line on stderr, said by rank 0), 75 asked to stop by
-    SIGTERM or SIGUSR1 and saved: start again with --resume auto; 70 a rank or the launcher died, 71 a hang."""
-    first = os.environ.get("RANK", "0") == "0"
+    """Exit code: 0 done, 2 something that the user gave is wrong (one line on stderr, said by rank 0 or by one that names
+    itself), 75 asked to stop by SIGTERM or SIGUSR1 and saved: start again with --resume auto; 70 a rank or the launcher
+    died, 71 a hang."""
+    rank = int(os.environ.get("RANK", 0))
+    speaks = not rank or os.environ.get("LOCAL_RANK") == "0"     # one a machine, until the ranks have met
     try:
         args = parse_args(argv)
         choice("--stage", args.stage, tuple(STAGES))
@@ -55,19 +58,21 @@ def main(argv=None):
         if config.log.wandb:
             check_wandb()
         if args.dry_run is not None:
-            if first:
+            if not rank:
                 print(plan.describe(plan.make_plan(config, args.dry_run or 8), config))
             return 0
         with RankLog(config.run.dir):
             ranks = zero.start(config.train.timeout_s, args.local_rank)
             with Watch(ranks, config.run.dir, config.guard.hang_s, int(os.environ.get("IOMM_PARENT", 0))) as watch:
+                speaks = False                   # the watch does
                 return 0 if run(config, args, ranks, watch) else REQUEUE
     except InputError as error:
-        if first:
-            print(f"iomm: {error}", file=sys.stderr, flush=True)
+        if speaks:
+            who = f"rank {rank} ({socket.gethostname()}): " if rank else ""
+            print(f"iomm: {who}{error}", file=sys.stderr, flush=True)
         if os.environ.get("IOMM_TRACEBACK"):
             raise
-        return 2
+        return REFUSED
     except KeyboardInterrupt:
         return 130
     finally:
@@ -111,6 +116,8 @@ def run(config, args, ranks, watch):
     folder = choose_checkpoint(config, args, ranks)
     ranks.on_first(lambda: write_config(config))
     state, source, flops = build(config, ranks, folder, say)
+    if args.resume not in ("none", "auto"):      # it may be an earlier one of this very run
+        ranks.on_first(lambda: checkpoint.set_aside(Path(config.run.dir) / "checkpoints", state.step))
     metrics = Metrics(config.run.dir, flops_per_image=flops, global_batch=config.train.global_batch,
                       num_steps=config.train.steps, ranks=ranks, start_step=state.step, gpu_hours=state.gpu_hours,
                       tokens_per_image=plan.tokens(state.sharded.engine.module, config), wandb=config.log.wandb,
@@ -155,9 +162,7 @@ def build(config, ranks, folder=None, say=print):
         say(dispatch.format_table(ranks.device.type))
         say("\n".join(plan.memory_table(plan.memory(model, config, ranks.size, source.micro_batch))))
     if config.run.init is not None and folder is None:
-        _, start = parts.read_run(config.run.init)
-        parts.load_weights(model, start, config.run.init_weights)
-        say(f"starts from the {config.run.init_weights} weights of {start}")
+        say(start_from(config, model, ranks))
     if config.precision == "fp8":
         say("precision fp8 has not been compared on a GPU yet: no record says that its loss follows bf16's "
             "(python benchmarks/precision.py makes one)")
@@ -172,12 +177,20 @@ def build(config, ranks, folder=None, say=print):
         leaves=model.leaves, micro_batch=source.micro_batch, accumulation=source.accumulation_steps)
     skips = Skips(config.data.max_bad_fraction, config.data.max_bad_shards,
                   Path(config.run.dir) / "skipped.jsonl" if ranks.first else None)
-    state = loop.State(sharded, Ema(sharded.masters, config.ema.decay), make_guard(config, say), skips, ranks)
+    state = loop.State(sharded, Ema(sharded.masters, config.ema.decay), make_guard(config, say), skips, ranks,
+                       ranks.on_first(lambda: parts.data_facts(source.shards)))
     if folder is not None:
         loop.restore(state, folder)
         say(f"resumed from {folder}: step {state.step} of {config.train.steps}")
     source.start_step = state.step
     return state, source, flops
+
+
+def start_from(config, model, ranks):
+    """Loads the weights of run.init into the model -> a line that says which. Called by all ranks together."""
+    _, folder = parts.read_run(config.run.init, ranks)
+    averaged = parts.load_weights(model, folder, config.run.init_weights)["ema"]
+    return f"starts from the {config.run.init_weights if averaged else 'raw'} weights of {folder}"
 
 
 def make_guard(config, say):
@@ -191,7 +204,8 @@ def open_run_dir(config, args):
         changed = differences(config, load_config(str(run_dir / "config.yaml")))
         if changed:
             raise InputError(f"{run_dir} is the run of another config ({'; '.join(changed)}): "
-                             "choose another run.dir, or give the same values to resume it")
+                             "give the same values to resume it, or choose another run.dir, there with --resume "
+                             f"{run_dir}/checkpoints/step-N to go on from one of its checkpoints")
     if args.resume == "none" and checkpoint.steps(run_dir / "checkpoints"):
         raise InputError(f"{run_dir} already holds a run: add --resume auto to go on with it, or choose another run.dir")
     try:
@@ -231,14 +245,18 @@ def write_config(config):
 
 
 def finish(config, args, metrics, saver, ranks):
-    """Draws the sample grid from the checkpoint just written, scores it in the shapes world, and says what to type next."""
+    """Draws the sample grid from the checkpoint just written, scores it in the shapes world, and says what to type next. The
+    run is complete, whatever fails in here."""
     run_dir = config.run.dir
-    if config.log.sample_images:
-        path = draw_run(run_dir, num=config.log.sample_images, steps=config.log.sample_steps, device=ranks.device)
-        metrics.image("samples", path, config.train.steps)
-        print(f"samples     {path}")
-        if config.data.shards == config.model.mllm == "shapes":
-            print(grade_run(run_dir, steps=config.log.sample_steps, device=ranks.device))
+    try:
+        if config.log.sample_images:
+            path = draw_run(run_dir, num=config.log.sample_images, steps=config.log.sample_steps, device=ranks.device)
+            metrics.image("samples", path, config.train.steps)
+            print(f"samples     {path}")
+            if config.data.shards == config.model.mllm == "shapes":
+                print(grade_run(run_dir, steps=config.log.sample_steps, device=ranks.device))
+    except Exception as error:                   # of whatever kind: too little memory, no room on the disk
+        print(f"samples     not drawn or not scored: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
     metrics.close()
     again = [f"--{name} {shlex.quote(value)}" for name in ("config", "init", "hook") if (value := getattr(args, name))]
     again += [shlex.quote(o) for o in args.overrides if not o.startswith("train.steps=")]
@@ -249,9 +267,9 @@ def finish(config, args, metrics, saver, ranks):
     print(f"log         {run_dir}/log.jsonl, {run_dir}/tb (tensorboard --logdir {run_dir}/tb)\n"
           f"GPU-hours   {metrics.gpu_hours:.3f}\n"
           f"next        iomm sample --run {run_dir} --num 16\n"
-          + (f"            deepspeed engine/launch.py --stage finetune --init {run_dir}   # stage 2\n" if stage_1 else "") +
-          f"            deepspeed engine/launch.py --stage {args.stage} --resume auto {' '.join(again)} "
-          f"train.steps={2 * config.train.steps}   # train on", flush=True)
+          + (f"            deepspeed engine/launch.py --stage finetune --init {run_dir}   # stage 2\n" if stage_1 else "")
+          + (f"            deepspeed engine/launch.py --stage {args.stage} --resume auto {' '.join(again)} "
+             f"train.steps={2 * config.train.steps}   # train on\n" if config.optim.schedule != "cosine" else ""), end="", flush=True)
 
 
 if __name__ == "__main__":

@@ -69,34 +69,58 @@ def train(state, source, config, saver, watch, metrics=None, window=None, evalua
             dist.all_reduce(sums)                # one message: loss, sums and counts by time, replaced samples, stop
             loss, *by_time, failed, asked = sums.tolist()
             words = f"samples {(state.step - 1) * batch} to {state.step * batch - 1}"
-            guard.saw(state.step, loss, words if applied else words + suspects(seen, ranks), applied)
-            if failed:
-                state.skips.saw(sum(ranks.all(failures), []), state.step * batch)
-            evaluated = {}
-            if evaluation is not None and evaluation.due(state.step) and not asked:
-                watch.rest()                     # it may take longer than a step
-                with whole("evaluation"):
-                    evaluated = evaluation(state)
+            words = words if applied else words + suspects(seen, ranks)
+            lost, mistake = sum(ranks.all(failures), []) if failed else [], None
+            try:
+                if lost:
+                    state.skips.saw(lost, state.step * batch)
+                guard.saw(state.step, loss, words, applied)
+            except InputError as error:          # on all ranks alike
+                if any(failure.fatal for failure in lost):       # weights have learnt from black
+                    raise
+                mistake = error                  # they are sound: the step is saved before the run ends
+            row = None
             if metrics is not None:
                 row = metrics.record(
                     step=state.step, loss=loss, by_time=by_time, grad_norm=sharded.grad_norm() if applied else None,
-                    lr=lr, data_wait_s=wait_s, skipped_steps=guard.total, skipped_samples=state.skips.total,
-                    evaluated=evaluated)
+                    lr=lr, data_wait_s=wait_s, skipped_steps=guard.total, skipped_samples=state.skips.total)
                 state.gpu_hours = row["gpu_hours"]
-                if state.step % config.log.every_steps == 0 or state.step == 1 or evaluated:
-                    bar.write(line(row, config.train.steps))
+            if asked or mistake or state.step % config.checkpoint.every_steps == 0 or state.step == config.train.steps:
+                if any(ranks.all(saver.waits)):
+                    watch.rest()                 # a disk may take longer than a step
+                with named("checkpoint"):
+                    save(state, config, saver)
+            if mistake:
+                watch.rest()
+                saver.wait()
+                raise mistake
+            evaluated = {}
+            if evaluation is not None and evaluation.due(state.step) and not asked:
+                evaluated = evaluate(state, evaluation, saver, watch)
+                if metrics is not None:
+                    state.gpu_hours = metrics.add(row, evaluated)["gpu_hours"]
+            if metrics is not None and (state.step % config.log.every_steps == 0 or state.step == 1 or evaluated):
+                bar.write(line(row, config.train.steps))
             bar.update()
             if window is not None:
                 window.after(state.step)
-            if asked or state.step % config.checkpoint.every_steps == 0 or state.step == config.train.steps:
-                with named("checkpoint"):
-                    save(state, config, saver)
         watch.rest()
         folder = saver.wait()
     bar.close()
     if folder is None and state.step > start:
         raise InputError(f"the last checkpoint, of step {state.step}, could not be written: make room, then --resume auto")
     return state.step == config.train.steps
+
+
+def evaluate(state, evaluation, saver, watch):
+    """What it finds. It comes after the save of its step, and what fails in it (memory, say) does not cost that save."""
+    watch.rest()                                 # it may take longer than a step
+    try:
+        with whole("evaluation"):
+            return evaluation(state)
+    except Exception:
+        saver.wait()
+        raise
 
 
 def spike_factor(loss, guard, ranks):
@@ -114,10 +138,11 @@ def suspects(seen, ranks):
 
 
 class State:
-    """What a checkpoint holds: weights, moments, average, step. Everything else is a function of the config."""
+    """What a checkpoint holds: weights, moments, average, step. Everything else is a function of the config and the data, of
+    which it keeps what parts.data_facts says."""
 
-    def __init__(self, sharded, ema, guard, skips, ranks):
-        self.sharded, self.ema, self.guard, self.skips, self.ranks = sharded, ema, guard, skips, ranks
+    def __init__(self, sharded, ema, guard, skips, ranks, data=None):
+        self.sharded, self.ema, self.guard, self.skips, self.ranks, self.data = sharded, ema, guard, skips, ranks, data
         self.step, self.gpu_hours = 0, 0.0
 
     def tensors(self):
@@ -134,7 +159,7 @@ def save(state, config, saver):
     facts = {"config": config.to_yaml(), "shapes": state.sharded.shapes, "ema": bool(state.ema.flats),
              "optimizer_step": state.sharded.optimizer_step, "guard": state.guard.state(),
              "skipped_samples": state.skips.state(), "samples_seen": state.step * config.train.global_batch,
-             "gpu_hours": state.gpu_hours}
+             "gpu_hours": state.gpu_hours, "data": state.data}
     written = {name: place.start for name, place in state.sharded.places.items() if place.written}
     tensors = {f"start/{name}": torch.tensor(start) for name, start in written.items()}
     tensors |= {f"{slot}/{name}": piece for (slot, name), piece in state.tensors().items() if name in written}
@@ -147,9 +172,23 @@ def restore(state, folder):
     reader = checkpoint.Reader(folder)
     if {name: list(shape) for name, shape in state.sharded.shapes.items()} != reader.manifest["shapes"]:
         raise InputError(f"{folder} is of another model: its parameters have other names or shapes")
+    then, now = reader.manifest.get("data"), state.data
+    if then and now and then != now:             # nothing is known of an older checkpoint's
+        raise InputError(f"{folder} is of other data ({changes(then, now)}), in whose order alone it goes on: give the tars of then, or "
+                         "start a new run.dir from its weights with --init")
     for (slot, name), piece in state.tensors().items():
         piece.copy_(reader.piece(slot, name, state.sharded.places[name].start, len(piece), first=state.ranks.rank))
     state.sharded.restored(reader.manifest["optimizer_step"])
     state.step, state.gpu_hours = reader.manifest["step"], reader.manifest["gpu_hours"]
     state.guard.restore(reader.manifest["guard"])
     state.skips.restore(reader.manifest["skipped_samples"])
+
+
+def changes(then, now):
+    """Two of parts.data_facts -> how they differ, in words."""
+    words = []
+    for kind in sorted(then.keys() | now.keys()):
+        old, new = then.get(kind, [0, 0]), now.get(kind, [0, 0])
+        if old != new:
+            words.append(f"{old[0]} {kind} then, {new[0]} {'others ' if old[0] == new[0] else ''}now")
+    return "; ".join(words)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import resource
 import threading
 from pathlib import Path
@@ -60,7 +61,7 @@ class Metrics:
         self.flops, self.tokens, self.global_batch, self.num_steps = flops_per_image, tokens_per_image, global_batch, num_steps
         self.size, self.device, self.peak = ranks.size, ranks.device, peak_flops(ranks.device)
         self.gpu_hours = gpu_hours
-        self.recent = []
+        self.recent, self.carried = [], {}
         self.said, self.file, self.cut, self.board, self.wandb = set(), None, False, None, None
         self.careful("log.jsonl", self.open_lines, start_step)
         self.board = self.careful("TensorBoard", self.open_board, start_step)
@@ -81,15 +82,19 @@ class Metrics:
         path = self.dir / "log.jsonl"
         if path.exists():
             self.trim(path, start_step)
-        self.file = open(path, "ab", buffering=0)
+        path.touch()
+        self.file = open(path, "r+b", buffering=0)
+        self.file.seek(0, os.SEEK_END)
 
     def trim(self, path, start_step):
-        """Drops the lines of steps that a resumed run does again."""
+        """Drops the lines of steps that a resumed run does again; the others know of an evaluation after the checkpoint."""
         kept = []
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                if json.loads(line)["step"] <= start_step:
+                row = json.loads(line)
+                if row["step"] <= start_step:
                     kept.append(line + "\n")
+                    self.gpu_hours = max(self.gpu_hours, row.get("gpu_hours", 0.0))
             except (ValueError, KeyError, TypeError):
                 continue                         # a line that a kill or a full disk has cut
         partial = path.with_name(".log.jsonl.partial")          # a kill in here must not cost the lines before
@@ -107,17 +112,17 @@ class Metrics:
         return wandb.init(project=self.dir.absolute().parent.name, name=name, id=name, resume="allow", dir=self.dir,
                           config=settings, settings={"login_timeout": WANDB_PATIENCE_S})
 
-    def record(self, *, step, loss, by_time, grad_norm, lr, data_wait_s, skipped_steps, skipped_samples,
-               evaluated=None):
+    def record(self, *, step, loss, by_time, grad_norm, lr, data_wait_s, skipped_steps, skipped_samples):
         """step counts from 1. by_time: loss sums, then counts, of equal intervals of t from image (0) to noise (1).
-        evaluated: what evaluation.Evaluation found after this step, in a part of that name; its time is none of the step's.
         Returns the record."""
         split, beside = self.clock.read()
-        evaluation_s = split.pop("evaluation", 0.0)
+        for part, seconds in self.carried.items():
+            split[part] = split.get(part, 0.0) + seconds
+        self.carried = {}
         step_s = sum(split.values())
         self.recent = [*self.recent[-19:], step_s]
         images_per_s = self.global_batch / step_s
-        self.gpu_hours += (step_s + evaluation_s) * self.size / 3600
+        self.gpu_hours += step_s * self.size / 3600
         typical_s = sorted(self.recent)[len(self.recent) // 2]
         row = {
             "step": step, "samples_seen": step * self.global_batch, "loss": loss,
@@ -130,21 +135,35 @@ class Metrics:
         }
         if beside:                               # parts on other streams: not of the sum
             row["time_beside_s"] = beside
-        if evaluated:
-            row |= evaluated | {"evaluation_s": evaluation_s}
         self.careful("log.jsonl", self.write_line, row)
+        self.show(row)
+        return row
+
+    def add(self, row, evaluated):
+        """Puts what evaluation.Evaluation found after the last record, in a part of that name, into that record, and returns
+        it. The record was written before, and so before a checkpoint of its step: whatever ends a run, none is missing."""
+        self.carried, _ = self.clock.read()      # a checkpoint's seconds, say, are the next step's
+        found = evaluated | {"evaluation_s": self.carried.pop("evaluation", 0.0)}
+        self.gpu_hours += found["evaluation_s"] * self.size / 3600
+        row |= found | {"gpu_hours": self.gpu_hours}
+        self.careful("log.jsonl", self.write_line, row, True)
+        self.show({"step": row["step"], **found})
+        return row
+
+    def show(self, row):
         if self.board is not None and not self.careful("TensorBoard", self.write_board, row):
             self.board = None                    # its thread has ended; the next write would wait for it
         if self.wandb is not None and not self.careful("wandb", self.write_wandb, row):
             self.wandb = None
-        return row
 
-    def write_line(self, row):
-        """One write a line, tried anew every step: there may be room again."""
+    def write_line(self, row, again=False):
+        """One write a line, tried anew every step: there may be room again. `again`: over the last line, which is shorter."""
         if self.file is None:
             return
+        if again and not self.cut:
+            self.file.seek(self.start)
         line = b"\n" * self.cut + json.dumps(row).encode() + b"\n"
-        self.cut = True
+        self.start, self.cut = self.file.tell() + self.cut, True
         if self.file.write(line) < len(line):
             raise OSError("the disk is full")
         self.cut = False

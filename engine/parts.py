@@ -1,9 +1,11 @@
 """RunConfig -> the parts of a run: data, frozen models, trained model. Shared by training and by the console command."""
 
 import os
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -12,7 +14,7 @@ from iomm.config import InputError, generator_config
 from iomm.engine import checkpoint
 from iomm.engine.config import load_config, positive
 from iomm.engine.data.buckets import Buckets, bucket_sizes, buckets_of_both
-from iomm.engine.data.index import ensure_index, load, warnings_on
+from iomm.engine.data.index import ensure_index, load, records_crc32, warnings_on
 from iomm.engine.data.judge import Rules
 from iomm.engine.data.latents import LatentStore, write_cache
 from iomm.engine.data.mixture import Joined, Mixture, images_of
@@ -96,6 +98,14 @@ def make_order(config, images, pairs, vae):
     return Mixture(seed, batch, num_images, *plans, len(images) if images is not None else 0)
 
 
+def data_facts(shards):
+    """What decides the order of a run's samples, by kind: [how many, CRC-32 of their records and of the sizes of shards]. Plain
+    values for a checkpoint, which goes on with no others."""
+    kinds = {"images": shards.images, "pairs": shards.pairs} if isinstance(shards, Joined) else {"images": shards}
+    return {kind: [len(its), zlib.crc32(np.asarray(its.shard_sizes, "<i8").tobytes(), records_crc32(its.index))]
+            for kind, its in kinds.items() if its is not None}
+
+
 def share(rank=None, num_ranks=None):
     """-> (rank, number of ranks, device) of a process that works beside others without a connection: what is not given comes
     from the environment, as torchrun sets it. Raises InputError."""
@@ -148,12 +158,13 @@ def build_model(config, device):
     return IOMM(new_generator(shape, seed), adapter, mllm, vae, recipe, connector)
 
 
-def read_run(run_dir):
-    """Run folder -> (its config, its newest intact checkpoint). Raises InputError when either is missing."""
+def read_run(run_dir, ranks=None):
+    """Run folder -> (its config, its newest intact checkpoint). Raises InputError when either is missing. With ranks: called on
+    all of them, which check a share each and choose alike."""
     path = Path(run_dir) / "config.yaml"
     if not path.is_file():
         raise InputError(f"{run_dir} is not a run folder: no config.yaml in it; give the run.dir of a training run")
-    folder = checkpoint.newest(Path(run_dir) / "checkpoints")
+    folder = checkpoint.newest(Path(run_dir) / "checkpoints", ranks)
     if folder is None:
         raise InputError(f"{run_dir} has no intact checkpoint: train first, or wait for checkpoint.every_steps")
     return load_config(str(path)), folder

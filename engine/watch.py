@@ -17,7 +17,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-DEAD, HUNG = 70, 71        # exit codes: a rank or the launcher died; no progress for guard.hang_s
+from iomm.config import InputError
+
+REFUSED, DEAD, HUNG = 2, 70, 71      # exit codes: a mistake in words; a rank or the launcher died; no progress for guard.hang_s
 POLL_S = 0.25
 GRACE_S = 1.5              # between a rank's death and ours: ranks that end by the same error say it themselves
 LISTEN_S = 0.75            # how long a rank must be silent to be called so, once something is wrong
@@ -25,7 +27,8 @@ STACKS_S = 0.2             # what a woken rank gets to write its stacks
 
 
 class Watch:
-    """Use as a context on all ranks together; call beat(step) once a step from the training thread, rest() after the last.
+    """Use as a context on all ranks together; call beat(step) once a step from the training thread, rest() after the last. An
+    InputError that leaves it has been said.
 
     hang_s counts from the second beat on: the first step may compile, and is left to the time-out of collectives.
     0 turns the search for hangs off; deaths are seen all the same. `parent` is the process whose child this was when it
@@ -36,12 +39,12 @@ class Watch:
         self.step, self.beats, self.last, self.pulse = 0, 0, time.monotonic(), 0
         self.parent, self.over, self.stacks = parent or os.getppid(), threading.Event(), None
         self.server = dist.TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False) if ranks.first else None
-        mine = (socket.gethostname(), os.getpid(), self.server.port if self.server else 0, os.environ.get("MASTER_ADDR"))
-        everyone = ranks.all(mine)
-        self.hosts = [host for host, _, _, _ in everyone]
-        self.host = self.hosts[ranks.rank]
-        self.pids = {r: pid for r, (host, pid, _, _) in enumerate(everyone) if host == self.host and r != ranks.rank}
-        address = "127.0.0.1" if self.hosts[0] == self.host else everyone[0][3]
+        everyone = ranks.all((place(), os.getpid(), self.server.port if self.server else 0, os.environ.get("MASTER_ADDR")))
+        places = [where for where, _, _, _ in everyone]
+        self.hosts = [where[0] for where in places]
+        here = places[ranks.rank]
+        self.pids = {r: pid for r, (where, pid, _, _) in enumerate(everyone) if where == here and r != ranks.rank}
+        address = "127.0.0.1" if places[0] == here else everyone[0][3]
         self.store = dist.TCPStore(address, everyone[0][2], is_master=False, wait_for_workers=False)
         self.store.set_timeout(timedelta(seconds=0.5))
         self.publish()
@@ -54,8 +57,10 @@ class Watch:
         self.talker.start()
         return self
 
-    def __exit__(self, kind, *_):
-        if kind is not None and issubclass(kind, RuntimeError):      # a collective failed: somebody has died, it seems
+    def __exit__(self, kind, error, _):
+        if isinstance(error, InputError):
+            self.refuse(error)
+        if isinstance(error, RuntimeError):      # a collective failed: somebody has died, it seems
             self.beats = 0
             self.thread.join(GRACE_S + 1.5)      # then the thread names the rank and ends this process
         self.over.set()
@@ -110,6 +115,8 @@ class Watch:
                     self.ask(lambda: self.tell(f"{self.name(dead)} died"))
                     self.end(DEAD, f"{self.name(dead)} died", self.ranks.rank == self.lowest(dead))
             told = self.alarm
+            if told == "refused":
+                self.end(REFUSED, "", False)
             if told and told != "hang":
                 self.end(DEAD, told, False)
             idle = time.monotonic() - self.last
@@ -167,6 +174,32 @@ class Watch:
             return {r: json.loads(self.store.get(f"rank{r}")) for r in range(self.ranks.size)}
         return {}
 
+    def refuse(self, error):
+        """Says the InputError that ends this rank, unless another has said one: rank 0 without delay, the others when it has not
+        come to one too, each with its name. Those that came to none end with the same exit code."""
+        self.over.set()                          # this rank leaves by itself
+        until = time.monotonic() + GRACE_S
+        while not self.ranks.first and time.monotonic() < until and not self.ask(self.spoken):
+            time.sleep(POLL_S)
+        if self.ask(self.speaks) is not False:   # no answer at all: better twice than never
+            who = "" if self.ranks.first else f"{self.name([self.ranks.rank])}: "
+            print(f"iomm: {who}{error}", file=sys.stderr, flush=True)
+            self.ask(lambda: self.tell("refused"))
+        if self.ranks.first and self.ranks.size > 1:
+            time.sleep(4 * POLL_S)               # its store goes with it, and others may not have listened yet
+
+    def spoken(self):
+        """Whether a rank has said why the run ends; without rank 0's store, rank 0 has."""
+        with contextlib.suppress(RuntimeError):
+            return self.store.check(["speaker"])
+        return True
+
+    def speaks(self):
+        """Whether this rank is the first to ask."""
+        with contextlib.suppress(RuntimeError):
+            return self.store.add("speaker", 1) == 1
+        return False
+
     def tell(self, what):
         with contextlib.suppress(RuntimeError):
             self.store.set("alarm", what)
@@ -181,6 +214,12 @@ class Watch:
             if say:
                 print(f"iomm: {reason}; start again with --resume auto", file=sys.stderr, flush=True)
             os._exit(code)                       # the training thread may wait in a collective that never returns
+
+
+def place():
+    """(name of this host, what else tells where a process id means the same): containers may bear one name, and so may hosts."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return socket.gethostname(), boot.read_text().strip() if boot.is_file() else "", os.readlink("/proc/self/ns/pid")
 
 
 def collectives():

@@ -121,8 +121,8 @@ def adamw_body(name, device):
             raise InputError(f"optim.adamw=apex: no NVIDIA apex with CUDA extensions here ({error}); build it from "
                              "github.com/NVIDIA/apex (never `pip install apex`), or set optim.adamw=torch") from None
         return adamw_multi_tensor(multi_tensor_adam)
-    from deepspeed.ops.op_builder import FusedAdamBuilder
     try:
+        from deepspeed.ops.op_builder import FusedAdamBuilder
         return adamw_multi_tensor(FusedAdamBuilder().load(verbose=False).multi_tensor_adam)
     except Exception as error:                               # nvcc missing, another CUDA than torch's, a compiler's error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -298,4 +298,5 @@ def deepspeed_config(config, device, micro_batch, accumulation):
                               "memory_efficient_linear": device.type == "cuda" and not config.train.compiled(device)},
         "steps_per_print": None,
         "wall_clock_breakdown": False,
+        "timers": {"throughput": {"enabled": False}},        # it waits for the device in every forward and step, to print nothing
     }

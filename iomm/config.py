@@ -110,8 +110,9 @@ class AdapterConfig:
         choice("adapter.kind", self.kind, ("rqa", "metaquery", "none"))
         choice("adapter.attention", self.attention, ("causal", "bidirectional"))
         choice("adapter.conditions", self.conditions, ("query", "all"))
-        if self.num_queries < 1:
-            raise InputError(f"adapter.num_queries must be >= 1, got {self.num_queries}")
+        for name in ("num_queries", "head_dim"):
+            if getattr(self, name) < 1:
+                raise InputError(f"adapter.{name} must be >= 1, got {getattr(self, name)}")
         if self.connector_layers < 0:
             raise InputError(f"adapter.connector_layers must be >= 0, got {self.connector_layers}")
         if self.kind == "none" and self.conditions == "query":

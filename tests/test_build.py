@@ -95,6 +95,11 @@ def test_doctor_names_every_part(monkeypatch, tmp_path, capsys):
     assert "NVIDIA apex" in capsys.readouterr().out
 
 
+def test_a_machine_without_git_is_described_all_the_same(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert doctor.machine()["commit"] == "unknown" and doctor.machine()["torch"]
+
+
 def test_doctor_tells_the_two_apexes_apart(monkeypatch, tmp_path):
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("raise RuntimeError('must not be imported')")

@@ -23,13 +23,22 @@ from faults.disk import (
     save_all,
     saver,
 )
+from faults.mini import Job
 from faults.real import real_world_sizes
-from faults.trials import bitwise_resumes, damaged_starts, kill_chain, world_sizes
+from faults.trials import bitwise_resumes, damaged_starts, final_files, kill_chain, log_rows, world_sizes
 from safetensors.torch import load_file
 
 from iomm.config import InputError
 from iomm.engine import checkpoint
+from iomm.engine.config import parse
+from iomm.engine.data.index import build
+from iomm.engine.data.mixture import Joined
+from iomm.engine.data.shards import Shards
 from iomm.engine.interval import plan
+from iomm.engine.launch import start_from
+from iomm.engine.parts import data_facts
+from iomm.engine.shapes.world import write_world
+from iomm.engine.watch import DEAD
 
 
 def test_what_is_written_is_what_was_there_at_the_call(tmp_path):
@@ -65,6 +74,32 @@ def test_a_checkpoint_under_another_name_is_passed_over(tmp_path):
     root = tmp_path / "checkpoints"
     (root / "step-00000004").rename(root / "step-00000009")
     assert newest_step(tmp_path) == 2
+
+
+def test_a_rollback_is_not_undone(tmp_path, capsys):
+    """--resume with the checkpoint of an earlier step: the later ones are no longer the run's, and auto finds the new way."""
+    for step in (2, 4, 6):
+        save_all(tmp_path, step, keep=9)
+    root = tmp_path / "checkpoints"
+    for turn in range(2):
+        capsys.readouterr()
+        checkpoint.set_aside(root, 2)
+        assert newest_step(tmp_path) == 2 and len(list(root.glob("abandoned-step-*"))) == 2 + turn
+        words = capsys.readouterr().out.splitlines()
+        assert len(words) == 1 and words[0].startswith(f"checkpoints of steps {'4' if turn else '4, 6'} set aside as {root}/abandoned")
+        save_all(tmp_path, 4, keep=9)
+    assert newest_step(tmp_path) == 4
+
+
+def test_what_is_committed_again_is_what_stays(tmp_path, monkeypatch):
+    """The same step with other bits takes the place of the one before, which goes only then; with the same bits it is left."""
+    folder = save_all(tmp_path, 4)[0]
+    inode, before = folder.stat().st_ino, checkpoint.read_manifest(folder)["files"]
+    assert save_all(tmp_path, 4) == [folder] * 2 and folder.stat().st_ino == inode and not hidden(tmp_path)
+    monkeypatch.setitem(save_all.__globals__, "pieces", lambda rank, step: pieces(rank, step + 1))
+    assert save_all(tmp_path, 4) == [folder] * 2 and not hidden(tmp_path)
+    assert checkpoint.read_manifest(folder)["files"] != before and checkpoint.damage(folder) is None
+    assert load_file(folder / "rank-00001-of-00002.safetensors")["master/w"].equal(pieces(1, 5)["master/w"])
 
 
 @pytest.mark.slow
@@ -217,6 +252,29 @@ def test_retention_never_removes_what_is_needed(num_saves, tmp_path):
     assert found["sound_after_each"] == found["saves"] == num_saves + 1 and found["killed"] and found["refused"], found
 
 
+@pytest.mark.parametrize("ema, slot", [(True, "ema"), (False, "raw")])
+def test_ranks_choose_alike_what_they_start_from_and_say_what_it_is(ema, slot, tmp_path, monkeypatch):
+    """Every file is hashed by one rank alone; the newest is damaged, so all start from the one before."""
+    monkeypatch.setitem(FACTS, "ema", ema)
+    for step in (2, 4):
+        save_all(tmp_path, step)
+    (tmp_path / "config.yaml").write_text("")
+    (tmp_path / "checkpoints/step-00000004/rank-00001-of-00002.safetensors").write_bytes(b"")
+    hashed, real = [], checkpoint.sha256
+    monkeypatch.setattr(checkpoint, "sha256", lambda path, **kwargs: (hashed.append(Path(path)), real(path, **kwargs))[1])
+    config = parse("", overrides=[f"run.init={tmp_path}"])
+
+    def start(rank):
+        model = torch.nn.Module()
+        model.w = torch.nn.Parameter(torch.zeros(6000))
+        return start_from(config, model, rank), model.w.detach()
+    before = tmp_path / "checkpoints/step-00000002"
+    for words, weights in Together(2).run(start):
+        assert words == f"starts from the {slot} weights of {before}"
+        assert weights.equal(torch.arange(6000.0) / 2 if ema else torch.arange(6000.0) * 2)
+    assert sorted(p.name for p in hashed if p.parent == before and p.name != "MANIFEST.json") == [p.name for p in sorted(before.glob("rank*"))]
+
+
 def test_any_piece_is_read_back_whoever_wrote_it(tmp_path):
     """Whole tensors and pieces for 1 to 5 ranks, bit by bit, of pieces that begin anywhere, and of format 1's equal ones."""
     whole = torch.randn(5993)
@@ -280,6 +338,42 @@ def test_no_commit_is_lost_to_a_kill(num_kills, tmp_path):
 @pytest.mark.parametrize("num_trials", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_resume_is_bitwise_wherever_it_starts(num_trials, tmp_path):
     assert bitwise_resumes(tmp_path, num_trials)["bitwise"] == num_trials
+
+
+@pytest.mark.parametrize("ranks", [[0, 1], [1]])
+def test_an_evaluation_that_fails_costs_neither_its_step_nor_the_next_start(ranks, tmp_path):
+    """The step is saved first, and the save that is under way as one rank or all of them fail comes to its end."""
+    settings = ["train.steps=8", "checkpoint.every_steps=4"]
+    failing = {"width": 1_000_000, "evaluate_at": 4, "evaluate_s": 0.1}
+    assert Job(tmp_path / "golden", *settings, **failing).wait(60) == [0, 0]
+    for codes in ([1, 1] if len(ranks) == 2 else [DEAD, 1], [0, 0]):
+        assert Job(tmp_path / "run", *settings, **failing, evaluate_fails=ranks).wait(60) == codes
+    said = (tmp_path / "run/out-rank0.txt").read_text()
+    assert "checkpoint of step 4 committed" in said and "resumed from step 4" in said
+    assert final_files(tmp_path / "run") == final_files(tmp_path / "golden") and log_rows(tmp_path / "run") == log_rows(tmp_path / "golden")
+
+
+def test_a_resumed_run_wants_the_data_that_it_had(tmp_path):
+    """A checkpoint that says nothing of them, as older ones, goes on with any."""
+    for steps, data, told in (
+            (2, None, "committed"), (4, {"images": [72, 5]}, "resumed from step 2"), (6, {"images": [72, 5]}, "resumed from step 4"),
+            (8, {"images": [96, 7]}, "of other data (72 images then, 96 now)"),
+            (8, {"images": [72, 7], "pairs": [9, 1]}, "of other data (72 images then, 72 others now; 0 pairs then, 9 now)")):
+        refused = "other data" in told
+        codes = Job(tmp_path, f"train.steps={steps}", "checkpoint.every_steps=2", data=data).wait(60)
+        assert codes == [2 * refused] * 2 and told in (tmp_path / "out-rank0.txt").read_text(), told
+
+
+def test_what_is_known_of_data_is_what_decides_their_order(tmp_path):
+    for name, number, size in (("a", 8, 4), ("b", 8, 4), ("more", 9, 4), ("divided", 8, 8)):
+        write_world(tmp_path / name, num_images=number, size_px=32, seed=1, shard_size=size)
+    a, b, more, divided = (Shards(build(tmp_path / name, tmp_path / f"{name}-index", progress=False))
+                           for name in ("a", "b", "more", "divided"))
+    assert data_facts(a) == data_facts(b) == json.loads(json.dumps(data_facts(a))) and data_facts(a)["images"][0] == 8
+    assert len({data_facts(its)["images"][1] for its in (a, more, divided)}) == 3
+    assert data_facts(Joined(None, a)) == {"pairs": data_facts(a)["images"]} and set(data_facts(Joined(a, more))) == {"images", "pairs"}
+    divided.shard_sizes = [8, 0]                 # a shard without a good sample shuffles the others too
+    assert data_facts(divided)["images"][1] != data_facts(Shards(tmp_path / "divided-index"))["images"][1]
 
 
 def test_the_world_may_change_its_size(tmp_path):

@@ -28,6 +28,12 @@ def test_overrides_win_and_numbers_are_numbers():
     ("optim:\n  lr: fast\n", "f.yaml:2: optim.lr must be a number, got 'fast'"),
     ("optim:\n  lr: .nan\n", "f.yaml:2: optim.lr must be a number"),
     ("optim:\n  lr: 0\n", "f.yaml:2: optim.lr must be > 0"),
+    (f"run:\n  seed: {2**64}\n", f"f.yaml:2: run.seed must be >= 0 and below 2^64, got {2**64}"),
+    ("optim:\n  weight_decay: -1\n", "f.yaml:2: optim.weight_decay must be >= 0, got -1.0"),
+    ("optim:\n  eps: 0\n", "f.yaml:2: optim.eps must be > 0, got 0.0"),
+    ("adapter:\n  head_dim: 0\n", "f.yaml:2: adapter.head_dim must be >= 1, got 0"),
+    ("evaluate:\n  guidance: -1\n", "f.yaml:2: evaluate.guidance must be >= 0, got -1.0"),
+    ("data:\n  latents: x\ntrain:\n  data: pair\n", "data.latents are of images, train.data is pair: set train.data=image, or"),
     ("optim:\n  betas: [0.9]\n", "f.yaml:2: optim.betas must be 2 numbers"),
     ("optim:\n  lr: [1]\n", "f.yaml:2: optim.lr must be a number, got a list"),
     ("optim:\n  lr: {a: 1}\n", "f.yaml:2: optim.lr must be a number, got a section"),
@@ -100,6 +106,7 @@ def test_missing_file_lists_the_shipped_ones():
 
 def test_differences_name_keys_but_not_the_free_ones():
     config = RunConfig()
-    assert differences(parse("", overrides=["train.steps=7", "run.dir=x"]), config) == []
+    free = ["train.steps=7", "run.dir=x", "train.recompute=3", "train.compile=true"]       # the last two round elsewhere, no more
+    assert differences(parse("", overrides=free), config) == []
     assert differences(parse("", overrides=["optim.lr=0.5"]), config) == ["optim.lr: 0.0001 became 0.5"]
     assert set(flat(config)) == set(all_keys(RunConfig))

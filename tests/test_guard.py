@@ -4,16 +4,23 @@ import json
 import math
 import os
 import random
+import re
 import signal
+import socket
 import time
+from types import SimpleNamespace
 
 import pytest
+from faults.mini import Job
 from faults.real import Run, interrupted_starts, nonfinite, real_deaths, world
-from faults.trials import deaths, false_alarms, hangs, newest_step, requests_to_stop
+from faults.trials import deaths, false_alarms, hangs, log_rows, newest_step, requests_to_stop, said
 from launches import rows
 
 from iomm.config import InputError
+from iomm.engine import watch
 from iomm.engine.guard import REQUEUE, Guard
+from iomm.engine.launch import main
+from iomm.engine.watch import REFUSED
 
 
 @pytest.mark.parametrize("precisions, num_injections", [
@@ -28,9 +35,17 @@ def test_too_many_skips_in_a_row_stop_the_run():
     guard = Guard(max_skips=2, say=lambda line: None)
     for applied in (False, False, True, False, False):
         guard.saw(1, math.nan, "samples 0 to 3", applied)
-    with pytest.raises(InputError, match="3 steps in a row up to step 9 .*samples 8 to 9.*resume auto"):
+    with pytest.raises(InputError, match="3 steps in a row up to step 9 .*samples 8 to 9.*a new run.dir .*resume OLD/checkpoints/step-00000009"):
         guard.saw(9, math.nan, "samples 8 to 9", False)
     assert guard.total == 5
+
+
+def test_a_run_that_its_guard_ends_has_saved_its_last_step(tmp_path):
+    settings, same = ["train.steps=20", "checkpoint.every_steps=100", "guard.max_skips=1"], {"nan_steps": [6, 7]}
+    assert Job(tmp_path, *settings, **same).wait(20) == [REFUSED] * 2
+    assert newest_step(tmp_path) == 7 and [row[0] for row in log_rows(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
+    assert "iomm: 2 steps in a row up to step 7 " in said(tmp_path)
+    assert Job(tmp_path, *settings, **same).wait(20) == [0, 0] and "resumed from step 7" in said(tmp_path)
 
 
 def noise(rng, step):
@@ -89,6 +104,34 @@ def test_a_dead_rank_ends_the_other(num_trials, tmp_path):
     found = deaths(tmp_path, num_trials)
     assert found["and_named_the_dead"] == found["survivor_gone_within_5_s"] == num_trials, found
     assert found["first_step_of_the_next_start_within_60_s"] == num_trials, found
+
+
+@pytest.mark.parametrize("ranks, who", [([0, 1], ""), ([0], ""), ([1], rf"rank 1 \({re.escape(socket.gethostname())}\): ")])
+def test_a_mistake_is_said_once_whichever_ranks_meet_it(ranks, who, tmp_path):
+    job = Job(tmp_path, "train.steps=100000", step_s=0.01, fault={"step": 3, "ranks": ranks, "kind": "mistake", "place": "data"})
+    assert job.wait(20) == [REFUSED, REFUSED]
+    words = [line for line in said(tmp_path).splitlines() if "iomm: " in line]
+    assert len(words) == 1 and re.fullmatch(f"iomm: {who}a size must be >= 1, got 0", words[0]), words
+
+
+def test_before_the_ranks_have_met_one_a_machine_says_it(monkeypatch, capsys):
+    for rank, local_rank, who in (0, 0, "iomm: --config"), (1, 1, None), (8, 0, f"iomm: rank 8 ({socket.gethostname()}): --config"):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        assert main(["--config", "dmeo"]) == REFUSED
+        words = capsys.readouterr().err
+        assert words.count("\n") == 1 and words.startswith(who) if who else not words
+
+
+def test_another_machine_or_container_of_the_same_name_is_another(monkeypatch, tmp_path):
+    """Its process ids are not looked for here, where they would be dead or somebody else's; here they are."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    name, boot, namespace = watch.place()
+    assert name == socket.gethostname() and len(boot) == 36 and namespace.startswith("pid:[")
+    others = [(name, boot, namespace), (name, "another boot", namespace), (name, boot, "pid:[another]"), ("another", boot, namespace)]
+    ranks = SimpleNamespace(first=True, rank=0, size=5, all=lambda mine: [mine] + [(where, 1000 + r, 0, "") for r, where in enumerate(others)])
+    one = watch.Watch(ranks, tmp_path, 0)
+    assert one.pids == {1: 1000} and one.hosts == [name] * 4 + ["another"]
 
 
 @pytest.mark.slow

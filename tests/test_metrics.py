@@ -72,17 +72,28 @@ def test_a_record_follows_its_definitions(tmp_path, monkeypatch, no_board):
 def test_what_an_evaluation_found_stands_in_the_row_and_its_time_is_not_the_steps(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     one = make(tmp_path / "run")
+    record(one, 1)
+    row = record(one, 2)
+    assert json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[1]) == row       # it is there before the evaluation is
+    before = one.gpu_hours
+    with one.clock, named("checkpoint"):
+        time.sleep(0.02)
     with one.clock, whole("evaluation"):
         time.sleep(0.05)
     picture = tmp_path / "grid.png"
     Image.new("RGB", (4, 3)).save(picture)
     found = {"heldout_loss": {"image": {"mean": 0.5, "by_time": [0.25, 0.75]}}, "metrics": {"score": 3.0}, "samples": str(picture)}
-    row = record(one, 1, evaluated=found)
+    row = one.add(row, found)
     assert row["evaluation_s"] >= 0.05 and row["step_s"] == sum(row["time_s"].values()) and "evaluation" not in row["time_s"]
-    assert row["gpu_hours"] == pytest.approx((row["step_s"] + row["evaluation_s"]) * 2 / 3600)
-    assert json.loads((tmp_path / "run/log.jsonl").read_text()) == row and row.items() >= found.items()
-    assert "held-out image 0.5000" in line(row, STEPS) and "evaluation_s" not in record(one, 2)
+    assert row["gpu_hours"] == one.gpu_hours == pytest.approx(before + row["evaluation_s"] * 2 / 3600)
+    assert json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[1]) == row and row.items() >= found.items()
+    after = record(one, 3)
+    assert "held-out image 0.5000" in line(row, STEPS) and "evaluation_s" not in after and after["time_s"]["checkpoint"] >= 0.02
+    assert after["step_s"] == sum(after["time_s"].values()) and logged(tmp_path / "run") == [1, 2, 3]
     one.close()
+    again = make(tmp_path / "run", start_step=2, gpu_hours=before)       # the checkpoint of step 2 knows of no evaluation
+    assert again.gpu_hours == row["gpu_hours"] and logged(tmp_path / "run") == [1, 2]
+    again.close()
     seen = EventAccumulator(str(tmp_path / "run/tb")).Reload()
     assert set(seen.Tags()["scalars"]) >= {"heldout_loss/image/by_time/1", "metrics/score", "evaluation_s"}
     assert seen.Tags()["images"] == ["evaluate"]

@@ -186,6 +186,10 @@ def test_an_absent_adamw_body_is_refused_in_one_line(monkeypatch):
         with pytest.raises(InputError) as refused:
             adamw_body(name, torch.device(device))
         assert message in str(refused.value) and "\n" not in str(refused.value)
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "deepspeed.ops.op_builder", None)
+    with pytest.raises(InputError, match="optim.adamw=deepspeed: FusedAdam cannot be compiled .import of deepspeed.ops.op_builder"):
+        adamw_body("deepspeed", torch.device("cuda"))
 
 
 @pytest.mark.parametrize("shape, layers", [

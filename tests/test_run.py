@@ -17,7 +17,9 @@ from PIL import Image
 
 from iomm.config import PRESETS, GeneratorConfig
 from iomm.engine import checkpoint
+from iomm.engine import launch as launch_module
 from iomm.engine.cli import main
+from iomm.engine.config import parse
 from iomm.engine.evaluation import Evaluation, fixed
 from iomm.engine.launch import main as launch_main
 from iomm.engine.parts import load_run, load_weights, open_source, prepare_data
@@ -270,13 +272,16 @@ for first in ("image", "pair"):
     for second in ("image", "pair", "mix"):
         run(f"{first}-{second}", "finetune", "--init", f"{root}/{first}", f"train.data={second}")
 run("larger", "finetune", "--init", f"{root}/image", "train.data=mix", "data.size_px=64", "data.buckets=true")
+for resume in ("none", f"{root}/back/checkpoints/step-00000001"):
+    run("back", "pretrain", "checkpoint.every_steps=1", "--resume", resume)
 for num, *prompt in (["3"], ["2", "--prompt", "a red circle"]):
     assert iomm(["sample", "--run", f"{root}/larger", "--steps", "1", "--num", num, "--out", f"{root}/larger-{num}.png", *prompt]) == 0
 """
 
 
 def test_the_six_recipes_and_a_larger_size_train(world, tmp_path, monkeypatch):
-    """Stage 1 on images or pairs, stage 2 on images, pairs or both from either; and from 32 px to buckets of about 64 px."""
+    """Stage 1 on images or pairs, stage 2 on images, pairs or both from either; and from 32 px to buckets of about 64 px. One run
+    goes back a step."""
     settings = [f"data.shards={world}", f"data.pairs={world}", "train.steps=2", "train.global_batch=6", "log.sample_images=0",
                 "checkpoint.every_steps=10", "train.threads=1", *PLAIN, "optim.lr=1e-2", "optim.warmup_steps=0", "ema.decay=0"]
     done = subprocess.run([sys.executable, "-c", RECIPES, str(tmp_path), *settings], cwd=ROOT, env=environment(), text=True,
@@ -290,6 +295,7 @@ def test_the_six_recipes_and_a_larger_size_train(world, tmp_path, monkeypatch):
     assert len(set(seen.values())) == len(seen)                       # no two recipes are one
     for first in ("image", "pair"):
         assert seen[f"{first}-{first}"][0] < seen[first][0]           # the same batch again, one step wiser
+    assert sorted(p.name for p in (tmp_path / "back/checkpoints").iterdir()) == ["abandoned-step-00000002", "step-00000001", "step-00000002"]
     monkeypatch.setitem(PRESETS, "demo", GeneratorConfig(width=64, num_heads=2, num_blocks=2))
     _, small, _ = load_run(tmp_path / "image", weights="raw")
     _, large, _ = load_run(tmp_path / "larger", weights="raw")
@@ -347,6 +353,21 @@ def test_mistakes_in_words_are_said_before_anything_starts(arguments, message, m
     assert len(said) == 1 and said[0].startswith("iomm: ") and message in said[0]
 
 
+@pytest.mark.parametrize("schedule, offered", [("constant", True), ("cosine", False)])
+def test_a_run_is_complete_whatever_becomes_of_its_pictures(schedule, offered, tmp_path, monkeypatch, capsys):
+    """And its steps can be doubled only where the last one shapes no other."""
+    def fails(*_, **__):
+        raise torch.OutOfMemoryError("no room\nfor pictures")
+    monkeypatch.setattr(launch_module, "draw_run", fails)
+    config = parse("", overrides=[f"run.dir={tmp_path}", f"optim.schedule={schedule}", "train.steps=10"])
+    metrics, closed = SimpleNamespace(gpu_hours=1.0, close=lambda: closed.append(True)), []
+    launch_module.finish(config, launch_module.parse_args([]), metrics, SimpleNamespace(folder=None), SimpleNamespace(device="cpu", size=1))
+    words = capsys.readouterr().out.splitlines()
+    assert words[0] == "samples     not drawn or not scored: OutOfMemoryError: no room for pictures" and closed
+    assert any("--stage finetune" in line for line in words) and any("train.steps=20   # train on" in line for line in words) == offered
+    assert words[-1].strip()
+
+
 MISTAKES = """
 import json, sys
 from iomm.engine import zero
@@ -365,7 +386,8 @@ def test_mistakes_are_one_line_and_exit_2(golden, settings, tmp_path):
         (["model.vae=nowhere"], "model.vae"),
         (["train.global_batch=128"], "there are only 64 samples to train on"),
         ([f"run.dir={golden}"], "already holds a run: add --resume auto"),
-        ([f"run.dir={golden}", "--resume", "auto", "optim.lr=0.5"], "is the run of another config (optim.lr: 0.001 became 0.5)"),
+        ([f"run.dir={golden}", "--resume", "auto", "optim.lr=0.5"], "is the run of another config (optim.lr: 0.001 became 0.5): "
+         f"give the same values to resume it, or choose another run.dir, there with --resume {golden}/checkpoints/step-N"),
     ]
     given = [[f"run.dir={tmp_path / str(n)}", *settings, *arguments] for n, (arguments, _) in enumerate(mistakes)]
     done = subprocess.run([sys.executable, "-c", MISTAKES, json.dumps(given)], cwd=ROOT, env=environment(), text=True,

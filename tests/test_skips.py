@@ -7,6 +7,7 @@ import pytest
 from launches import hashes, launch, rows, start
 
 from iomm.config import InputError
+from iomm.engine import checkpoint
 from iomm.engine.data.index import build
 from iomm.engine.data.shards import Shards
 from iomm.engine.data.skips import Failure, Skips
@@ -99,3 +100,5 @@ def test_too_many_end_every_rank_with_one_line(damaged_world, tmp_path):
     said = [line for line in done.stdout.splitlines() if line.startswith("iomm: ")]
     assert done.returncode != 0 and len(said) == 1 and "Traceback" not in done.stdout, done.stdout
     assert "1 samples of" in said[0] and "more than data.max_bad_fraction (0.0) allows; last:" in said[0]
+    steps = [row["step"] for row in rows(tmp_path / "run/log.jsonl")]
+    assert checkpoint.step_of(checkpoint.newest(tmp_path / "run/checkpoints")) == steps[-1] == len(steps)

@@ -18,6 +18,7 @@ from safetensors.torch import save
 
 from iomm.config import InputError, choice
 from iomm.engine.data.archive import Tar
+from iomm.engine.data.index import records_crc32
 from iomm.engine.data.order import InARow
 from iomm.engine.data.shards import Damaged
 from iomm.engine.data.source import ImageSource
@@ -32,11 +33,8 @@ VIT_PX = 16                # what is made for a ViT that does not look: as littl
 
 def facts_of(index, *, vae, size_px):
     """What decides the latents, and by which a cache is known: plain values for JSON."""
-    crc = 0
-    for start in range(0, len(index.records), 1 << 20):      # by parts: 10 M samples are 370 MB
-        crc = zlib.crc32(index.records[start:start + (1 << 20)].tobytes(), crc)
     return {"format": "iomm-latents", "version": VERSION, "vae": vae, "size_px": size_px,
-            "num_samples": len(index.records), "index_crc32": crc}
+            "num_samples": len(index.records), "index_crc32": records_crc32(index)}
 
 
 def write_cache(shards, out, vae, *, vae_name, size_px, dtype="bf16", device="cpu", batch=32, num_threads=2,

@@ -25,14 +25,14 @@ from tqdm import tqdm
 
 from iomm.config import InputError
 from iomm.engine import checkpoint, loop
-from iomm.engine.config import parse
+from iomm.engine.config import parse, positive
 from iomm.engine.data.order import Order
 from iomm.engine.data.skips import Skips
 from iomm.engine.ema import Ema
 from iomm.engine.guard import REQUEUE, Guard
 from iomm.engine.metrics import Metrics
 from iomm.engine.stages import Place
-from iomm.engine.watch import Watch, alive
+from iomm.engine.watch import REFUSED, Watch, alive
 from iomm.engine.zero import Ranks
 
 tqdm.set_lock(threading.RLock())                 # its own would be a semaphore that a killed process leaves behind
@@ -176,7 +176,7 @@ def live_digest(state):
 
 
 class Pause:
-    """Stands in for evaluation.Evaluation: after step evaluate_at it takes evaluate_s."""
+    """Stands in for evaluation.Evaluation: after step evaluate_at it takes evaluate_s, or fails on the ranks evaluate_fails."""
 
     def __init__(self, options):
         self.options = options
@@ -185,6 +185,8 @@ class Pause:
         return step == self.options.get("evaluate_at")
 
     def __call__(self, state):
+        if state.ranks.rank in self.options.get("evaluate_fails", ()):
+            raise MemoryError("the pictures are too large")
         time.sleep(self.options["evaluate_s"])
         return {"heldout_loss": {}}
 
@@ -216,6 +218,7 @@ FAULTS = {
     "mismatch": lambda: dist.barrier(),
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "exit": lambda: os._exit(3),
+    "mistake": lambda: positive("a size", 0),
 }
 
 
@@ -251,6 +254,8 @@ def work(rank, size, run_dir, rendezvous, overrides, options, parent):
             trip(place)
             return result
         return call
+    write = checkpoint.write_safetensors
+    checkpoint.write_safetensors = lambda *args: (time.sleep(options.get("disk_s", 0.0)), write(*args))[1]
     checkpoint.write_safetensors = tripping(checkpoint.write_safetensors, "save")        # between writing and reading back
     checkpoint.Reader.piece = tripping(checkpoint.Reader.piece, "load")
     try:
@@ -260,7 +265,8 @@ def work(rank, size, run_dir, rendezvous, overrides, options, parent):
             source = Source(ranks, config, options, trip)
             sharded = Linear(ranks, source.accumulation_steps, options.get("width", 1), trip)
             guard = Guard(config.guard.max_skips, config.guard.spike_sigmas, config.guard.skip_spikes)
-            state = loop.State(sharded, Ema(sharded.masters, config.ema.decay), guard, Skips(1.0, 10**9, None), ranks)
+            state = loop.State(sharded, Ema(sharded.masters, config.ema.decay), guard, Skips(1.0, 10**9, None), ranks,
+                               options.get("data"))
             if folder is not None:
                 loop.restore(state, folder)
                 state_digest = live_digest(state) if options.get("record") else ""
@@ -272,9 +278,8 @@ def work(rank, size, run_dir, rendezvous, overrides, options, parent):
             metrics = Metrics(run_dir, flops_per_image=1, global_batch=8, num_steps=config.train.steps, ranks=ranks,
                               start_step=state.step, gpu_hours=0.0) if ranks.first else None
             code = 0 if loop.train(state, source, config, saver, watch, metrics, evaluation=Pause(options)) else REQUEUE
-    except InputError as error:
-        print(f"iomm: {error}", flush=True)
-        code = 2
+    except InputError:
+        code = REFUSED
     except Exception:
         traceback.print_exc()
     os._exit(code)

@@ -215,13 +215,15 @@ def hangs(folder, num_trials, hang_s=1.5, beyond_s=2.0, seed=0):
 
 
 def false_alarms(folder, num_steps, hang_s=1.5):
-    """A long run whose one step is ten times as slow as the others, one pause just below the limit, and an evaluation that
-    takes longer than it: no alarm."""
+    """A long run whose one step is ten times as slow as the others, one pause just below the limit, an evaluation that takes
+    longer than it, and saves that do, whether the training thread waits for its own or for the one before: no alarm."""
     code = Job(Path(folder) / "quiet", f"train.steps={num_steps}", "checkpoint.every_steps=1000", f"guard.hang_s={hang_s}",
                slow_step=num_steps // 2, step_s=0.0).wait(1800)
     slow = Job(Path(folder) / "slow", "train.steps=40", f"guard.hang_s={hang_s}", slow_step=20, step_s=0.1,
                evaluate_at=30, evaluate_s=1.5 * hang_s).wait(60)
-    return {"steps": num_steps + 40, "alarms": (code != [0, 0]) + (slow != [0, 0])}
+    disks = [Job(Path(folder) / f"disk-{background}", "train.steps=6", "checkpoint.every_steps=2", f"guard.hang_s={hang_s}",
+                 f"checkpoint.background={background}", disk_s=1.5 * hang_s).wait(60) for background in ("false", "true")]
+    return {"steps": num_steps + 52, "alarms": sum(codes != [0, 0] for codes in (code, slow, *disks))}
 
 
 PLACES = ("forward", "backward", "step", "load", "save")

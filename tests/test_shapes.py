@@ -65,7 +65,28 @@ def test_each_part_of_a_caption_is_judged_by_itself():
     pen.polygon(((32, 4), (60, 4), (32, 10)), fill=(20, 150, 40))              # green, and no shape of the world
     assert {(piece.colour, piece.shape) for piece in look(canvas)} == {("red", "circle"), ("blue", "square"), ("green", None)}
     noise = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy()
-    assert not any(score(noise, f"a {colour} {shape}")["fits"] for colour in COLOURS if colour != "orange" for shape in SHAPES)
+    assert not any(score(noise, f"a {colour} {shape}")["fits"] for colour in COLOURS for shape in SHAPES)
+
+
+GLUED = [("a red circle", "blue", (33, 26, 45, 38)), ("a red square", "blue", "circle over its corner"),
+         ("a red square", "green", (35, 21, 53, 39)),              # 80 % of its area
+         ("a white circle", "black", (33, 26, 45, 38)), ("a red circle", "orange", (19, 25, 31, 37))]     # the last on top of it
+
+
+@pytest.mark.parametrize("caption, colour, where", GLUED)
+def test_a_colour_that_touches_another_is_an_object_of_its_own(caption, colour, where):
+    rgb = {"red": (230, 10, 10), "blue": (20, 40, 230), "green": (20, 150, 40), "white": (250,) * 3, "black": (10,) * 3, "orange": (240, 115, 10)}
+    canvas = Image.new("RGB", (256, 256), (140, 140, 140))           # reduced by 4, as the world is drawn: coordinates are of 64 px
+    pen, (_, its_colour, its_shape) = ImageDraw.Draw(canvas), caption.split()
+    {"circle": pen.ellipse, "square": pen.rectangle}[its_shape]((56, 80, 136, 160), fill=rgb[its_colour])
+    assert score(canvas.reduce(4), caption)["fits"]
+    if where == "circle over its corner":
+        pen.ellipse((112, 136, 160, 184), fill=rgb[colour])
+    else:
+        pen.rectangle(tuple(4 * side for side in where), fill=rgb[colour])
+    verdict = score(canvas.reduce(4), caption)
+    assert not verdict["fits"] and not verdict["number"] and not verdict["colours"]
+    assert {piece.colour for piece in look(canvas.reduce(4))} == {its_colour, colour}
 
 
 @pytest.mark.parametrize("caption", ["", "a red cat", "two red circle", "a red circle beside a blue square", "an red circle and"])

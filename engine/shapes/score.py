@@ -21,7 +21,7 @@ from iomm.engine.shapes.world import COLOURS, DIRECTION, SHAPES
 
 VERSION = 2                 # a change of verdicts raises it, so that kept scores are found anew
 SIDE = 128                  # pixels to which every picture is brought; the smallest shape is then 29 wide
-BACKGROUND_LEVELS = 40.0    # distance from the background, or from a piece's shades, in grey levels of 255, that is no noise (drawn: 8 a channel)
+BACKGROUND_LEVELS = 40.0    # distance from the background, or a piece's shades, in grey levels of 255, that is no noise (at most 8 a channel)
 LEAST_AREA = 0.012          # of the picture; the smallest shape drawn has 0.033
 LEAST_OVERLAP = 0.80        # intersection over union with the ideal shape; real ones at 32 px have 0.87 and more
 COLOUR_LEVELS = 60.0        # distance from the nearest colour that the world draws

@@ -23,6 +23,7 @@ from PIL import Image  # noqa: E402
 from benchmarks.report import label  # noqa: E402
 from iomm.engine.config import load_config  # noqa: E402
 from iomm.engine.doctor import machine  # noqa: E402
+from iomm.engine.draw import save_png  # noqa: E402
 from iomm.engine.shapes.grade import overall  # noqa: E402
 
 
@@ -36,14 +37,19 @@ def launch(*arguments, said=None):
     return subprocess.run(command, cwd=ROOT, stdout=said, stderr=said).returncode
 
 
+def enlarge(run_dir, path):
+    """Writes the grid of a run's newest step four times as large, with its text (prompts)."""
+    grid = Image.open(max(run_dir.glob("samples/step-*.png"), key=lambda png: png.name))
+    save_png(grid.resize((4 * grid.width, 4 * grid.height), Image.Resampling.NEAREST), path, grid.text)
+
+
 def stage(which, name, run_dir, *arguments):
     """Runs a stage and keeps its grid -> what is reported of it."""
     started = time.perf_counter()
     if code := launch("--stage", which, "--resume", "auto", *arguments, f"run.dir={run_dir}"):
         sys.exit(code)
     seconds, rows = time.perf_counter() - started, [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
-    grid = Image.open(next(run_dir.glob("samples/*.png")))
-    grid.resize((4 * grid.width, 4 * grid.height), Image.Resampling.NEAREST).save(ROOT / f"benchmarks/results/{name}-{which}.png")
+    enlarge(run_dir, ROOT / f"benchmarks/results/{name}-{which}.png")
     scores, config = json.loads((run_dir / "scores.json").read_text()), load_config(str(run_dir / "config.yaml"))
     return {"command_s": seconds, "training_s": sum(row["step_s"] for row in rows), "steps": len(rows),
             "global_batch": config.train.global_batch, "precision": config.precision,

@@ -3,7 +3,7 @@
     recipes     pre-train on {image, pair} x fine-tune on {image, pair, mix}: the paper's 2 x 3 table
     adapter     none, metaquery, metaquery with as many parameters as the RQA (one connector layer has its 12 D^2), rqa:
                 score on masked images against steps of stage 1, on captions after stage 2
-    ratio       share of hidden image tokens in stage 1
+    ratio       share of hidden image tokens, in stage 1 and in the image half of stage 2
     mix         lambda, the share of images in stage 2
     choices     hidden tokens dropped or zeroed, outputs at the queries or all, Bernoulli or a fixed number
     editing     "make it red", "add a blue square to the left": the generator never saw one (the tiny MLLM reads such sentences)
@@ -14,7 +14,7 @@ cell is scored by engine/shapes/grade.py on captions like those of training and 
 in every cell; all seeds draw the same scenes, so intervals are those of training. Runs lie under --out and are kept: started
 again, the command goes on where it stopped, and cells share the runs that they have in common. After a change of code or of
 the demo configs give another --out. --budget cpu-smoke: minutes, the slow tests' | cpu-night: 7 hours on two slow cores |
-gpu: meant for 25 minutes of one H200, several runs side by side; it has not run yet."""
+gpu: recipes and editing, by estimate within 25 minutes of one H200, several runs side by side; it has not run yet."""
 
 import sys
 from pathlib import Path
@@ -28,8 +28,10 @@ import json  # noqa: E402
 import math  # noqa: E402
 import shutil  # noqa: E402
 import statistics  # noqa: E402
+import traceback  # noqa: E402
 from concurrent.futures import ThreadPoolExecutor  # noqa: E402
 from dataclasses import asdict, dataclass, replace  # noqa: E402
+from itertools import product  # noqa: E402
 from threading import Lock  # noqa: E402
 
 import torch  # noqa: E402
@@ -40,6 +42,7 @@ from iomm.config import InputError  # noqa: E402
 from iomm.engine import checkpoint, parts  # noqa: E402
 from iomm.engine.config import load_config  # noqa: E402
 from iomm.engine.doctor import machine  # noqa: E402
+from iomm.engine.shapes import score, world  # noqa: E402
 from iomm.engine.shapes.grade import GUIDANCE, ceiling, grade, overall  # noqa: E402
 
 # Student's t, two-sided 95 %, by number of seeds less one.
@@ -66,7 +69,10 @@ BUDGETS = {
     # two runs of one thread each get more done than one of two: 0.82 and 0.93 s a step side by side, 0.54 alone (LOG.md, 2026-11-26)
     "cpu-night": Budget(pretrain=400, finetune=400, seeds=3, per_kind=16, draw_steps=20, at_once=2,
                         settings=("log.sample_images=0", "train.threads=1")),
-    "gpu": Budget(pretrain=2000, finetune=2000, seeds=3, per_kind=32, draw_steps=20, at_once=6,
+    # An estimate, it has not run: 24 runs, 6 side by side, are 5 stages after one another, each 25 s to start and 1,000 steps of 0.1 s (some
+    # 3,000 launches, six processes on one GPU), 625 s. Scoring 18 + 3 times 192 pictures, 0.05 s of CPU each to judge, one at a time, and
+    # as much to draw, is 400 s, the judge's limit 30 s: 18 minutes, so 25 leave room for error. All six experiments would be 111 runs.
+    "gpu": Budget(pretrain=1000, finetune=1000, seeds=3, per_kind=16, draw_steps=20, at_once=6, experiments=("recipes", "editing"),
                   settings=("log.sample_images=0", "train.compile=false")),      # compiling takes longer than such a run
 }
 
@@ -101,6 +107,21 @@ EXPERIMENTS = {
 }
 
 
+def write(path, content):
+    """A JSON file that is there whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)
+
+
+def read(path):
+    """What write() wrote, or {} where there is nothing that can be read."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
 class Runs:
     """The runs below a folder, each named by what it was given; what is there already is not run again."""
 
@@ -124,12 +145,15 @@ class Runs:
                               f"run.dir={run_dir}", f"train.steps={steps}", "checkpoint.every_steps=500", said=said)
             if code:
                 raise InputError(f"a run ended with exit code {code}: see {run_dir}/said.txt")
+            write(run_dir / "machine.json", machine())
         return run_dir
 
     def scores(self, run_dir, ways, steps):
-        """{"text, train": share of pictures that fit, ...} of a trained run; kept in its folder."""
-        path = run_dir / f"scores-{steps}.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
+        """{"text, train": share of pictures that fit, ...} of a trained run; kept in its folder beside what they depend on."""
+        path, settings = run_dir / f"scores-{steps}.json", self.scored_with()
+        known = read(path)
+        if known.get("settings") != settings:
+            known = {"settings": settings}
         wanted = [(way, split) for way in ways for split in ("train", "test")]
         if any(f"{way}, {split}" not in known for way, split in wanted):
             with self.locked("transformers"):            # its first imports fail in two threads at once
@@ -138,21 +162,27 @@ class Runs:
                 table, _ = grade(model, config.data.size_px, way, split=split, per_kind=self.budget.per_kind,
                                  steps=self.budget.draw_steps, guidance=GUIDANCE[way])
                 known[f"{way}, {split}"] = {key: overall(table, key) for key in ("fits", "number", "colours", "shapes")}
-            path.write_text(json.dumps(known, indent=1) + "\n")
+            write(path, known)
         return {f"{way}, {split}": known[f"{way}, {split}"] for way, split in wanted}
 
+    def scored_with(self):
+        """What kept scores depend on beside the run; those of a file that does not say so are the first judge's, and found anew."""
+        return {"per_kind": self.budget.per_kind, "draw_steps": self.budget.draw_steps, "guidance": GUIDANCE, "world": world.VERSION,
+                "judge": score.VERSION}
+
     def cell(self, cell, seed):
-        """-> {steps of both stages so far: scores}."""
-        shared, first, found = [f"run.seed={seed}", *self.budget.settings, *cell.both], None, {}
+        """-> ({steps of both stages so far: scores}, [commit that each of its runs was made at; None of one that does not say])."""
+        shared, first, found, made = [f"run.seed={seed}", *self.budget.settings, *cell.both], None, {}, []
         for point in sorted({*cell.points, 1.0}):
             steps = max(1, round(point * self.budget.pretrain))
             with self.locked(f"{seed} {cell.both} {cell.first}"):         # cells that run side by side share stage 1
                 first = self.train("pretrain", steps, [*shared, *cell.first], before=first)
+            made.append(first)
             if point in cell.points:
                 found[steps] = self.scores(first, ("image",), steps)
         second = self.train("finetune", self.budget.finetune, [*shared, *cell.second], init=first)
         found[self.budget.pretrain + self.budget.finetune] = self.scores(second, cell.ways, self.budget.finetune)
-        return found
+        return found, [read(run_dir / "machine.json").get("commit") for run_dir in (*made, second)]
 
     def locked(self, name):
         return self.locks.setdefault(name, Lock())
@@ -192,19 +222,23 @@ def show(name, cells):
     return "\n".join(lines)
 
 
-def paper_table(cells, key="fits"):
-    """The six recipes as the paper prints them: rows pre-train, columns fine-tune; captions like those of training."""
-    lines = [f"{f'{key}: pre-train | fine-tune':<28}" + "".join(f"{column:>18}" for column in ("image", "pair", "mix"))]
+def paper_table(cells, key="fits", split="train"):
+    """The six recipes as the paper prints them: rows pre-train, columns fine-tune. split: "test" are unseen combinations."""
+    shown = key if split == "train" else f"{key}, unseen"
+    lines = [f"{f'{shown}: pre-train | fine-tune':<40}" + "".join(f"{column:>18}" for column in ("image", "pair", "mix"))]
     for row in ("pair", "image"):
-        shares = [list(cells[f"{row} -> {column}"].values())[-1]["text, train"][key] for column in ("image", "pair", "mix")]
-        lines.append(f"{row:<28}" + "".join(f"{in_words(share):>18}" for share in shares))
+        shares = [list(cells[f"{row} -> {column}"].values())[-1][f"text, {split}"][key] for column in ("image", "pair", "mix")]
+        lines.append(f"{row:<40}" + "".join(f"{in_words(share):>18}" for share in shares))
     return "\n".join(lines)
 
 
-def bars(cells):
-    """[(label, {key: share})] of every cell by the first of its ways; of one that is scored on the way, after each stage."""
+def bars(cells, split="train"):
+    """[(label, {key: share})] of every cell on a split, by the first of its ways; of one scored on the way, after each stage."""
+    def first(ways):
+        return next((way, shares) for way, shares in ways.items() if way.endswith(f", {split}"))
+
     return [(f"{cell} at {steps} ({way.split(',')[0]})" if len(points) > 1 else cell, shares) for cell, points in cells.items()
-            for steps, ways in list(points.items())[-2:] for way, shares in list(ways.items())[:1]]
+            for steps, ways in list(points.items())[-2:] for way, shares in [first(ways)]]
 
 
 def judged(real):
@@ -216,8 +250,9 @@ def judged(real):
 def quoted(name, cells, budget):
     """{what: figure} for the README of one experiment."""
     return {f"shapes world, {name}, {budget['pretrain']} and {budget['finetune']} steps, {budget['seeds']} seeds: {shown}": "; ".join(
-        f"{label} {in_words(shares[key])}" for label, shares in bars(cells))
-        for key, shown in (("colours", "number and colours right"), ("fits", "all of the caption right"))}
+        f"{label} {in_words(shares[key])}" for label, shares in bars(cells, split))
+        for key, split, shown in (("colours", "train", "number and colours right"), ("fits", "train", "all of the caption right"),
+                                  ("colours", "test", "number and colours right, unseen combinations"))}
 
 
 def draw_against_steps(axis, cells):
@@ -233,7 +268,7 @@ def draw_against_steps(axis, cells):
 
 
 def draw_bars(experiments, path):
-    """A PNG: per experiment the share of colours and of whole captions that are right, with intervals."""
+    """A PNG: per experiment the share of whole captions and of colours that are right, with intervals."""
     if (plt := pyplot()) is None:
         return
     figure, axes = plt.subplots(len(experiments), 1, figsize=(9, 2.6 * len(experiments)), squeeze=False)
@@ -241,9 +276,10 @@ def draw_bars(experiments, path):
         if any(len(points) > 1 for points in cells.values()):
             draw_against_steps(axis, cells)
         else:
-            rows = bars(cells)
-            for shift, key in ((-0.2, "fits"), (0.2, "colours")):
-                axis.bar([i + shift for i in range(len(rows))], [row[key]["mean"] for _, row in rows], 0.4, label=key,
+            for shift, key, split, shown in ((-0.27, "fits", "train", "fits"), (0, "colours", "train", "colours"),
+                                             (0.27, "colours", "test", "colours, unseen combinations")):
+                rows = bars(cells, split)
+                axis.bar([i + shift for i in range(len(rows))], [row[key]["mean"] for _, row in rows], 0.27, label=shown,
                          yerr=[row[key]["interval"] or 0 for _, row in rows], capsize=2)
             axis.set_xticks(range(len(rows)), [label for label, _ in rows], fontsize=6)
         axis.set_ylim(0, 1)
@@ -251,6 +287,14 @@ def draw_bars(experiments, path):
         axis.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
+
+
+def results_name(name, budget):
+    """Of a budget's results; steps and seeds stand in it where they are not the budget's own."""
+    own = BUDGETS[name]
+    steps = () if (budget.pretrain, budget.finetune) == (own.pretrain, own.finetune) else (f"{budget.pretrain}-steps",)
+    seeds = () if budget.seeds == own.seeds else (f"{budget.seeds}-seeds",)
+    return "-".join(["recipes", name, *steps, *seeds])
 
 
 def main(argv=None):
@@ -270,32 +314,40 @@ def main(argv=None):
     unknown = set(args.experiments) - set(EXPERIMENTS)
     if unknown:
         parser.error(f"no experiment {sorted(unknown)[0]}: choose of {', '.join(EXPERIMENTS)}")
-    runs, given = Runs(Path(args.out) / args.budget, budget), json.loads(json.dumps({**asdict(budget), "name": args.budget}))
-    path = Path(args.results) / f"recipes-{args.budget}-{machine()['date']}.json"
-    kept = json.loads(path.read_text()) if path.exists() else {}      # other experiments of today
+    runs = Runs(Path(args.out) / args.budget, budget)
+    given = json.loads(json.dumps({**asdict(budget), "name": args.budget, **runs.scored_with()}))
+    path = Path(args.results) / f"{results_name(args.budget, budget)}-{machine()['date']}.json"
+    kept = read(path)      # other experiments of today
     if kept.get("budget") != given:
         real = limit_of_the_judge(load_config("demo").data.size_px)
         kept = {"machine": machine(), "budget": given, "rows": judged(real), "of": {}, "real": real, "experiments": {}}
     found, failed = kept["experiments"], 0
     path.parent.mkdir(parents=True, exist_ok=True)
     for name in args.experiments or budget.experiments:
-        cells, found[name] = EXPERIMENTS[name], {}
+        cells, found[name], commits = EXPERIMENTS[name], {}, {}
         with ThreadPoolExecutor(budget.at_once) as pool:
             waiting = {cell: [pool.submit(runs.cell, cells[cell], seed) for seed in range(budget.seeds)] for cell in cells}
             for cell, seeds in waiting.items():                # written as each is done: a night that is cut short keeps them
                 try:
-                    found[name][cell] = summed([one.result() for one in seeds])
-                except InputError as error:                    # the others go on
+                    scores, made_at = zip(*(one.result() for one in seeds))
+                    found[name][cell] = summed(scores)
+                except Exception as error:                     # the others go on
                     failed += 1
-                    print(f"iomm: {name}, {cell}: {error}", file=sys.stderr, flush=True)
+                    if not isinstance(error, InputError):
+                        traceback.print_exception(error)
+                    words = error if isinstance(error, InputError) else repr(error)
+                    print(f"iomm: {name}, {cell}: {words}", file=sys.stderr, flush=True)
                     continue
                 rows = quoted(name, found[name], given)
                 kept["rows"].update(rows)
-                kept["of"].update(dict.fromkeys(rows, machine()))
-                path.write_text(json.dumps(kept, indent=1) + "\n")
+                here = machine()
+                commits.update((commit or here["commit"], None) for one in made_at for commit in one)      # in their order
+                kept["of"].update(dict.fromkeys(rows, {**here, "commit": ", ".join(commits)}))
+                write(path, kept)
         print(show(name, found[name]), flush=True)
         if name == "recipes" and len(found[name]) == len(cells):
-            print("\n".join(paper_table(found[name], key) for key in ("fits", "colours")), flush=True)
+            for key, split in product(("fits", "colours"), ("train", "test")):
+                print(paper_table(found[name], key, split), flush=True)
     draw_bars({name: cells for name, cells in found.items() if cells}, path.with_suffix(".png"))
     print(path)
     return 1 if failed else 0

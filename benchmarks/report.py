@@ -149,6 +149,11 @@ def rows_of(result):
         yield what, str(count)
 
 
+def short(commits):
+    """"COMMIT, COMMIT and changes" -> nine digits of each, "+" after one with changes."""
+    return ", ".join(commit[:9] + "+" * ("changes" in commit) for commit in commits.split(", "))
+
+
 def table():
     """Markdown: a row for every figure that is quoted."""
     kinds = {"demo": demo, "loader": loader, "data-reliability": data_reliability, "ops": ops,
@@ -160,7 +165,7 @@ def table():
         kind = next((kind for kind in kinds if path.name.startswith(kind)), None)
         for what, figure in kinds[kind](result) if kind else ():
             facts = {**result["machine"], **result.get("of", {}).get(what, {})}      # a row measured on its own day
-            rows.append(f"| {what} | {figure} | {facts['device']}, {facts['date']}, {facts['commit'][:9]}{'+' * ('changes' in facts['commit'])} | `{path.name}` |")
+            rows.append(f"| {what} | {figure} | {facts['device']}, {facts['date']}, {short(facts['commit'])} | `{path.name}` |")
     return "\n".join(rows)
 
 

@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from launches import launch, rows
+from PIL import Image
+
+from benchmarks.demo import enlarge
+from iomm.engine.draw import save_png
 
 LOSSES = Path(__file__).parent / "demo_losses.json"
 STEPS, THREADS = 20, 1         # two threads would wait for each other where other tests run
@@ -54,6 +58,15 @@ def test_the_run_leaves_what_the_readme_says(demo):
     assert set(json.loads((run_dir / "scores.json").read_text())) == {"image", "text", "real"} and "captions drawn, guidance 2" in said
     tars = sorted((run_dir.parent / "shared").glob("shapes-4096-*/*.tar"))
     assert len(tars) == 4
+
+
+def test_the_benchmark_shows_the_newest_grid_and_its_prompts(tmp_path):
+    for name, colour in (("step-00000100-seed0", "red"), ("step-00002000-a-red-circle-seed0", "green"), ("step-00000500-seed0", "blue"),
+                         ("evaluate-00003000", "black"), ("step-00000900-seed0", "white")):
+        save_png(Image.new("RGB", (6, 4), colour), tmp_path / f"run/samples/{name}.png", {"prompt": f"a {colour} circle"})
+    enlarge(tmp_path / "run", tmp_path / "grid.png")
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.size == (24, 16) and grid.getpixel((0, 0)) == (0, 128, 0) and grid.text == {"prompt": "a green circle"}
 
 
 if __name__ == "__main__":       # python tests/test_demo.py LOG: writes the file anew from a run's log.jsonl

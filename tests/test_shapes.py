@@ -6,21 +6,29 @@ import json
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from benchmarks.recipes import BUDGETS, EXPERIMENTS, Runs, interval, judged, paper_table, show, summed
+from benchmarks.recipes import BUDGETS, EXPERIMENTS, Runs, interval, judged, main, paper_table, show, summed
+from benchmarks.report import short
 from iomm.config import InputError
 from iomm.engine.config import load_config
+from iomm.engine.data.index import build as build_index
+from iomm.engine.data.shards import Shards
+from iomm.engine.data.source import ImageSource
 from iomm.engine.parts import build_model
-from iomm.engine.shapes.grade import WAYS, ceiling, describe, grade, overall
-from iomm.engine.shapes.mllm import TASKS, WEIGHTS, accuracies, metadata, train
+from iomm.engine.shapes.grade import GUIDANCE, WAYS, ceiling, describe, grade, overall
+from iomm.engine.shapes.mllm import TASKS, WEIGHTS, accuracies, metadata, train, vit_pixels
 from iomm.engine.shapes.score import look, parse, score
-from iomm.engine.shapes.world import COLOURS, KINDS, OPPOSITE, PLACES, SHAPES, draw, edit, held_out, scene
+from iomm.engine.shapes.world import COLOURS, KINDS, OPPOSITE, PLACES, SHAPES, draw, edit, held_out, scene, write_world
 from iomm.internvl import Captioner, load_mllm
+from iomm.mllm import IMAGE_STD
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -65,7 +73,29 @@ def test_each_part_of_a_caption_is_judged_by_itself():
     pen.polygon(((32, 4), (60, 4), (32, 10)), fill=(20, 150, 40))              # green, and no shape of the world
     assert {(piece.colour, piece.shape) for piece in look(canvas)} == {("red", "circle"), ("blue", "square"), ("green", None)}
     noise = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy()
-    assert not any(score(noise, f"a {colour} {shape}")["fits"] for colour in COLOURS if colour != "orange" for shape in SHAPES)
+    assert not any(score(noise, f"a {colour} {shape}")["fits"] for colour in COLOURS for shape in SHAPES)
+
+
+GLUED = [("a red circle", "blue", (33, 26, 45, 38)), ("a red square", "blue", "circle over its corner"),
+         ("a red square", "green", (35, 21, 53, 39)),              # 80 % of its area
+         ("a white circle", "black", (33, 26, 45, 38)), ("a red circle", "orange", (19, 25, 31, 37))]     # the last on top of it
+
+
+@pytest.mark.parametrize("caption, colour, where", GLUED)
+def test_a_colour_that_touches_another_is_an_object_of_its_own(caption, colour, where):
+    rgb = {"red": (230, 10, 10), "blue": (20, 40, 230), "green": (20, 150, 40), "white": (250, 250, 250), "black": (10, 10, 10),
+           "orange": (240, 115, 10)}
+    canvas = Image.new("RGB", (256, 256), (140, 140, 140))           # reduced by 4, as the world is drawn
+    pen, (_, its_colour, its_shape) = ImageDraw.Draw(canvas), caption.split()
+    {"circle": pen.ellipse, "square": pen.rectangle}[its_shape]((56, 80, 136, 160), fill=rgb[its_colour])
+    assert score(canvas.reduce(4), caption)["fits"]
+    if where == "circle over its corner":
+        pen.ellipse((112, 136, 160, 184), fill=rgb[colour])
+    else:
+        pen.rectangle(tuple(4 * side for side in where), fill=rgb[colour])
+    verdict = score(canvas.reduce(4), caption)
+    assert not verdict["fits"] and not verdict["number"] and not verdict["colours"]
+    assert {piece.colour for piece in look(canvas.reduce(4))} == {its_colour, colour}
 
 
 @pytest.mark.parametrize("caption", ["", "a red cat", "two red circle", "a red circle beside a blue square", "an red circle and"])
@@ -91,17 +121,39 @@ def test_edits_ask_for_what_training_may_show():
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
+    """A fresh one, what starts at zero filled: it draws neither its noise alone nor the same from every condition."""
     config = load_config("demo", [f"run.dir={tmp_path_factory.mktemp('grade')}/run", "precision=fp32"])
-    return build_model(config, "cpu")
+    model, random = build_model(config, "cpu"), torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.3, generator=random)
+    return model
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_grade_is_a_function_of_model_and_seed(model, way):
-    table, pictures = grade(model, 32, way, per_kind=2, steps=1)
-    again, _ = grade(model, 32, way, per_kind=2, steps=1, batch=5)
-    assert table == again and sum(row["pictures"] for row in table.values()) == len(pictures)
-    assert set(table) == (set(KINDS) if way != "edit" else {"make", "add"} & set(table)) and "fits" in describe(table)
-    assert overall(table) == sum(row["fits"] * row["pictures"] for row in table.values()) / len(pictures)
+    def levels(**how):
+        table, pictures = grade(model, 32, way, per_kind=1, steps=1, **how)
+        return table, torch.stack([torch.from_numpy(np.array(picture)).int() for picture in pictures])
+    (table, drawn), (again, in_fours) = levels(), levels(batch=4)
+    assert {kind: row["pictures"] for kind, row in table.items()} == ({"make": 3, "add": 3} if way == "edit" else {
+        "single_object": 1, "two_object": 1, "counting": 1, "colors": 1, "position": 1, "color_attr": 1})
+    assert all(row.keys() == {"fits", "number", "colours", "shapes", "relation", "pictures"} for row in table.values())
+    assert drawn.shape == (6, 32, 32, 3) and drawn.float().std() > 20
+    assert again == table and (in_fours - drawn).abs().max() <= 1         # sums of another order may round to the next level
+    for how in ({"seed": 1}, {"split": "test"}):                          # another noise; of the same noise another condition
+        assert ((levels(**how)[1] - drawn).abs().amax(dim=(1, 2, 3)) > 1).all(), how
+    assert "fits" in describe(table) and overall(table) == sum(row["fits"] * row["pictures"] for row in table.values()) / len(drawn)
+
+
+@pytest.mark.parametrize("size_px", [16, 64])
+def test_the_vit_is_shown_what_the_loader_of_a_run_shows_it(tmp_path, size_px):
+    shards = Shards(build_index(write_world(tmp_path / "world", num_images=6, seed=4), tmp_path / "index", progress=False))
+    batch, = ImageSource(shards, seed=0, global_batch=6, micro_batch=6, rank=0, world_size=1, size_px=size_px, vit_px=32,
+                         device="cpu", num_steps=1)
+    shown = torch.stack([vit_pixels(draw(scene(4, k)), 32, size_px) for k in batch.entry_B.tolist()])
+    levels_BCHW = (shown - batch.vit_pixels_BCHW).abs() * 255 * torch.tensor(IMAGE_STD)[:, None, None]
+    assert levels_BCHW.max() < 1.01          # here 0; another JPEG decoder may be a level off. Sharp pictures are 70 off at 16 px
 
 
 def test_a_tiny_mllm_is_trained_and_loaded(tmp_path):
@@ -127,9 +179,10 @@ def test_intervals_are_students():
     mean, half = interval([0.1, 0.2, 0.3])
     assert mean == pytest.approx(0.2) and half == pytest.approx(4.303 * 0.1 / 3 ** 0.5)
     keys = ("fits", "number", "colours", "shapes")
-    cells = {cell: summed([{7: {"text, train": dict.fromkeys(keys, share)}} for share in (0.1, 0.2, 0.3)])
-             for cell in EXPERIMENTS["recipes"]}
+    cells = {cell: summed([{7: {"text, train": dict.fromkeys(keys, share), "text, test": dict.fromkeys(keys, share / 2)}}
+                           for share in (0.1, 0.2, 0.3)]) for cell in EXPERIMENTS["recipes"]}
     assert "0.200 +-0.248" in show("recipes", cells) and paper_table(cells).count("0.200 +-0.248") == 6
+    assert paper_table(cells, split="test").count("0.100 +-0.124") == 6 and "unseen" in paper_table(cells, split="test")
 
 
 def test_cells_share_the_runs_that_they_have_in_common(tmp_path):
@@ -146,12 +199,112 @@ def test_cells_share_the_runs_that_they_have_in_common(tmp_path):
         def scores(self, run_dir, ways, steps):
             return {f"{way}, train": {"fits": 0.5} for way in ways}
     runs = Named(tmp_path, BUDGETS["cpu-night"])
-    found = {name: {cell: runs.cell(what, 0) for cell, what in cells.items()} for name, cells in EXPERIMENTS.items()}
+    found = {name: {cell: runs.cell(what, 0)[0] for cell, what in cells.items()} for name, cells in EXPERIMENTS.items()}
     assert len({run for run in begun if run.name.startswith("finetune")}) == 6 + 3 + 6 + 5 + 3
     assert len({run for run in begun if run.name.startswith("pretrain") and run.name.endswith("-400")}) == 2 + 3 + 6 + 3
     assert len({run for run in begun if run.name.startswith("pretrain")}) == 14 + 4 * 3
     assert list(found["adapter"]["rqa"].items())[2:4] == [(300, {"image, train": {"fits": 0.5}}), (400, {"image, train": {"fits": 0.5}})]
     assert all(set(points) == ({100, 200, 300, 400, 800} if name == "adapter" else {800}) for name in found for points in found[name].values())
+
+
+@pytest.fixture
+def played(monkeypatch):
+    """recipes.main() without training or drawing: what is launched leaves a run, and every picture is half right. Says at which
+    commit it runs, how often it drew, and which error drawing ends in."""
+    world = SimpleNamespace(commit="a" * 40, drawn=0, error=None)
+
+    def launch(*arguments, said):
+        said.write(b"done")
+        return 0
+
+    def draw_and_judge(model, size_px, way, *, split, per_kind, steps, guidance):
+        world.drawn += 1
+        if world.error is not None and world.drawn == 1:
+            raise world.error
+        share = {"train": 0.5, "test": 0.25}[split]
+        return {"colors": {**dict.fromkeys(("fits", "number", "colours", "shapes"), share), "pictures": 4}}, []
+
+    def newest(folder, say):
+        return folder if (folder.parent / "said.txt").exists() else None
+    for name, value in {"launch": launch, "grade": draw_and_judge, "machine": lambda: {"date": "2026-01-02", "commit": world.commit},
+                        "limit_of_the_judge": lambda size_px: {"size_px": 16, "per_kind": 1, "fits": {"colors": 1.0}},
+                        "checkpoint.newest": newest, "checkpoint.step_of": lambda folder: 10**9, "pyplot": lambda: None,
+                        "parts.load_run": lambda *_, **__: (load_config("demo"), None, None)}.items():
+        monkeypatch.setattr(f"benchmarks.recipes.{name}", value)
+    return world
+
+
+def results(tmp_path, *arguments, ends=0):
+    """{file name: content} after one recipes.main()."""
+    assert main(["--budget", "cpu-smoke", "--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results"), *arguments]) == ends
+    return {path.name: json.loads(path.read_text()) for path in (tmp_path / "results").iterdir()}
+
+
+def test_results_of_other_steps_or_seeds_are_files_of_their_own(tmp_path, played):
+    own, = results(tmp_path).items()
+    assert own[0] == "recipes-cpu-smoke-2026-01-02.json"
+    for given, name in ((("--steps", "3"), "3-steps-"), (("--seeds", "2"), "2-seeds-"), (("--steps", "3", "--seeds", "2"), "3-steps-2-seeds-"),
+                        (("--steps", "2", "--seeds", "1"), "")):
+        found = results(tmp_path, *given)
+        assert f"recipes-cpu-smoke-{name}2026-01-02.json" in found and found[own[0]] == own[1]
+    assert len(found) == 4
+
+
+def test_unseen_combinations_are_quoted(tmp_path, played):
+    (_, found), = results(tmp_path).items()
+    rows = {what.rpartition(": ")[2]: figure for what, figure in found["rows"].items() if ", recipes, " in what}
+    assert set(rows) == {"number and colours right", "all of the caption right", "number and colours right, unseen combinations"}
+    assert rows["number and colours right, unseen combinations"].count(" 0.250") == rows["number and colours right"].count(" 0.500") == 6
+
+
+def test_rows_name_the_commits_of_their_runs(tmp_path, played):
+    def commits():
+        (_, found), = results(tmp_path).items()
+        return {facts["commit"] for facts in found["of"].values()}
+    assert commits() == {"a" * 40}
+    played.commit = "b" * 40                                   # a summary written later says what it sums up
+    assert commits() == {"a" * 40}
+    sorted((tmp_path / "runs/cpu-smoke").glob("finetune-*"))[0].joinpath("machine.json").unlink()      # of a run that does not say
+    assert {*commits().pop().split(", ")} == {"a" * 40, "b" * 40}
+    assert short(f"{'a' * 40}, {'b' * 40} and changes") == "aaaaaaaaa, bbbbbbbbb+" and short("c" * 40) == "ccccccccc"
+
+
+@pytest.mark.parametrize("error, said", [(InputError("no such run"), "image: no such run"), (RuntimeError("out of memory"),
+                                                                                            "image: RuntimeError('out of memory')")])
+def test_a_cell_that_fails_is_said_and_the_others_go_on(tmp_path, played, capsys, error, said):
+    played.error = error
+    (_, found), = results(tmp_path, ends=1).items()
+    assert set(found["experiments"]["recipes"]) == set(EXPERIMENTS["recipes"]) - {"pair -> image"}
+    words = capsys.readouterr().err
+    assert f"iomm: recipes, pair -> {said}" in words and ("Traceback" in words) == isinstance(error, RuntimeError)
+    (_, found), = results(tmp_path).items()
+    assert set(found["experiments"]["recipes"]) == set(EXPERIMENTS["recipes"])
+
+
+def test_kept_scores_are_whole_and_of_the_settings_asked_for(tmp_path, played, monkeypatch):
+    runs = Runs(tmp_path, BUDGETS["cpu-night"])
+    path, wanted = tmp_path / "scores-400.json", {f"text, {split}": dict.fromkeys(("fits", "number", "colours", "shapes"), share)
+                                                  for split, share in (("train", 0.5), ("test", 0.25))}
+
+    def drawn(runs):
+        before = played.drawn
+        assert runs.scores(tmp_path, ("text",), 400) == wanted and not list(tmp_path.glob(".*"))
+        return played.drawn - before
+    path.write_text(json.dumps(wanted)[:40])                   # a kill in the middle of a write that was none of ours
+    assert drawn(runs) == 2 and drawn(runs) == 0
+    kept = path.read_text()
+    path.write_text(json.dumps(wanted))                        # of the first judge, which did not say so
+    assert drawn(runs) == 2 and path.read_text() == kept
+    for changed in (replace(runs.budget, per_kind=8), replace(runs.budget, draw_steps=10)):
+        assert drawn(Runs(tmp_path, changed)) == 2
+    for name, value in (("score.VERSION", 99), ("world.VERSION", 99), ("GUIDANCE", {**GUIDANCE, "text": 3.0})):
+        monkeypatch.setattr(f"benchmarks.recipes.{name}", value)
+        assert drawn(runs) == 2 and drawn(runs) == 0
+    kept = path.read_text()
+    monkeypatch.setattr(Path, "replace", lambda *_: pytest.fail("killed"))
+    with pytest.raises(pytest.fail.Exception, match="killed"):
+        runs.scores(tmp_path, ("image",), 400)
+    assert path.read_text() == kept                            # what was there is there until the new is whole
 
 
 @pytest.mark.slow

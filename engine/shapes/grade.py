@@ -27,26 +27,38 @@ def asked_for(kinds, split, per_kind):
     return [scene(SEED, i, split, kind) for i, kind in enumerate(kind for kind in kinds for _ in range(per_kind))]
 
 
+def edits(num, split):
+    """[(scene of one shape, instruction, caption of what it asks for)], the same for every model: half "make", half "add"."""
+    found, i = {"make": [], "add": []}, 0
+    while min(map(len, found.values())) < num // 2:
+        picture = scene(SEED, i, split, "single_object")
+        text, caption = edit(picture, SEED, i, split)
+        found[text.split()[0]].append((picture, text, caption))
+        i += 1
+    return [one for kind in found.values() for one in kind[:num // 2]]
+
+
 def tasks(model, way, split, per_kind, size_px):
-    """-> ([kind], [text], vit pixels or None, [caption that the picture must fit]) of what the model will be asked."""
+    """-> (kinds, [text], vit pixels or None, captions that the pictures must fit) of what the model will be asked."""
     choice("way", way, WAYS)
-    scenes = asked_for(("single_object",) if way == "edit" else KINDS, split, per_kind)
-    kinds, captions = [picture.kind for picture in scenes], [picture.caption for picture in scenes]
+    scenes = asked_for(KINDS, split, per_kind)
+    kinds, texts, captions = zip(*((picture.kind, RECONSTRUCT, picture.caption) for picture in scenes))
     if way == "text":
-        return kinds, captions, None, captions
+        return kinds, list(captions), None, captions
+    if way == "edit":
+        scenes, texts, captions = zip(*edits(len(scenes), split))
+        kinds = [text.split()[0] for text in texts]
     pixels_ICHW = torch.stack([vit_pixels(draw(picture), model.frozen[0].vit_px, size_px) for picture in scenes])
-    if way == "image":
-        return kinds, [RECONSTRUCT] * len(scenes), pixels_ICHW, captions
-    texts, captions = zip(*(edit(picture, SEED, i, split) for i, picture in enumerate(scenes)))
-    return [text.split()[0] for text in texts], list(texts), pixels_ICHW, list(captions)
+    return kinds, list(texts), pixels_ICHW, captions
 
 
 @torch.no_grad()
 def grade(model, size_px, way="text", *, split="train", per_kind=8, steps=20, guidance=1.0, seed=0, batch=64):
     """IOMM, not sharded -> ({kind: {"fits": share, "number": share, ...; "pictures": how many}}, the pictures, PIL, in order).
 
-    way: one of WAYS. split: "train" asks for pictures like those of training, "test" for combinations never seen there.
-    Noise and masks belong to (seed, picture). Raises InputError for unknown ways and splits."""
+    way: one of WAYS; there are as many edits, half "make", half "add", as captions of all kinds. split: "train" asks for
+    pictures like those of training, "test" for combinations never seen there. Noise and masks belong to (seed, picture).
+    Raises InputError for unknown ways and splits."""
     if per_kind < 1:
         raise InputError(f"pictures per kind must be >= 1, got {per_kind}")
     mllm, device = model.frozen[0], model.generator.final.weight.device

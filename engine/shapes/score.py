@@ -1,8 +1,9 @@
 """Whether a picture of the shapes world shows what a caption says, decided from its pixels alone.
 
-The background is a plane fitted to the picture's border; what differs from it falls into connected pieces; each piece is
-compared with the three shapes at its own place, area and best turn, and its colour with the ranges that the world draws
-from. Nothing is learned, so nothing can be fooled that a ruler would not be. Works at any size from 16 px on."""
+The background is a plane fitted to the picture's border; what differs from it falls into connected pieces, and a connected
+piece of several colours into one of each; each piece is compared with the three shapes at its own place, area and best turn,
+and its colour with the ranges that the world draws from. Nothing is learned. What is smaller than LEAST_AREA is not seen,
+nor a colour within BACKGROUND_LEVELS of the piece that it touches or of a shade of it. Works at any size from 16 px on."""
 
 import math
 import re
@@ -18,8 +19,9 @@ import torch.nn.functional as F
 from iomm.config import InputError
 from iomm.engine.shapes.world import COLOURS, DIRECTION, SHAPES
 
+VERSION = 2                 # a change of verdicts raises it, so that kept scores are found anew
 SIDE = 128                  # pixels to which every picture is brought; the smallest shape is then 29 wide
-BACKGROUND_LEVELS = 40.0    # distance from the background, in grey levels of 255, that is no noise (largest drawn: 8 a channel)
+BACKGROUND_LEVELS = 40.0    # distance from the background, or a piece's shades, in grey levels of 255, that is no noise (at most 8 a channel)
 LEAST_AREA = 0.012          # of the picture; the smallest shape drawn has 0.033
 LEAST_OVERLAP = 0.80        # intersection over union with the ideal shape; real ones at 32 px have 0.87 and more
 COLOUR_LEVELS = 60.0        # distance from the nearest colour that the world draws
@@ -83,20 +85,24 @@ def look(image):
     pixels_HWC = enlarged(np.asarray(image))
     background_HWC = plane(pixels_HWC)
     away_HWC = pixels_HWC - background_HWC
-    labels_HW = pieces(np.linalg.norm(away_HWC, axis=-1) > BACKGROUND_LEVELS)
-    found = []
-    for label in np.unique(labels_HW[labels_HW > 0]):
-        inside_HW = labels_HW == label
+    labels_HW, found = pieces(np.linalg.norm(away_HWC, axis=-1) > BACKGROUND_LEVELS), []
+    waiting = [labels_HW == label for label in np.unique(labels_HW[labels_HW > 0])]
+    while waiting:
+        inside_HW = waiting.pop()
         if inside_HW.mean() < LEAST_AREA:
             continue
         rgb = np.median(pixels_HWC[inside_HW], axis=0)
         # the edge stands where a pixel is half background, half piece; the threshold above is nearer to the background
         towards = rgb - background_HWC[inside_HW].mean(0)
-        inside_HW &= (away_HWC @ towards) / (towards @ towards) > 0.5
+        along_HW = (away_HWC @ towards) / (towards @ towards)
+        # an edge's colours lie between background and piece; what lies aside is of another colour and touches or covers this one
+        aside_HW = np.linalg.norm(away_HWC - along_HW.clip(0)[..., None] * towards, axis=-1) > BACKGROUND_LEVELS
+        other_HW, inside_HW = inside_HW & aside_HW, inside_HW & (along_HW > 0.5) & ~aside_HW
         if inside_HW.mean() >= LEAST_AREA:
             y, x = (float(axis.mean()) for axis in np.nonzero(inside_HW))
             found.append(Found(shape=shape_of(inside_HW), colour=colour_of(rgb), x=(x + 0.5) / SIDE, y=(y + 0.5) / SIDE,
                                area=float(inside_HW.mean())))
+            waiting.append(other_HW)
     return sorted(found, key=lambda piece: piece.x)
 
 

@@ -50,6 +50,11 @@ def main(argv=None):
         args = parse_args(argv)
         choice("--stage", args.stage, tuple(STAGES))
         choice("--profile", args.profile, ("none", "nsys", "torch"))
+        for name in ("config", "init", "hook", "resume"):
+            if getattr(args, name) == "":
+                raise InputError(f"--{name} is empty: give a value (a variable of the shell that is not set?), or leave it out")
+        if args.dry_run is not None and args.dry_run < 1:
+            raise InputError(f"--dry-run must be a number of GPUs, 1 or more, got {args.dry_run}")
         config = load_config(args.config or STAGES[args.stage], args.overrides + [f"run.init={args.init}"] * bool(args.init))
         if args.stage == "finetune" and config.run.init is None:
             raise InputError("--stage finetune starts from a run of stage 1: give --init RUN, the run.dir of that run")
@@ -59,7 +64,7 @@ def main(argv=None):
             check_wandb()
         if args.dry_run is not None:
             if not rank:
-                print(plan.describe(plan.make_plan(config, args.dry_run or 8), config))
+                print(plan.describe(plan.make_plan(config, args.dry_run), config))
             return 0
         with RankLog(config.run.dir):
             ranks = zero.start(config.train.timeout_s, args.local_rank)
@@ -89,7 +94,7 @@ def parse_args(argv):
     parser.add_argument("--hook", metavar="package.module:function",
                         help="called on rank 0 after each evaluation with (config, step, images, prompts); the numbers that it "
                         "returns by name are logged")
-    parser.add_argument("--dry-run", type=int, nargs="?", const=0, metavar="GPUS",
+    parser.add_argument("--dry-run", type=int, nargs="?", const=8, metavar="GPUS",
                         help="check config and paths, print parameters, memory and work for so many GPUs (default 8), and stop")
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)       # the launcher adds it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")

@@ -341,6 +341,8 @@ def test_muon_is_the_same_on_one_rank_and_on_two_and_resumes(settings, tmp_path)
 
 @pytest.mark.parametrize("arguments, message", [
     (["--stage", "pretrian"], "--stage must be one of pretrain"),
+    (["--config", ""], "--config is empty"), (["--hook", ""], "--hook is empty"), (["--dry-run", "-8"], "--dry-run must be a number of GPUs"),
+    (["--dry-run", "0"], "--dry-run must be a number of GPUs, 1 or more, got 0"),
     (["--config", "dmeo"], "--config dmeo: no such file"),
     (["trian.steps=3"], "unknown key trian.steps; did you mean train.steps?"),
     (["train.steps=ten"], "train.steps must be a whole number, got 'ten'"),

@@ -82,7 +82,7 @@ def test_a_pair_is_counted_without_vit_and_with_its_caption(model):
     assert tokens(model, config) == 1024 + 256
     every = load_config("iomm-b-512", ["adapter.conditions=all", *NO_PATHS])
     assert tokens(build_without_weights(every), every) == pytest.approx(1024 + 256 + NUM_TEXT + 0.15 * 256)
-    latents = replace(config, data=replace(config.data, latents="somewhere", pairs=None))
+    latents = replace(config, data=replace(config.data, latents="somewhere", pairs=None), train=replace(config.train, data="image"))
     assert work(model, latents)["VAE"] == 0 and work(model, config)["VAE"] == image["VAE"]
 
 

@@ -14,7 +14,7 @@ from iomm.config import PRESETS, InputError
 from iomm.engine import launch, loop
 from iomm.engine.config import load_config
 from iomm.engine.optim import learning_rate
-from iomm.engine.plan import make_plan
+from iomm.engine.plan import largest, make_plan
 from iomm.generator import empty_generator
 from iomm.model import IOMM
 from iomm.ranges import Clock, named
@@ -40,12 +40,12 @@ def prepare(args, device, folder):
     micro_batch = config.train.micro_batch or config.train.global_batch
     if device == "cuda":
         room, wanted = torch.cuda.get_device_properties(0).total_memory * 0.95, micro_batch       # a context, an allocator's gaps
-        micro_batch = largest(config, wanted, args.against, room)
+        micro_batch = largest(wanted, lambda num: needed(config, num, args.against), room)
         if not micro_batch and args.against:
             print(f"no comparison: plain beside ours needs {needed(config, 1, args.against) / 2**30:.0f} GiB at one image, this GPU has "
                   f"{room / 2**30:.0f}")
             args.against = None
-            micro_batch = largest(config, wanted, None, room)
+            micro_batch = largest(wanted, lambda num: needed(config, num, None), room)
         if not micro_batch:
             raise InputError(f"one image a pass needs {needed(config, 1, None) / 2**30:.0f} GiB, this GPU has {room / 2**30:.0f}: give a "
                              "smaller model")
@@ -54,13 +54,6 @@ def prepare(args, device, folder):
                   f"fit into {room / 2**30:.0f}", flush=True)
     changes += [f"train.micro_batch={micro_batch}", f"train.global_batch={micro_batch * PASSES[device]}"]
     return load_config(args.config, [*args.overrides, *changes]), changes
-
-
-def largest(config, micro_batch, against, room):
-    """The micro-batch, halved until it fits into `room` bytes; 0 if one image does not."""
-    while micro_batch and needed(config, micro_batch, against) > room:
-        micro_batch //= 2
-    return micro_batch
 
 
 def needed(config, micro_batch, against):

@@ -23,7 +23,7 @@ from iomm.engine.config import load_config  # noqa: E402
 from iomm.engine.doctor import machine  # noqa: E402
 from iomm.engine.interval import plan as checkpoint_plan  # noqa: E402
 from iomm.engine.optim import make_optimizer, spread  # noqa: E402
-from iomm.engine.plan import build_without_weights, make_plan, memory  # noqa: E402
+from iomm.engine.plan import build_without_weights, largest, make_plan, memory  # noqa: E402
 from iomm.engine.traffic import count_traffic, row_bytes  # noqa: E402
 from iomm.layers import attention_flops  # noqa: E402
 
@@ -190,9 +190,8 @@ def estimate(name, gpu, ranks, tuned=False, latents=False, batch=None, micro_bat
     (config, model, flops), traffic = parts(name), messages_of(name, ranks, tuned)
     kind, batch = {**MACHINES[gpu], **measured}, batch or config.train.global_batch
     if micro_batch is None:
-        micro_batch = min(config.train.micro_batch, batch // ranks)
-        while micro_batch and memory_of(name, ranks, tuned, micro_batch) > assumed("share of memory that a run may fill") * kind["memory"]:
-            micro_batch //= 2
+        micro_batch = largest(min(config.train.micro_batch, batch // ranks), lambda num: memory_of(name, ranks, tuned, num),
+                              assumed("share of memory that a run may fill") * kind["memory"])
         if not micro_batch:
             return None
     accumulation = batch // (micro_batch * ranks)

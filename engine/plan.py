@@ -158,6 +158,13 @@ def memory(model, config, ranks, micro_batch):
     }
 
 
+def largest(micro_batch, needed, room):
+    """The micro-batch, halved until needed(micro-batch) bytes fit into `room`; 0 if one image does not."""
+    while micro_batch and needed(micro_batch) > room:
+        micro_batch //= 2
+    return micro_batch
+
+
 class Attended(torch.autograd.Function):
     """What a fused attention keeps: queries, keys, values, output, and a float of each row. For counting, without values."""
 

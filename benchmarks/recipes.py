@@ -37,7 +37,7 @@ from threading import Lock  # noqa: E402
 import torch  # noqa: E402
 
 from benchmarks.demo import launch  # noqa: E402
-from benchmarks.report import pyplot  # noqa: E402
+from benchmarks.report import above_0, pyplot  # noqa: E402
 from iomm.config import InputError  # noqa: E402
 from iomm.engine import checkpoint, parts  # noqa: E402
 from iomm.engine.config import load_config  # noqa: E402
@@ -301,15 +301,15 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiments", nargs="*", help=f"of: {', '.join(EXPERIMENTS)}; default: the budget's")
     parser.add_argument("--budget", choices=tuple(BUDGETS), default="gpu" if torch.cuda.is_available() else "cpu-night")
-    parser.add_argument("--seeds", type=int, help="default: the budget's")
-    parser.add_argument("--steps", type=int, help="of either stage; default: the budget's")
+    parser.add_argument("--seeds", type=above_0(int), help="default: the budget's")
+    parser.add_argument("--steps", type=above_0(int), help="of either stage; default: the budget's")
     parser.add_argument("--out", default=str(ROOT / "runs/recipes"), help="folder of the runs; what is there is not run again")
     parser.add_argument("--results", default=str(ROOT / "benchmarks/results"))
     args = parser.parse_args(argv)
     budget = BUDGETS[args.budget]
     budget = replace(budget, seeds=args.seeds or budget.seeds, pretrain=args.steps or budget.pretrain,
                      finetune=args.steps or budget.finetune)
-    if not 1 <= budget.seeds <= max(T_95) + 1:
+    if budget.seeds > max(T_95) + 1:
         parser.error(f"--seeds must be 1 to {max(T_95) + 1}, got {budget.seeds}")
     unknown = set(args.experiments) - set(EXPERIMENTS)
     if unknown:

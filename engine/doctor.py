@@ -54,6 +54,7 @@ def machine():
     return {"device": gpu or f"{cpu}, {len(os.sched_getaffinity(0))} cores", "gpu": gpu, "date": str(datetime.date.today()),
             "torch": torch.__version__, "python": platform.python_version(),
             **{name: version_of(name) for name in ("deepspeed", "transformers", "diffusers", "triton")},
+            "dali": " and ".join(dali_wheels().values()) or None,                # None: Pillow decodes
             "commit": git("rev-parse", "HEAD") + (" and changes" if changed not in ("", "unknown") else "")}
 
 
@@ -91,9 +92,14 @@ def cuda_row():
     return "CUDA device", "-", ABSENT, f"{why}; everything runs on the CPU: fine for the demo, not for IOMM-B"
 
 
+def dali_wheels():
+    """{wheel: version} of DALI's wheels that are installed; more than one overwrite each other."""
+    return {name: version for name in ("nvidia-dali-cuda130", "nvidia-dali-cuda120") if (version := version_of(name))}
+
+
 def dali_row():
     """Row of DALI: which wheel, whether it loads, and whether it can decode on the GPU."""
-    wheels = {name: version for name in ("nvidia-dali-cuda130", "nvidia-dali-cuda120") if (version := version_of(name))}
+    wheels = dali_wheels()
     if not wheels or find("nvidia.dali") is None:
         return "DALI", "-", ABSENT, "Pillow decodes instead, on the CPU: pip install nvidia-dali-cuda130 (or -cuda120)"
     version = " and ".join(f"{version} ({name.rpartition('-')[2]})" for name, version in wheels.items())

@@ -100,6 +100,13 @@ def test_a_machine_without_git_is_described_all_the_same(monkeypatch, tmp_path):
     assert doctor.machine()["commit"] == "unknown" and doctor.machine()["torch"]
 
 
+def test_figures_say_whether_pillow_stood_in_for_dali(monkeypatch):
+    monkeypatch.setattr(doctor, "version_of", {"nvidia-dali-cuda130": "1.51", "torch": "2"}.get)
+    assert doctor.machine()["dali"] == "1.51"
+    monkeypatch.setattr(doctor, "version_of", {}.get)
+    assert doctor.machine()["dali"] is None
+
+
 def test_doctor_tells_the_two_apexes_apart(monkeypatch, tmp_path):
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("raise RuntimeError('must not be imported')")

@@ -250,6 +250,13 @@ def test_results_of_other_steps_or_seeds_are_files_of_their_own(tmp_path, played
     assert len(found) == 4
 
 
+@pytest.mark.parametrize("option", ["--seeds", "--steps"])
+def test_no_seeds_and_no_steps_are_mistakes(tmp_path, played, capsys, option):
+    with pytest.raises(SystemExit, match="2"):
+        results(tmp_path, option, "0")
+    assert "must be a whole number above 0, got 0" in capsys.readouterr().err and not (tmp_path / "results").exists()
+
+
 def test_unseen_combinations_are_quoted(tmp_path, played):
     (_, found), = results(tmp_path).items()
     rows = {what.rpartition(": ")[2]: figure for what, figure in found["rows"].items() if ", recipes, " in what}

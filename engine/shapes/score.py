@@ -140,33 +140,38 @@ def pieces(inside_HW):
         spread = F.max_pool2d(labels[None, None], 3, stride=1, padding=1)[0, 0] * inside
         if torch.equal(spread, labels):
             return labels.numpy()
-        labels = spread
+        # an index names a pixel of the same piece: the largest met anywhere along what was one index so far leads all of it on
+        met = F.pad(spread.flatten(), (1, 0)).scatter_reduce(0, labels.long().flatten(), spread.flatten(), "amax")
+        labels = met[met[spread.long()].long()]
 
 
 def shape_of(inside_HW):
     """The shape that this piece overlaps best, at its centre and area and turned by up to 8 degrees, or None."""
-    overlaps = {shape: max(overlap(inside_HW, shape, turn) for turn in ((0,) if shape == "circle" else range(-8, 9, 4)))
-                for shape in SHAPES}
+    rows, columns = np.nonzero(inside_HW)
+    y_HW, x_HW = np.mgrid[:SIDE, :SIDE].astype(np.float64)
+    y_HW, x_HW = y_HW - rows.mean(), x_HW - columns.mean()
+    overlaps = {shape: max(overlap(inside_HW, ideal(shape, len(rows), y_HW, x_HW, turn))
+                           for turn in ((0,) if shape == "circle" else range(-8, 9, 4))) for shape in SHAPES}
     best = max(overlaps, key=overlaps.get)
     return best if overlaps[best] >= LEAST_OVERLAP else None
 
 
-def overlap(inside_HW, shape, turn_degrees):
-    """Intersection over union of a piece and the ideal shape of its area around its centre."""
-    rows, columns = np.nonzero(inside_HW)
-    y_HW, x_HW = np.mgrid[:SIDE, :SIDE].astype(np.float64)
-    x_HW, y_HW = x_HW - columns.mean(), y_HW - rows.mean()
+def overlap(a_HW, b_HW):
+    """Intersection over union."""
+    return (a_HW & b_HW).sum() / (a_HW | b_HW).sum()
+
+
+def ideal(shape, area, y_HW, x_HW, turn_degrees):
+    """(H, W) bool, the pixels of a shape of so many pixels; y, x: from its centre."""
     if shape == "circle":
-        ideal_HW = x_HW**2 + y_HW**2 <= len(rows) / math.pi
-    else:
-        corners = 3 if shape == "triangle" else 4
-        # a regular polygon of n corners and area A has the inner radius sqrt(A / (n tan(pi / n)))
-        inner = math.sqrt(len(rows) / (corners * math.tan(math.pi / corners)))
-        ideal_HW = np.ones_like(inside_HW)
-        for i in range(corners):
-            angle = math.radians(90 + turn_degrees + 360 * i / corners)      # of a side; the first one lies below
-            ideal_HW &= x_HW * math.cos(angle) + y_HW * math.sin(angle) <= inner
-    return (inside_HW & ideal_HW).sum() / (inside_HW | ideal_HW).sum()
+        return x_HW**2 + y_HW**2 <= area / math.pi
+    corners = 3 if shape == "triangle" else 4
+    # a regular polygon of n corners and area A has the inner radius sqrt(A / (n tan(pi / n)))
+    inner, inside_HW = math.sqrt(area / (corners * math.tan(math.pi / corners))), True
+    for i in range(corners):
+        angle = math.radians(90 + turn_degrees + 360 * i / corners)      # of a side; the first one lies below
+        inside_HW = inside_HW & (x_HW * math.cos(angle) + y_HW * math.sin(angle) <= inner)
+    return inside_HW
 
 
 def colour_table():

@@ -2,7 +2,6 @@
 
 import statistics
 import time
-from dataclasses import replace
 from itertools import islice
 
 import torch
@@ -14,7 +13,7 @@ from iomm.config import PRESETS, InputError
 from iomm.engine import launch, loop
 from iomm.engine.config import load_config
 from iomm.engine.optim import learning_rate
-from iomm.engine.plan import largest, make_plan
+from iomm.engine.plan import build_without_weights, largest, memory, size
 from iomm.generator import empty_generator
 from iomm.model import IOMM
 from iomm.ranges import Clock, named
@@ -40,31 +39,30 @@ def prepare(args, device, folder):
     micro_batch = config.train.micro_batch or config.train.global_batch
     if device == "cuda":
         room, wanted = torch.cuda.get_device_properties(0).total_memory * 0.95, micro_batch       # a context, an allocator's gaps
-        micro_batch = largest(wanted, lambda num: needed(config, num, args.against), room)
+        model = build_without_weights(config)
+        micro_batch = largest(wanted, lambda num: needed(model, config, num, args.against), room)
         if not micro_batch and args.against:
-            print(f"no comparison: plain beside ours needs {needed(config, 1, args.against) / 2**30:.0f} GiB at one image, this GPU has "
+            print(f"no comparison: plain beside ours needs {needed(model, config, 1, args.against) / 2**30:.0f} GiB at one image, this GPU has "
                   f"{room / 2**30:.0f}")
             args.against = None
-            micro_batch = largest(wanted, lambda num: needed(config, num, None), room)
+            micro_batch = largest(wanted, lambda num: needed(model, config, num, None), room)
         if not micro_batch:
-            raise InputError(f"one image a pass needs {needed(config, 1, None) / 2**30:.0f} GiB, this GPU has {room / 2**30:.0f}: give a "
+            raise InputError(f"one image a pass needs {needed(model, config, 1, None) / 2**30:.0f} GiB, this GPU has {room / 2**30:.0f}: give a "
                              "smaller model")
         if micro_batch < wanted:
-            print(f"micro-batch {micro_batch} and not {wanted}: {needed(config, wanted, args.against) / 2**30:.0f} GiB do not "
+            print(f"micro-batch {micro_batch} and not {wanted}: {needed(model, config, wanted, args.against) / 2**30:.0f} GiB do not "
                   f"fit into {room / 2**30:.0f}", flush=True)
     changes += [f"train.micro_batch={micro_batch}", f"train.global_batch={micro_batch * PASSES[device]}"]
     return load_config(args.config, [*args.overrides, *changes]), changes
 
 
-def needed(config, micro_batch, against):
+def needed(model, config, micro_batch, against):
     """Bytes on one GPU: the run's, and the larger of what stands beside it: for parts alone an unsharded copy, its gradients and
     random ones in fp32; plain's weights, gradients, moments and average in fp32 and its weights once more in bf16, with
     activations half as large again as ours (assumed: autocast keeps norms in fp32)."""
-    config = replace(config, train=replace(config.train, global_batch=micro_batch, micro_batch=micro_batch))
-    plan = make_plan(config, 1)
-    trained = sum(number for part, number in plan.parameters.items() if "frozen" not in part)
-    kept = sum(number for part, number in plan.memory.items() if part.startswith("activations"))
-    return sum(plan.memory.values()) + max(12 * trained, 22 * trained + 0.5 * kept if against else 0)
+    parts, trained = memory(model, config, 1, micro_batch), size(model)
+    kept = sum(number for part, number in parts.items() if part.startswith("activations"))
+    return sum(parts.values()) + max(12 * trained, 22 * trained + 0.5 * kept if against else 0)
 
 
 class Bench:

@@ -50,7 +50,7 @@ EVALUATED = ["evaluate.every_steps=2", "evaluate.num_images=3", "evaluate.steps=
 def golden(settings, tmp_path_factory):
     """The uninterrupted run on two ranks."""
     run_dir = tmp_path_factory.mktemp("golden") / "run"
-    done = launch(2, f"run.dir={run_dir}", *settings)
+    done = start(2, f"run.dir={run_dir}", *settings)
     assert done.returncode == 0, done.stdout
     return run_dir
 

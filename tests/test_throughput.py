@@ -91,6 +91,7 @@ def test_what_fails_is_said_and_kept_and_ends_nothing(capsys):
 def test_the_visit_of_a_gpu_is_planned(gib, against, micro_batch, monkeypatch, tmp_path):
     """iomm-b-512 on an H200 beside plain; on an H100 without it, where both do not fit."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=gib * 2**30))
+    monkeypatch.setattr(bench, "draw_photographs", lambda folder, num: folder)
     args = SimpleNamespace(config="iomm-b-512", overrides=[], against="plain")
     config, _ = bench.prepare(args, "cuda", tmp_path)
     assert args.against == against and config.train.micro_batch == micro_batch

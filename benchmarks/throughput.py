@@ -97,15 +97,17 @@ def against(bench, args, result, save):
               nullcontext() if compiled else torch.compiler.set_stance("force_eager")):
             loss = trainer.step(islice(bench.batches, bench.source.accumulation_steps), bench.source.accumulation_steps).item()
         assert math.isfinite(loss), "plain's loss is not finite: its time means nothing"
+
+    def known():
+        save()
+        print("\n".join(verdict(result, bench.device.type)), flush=True)
     timed = {"ours": bench.step, "plain": plain_step, "plain, all outputs": lambda: plain_step(every=True)}
     rows(bench, bench.in_turn(timed, args.steps, bench.deadline(SHARES[0])), result)
-    save()
-    print("\n".join(verdict(result, bench.device.type)), flush=True)
+    known()
     if bench.compiled:                           # by itself: it needs most memory and matters least
         found = bench.in_turn({"ours": bench.step, "plain, no compile": lambda: plain_step(compiled=False)}, 4, bench.deadline(SHARES[0]))
         rows(bench, found, result, ours=False)
-        save()
-        print("\n".join(verdict(result, bench.device.type)), flush=True)
+        known()
 
 
 # Each part alone

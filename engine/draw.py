@@ -144,5 +144,5 @@ def export_run(run_dir, *, weights="ema", out=None):
     if config is None:
         raise InputError(f"{run_dir} is exported already")
     folder = Path(out) if out else Path(run_dir) / "export" / weights
-    names = [Path(name).resolve() if Path(name).is_dir() else name for name in (parts.mllm_name(config), config.model.vae)]
+    names = [Path(name).resolve() if Path(name).is_dir() else name for name in (parts.mllm_name(config), parts.vae_name(config))]
     return pipe.save_pretrained(folder, mllm=names[0], vae=names[1], mllm_revision=config.model.mllm_revision)

@@ -77,7 +77,8 @@ class Evaluation:
         return ImageSource(
             source.shards, seed=SEED, global_batch=micro_batch * size, micro_batch=micro_batch, rank=self.ranks.rank,
             world_size=size, size_px=config.data.size_px, vit_px=source.decoder.vit_px, device=source.decoder.device,
-            num_steps=-(-len(entries) // (micro_batch * size)), num_threads=config.data.threads, latents=source.latents,
+            num_steps=-(-len(entries) // (micro_batch * size)), num_threads=config.data.threads,
+            latents=None if source.encoded else source.latents,
             plan=InARow(entries, config.data.size_px, pairs=kind == "pair"), dtype=source.decoder.dtype,
             hw_decoder_load=config.data.hw_decoder_load, resize=config.data.resize)
 

@@ -16,12 +16,14 @@ from iomm.engine.config import load_config, positive
 from iomm.engine.data.buckets import Buckets, bucket_sizes, buckets_of_both
 from iomm.engine.data.index import ensure_index, load, records_crc32, warnings_on
 from iomm.engine.data.judge import Rules
-from iomm.engine.data.latents import LatentStore, write_cache
+from iomm.engine.data.latents import EncodedSamples, LatentStore, write_cache
 from iomm.engine.data.mixture import Joined, Mixture, images_of
 from iomm.engine.data.order import Order, Squares, held_out
 from iomm.engine.data.shards import Shards
 from iomm.engine.data.source import ImageSource
-from iomm.engine.shapes.mllm import WEIGHTS
+from iomm.engine.shapes import check_weights
+from iomm.engine.shapes import mllm as shapes_mllm
+from iomm.engine.shapes import vae as shapes_vae
 from iomm.engine.shapes.world import write_world
 from iomm.generator import new_generator
 from iomm.internvl import load_mllm
@@ -60,11 +62,14 @@ def open_source(config, ranks, mllm, vae, *, index_dir=None, pairs_dir=None):
     """The batches of a run (ImageSource), from step 0: images of index_dir, pairs of pairs_dir, or data.mix of both."""
     data, batch = config.data, config.train.global_batch
     images, pairs = (Shards(folder) if folder else None for folder in (index_dir, pairs_dir))
+    shards = images if pairs is None else Joined(images, pairs)
     latents = None
-    if data.latents:
+    if data.latents == "memory":
+        latents = EncodedSamples(shards, mllm, vae, size_px=data.size_px, ranks=ranks, num_threads=data.threads)
+    elif data.latents:
         latents = LatentStore(data.latents, images.index, vae=config.model.vae, size_px=data.size_px)
     return ImageSource(
-        images if pairs is None else Joined(images, pairs), seed=config.run.seed, global_batch=batch,
+        shards, seed=config.run.seed, global_batch=batch,
         micro_batch=config.train.micro_batch or max(1, batch // ranks.size), rank=ranks.rank, world_size=ranks.size,
         size_px=data.size_px, vit_px=mllm.vit_px, device=ranks.device, start_step=0, num_steps=config.train.steps,
         flip=data.flip, num_threads=data.threads, crop=data.crop, plan=make_order(config, images, pairs, vae), latents=latents,
@@ -127,7 +132,7 @@ def write_latents(config, out, *, dtype, batch, rank=None, num_ranks=None):
     positive("--batch", batch)
     shards = Shards(prepare_data(config, progress=rank == 0))
     # as training loads it, so that the latents are those that training would compute
-    vae = load_vae(config.model.vae, dtype=config.dtype, device=device)
+    vae = new_vae(config, device)
     with tqdm(total=-(-len(shards) // num_ranks), unit="image", desc="cache", disable=None if rank == 0 else True) as bar:
         num = write_cache(shards, out, vae, vae_name=config.model.vae, size_px=config.data.size_px, dtype=dtype,
                           device=device, batch=batch, num_threads=config.data.threads, rank=rank, num_ranks=num_ranks,
@@ -137,13 +142,31 @@ def write_latents(config, out, *, dtype, batch, rank=None, num_ranks=None):
 
 def mllm_name(config):
     """Name of the MLLM to load: a hub id or a folder."""
-    return str(WEIGHTS) if config.model.mllm == "shapes" else config.model.mllm
+    return shipped(config.model.mllm, shapes_mllm.WEIGHTS)
+
+
+def shipped(name, folder):
+    """`name`, or for "shapes" the folder of the weights that ship with the package. Raises InputError if they are damaged."""
+    if name != "shapes":
+        return name
+    check_weights(folder)
+    return str(folder)
+
+
+def vae_name(config):
+    """Name of the VAE to load: pixel:<patch>, random:<shape>, a hub id or a folder."""
+    return shipped(config.model.vae, shapes_vae.WEIGHTS)
+
+
+def new_vae(config, device):
+    """The frozen VAE of a run on `device`."""
+    return load_vae(vae_name(config), patch=config.model.patch, dtype=config.dtype, device=device)
 
 
 def build_model(config, device):
     """Frozen parts on `device`, trained parts drawn from run.seed on the CPU -> IOMM."""
     mllm = load_mllm(mllm_name(config), revision=config.model.mllm_revision, dtype=config.dtype, device=device)
-    vae = load_vae(config.model.vae, dtype=config.dtype, device=device)
+    vae = new_vae(config, device)
     vae.grid(config.data.size_px, config.data.size_px)          # raises if the size does not divide
     shape = generator_config(config.model.preset, token_dim=vae.token_dim, condition_dim=mllm.width)
     recipe = Recipe(seed=config.run.seed, mask=config.mask, adapter=config.adapter, time=asdict(config.time),

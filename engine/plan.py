@@ -12,7 +12,7 @@ from iomm.config import InputError, generator_config
 from iomm.engine import checkpoint
 from iomm.engine.data import latents
 from iomm.engine.data.patterns import expand
-from iomm.engine.parts import mllm_name
+from iomm.engine.parts import mllm_name, vae_name
 from iomm.generator import empty_generator
 from iomm.internvl import mllm_without_weights
 from iomm.layers import use_fp8
@@ -48,7 +48,7 @@ class Plan:
 def build_without_weights(config):
     """RunConfig -> IOMM on the meta device. Raises InputError for what load and build would refuse."""
     mllm = mllm_without_weights(mllm_name(config))
-    vae = vae_without_weights(config.model.vae)
+    vae = vae_without_weights(vae_name(config), config.model.patch)
     vae.grid(config.data.size_px, config.data.size_px)
     shape = generator_config(config.model.preset, token_dim=vae.token_dim, condition_dim=mllm.width)
     with torch.device("meta"):
@@ -87,7 +87,7 @@ def check_paths(config, model):
                 expand(value)
             except InputError as error:
                 raise InputError(f"data.{key}: {error}") from None
-    if data.latents:
+    if data.latents not in (None, "memory"):
         latents.check(data.latents, vae=config.model.vae, size_px=data.size_px)
     if config.run.init is not None:
         if not (Path(config.run.init) / "config.yaml").is_file():
@@ -126,7 +126,8 @@ def work(model, config):
     """{part: FLOPs} that one sample of the run needs, the mean over its images and pairs."""
     total = {}
     for share, kind in kinds(model, config):
-        for part, flops in model.flops_by_part(config.data.size_px, cached=config.data.latents is not None, **kind).items():
+        for part, flops in model.flops_by_part(
+                config.data.size_px, cached=config.data.latents is not None, tokens_cached=config.data.latents == "memory", **kind).items():
             total[part] = total.get(part, 0) + share * flops
     return total
 

@@ -81,6 +81,10 @@ class MLLM(Frozen):
     def dtype(self):
         return self.backbone.dtype
 
+    @property
+    def device(self):
+        return self.backbone.device
+
     @torch.no_grad()
     def image_tokens(self, vit_pixels_BCHW):
         """(B, 3, vit_px, vit_px) normalised by IMAGE_MEAN and IMAGE_STD -> (B, P, D). No gradient.

@@ -62,21 +62,22 @@ class IOMM(nn.Module):
         self.recipe = recipe
 
     @torch.no_grad()
-    def prepare(self, pixels_BCHW, vit_pixels_ICHW, n_B, latents_BCHW=None, captions=None, has_image=None):
+    def prepare(self, pixels_BCHW, vit_pixels_ICHW, n_B, latents_BCHW=None, captions=None, has_image=None,
+                image_tokens_IPD=None):
         """VAE pixels in [-1, 1], normalised ViT pixels, sample numbers -> Prepared, on which `forward` goes on. No trained
         weight takes part, so it may run while the generator still works on the batch before.
 
         captions and has_image (B texts, B bools), where some samples are pairs: those are conditioned on their caption and
-        vit_pixels_ICHW are of the others, in order. With cached latents_BCHW the VAE pixels may be None. Draws nothing
-        from a global generator: mask, time, noise and dropped captions belong to (seed, n)."""
+        vit_pixels_ICHW are of the others, in order. With cached latents_BCHW the VAE pixels may be None, with cached
+        image_tokens_IPD the ViT pixels. Draws nothing from a global generator: mask, time, noise and dropped captions belong to (seed, n)."""
         mllm, vae = self.frozen
-        seed, n_B = self.recipe.seed, n_B.to(vit_pixels_ICHW.device)
+        seed, n_B = self.recipe.seed, n_B.to(mllm.device)
         if latents_BCHW is None:
             with named("vae"):
                 latents_BCHW = self.encode(pixels_BCHW, n_B)                              # step 2
         t_B = sample_time(uniform(seed, TIME, n_B, 1)[:, 0], **self.recipe.time)
         noisy_BNK, target_BNK = noisy_tokens(latents_BCHW, t_B, seed, n_B, vae.patch)
-        condition = self.condition(vit_pixels_ICHW, n_B, captions, has_image)             # steps 3, 4, 5
+        condition = self.condition(vit_pixels_ICHW, n_B, captions, has_image, image_tokens_IPD)  # steps 3, 4, 5
         return Prepared(noisy_BNK=noisy_BNK, target_BNK=target_BNK, t_B=t_B, grid=grid(latents_BCHW, vae.patch),
                         condition=condition, prefix=self.prefix(condition))               # of step 7, what sees no query
 
@@ -88,9 +89,9 @@ class IOMM(nn.Module):
         loss, loss_B = velocity_loss(velocity_BNK, given.target_BNK)                      # step 8
         return loss, loss_B.detach(), given.t_B
 
-    def condition(self, vit_pixels_ICHW, n_B, captions=None, has_image=None):
+    def condition(self, vit_pixels_ICHW, n_B, captions=None, has_image=None, tokens_IPD=None):
         """One packed condition for both kinds of samples: [fixed prompt, visible image tokens] or [caption]; a caption is
-        dropped with probability caption_drop."""
+        dropped with probability caption_drop. tokens_IPD: what the ViT would make of its pixels, which may be None then."""
         mllm, _ = self.frozen
         mask, texts, image_n = self.recipe.mask, [RECONSTRUCT] * len(n_B), n_B
         if has_image is not None and not all(has_image):
@@ -100,10 +101,13 @@ class IOMM(nn.Module):
             image_n = n_B[torch.tensor(has_image, device=n_B.device)]
         else:
             has_image = [True] * len(n_B)
-        tokens_IPD = visible = None
-        if len(image_n):
-            with named("vit"):
-                tokens_IPD = mllm.image_tokens(vit_pixels_ICHW)
+        visible = None
+        if not len(image_n):
+            tokens_IPD = None
+        else:
+            if tokens_IPD is None:
+                with named("vit"):
+                    tokens_IPD = mllm.image_tokens(vit_pixels_ICHW)
             visible = visible_mask(mask, self.recipe.seed, image_n, mllm.num_image_tokens)
         return mllm.condition(texts, tokens_IPD, has_image=has_image, visible=visible, mode=mask.mode, positions=mask.positions)
 
@@ -120,16 +124,17 @@ class IOMM(nn.Module):
         """FLOPs that one sample of a training step needs: the sum of flops_by_part."""
         return sum(self.flops_by_part(size_px, num_text, **sample).values())
 
-    def flops_by_part(self, size_px, num_text=None, *, image=True, cached=False):
+    def flops_by_part(self, size_px, num_text=None, *, image=True, cached=False, tokens_cached=False):
         """{part: FLOPs} that one sample of a training step needs: frozen encoders forward, prefix forward, queries forward and
         backward to their inputs, adapter, connector and generator forward and backward (3 x forward).
 
         num_text: its text tokens; None to ask the tokenizer for the fixed prompt's. image: conditioned on its visible image
-        tokens; else a pair, on its caption alone, without ViT. cached: latents are read, without VAE."""
+        tokens; else a pair, on its caption alone, without ViT. cached: latents are read, without VAE; tokens_cached: image
+        tokens are read, without ViT."""
         mllm, vae = self.frozen
         num_prefix, num_condition = self.condition_tokens(num_text, image)
         num_queries = 0 if self.adapter is None else self.recipe.adapter.num_queries
-        parts = {"VAE": 0 if cached else vae.flops_per_image(size_px), "ViT": mllm.vit_flops() if image else 0,
+        parts = {"VAE": 0 if cached else vae.flops_per_image(size_px), "ViT": mllm.vit_flops() if image and not tokens_cached else 0,
                  "MLLM": sum(mllm.decoder_flops(num_prefix, num_queries, outputs=self.recipe.adapter.conditions == "all")),
                  "generator": 3 * self.generator.flops_per_image(vae.grid(size_px, size_px), num_condition)}
         if self.adapter is not None:

@@ -158,6 +158,8 @@ def build(config, ranks, folder=None, say=print):
         index_dir = ranks.on_first(lambda: parts.prepare_data(config))
     if config.train.data != "image":
         pairs_dir = ranks.on_first(lambda: parts.prepare_data(config, pairs=True))
+    for line in parts.foreign_data(config):
+        say(line)
     model = parts.build_model(config, ranks.device)
     mllm, vae = model.frozen
     source = parts.open_source(config, ranks, mllm, vae, index_dir=index_dir, pairs_dir=pairs_dir)

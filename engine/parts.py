@@ -158,6 +158,16 @@ def vae_name(config):
     return shipped(config.model.vae, shapes_vae.WEIGHTS)
 
 
+def foreign_data(config):
+    """Return one sentence for each part that was trained on the shapes dataset but is about to see other data."""
+    wanted = {"image": ("shards",), "pair": ("pairs",), "mix": ("shards", "pairs")}[config.train.data]
+    other = [f"data.{key}" for key in wanted if getattr(config.data, key) != "shapes"]
+    shipped_parts = [part for part in ("vae", "mllm") if getattr(config.model, part) == "shapes"]
+    advice = {"vae": "an AutoencoderKL trained on photographs", "mllm": "an InternVL checkpoint"}
+    return [f"warning: model.{part}=shapes was trained on the shapes dataset alone, but {' and '.join(other)} is something "
+            f"else: set model.{part} to {advice[part]}" for part in shipped_parts if other]
+
+
 def new_vae(config, device):
     """The frozen VAE of a run on `device`."""
     return load_vae(vae_name(config), patch=config.model.patch, dtype=config.dtype, device=device)

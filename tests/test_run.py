@@ -60,9 +60,9 @@ def test_every_step_is_logged_with_every_key(golden):
     assert [row["step"] for row in found] == [1, 2, 3, 4, 5, 6]
     assert [row["samples_seen"] for row in found] == [16, 32, 48, 64, 80, 96]
     for row in found:
-        assert set(row) == {"step", "samples_seen", "loss", "loss_by_time", "grad_norm", "lr", "images_per_s", "tokens_per_s",
-                            "mfu", "data_wait_s", "step_s", "time_s", "memory_gib", "skipped_steps", "skipped_samples",
-                            "gpu_hours", "gpu_hours_left"}
+        assert set(row) == {"step", "samples_seen", "loss", "align_loss", "loss_by_time", "grad_norm", "lr",
+                            "images_per_s", "tokens_per_s", "mfu", "data_wait_s", "step_s", "time_s", "memory_gib",
+                            "skipped_steps", "skipped_samples", "gpu_hours", "gpu_hours_left"}
         assert set(row["time_s"]) >= {"data", "vae", "vit", "prefix", "adapter", "suffix", "generator", "backward",
                                       "optimizer", "ema", "other"}
         assert ("checkpoint" in row["time_s"]) == (row["step"] in (3, 5))       # of the time since the row before

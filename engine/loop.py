@@ -111,6 +111,7 @@ def train(state, source, config, saver, watch, metrics=None, window=None, evalua
                 evaluated = evaluate(state, evaluation, saver, watch)
                 if metrics is not None:
                     state.gpu_hours = metrics.add(row, evaluated)["gpu_hours"]
+                    metrics.report()
             if metrics is not None and (state.step % config.log.every_steps == 0 or state.step == 1 or evaluated):
                 bar.write(line(row, config.train.steps))
             bar.update()

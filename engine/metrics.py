@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from iomm.config import InputError
-from iomm.ranges import Clock
+from iomm.ranges import Clock, named
 
 WANDB_PATIENCE_S = 30      # for a key at the start, for its server at the end
 
@@ -151,6 +151,12 @@ class Metrics:
         self.show({"step": row["step"], **found})
         return row
 
+    def report(self):
+        """Write run.dir/report.html and the sheets in samples/; return its path, None if that fails."""
+        from iomm.engine.report import write_run
+        with named("report"):
+            return self.careful("report.html", write_run, self.dir)
+
     def show(self, row):
         if self.board is not None and not self.careful("TensorBoard", self.write_board, row):
             self.board = None                    # its thread has ended; the next write would wait for it
@@ -229,6 +235,7 @@ def line(row, num_steps):
     split = ", ".join(f"{name} {seconds / row['step_s']:.0%}" for name, seconds in longest)
     align = f"  align {row['align_loss']:.4f}" if row["align_loss"] is not None else ""
     heldout = "".join(f"  held-out {kind} {loss['mean']:.4f}" for kind, loss in row.get("heldout_loss", {}).items())
+    heldout += f"  fits {row['scores']['fits']:.0%}" if "scores" in row else ""
     return (f"step {row['step']}/{num_steps}  loss {row['loss']:.4f}{align}{heldout}  grad norm {norm}  "
             f"lr {row['lr']:.2e}  "
             f"{row['images_per_s']:.1f} images/s  {row['tokens_per_s']:,.0f} tokens/s{mfu}  "

@@ -56,7 +56,7 @@ def pyplot():
 def demo(result):
     one, two = result["pretrain"], result["finetune"]
     given = "".join(f" {setting}" for setting in result.get("settings", ()))
-    for name, found in ((f"default command{given}, stage 1", one), ("stage 2 after it, half images, half of 500 pairs", two)):
+    for name, found in ((f"default command{given}, stage 1", one), ("stage 2 after it, images and captioned pairs", two)):
         yield (f"{name}: {found['steps']} steps of {found['global_batch']} images, {found['precision']}",
                f"{found['command_s']:.0f} s, {found['training_s']:.0f} of them training, {found['images_per_s']:.0f} images/s, loss "
                f"{found['first_loss']:.2f} -> {found['last_loss']:.2f}")

@@ -4,7 +4,10 @@ One function a kind of result file says which of its figures the README quotes; 
 
 import argparse
 import json
+import math
+import statistics
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -138,6 +141,43 @@ def throughput(result):
                f"{paper[0]:,}), stage 2 {found['stage_2_gpu_hours']:,.1f} (paper {paper[1]})")
 
 
+def time_to_quality(result: dict) -> Iterator[tuple[str, str]]:
+    """Yield a row for every quality and every variant that is compared with the first one."""
+    whose, seeds = result["config"], sum(run["done"] for run in result["runs"])
+    settings = [*result["overrides"], result["precision"]]
+    words = {"loss": "held-out velocity loss", "score": "strict score"}
+    at_least = {True: "at least ", False: ""}
+    first = None
+    for row in result["reached"]:
+        if first is None or (row["what"], row["target"]) != (first["what"], first["target"]):
+            first = row
+            continue
+        what = (
+            f"training time to a {words[row['what']]} of {row['target']:g}, `{whose}` "
+            f"({', '.join(settings)}), {first['variant']} over {row['variant']}"
+        )
+        found = row["ratio"]
+        if found is None:
+            yield what, f"{row['variant']} got there in {row['reached']} of {len(row['s'])} seeds"
+            continue
+        figure = (
+            f"{at_least[found['at_least']]}{found['median']:.2f} x ({found['low']:.2f} to "
+            f"{found['high']:.2f} over {max(1, seeds)} seed(s)), {in_time(first['s'], result)} "
+            f"against {in_time(row['s'], result)}"
+        )
+        if row["ratio_steps"]:
+            figure += f", {row['ratio_steps']['median']:.2f} x the steps"
+        if row.get("ratio_with_cache"):
+            figure += f"; {row['ratio_with_cache']['median']:.2f} x with writing the latent cache"
+        yield what, figure
+
+
+def in_time(seconds: list, result: dict) -> str:
+    """Median over the seeds in words; a seed that never got there counts as longer than all."""
+    middle = statistics.median(math.inf if s is None else s for s in seconds)
+    return f"over {result['seconds']:.0f} s" if middle == math.inf else f"{middle:.0f} s"
+
+
 def startup(result):
     yield (f"start of a run of `{result['config']}`", f"imports {result['import_s']:.1f} s, ranks {result['ranks_s']:.1f} s, build "
            f"{result['build_s']:.1f} s, first step {result['first_step_s']:.1f} s, second {result['second_step_s']:.1f} s")
@@ -158,7 +198,8 @@ def table():
     """Markdown: a row for every figure that is quoted."""
     kinds = {"demo": demo, "loader": loader, "data-reliability": data_reliability, "ops": ops,
              "checkpoint": checkpoint, "precision": precision, "throughput": throughput, "startup": startup,
-             "sampling": sampling, "survival": rows_of, "budget": rows_of, "recipes": rows_of}
+             "sampling": sampling, "survival": rows_of, "budget": rows_of, "recipes": rows_of,
+             "time-to-quality": time_to_quality}
     rows = ["| what | figure | machine, date, commit (+: with changes that are not in it) | file |", "|---|---|---|---|"]
     for path in sorted((ROOT / "benchmarks/results").glob("*.json")):
         result = json.loads(path.read_text())

@@ -25,8 +25,9 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from benchmarks.plain import Plain  # noqa: E402
 from iomm.config import generator_config  # noqa: E402
-from iomm.engine import parts, plan  # noqa: E402
+from iomm.engine import plan  # noqa: E402
 from iomm.engine.config import load_config  # noqa: E402
+from iomm.engine.parts import mllm_name, vae_name  # noqa: E402
 from iomm.internvl import mllm_without_weights, prompt_tokenizer  # noqa: E402
 from iomm.mllm import IMAGE, RECONSTRUCT, TURN  # noqa: E402
 from iomm.vae import vae_without_weights  # noqa: E402
@@ -69,9 +70,7 @@ def size(tree):
 
 def plain_flops(config, every=False):
     """FLOPs of one image in benchmarks/plain.py, forward and backward, counted on the meta device."""
-    # parts.vae_name resolves model.vae=shapes in checkouts that have such an autoencoder.
-    vae_name = parts.vae_name(config) if hasattr(parts, "vae_name") else config.model.vae
-    mllm, vae = mllm_without_weights(parts.mllm_name(config)), vae_without_weights(vae_name)
+    mllm, vae = mllm_without_weights(mllm_name(config)), vae_without_weights(vae_name(config), config.model.patch)
     mllm.tokenizer = prompt_tokenizer()
     shape = generator_config(config.model.preset, token_dim=vae.token_dim, condition_dim=mllm.width)
     size = config.data.size_px
@@ -115,6 +114,7 @@ def work(name):
 
 def step_counts():
     """Of one step of demo-cpu on two images, without loader and ranks: by part, in eager mode."""
+    from iomm.engine import parts
     from iomm.engine.optim import make_optimizer
     config = counted("demo-cpu")
     model = parts.build_model(config, "cpu")

@@ -4,7 +4,6 @@ One function a kind of result file says which of its figures the README quotes; 
 
 import argparse
 import json
-import math
 import statistics
 import sys
 from collections.abc import Iterator
@@ -143,7 +142,9 @@ def throughput(result):
 
 def time_to_quality(result: dict) -> Iterator[tuple[str, str]]:
     """Yield a row for every quality and every variant that is compared with the first one."""
-    whose, seeds = result["config"], sum(run["done"] for run in result["runs"])
+    whose = result["config"]
+    # As the summary of the file takes them.
+    runs = [run for run in result["runs"] if run["done"]] or result["runs"]
     settings = [*result["overrides"], result["precision"]]
     words = {"loss": "held-out velocity loss", "score": "strict score"}
     at_least = {True: "at least ", False: ""}
@@ -160,22 +161,26 @@ def time_to_quality(result: dict) -> Iterator[tuple[str, str]]:
         if found is None:
             yield what, f"{row['variant']} got there in {row['reached']} of {len(row['s'])} seeds"
             continue
+        times = [
+            in_time(its["s"], [run["curves"][its["variant"]] for run in runs])
+            for its in (first, row)
+        ]
         figure = (
             f"{at_least[found['at_least']]}{found['median']:.2f} x ({found['low']:.2f} to "
-            f"{found['high']:.2f} over {max(1, seeds)} seed(s)), {in_time(first['s'], result)} "
-            f"against {in_time(row['s'], result)}"
+            f"{found['high']:.2f} over {len(runs)} seed(s)), {times[0]} against {times[1]}"
         )
         if row["ratio_steps"]:
             figure += f", {row['ratio_steps']['median']:.2f} x the steps"
-        if row.get("ratio_with_cache"):
-            figure += f"; {row['ratio_with_cache']['median']:.2f} x with writing the latent cache"
+        if row.get("ratio_encoded"):
+            figure += f"; {row['ratio_encoded']['median']:.2f} x with the encoding before training"
         yield what, figure
 
 
-def in_time(seconds: list, result: dict) -> str:
-    """Median over the seeds in words; a seed that never got there counts as longer than all."""
-    middle = statistics.median(math.inf if s is None else s for s in seconds)
-    return f"over {result['seconds']:.0f} s" if middle == math.inf else f"{middle:.0f} s"
+def in_time(seconds: list, curves: list) -> str:
+    """Median over the seeds in words; a seed that never got there counts as its whole time."""
+    whole = [curve["s"][-1] for curve in curves]
+    middle = statistics.median(w if s is None else s for s, w in zip(seconds, whole))
+    return f"{'over ' if None in seconds else ''}{middle:.0f} s"
 
 
 def startup(result):

@@ -1,21 +1,26 @@
 """Wall time until a model reaches a given quality: our engine against Algorithm 1 in plain PyTorch.
 
-    python benchmarks/time_to_quality.py                     stage 1, three seeds, ten minutes a variant
-    python benchmarks/time_to_quality.py --stage finetune run.init=runs/demo       stage 2 after a run
-    python benchmarks/time_to_quality.py --seconds 60 --seeds 1 --variants plain,ours optim.lr=3e-3
+    python benchmarks/time_to_quality.py                                       stage 1, three seeds
+    python benchmarks/time_to_quality.py --stage finetune run.init=runs/demo   stage 2 after a run
+    python benchmarks/time_to_quality.py --seeds 1 --variants plain,ours train.steps=300
+    python benchmarks/time_to_quality.py optim.schedule=constant --seconds 900
 
     plain           Algorithm 1 in plain PyTorch (benchmarks/plain.py): hidden tokens are masked
-    literal         the same with hidden tokens as zeros and all MLLM outputs as condition
-    ours            the engine with the config as it is: the same function as plain
-    ours+align      and the alignment loss (align.weight, 0.5 unless the config sets it)
-    ours+latents    and VAE latents cached before training (data.latents); stage 1 only
-    everything      alignment and cached latents
+    literal         the same with hidden tokens as zeros and all MLLM outputs as condition; stage 1
+    ours            the engine without what follows: the same function as plain
+    ours+align      and the alignment loss: align.weight, 0.5 unless the config sets it
+    ours+latents    and latents and image tokens encoded before training: data.latents=memory
+    ours+cache      and VAE latents on the disk, as `iomm cache` writes them; stage 1
+    everything      alignment, and latents and image tokens encoded before training
+
+A variant ends after train.steps, with --seconds after that much time of its own if that comes
+first. Under a constant learning rate train.steps does not count and --seconds is 600 by default.
 
 All variants train in this process, in the shapes dataset, from the same weights, on the same
 samples in the same order with the same masks, times and noise, with the same optimizer and
 learning rate. They take turns of --slice seconds on the same cores, in an order that rotates, so
 that the noise of a shared machine hits all alike. A variant's time is the sum of its own turns;
-evaluation is not counted, and writing the latent cache is counted once and reported apart.
+evaluation is not counted, and encoding before training is counted once and reported apart.
 
 After every turn the averaged (EMA) weights are evaluated: velocity loss of held-out samples at
 fixed times and noise, and the strict score, the share of pictures that fit their caption in every
@@ -73,6 +78,7 @@ SCORES = (0.25, 0.5, 0.75, 0.9)
 LOSSES_AT = (0.25, 0.5, 1.0)
 HELDOUT = 64
 ALIGN_WEIGHT = 0.5
+CONSTANT_S = 600.0
 # What a curve's crossing is measured in.
 CLOCKS = ("s", "cpu_s", "steps")
 # DeepSpeed replaces it in this process where blocks are not compiled on a GPU.
@@ -81,12 +87,12 @@ LINEAR = torch.nn.functional.linear
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """How a variant differs from the engine with the config as it is."""
+    """How a variant differs from `ours`. encoded: "memory" or "disk", where its latents are."""
 
     baseline: bool = False
     every: bool = False
     aligned: bool = False
-    cached: bool = False
+    encoded: str | None = None
 
 
 VARIANTS = {
@@ -94,8 +100,9 @@ VARIANTS = {
     "literal": Variant(baseline=True, every=True),
     "ours": Variant(),
     "ours+align": Variant(aligned=True),
-    "ours+latents": Variant(cached=True),
-    "everything": Variant(aligned=True, cached=True),
+    "ours+latents": Variant(encoded="memory"),
+    "ours+cache": Variant(encoded="disk"),
+    "everything": Variant(aligned=True, encoded="memory"),
 }
 DEFAULT = ("plain", "ours", "ours+align", "ours+latents", "everything")
 
@@ -118,6 +125,8 @@ class Baseline:
     """Plain PyTorch from the weights that the engine starts from, on its batches and draws."""
 
     def __init__(self, config: RunConfig, ranks: zero.Ranks, every: bool = False):
+        if every and config.train.data != "image":
+            raise InputError("all outputs as condition are implemented for train.data=image alone")
         self.config, self.device, self.steps = config, ranks.device, 0
         model = parts.build_model(config, ranks.device)
         if config.run.init is not None:
@@ -206,7 +215,7 @@ def start(variant: Variant, config: RunConfig, ranks: zero.Ranks) -> Ours | Base
 
 
 class Examiner:
-    """Held-out loss and strict score of any variant's weights, by one model of our own."""
+    """Held-out loss and strict score of any variant's weights, by one model."""
 
     def __init__(self, config: RunConfig, ranks: zero.Ranks, *, per_kind: int, draw_steps: int):
         """per_kind: pictures of each of the kinds of captions; draw_steps: Euler steps of each."""
@@ -291,12 +300,12 @@ class Course:
         self.steps, self.first_step_s = 0, None
         self.curve = {name: [] for name in (*CLOCKS, "loss", "score")}
 
-    def run(self, seconds: float) -> None:
-        """Train for a turn: whole steps, at least one, until it has lasted that long."""
+    def run(self, seconds: float, num_steps: int) -> None:
+        """Train for a turn: whole steps, at least one, for that long and up to step num_steps."""
         self.trained.wait()
         started, started_cpu = time.perf_counter(), time.process_time()
         passed = 0.0
-        while passed < seconds:
+        while passed < seconds and self.steps < num_steps:
             self.trained.step()
             self.steps += 1
             passed = time.perf_counter() - started
@@ -387,9 +396,9 @@ def reached(runs: Sequence[dict], what: str, target: float) -> list[dict]:
         runs: of the result file, one a seed.
         what: "loss" or "score".
 
-    `s`, `cpu_s` and `steps` are lists over the seeds; `s_with_cache` is there where the variant
-    reads cached latents. `ratio`, `ratio_cpu`, `ratio_steps` and `ratio_with_cache` are the first
-    variant's times over these (see `ratios`)."""
+    `s`, `cpu_s` and `steps` are lists over the seeds; `s_encoded` is `s` and the time of encoding
+    before training, where the variant does that. `ratio`, `ratio_cpu`, `ratio_steps` and
+    `ratio_encoded` are the first variant's times over these (see `ratios`)."""
     rows, first = [], next(iter(runs[0]["curves"]))
     for name in runs[0]["curves"]:
         curves = [run["curves"][name] for run in runs]
@@ -400,18 +409,19 @@ def reached(runs: Sequence[dict], what: str, target: float) -> list[dict]:
                 for curve in curves
             ]
         row["reached"] = sum(time is not None for time in row["s"])
-        if name in runs[0]["cached"]:
-            row["s_with_cache"] = [
-                None if time is None else time + run["cache_s"] for time, run in zip(row["s"], runs)
+        if name in runs[0]["encoding_s"]:
+            row["s_encoded"] = [
+                None if time is None else time + run["encoding_s"][name]
+                for time, run in zip(row["s"], runs)
             ]
         if name != first:
             clocks = {"ratio": "s", "ratio_cpu": "cpu_s", "ratio_steps": "steps"}
             for ratio, clock in clocks.items():
                 limits = [run["curves"][first][clock][-1] for run in runs]
                 row[ratio] = ratios(rows[0][clock], row[clock], limits)
-            if "s_with_cache" in row:
+            if "s_encoded" in row:
                 limits = [run["curves"][first]["s"][-1] for run in runs]
-                row["ratio_with_cache"] = ratios(rows[0]["s"], row["s_with_cache"], limits)
+                row["ratio_encoded"] = ratios(rows[0]["s"], row["s_encoded"], limits)
         rows.append(row)
     return rows
 
@@ -438,14 +448,15 @@ def prepare(args: argparse.Namespace, folder: Path) -> tuple[RunConfig, list[str
     """Return the config of the first seed and what was changed in it.
 
     Raises InputError for a config that the baseline does not compute."""
-    changes = [f"run.dir={folder / 'run'}", "train.steps=1000000", "evaluate.every_steps=0"]
+    changes = [f"run.dir={folder / 'run'}", "evaluate.every_steps=0"]
+    changes += ["align.weight=0", "data.latents=null"]
+    config = load_config(args.config, args.overrides)
+    if config.optim.schedule == "constant":
+        changes.append("train.steps=1000000")
     if args.threads:
         changes.append(f"train.threads={args.threads}")
-    config = load_config(args.config, args.overrides)
     if not config.data.heldout:
         changes.append(f"data.heldout={HELDOUT}")
-    if flat(config).get("align.weight"):
-        changes.append("align.weight=0")
     config = load_config(args.config, [*args.overrides, *changes])
     if args.stage == "finetune" and config.run.init is None:
         raise InputError(
@@ -459,9 +470,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> tuple[RunConfig, list[str
         "mask.mode": "drop",
         "mask.positions": "original",
         "model.vae_sample": False,
-        "optim.schedule": "constant",
         "data.shards": "shapes",
-        "data.latents": None,
     }
     if config.train.data != "image":
         wanted["data.pairs"] = "shapes"
@@ -486,18 +495,44 @@ def variant_config(
     """Return the config that a variant trains with. Raises InputError where it has none."""
     own = []
     if variant.aligned:
-        weight = flat(load_config(args.config, args.overrides)).get("align.weight")
+        weight = load_config(args.config, args.overrides).align.weight
         own.append(f"align.weight={weight or ALIGN_WEIGHT}")
-    if variant.cached:
+    if variant.encoded == "disk":
         own.append(f"data.latents={latents}")
+    elif variant.encoded:
+        own.append("data.latents=memory")
+        # The tokens in memory are those that the MLLM reads.
+        own += ["align.target=projector", "align.pairs=false"]
     return load_config(args.config, [*args.overrides, *changes, *own])
 
 
-def write_cache(config: RunConfig, folder: Path) -> float:
-    """Write the latent cache of a run's images and return the seconds that it took."""
-    started = time.perf_counter()
-    print(parts.write_latents(config, folder, dtype="bf16", batch=32), flush=True)
-    return time.perf_counter() - started
+class Stopwatch:
+    """A function that adds up the seconds of its calls in `s`."""
+
+    def __init__(self, function: Callable):
+        self.function, self.s = function, 0.0
+
+    def __call__(self, *args, **kwargs):
+        started = time.perf_counter()
+        try:
+            return self.function(*args, **kwargs)
+        finally:
+            self.s += time.perf_counter() - started
+
+
+def start_encoded(
+    variant: Variant, own: RunConfig, config: RunConfig, latents: Path, ranks: zero.Ranks
+) -> tuple[Ours, float]:
+    """Encode the images, build what trains on them, and return it with the seconds of encoding.
+
+    own, config: with the encoded latents and without; latents: the folder of those on the disk."""
+    if variant.encoded == "disk":
+        encode = Stopwatch(parts.write_latents)
+        encode(config, latents, dtype="bf16", batch=32)
+        return start(variant, own, ranks), encode.s
+    encode = Stopwatch(parts.EncodedSamples)
+    with swapped(parts, EncodedSamples=encode):
+        return start(variant, own, ranks), encode.s
 
 
 def race(
@@ -517,8 +552,7 @@ def race(
     run = {
         "seed": seed,
         "done": False,
-        "cache_s": 0.0,
-        "cached": [],
+        "encoding_s": {},
         "curves": {},
         "first_step_s": {},
     }
@@ -528,32 +562,38 @@ def race(
         variant = VARIANTS[name]
         try:
             own = variant_config(variant, args, changes, latents := folder / f"latents-{seed}")
-            if variant.cached and not run["cached"]:
-                run["cache_s"] = write_cache(config, latents)
-            course = Course(variant, start(variant, own, ranks))
+            if variant.encoded:
+                trained, run["encoding_s"][name] = start_encoded(
+                    variant, own, config, latents, ranks
+                )
+            else:
+                trained = start(variant, own, ranks)
         except InputError as error:
             if name not in result["left_out"]:
                 print(f"{name} is left out: {error}", flush=True)
             result["left_out"][name] = str(error)
             continue
-        examiner.check_start(name, course.trained.averaged())
+        course = Course(variant, trained)
+        examiner.check_start(name, trained.averaged())
         if variant.every not in at_start:
             at_start[variant.every] = examiner(variant, examiner.start)
         course.note(at_start[variant.every])
         courses[name], run["curves"][name] = course, course.curve
-        if variant.cached:
-            run["cached"].append(name)
     if not courses:
         raise InputError("none of the variants can run with this config")
     result["runs"].append(run)
-    turn = 0
-    while any(course.s < args.seconds for course in courses.values()):
+    turn, num_steps = 0, config.train.steps
+
+    def ended(course: Course) -> bool:
+        return course.s >= args.seconds or course.steps >= num_steps
+
+    while not all(ended(course) for course in courses.values()):
         names = list(courses)
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             course = courses[name]
-            if course.s >= args.seconds:
+            if ended(course):
                 continue
-            course.run(min(args.slice, args.seconds - course.s))
+            course.run(min(args.slice, args.seconds - course.s), num_steps)
             if course.variant.baseline and len(course.curve["s"]) == 1:
                 examiner.check_function(name, course.variant, course.trained)
             found = examiner(course.variant, course.trained.averaged())
@@ -624,7 +664,8 @@ def contest(
         "changed": [change for change in changes if not change.startswith("run.dir=")],
         "precision": config.precision,
         "compiled": config.train.compiled(ranks.device),
-        "seconds": args.seconds,
+        "seconds": args.seconds if args.seconds < math.inf else None,
+        "steps": config.train.steps if config.optim.schedule != "constant" else None,
         "slice_s": args.slice,
         "heldout": config.data.heldout,
         "way": "image" if config.train.data == "image" else "text",
@@ -669,7 +710,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--stage", choices=tuple(launch.STAGES), default="pretrain")
     parser.add_argument("--config", help="default: the stage's demo")
-    parser.add_argument("--seconds", type=above_0(float), default=600.0, help="own time a variant")
+    parser.add_argument("--seconds", type=above_0(float), help="own time a variant")
     parser.add_argument("--slice", type=above_0(float), default=20.0, help="seconds of a turn")
     parser.add_argument("--seeds", type=above_0(int), default=3)
     parser.add_argument(
@@ -705,6 +746,8 @@ def main(argv: list[str] | None = None) -> int:
     args.config = args.config or launch.STAGES[args.stage]
     with tempfile.TemporaryDirectory() as folder:
         config, changes = prepare(args, Path(folder))
+        if args.seconds is None:
+            args.seconds = CONSTANT_S if config.optim.schedule == "constant" else math.inf
         try:
             contest(args, zero.start(600), config, changes, Path(folder))
         finally:

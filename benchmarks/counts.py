@@ -27,6 +27,7 @@ from benchmarks.plain import Plain  # noqa: E402
 from iomm.config import generator_config  # noqa: E402
 from iomm.engine import plan  # noqa: E402
 from iomm.engine.config import load_config  # noqa: E402
+from iomm.engine.parts import mllm_name, vae_name  # noqa: E402
 from iomm.internvl import mllm_without_weights, prompt_tokenizer  # noqa: E402
 from iomm.mllm import IMAGE, RECONSTRUCT, TURN  # noqa: E402
 from iomm.vae import vae_without_weights  # noqa: E402
@@ -69,7 +70,7 @@ def size(tree):
 
 def plain_flops(config, every=False):
     """FLOPs of one image in benchmarks/plain.py, forward and backward, counted on the meta device."""
-    mllm, vae = mllm_without_weights(config.model.mllm), vae_without_weights(config.model.vae)
+    mllm, vae = mllm_without_weights(mllm_name(config)), vae_without_weights(vae_name(config), config.model.patch)
     mllm.tokenizer = prompt_tokenizer()
     shape = generator_config(config.model.preset, token_dim=vae.token_dim, condition_dim=mllm.width)
     size = config.data.size_px

@@ -4,7 +4,9 @@ One function a kind of result file says which of its figures the README quotes; 
 
 import argparse
 import json
+import statistics
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,7 +48,7 @@ def pyplot():
     try:
         import matplotlib
     except ImportError:
-        print('no PNG: matplotlib is missing (pip install -e ".[bench]")')
+        print('no PNG: matplotlib is missing (pip install matplotlib)')
         return None
     matplotlib.use("agg")
     from matplotlib import pyplot
@@ -56,7 +58,7 @@ def pyplot():
 def demo(result):
     one, two = result["pretrain"], result["finetune"]
     given = "".join(f" {setting}" for setting in result.get("settings", ()))
-    for name, found in ((f"default command{given}, stage 1", one), ("stage 2 after it, half images, half of 500 pairs", two)):
+    for name, found in ((f"default command{given}, stage 1", one), ("stage 2 after it, images and captioned pairs", two)):
         yield (f"{name}: {found['steps']} steps of {found['global_batch']} images, {found['precision']}",
                f"{found['command_s']:.0f} s, {found['training_s']:.0f} of them training, {found['images_per_s']:.0f} images/s, loss "
                f"{found['first_loss']:.2f} -> {found['last_loss']:.2f}")
@@ -138,6 +140,49 @@ def throughput(result):
                f"{paper[0]:,}), stage 2 {found['stage_2_gpu_hours']:,.1f} (paper {paper[1]})")
 
 
+def time_to_quality(result: dict) -> Iterator[tuple[str, str]]:
+    """Yield a row for every quality and every variant that is compared with the first one."""
+    whose = result["config"]
+    # As the summary of the file takes them.
+    runs = [run for run in result["runs"] if run["done"]] or result["runs"]
+    settings = [*result["overrides"], result["precision"]]
+    words = {"loss": "held-out velocity loss", "score": "strict score"}
+    at_least = {True: "at least ", False: ""}
+    first = None
+    for row in result["reached"]:
+        if first is None or (row["what"], row["target"]) != (first["what"], first["target"]):
+            first = row
+            continue
+        what = (
+            f"training time to a {words[row['what']]} of {row['target']:g}, `{whose}` "
+            f"({', '.join(settings)}), {first['variant']} over {row['variant']}"
+        )
+        found = row["ratio"]
+        if found is None:
+            yield what, f"{row['variant']} got there in {row['reached']} of {len(row['s'])} seeds"
+            continue
+        times = [
+            in_time(its["s"], [run["curves"][its["variant"]] for run in runs])
+            for its in (first, row)
+        ]
+        figure = (
+            f"{at_least[found['at_least']]}{found['median']:.2f} x ({found['low']:.2f} to "
+            f"{found['high']:.2f} over {len(runs)} seed(s)), {times[0]} against {times[1]}"
+        )
+        if row["ratio_steps"]:
+            figure += f", {row['ratio_steps']['median']:.2f} x the steps"
+        if row.get("ratio_encoded"):
+            figure += f"; {row['ratio_encoded']['median']:.2f} x with the encoding before training"
+        yield what, figure
+
+
+def in_time(seconds: list, curves: list) -> str:
+    """Median over the seeds in words; a seed that never got there counts as its whole time."""
+    whole = [curve["s"][-1] for curve in curves]
+    middle = statistics.median(w if s is None else s for s, w in zip(seconds, whole))
+    return f"{'over ' if None in seconds else ''}{middle:.0f} s"
+
+
 def startup(result):
     yield (f"start of a run of `{result['config']}`", f"imports {result['import_s']:.1f} s, ranks {result['ranks_s']:.1f} s, build "
            f"{result['build_s']:.1f} s, first step {result['first_step_s']:.1f} s, second {result['second_step_s']:.1f} s")
@@ -158,7 +203,8 @@ def table():
     """Markdown: a row for every figure that is quoted."""
     kinds = {"demo": demo, "loader": loader, "data-reliability": data_reliability, "ops": ops,
              "checkpoint": checkpoint, "precision": precision, "throughput": throughput, "startup": startup,
-             "sampling": sampling, "survival": rows_of, "budget": rows_of, "recipes": rows_of}
+             "sampling": sampling, "survival": rows_of, "budget": rows_of, "recipes": rows_of,
+             "time-to-quality": time_to_quality}
     rows = ["| what | figure | machine, date, commit (+: with changes that are not in it) | file |", "|---|---|---|---|"]
     for path in sorted((ROOT / "benchmarks/results").glob("*.json")):
         result = json.loads(path.read_text())

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from iomm.config import PRESETS, AdapterConfig, InputError, MaskConfig, choice
+from iomm.config import PRESETS, AdapterConfig, AlignConfig, InputError, MaskConfig, choice
 from iomm.engine.typed_yaml import all_keys, read
 from iomm.flow import TIME_KINDS
 from iomm.kernels.dispatch import cpu_has_bf16
@@ -42,11 +42,14 @@ class ModelSection:
     mllm: str = "shapes"               # folder or hub id of an InternVL; "shapes": the tiny one of the shapes world;
                                        # "random:internvl3-2b": random weights of that shape, for measuring
     mllm_revision: str | None = None   # commit of a hub checkpoint
-    vae: str = "pixel:4"               # folder or hub id of an AutoencoderKL; "pixel:<patch>": no VAE; "random:flux"
+    vae: str = "pixel:4"               # folder or hub id of an AutoencoderKL; "shapes": the tiny one of the shapes dataset;
+                                       # "pixel:<patch>": no VAE, <patch> x <patch> pixels are a token; "random:flux"
+    patch: int = 2                     # patch x patch latents of an AutoencoderKL are one token of the generator
     vae_sample: bool = False           # latents drawn from the VAE's posterior; else its mean
 
     def __post_init__(self):
         choice("model.preset", self.preset, tuple(PRESETS))
+        positive("model.patch", self.patch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +57,8 @@ class DataSection:
     shards: str = "shapes"             # tars, globs, folders, comma-separated; "shapes": draw the shapes world
     pairs: str | None = None           # text-image pairs, named like shards
     mix: float = 0.5                   # share of images without text in a global batch of images and pairs
-    latents: str | None = None         # folder that `iomm cache` made: VAE latents instead of pixels
+    latents: str | None = None         # folder that `iomm cache` made: VAE latents instead of pixels. "memory": latents and
+                                       # image tokens of every sample are computed at the start and kept in memory
     size_px: int = 512
     crop: str = "center"               # where the square lies in the image: center | random
     buckets: bool = False              # crops of about the image's own aspect ratio instead of squares, of equal area
@@ -85,9 +89,12 @@ class DataSection:
         for name in ("mix", "hw_decoder_load", "max_bad_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"data.{name} must be between 0 and 1, got {getattr(self, name)}")
-        if self.latents and (self.flip or self.crop != "center" or self.buckets or self.pairs):
-            raise InputError("data.latents are those of centre crops of one set of images, as they are: set data.flip="
-                             "false, data.crop=center, data.buckets=false and no data.pairs, or leave data.latents out")
+        if self.latents and (self.flip or self.crop != "center" or self.buckets):
+            raise InputError("data.latents are those of centre crops as they are: set data.flip=false, data.crop=center and "
+                             "data.buckets=false, or leave data.latents out")
+        if self.latents not in (None, "memory") and self.pairs:
+            raise InputError("data.latents of `iomm cache` are of one set of images: set data.latents=memory, no data.pairs, or "
+                             "leave data.latents out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,6 +301,7 @@ class RunConfig:
     model: ModelSection = field(default_factory=ModelSection)
     mask: MaskConfig = field(default_factory=MaskConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    align: AlignConfig = field(default_factory=AlignConfig)
     data: DataSection = field(default_factory=DataSection)
     train: TrainSection = field(default_factory=TrainSection)
     time: TimeSection = field(default_factory=TimeSection)
@@ -313,9 +321,28 @@ class RunConfig:
         choice("precision", self.precision, ("auto", "bf16", "fp32", "fp8"))
         if self.data.latents and self.model.vae_sample:
             raise InputError("data.latents hold the VAE's mean: set model.vae_sample=false, or leave data.latents out")
-        if self.data.latents and self.train.data != "image":
-            raise InputError(f"data.latents are of images, train.data is {self.train.data}: set train.data=image, or leave "
-                             "data.latents out")
+        if self.data.latents not in (None, "memory") and self.train.data != "image":
+            raise InputError(f"data.latents are of images, train.data is {self.train.data}: set train.data=image or "
+                             "data.latents=memory, or leave data.latents out")
+        if self.align.weight:
+            self.align.block_in(PRESETS[self.model.preset].depth)
+            if not self.align_share:
+                raise InputError(f"align.weight is {self.align.weight:g}, but no sample of this run is conditioned on "
+                                 "its image: set align.pairs=true to align pairs, or align.weight=0")
+            if self.data.latents == "memory" and (self.align.target == "vit" or self.align.pairs):
+                raise InputError("data.latents=memory keeps the image tokens of images alone: set align.target=projector and "
+                                 "align.pairs=false, or leave data.latents out")
+
+    @property
+    def image_share(self) -> float:
+        """Share of a global batch's samples that are conditioned on their image, as engine/data/mixture.py fills it."""
+        batch = self.train.global_batch
+        return {"image": 1.0, "pair": 0.0, "mix": round(self.data.mix * batch) / batch}[self.train.data]
+
+    @property
+    def align_share(self) -> float:
+        """Share of a global batch's samples that are aligned, where align.weight is not 0."""
+        return 1.0 if self.align.pairs else self.image_share
 
     @property
     def dtype(self):

@@ -10,18 +10,21 @@ import torch
 from tqdm import tqdm
 
 from iomm.adapter import Connector, QueryAdapter
+from iomm.alignment import PREFIX, AlignmentHead
 from iomm.config import InputError, generator_config
 from iomm.engine import checkpoint
 from iomm.engine.config import load_config, positive
 from iomm.engine.data.buckets import Buckets, bucket_sizes, buckets_of_both
 from iomm.engine.data.index import ensure_index, load, records_crc32, warnings_on
 from iomm.engine.data.judge import Rules
-from iomm.engine.data.latents import LatentStore, write_cache
+from iomm.engine.data.latents import EncodedSamples, LatentStore, write_cache
 from iomm.engine.data.mixture import Joined, Mixture, images_of
 from iomm.engine.data.order import Order, Squares, held_out
 from iomm.engine.data.shards import Shards
 from iomm.engine.data.source import ImageSource
-from iomm.engine.shapes.mllm import WEIGHTS
+from iomm.engine.shapes import check_weights
+from iomm.engine.shapes import mllm as shapes_mllm
+from iomm.engine.shapes import vae as shapes_vae
 from iomm.engine.shapes.world import write_world
 from iomm.generator import new_generator
 from iomm.internvl import load_mllm
@@ -60,16 +63,19 @@ def open_source(config, ranks, mllm, vae, *, index_dir=None, pairs_dir=None):
     """The batches of a run (ImageSource), from step 0: images of index_dir, pairs of pairs_dir, or data.mix of both."""
     data, batch = config.data, config.train.global_batch
     images, pairs = (Shards(folder) if folder else None for folder in (index_dir, pairs_dir))
+    shards = images if pairs is None else Joined(images, pairs)
     latents = None
-    if data.latents:
+    if data.latents == "memory":
+        latents = EncodedSamples(shards, mllm, vae, size_px=data.size_px, ranks=ranks, num_threads=data.threads)
+    elif data.latents:
         latents = LatentStore(data.latents, images.index, vae=config.model.vae, size_px=data.size_px)
     return ImageSource(
-        images if pairs is None else Joined(images, pairs), seed=config.run.seed, global_batch=batch,
+        shards, seed=config.run.seed, global_batch=batch,
         micro_batch=config.train.micro_batch or max(1, batch // ranks.size), rank=ranks.rank, world_size=ranks.size,
         size_px=data.size_px, vit_px=mllm.vit_px, device=ranks.device, start_step=0, num_steps=config.train.steps,
         flip=data.flip, num_threads=data.threads, crop=data.crop, plan=make_order(config, images, pairs, vae), latents=latents,
         dtype=torch.bfloat16 if data.precision == "bf16" else torch.float32, hw_decoder_load=data.hw_decoder_load,
-        resize=data.resize)
+        resize=data.resize, look_at_pairs=config.align.weight > 0 and config.align.pairs)
 
 
 def make_order(config, images, pairs, vae):
@@ -127,7 +133,7 @@ def write_latents(config, out, *, dtype, batch, rank=None, num_ranks=None):
     positive("--batch", batch)
     shards = Shards(prepare_data(config, progress=rank == 0))
     # as training loads it, so that the latents are those that training would compute
-    vae = load_vae(config.model.vae, dtype=config.dtype, device=device)
+    vae = new_vae(config, device)
     with tqdm(total=-(-len(shards) // num_ranks), unit="image", desc="cache", disable=None if rank == 0 else True) as bar:
         num = write_cache(shards, out, vae, vae_name=config.model.vae, size_px=config.data.size_px, dtype=dtype,
                           device=device, batch=batch, num_threads=config.data.threads, rank=rank, num_ranks=num_ranks,
@@ -137,25 +143,61 @@ def write_latents(config, out, *, dtype, batch, rank=None, num_ranks=None):
 
 def mllm_name(config):
     """Name of the MLLM to load: a hub id or a folder."""
-    return str(WEIGHTS) if config.model.mllm == "shapes" else config.model.mllm
+    return shipped(config.model.mllm, shapes_mllm.WEIGHTS)
+
+
+def shipped(name, folder):
+    """`name`, or for "shapes" the folder of the weights that ship with the package. Raises InputError if they are damaged."""
+    if name != "shapes":
+        return name
+    check_weights(folder)
+    return str(folder)
+
+
+def vae_name(config):
+    """Name of the VAE to load: pixel:<patch>, random:<shape>, a hub id or a folder."""
+    return shipped(config.model.vae, shapes_vae.WEIGHTS)
+
+
+def foreign_data(config):
+    """Return one sentence for each part that was trained on the shapes dataset but is about to see other data."""
+    wanted = {"image": ("shards",), "pair": ("pairs",), "mix": ("shards", "pairs")}[config.train.data]
+    other = [f"data.{key}" for key in wanted if getattr(config.data, key) != "shapes"]
+    shipped_parts = [part for part in ("vae", "mllm") if getattr(config.model, part) == "shapes"]
+    advice = {"vae": "an AutoencoderKL trained on photographs", "mllm": "an InternVL checkpoint"}
+    return [f"warning: model.{part}=shapes was trained on the shapes dataset alone, but {' and '.join(other)} is something "
+            f"else: set model.{part} to {advice[part]}" for part in shipped_parts if other]
+
+
+def new_vae(config, device):
+    """The frozen VAE of a run on `device`."""
+    return load_vae(vae_name(config), patch=config.model.patch, dtype=config.dtype, device=device)
+
+
+def make_recipe(config):
+    """RunConfig -> Recipe."""
+    return Recipe(seed=config.run.seed, mask=config.mask, adapter=config.adapter, time=asdict(config.time),
+                  sample_latents=config.model.vae_sample, caption_drop=config.train.caption_drop, align=config.align,
+                  align_share=config.align_share)
 
 
 def build_model(config, device):
     """Frozen parts on `device`, trained parts drawn from run.seed on the CPU -> IOMM."""
     mllm = load_mllm(mllm_name(config), revision=config.model.mllm_revision, dtype=config.dtype, device=device)
-    vae = load_vae(config.model.vae, dtype=config.dtype, device=device)
+    vae = new_vae(config, device)
     vae.grid(config.data.size_px, config.data.size_px)          # raises if the size does not divide
     shape = generator_config(config.model.preset, token_dim=vae.token_dim, condition_dim=mllm.width)
-    recipe = Recipe(seed=config.run.seed, mask=config.mask, adapter=config.adapter, time=asdict(config.time),
-                    sample_latents=config.model.vae_sample, caption_drop=config.train.caption_drop)
-    seed, adapter, connector = config.run.seed, None, None
+    seed, adapter, connector, alignment = config.run.seed, None, None, None
     if config.adapter.kind != "none":
         adapter = QueryAdapter(config.adapter, mllm.width)
         adapter.init_weights(seed)
     if config.adapter.connector_layers:
         connector = Connector(config.adapter, mllm.width)
         connector.init_weights(seed)
-    return IOMM(new_generator(shape, seed), adapter, mllm, vae, recipe, connector)
+    if config.align.weight:
+        alignment = AlignmentHead(config.align, shape.width, mllm)
+        alignment.init_weights(seed)
+    return IOMM(new_generator(shape, seed), adapter, mllm, vae, make_recipe(config), connector, alignment)
 
 
 def read_run(run_dir, ranks=None):
@@ -175,6 +217,7 @@ def load_run(run_dir, *, weights="ema", device="cpu"):
     weights are in the run's precision, as training computes; on a CPU in float32."""
     config, folder = read_run(run_dir)
     model = build_model(config, device).to(device)
+    model.alignment = None                       # only training needs it
     manifest = load_weights(model, folder, weights)
     if torch.device(device).type == "cuda" and config.dtype == torch.bfloat16:
         model.to(torch.bfloat16)
@@ -185,13 +228,20 @@ def load_run(run_dir, *, weights="ema", device="cpu"):
 def load_weights(model, folder, weights="ema"):
     """Reads whole parameters of a checkpoint, of whatever number of ranks, into a model that is not sharded.
 
-    weights: "ema", or "raw" for the fp32 masters; a run without an average has only these."""
+    weights: "ema", or "raw" for the fp32 masters; a run without an average has only these. An alignment head is read
+    only where both have the same one, else the model's stays as it is: stages may differ in it."""
     reader = checkpoint.Reader(folder)
     slot = "ema" if weights == "ema" and reader.manifest["ema"] else "master"
-    parameters = dict(model.named_parameters())
-    wanted, found = set(parameters), set(reader.manifest["shapes"])
+    parameters, shapes = dict(model.named_parameters()), reader.manifest["shapes"]
+    wanted, found = set(without_head(parameters)), set(without_head(shapes))
     if wanted != found:
         raise InputError(f"{folder} is of another model: missing {sorted(wanted - found)[:3]}, unknown {sorted(found - wanted)[:3]}")
     for name, parameter in parameters.items():
-        parameter.copy_(reader.full(slot, name))
+        if name in wanted or shapes.get(name) == list(parameter.shape):
+            parameter.copy_(reader.full(slot, name))
     return reader.manifest
+
+
+def without_head(by_name):
+    """{parameter name: anything} -> the same without the alignment head's."""
+    return {name: value for name, value in by_name.items() if not name.startswith(PREFIX)}

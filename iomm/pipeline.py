@@ -44,7 +44,7 @@ class Pipeline:
         except (KeyError, TypeError) as error:
             raise InputError(f"{folder / CARD} is not an IOMM card: {error}") from error
         frozen = (load_mllm(mllm_name, revision=None if mllm else revision, dtype=dtype, device=device),
-                  load_vae(vae_name, dtype=dtype, device=device))
+                  load_vae(vae_name, patch=card.get("patch", 2), dtype=dtype, device=device))
         generator = load_generator(folder, device=device, dtype=dtype)
         wanted = (frozen[1].token_dim, frozen[0].width)
         if (generator.config.token_dim, generator.config.condition_dim) != wanted:
@@ -75,7 +75,7 @@ class Pipeline:
             if getattr(model, name) is not None:
                 save_module(getattr(model, name), folder / f"{name}.safetensors", dtype=dtype)
         card = {"adapter": asdict(model.recipe.adapter), "size_px": self.size_px, "mllm": str(mllm),
-                "mllm_revision": mllm_revision, "vae": str(vae), "origin": self.origin}
+                "mllm_revision": mllm_revision, "vae": str(vae), "patch": model.frozen[1].patch, "origin": self.origin}
         (folder / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
         return folder
 

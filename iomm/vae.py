@@ -54,14 +54,13 @@ class FluxVAE(Latents, Frozen):
     """A frozen AutoencoderKL of diffusers: pixels (B, 3, H, W) in [-1, 1] <-> latents of about unit variance.
 
     The model sees (z - shift) * scale, with FLUX's 0.3611 and 0.1159 read from the checkpoint (shift 0 where it has
-    none). `tiling` encodes and decodes in overlapping tiles of the checkpoint's own sample size where an image is
-    larger: less memory, results close but not equal."""
+    none). `patch`: side of the square of latents in a token; FLUX packs 2 x 2. `tiling` encodes and decodes in overlapping
+    tiles of the checkpoint's own sample size where an image is larger: less memory, results close but not equal."""
 
-    patch = 2  # FLUX packs 2 x 2 latents into a token
-
-    def __init__(self, autoencoder, tiling=False):
+    def __init__(self, autoencoder, patch: int = 2, tiling: bool = False):
         super().__init__(autoencoder.to(memory_format=torch.channels_last))
         config = autoencoder.config
+        self.patch = patch
         self.channels, self.factor = config.latent_channels, 2 ** (len(config.block_out_channels) - 1)
         self.scale, self.shift = config.scaling_factor, config.shift_factor or 0.0
         if tiling:
@@ -140,12 +139,12 @@ FLUX_QUARTER = FLUX_AUTOENCODER | dict(block_out_channels=(24, 32, 64, 64), laye
 RANDOM = {"flux": FLUX_AUTOENCODER, "flux-quarter": FLUX_QUARTER}
 
 
-def vae_without_weights(name):
+def vae_without_weights(name, patch=2):
     """The VAE that load_vae would load, on the meta device. A hub id counts as the FLUX.1 autoencoder: no network."""
     if name.startswith("pixel:"):
         return load_vae(name)
     if name.startswith("random:"):
-        return load_vae(name, device="meta")
+        return load_vae(name, patch=patch, device="meta")
     from diffusers import AutoencoderKL
     config = FLUX_AUTOENCODER
     if Path(name).is_dir():
@@ -153,23 +152,24 @@ def vae_without_weights(name):
     elif "/" not in name or name.startswith((".", "/", "~")):
         raise InputError(f"model.vae: no folder {name}; give a folder, pixel:<patch>, or a hub id")
     with torch.device("meta"):
-        return FluxVAE(AutoencoderKL.from_config(config))
+        return FluxVAE(AutoencoderKL.from_config(config), patch)
 
 
-def load_vae(name, *, revision=None, dtype=torch.float32, device="cpu", tiling=False):
+def load_vae(name, *, patch=2, revision=None, dtype=torch.float32, device="cpu", tiling=False):
     """`pixel:<patch>`, a local folder, or a hub id owner/name[/subfolder] -> a frozen VAE. Safetensors only.
-    random:<shape> makes one of a known shape (RANDOM) with random weights: for measuring.
+    random:<shape> makes one of a known shape (RANDOM) with random weights: for measuring. patch: side of the square of
+    latents in a token, of every VAE but pixel:<patch>.
 
     A folder holds an AutoencoderKL of diffusers, itself or in `vae/`; with a folder nothing is ever downloaded. Raises
     InputError when there is none, or it is of another architecture."""
-    kind, colon, patch = name.partition(":")
+    kind, colon, value = name.partition(":")
     if kind == "random":
-        choice("model.vae random:", patch, tuple(RANDOM))
-        return random_vae(RANDOM[patch], dtype, device)
+        choice("model.vae random:", value, tuple(RANDOM))
+        return random_vae(RANDOM[value], patch, dtype, device)
     if colon:
-        if kind != "pixel" or not patch.isdigit() or int(patch) < 1:
+        if kind != "pixel" or not value.isdigit() or int(value) < 1:
             raise InputError(f"model.vae must be pixel:<patch>, a folder or a hub id; got {name!r}")
-        return PixelVAE(int(patch)).to(device)
+        return PixelVAE(int(value)).to(device)
     folder = Path(name)
     if folder.is_dir():
         options = {"pretrained_model_name_or_path": find_autoencoder(folder), "local_files_only": True}
@@ -193,16 +193,16 @@ def load_vae(name, *, revision=None, dtype=torch.float32, device="cpu", tiling=F
         raise InputError(f"model.vae: cannot load {name}: {reason}") from error
     if report["missing_keys"]:  # diffusers would go on with random numbers
         raise InputError(f"model.vae: {name} lacks the weights {', '.join(sorted(report['missing_keys']))}")
-    return FluxVAE(autoencoder, tiling=tiling).to(device)
+    return FluxVAE(autoencoder, patch, tiling=tiling).to(device)
 
 
-def random_vae(config, dtype, device, seed=0):
+def random_vae(config, patch, dtype, device, seed=0):
     """A VAE of this shape whose weights are drawn on `device`, from a seed, without touching the disk."""
     from diffusers import AutoencoderKL
     device = torch.device(device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
         torch.manual_seed(seed)
-        return FluxVAE(AutoencoderKL.from_config(config)).to(dtype)
+        return FluxVAE(AutoencoderKL.from_config(config), patch).to(dtype)
 
 
 def find_autoencoder(folder):

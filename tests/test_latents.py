@@ -1,9 +1,11 @@
 """Cached latents: the same batches and losses to the latents' rounding, made by any number of ranks, resumed, checked."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
+from launches import PIXELS
 
 from iomm.adapter import QueryAdapter
 from iomm.config import AdapterConfig, InputError, MaskConfig, generator_config
@@ -11,7 +13,9 @@ from iomm.engine import cli
 from iomm.engine.config import load_config, parse
 from iomm.engine.data import latents as latents_module
 from iomm.engine.data.index import build
-from iomm.engine.data.latents import LatentStore, write_cache
+from iomm.engine.data.latents import EncodedSamples, LatentStore, write_cache
+from iomm.engine.data.mixture import Joined, Mixture
+from iomm.engine.data.order import Order, Squares
 from iomm.engine.data.shards import Damaged, Shards
 from iomm.engine.data.source import ImageSource
 from iomm.engine.parts import write_latents
@@ -54,6 +58,77 @@ def batches(world, latents=None, num_steps=4, **options):
                             device="cpu", num_steps=num_steps, latents=latents, **options))
 
 
+@pytest.fixture(scope="module")
+def mllm():
+    return load_mllm(str(WEIGHTS), dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pairs")
+    return Shards(build(write_world(folder / "tars", num_images=9, size_px=48, seed=5), folder / "index", progress=False))
+
+
+def tiny_model(mllm, vae):
+    shape = generator_config("demo", token_dim=vae.token_dim, condition_dim=mllm.width)
+    settings = AdapterConfig(num_queries=8, head_dim=32)
+    adapter = QueryAdapter(settings, mllm.width)
+    adapter.init_weights(0)
+    return IOMM(new_generator(shape, 0), adapter, mllm, vae, Recipe(mask=MaskConfig(ratio=0.5), adapter=settings))
+
+
+def in_memory(shards, mllm, vae, rank=0, size=1, others=()):
+    ranks = SimpleNamespace(rank=rank, size=size, all=lambda value: [*others, value])
+    return EncodedSamples(shards, mllm, vae, size_px=SIZE_PX, ranks=ranks, batch=4)
+
+
+def test_encoded_mixture_has_the_batches_and_the_loss_of_pixels(world, pairs, mllm, vae):
+    """Latents are equal to the bit, image tokens to the rounding of a matrix product in another batch."""
+    both = Joined(world, pairs)
+    plan = Mixture(1, 8, 5, *(Squares(Order(1, its.shard_sizes), SIZE_PX) for its in (world, pairs)), len(world))
+    encoded = in_memory(both, mllm, vae)
+    assert encoded.num_bytes == 4 * (39 * 3 * SIZE_PX**2 + 30 * mllm.num_image_tokens * mllm.width)
+    model = tiny_model(mllm, vae)
+    for got, wanted in zip(batches(both, encoded, plan=plan), batches(both, plan=plan), strict=True):
+        assert got.n_B.tolist() == wanted.n_B.tolist() and got.entry_B.tolist() == wanted.entry_B.tolist()
+        assert got.captions == wanted.captions and got.has_image == wanted.has_image and not all(got.has_image)
+        assert got.pixels_BCHW is None and got.vit_pixels_BCHW is None
+        assert torch.equal(got.latents_BCHW, wanted.pixels_BCHW)
+        torch.testing.assert_close(got.image_tokens_IPD, mllm.image_tokens(wanted.vit_pixels_BCHW))
+        with torch.no_grad():
+            torch.testing.assert_close(model(*got.inputs)[1], model(*wanted.inputs)[1])
+
+
+def test_ranks_encode_a_share_each(world, mllm, vae):
+    parts = []
+    ranks = SimpleNamespace(rank=0, size=2, all=lambda value: [value, value])
+    for ranks.rank in (0, 1):
+        ranks.all = lambda value: parts.append(value) or [value]
+        EncodedSamples(world, mllm, vae, size_px=SIZE_PX, ranks=ranks, batch=4)
+    ranks.all = lambda value: parts
+    together, alone = EncodedSamples(world, mllm, vae, size_px=SIZE_PX, ranks=ranks, batch=4), in_memory(world, mllm, vae)
+    assert [len(part[False][0]) for part in parts] == [15, 15]
+    assert torch.equal(together.latents_NCHW, alone.latents_NCHW)
+    torch.testing.assert_close(together.tokens_IPD, alone.tokens_IPD)
+
+
+def test_unreadable_sample_is_replaced_in_every_epoch(world, mllm, vae, monkeypatch):
+    real = world.decodable_bytes
+
+    def broken(k):
+        if k == 5:
+            raise Damaged("sample 5 is gone")
+        return real(k)
+
+    monkeypatch.setattr(world, "decodable_bytes", broken)
+    encoded = in_memory(world, mllm, vae)
+    assert encoded.bad == {5}
+    seen = batches(world, encoded, num_steps=8)
+    assert 5 not in [entry for batch in seen for entry in batch.entry_B.tolist()]
+    hit = [n for batch in batches(world, num_steps=8) for failure in batch.failures for n in [failure.n]]
+    assert [failure.n for batch in seen for failure in batch.failures] == hit and len(hit) == 3
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_same_batches_latents_in_place_of_pixels(world, vae, tmp_path, dtype):
     assert write(world, tmp_path / "cache", vae, dtype=dtype) == 30
@@ -65,16 +140,11 @@ def test_same_batches_latents_in_place_of_pixels(world, vae, tmp_path, dtype):
         assert torch.equal(got.latents_BCHW, vae.encode(wanted.pixels_BCHW).to(kind).float())
 
 
-def test_losses_agree_to_the_rounding_of_the_latents(world, vae, tmp_path):
+def test_losses_agree_to_the_rounding_of_the_latents(world, mllm, vae, tmp_path):
     """fp32 training on bf16 latents: exactly the loss of the rounded latents, and that is within their rounding,
     relative 2^-9 of values up to 1, of the loss of the pixels."""
     write(world, tmp_path / "cache", vae)
-    mllm = load_mllm(str(WEIGHTS), dtype=torch.float32)
-    shape = generator_config("demo", token_dim=vae.token_dim, condition_dim=mllm.width)
-    settings = AdapterConfig(num_queries=8, head_dim=32)
-    adapter = QueryAdapter(settings, mllm.width)
-    adapter.init_weights(0)
-    model = IOMM(new_generator(shape, 0), adapter, mllm, vae, Recipe(mask=MaskConfig(ratio=0.5), adapter=settings))
+    model = tiny_model(mllm, vae)
     for got, wanted in zip(batches(world, store(world, tmp_path / "cache"), 2), batches(world, num_steps=2), strict=True):
         with torch.no_grad():
             cached, _, _ = model(got.pixels_BCHW, got.vit_pixels_BCHW, got.n_B, got.latents_BCHW)
@@ -142,14 +212,18 @@ def test_wrong_caches_are_one_line(world, vae, tmp_path):
     with pytest.raises(InputError, match="set data.flip=false"):
         batches(world, store(world, tmp_path / "cache"), flip=True)
     with pytest.raises(InputError, match="data.latents are those of centre crops"):
-        parse("data: {latents: x, crop: random}")
+        parse("data: {latents: memory, crop: random}")
+    with pytest.raises(InputError, match="set data.latents=memory, no data.pairs"):
+        parse("data: {latents: x, pairs: shapes}")
+    with pytest.raises(InputError, match="data.latents=memory, or leave data.latents out"):
+        parse("data: {latents: x}\ntrain: {data: pair}")
 
 
 def test_the_command(tmp_path, capsys):
     settings = [f"run.dir={tmp_path / 'run'}", "data.num_images=20"]
     for rank in ("0", "1"):
-        assert cli.main(["cache", "--out", str(tmp_path / "cache"), "--rank", rank, "--ranks", "2", *settings]) == 0
+        assert cli.main(["cache", "--config", PIXELS, "--out", str(tmp_path / "cache"), "--rank", rank, "--ranks", "2", *settings]) == 0
     assert "rank 1 of 2: 8 of 20 latents written" in capsys.readouterr().out
-    assert "0 of 20 latents" in write_latents(load_config("demo", settings), tmp_path / "cache", dtype="bf16", batch=4)
-    assert cli.main(["cache", "--out", str(tmp_path / "cache"), "--rank", "2", "--ranks", "2", *settings]) == 2
+    assert "0 of 20 latents" in write_latents(load_config(PIXELS, settings), tmp_path / "cache", dtype="bf16", batch=4)
+    assert cli.main(["cache", "--config", PIXELS, "--out", str(tmp_path / "cache"), "--rank", "2", "--ranks", "2", *settings]) == 2
     assert "--rank must be from 0 to --ranks - 1, got 2 of 2" in capsys.readouterr().err

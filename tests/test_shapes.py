@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from launches import PIXELS
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
@@ -242,7 +243,7 @@ def test_tasks_belong_to_the_seed():
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A fresh one, what starts at zero filled: it draws neither its noise alone nor the same from every condition."""
-    config = load_config("demo", [f"run.dir={tmp_path_factory.mktemp('grade')}/run", "precision=fp32"])
+    config = load_config(PIXELS, [f"run.dir={tmp_path_factory.mktemp('grade')}/run", "precision=fp32"])
     model, random = build_model(config, "cpu"), torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.requires_grad and not parameter.any():

@@ -120,6 +120,61 @@ class LatentStore:
             return self._open[number]
 
 
+class EncodedSamples:
+    """Latents of all samples and image tokens of all images, encoded once by all ranks together and kept in memory.
+
+    Both are pure functions of an image's centre crop, so a small data set that is seen many times is encoded once instead
+    of in every epoch. The same methods as a LatentStore, and `tokens`. Memory: N (C h w + P D) numbers of the encoders'
+    dtypes, on every rank. A sample that cannot be read is Damaged whenever it is due, and training replaces it."""
+
+    def __init__(self, shards, mllm, vae, *, size_px, ranks, num_threads=2, batch=32):
+        images, pairs = (shards.images, shards.pairs) if hasattr(shards, "pairs") else (shards, None)
+        self.num_images = 0 if images is None else len(images)
+        mine = {}
+        for first, last, is_pair in ((0, self.num_images, False), (self.num_images, len(shards), True)):
+            entries = np.array_split(np.arange(first, last), ranks.size)[ranks.rank]
+            mine[is_pair] = self._encode(shards, entries, is_pair, mllm, vae, size_px, num_threads, batch)
+        parts = ranks.all(mine)
+        self.latents_NCHW = torch.cat([part[is_pair][0] for is_pair in (False, True) for part in parts])
+        self.tokens_IPD = torch.cat([part[False][1] for part in parts])
+        self.bad = {k for part in parts for _, _, bad in part.values() for k in bad}
+
+    @staticmethod
+    def _encode(shards, entries, is_pair, mllm, vae, size_px, num_threads, batch):
+        """-> (latents (n, C, h, w), image tokens (n, P, D), empty of pairs; entries that cannot be read), on the CPU."""
+        shape = vae.channels, size_px // vae.factor, size_px // vae.factor
+        latents, tokens, bad = [torch.empty(0, *shape)], [torch.empty(0, mllm.num_image_tokens, mllm.width, dtype=mllm.dtype)], []
+        if len(entries):
+            batch = min(batch, len(entries))
+            source = ImageSource(
+                shards, seed=0, global_batch=batch, micro_batch=batch, rank=0, world_size=1, size_px=size_px,
+                vit_px=mllm.vit_px, device=mllm.device, num_steps=-(-len(entries) // batch), num_threads=num_threads,
+                plan=InARow(entries, size_px, pairs=is_pair))
+            for one in source:
+                bad += [int(entries[failure.n]) for failure in one.failures if failure.n < len(entries)]
+                latents.append(vae.encode(one.pixels_BCHW).cpu())
+                if not is_pair:
+                    tokens.append(mllm.image_tokens(one.vit_pixels_BCHW).cpu())
+        return torch.cat(latents)[:len(entries)], torch.cat(tokens)[:len(entries)], bad
+
+    @property
+    def num_bytes(self):
+        return sum(x.numel() * x.itemsize for x in (self.latents_NCHW, self.tokens_IPD))
+
+    def read(self, k):
+        """Latents (C, h, w) of entry k. Raises Damaged."""
+        if k in self.bad:
+            raise Damaged(f"sample {k} could not be read when the samples were encoded at the start")
+        return self.latents_NCHW[k]
+
+    def tokens(self, entries):
+        """Entries of images -> their tokens (I, P, D)."""
+        return self.tokens_IPD[entries]
+
+    def zeros(self):
+        return torch.zeros_like(self.latents_NCHW[0])
+
+
 def _encode(shards, entries, encode, size_px, dtype, device, batch, num_threads, progress):
     """(latents of the entries on the CPU, indices of those that could not be had)."""
     batch = min(batch, len(shards))

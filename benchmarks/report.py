@@ -141,46 +141,37 @@ def throughput(result):
 
 
 def time_to_quality(result: dict) -> Iterator[tuple[str, str]]:
-    """Yield a row for every quality and every variant that is compared with the first one."""
-    whose = result["config"]
+    """Yield a row for every quality: each variant's time, and the first one's over it."""
     # As the summary of the file takes them.
     runs = [run for run in result["runs"] if run["done"]] or result["runs"]
-    settings = [*result["overrides"], result["precision"]]
+    settings = ", ".join([*result["overrides"], result["precision"], f"{len(runs)} seed(s)"])
     words = {"loss": "held-out velocity loss", "score": "strict score"}
-    at_least = {True: "at least ", False: ""}
-    first = None
+    by_quality = {}
     for row in result["reached"]:
-        if first is None or (row["what"], row["target"]) != (first["what"], first["target"]):
-            first = row
-            continue
-        what = (
-            f"training time to a {words[row['what']]} of {row['target']:g}, `{whose}` "
-            f"({', '.join(settings)}), {first['variant']} over {row['variant']}"
+        by_quality.setdefault((row["what"], row["target"]), []).append(row)
+    for (what, target), rows in by_quality.items():
+        yield (
+            f"training time to a {words[what]} of {target:g}, `{result['config']}` ({settings}); "
+            f"{rows[0]['variant']}'s over it",
+            "; ".join(in_time(row) for row in rows),
         )
-        found = row["ratio"]
-        if found is None:
-            yield what, f"{row['variant']} got there in {row['reached']} of {len(row['s'])} seeds"
-            continue
-        times = [
-            in_time(its["s"], [run["curves"][its["variant"]] for run in runs])
-            for its in (first, row)
-        ]
-        figure = (
-            f"{at_least[found['at_least']]}{found['median']:.2f} x ({found['low']:.2f} to "
-            f"{found['high']:.2f} over {len(runs)} seed(s)), {times[0]} against {times[1]}"
-        )
-        if row["ratio_steps"]:
-            figure += f", {row['ratio_steps']['median']:.2f} x the steps"
-        if row.get("ratio_encoded"):
-            figure += f"; {row['ratio_encoded']['median']:.2f} x with the encoding before training"
-        yield what, figure
 
 
-def in_time(seconds: list, curves: list) -> str:
-    """Median over the seeds in words; a seed that never got there counts as its whole time."""
-    whole = [curve["s"][-1] for curve in curves]
-    middle = statistics.median(w if s is None else s for s, w in zip(seconds, whole))
-    return f"{'over ' if None in seconds else ''}{middle:.0f} s"
+def in_time(row: dict) -> str:
+    """Return a variant's median time to a quality over the seeds, and its ratios, in words."""
+    name, found = row["variant"], row.get("ratio")
+    if None in row["s"] and found is None:
+        return f"{name} reached it in {row['reached']} of {len(row['s'])} seeds"
+    figure = f"{name} {statistics.median(row['s']):.0f} s"
+    if found is None:
+        return figure
+    at_least = "at least " if found["at_least"] else ""
+    figure += f", {at_least}{found['median']:.2f} x ({found['low']:.2f} to {found['high']:.2f})"
+    if row["ratio_steps"]:
+        figure += f", {row['ratio_steps']['median']:.2f} x in steps"
+    if row.get("ratio_encoded"):
+        figure += f", {row['ratio_encoded']['median']:.2f} x with the encoding before training"
+    return figure
 
 
 def startup(result):

@@ -196,12 +196,13 @@ if __name__ == "__main__":
             "numpy>=2",
             "pillow>=11",
             "pyyaml>=6",
+            "matplotlib>=3.9",
             "tensorboard>=2.18",
             "tqdm>=4.66",
         ],
         extras_require={
             "test": ["pytest>=8.3", "pytest-xdist>=3.6", "pytest-benchmark>=5", "hypothesis>=6.100"],
-            "bench": ["matplotlib>=3.9", "pytest-benchmark>=5"],
+            "bench": ["pytest-benchmark>=5"],
             "gpu": ["flash-attn>=2.8"],
             "wandb": ["wandb>=0.19"],              # for log.wandb=true
             # Beside nvidia-dali-cuda130, not instead of it: README says how to leave that one out.

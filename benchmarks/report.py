@@ -58,7 +58,7 @@ def pyplot():
     try:
         import matplotlib
     except ImportError:
-        print('no PNG: matplotlib is missing (pip install -e ".[bench]")')
+        print('no PNG: matplotlib is missing (pip install matplotlib)')
         return None
     matplotlib.use("agg")
     from matplotlib import pyplot

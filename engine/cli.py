@@ -1,4 +1,4 @@
-"""The console command `iomm`: index, cache, sample, edit, evaluate, export, doctor."""
+"""The console command `iomm`: index, cache, sample, edit, evaluate, export, report, doctor."""
 
 import argparse
 import sys
@@ -75,11 +75,14 @@ def main(argv=None):
     command.add_argument("--ranks", type=int)
 
     of_a_run("export", "write generator (diffusers folder), adapter and connector (safetensors)")
+    command = commands.add_parser("report", help="write a page of curves, pictures, times and settings: one run or several")
+    command.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, finished or not")
+    command.add_argument("--out", help="the HTML file; default: RUN/report.html, or report.html beside the first of several")
     commands.add_parser("doctor", help="what is installed, what is missing, why, and what that costs")
     args = parser.parse_args(argv)
     try:
         return {"index": index, "cache": cache, "sample": sample, "edit": edit, "evaluate": evaluate, "export": export,
-                "doctor": doctor}[args.command](args)
+                "report": report, "doctor": doctor}[args.command](args)
     except InputError as error:
         print(f"iomm: {error}", file=sys.stderr)
         return 2
@@ -146,6 +149,12 @@ def drawing_settings(args):
     from iomm.engine.draw import parse_size
     return dict(steps=args.steps, seed=args.seed, guidance=args.guidance, shift=args.shift, weights=args.weights, out=args.out,
                 size=parse_size(args.size) if args.size else None, device="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def report(args):
+    from iomm.engine.report import write
+    print(write(args.runs, args.out))
+    return 0
 
 
 def doctor(args):

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from iomm.config import PRESETS, AdapterConfig, InputError, MaskConfig, choice
+from iomm.config import PRESETS, AdapterConfig, AlignConfig, InputError, MaskConfig, choice
 from iomm.engine.typed_yaml import all_keys, read
 from iomm.flow import TIME_KINDS
 from iomm.kernels.dispatch import cpu_has_bf16
@@ -315,6 +315,7 @@ class RunConfig:
     model: ModelSection = field(default_factory=ModelSection)
     mask: MaskConfig = field(default_factory=MaskConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    align: AlignConfig = field(default_factory=AlignConfig)
     data: DataSection = field(default_factory=DataSection)
     train: TrainSection = field(default_factory=TrainSection)
     time: TimeSection = field(default_factory=TimeSection)
@@ -338,6 +339,25 @@ class RunConfig:
         if self.data.latents not in (None, "memory") and self.train.data != "image":
             raise InputError(f"data.latents are of images, train.data is {self.train.data}: set train.data=image or "
                              "data.latents=memory, or leave data.latents out")
+        if self.align.weight:
+            self.align.block_in(PRESETS[self.model.preset].depth)
+            if not self.align_share:
+                raise InputError(f"align.weight is {self.align.weight:g}, but no sample of this run is conditioned on "
+                                 "its image: set align.pairs=true to align pairs, or align.weight=0")
+            if self.data.latents == "memory" and (self.align.target == "vit" or self.align.pairs):
+                raise InputError("data.latents=memory keeps the image tokens of images alone: set align.target=projector and "
+                                 "align.pairs=false, or leave data.latents out")
+
+    @property
+    def image_share(self) -> float:
+        """Share of a global batch's samples that are conditioned on their image, as engine/data/mixture.py fills it."""
+        batch = self.train.global_batch
+        return {"image": 1.0, "pair": 0.0, "mix": round(self.data.mix * batch) / batch}[self.train.data]
+
+    @property
+    def align_share(self) -> float:
+        """Share of a global batch's samples that are aligned, where align.weight is not 0."""
+        return 1.0 if self.align.pairs else self.image_share
 
     @property
     def dtype(self):

@@ -6,6 +6,7 @@ Nothing heavy is imported: a package is looked up by its metadata, so that the r
 import datetime
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import re
@@ -56,6 +57,14 @@ def machine():
             **{name: version_of(name) for name in ("deepspeed", "transformers", "diffusers", "triton")},
             "dali": " and ".join(dali_wheels().values()) or None,                # None: Pillow decodes
             "commit": git("rev-parse", "HEAD") + (" and changes" if changed not in ("", "unknown") else "")}
+
+
+def write_machine(run_dir, num_ranks: int) -> None:
+    """Write run_dir/machine.json: machine() at the last start of the run, and its number of ranks.
+
+    Raises OSError."""
+    text = json.dumps({**machine(), "ranks": num_ranks}, indent=1) + "\n"
+    (Path(run_dir) / "machine.json").write_text(text, encoding="utf-8")
 
 
 def version_of(distribution):

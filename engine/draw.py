@@ -2,9 +2,12 @@
 
 Every PNG says in its text what it was drawn from and how: prompt, seed, steps, guidance, size, run, step, weights."""
 
+import json
+import math
 import re
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps, PngImagePlugin
 
@@ -12,6 +15,7 @@ from iomm.config import InputError
 from iomm.engine import parts
 from iomm.engine.data.shards import Shards
 from iomm.engine.data.source import ImageSource
+from iomm.masking import visible_mask
 from iomm.pipeline import CARD, Pipeline, draw, height_width, image_grid, to_images
 
 
@@ -34,13 +38,14 @@ def draw_run(run_dir, *, num=16, steps=20, seed=0, prompts=(), guidance=1.0, shi
     """Writes a PNG grid and returns its path; with `singles` every picture too, in the folder of the grid's name. Its name has
     the first prompt's words, so that pictures of another prompt stay.
 
-    With prompts: `num` pictures, the prompts in turn. Without: of a run on images, the first `num` of its order, masked as
-    in training, each above what the model draws from what is left; of a run on pairs, pictures of its first captions.
+    With prompts: `num` pictures, the prompts in turn. Without: of a run on images, the first `num` of its order, below each
+    its visible part, masked as in training, and what the model draws from that; of a run on pairs, pictures of its first
+    captions.
     size: (height, width). Raises InputError: no run, no checkpoint."""
     if num < 1 or steps < 1:
         raise InputError(f"--num and --steps must be >= 1, got {num} and {steps}")
     pipe, config = open_pipeline(run_dir, weights=weights, device=device)
-    columns, words = min(8, num), in_a_name(*prompts[:1])
+    words = in_a_name(*prompts[:1])
     if not prompts and config is None:
         raise InputError(f"{run_dir} is an exported folder, without data: say what to draw with --prompt")
     if not prompts and config.train.data != "image":
@@ -50,31 +55,72 @@ def draw_run(run_dir, *, num=16, steps=20, seed=0, prompts=(), guidance=1.0, shi
         raise InputError("--size and --guidance are for pictures from text: give --prompt")
     texts = [prompts[i % len(prompts)] if prompts else f"masked image {i} of the run" for i in range(num)]
     if prompts:
-        drawn = images = pipe(texts, steps=steps, seed=seed, guidance=guidance, shift=shift, size=size)
+        rows = {"drawn": pipe(texts, steps=steps, seed=seed, guidance=guidance, shift=shift, size=size)}
     else:
-        references, drawn = reconstruct(config, pipe.model, num, steps, seed, shift, device)
-        images = [image for start in range(0, num, columns) for row in (references, drawn)
-                  for image in row[start:start + columns]]
+        rows = reconstruct(config, pipe.model, num, steps, seed, shift, device)
     step = f"step-{int(pipe.origin['step']):08d}-" if "step" in pipe.origin else ""
     path = png_path(out, run_dir, f"{step}{words}seed{seed}")
     facts = drawing_facts(pipe, size or pipe.size_px, steps=steps, seed=seed, guidance=guidance, shift=shift)
-    save_png(image_grid(images, columns), path, {**facts, "prompt": "\n".join(dict.fromkeys(texts))})
-    for i, image in enumerate(drawn if singles else ()):
+    save_grid(rows, texts, path, {**facts, "prompt": "\n".join(dict.fromkeys(texts))})
+    for i, image in enumerate(rows["drawn"] if singles else ()):
         save_png(image, path.with_suffix("") / f"{i:04d}.png", {**facts, "prompt": texts[i], "image": i})
     return path
 
 
 def reconstruct(config, model, num, steps, seed, shift, device):
-    """-> (the first num images of the run's order, what is drawn of them from their visible tokens), PIL images."""
+    """-> {"original", "visible", "drawn"}: the first num images of the run's order, what the MLLM
+    sees of each, and what is drawn from that. PIL images."""
     mllm, _ = model.frozen
     shards = Shards(parts.prepare_data(config, progress=False))
     batch = next(iter(ImageSource(
         shards, seed=config.run.seed, global_batch=num, micro_batch=num, rank=0, world_size=1, size_px=config.data.size_px,
         vit_px=mllm.vit_px, device=torch.device(device), num_steps=1)))
-    condition = model.condition(batch.vit_pixels_BCHW, batch.n_B.to(device))
+    n_B = batch.n_B.to(device)
+    condition = model.condition(batch.vit_pixels_BCHW, n_B)
     image_B = torch.arange(num, device=device)
     drawn = draw(model, condition, image_B, size_px=config.data.size_px, steps=steps, seed=seed, shift=shift)
-    return to_images(batch.pixels_BCHW), to_images(drawn)
+    originals = to_images(batch.pixels_BCHW)
+    visible = visible_parts(model, n_B, originals)
+    return {"original": originals, "visible": visible, "drawn": to_images(drawn)}
+
+
+def visible_parts(model, n_B: torch.Tensor, images: list[Image.Image]) -> list[Image.Image]:
+    """Return the images of the sample numbers n_B as the MLLM sees them: hidden patches hatched.
+
+    The mask is that of model.condition(..., n_B); the P image tokens are a square of patches, row
+    by row."""
+    mask, seed, num = model.recipe.mask, model.recipe.seed, model.frozen[0].num_image_tokens
+    side = math.isqrt(num)
+    visible_BYX = visible_mask(mask, seed, n_B, num).view(-1, side, side).cpu().numpy()
+    shown = []
+    for image, visible_YX in zip(images, visible_BYX, strict=True):
+        pixels_HWC = np.array(image)
+        y_HW, x_HW = np.indices(pixels_HWC.shape[:2])
+        hidden_HW = ~visible_YX[y_HW * side // image.height, x_HW * side // image.width]
+        # stripes, since an even grey could be the background of a picture
+        stripe_HW = (y_HW + x_HW) // max(1, image.width // 32) % 2 == 0
+        pixels_HWC[hidden_HW & stripe_HW] = 150
+        pixels_HWC[hidden_HW & ~stripe_HW] = 185
+        shown.append(Image.fromarray(pixels_HWC))
+    return shown
+
+
+def save_grid(
+    rows: dict[str, list[Image.Image]], labels: list[str], path: Path, facts: dict, columns: int = 8
+) -> None:
+    """Write equally long rows of pictures as one PNG, `columns` pictures of each beneath another.
+
+    Its text holds `facts` and, under "grid", the JSON that report.read_grid cuts it up by:
+    {"columns", "rows": names of the rows, "labels": one for each picture of a row}."""
+    columns = min(columns, len(labels))
+    blank = Image.new("RGB", next(iter(rows.values()))[0].size, "white")
+    cells = []
+    for start in range(0, len(labels), columns):
+        for images in rows.values():
+            line = images[start:start + columns]
+            cells += line + [blank] * (columns - len(line))
+    grid = {"columns": columns, "rows": list(rows), "labels": labels}
+    save_png(image_grid(cells, columns), path, {**facts, "grid": json.dumps(grid)})
 
 
 def edit_run(run_dir, image, instruction, *, steps=20, seed=0, guidance=1.0, shift=1.0, size=None, weights="ema", device="cpu",

@@ -1,4 +1,5 @@
-"""Between two training steps: the velocity loss of held-out samples at fixed times, pictures drawn, metrics of the user's own.
+"""Between two training steps: the velocity loss of held-out samples at fixed times, pictures drawn and, in the shapes world,
+scored, metrics of the user's own.
 
 Nothing of it touches the run: with it or without, training goes on to the same bits."""
 
@@ -6,23 +7,41 @@ import importlib
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 
 from iomm.config import InputError
 from iomm.engine.data.mixture import Joined
 from iomm.engine.data.order import InARow, held_out_entries
 from iomm.engine.data.source import ImageSource
-from iomm.engine.draw import save_png, size_text
+from iomm.engine.draw import save_grid, size_text, visible_parts
+from iomm.engine.shapes.grade import ASKED, judged
+from iomm.engine.shapes.score import CAPTION
 from iomm.flow import velocity_loss
 from iomm.kernels.noisy_tokens import noisy_tokens
 from iomm.model import grid
-from iomm.pipeline import draw, image_grid, to_images
+from iomm.pipeline import draw, to_images
 
 TIMES = tuple((i + 0.5) / 8 for i in range(8))      # between image (0) and noise (1)
 SEED = 0                   # of masks, noise and pictures, whatever run.seed: runs are compared on the same numbers
 FIRST_N = 1 << 62          # sample numbers from here on, which no training sample bears
+SCORED = ASKED[:4]         # what is asked of every caption: fits, number, colours, shapes
+
+
+class Pictures(NamedTuple):
+    """What an evaluation has drawn: rows of a grid, all of one length; {} where nothing is drawn."""
+
+    # "drawn"; where masked images are drawn "original" and "visible" above it
+    rows: dict[str, list[Image.Image]]
+    # None for what is drawn of a masked image
+    prompts: list[str | None]
+
+    @property
+    def drawn(self) -> list[Image.Image]:
+        return self.rows.get("drawn", [])
 
 
 class Evaluation:
@@ -30,7 +49,10 @@ class Evaluation:
 
     heldout_loss  {"image" and / or "pair": {"mean", "by_time": one for each of TIMES}}, of the data.heldout samples of each
                   kind: square centre crops, masked as in training, captions never dropped, one noise a sample
-    samples       path of the grid in run.dir/samples: pictures of prompts, or masked images with what is drawn of them below
+    samples       path of the grid in run.dir/samples: pictures of prompts, or masked images with their visible part and what
+                  is drawn from that below
+    scores        in the shapes world: {"fits", "number", "colours", "shapes"}, the shares of these pictures that show what
+                  their prompt, or the caption of the masked image, names (shapes/score.py)
     metrics       what the hook returned
 
     Weights are the average where the run keeps one, else those that train. Samples go through in micro-batches that do not
@@ -47,6 +69,7 @@ class Evaluation:
             if its is not None:
                 self.heldout[kind] = first + held_out_entries(its.shard_sizes, config.data.heldout)
                 self.drawn[kind] = self.heldout[kind][:num] if config.data.heldout else first + np.arange(min(num, len(its)))
+        self.scored = config.data.shards == config.model.mllm == "shapes"
         self.prompts = [text.strip() for text in (config.evaluate.prompts or "").split("|") if text.strip()]
         if not self.prompts and pairs is not None:
             self.prompts = [shards.caption(k) for k in self.drawn["pair"].tolist()]
@@ -60,14 +83,16 @@ class Evaluation:
         # eager: the shapes met here must not enter the graphs that torch.compile made for training
         with state.sharded.showing(state.ema.flats) as model, fixed(model), torch.compiler.set_stance("force_eager"):
             losses = {kind: self.loss(model, kind) for kind, entries in self.heldout.items() if len(entries)}
-            images, prompts, references = self.pictures(model)
+            pictures = self.pictures(model)
         if losses:
             found["heldout_loss"] = losses
-        if images:
+        if pictures.drawn:
             facts = {"run": self.config.run.dir, "step": step, "weights": "ema" if state.ema.flats else "raw"}
-            found["samples"] = self.ranks.on_first(lambda: self.show(facts, images, prompts, references))
+            found["samples"] = self.ranks.on_first(lambda: self.show(facts, pictures))
+            if self.scored and (scores := self.ranks.on_first(lambda: self.score(step, pictures))):
+                found["scores"] = scores
         if self.hook is not None:
-            found["metrics"] = self.ranks.on_first(lambda: self.ask(step, images, prompts))
+            found["metrics"] = self.ranks.on_first(lambda: self.ask(step, pictures.drawn, pictures.prompts))
         return found
 
     def batches(self, kind, entries):
@@ -89,12 +114,12 @@ class Evaluation:
         by_time = np.mean([by_n[n] for n in range(len(self.heldout[kind]))], axis=0)
         return {"mean": float(by_time.mean()), "by_time": by_time.tolist()}
 
-    def pictures(self, model):
-        """-> (pictures, their prompts, the masked images above them or []), PIL, each drawn by one rank, known to all."""
+    def pictures(self, model) -> Pictures:
+        """Draw the grid's pictures, each on one rank, and gather them on all."""
         evaluate, mine = self.config.evaluate, []
         settings = dict(size_px=self.config.data.size_px, steps=evaluate.steps, seed=SEED)
         if not evaluate.num_images:
-            return [], [], []
+            return Pictures({}, [])
         if self.prompts:
             num, m, size = evaluate.num_images, min(evaluate.micro_batch, evaluate.num_images), self.ranks.size
             for first in range(self.ranks.rank * m, -(-num // (m * size)) * m * size, m * size):
@@ -102,30 +127,56 @@ class Evaluation:
                 condition = model.frozen[0].condition([self.prompts[n % len(self.prompts)] for n in numbers])
                 number_B = torch.tensor(numbers, device=self.ranks.device)
                 mine += zip(numbers, to_images(draw(model, condition, number_B, guidance=evaluate.guidance, **settings)))
-            drawn = sorted((pair for part in self.ranks.all(mine) for pair in part if pair[0] < num), key=lambda pair: pair[0])
-            return [image for _, image in drawn], [self.prompts[n % len(self.prompts)] for n, _ in drawn], []
+            prompts = [self.prompts[n % len(self.prompts)] for n in range(num)]
+            return Pictures(self.gathered(mine, num, "drawn"), prompts)
         for batch in self.batches("image", self.drawn["image"]):
             n_B = batch.n_B.to(self.ranks.device)
             condition = model.condition(batch.vit_pixels_BCHW, n_B + FIRST_N)
             looks = batch.pixels_BCHW if batch.latents_BCHW is None else model.frozen[1].decode(batch.latents_BCHW)
-            mine += zip(batch.n_B.tolist(), to_images(looks), to_images(draw(model, condition, n_B, **settings)))
+            originals, drawn = to_images(looks), to_images(draw(model, condition, n_B, **settings))
+            visible = visible_parts(model, n_B + FIRST_N, originals)
+            mine += zip(batch.n_B.tolist(), originals, visible, drawn)
         num = len(self.drawn["image"])
-        drawn = sorted((row for part in self.ranks.all(mine) for row in part if row[0] < num), key=lambda row: row[0])
-        return [image for _, _, image in drawn], [None] * num, [reference for _, reference, _ in drawn]
+        return Pictures(self.gathered(mine, num, "original", "visible", "drawn"), [None] * num)
 
-    def show(self, facts, images, prompts, references):
+    def gathered(self, mine, num, *names):
+        """(number, picture of each name ...) of every rank -> {name: the first num pictures, in
+        order}, on all of them."""
+        rows = [row for part in self.ranks.all(mine) for row in part if row[0] < num]
+        rows.sort(key=lambda row: row[0])
+        return {name: [row[i] for row in rows] for i, name in enumerate(names, 1)}
+
+    def show(self, facts, pictures):
         """Writes the grid; returns its path, or None where it cannot be written."""
-        evaluate, columns = self.config.evaluate, min(8, len(images))
+        evaluate, prompts = self.config.evaluate, pictures.prompts
         path = Path(self.config.run.dir) / "samples" / f"evaluate-{facts['step']:08d}.png"
-        rows = [row[start:start + columns] for start in range(0, len(images), columns) for row in (references, images) if row]
+        labels = [prompt or f"masked image {i}" for i, prompt in enumerate(prompts)]
         facts |= {"size": size_text(self.config.data.size_px), "steps": evaluate.steps, "seed": SEED,
                   "guidance": f"{evaluate.guidance if self.prompts else 1:g}", "prompt": "\n".join(dict.fromkeys(filter(None, prompts)))}
         try:
-            save_png(image_grid([image for row in rows for image in row], columns), path, facts)
+            save_grid(pictures.rows, labels, path, facts)
         except OSError as error:
             print(f"step {facts['step']}: no picture: {error}", flush=True)
             return None
         return str(path)
+
+    def score(self, step, pictures) -> dict[str, float]:
+        """Return the shares of SCORED, or {} for prompts that are no captions of the shapes world.
+
+        Errors are printed and stop nothing."""
+        try:
+            captions = pictures.prompts
+            if not self.prompts:
+                captions = map(self.source.shards.caption, self.drawn["image"].tolist())
+            known = [pair for pair in zip(pictures.drawn, captions) if CAPTION.fullmatch(pair[1])]
+            if not known:
+                return {}
+            shares = judged(["all"] * len(known), *zip(*known))["all"]
+            return {key: shares[key] for key in SCORED}
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+            print(f"step {step}: the pictures are not scored: {problem}", flush=True)
+            return {}
 
     def ask(self, step, images, prompts):
         """What the hook returns, as floats; its errors are said and stop nothing."""

@@ -21,6 +21,7 @@ from iomm.config import InputError, choice
 from iomm.engine import checkpoint, loop, parts, plan, zero
 from iomm.engine.config import differences, flat, load_config
 from iomm.engine.data.skips import Skips
+from iomm.engine.doctor import write_machine
 from iomm.engine.draw import draw_run
 from iomm.engine.ema import Ema
 from iomm.engine.evaluation import Evaluation, load_hook
@@ -127,6 +128,8 @@ def run(config, args, ranks, watch):
                       num_steps=config.train.steps, ranks=ranks, start_step=state.step, gpu_hours=state.gpu_hours,
                       tokens_per_image=plan.tokens(state.sharded.engine.module, config), wandb=config.log.wandb,
                       settings=flat(config)) if ranks.first else None
+    if metrics is not None:
+        metrics.careful("machine.json", write_machine, config.run.dir, ranks.size)
     window = Window(args.profile, state.step + config.profile.start_step, config.profile.num_steps, config.run.dir, ranks)
     saver = checkpoint.Saver(Path(config.run.dir) / "checkpoints", ranks.apart(), keep=config.checkpoint.keep,
                              keep_every_steps=config.checkpoint.keep_every_steps, background=config.checkpoint.background)
@@ -264,6 +267,8 @@ def finish(config, args, metrics, saver, ranks):
                 print(grade_run(run_dir, steps=config.log.sample_steps, device=ranks.device))
     except Exception as error:                   # of whatever kind: too little memory, no room on the disk
         print(f"samples     not drawn or not scored: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+    if report := metrics.report():
+        print(f"report      {report}")
     metrics.close()
     again = [f"--{name} {shlex.quote(value)}" for name in ("config", "init", "hook") if (value := getattr(args, name))]
     again += [shlex.quote(o) for o in args.overrides if not o.startswith("train.steps=")]

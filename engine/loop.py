@@ -19,14 +19,17 @@ from iomm.ranges import each, named, whole
 
 def train_step(sharded, batches, factor=None, look_ahead=None):
     """One optimizer step over this rank's micro-batches -> (mean loss, its sum and count by time bucket (2, buckets),
-    whether weights changed, seconds waited for data, samples that had to be replaced, [(samples, their losses)]).
+    whether weights changed, seconds waited for data, samples that had to be replaced, [(samples, their losses)], sum
+    and number (2,) of the alignment losses, (0,) without an alignment head).
+
+    The mean loss and its buckets are the velocity's; the gradient is that of both losses.
 
     factor(mean loss), if given, multiplies the last loss: NaN makes all ranks skip the step. look_ahead(), if given, is
     called when the forward pass of a micro-batch is queued."""
-    losses, by_time, wait_s, failures, seen = [], 0, 0.0, [], []
+    losses, by_time, wait_s, failures, seen, aligned = [], 0, 0.0, [], [], []
     for batch in each("data", batches):          # one micro-batch each
-        loss, loss_B, t_B = sharded(*batch.inputs)
-        losses.append(loss.detach())
+        loss, loss_B, t_B, *align_I = sharded(*batch.inputs)
+        losses.append(loss_B.mean() if align_I else loss.detach())
         if factor is not None and sharded.last_micro_batch:
             loss = loss * factor(torch.stack(losses).mean())
         if look_ahead is not None:
@@ -36,9 +39,14 @@ def train_step(sharded, batches, factor=None, look_ahead=None):
         with named("optimizer"):
             applied = sharded.step()             # acts only on the last one
         seen.append((batch.n_B, loss_B.detach()))
+        for loss_I in align_I:
+            every = len(loss_I) == len(batch.n_B)
+            seen.append((batch.n_B if every else batch.n_B[torch.tensor(batch.has_image)], loss_I))
+            aligned.append(torch.stack((loss_I.sum(), loss_I.new_full((), len(loss_I)))))
         by_time, wait_s = by_time + torch.stack(loss_by_time(loss_B, t_B)), wait_s + batch.wait_s
         failures += batch.failures
-    return torch.stack(losses).mean(), by_time, applied, wait_s, failures, seen
+    aligned = sum(aligned) if aligned else by_time.new_empty(0)
+    return torch.stack(losses).mean(), by_time, applied, wait_s, failures, seen, aligned
 
 
 def train(state, source, config, saver, watch, metrics=None, window=None, evaluation=None):
@@ -59,15 +67,18 @@ def train(state, source, config, saver, watch, metrics=None, window=None, evalua
             sharded.set_lr(lr)
             if window is not None:
                 window.before(state.step + 1)
-            loss, by_time, applied, wait_s, failures, seen = train_step(
+            loss, by_time, applied, wait_s, failures, seen, aligned = train_step(
                 sharded, islice(batches, source.accumulation_steps), factor, look_ahead)
             if applied:
                 with named("ema"):
                     ema.update(state.step)
             state.step += 1
-            sums = torch.cat((loss[None] / ranks.size, by_time.flatten(), loss.new_tensor([len(failures), stop.asked])))
-            dist.all_reduce(sums)                # one message: loss, sums and counts by time, replaced samples, stop
-            loss, *by_time, failed, asked = sums.tolist()
+            sums = torch.cat((loss[None] / ranks.size, by_time.flatten(), aligned,
+                              loss.new_tensor([len(failures), stop.asked])))
+            dist.all_reduce(sums)                # one message: losses, sums and counts by time, replaced samples, stop
+            loss, *parts, failed, asked = sums.tolist()
+            by_time, aligned = parts[:by_time.numel()], parts[by_time.numel():]
+            align_loss = aligned[0] / aligned[1] if any(aligned[1:]) else None
             words = f"samples {(state.step - 1) * batch} to {state.step * batch - 1}"
             words = words if applied else words + suspects(seen, ranks)
             lost, mistake = sum(ranks.all(failures), []) if failed else [], None
@@ -82,8 +93,9 @@ def train(state, source, config, saver, watch, metrics=None, window=None, evalua
             row = None
             if metrics is not None:
                 row = metrics.record(
-                    step=state.step, loss=loss, by_time=by_time, grad_norm=sharded.grad_norm() if applied else None,
-                    lr=lr, data_wait_s=wait_s, skipped_steps=guard.total, skipped_samples=state.skips.total)
+                    step=state.step, loss=loss, align_loss=align_loss, by_time=by_time,
+                    grad_norm=sharded.grad_norm() if applied else None, lr=lr, data_wait_s=wait_s,
+                    skipped_steps=guard.total, skipped_samples=state.skips.total)
                 state.gpu_hours = row["gpu_hours"]
             if asked or mistake or state.step % config.checkpoint.every_steps == 0 or state.step == config.train.steps:
                 if any(ranks.all(saver.waits)):
@@ -99,6 +111,7 @@ def train(state, source, config, saver, watch, metrics=None, window=None, evalua
                 evaluated = evaluate(state, evaluation, saver, watch)
                 if metrics is not None:
                     state.gpu_hours = metrics.add(row, evaluated)["gpu_hours"]
+                    metrics.report()
             if metrics is not None and (state.step % config.log.every_steps == 0 or state.step == 1 or evaluated):
                 bar.write(line(row, config.train.steps))
             bar.update()
@@ -131,9 +144,9 @@ def spike_factor(loss, guard, ranks):
 
 
 def suspects(seen, ranks):
-    """Which samples of a skipped step had a loss that is not finite, in words. All ranks together."""
+    """Which samples of a skipped step had a loss, of either kind, that is not finite, in words. All ranks together."""
     mine = [int(n) for n_B, loss_B in seen for n in n_B[~loss_B.isfinite().cpu()].tolist()]
-    bad = sorted(sum(ranks.all(mine), []))
+    bad = sorted(set(sum(ranks.all(mine), [])))
     return f"; not finite: {', '.join(map(str, bad[:16]))}{' ...' * (len(bad) > 16)}" if bad else "; the loss of each is finite"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from iomm.config import InputError
-from iomm.ranges import Clock
+from iomm.ranges import Clock, named
 
 WANDB_PATIENCE_S = 30      # for a key at the start, for its server at the end
 
@@ -112,9 +112,10 @@ class Metrics:
         return wandb.init(project=self.dir.absolute().parent.name, name=name, id=name, resume="allow", dir=self.dir,
                           config=settings, settings={"login_timeout": WANDB_PATIENCE_S})
 
-    def record(self, *, step, loss, by_time, grad_norm, lr, data_wait_s, skipped_steps, skipped_samples):
-        """step counts from 1. by_time: loss sums, then counts, of equal intervals of t from image (0) to noise (1).
-        Returns the record."""
+    def record(self, *, step, loss, by_time, grad_norm, lr, data_wait_s, skipped_steps, skipped_samples,
+               align_loss=None):
+        """step counts from 1. loss: of the velocity alone. align_loss: mean over the aligned samples, None without any.
+        by_time: loss sums, then counts, of equal intervals of t from image (0) to noise (1). Returns the record."""
         split, beside = self.clock.read()
         for part, seconds in self.carried.items():
             split[part] = split.get(part, 0.0) + seconds
@@ -125,7 +126,7 @@ class Metrics:
         self.gpu_hours += step_s * self.size / 3600
         typical_s = sorted(self.recent)[len(self.recent) // 2]
         row = {
-            "step": step, "samples_seen": step * self.global_batch, "loss": loss,
+            "step": step, "samples_seen": step * self.global_batch, "loss": loss, "align_loss": align_loss,
             "loss_by_time": [total / count if count else None for total, count in zip(*halves(by_time))], "grad_norm": grad_norm, "lr": lr,
             "images_per_s": images_per_s, "tokens_per_s": self.tokens * images_per_s,
             "mfu": self.flops * images_per_s / (self.peak * self.size) if self.peak else None,
@@ -149,6 +150,12 @@ class Metrics:
         self.careful("log.jsonl", self.write_line, row, True)
         self.show({"step": row["step"], **found})
         return row
+
+    def report(self):
+        """Write run.dir/report.html and the sheets in samples/; return its path, None if that fails."""
+        from iomm.engine.report import write_run
+        with named("report"):
+            return self.careful("report.html", write_run, self.dir)
 
     def show(self, row):
         if self.board is not None and not self.careful("TensorBoard", self.write_board, row):
@@ -226,8 +233,11 @@ def line(row, num_steps):
     norm = f"{row['grad_norm']:.3f}" if row["grad_norm"] is not None else "skipped"
     longest = sorted(row["time_s"].items(), key=lambda part: -part[1])[:3]
     split = ", ".join(f"{name} {seconds / row['step_s']:.0%}" for name, seconds in longest)
+    align = f"  align {row['align_loss']:.4f}" if row["align_loss"] is not None else ""
     heldout = "".join(f"  held-out {kind} {loss['mean']:.4f}" for kind, loss in row.get("heldout_loss", {}).items())
-    return (f"step {row['step']}/{num_steps}  loss {row['loss']:.4f}{heldout}  grad norm {norm}  lr {row['lr']:.2e}  "
+    heldout += f"  fits {row['scores']['fits']:.0%}" if "scores" in row else ""
+    return (f"step {row['step']}/{num_steps}  loss {row['loss']:.4f}{align}{heldout}  grad norm {norm}  "
+            f"lr {row['lr']:.2e}  "
             f"{row['images_per_s']:.1f} images/s  {row['tokens_per_s']:,.0f} tokens/s{mfu}  "
             f"data wait {row['data_wait_s'] * 1e3:.0f} ms  {split}  "
             f"GPU-hours {row['gpu_hours']:.2f} used, {row['gpu_hours_left']:.2f} left")

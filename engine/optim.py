@@ -23,7 +23,10 @@ def learning_rate(step, config, num_steps):
 
 def make_optimizer(module, config, adamw=None):
     """AdamW, or Muon for the matrices of layers (blocks, refiners, connector, query adapter) and AdamW for everything else,
-    over a module's trained parameters. adamw: what does AdamW's update, torch's fused kernel if not given."""
+    over a module's trained parameters. adamw: what does AdamW's update, torch's fused kernel if not given.
+
+    The alignment head stays with AdamW, as REPA trains it: like the generator's ends it is no layer of the residual
+    stream, and Newton-Schulz steps for a read-out that is thrown away would be wasted."""
     layers = {id(part.weight) for name, part in module.named_modules() if isinstance(part, nn.Linear)
               and any(where in name for where in ("blocks.", "refiners.", "adapter.")) and "modulation" not in name}
     matrices = [p for p in module.parameters() if id(p) in layers] if config.kind == "muon" else []

@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from iomm.adapter import Connector, QueryAdapter
+from iomm.alignment import PREFIX, AlignmentHead
 from iomm.config import InputError, generator_config
 from iomm.engine import checkpoint
 from iomm.engine.config import load_config, positive
@@ -74,7 +75,7 @@ def open_source(config, ranks, mllm, vae, *, index_dir=None, pairs_dir=None):
         size_px=data.size_px, vit_px=mllm.vit_px, device=ranks.device, start_step=0, num_steps=config.train.steps,
         flip=data.flip, num_threads=data.threads, crop=data.crop, plan=make_order(config, images, pairs, vae), latents=latents,
         dtype=torch.bfloat16 if data.precision == "bf16" else torch.float32, hw_decoder_load=data.hw_decoder_load,
-        resize=data.resize)
+        resize=data.resize, look_at_pairs=config.align.weight > 0 and config.align.pairs)
 
 
 def make_order(config, images, pairs, vae):
@@ -173,22 +174,30 @@ def new_vae(config, device):
     return load_vae(vae_name(config), patch=config.model.patch, dtype=config.dtype, device=device)
 
 
+def make_recipe(config):
+    """RunConfig -> Recipe."""
+    return Recipe(seed=config.run.seed, mask=config.mask, adapter=config.adapter, time=asdict(config.time),
+                  sample_latents=config.model.vae_sample, caption_drop=config.train.caption_drop, align=config.align,
+                  align_share=config.align_share)
+
+
 def build_model(config, device):
     """Frozen parts on `device`, trained parts drawn from run.seed on the CPU -> IOMM."""
     mllm = load_mllm(mllm_name(config), revision=config.model.mllm_revision, dtype=config.dtype, device=device)
     vae = new_vae(config, device)
     vae.grid(config.data.size_px, config.data.size_px)          # raises if the size does not divide
     shape = generator_config(config.model.preset, token_dim=vae.token_dim, condition_dim=mllm.width)
-    recipe = Recipe(seed=config.run.seed, mask=config.mask, adapter=config.adapter, time=asdict(config.time),
-                    sample_latents=config.model.vae_sample, caption_drop=config.train.caption_drop)
-    seed, adapter, connector = config.run.seed, None, None
+    seed, adapter, connector, alignment = config.run.seed, None, None, None
     if config.adapter.kind != "none":
         adapter = QueryAdapter(config.adapter, mllm.width)
         adapter.init_weights(seed)
     if config.adapter.connector_layers:
         connector = Connector(config.adapter, mllm.width)
         connector.init_weights(seed)
-    return IOMM(new_generator(shape, seed), adapter, mllm, vae, recipe, connector)
+    if config.align.weight:
+        alignment = AlignmentHead(config.align, shape.width, mllm)
+        alignment.init_weights(seed)
+    return IOMM(new_generator(shape, seed), adapter, mllm, vae, make_recipe(config), connector, alignment)
 
 
 def read_run(run_dir, ranks=None):
@@ -208,6 +217,7 @@ def load_run(run_dir, *, weights="ema", device="cpu"):
     weights are in the run's precision, as training computes; on a CPU in float32."""
     config, folder = read_run(run_dir)
     model = build_model(config, device).to(device)
+    model.alignment = None                       # only training needs it
     manifest = load_weights(model, folder, weights)
     if torch.device(device).type == "cuda" and config.dtype == torch.bfloat16:
         model.to(torch.bfloat16)
@@ -218,13 +228,20 @@ def load_run(run_dir, *, weights="ema", device="cpu"):
 def load_weights(model, folder, weights="ema"):
     """Reads whole parameters of a checkpoint, of whatever number of ranks, into a model that is not sharded.
 
-    weights: "ema", or "raw" for the fp32 masters; a run without an average has only these."""
+    weights: "ema", or "raw" for the fp32 masters; a run without an average has only these. An alignment head is read
+    only where both have the same one, else the model's stays as it is: stages may differ in it."""
     reader = checkpoint.Reader(folder)
     slot = "ema" if weights == "ema" and reader.manifest["ema"] else "master"
-    parameters = dict(model.named_parameters())
-    wanted, found = set(parameters), set(reader.manifest["shapes"])
+    parameters, shapes = dict(model.named_parameters()), reader.manifest["shapes"]
+    wanted, found = set(without_head(parameters)), set(without_head(shapes))
     if wanted != found:
         raise InputError(f"{folder} is of another model: missing {sorted(wanted - found)[:3]}, unknown {sorted(found - wanted)[:3]}")
     for name, parameter in parameters.items():
-        parameter.copy_(reader.full(slot, name))
+        if name in wanted or shapes.get(name) == list(parameter.shape):
+            parameter.copy_(reader.full(slot, name))
     return reader.manifest
+
+
+def without_head(by_name):
+    """{parameter name: anything} -> the same without the alignment head's."""
+    return {name: value for name, value in by_name.items() if not name.startswith(PREFIX)}

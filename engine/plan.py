@@ -1,6 +1,7 @@
 """What a run will take, before it takes anything: parameters, memory and work, counted on the meta device."""
 
-from dataclasses import asdict, dataclass, replace
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -8,16 +9,17 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from iomm.adapter import Connector, QueryAdapter
+from iomm.alignment import AlignmentHead, alignment_loss
 from iomm.config import InputError, generator_config
 from iomm.engine import checkpoint
 from iomm.engine.data import latents
 from iomm.engine.data.patterns import expand
-from iomm.engine.parts import mllm_name, vae_name
+from iomm.engine.parts import make_recipe, mllm_name, vae_name, without_head
 from iomm.generator import empty_generator
 from iomm.internvl import mllm_without_weights
 from iomm.layers import use_fp8
 from iomm.mllm import TURN
-from iomm.model import IOMM, Recipe
+from iomm.model import IOMM
 from iomm.vae import vae_without_weights
 
 NUM_TEXT, NUM_TURN = 24, 8      # tokens of the turn with the fixed prompt, and without, by Qwen2.5's tokenizer; where there is none
@@ -54,8 +56,8 @@ def build_without_weights(config):
     with torch.device("meta"):
         adapter = None if config.adapter.kind == "none" else QueryAdapter(config.adapter, mllm.width)
         connector = Connector(config.adapter, mllm.width) if config.adapter.connector_layers else None
-    recipe = Recipe(seed=config.run.seed, mask=config.mask, adapter=config.adapter, time=asdict(config.time))
-    return IOMM(empty_generator(shape, device="meta"), adapter, mllm, vae, recipe, connector)
+        alignment = AlignmentHead(config.align, shape.width, mllm) if config.align.weight else None
+    return IOMM(empty_generator(shape, device="meta"), adapter, mllm, vae, make_recipe(config), connector, alignment)
 
 
 def make_plan(config, ranks):
@@ -69,7 +71,7 @@ def make_plan(config, ranks):
     model = build_without_weights(config)
     check_paths(config, model)
     parts = {"generator": model.generator, "adapter": model.adapter, "connector": model.connector,
-             "MLLM (frozen)": model.frozen[0], "VAE (frozen)": model.frozen[1]}
+             "align": model.alignment, "MLLM (frozen)": model.frozen[0], "VAE (frozen)": model.frozen[1]}
     return Plan(ranks=ranks, micro_batch=micro_batch, accumulation=batch // (micro_batch * ranks),
                 samples=config.train.steps * batch, flops=work(model, config), memory=memory(model, config, ranks, micro_batch),
                 parameters={name: size(part) for name, part in parts.items() if part is not None})
@@ -96,7 +98,7 @@ def check_paths(config, model):
         if not found:
             raise InputError(f"run.init: {config.run.init} has no checkpoint yet")
         here = {name: list(p.shape) for name, p in model.named_parameters()}
-        if checkpoint.read_manifest(found[-1])["shapes"] != here:
+        if without_head(checkpoint.read_manifest(found[-1])["shapes"]) != without_head(here):
             raise InputError(f"run.init: {found[-1]} is of another model: give the same model.*, adapter.* as there")
 
 
@@ -104,16 +106,10 @@ def size(module):
     return sum(p.numel() for p in module.parameters())
 
 
-def share_of_images(config):
-    """Of the samples of a global batch, as engine/data/mixture.py fills it."""
-    batch = config.train.global_batch
-    return {"image": 1.0, "pair": 0.0, "mix": round(config.data.mix * batch) / batch}[config.train.data]
-
-
 def kinds(model, config):
     """[(share, keyword arguments of flops_by_part and tokens_per_image)] of the images and of the pairs of a run. A caption
     counts as NUM_CAPTION tokens, one that is dropped as none."""
-    mllm, images = model.frozen[0], share_of_images(config)
+    mllm, images = model.frozen[0], config.image_share
     turn, text = NUM_TURN, NUM_TEXT
     if mllm.tokenizer is not None:
         turn, text = len(mllm.token_ids("".join(TURN))), None
@@ -200,9 +196,9 @@ def kept_bytes(run, own):
 
 
 def activation_bytes(model, config, micro_batch):
-    """{part: bytes} that autograd keeps of one micro-batch: counted by running generator, connector and one decoder layer
-    of the MLLM on the meta device, uncompiled; torch.compile keeps less. Of train.recompute blocks only the inputs stay,
-    and one block's own while it runs. The adapter's, small, are left out."""
+    """{part: bytes} that autograd keeps of one micro-batch: counted by running generator, connector, alignment head and
+    one decoder layer of the MLLM on the meta device, uncompiled; torch.compile keeps less. Of train.recompute blocks
+    only the inputs stay, and one block's own while it runs. The adapter's, small, are left out."""
     mllm, vae = model.frozen
     dtype = config.dtype
     rows, columns = grid = vae.grid(config.data.size_px, config.data.size_px)
@@ -229,20 +225,39 @@ def activation_bytes(model, config, micro_batch):
         with torch.device("meta"):
             connector = Connector(config.adapter, mllm.width).to(dtype)
         kept["connector"] = kept_bytes(lambda: connector(condition_BCD), connector.parameters())
+    if model.alignment is not None:
+        width, aligned = model.generator.config.width, num_aligned(config, micro_batch)
+        with torch.device("meta"):
+            head = AlignmentHead(config.align, width, mllm).to(dtype)
+            latents_IND = torch.empty(aligned, rows * columns, width, dtype=dtype, requires_grad=True)
+            target_IND = torch.empty(aligned, rows * columns, head.target_width, dtype=dtype)
+        own = [*head.parameters(), target_IND]
+        if aligned == micro_batch:               # the next block keeps them anyway; of a mixture some are picked out
+            own.append(latents_IND)
+        kept["align"] = kept_bytes(lambda: alignment_loss(head(latents_IND), target_IND), own)
     if model.adapter is not None:
         kept["MLLM queries"] = mllm.num_layers * kept_bytes(*mllm.layer_without_weights(
             micro_batch * config.adapter.num_queries, dtype, Attended.apply))
     return kept
 
 
+def num_aligned(config, micro_batch):
+    """Samples of a micro-batch that are aligned, at most."""
+    return math.ceil(micro_batch * config.align_share)
+
+
 def prepared_bytes(model, config, micro_batch):
     """Bytes of a micro-batch that train.overlap has encoded: noisy tokens and their targets in the dtype of the pixels, the
-    condition and its prefix in that of the MLLM."""
+    condition, its prefix and the alignment's target in that of the MLLM."""
     mllm, vae = model.frozen
     rows, columns = vae.grid(config.data.size_px, config.data.size_px)
     num_prefix = max(model.condition_tokens(kind["num_text"], kind.get("image", True))[0] for _, kind in kinds(model, config))
     latents = 2 * rows * columns * vae.token_dim * (2 if config.data.precision == "bf16" else 4)
-    return micro_batch * (latents + mllm.prefix_numbers(num_prefix) * config.dtype.itemsize)
+    target = 0
+    if model.alignment is not None:
+        values = rows * columns * model.alignment.target_width
+        target = num_aligned(config, micro_batch) * values * config.dtype.itemsize
+    return micro_batch * (latents + mllm.prefix_numbers(num_prefix) * config.dtype.itemsize) + target
 
 
 def table(title, rows, unit, scale, digits):
@@ -257,7 +272,7 @@ def memory_table(memory):
 
 def describe(plan, config):
     """Plan -> text for the terminal."""
-    pairs = 1 - share_of_images(config)
+    pairs = 1 - config.image_share
     mean = f", mean over {1 - pairs:.0%} images and {pairs:.0%} pairs with captions of {NUM_CAPTION} tokens" if pairs else ""
     return "\n".join([
         f"{config.model.preset}, {config.data.size_px} px, {plan.ranks} GPU(s), micro-batch {plan.micro_batch} x "

@@ -141,7 +141,8 @@ def trace_of(model):
 
     def forward(module):
         if module is model:
-            return [part for part in (model.adapter, model.connector, model.generator) if part is not None]
+            parts = model.adapter, model.connector, model.generator, model.alignment
+            return [part for part in parts if part is not None]
         return list(module.children())
     return walk(model, forward, False) + walk(model, lambda module: forward(module)[::-1], True)
 

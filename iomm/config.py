@@ -56,6 +56,11 @@ class GeneratorConfig:
         return self.width // self.num_heads
 
     @property
+    def depth(self):
+        """Blocks that the latents pass one after another, refiners excepted."""
+        return self.num_blocks + self.num_single_blocks
+
+    @property
     def rope_axes(self):
         """Rotary dims of the (index, row, column) axes: at E = 128 FLUX's (16, 56, 56) or Z-Image's (32, 48, 48)."""
         index, place = (2, 7) if self.kind == "mmdit" else (4, 6)
@@ -117,3 +122,26 @@ class AdapterConfig:
             raise InputError(f"adapter.connector_layers must be >= 0, got {self.connector_layers}")
         if self.kind == "none" and self.conditions == "query":
             raise InputError("adapter.kind none has no queries: set adapter.conditions=all")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignConfig:
+    """Alignment of a generator block with the frozen ViT (REPA, arXiv 2410.06940): beyond the paper, off."""
+
+    weight: float = 0.0            # weight of the alignment loss beside the velocity loss; 0 turns alignment off
+    block: int = 0                 # generator block that is aligned, counted from 1; 0: a third of the depth, rounded up
+    target: str = "vit"            # vit | projector: the ViT's last hidden states, or the image tokens that the MLLM reads
+    pairs: bool = False            # align pairs too; the ViT then encodes their images for this alone
+
+    def __post_init__(self):
+        choice("align.target", self.target, ("vit", "projector"))
+        for name in ("weight", "block"):
+            if getattr(self, name) < 0:
+                raise InputError(f"align.{name} must be >= 0, got {getattr(self, name)}")
+
+    def block_in(self, depth: int) -> int:
+        """Return the block's number in a generator of `depth` blocks. Raises InputError beyond the last."""
+        if self.block > depth:
+            raise InputError(f"align.block must be at most {depth}, the generator's number of blocks, "
+                             f"got {self.block}")
+        return self.block or -(-depth // 3)

@@ -52,7 +52,8 @@ class Condition:
 class MLLM(Frozen):
     """A frozen InternVL (ViT, projector, Qwen2 decoder) in transformers' own modules, without its language-model head.
 
-    Attributes: width D of the decoder, num_image_tokens P, vit_px side of the ViT's square input in pixels."""
+    Attributes: width D of the decoder, num_image_tokens P, vit_px side of the ViT's square input in pixels, vit_width W
+    of its hidden states."""
 
     def __init__(self, internvl, tokenizer):
         super().__init__(internvl)
@@ -65,6 +66,7 @@ class MLLM(Frozen):
         self.tokenizer = tokenizer
         self.width = config.text_config.hidden_size
         self.vit_px = config.vision_config.image_size[0]
+        self.vit_width = config.vision_config.hidden_size
         side = self.vit_px // config.vision_config.patch_size[0]
         self.num_image_tokens = int(side * config.downsample_ratio) ** 2
         self.max_positions = config.text_config.max_position_embeddings
@@ -90,25 +92,35 @@ class MLLM(Frozen):
         """(B, 3, vit_px, vit_px) normalised by IMAGE_MEAN and IMAGE_STD -> (B, P, D). No gradient.
 
         What transformers' get_image_features computes, without its hooks on every layer, which torch.compile cannot trace."""
+        return self.project(self.vit_states(vit_pixels_BCHW))
+
+    @torch.no_grad()
+    def vit_states(self, vit_pixels_BCHW):
+        """Return the ViT's last hidden states, normed, without class token: (B, patches, W), a row-major square."""
         tower = self.backbone.vision_tower
-        x_BNW = tower.layernorm(tower.encoder(tower.embeddings(vit_pixels_BCHW.to(self.dtype))).last_hidden_state)[:, 1:]
-        side = math.isqrt(x_BNW.shape[1])
-        shuffled = self.backbone.pixel_shuffle(x_BNW.unflatten(1, (side, side)), scale_factor=self.backbone.config.downsample_ratio)
+        embedded = tower.embeddings(vit_pixels_BCHW.to(self.dtype))
+        return tower.layernorm(tower.encoder(embedded).last_hidden_state)[:, 1:]
+
+    @torch.no_grad()
+    def project(self, states_BNW):
+        """Return the image tokens (B, P, D) made of `vit_states`: a row-major square, each token of 2 x 2 patches."""
+        side, ratio = math.isqrt(states_BNW.shape[1]), self.backbone.config.downsample_ratio
+        shuffled = self.backbone.pixel_shuffle(states_BNW.unflatten(1, (side, side)), scale_factor=ratio)
         return self.backbone.multi_modal_projector(shuffled.flatten(1, 2))
 
     def token_ids(self, text):
         """Text -> list of token ids, special tokens in the text included, none added."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def vit_flops(self):
-        """Forward FLOPs of one image through ViT and projector: 2 m n k of every matrix product."""
+    def vit_flops(self, projector=True):
+        """Forward FLOPs of one image through ViT and, unless left out, projector: 2 m n k of every matrix product."""
         vision, width = self.backbone.config.vision_config, self.width
         patches = (vision.image_size[0] // vision.patch_size[0]) ** 2
         tokens, inner = patches + 1, vision.hidden_size
         layer = tokens * (8 * inner**2 + 4 * inner * vision.intermediate_size) + 4 * tokens**2 * inner
         shuffled = inner * patches // self.num_image_tokens
-        return (2 * patches * 3 * vision.patch_size[0]**2 * inner + vision.num_hidden_layers * layer
-                + 2 * self.num_image_tokens * (shuffled * width + width**2))
+        projected = 2 * self.num_image_tokens * (shuffled * width + width**2) if projector else 0
+        return 2 * patches * 3 * vision.patch_size[0]**2 * inner + vision.num_hidden_layers * layer + projected
 
     def decoder_flops(self, num_prefix, num_queries, outputs=False):
         """(prefix, queries forward, queries backward) FLOPs of one image with the prefix split.

@@ -132,7 +132,8 @@ def grid_tables(grid, axes, theta, device, dtype):
 class MMDiT(nn.Module):
     """(noisy_BNK, t_B in [0, 1], condition_BCD, grid (rows, columns)) -> velocity_BNK = noise - image.
 
-    lengths_B, for ragged conditions only: how many of a sample's C tokens are its own; the others are never read."""
+    lengths_B, for ragged conditions only: how many of a sample's C tokens are its own; the others are never read.
+    tap: block, counted from 1 (single-stream blocks go on counting), whose latents are returned too; 0: none."""
 
     block_classes = (DualBlock, SingleBlock)  # each gathered whole under ZeRO-3 and compiled as one graph
 
@@ -153,7 +154,7 @@ class MMDiT(nn.Module):
         self.final_modulation = nn.Linear(width, 2 * width)  # scale first, then shift: diffusers' order
         self.final = nn.Linear(width, config.token_dim)
 
-    def forward(self, noisy_BNK, t_B, condition_BCD, grid, lengths_B=None):
+    def forward(self, noisy_BNK, t_B, condition_BCD, grid, lengths_B=None, tap=0):
         num_condition, (rows, columns) = condition_BCD.shape[1], grid
         assert noisy_BNK.shape[1] == rows * columns, (
             f"{noisy_BNK.shape[1]} latent tokens do not fill a grid of {rows} x {columns}"
@@ -171,16 +172,22 @@ class MMDiT(nn.Module):
         if lengths_B is not None:
             shown_BL = F.pad(torch.arange(num_condition, device=lengths_B.device) < lengths_B[:, None],
                              (0, rows * columns), value=True)
-        for block in self.blocks:
+        tapped_BND = None
+        for number, block in enumerate(self.blocks, 1):
             latents, condition = block(latents, condition, time_BD, cos, sin, shown_BL)
+            if number == tap:
+                tapped_BND = latents
         if self.single_blocks:
             joint = torch.cat((condition, latents), dim=1)
             cos, sin = F.pad(cos, (0, 0, num_condition, 0), value=1.0), F.pad(sin, (0, 0, num_condition, 0))
-            for block in self.single_blocks:
+            for number, block in enumerate(self.single_blocks, len(self.blocks) + 1):
                 joint = block(joint, time_BD, cos, sin, shown_BL)
+                if number == tap:
+                    tapped_BND = joint[:, num_condition:]
             latents = joint[:, num_condition:]
         scale, shift = self.final_modulation(time_BD).chunk(2, dim=-1)
-        return self.final(norm_modulate(latents, shift, scale, eps=EPS))
+        velocity_BNK = self.final(norm_modulate(latents, shift, scale, eps=EPS))
+        return (velocity_BNK, tapped_BND) if tap else velocity_BNK
 
     def init_weights(self, seed):
         """Fresh weights, a function of the seed; every block starts as the identity, the velocity as 0 (adaLN-zero)."""

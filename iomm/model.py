@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from iomm.config import AdapterConfig, MaskConfig
+from iomm.alignment import alignment_loss, on_grid
+from iomm.config import AdapterConfig, AlignConfig, MaskConfig
 from iomm.flow import sample_time, velocity_loss
 from iomm.kernels.noisy_tokens import noisy_tokens
 from iomm.kernels.philox import CAPTION_DROP, TIME, VAE, normal, uniform
@@ -29,12 +30,16 @@ class Recipe:
     time: dict = field(default_factory=dict)      # keyword arguments of flow.sample_time
     sample_latents: bool = False                  # from the VAE's posterior, not its mean
     caption_drop: float = 0.1                     # share of captions replaced by the empty prompt, for guidance
+    align: AlignConfig = field(default_factory=AlignConfig)
+    # Share of a global batch's samples that are aligned: its loss is their mean, whatever the micro-batches.
+    align_share: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
     """What Algorithm 1 makes of a batch without a trained weight. grid: (rows, columns) of latent tokens; prefix: keys and
-    values of every layer of the MLLM, and its outputs or None."""
+    values of every layer of the MLLM, and its outputs or None. align_IND: target of the alignment, or None without a
+    head; aligned_I: the rows of the batch that it is of, or None for all."""
 
     noisy_BNK: torch.Tensor
     target_BNK: torch.Tensor
@@ -42,11 +47,14 @@ class Prepared:
     grid: tuple
     condition: Condition
     prefix: tuple
+    align_IND: torch.Tensor | None = None
+    aligned_I: torch.Tensor | None = None
 
     def tensors(self):
         """All of them, for whoever hands them from one CUDA stream to another."""
         cache, outputs_TD = self.prefix
-        held = self.noisy_BNK, self.target_BNK, self.t_B, *vars(self.condition).values(), *chain(*cache), outputs_TD
+        held = (self.noisy_BNK, self.target_BNK, self.t_B, *vars(self.condition).values(), *chain(*cache), outputs_TD,
+                self.align_IND, self.aligned_I)
         return [tensor for tensor in held if isinstance(tensor, torch.Tensor)]
 
 
@@ -54,10 +62,10 @@ class IOMM(nn.Module):
     """Generator and adapter (trained), MLLM and VAE (frozen, held in a tuple so that nothing that walks the modules
     partitions, casts or saves them)."""
 
-    def __init__(self, generator, adapter, mllm, vae, recipe, connector=None):
-        """adapter: None for adapter.kind "none"; connector: None without one."""
+    def __init__(self, generator, adapter, mllm, vae, recipe, connector=None, alignment=None):
+        """adapter: None for adapter.kind "none"; connector, alignment (AlignmentHead): None without one."""
         super().__init__()
-        self.generator, self.adapter, self.connector = generator, adapter, connector
+        self.generator, self.adapter, self.connector, self.alignment = generator, adapter, connector, alignment
         self.frozen = (mllm, vae)
         self.recipe = recipe
 
@@ -68,8 +76,9 @@ class IOMM(nn.Module):
         weight takes part, so it may run while the generator still works on the batch before.
 
         captions and has_image (B texts, B bools), where some samples are pairs: those are conditioned on their caption and
-        vit_pixels_ICHW are of the others, in order. With cached latents_BCHW the VAE pixels may be None, with cached
-        image_tokens_IPD the ViT pixels. Draws nothing from a global generator: mask, time, noise and dropped captions belong to (seed, n)."""
+        vit_pixels_ICHW are of the others, in order (of all samples where pairs are aligned too). With cached latents_BCHW the
+        VAE pixels may be None, with cached image_tokens_IPD the ViT pixels. Draws nothing from a global generator: mask, time,
+        noise and dropped captions belong to (seed, n)."""
         mllm, vae = self.frozen
         seed, n_B = self.recipe.seed, n_B.to(mllm.device)
         if latents_BCHW is None:
@@ -77,21 +86,67 @@ class IOMM(nn.Module):
                 latents_BCHW = self.encode(pixels_BCHW, n_B)                              # step 2
         t_B = sample_time(uniform(seed, TIME, n_B, 1)[:, 0], **self.recipe.time)
         noisy_BNK, target_BNK = noisy_tokens(latents_BCHW, t_B, seed, n_B, vae.patch)
-        condition = self.condition(vit_pixels_ICHW, n_B, captions, has_image, image_tokens_IPD)  # steps 3, 4, 5
-        return Prepared(noisy_BNK=noisy_BNK, target_BNK=target_BNK, t_B=t_B, grid=grid(latents_BCHW, vae.patch),
-                        condition=condition, prefix=self.prefix(condition))               # of step 7, what sees no query
+        shape, tokens_IPD, aligned = grid(latents_BCHW, vae.patch), image_tokens_IPD, {}
+        if self.alignment is not None:
+            tokens_IPD, aligned = self.look(vit_pixels_ICHW, tokens_IPD, has_image, shape)            # step 3
+        condition = self.condition(vit_pixels_ICHW, n_B, captions, has_image, tokens_IPD)  # steps 3, 4, 5
+        return Prepared(noisy_BNK=noisy_BNK, target_BNK=target_BNK, t_B=t_B, grid=shape, condition=condition,
+                        prefix=self.prefix(condition), **aligned)                         # of step 7, what sees no query
 
     def forward(self, *sample):
-        """The arguments of `prepare`, or what it made of them -> (mean loss, loss_B, t_B)."""
+        """The arguments of `prepare`, or what it made of them -> (mean loss, loss_B, t_B).
+
+        With an alignment head the mean has weight x its loss added, and a fourth result is the alignment loss (I,)."""
         given = sample[0] if isinstance(sample[0], Prepared) else self.prepare(*sample)   # steps 2, 3, 4, 5
         hidden_BCD, lengths_B = self.read(given.condition, given.prefix)                  # steps 6, 7
-        velocity_BNK = self.velocity(given.noisy_BNK, given.t_B, hidden_BCD, lengths_B, given.grid)
-        loss, loss_B = velocity_loss(velocity_BNK, given.target_BNK)                      # step 8
-        return loss, loss_B.detach(), given.t_B
+        inputs = given.noisy_BNK, given.t_B, hidden_BCD, lengths_B, given.grid
+        if self.alignment is None:
+            loss, loss_B = velocity_loss(self.velocity(*inputs), given.target_BNK)        # step 8
+            return loss, loss_B.detach(), given.t_B
+        align = self.recipe.align
+        velocity_BNK, latents_BND = self.velocity(*inputs, tap=align.block_in(self.generator.config.depth))
+        loss, loss_B = velocity_loss(velocity_BNK, given.target_BNK)
+        align_I = self.align(latents_BND, given)
+        loss = loss + align.weight / (self.recipe.align_share * len(loss_B)) * align_I.sum()
+        return loss, loss_B.detach(), given.t_B, align_I.detach()
+
+    def align(self, latents_BND, given):
+        """Return the alignment loss (I,) of the latents after the aligned block.
+
+        Without such samples an empty batch passes through the head: under ZeRO-3 all ranks call the same modules."""
+        with named("align"):
+            if given.aligned_I is not None:
+                latents_BND = latents_BND.index_select(0, given.aligned_I)
+            return alignment_loss(self.alignment(latents_BND), given.align_IND)
+
+    def look(self, vit_pixels_ICHW, tokens_IPD, has_image, latent_grid):
+        """Run the ViT on the whole images, once for both uses.
+
+        Returns the image tokens of the samples that are conditioned on their image (None without any) and what Prepared
+        holds for the alignment: its target on the latent grid and the rows of the batch that it belongs to."""
+        mllm, align = self.frozen[0], self.recipe.align
+        device, rows_I = self.frozen[0].device, None
+        if has_image is not None and not all(has_image):
+            rows = [row for row, image in enumerate(has_image) if image]
+            rows_I = torch.tensor(rows, dtype=torch.int64, device=device)
+        aligned_I = None if align.pairs else rows_I
+        if tokens_IPD is not None and len(tokens_IPD):           # read from memory, and config allows this target alone
+            return tokens_IPD, {"align_IND": on_grid(tokens_IPD, latent_grid), "aligned_I": aligned_I}
+        if tokens_IPD is not None or not len(vit_pixels_ICHW):   # pairs alone, for which no ViT need run
+            shape = 0, math.prod(latent_grid), self.alignment.target_width
+            empty_IND = torch.empty(shape, dtype=mllm.dtype, device=device)
+            return None, {"align_IND": empty_IND, "aligned_I": aligned_I}
+        with named("vit"):
+            states = mllm.vit_states(vit_pixels_ICHW)
+            target = states if align.target == "vit" else mllm.project(states)
+            tokens_IPD = target[rows_I] if align.pairs and rows_I is not None else target
+            if align.target == "vit":
+                tokens_IPD = mllm.project(tokens_IPD) if len(tokens_IPD) else None
+            return tokens_IPD, {"align_IND": on_grid(target, latent_grid), "aligned_I": aligned_I}
 
     def condition(self, vit_pixels_ICHW, n_B, captions=None, has_image=None, tokens_IPD=None):
         """One packed condition for both kinds of samples: [fixed prompt, visible image tokens] or [caption]; a caption is
-        dropped with probability caption_drop. tokens_IPD: what the ViT would make of its pixels, which may be None then."""
+        dropped with probability caption_drop. tokens_IPD: the image tokens, where the ViT has run already."""
         mllm, _ = self.frozen
         mask, texts, image_n = self.recipe.mask, [RECONSTRUCT] * len(n_B), n_B
         if has_image is not None and not all(has_image):
@@ -126,21 +181,27 @@ class IOMM(nn.Module):
 
     def flops_by_part(self, size_px, num_text=None, *, image=True, cached=False, tokens_cached=False):
         """{part: FLOPs} that one sample of a training step needs: frozen encoders forward, prefix forward, queries forward and
-        backward to their inputs, adapter, connector and generator forward and backward (3 x forward).
+        backward to their inputs, adapter, connector, alignment head and generator forward and backward (3 x forward).
 
         num_text: its text tokens; None to ask the tokenizer for the fixed prompt's. image: conditioned on its visible image
-        tokens; else a pair, on its caption alone, without ViT. cached: latents are read, without VAE; tokens_cached: image
-        tokens are read, without ViT."""
+        tokens; else a pair, on its caption alone, without ViT unless pairs are aligned. cached: latents are read, without VAE;
+        tokens_cached: image tokens are read, without ViT."""
         mllm, vae = self.frozen
         num_prefix, num_condition = self.condition_tokens(num_text, image)
         num_queries = 0 if self.adapter is None else self.recipe.adapter.num_queries
-        parts = {"VAE": 0 if cached else vae.flops_per_image(size_px), "ViT": mllm.vit_flops() if image and not tokens_cached else 0,
+        aligned = self.alignment is not None and (image or self.recipe.align.pairs)
+        projected = image or self.recipe.align.target == "projector"
+        vit = mllm.vit_flops(projector=projected) if (image or aligned) and not tokens_cached else 0
+        parts = {"VAE": 0 if cached else vae.flops_per_image(size_px), "ViT": vit,
                  "MLLM": sum(mllm.decoder_flops(num_prefix, num_queries, outputs=self.recipe.adapter.conditions == "all")),
                  "generator": 3 * self.generator.flops_per_image(vae.grid(size_px, size_px), num_condition)}
         if self.adapter is not None:
             parts["adapter"] = 3 * self.adapter.flops(num_prefix)
         if self.connector is not None:
             parts["connector"] = 3 * self.connector.flops(num_condition)
+        if self.alignment is not None:
+            num_latents = math.prod(vae.grid(size_px, size_px))
+            parts["align"] = 3 * self.alignment.flops(num_latents) if aligned else 0
         return parts
 
     def tokens_per_image(self, size_px, num_text=None, *, image=True):
@@ -214,10 +275,10 @@ class IOMM(nn.Module):
         """Of the trained parts' arithmetic."""
         return self.generator.final.weight.dtype
 
-    def velocity(self, noisy_BNK, t_B, condition_BCD, lengths_B, grid):
-        """The generator's velocity, in whatever dtype its weights are."""
+    def velocity(self, noisy_BNK, t_B, condition_BCD, lengths_B, grid, tap=0):
+        """The generator's velocity, in whatever dtype its weights are; with `tap` the latents after that block too."""
         with named("generator"):
-            return self.generator(noisy_BNK.to(self.dtype), t_B, condition_BCD.to(self.dtype), grid, lengths_B)
+            return self.generator(noisy_BNK.to(self.dtype), t_B, condition_BCD.to(self.dtype), grid, lengths_B, tap)
 
 
 def joined(outputs_TD, offsets, hidden_BQD):

@@ -116,7 +116,8 @@ def joint_tables(grid, num_condition, axes, theta, device, dtype):
 class SingleStream(nn.Module):
     """(noisy_BNK, t_B in [0, 1], condition_BCD, grid (rows, columns)) -> velocity_BNK = noise - image.
 
-    lengths_B, for ragged conditions only: how many of a sample's C tokens are its own; the others become pad tokens."""
+    lengths_B, for ragged conditions only: how many of a sample's C tokens are its own; the others become pad tokens.
+    tap: block, counted from 1 behind the refiners, whose latents are returned too, pad tokens left out; 0: none."""
 
     block_classes = (Layer,)  # each gathered whole under ZeRO-3 and compiled as one graph
 
@@ -138,7 +139,7 @@ class SingleStream(nn.Module):
         self.final_modulation = nn.Linear(time_width(width), width)
         self.final = nn.Linear(width, config.token_dim)
 
-    def forward(self, noisy_BNK, t_B, condition_BCD, grid, lengths_B=None):
+    def forward(self, noisy_BNK, t_B, condition_BCD, grid, lengths_B=None, tap=0):
         num_latents, (rows, columns) = noisy_BNK.shape[1], grid
         assert num_latents == rows * columns, f"{num_latents} latent tokens do not fill a grid of {rows} x {columns}"
         latents = fill_up(self.latents_in(noisy_BNK), self.latent_pad_1D)
@@ -163,11 +164,15 @@ class SingleStream(nn.Module):
         for layer in self.condition_refiners:
             condition = layer(condition, cos[split:], sin[split:])
         joint = torch.cat((latents, condition), dim=1)
-        for layer in self.blocks:
+        tapped_BND = None
+        for number, layer in enumerate(self.blocks, 1):
             joint = layer(joint, cos, sin, time_BW)
+            if number == tap:
+                tapped_BND = joint[:, :num_latents]
         scale = 1 + self.final_modulation(F.silu(time_BW))
         latents = F.layer_norm(joint[:, :num_latents], joint.shape[-1:], eps=FINAL_EPS) * scale[:, None]
-        return -self.final(latents)
+        velocity_BNK = -self.final(latents)
+        return (velocity_BNK, tapped_BND) if tap else velocity_BNK
 
     @torch.no_grad()
     def init_weights(self, seed):

@@ -52,9 +52,10 @@ def test_loss_falls_below_half_of_its_first_value(demo):
 def test_the_run_leaves_what_the_readme_says(demo):
     run_dir, said = demo
     assert f"step 10/{STEPS}  loss" in said and "next        iomm sample --run" in said
-    assert [p.name for p in (run_dir / "samples").iterdir()] == [f"step-{STEPS:08d}-seed0.png"]
-    assert sorted(p.name for p in run_dir.iterdir()) == [".lock", "checkpoints", "config.yaml", "log.jsonl", "logs", "samples",
-                                                         "scores.json", "tb"]
+    assert sorted(p.name for p in (run_dir / "samples").iterdir()) == ["curves.png", f"step-{STEPS:08d}-seed0.png"]
+    assert sorted(p.name for p in run_dir.iterdir()) == [".lock", "checkpoints", "config.yaml", "log.jsonl", "logs", "machine.json",
+                                                         "report.html", "samples", "scores.json", "tb"]
+    assert f"report      {run_dir}/report.html" in said and json.loads((run_dir / "machine.json").read_text())["ranks"] == 1
     assert set(json.loads((run_dir / "scores.json").read_text())) == {"image", "text", "real"} and "captions drawn, guidance 2" in said
     tars = sorted((run_dir.parent / "shared").glob("shapes-4096-*/*.tar"))
     assert len(tars) == 4

@@ -1,5 +1,7 @@
-"""Evaluation between steps: the loss is the formula's, alike on any number of ranks and for any run; pictures, hooks."""
+"""Evaluation between steps: the loss is the formula's, alike on any number of ranks and for any run; pictures, scores, hooks."""
 
+import io
+import json
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -17,10 +19,14 @@ from iomm.engine.data.mixture import Joined, Mixture
 from iomm.engine.data.order import Order, Squares, held_out, held_out_entries
 from iomm.engine.data.shards import Shards
 from iomm.engine.data.source import ImageSource
-from iomm.engine.evaluation import FIRST_N, SEED, TIMES, Evaluation, fixed, load_hook, losses_at
-from iomm.engine.metrics import scalars
+from iomm.engine.draw import visible_parts
+from iomm.engine.evaluation import FIRST_N, SCORED, SEED, TIMES, Evaluation, Pictures, fixed, load_hook, losses_at
+from iomm.engine.metrics import line, scalars
+from iomm.engine.report import read_grid
+from iomm.engine.shapes.score import score
 from iomm.engine.shapes.world import write_world
 from iomm.kernels.noisy_tokens import noisy_tokens
+from iomm.masking import visible_mask
 
 HELD_OUT = 6
 
@@ -54,6 +60,12 @@ def evaluation(source, *overrides, hook=None, **which):
     return Evaluation(config, source, ranks(**which), hook)
 
 
+def masked(evaluation):
+    """The same evaluation with pictures of masked images, as where there are no pairs."""
+    evaluation.prompts = []
+    return evaluation
+
+
 def ask(model, work):
     with torch.no_grad(), fixed(model):
         return work(model)
@@ -84,7 +96,8 @@ def test_the_loss_is_that_of_the_formula_at_each_time(source, mllm):  # noqa: F8
 def test_two_ranks_find_what_one_finds_to_the_bit(source, mllm):  # noqa: F811
     model = build(mllm)
     for work in (lambda e: lambda model: e.loss(model, "image"), lambda e: lambda model: e.loss(model, "pair"),
-                 lambda e: lambda model: [np.asarray(image).tolist() for image in e.pictures(model)[0]]):
+                 lambda e: lambda model: [np.asarray(image).tolist() for image in e.pictures(model).drawn],
+                 lambda e: lambda model: [np.asarray(image).tolist() for row in masked(e).pictures(model).rows.values() for image in row]):
         one = ask(model, work(evaluation(source)))
         with pytest.raises(Together) as said:
             ask(model, work(evaluation(source, rank=1, size=2)))
@@ -123,11 +136,13 @@ def test_a_row_of_the_log_a_picture_and_a_hook(source, mllm, tmp_path, prompts, 
     ours = evaluation(source, *overrides, hook=hook)
     assert [step for step in range(1, 27) if ours.due(step)] == [10, 20, 25]
     row = ours(state_of(build(mllm), 20))
-    assert set(row) == {"heldout_loss", "samples", "metrics"} and set(row["heldout_loss"]) == {"image", "pair"}
+    assert set(row) == {"heldout_loss", "samples", "scores", "metrics"} and set(row["heldout_loss"]) == {"image", "pair"}
     assert row["metrics"] == {"brightness": 0.5, "count": 5.0}
     captions = [source.shards.caption(k) for k in ours.heldout["pair"][:5].tolist()]
     assert seen == [(str(tmp_path), 20, shown or captions, [(32, 32)] * 5)] and len(set(captions)) > 1
-    assert Image.open(row["samples"]).text == {
+    grid = Image.open(row["samples"]).text
+    assert json.loads(grid.pop("grid")) == {"columns": 5, "rows": ["drawn"], "labels": shown or captions}
+    assert grid == {
         "run": str(tmp_path), "step": "20", "weights": "raw", "size": "32x32", "steps": "2", "seed": "0", "guidance": "1",
         "prompt": "\n".join(dict.fromkeys(shown or captions))}
     assert Image.open(row["samples"]).size == (5 * 34 - 2, 32) and row["samples"].endswith("samples/evaluate-00000020.png")
@@ -138,9 +153,63 @@ def test_a_row_of_the_log_a_picture_and_a_hook(source, mllm, tmp_path, prompts, 
 def test_a_run_on_images_shows_what_it_draws_of_masked_ones(source, mllm, tmp_path):  # noqa: F811
     bare = SimpleNamespace(shards=source.shards.images, latents=None, decoder=source.decoder)
     ours = evaluation(bare, f"run.dir={tmp_path}", "data.heldout=0")
-    row = ours(state_of(build(mllm), 25))
-    assert set(row) == {"samples"} and Image.open(row["samples"]).size == (5 * 34 - 2, 2 * 34 - 2)
-    assert set(evaluation(bare, f"run.dir={tmp_path}", "evaluate.num_images=0")(state_of(build(mllm), 25))) == {"heldout_loss"}
+    model = build(mllm)
+    row = ours(state_of(model, 25))
+    assert set(row) == {"samples", "scores"} and Image.open(row["samples"]).size == (5 * 34 - 2, 3 * 34 - 2)
+    assert set(evaluation(bare, f"run.dir={tmp_path}", "evaluate.num_images=0")(state_of(model, 25))) == {"heldout_loss"}
+    grid = read_grid(tmp_path / "samples/evaluate-00000025.png")
+    mask = visible_mask(model.recipe.mask, SEED, FIRST_N + torch.arange(5), 16).view(5, 4, 4)
+    for visible_YX, *pictures in zip(mask, *(row.values() for row in grid.values()), strict=True):
+        original, visible, drawn = (np.asarray(picture).reshape(4, 8, 4, 8, 3).swapaxes(1, 2) for picture in pictures)
+        assert ((original == visible).all((2, 3, 4)) == visible_YX.numpy()).all() and (drawn != original).any()
+        assert np.unique(visible[~visible_YX.numpy()]).tolist() == [150, 185]
+
+
+def test_the_visible_part_is_that_of_the_image_tokens(mllm):  # noqa: F811
+    """The image token that changes most with a patch is the one whose patch visible_parts shows or hides."""
+    model, image = build(mllm), torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    before = mllm.image_tokens(image)
+    black = Image.new("RGB", (48, 48))
+    mask = visible_mask(model.recipe.mask, model.recipe.seed, torch.arange(3), 16).view(3, 16)
+    shown = [np.asarray(picture) for picture in visible_parts(model, torch.arange(3), [black] * 3)]
+    for row in range(4):
+        for column in range(4):
+            changed = image.clone()
+            changed[..., 8 * row:8 * row + 8, 8 * column:8 * column + 8] += 3
+            token = int((mllm.image_tokens(changed) - before)[0].norm(dim=1).argmax())
+            for n in range(3):
+                patch = shown[n][12 * row:12 * row + 12, 12 * column:12 * column + 12]
+                assert bool((patch == 0).all()) == bool(mask[n, token]) and bool((patch > 0).all()) != bool(mask[n, token])
+
+
+def test_pictures_are_scored_against_the_prompt_or_the_caption_of_the_masked_image(source, mllm, tmp_path):  # noqa: F811
+    shards = source.shards.images
+    bare = SimpleNamespace(shards=shards, latents=None, decoder=source.decoder)
+    ours = evaluation(bare, f"run.dir={tmp_path}")
+    entries = ours.drawn["image"].tolist()
+    real = [Image.open(io.BytesIO(shards.image_bytes(k))).convert("RGB") for k in entries]
+    captions = [shards.caption(k) for k in entries]
+    assert all(score(picture, caption)["fits"] for picture, caption in zip(real, captions))
+    assert ours.score(1, Pictures({"drawn": real}, [None] * 5)) == dict.fromkeys(SCORED, 1.0)
+    turned = [*real[:3], *real[3:][::-1]]
+    expected = [score(picture, caption) for picture, caption in zip(turned, captions)]
+    found = ours.score(1, Pictures({"drawn": turned}, [None] * 5))
+    assert found == {key: sum(one[key] for one in expected) / 5 for key in SCORED} and found["fits"] == 0.6
+    asked = evaluation(source, "evaluate.prompts=a red circle | a photo of a bench")
+    pictures = Pictures({"drawn": real}, ["a red circle", "a photo of a bench"] * 2 + ["a red circle"])
+    assert asked.score(1, pictures) == {key: sum(score(real[i], "a red circle")[key] for i in (0, 2, 4)) / 3 for key in SCORED}
+    assert asked.score(1, pictures._replace(prompts=["a photo of a bench"] * 5)) == {}
+    row = dict(step=1, loss=1.0, grad_norm=1.0, lr=1e-3, step_s=1.0, time_s={"data": 1.0}, mfu=None, images_per_s=1.0, tokens_per_s=1.0,
+               data_wait_s=0.0, gpu_hours=0.0, gpu_hours_left=0.0)
+    assert "fits 60%" in line(row | {"scores": found}, 10) and "fits" not in line(row, 10)
+
+
+def test_a_scorer_that_fails_and_data_of_other_kinds_cost_no_run(source, mllm, tmp_path, capsys):  # noqa: F811
+    ours = evaluation(source)
+    assert ours.score(7, Pictures({"drawn": [None]}, ["a red circle"])) == {}
+    assert capsys.readouterr().out.startswith("step 7: the pictures are not scored: ")
+    other = evaluation(source, f"run.dir={tmp_path}", "data.shards=photos/*.tar", "data.heldout=0")
+    assert set(other(state_of(build(mllm), 20))) == {"samples"}
 
 
 def test_a_hook_that_fails_is_said_and_stops_nothing(source, capsys):

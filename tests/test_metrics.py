@@ -65,6 +65,8 @@ def test_a_record_follows_its_definitions(tmp_path, monkeypatch, no_board):
     assert scalars(row)["time_s/generator"] == row["time_s"]["generator"] and scalars(row)["loss_by_time/0"] == 0.5
     assert not {"step", "time_s", "loss_by_time/1"} & set(scalars(row))
     assert all(isinstance(number, int | float) for number in scalars(row).values())
+    assert row["align_loss"] is None and "align" not in line(row, STEPS)
+    assert "loss 1.0000  align 0.5000  grad norm" in line({**row, "align_loss": 0.5}, STEPS)
     said = line(row, STEPS)
     assert "step 3/10" in said and "images/s" in said and "tokens/s" in said and "mfu" in said and "generator" in said
 

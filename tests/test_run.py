@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from launches import BUILDS, LIMIT_S, ROOT, environment, hashes, launch, launch_and_kill, rows, start
+from launches import BUILDS, LIMIT_S, PIXELS, ROOT, environment, hashes, launch, launch_and_kill, rows, start
 from PIL import Image
 
 from iomm.config import PRESETS, GeneratorConfig
@@ -23,11 +23,12 @@ from iomm.engine.config import parse
 from iomm.engine.evaluation import Evaluation, fixed
 from iomm.engine.launch import main as launch_main
 from iomm.engine.parts import load_run, load_weights, open_source, prepare_data
+from iomm.engine.report import read_run
 from iomm.engine.shapes.world import write_world
 from iomm.pipeline import Pipeline
 
-# Of the demo config what rounds, and what it leaves out: ZeRO-3.
-PLAIN = ["precision=fp32", "optim.kind=adamw", "optim.lr=1e-3", "data.size_px=32", "model.vae=pixel:4", "ema.decay=0.99", "zero.stage=3"]
+# Of the config of tests what rounds, and what it leaves out: ZeRO-3.
+PLAIN = ["--config", PIXELS, "precision=fp32", "optim.kind=adamw", "optim.lr=1e-3", "data.size_px=32", "model.vae=pixel:4", "ema.decay=0.99", "zero.stage=3"]
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +61,9 @@ def test_every_step_is_logged_with_every_key(golden):
     assert [row["step"] for row in found] == [1, 2, 3, 4, 5, 6]
     assert [row["samples_seen"] for row in found] == [16, 32, 48, 64, 80, 96]
     for row in found:
-        assert set(row) == {"step", "samples_seen", "loss", "loss_by_time", "grad_norm", "lr", "images_per_s", "tokens_per_s",
-                            "mfu", "data_wait_s", "step_s", "time_s", "memory_gib", "skipped_steps", "skipped_samples",
-                            "gpu_hours", "gpu_hours_left"}
+        assert set(row) == {"step", "samples_seen", "loss", "align_loss", "loss_by_time", "grad_norm", "lr",
+                            "images_per_s", "tokens_per_s", "mfu", "data_wait_s", "step_s", "time_s", "memory_gib",
+                            "skipped_steps", "skipped_samples", "gpu_hours", "gpu_hours_left"}
         assert set(row["time_s"]) >= {"data", "vae", "vit", "prefix", "adapter", "suffix", "generator", "backward",
                                       "optimizer", "ema", "other"}
         assert ("checkpoint" in row["time_s"]) == (row["step"] in (3, 5))       # of the time since the row before
@@ -152,6 +153,8 @@ def test_evaluation_is_of_the_average_and_of_samples_never_trained_on(survivor):
     run_dir, _ = survivor
     found = {row["step"]: row for row in rows(run_dir / "log.jsonl") if "heldout_loss" in row}
     assert set(found) == {2, 4, 6} and all(Path(row["samples"]).is_file() for row in found.values())
+    assert list(read_run(run_dir).grids) == [2, 4, 6] and (run_dir / "report.html").is_file()
+    assert Image.open(run_dir / "samples/progress.png").size == (5 * 102 - 6, 28 + 3 * 102 - 6)     # kills and resumes leave no gap
     config, model, manifest = load_run(run_dir, device="cpu")
     device = torch.device("cpu")
     alone = SimpleNamespace(rank=0, size=1, device=device, all=lambda value: [value])
@@ -224,7 +227,7 @@ def test_the_whole_road(survivor, settings, world, tmp_path):
     """Pre-trained, killed and resumed (the fixture) -> fine-tuned on two ranks -> exported -> loaded in diffusers -> drawn ->
     a folder for GenEval -> checked."""
     stage_1, run_dir, out = survivor[0], tmp_path / "run", tmp_path / "grid.png"
-    mine = [f"run.dir={run_dir}", *settings, f"data.pairs={world}", *EVALUATED, "train.steps=2"]
+    mine = [f"run.dir={run_dir}", *settings, f"data.pairs={world}", *EVALUATED, "train.data=mix", "train.steps=2"]
     done = start(2, "--stage", "finetune", "--init", str(stage_1), *mine)
     assert done.returncode == 0 and f"starts from the ema weights of {stage_1}/checkpoints/step-00000006" in done.stdout, done.stdout
     found = rows(run_dir / "log.jsonl")
@@ -362,7 +365,7 @@ def test_a_run_is_complete_whatever_becomes_of_its_pictures(schedule, offered, t
         raise torch.OutOfMemoryError("no room\nfor pictures")
     monkeypatch.setattr(launch_module, "draw_run", fails)
     config = parse("", overrides=[f"run.dir={tmp_path}", f"optim.schedule={schedule}", "train.steps=10"])
-    metrics, closed = SimpleNamespace(gpu_hours=1.0, close=lambda: closed.append(True)), []
+    metrics, closed = SimpleNamespace(gpu_hours=1.0, report=lambda: None, close=lambda: closed.append(True)), []
     launch_module.finish(config, launch_module.parse_args([]), metrics, SimpleNamespace(folder=None), SimpleNamespace(device="cpu", size=1))
     words = capsys.readouterr().out.splitlines()
     assert words[0] == "samples     not drawn or not scored: OutOfMemoryError: no room for pictures" and closed
@@ -441,14 +444,16 @@ def test_a_damaged_checkpoint_is_passed_over(golden, tmp_path):
 def test_sample_edit_and_export_read_the_run(golden, tmp_path, capsys):
     out = tmp_path / "grid.png"
     assert main(["sample", "--run", str(golden), "--num", "5", "--steps", "2", "--out", str(out)]) == 0
-    assert Image.open(out).size == (5 * 34 - 2, 2 * 34 - 2)
+    assert Image.open(out).size == (5 * 34 - 2, 3 * 34 - 2)      # originals, their visible parts, what is drawn
     assert Image.open(tmp_path / "grid/0004.png").text["prompt"] == "masked image 4 of the run"
     assert main(["sample", "--run", str(golden), "--num", "3", "--steps", "2", "--prompt", "a red circle", "--prompt", "zwölf",
                  "--out", str(out), "--guidance", "2", "--size", "48x16", "--seed", "5"]) == 0
     facts = {"run": golden.as_posix(), "step": "6", "weights": "ema", "size": "48x16", "steps": "2", "seed": "5", "guidance": "2",
              "shift": "1.0"}
     grid, single = Image.open(out), Image.open(tmp_path / "grid/0001.png")
-    assert grid.size == (3 * 50 - 2, 16) and grid.text == {**facts, "prompt": "a red circle\nzwölf"}
+    layout = {"columns": 3, "rows": ["drawn"], "labels": ["a red circle", "zwölf", "a red circle"]}
+    assert grid.size == (3 * 50 - 2, 16) and json.loads(grid.text.pop("grid")) == layout
+    assert grid.text == {**facts, "prompt": "a red circle\nzwölf"}
     assert single.size == (48, 16) and single.text == {**facts, "prompt": "zwölf", "image": "1"}
     assert main(["edit", "--run", str(golden), "--image", str(out), "--instruction", "make it red", "--steps", "2"]) == 0
     edited = Image.open(golden / "samples/edited-grid-make-it-red-seed0.png")

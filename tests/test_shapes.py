@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from launches import PIXELS
 from PIL import Image, ImageDraw
 
 from benchmarks.recipes import BUDGETS, EXPERIMENTS, Runs, interval, judged, main, paper_table, show, summed
@@ -122,7 +123,7 @@ def test_edits_ask_for_what_training_may_show():
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A fresh one, what starts at zero filled: it draws neither its noise alone nor the same from every condition."""
-    config = load_config("demo", [f"run.dir={tmp_path_factory.mktemp('grade')}/run", "precision=fp32"])
+    config = load_config(PIXELS, [f"run.dir={tmp_path_factory.mktemp('grade')}/run", "precision=fp32"])
     model, random = build_model(config, "cpu"), torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.requires_grad and not parameter.any():
@@ -229,7 +230,7 @@ def played(monkeypatch):
     for name, value in {"launch": launch, "grade": draw_and_judge, "machine": lambda: {"date": "2026-01-02", "commit": world.commit},
                         "limit_of_the_judge": lambda size_px: {"size_px": 16, "per_kind": 1, "fits": {"colors": 1.0}},
                         "checkpoint.newest": newest, "checkpoint.step_of": lambda folder: 10**9, "pyplot": lambda: None,
-                        "parts.load_run": lambda *_, **__: (load_config("demo"), None, None)}.items():
+                        "parts.load_run": lambda *_, **__: (load_config(PIXELS), None, None)}.items():
         monkeypatch.setattr(f"benchmarks.recipes.{name}", value)
     return world
 

@@ -10,8 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from launches import PIXELS
 
 from iomm.adapter import Connector, QueryAdapter
+from iomm.alignment import AlignmentHead
 from iomm.config import AdapterConfig, GeneratorConfig
 from iomm.engine import zero
 from iomm.engine.config import load_config
@@ -35,17 +37,20 @@ CASES = {        # name: (generator, overrides of the demo's config, DeepSpeed's
     "gathered ahead": ("mmdit", ["precision=bf16"], {**SMALL, "stage3_max_reuse_distance": 0}),
     "few live, none persistent": ("mmdit", [], {**SMALL, "stage3_max_live_parameters": 400_000, "stage3_max_reuse_distance": 400_000,
                                                "stage3_param_persistence_threshold": 0}),
+    "aligned": ("mmdit", ["precision=bf16", "align.weight=0.5"], {**SMALL, "stage3_max_reuse_distance": 250_000}),
 }
 
 
-def make_model(mllm, kind, dtype):
+def make_model(mllm, kind, dtype, align):
     adapter = AdapterConfig(num_queries=8, head_dim=16, connector_layers=1)
     shape = GeneratorConfig(kind=kind, width=64, num_heads=2, num_blocks=5, token_dim=48, condition_dim=mllm.width,
                             num_refiner_blocks=int(kind == "single_stream"))
     parts = new_generator(shape, 0), QueryAdapter(adapter, mllm.width), Connector(adapter, mllm.width)
-    for part in parts[1:]:
+    head = AlignmentHead(align, shape.width, mllm) if align.weight else None
+    for part in filter(None, (*parts[1:], head)):
         part.init_weights(0)
-    return IOMM(parts[0], parts[1], mllm, load_vae("pixel:4", dtype=dtype), Recipe(adapter=adapter), parts[2])
+    recipe = Recipe(adapter=adapter, align=align)
+    return IOMM(parts[0], parts[1], mllm, load_vae("pixel:4", dtype=dtype), recipe, parts[2], head)
 
 
 def watch_collectives(sent):
@@ -90,9 +95,9 @@ def worker(rank, port, folder, cases):
             whole["zero_optimization"] |= settings
             return whole
         zero.deepspeed_config = with_settings
-        config = load_config("demo", ["zero.stage=3", *overrides])
+        config = load_config(PIXELS, ["zero.stage=3", *overrides])
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-        model = make_model(load_mllm(f"{folder}/mllm", dtype=dtype), kind, dtype)
+        model = make_model(load_mllm(f"{folder}/mllm", dtype=dtype), kind, dtype, config.align)
         expected = count_traffic(model, config, SIZE, **settings).sent_bytes(ACCUMULATION)
         model.prepare_blocks(recompute=2)
         sharded = zero.Sharded(model, lambda module: make_optimizer(module, config.optim), config=config, ranks=ranks,
@@ -104,7 +109,7 @@ def worker(rank, port, folder, cases):
             if step == WARM_UP:
                 sent.clear()
             for _ in range(ACCUMULATION):
-                loss, _, _ = sharded(torch.rand(1, 3, 40, 40), torch.rand(1, 3, 32, 32), torch.tensor([rank]))
+                loss, *_ = sharded(torch.rand(1, 3, 40, 40), torch.rand(1, 3, 32, 32), torch.tensor([rank]))
                 sharded.backward(loss)
                 sharded.step()
         found[case] = dict(sent), expected

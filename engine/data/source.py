@@ -32,7 +32,7 @@ class Batch:
     n_B: torch.Tensor                  # int64, on the CPU; names the sample's random numbers
     entry_B: torch.Tensor              # int64, on the CPU
     pixels_BCHW: torch.Tensor | None   # on the device; None if the latents are there
-    vit_pixels_BCHW: torch.Tensor | None      # on the device; only of the samples with has_image, in order
+    vit_pixels_BCHW: torch.Tensor | None      # on the device; of the samples with has_image, in order (of all with look_at_pairs)
     wait_s: float                      # how long the caller waited
     captions: list = field(default_factory=list)       # B texts, "" where has_image
     has_image: list = field(default_factory=list)      # B bools: conditioned on its image, not on its caption
@@ -59,7 +59,8 @@ class ImageSource:
     without one, all samples in their order on squares of size_px. A sample is mirrored if `flip` and its own random
     number say so, but never one with a caption, which may say left or right; crop="random" lets its own numbers choose
     the place of the crop, else it is the centre. With `latents` (latents.LatentStore) its latents come instead of pixels;
-    with latents.EncodedSamples no image is read at all, and image tokens come as well.
+    with latents.EncodedSamples no image is read at all, and image tokens come as well. look_at_pairs: ViT pixels of pairs
+    too, in their place among the others'.
 
     A sample that can no longer be had (damaged on disk, refused by DALI) is replaced by the next one of its plan, up to
     MAX_ATTEMPTS times, then by black; the batch says so in `failures` (for Skips), and is full in any case, so that ranks
@@ -68,7 +69,7 @@ class ImageSource:
 
     def __init__(self, shards, *, seed, global_batch, micro_batch, rank, world_size, size_px, vit_px, device,
                  start_step=0, num_steps, flip=False, num_threads=2, crop="center", plan=None, latents=None,
-                 dtype=torch.float32, hw_decoder_load=0.65, resize="torch"):
+                 dtype=torch.float32, hw_decoder_load=0.65, resize="torch", look_at_pairs=False):
         if global_batch < 1 or micro_batch < 1 or global_batch % (micro_batch * world_size):
             raise InputError(f"train.global_batch must be a multiple of train.micro_batch x ranks, got {global_batch} "
                              f"and {micro_batch} x {world_size}")
@@ -90,6 +91,7 @@ class ImageSource:
         self.crop = crop
         self.latents = latents
         self.encoded = getattr(latents, "tokens", None) is not None      # nothing is left to decode
+        self.look_at_pairs = look_at_pairs
         self.order = plan or Squares(Order(seed, shards.shard_sizes), size_px)
         self.decoder = Decoder(micro_batch, vit_px, device, num_threads, prefetch=BATCHES_DECODED_AHEAD, dtype=dtype,
                                vae_pixels=latents is None, hw_decoder_load=hw_decoder_load, resize=resize)
@@ -204,7 +206,8 @@ class ImageSource:
             place_B2 = np.full((len(samples), 2), CENTRE, dtype=np.float32)
             if self.crop == "random":
                 place_B2 = uniform(self.seed, CROP, n_B, 2).numpy()
-            yield Encoded([sample.image for sample in samples], flip_B, place_B2, ~is_pair, samples[0].size_px)
+            looked_at_B = ~is_pair | self.look_at_pairs
+            yield Encoded([sample.image for sample in samples], flip_B, place_B2, looked_at_B, samples[0].size_px)
 
     def _batch(self, samples, pixels_BCHW, vit_pixels_BCHW, wait_s):
         latents_BCHW = tokens_IPD = None

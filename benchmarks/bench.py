@@ -68,7 +68,8 @@ def needed(model, config, micro_batch, against):
 class Bench:
     """Our run and what is measured of it. `deadline(share)` is a moment of time.monotonic()."""
 
-    def __init__(self, config, ranks, limit_s, begun):
+    def __init__(self, config, ranks, limit_s=0.0, begun=0.0, fresh=False):
+        """fresh: keep the weights that a run starts from; else they are moved, so that no zero is multiplied (`wake`)."""
         self.config, self.ranks, self.device = config, ranks, ranks.device
         self.begun, self.limit_s = begun, limit_s
         launch.prepare_process(config, ranks)
@@ -76,7 +77,8 @@ class Bench:
         self.batches = iter(self.source)
         self.model = self.state.sharded.engine.module
         self.compiled = config.train.compiled(self.device)
-        self.wake()
+        if not fresh:
+            self.wake()
 
     @torch.no_grad()
     def wake(self):
@@ -90,10 +92,11 @@ class Bench:
         for average, flat in zip(state.ema.flats, state.sharded.masters):
             average.copy_(flat)
 
-    def weights(self):
-        """Name -> whole fp32 tensor of what trains; one rank holds them all."""
+    def weights(self, flats=None):
+        """Name -> whole fp32 tensor of what trains, of the masters or of `flats` shaped like them; one rank holds them all."""
         sharded = self.state.sharded
-        return {name: sharded.masters[place.group].detach()[place.offset:place.offset + place.numel].view(sharded.shapes[name])
+        flats = flats or sharded.masters
+        return {name: flats[place.group].detach()[place.offset:place.offset + place.numel].view(sharded.shapes[name])
                 for name, place in sharded.places.items()}
 
     def step(self, batches=None, look_ahead=None):

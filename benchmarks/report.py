@@ -9,7 +9,9 @@ With --check nothing is written; the exit code is 1 if a part is out of date."""
 import argparse
 import importlib
 import json
+import statistics
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -159,6 +161,49 @@ def throughput(result):
                f"{paper[0]:,}), stage 2 {found['stage_2_gpu_hours']:,.1f} (paper {paper[1]})")
 
 
+def time_to_quality(result: dict) -> Iterator[tuple[str, str]]:
+    """Yield a row for every quality and every variant that is compared with the first one."""
+    whose = result["config"]
+    # As the summary of the file takes them.
+    runs = [run for run in result["runs"] if run["done"]] or result["runs"]
+    settings = [*result["overrides"], result["precision"]]
+    words = {"loss": "held-out velocity loss", "score": "strict score"}
+    at_least = {True: "at least ", False: ""}
+    first = None
+    for row in result["reached"]:
+        if first is None or (row["what"], row["target"]) != (first["what"], first["target"]):
+            first = row
+            continue
+        what = (
+            f"training time to a {words[row['what']]} of {row['target']:g}, `{whose}` "
+            f"({', '.join(settings)}), {first['variant']} over {row['variant']}"
+        )
+        found = row["ratio"]
+        if found is None:
+            yield what, f"{row['variant']} got there in {row['reached']} of {len(row['s'])} seeds"
+            continue
+        times = [
+            in_time(its["s"], [run["curves"][its["variant"]] for run in runs])
+            for its in (first, row)
+        ]
+        figure = (
+            f"{at_least[found['at_least']]}{found['median']:.2f} x ({found['low']:.2f} to "
+            f"{found['high']:.2f} over {len(runs)} seed(s)), {times[0]} against {times[1]}"
+        )
+        if row["ratio_steps"]:
+            figure += f", {row['ratio_steps']['median']:.2f} x the steps"
+        if row.get("ratio_encoded"):
+            figure += f"; {row['ratio_encoded']['median']:.2f} x with the encoding before training"
+        yield what, figure
+
+
+def in_time(seconds: list, curves: list) -> str:
+    """Median over the seeds in words; a seed that never got there counts as its whole time."""
+    whole = [curve["s"][-1] for curve in curves]
+    middle = statistics.median(w if s is None else s for s, w in zip(seconds, whole))
+    return f"{'over ' if None in seconds else ''}{middle:.0f} s"
+
+
 def startup(result):
     yield (f"start of a run, `{result['config']}`", f"imports {result['import_s']:.1f} s, ranks {result['ranks_s']:.1f} s, build "
            f"{result['build_s']:.1f} s, first step {result['first_step_s']:.1f} s, second {result['second_step_s']:.1f} s")
@@ -250,14 +295,14 @@ def table(section):
     """Return Markdown: a row for every figure of a section of benchmarks/README.md."""
     kinds = {"demo": demo, "loader": loader, "data-reliability": data_reliability, "ops": ops,
              "checkpoint": checkpoint, "precision": precision, "throughput": throughput, "startup": startup,
-             "sampling": sampling, "survival": rows_of, "budget": rows_of, "recipes": rows_of}
+             "sampling": sampling, "survival": rows_of, "budget": rows_of, "recipes": rows_of,
+             "time-to-quality": time_to_quality}
     rows = ["| what | figure | measured |", "|---|---|---|"]
-    for wanted in SECTIONS[section]:
-        for path in sorted((ROOT / "benchmarks/results").glob(f"{wanted}*.json")):
+    for kind in SECTIONS[section]:
+        for path in sorted((ROOT / "benchmarks/results").glob(f"{kind}*.json")):
             result = json.loads(path.read_text())
-            kind = next((kind for kind in kinds if path.name.startswith(kind)), None)
             trials = {what: result["trials"][name] for name, (what, _) in PROMISES.items() if name in result.get("trials", {})}
-            for what, figure in kinds[kind](result) if kind == wanted else ():
+            for what, figure in kinds[kind](result):
                 facts = {**result["machine"], **result.get("of", {}).get(what, {}), **trials.get(what, {})}    # a row measured on its own day
                 rows.append(f"| {what} | {figure} | [{facts['date']}](results/{path.name}), {facts['device']}, {short(facts['commit'])} |")
     return "\n".join(rows)

@@ -39,15 +39,12 @@ from benchmarks.ablations import ablations, swapped  # noqa: E402
 from benchmarks.bench import WARM_UP, Bench, prepare, ratio, summary, whole_copy  # noqa: E402
 from benchmarks.counts import Count, part_flops, plain_flops  # noqa: E402
 from benchmarks.ops import ceilings  # noqa: E402
-from benchmarks.plain import Draws, Plain, Trainer  # noqa: E402
+from benchmarks.plain import Plain, Trainer, engine_draws  # noqa: E402
 from benchmarks.report import above_0, command, label, pyplot  # noqa: E402
 from iomm.engine import zero  # noqa: E402
 from iomm.engine.doctor import machine  # noqa: E402
 from iomm.engine.metrics import memory_gib, peak_flops  # noqa: E402
 from iomm.engine.tracing import Window  # noqa: E402
-from iomm.flow import sample_time  # noqa: E402
-from iomm.kernels.philox import NOISE, TIME, normal, uniform  # noqa: E402
-from iomm.masking import visible_mask  # noqa: E402
 
 REAL = "iomm-b-512"                 # the config that the paper's hours are of
 STAGE_1, STAGE_2 = 110e6, 4.2e6     # images: 11 M x 10 epochs; 210 k pairs x 10 epochs and as many images beside them
@@ -69,14 +66,10 @@ def make_plain(bench):
                       autocast=config.precision != "fp32").to(bench.device)
     plain.load(bench.weights())
     (batch, *_), twin = bench.next(), whole_copy(bench)
-    n_B, seed, (rows, columns) = batch.n_B.to(bench.device), config.run.seed, (
-        side // vae.factor for side in batch.pixels_BCHW.shape[-2:])
-    draws = Draws(visible_BP=visible_mask(config.mask, seed, n_B, mllm.num_image_tokens).view(len(n_B), -1),
-                  t_B=sample_time(uniform(seed, TIME, n_B, 1)[:, 0]), noise_BCHW=normal(
-                      seed, NOISE, n_B, vae.channels * rows * columns).view(-1, vae.channels, rows, columns))
+    n_B, draws = batch.n_B.to(bench.device), engine_draws(config, batch, mllm, vae)
     with torch.no_grad(), swapped(torch.nn.functional, linear=LINEAR):
-        ours = twin(batch.pixels_BCHW, batch.vit_pixels_BCHW, batch.n_B)[0].item()
-        theirs = plain.loss(batch.pixels_BCHW, batch.vit_pixels_BCHW, draws).item()
+        ours = twin(batch.pixels_BCHW, batch.vit_pixels_BCHW, n_B)[0].item()
+        theirs = plain.loss(batch.pixels_BCHW, batch.vit_pixels_BCHW, *draws).item()
     allowed = 1e-4 if config.precision == "fp32" else 2e-2
     print(f"loss on one batch: ours {ours:.6f}, plain {theirs:.6f}", flush=True)
     if not abs(ours - theirs) <= allowed * ours:

@@ -18,6 +18,12 @@ def test_work_of_an_image(name):
     assert counts.work(name) == COMMITTED["work"][name], AGAIN
 
 
+def test_work_of_the_demo_whose_frozen_parts_have_short_names():
+    """model.mllm=shapes is a folder of this checkout, which only parts.mllm_name knows."""
+    found = counts.work("demo")
+    assert found["plain, all outputs"]["ratio"] > found["plain"]["ratio"] > 1
+
+
 def test_calls_bytes_tensors_and_flops_of_a_step():
     if torch.__version__.partition("+")[0] != COMMITTED["step"]["torch"]:
         pytest.skip(f"the counts of a step are of torch {COMMITTED['step']['torch']}")

@@ -1,17 +1,20 @@
 """benchmarks/plain.py computes what iomm/model.py computes: losses and gradients, on the same batch, weights and draws."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 from parity import relative_error, true_float64
 
-from benchmarks.plain import Draws, Plain, Trainer
+from benchmarks.plain import Draws, Plain, Trainer, engine_draws
 from iomm.adapter import QueryAdapter
 from iomm.config import AdapterConfig, GeneratorConfig, MaskConfig
-from iomm.engine.config import OptimSection
+from iomm.engine.config import OptimSection, TimeSection
 from iomm.flow import sample_time
 from iomm.generator import new_generator
 from iomm.internvl import random_mllm
-from iomm.kernels.philox import NOISE, TIME, normal, uniform
+from iomm.kernels.philox import CAPTION_DROP, NOISE, TIME, normal, uniform
 from iomm.layout import Layout
 from iomm.masking import visible_mask
 from iomm.model import IOMM, Recipe
@@ -58,6 +61,11 @@ def test_loss_and_all_gradients_agree_in_float64(every, monkeypatch):
         loss.backward()
         expected = plain.loss(pixels, vit, draws)
         expected.backward()
+    assert_same(ours, loss, plain, expected)
+
+
+def assert_same(ours, loss, plain, expected):
+    """Losses and all gradients agree as float64 does."""
     layout = Layout(plain.shape, plain.patch)
     theirs = {name: p.grad for name, p in plain.generator.named_parameters()}
     wanted = {f"generator.{name}": layout.to_ours(name, theirs.__getitem__) for name, _ in ours.generator.named_parameters()}
@@ -68,6 +76,27 @@ def test_loss_and_all_gradients_agree_in_float64(every, monkeypatch):
     worst = max(errors, key=errors.get)
     assert abs(loss - expected) <= 1e-7 * expected
     assert all(error <= 1e-6 for error in errors.values()), f"{worst}: {errors[worst]:.1e}"
+
+
+def test_images_and_captions_of_one_batch_agree_in_float64(monkeypatch):
+    """As in stage 2, one of two captions dropped: plain pads rows that ours packs."""
+    monkeypatch.setattr("iomm.model.sample_time", lambda drawn_B, **kind: sample_time(drawn_B.double(), **kind))
+    ours, plain, _, (pixels, vit, n_B) = both(torch.float64)
+    has_image, captions, vit = [True, False, True, False], ["", "a red circle", "", "two blue squares"], vit[[0, 2]]
+    drop = uniform(SEED, CAPTION_DROP, n_B, 1)[[1, 3], 0].mean().item()
+    ours.recipe = replace(ours.recipe, caption_drop=drop)
+    config = SimpleNamespace(run=SimpleNamespace(seed=SEED), mask=ours.recipe.mask, time=TimeSection(),
+                             train=SimpleNamespace(caption_drop=drop))
+    batch = SimpleNamespace(n_B=n_B, pixels_BCHW=pixels, vit_pixels_BCHW=vit, captions=captions, has_image=has_image)
+    draws, texts = engine_draws(config, batch, *plain.frozen)
+    assert texts.count(None) == 2 and texts.count("") == 1
+    draws = replace(draws, t_B=draws.t_B.double(), noise_BCHW=draws.noise_BCHW.double())
+    with true_float64():
+        loss, _, _ = ours(pixels, vit, n_B, None, captions, has_image)
+        loss.backward()
+        expected = plain.loss(pixels, vit, draws, texts)
+        expected.backward()
+    assert_same(ours, loss, plain, expected)
 
 
 def test_loss_agrees_in_float32_as_the_benchmark_runs():
@@ -88,9 +117,10 @@ def test_hidden_tokens_do_not_reach_the_loss():
     assert torch.equal(before, after)
 
 
-def test_a_step_trains():
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_step_trains(kind):
     _, plain, draws, (pixels, vit, n_B) = both(torch.float32)
-    trainer = Trainer(plain, OptimSection(lr=1e-2), decay=0.9)
+    trainer = Trainer(plain, OptimSection(kind=kind, lr=1e-2), decay=0.9)
 
     class Batch:
         pixels_BCHW, vit_pixels_BCHW = pixels, vit

@@ -107,6 +107,8 @@ class TrainSection:
     global_batch: int = 1024           # samples per optimizer step, over all ranks
     micro_batch: int | None = None     # samples per rank and forward pass; null: global_batch / ranks
     threads: int | None = None         # torch CPU threads a rank; unset: cores / ranks of this machine
+    cpu_ranks: int = 1                 # ranks of a run that is started as one rank on a machine without a GPU, lowered to a divisor
+                                       # of global_batch; 0: one per core, with at least 4 images each
     timeout_s: float = 1800.0          # a collective that takes longer ends the run
     compile: bool | None = None        # torch.compile every block; null: on a GPU only
     overlap: bool = False              # encode the next micro-batch on a second CUDA stream while the generator works.
@@ -121,6 +123,7 @@ class TrainSection:
         positive("train.global_batch", self.global_batch)
         positive("train.micro_batch", self.micro_batch if self.micro_batch is not None else 1)
         positive("train.threads", self.threads if self.threads is not None else 1)
+        positive("train.cpu_ranks", self.cpu_ranks, 0)
         positive("train.timeout_s", self.timeout_s)
         positive("train.recompute", self.recompute, 0)
 
@@ -372,7 +375,7 @@ class RunConfig:
 FREE_KEYS = ("run.dir", "optim.adamw", "zero.stage", "zero.reduce_precision", "zero.overlap_comm", "zero.reduce_bucket_size",
              "zero.allgather_bucket_size", "zero.prefetch_bucket_size", "zero.param_persistence_threshold",
              "zero.max_live_parameters", "zero.hpz_partition_size", "train.steps", "train.micro_batch",
-             "train.overlap", "train.threads", "train.compile", "train.recompute", "train.timeout_s",
+             "train.overlap", "train.threads", "train.cpu_ranks", "train.compile", "train.recompute", "train.timeout_s",
              "data.threads", "data.hw_decoder_load", "data.max_bad_fraction",
              "data.max_bad_shards", "checkpoint.every_steps", "checkpoint.keep", "checkpoint.keep_every_steps",
              "checkpoint.background", "checkpoint.mtbf_gpu_hours", "log.every_steps", "log.sample_images", "log.sample_steps", "log.wandb",

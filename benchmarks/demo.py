@@ -1,8 +1,8 @@
 """The README's default command, both stages, run and read: python benchmarks/demo.py [train.steps=3000 ...]
 
 Writes benchmarks/results/demo[-<settings>]-<device>-<date>.json: seconds from start to end and in training, images/s, first
-and last loss, scores; and, four times as large, the grids that the two stages drew beside it. Settings are given to both stages.
-With --out the runs are kept, and go on where they stopped."""
+and last loss, scores; and benchmarks/figures/demo[-<settings>].png: pictures of both stages over their steps, side by side.
+Settings apply to both stages. With --out the runs are kept, and an interrupted one is continued."""
 
 import sys
 from pathlib import Path
@@ -23,8 +23,9 @@ from PIL import Image  # noqa: E402
 from benchmarks.report import label  # noqa: E402
 from iomm.engine.config import load_config  # noqa: E402
 from iomm.engine.doctor import machine  # noqa: E402
-from iomm.engine.draw import save_png  # noqa: E402
 from iomm.engine.shapes.grade import overall  # noqa: E402
+
+SINGLE = "single_object", "colors"      # kinds of captions of one shape
 
 
 def launch(*arguments, said=None):
@@ -37,19 +38,24 @@ def launch(*arguments, said=None):
     return subprocess.run(command, cwd=ROOT, stdout=said, stderr=said).returncode
 
 
-def enlarge(run_dir, path):
-    """Writes the grid of a run's newest step four times as large, with its text (prompts)."""
-    grid = Image.open(max(run_dir.glob("samples/step-*.png"), key=lambda png: png.name))
-    save_png(grid.resize((4 * grid.width, 4 * grid.height), Image.Resampling.NEAREST), path, grid.text)
+def side_by_side(run_dirs, path, gap_px=24):
+    """Write the progress sheets of several runs as one PNG, left to right, on white."""
+    sheets = [Image.open(run_dir / "samples" / "progress.png").convert("RGB") for run_dir in run_dirs]
+    width, height = sum(sheet.width for sheet in sheets) + gap_px * (len(sheets) - 1), max(sheet.height for sheet in sheets)
+    joined, left = Image.new("RGB", (width, height), "white"), 0
+    for sheet in sheets:
+        joined.paste(sheet, (left, 0))
+        left += sheet.width + gap_px
+    path.parent.mkdir(parents=True, exist_ok=True)
+    joined.save(path)
 
 
-def stage(which, name, run_dir, *arguments):
-    """Runs a stage and keeps its grid -> what is reported of it."""
+def stage(which, run_dir, *arguments):
+    """Run a stage -> what is reported of it."""
     started = time.perf_counter()
     if code := launch("--stage", which, "--resume", "auto", *arguments, f"run.dir={run_dir}"):
         sys.exit(code)
     seconds, rows = time.perf_counter() - started, [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
-    enlarge(run_dir, ROOT / f"benchmarks/results/{name}-{which}.png")
     scores, config = json.loads((run_dir / "scores.json").read_text()), load_config(str(run_dir / "config.yaml"))
     return {"command_s": seconds, "training_s": sum(row["step_s"] for row in rows), "steps": len(rows),
             "global_batch": config.train.global_batch, "precision": config.precision,
@@ -57,6 +63,7 @@ def stage(which, name, run_dir, *arguments):
             "last_loss": statistics.mean(row["loss"] for row in rows[-20:]), "memory_gib": rows[-1]["memory_gib"],
             "half_of_first_loss_at_step": next((row["step"] for row in rows if row["loss"] < rows[0]["loss"] / 2), None),
             **{key: {way: overall(table, key) for way, table in scores.items()} for key in ("fits", "number", "colours")},
+            "single_object_fits": {way: overall({kind: table[kind] for kind in SINGLE}, "fits") for way, table in scores.items()},
             "scores": scores}
 
 
@@ -68,8 +75,9 @@ def main():
     name = label("demo", args.settings)
     with tempfile.TemporaryDirectory() as folder:
         first, second = (Path(args.out or folder) / name for name in ("demo", "demo-finetune"))
-        result = {"machine": machine(), "settings": args.settings, "pretrain": stage("pretrain", name, first, *args.settings),
-                  "finetune": stage("finetune", name, second, "--init", str(first), *args.settings)}
+        result = {"machine": machine(), "settings": args.settings, "pretrain": stage("pretrain", first, *args.settings),
+                  "finetune": stage("finetune", second, "--init", str(first), *args.settings)}
+        side_by_side((first, second), ROOT / f"benchmarks/figures/{name}.png")
     facts = result["machine"]
     path = ROOT / "benchmarks/results" / f"{name}-{'cuda' if facts['gpu'] else 'cpu'}-{facts['date']}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,121 +1,216 @@
-"""The paper's comparisons in the shapes world, each cell two runs of the real engine: python benchmarks/recipes.py
+"""Run the paper's comparisons on the shapes dataset: python benchmarks/recipes.py
 
-    recipes     pre-train on {image, pair} x fine-tune on {image, pair, mix}: the paper's 2 x 3 table
-    adapter     none, metaquery, metaquery with as many parameters as the RQA (one connector layer has its 12 D^2), rqa:
-                score on masked images against steps of stage 1, on captions after stage 2
+    recipes     pre-train on {image, pair} x fine-tune on {image, pair, mix}: the paper's table
     ratio       share of hidden image tokens, in stage 1 and in the image half of stage 2
+    adapter     none, MetaQuery, MetaQuery with as many parameters as the RQA (one connector layer
+                has its 12 D^2), RQA; also scored on masked images after stage 1
     mix         lambda, the share of images in stage 2
-    choices     hidden tokens dropped or zeroed, outputs at the queries or all, Bernoulli or a fixed number
-    editing     "make it red", "add a blue square to the left": the generator never saw one (the tiny MLLM reads such sentences)
+    choices     hidden tokens dropped or zeroed, outputs at the queries or all, a Bernoulli or a
+                fixed number of them; runs only if it is named
+    editing     "make it red", "add a blue square to the left", which the generator never saw (the
+                tiny MLLM did); scored on what was asked for and on what had to stay
 
-All cells of an experiment have the same steps, batches, learning rates and seeds, those of the demo configs; nothing is tuned
-for a cell. Both stages have the same seed: one that goes on with the data of the stage before sees its very draws again. A
-cell is scored by engine/shapes/grade.py on captions like those of training and on unseen combinations, drawn with guidance 2
-in every cell; all seeds draw the same scenes, so intervals are those of training. Runs lie under --out and are kept: started
-again, the command goes on where it stopped, and cells share the runs that they have in common. After a change of code or of
-the demo configs give another --out. --budget cpu-smoke: minutes, the slow tests' | cpu-night: 7 hours on two slow cores |
-gpu: recipes and editing, by estimate within 25 minutes of one H200, several runs side by side; it has not run yet."""
+A cell is two runs of the engine with the demo configs, the steps of the budget, and the cell's own
+settings. Stage 1 on pairs has as many distinct pairs as stage 1 on images has images. Stage 2 has
+another seed, so that its images and its few pairs are new to every cell. engine/shapes/grade.py
+scores seen and unseen combinations on scenes and noise of the cell's seed, the same for every cell;
+benchmarks/findings.py computes intervals and verdicts.
+
+Each seed runs all cells before the next begins, the default cell first, and the results are written
+after every cell. Runs and scores are kept below --out under a name made from everything that
+changes them. To resume a killed command, start it again: what is complete is kept, a run resumes
+from its last checkpoint, and a run that is still training is waited for. --status prints what is
+done and the hours left."""
 
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "benchmarks"))]
+sys.path[:] = [
+    str(ROOT),
+    *(p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "benchmarks")),
+]
 
 import argparse  # noqa: E402
+import fcntl  # noqa: E402
 import hashlib  # noqa: E402
 import json  # noqa: E402
-import math  # noqa: E402
-import shutil  # noqa: E402
 import statistics  # noqa: E402
 import traceback  # noqa: E402
+from collections.abc import Iterable  # noqa: E402
 from concurrent.futures import ThreadPoolExecutor  # noqa: E402
+from contextlib import suppress  # noqa: E402
 from dataclasses import asdict, dataclass, replace  # noqa: E402
-from itertools import product  # noqa: E402
+from functools import cache  # noqa: E402
 from threading import Lock  # noqa: E402
 
 import torch  # noqa: E402
 
 from benchmarks.demo import launch  # noqa: E402
-from benchmarks.report import above_0, pyplot  # noqa: E402
+from benchmarks.findings import (  # noqa: E402
+    SPLITS,
+    T_95,
+    Cells,
+    compared,
+    draw,
+    figure_of,
+    findings_table,
+    in_words,
+    interval,
+    share_in_words,
+    shares_of,
+    summary,
+)
+from benchmarks.report import above_0  # noqa: E402
 from iomm.config import InputError  # noqa: E402
 from iomm.engine import checkpoint, parts  # noqa: E402
-from iomm.engine.config import load_config  # noqa: E402
+from iomm.engine.config import FREE_KEYS, RunConfig, all_keys, flat, load_config  # noqa: E402
 from iomm.engine.doctor import machine  # noqa: E402
 from iomm.engine.shapes import score, world  # noqa: E402
 from iomm.engine.shapes.grade import GUIDANCE, ceiling, grade, overall  # noqa: E402
 
-# Student's t, two-sided 95 %, by number of seeds less one.
-T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
+# The config of each stage.
+STAGES = {"pretrain": "demo", "finetune": "demo-finetune"}
+# Steps of stage 1 and of stage 2 in a cpu-night, for at least half of the captions fully right in
+# the default cell.
+NIGHT_STEPS = (2000, 1000)
+# Seconds a step with two runs side by side, until a run below --out has measured it.
+NIGHT_STEP_S = 0.3
+# From a launch to its first step, and from its last step to its end.
+START_S = 30.0
+# To sample and score a picture.
+PICTURE_S = 0.1
+# Added to run.seed in stage 2, for other images, pairs, masks and noise than in stage 1.
+STAGE_2_SEED = 100
+# Given to runs that train side by side; none of it changes what is computed.
+SIDE_BY_SIDE = tuple(
+    setting
+    for setting in ("train.threads=1", "train.cpu_ranks=1")
+    if setting.partition("=")[0] in all_keys(RunConfig)
+)
+FIGURES = ("fits", "number", "colours", "shapes")
+FIGURES_OF_EDITS = ("edited", "kept", *FIGURES, "object", "place", "size", "background")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Steps of stage 1 and 2, seeds, pictures a kind, Euler steps, runs at once, what else every run is given, experiments."""
+    """How much a command runs: steps of both stages, seeds, pictures a kind and split, Euler steps
+    of each, cells side by side, expected seconds a step, settings of all runs, experiments."""
 
     pretrain: int
     finetune: int
     seeds: int
     per_kind: int
     draw_steps: int
-    at_once: int
+    jobs: int
+    step_s: float
     settings: tuple = ()
-    experiments: tuple = ("recipes", "adapter", "ratio", "mix", "choices", "editing")
+    experiments: tuple = ("recipes", "ratio", "adapter", "mix", "editing")
 
 
 BUDGETS = {
-    "cpu-smoke": Budget(pretrain=2, finetune=2, seeds=1, per_kind=1, draw_steps=1, at_once=1, experiments=("recipes",),
-                        settings=("train.global_batch=4", "data.num_images=64", "data.num_pairs=16", "log.sample_images=0")),
-    # two runs of one thread each get more done than one of two: 0.82 and 0.93 s a step side by side, 0.54 alone (LOG.md, 2026-11-26)
-    "cpu-night": Budget(pretrain=400, finetune=400, seeds=3, per_kind=16, draw_steps=20, at_once=2,
-                        settings=("log.sample_images=0", "train.threads=1")),
-    # An estimate, it has not run: 24 runs, 6 side by side, are 5 stages after one another, each 25 s to start and 1,000 steps of 0.1 s (some
-    # 3,000 launches, six processes on one GPU), 625 s. Scoring 18 + 3 times 192 pictures, 0.05 s of CPU each to judge, one at a time, and
-    # as much to draw, is 400 s, the judge's limit 30 s: 18 minutes, so 25 leave room for error. All six experiments would be 111 runs.
-    "gpu": Budget(pretrain=1000, finetune=1000, seeds=3, per_kind=16, draw_steps=20, at_once=6, experiments=("recipes", "editing"),
-                  settings=("log.sample_images=0", "train.compile=false")),      # compiling takes longer than such a run
+    "cpu-smoke": Budget(
+        pretrain=2,
+        finetune=2,
+        seeds=1,
+        per_kind=1,
+        draw_steps=1,
+        jobs=1,
+        step_s=1.0,
+        experiments=("recipes",),
+        settings=("train.global_batch=4", "data.num_images=64", "data.num_pairs=16"),
+    ),
+    "cpu-night": Budget(
+        pretrain=NIGHT_STEPS[0],
+        finetune=NIGHT_STEPS[1],
+        seeds=3,
+        per_kind=64,
+        draw_steps=20,
+        jobs=2,
+        step_s=NIGHT_STEP_S,
+    ),
+    # Has not run yet. Compiling takes longer than such a run.
+    "gpu": Budget(
+        pretrain=NIGHT_STEPS[0],
+        finetune=NIGHT_STEPS[1],
+        seeds=3,
+        per_kind=64,
+        draw_steps=20,
+        jobs=6,
+        step_s=0.1,
+        experiments=("recipes", "editing"),
+        settings=("train.compile=false",),
+    ),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """What both stages, stage 1 alone and stage 2 alone are given; nothing that the demo configs say too, so that cells that
-    are alike share their runs. points: parts of stage 1 after which masked images are scored. ways: of grade(), after stage 2."""
+    """Settings of both stages, of stage 1 and of stage 2; ways of grade() to score after each."""
 
     both: tuple = ()
     first: tuple = ()
     second: tuple = ()
-    points: tuple = ()
-    ways: tuple = ("text",)
+    after_first: tuple = ()
+    after_second: tuple = ("text",)
 
 
-QUARTERS = (0.25, 0.5, 0.75, 1.0)
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A training run; the name of its folder is a hash of all that changes what is computed."""
+
+    stage: str
+    steps: int
+    settings: tuple
+    dir: Path
+    init: Path | None = None
+
+
+PRETRAIN = {"image": ("train.data=image",), "pair": ("train.data=pair", "data.pairs=shapes")}
+# In the order in which cells run. Cells that share a stage 1 are not neighbours: side by side, one
+# would have to wait for the other.
+RECIPES = {
+    f"{pre} -> {fine}": Cell(first=first, second=(f"train.data={fine}",))
+    for fine in ("mix", "pair", "image")
+    for pre, first in PRETRAIN.items()
+}
 EXPERIMENTS = {
-    "recipes": {f"{a} -> {b}": Cell(first=first, second=second)
-                for a, first in (("pair", ("train.data=pair", "data.pairs=shapes")), ("image", ()))
-                for b, second in (("image", ("train.data=image",)), ("pair", ("train.data=pair",)), ("mix", ()))},
+    "recipes": RECIPES,
+    "ratio": {
+        str(ratio): Cell(both=(f"mask.ratio={ratio}",)) for ratio in (0.5, 0.0, 0.95, 0.25, 0.75)
+    },
     "adapter": {
-        "none": Cell(both=("adapter.kind=none", "adapter.conditions=all"), points=QUARTERS),
-        "metaquery": Cell(both=("adapter.kind=metaquery",), points=QUARTERS),
-        "metaquery, as large": Cell(both=("adapter.kind=metaquery", "adapter.connector_layers=1"), points=QUARTERS),
-        "rqa": Cell(points=QUARTERS)},
-    "ratio": {str(ratio): Cell(both=(f"mask.ratio={ratio}",)) for ratio in (0.0, 0.25, 0.45, 0.65, 0.85, 0.95)},
-    "mix": {str(share): Cell(second=() if share == 0.5 else (f"data.mix={share}",)) for share in (0.0, 0.1, 0.3, 0.5, 0.7, 1.0)},
-    "choices": {"drop, query, bernoulli": Cell(), "zero": Cell(both=("mask.mode=zero",)),
-                "all": Cell(both=("adapter.conditions=all",)), "fixed": Cell(both=("mask.count=fixed",))},
-    "editing": {"image -> mix": Cell(ways=("edit",))},
+        name: Cell(both=both, after_first=("image",))
+        for name, both in {
+            "rqa": ("adapter.kind=rqa",),
+            "none": ("adapter.kind=none", "adapter.conditions=all"),
+            "metaquery": ("adapter.kind=metaquery",),
+            "metaquery, as large": ("adapter.kind=metaquery", "adapter.connector_layers=1"),
+        }.items()
+    },
+    "mix": {str(share): Cell(second=(f"data.mix={share}",)) for share in (0.5, 0.9, 0.1, 0.3, 0.7)},
+    "choices": {
+        "drop, query, bernoulli": Cell(),
+        "zero": Cell(both=("mask.mode=zero",)),
+        "all": Cell(both=("adapter.conditions=all",)),
+        "fixed": Cell(both=("mask.count=fixed",)),
+    },
+    "editing": {
+        name: replace(RECIPES[name], after_second=("edit",))
+        for name in ("image -> mix", "pair -> mix")
+    },
 }
 
 
-def write(path, content):
-    """A JSON file that is there whole or not at all."""
+def write(path: Path, content) -> None:
+    """Write a JSON file, whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(content, indent=1) + "\n")
     partial.replace(path)
 
 
-def read(path):
-    """What write() wrote, or {} where there is nothing that can be read."""
+def read(path: Path) -> dict:
+    """Return what write() wrote, or {} where nothing can be read."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
@@ -123,232 +218,482 @@ def read(path):
 
 
 class Runs:
-    """The runs below a folder, each named by what it was given; what is there already is not run again."""
+    """The runs and scores of a budget below a folder; what is there already is not made again."""
 
-    def __init__(self, folder, budget):
+    def __init__(self, folder: str | Path, budget: Budget):
         self.folder, self.budget, self.locks = Path(folder), budget, {}
 
-    def dir(self, stage, steps, settings, init=None):
-        name = hashlib.sha256(json.dumps([stage, sorted(settings), init and init.name]).encode()).hexdigest()[:12]
-        return self.folder / f"{stage}-{name}-{steps}"
-
-    def train(self, stage, steps, settings, init=None, before=None):
-        """-> the folder of a run of so many steps; `before`: that of one of fewer steps, which it goes on from."""
-        run_dir = self.dir(stage, steps, settings, init)
-        folder = checkpoint.newest(run_dir / "checkpoints", say=lambda line: None)
-        if folder is None and before is not None:
-            shutil.copytree(before, run_dir, dirs_exist_ok=True)
-        if folder is None or checkpoint.step_of(folder) < steps:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            with open(run_dir / "said.txt", "ab") as said:
-                code = launch("--stage", stage, "--resume", "auto", *(["--init", str(init)] if init else []), *settings,
-                              f"run.dir={run_dir}", f"train.steps={steps}", "checkpoint.every_steps=500", said=said)
-            if code:
-                raise InputError(f"a run ended with exit code {code}: see {run_dir}/said.txt")
-            write(run_dir / "machine.json", machine())
-        return run_dir
-
-    def scores(self, run_dir, ways, steps):
-        """{"text, train": share of pictures that fit, ...} of a trained run; kept in its folder beside what they depend on."""
-        path, settings = run_dir / f"scores-{steps}.json", self.scored_with()
-        known = read(path)
-        if known.get("settings") != settings:
-            known = {"settings": settings}
-        wanted = [(way, split) for way in ways for split in ("train", "test")]
-        if any(f"{way}, {split}" not in known for way, split in wanted):
-            with self.locked("transformers"):            # its first imports fail in two threads at once
-                config, model, _ = parts.load_run(run_dir, device="cuda" if torch.cuda.is_available() else "cpu")
-            for way, split in wanted:
-                table, _ = grade(model, config.data.size_px, way, split=split, per_kind=self.budget.per_kind,
-                                 steps=self.budget.draw_steps, guidance=GUIDANCE[way])
-                known[f"{way}, {split}"] = {key: overall(table, key) for key in ("fits", "number", "colours", "shapes")}
-            write(path, known)
-        return {f"{way}, {split}": known[f"{way}, {split}"] for way, split in wanted}
-
-    def scored_with(self):
-        """What kept scores depend on beside the run; those of a file that does not say so are the first judge's, and found anew."""
-        return {"per_kind": self.budget.per_kind, "draw_steps": self.budget.draw_steps, "guidance": GUIDANCE, "world": world.VERSION,
-                "judge": score.VERSION}
-
-    def cell(self, cell, seed):
-        """-> ({steps of both stages so far: scores}, [commit that each of its runs was made at; None of one that does not say])."""
-        shared, first, found, made = [f"run.seed={seed}", *self.budget.settings, *cell.both], None, {}, []
-        for point in sorted({*cell.points, 1.0}):
-            steps = max(1, round(point * self.budget.pretrain))
-            with self.locked(f"{seed} {cell.both} {cell.first}"):         # cells that run side by side share stage 1
-                first = self.train("pretrain", steps, [*shared, *cell.first], before=first)
-            made.append(first)
-            if point in cell.points:
-                found[steps] = self.scores(first, ("image",), steps)
-        second = self.train("finetune", self.budget.finetune, [*shared, *cell.second], init=first)
-        found[self.budget.pretrain + self.budget.finetune] = self.scores(second, cell.ways, self.budget.finetune)
-        return found, [read(run_dir / "machine.json").get("commit") for run_dir in (*made, second)]
-
-    def locked(self, name):
+    def locked(self, name) -> Lock:
+        """Return the lock of that name; cells side by side may need the same run or score."""
         return self.locks.setdefault(name, Lock())
 
+    @cache
+    def both(self, cell: Cell, seed: int) -> tuple[Run, Run]:
+        """Return the runs of stage 1 and of stage 2 of a cell."""
+        settings = (f"run.seed={seed}", *self.budget.settings, *cell.both, *cell.first)
+        config = config_of("pretrain", settings)
+        if config.train.data == "pair":
+            settings += (f"data.num_pairs={config.data.num_images}",)
+        first = self.run("pretrain", self.budget.pretrain, settings)
+        settings = (
+            f"run.seed={seed + STAGE_2_SEED}",
+            *self.budget.settings,
+            *cell.both,
+            *cell.second,
+        )
+        return first, self.run("finetune", self.budget.finetune, settings, first.dir)
 
-def limit_of_the_judge(size_px, per_kind=100):
-    return {"size_px": size_px, "per_kind": per_kind,
-            "fits": {kind: row["fits"] for kind, row in ceiling(size_px, per_kind=per_kind).items()}}
+    def run(self, stage: str, steps: int, settings: tuple, init: Path | None = None) -> Run:
+        """Return a run; equal ones have the same folder, however their settings are spelt."""
+        config = flat(config_of(stage, settings))
+        bound = {key: value for key, value in config.items() if key not in (*FREE_KEYS, "run.init")}
+        name = json.dumps([stage, steps, bound, init and init.name], sort_keys=True)
+        folder = self.folder / f"{stage}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+        return Run(stage=stage, steps=steps, settings=settings, dir=folder, init=init)
+
+    def train(self, run: Run) -> None:
+        """Train a run to its end, from its newest checkpoint if it has one.
+
+        Raises:
+            InputError: if the run fails.
+        """
+        with self.locked(run.dir):
+            run.dir.mkdir(parents=True, exist_ok=True)
+            wait_until_free(run.dir)
+            folder = checkpoint.newest(run.dir / "checkpoints", say=lambda line: None)
+            if folder is not None and checkpoint.step_of(folder) >= run.steps:
+                return
+            write(run.dir / "machine.json", machine())
+            fast = SIDE_BY_SIDE if self.budget.jobs > 1 and not torch.cuda.is_available() else ()
+            init = ("--init", str(run.init)) if run.init is not None else ()
+            with open(run.dir / "said.txt", "ab") as said:
+                code = launch(
+                    "--stage",
+                    run.stage,
+                    "--resume",
+                    "auto",
+                    *init,
+                    *run.settings,
+                    *fast,
+                    f"run.dir={run.dir}",
+                    f"train.steps={run.steps}",
+                    "checkpoint.every_steps=250",
+                    "checkpoint.keep=2",
+                    "log.sample_images=0",
+                    said=said,
+                )
+            if code:
+                raise InputError(f"a run ended with exit code {code}: see {run.dir}/said.txt")
+
+    def scored_with(self) -> dict:
+        """Return what scores depend on beside the run; those kept with other values are redone."""
+        return {
+            "per_kind": self.budget.per_kind,
+            "draw_steps": self.budget.draw_steps,
+            "guidance": GUIDANCE,
+            "world": world.VERSION,
+            "judge": score.VERSION,
+        }
+
+    def known(self, run: Run, ways: Iterable[str]) -> dict[str, dict[str, float]] | None:
+        """Return {"text, train": {"fits": share, ..., "pictures": how many}, ...} of a run.
+
+        None if some are missing."""
+        kept = read(run.dir / "scores.json")
+        wanted = [f"{way}, {split}" for way in ways for split in SPLITS]
+        if wanted and (kept.get("settings") != self.scored_with() or not set(wanted) <= set(kept)):
+            return None
+        return {name: kept[name] for name in wanted}
+
+    def score(self, run: Run, ways: Iterable[str], seed: int) -> None:
+        """Score a trained run in the ways that are missing, and keep the shares in its folder."""
+        path = run.dir / "scores.json"
+        with self.locked(path):
+            kept, model = read(path), None
+            if kept.get("settings") != self.scored_with():
+                kept = {"settings": self.scored_with()}
+            for way in ways:
+                if self.known(run, (way,)) is not None:
+                    continue
+                if model is None:
+                    with self.locked(
+                        "transformers"
+                    ):  # its first imports fail in two threads at once
+                        device = "cuda" if torch.cuda.is_available() else "cpu"
+                        config, model, _ = parts.load_run(run.dir, device=device)
+                for split in SPLITS:
+                    table, _ = grade(
+                        model,
+                        config.data.size_px,
+                        way,
+                        split=split,
+                        per_kind=self.budget.per_kind,
+                        steps=self.budget.draw_steps,
+                        guidance=GUIDANCE[way],
+                        seed=seed,
+                    )
+                    keys = FIGURES_OF_EDITS if way == "edit" else FIGURES
+                    shares = {key: overall(table, key) for key in keys}
+                    kept[f"{way}, {split}"] = shares | {
+                        "pictures": sum(row["pictures"] for row in table.values())
+                    }
+                write(path, kept)
+
+    def do(self, cell: Cell, seed: int) -> None:
+        """Train and score a cell; what is complete is left as it is."""
+        first, second = self.both(cell, seed)
+        self.train(first)
+        self.score(first, cell.after_first, seed)
+        self.train(second)
+        self.score(second, cell.after_second, seed)
+
+    def scores(self, cell: Cell, seed: int) -> dict | None:
+        """Return all scores of a cell, or None if it is not complete."""
+        first, second = self.both(cell, seed)
+        found = self.known(first, cell.after_first), self.known(second, cell.after_second)
+        return None if None in found else found[0] | found[1]
+
+    def gathered(self, name: str) -> Cells:
+        """Return {cell: {seed: scores}} of the complete cells and seeds of an experiment."""
+        cells = EXPERIMENTS[name]
+        if all(cell.replace(".", "").isdigit() for cell in cells):
+            cells = dict(sorted(cells.items(), key=lambda item: float(item[0])))
+        rows = {
+            cell: {
+                seed: scores
+                for seed in range(self.budget.seeds)
+                if (scores := self.scores(what, seed))
+            }
+            for cell, what in cells.items()
+        }
+        return {cell: seeds for cell, seeds in rows.items() if seeds}
+
+    def commits(self, name: str) -> str:
+        """Return the commits at which the runs of an experiment were made, in their order."""
+        runs = [
+            run
+            for cell in EXPERIMENTS[name].values()
+            for seed in range(self.budget.seeds)
+            if self.scores(cell, seed)
+            for run in self.both(cell, seed)
+        ]
+        return ", ".join(
+            dict.fromkeys(read(run.dir / "machine.json").get("commit", "unknown") for run in runs)
+        )
+
+    def hours_left(self, names: Iterable[str]) -> tuple[float, float]:
+        """Return the hours that what is left of experiments will take, and the seconds a step."""
+        runs, pictures = set(), set()
+        for cell, seed in {
+            (cell, seed)
+            for name in names
+            for cell in EXPERIMENTS[name].values()
+            for seed in range(self.budget.seeds)
+        }:
+            for run, ways in zip(self.both(cell, seed), (cell.after_first, cell.after_second)):
+                runs.add(run)
+                pictures |= {(run, way) for way in ways if self.known(run, (way,)) is None}
+        step_s, seconds = (
+            self.step_s(),
+            len(pictures) * len(SPLITS) * self.budget.per_kind * len(world.KINDS) * PICTURE_S,
+        )
+        for run in runs:
+            made = [
+                checkpoint.step_of(folder) for folder in checkpoint.steps(run.dir / "checkpoints")
+            ]
+            if (left := run.steps - max(made, default=0)) > 0:
+                seconds += START_S + left * step_s
+        return seconds / 3600 / self.budget.jobs, step_s
+
+    def step_s(self) -> float:
+        """Return the median seconds a step of the newest log, or the budget's without a log."""
+        logs = sorted(self.folder.glob("*/log.jsonl"), key=lambda log: log.stat().st_mtime)
+        for log in reversed(logs):
+            try:
+                if rows := [
+                    json.loads(line)["step_s"] for line in log.read_text().splitlines()[-100:]
+                ]:
+                    return statistics.median(rows)
+            except ValueError:  # a line that is being written
+                continue
+        return self.budget.step_s
 
 
-def interval(values):
-    """(mean, half of the 95 % interval of the mean by Student's t; None from one value)."""
-    if len(values) < 2:
-        return values[0], None
-    return statistics.mean(values), T_95[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
+@cache
+def config_of(stage: str, settings: tuple) -> RunConfig:
+    """Return the config of a stage with these settings."""
+    return load_config(STAGES[stage], settings)
 
 
-def summed(per_seed):
-    """[{steps: {way: {key: share}}} of each seed] -> the same with {"mean", "interval", "seeds"} in place of a share."""
-    first = per_seed[0]
-    return {steps: {way: {key: dict(zip(("mean", "interval"), interval(values := [seed[steps][way][key] for seed in per_seed])),
-                                    seeds=values) for key in keys} for way, keys in ways.items()} for steps, ways in first.items()}
+def wait_until_free(run_dir: Path) -> None:
+    """Wait for a run that still trains in a folder: its launcher outlives a killed command."""
+    with open(run_dir / ".lock", "a") as file, suppress(OSError):  # a file system without locks
+        fcntl.lockf(file, fcntl.LOCK_EX)  # closing the file gives the lock back
 
 
-def in_words(share):
-    """A share of `summed` as "0.200 +-0.248"."""
-    return f"{share['mean']:.3f}" + ("" if share["interval"] is None else f" +-{share['interval']:.3f}")
+def real_limits(runs: Runs, per_kind: int = 32) -> dict:
+    """Return {"text": {split: share}, "edit": ...} of real pictures through the VAE.
+
+    This is the limit for any model."""
+    config = config_of("pretrain", ())
+    settings = {
+        "size_px": config.data.size_px,
+        "vae": config.model.vae,
+        "per_kind": per_kind,
+        **runs.scored_with(),
+    }
+    kept = read(runs.folder / "real.json")
+    if kept.get("settings") != settings:
+        vae, kept = parts.build_model(config, "cpu").frozen[1], {"settings": settings}
+        for way, key in (("text", "fits"), ("edit", "edited")):
+            kept[way] = {
+                split: overall(
+                    ceiling(config.data.size_px, way, split=split, per_kind=per_kind, vae=vae), key
+                )
+                for split in SPLITS
+            }
+        runs.folder.mkdir(parents=True, exist_ok=True)
+        write(runs.folder / "real.json", kept)
+    return {way: kept[way] for way in ("text", "edit")}
 
 
-def show(name, cells):
-    """One experiment as text: a line a cell and point."""
-    lines = [f"{name:<28}{'steps':>7}{'':>3}" + "".join(f"{key:>16}" for key in ("fits", "number", "colours", "shapes"))]
-    for cell, points in cells.items():
-        for steps, ways in points.items():
-            for way, keys in ways.items():
-                lines.append(f"{cell:<22}{way:>12}{steps:>7}" + "".join(f"{in_words(share):>16}" for share in keys.values()))
+def show(name: str, cells: Cells) -> str:
+    """Return an experiment as text, a line a cell, way and split."""
+    lines = [f"{name:<22}{'':<14}{'seeds':>6}" + f"{'':>4}figures with 95 % intervals"]
+    for cell, seeds in cells.items():
+        for way in next(iter(seeds.values())):
+            keys = ("edited", "kept", "fits") if way.startswith("edit") else ("fits", "colours")
+            shares = "   ".join(
+                f"{key} {share_in_words(interval(*shares_of(seeds, way, key)))}" for key in keys
+            )
+            lines.append(f"{cell:<22}{way:<14}{len(seeds):>6}    {shares}")
     return "\n".join(lines)
 
 
-def paper_table(cells, key="fits", split="train"):
-    """The six recipes as the paper prints them: rows pre-train, columns fine-tune. split: "test" are unseen combinations."""
-    shown = key if split == "train" else f"{key}, unseen"
-    lines = [f"{f'{shown}: pre-train | fine-tune':<40}" + "".join(f"{column:>18}" for column in ("image", "pair", "mix"))]
+def paper_table(cells: Cells, split: str = "train", key: str = "fits") -> str:
+    """Return the six recipes as the paper prints them: rows pre-train, columns fine-tune."""
+    columns = ("image", "pair", "mix")
+    lines = [
+        f"{f'{key}, {SPLITS[split]}: pre-train | fine-tune':<40}"
+        + "".join(f"{column:>24}" for column in columns)
+    ]
     for row in ("pair", "image"):
-        shares = [list(cells[f"{row} -> {column}"].values())[-1][f"text, {split}"][key] for column in ("image", "pair", "mix")]
-        lines.append(f"{row:<40}" + "".join(f"{in_words(share):>18}" for share in shares))
+        shares = [
+            share_in_words(interval(*shares_of(cells[f"{row} -> {column}"], f"text, {split}", key)))
+            if f"{row} -> {column}" in cells
+            else "not run"
+            for column in columns
+        ]
+        lines.append(f"{row:<40}" + "".join(f"{share:>24}" for share in shares))
     return "\n".join(lines)
 
 
-def bars(cells, split="train"):
-    """[(label, {key: share})] of every cell on a split, by the first of its ways; of one scored on the way, after each stage."""
-    def first(ways):
-        return next((way, shares) for way, shares in ways.items() if way.endswith(f", {split}"))
-
-    return [(f"{cell} at {steps} ({way.split(',')[0]})" if len(points) > 1 else cell, shares) for cell, points in cells.items()
-            for steps, ways in list(points.items())[-2:] for way, shares in [first(ways)]]
-
-
-def judged(real):
-    """{what: figure} for the README of limit_of_the_judge()."""
-    return {f"shapes world, real pictures at {real['size_px']} px found right by the judge, {real['per_kind']} a kind: what a perfect "
-            "model would get": "; ".join(f"{kind} {share:.2f}" for kind, share in real["fits"].items())}
-
-
-def quoted(name, cells, budget):
-    """{what: figure} for the README of one experiment."""
-    return {f"shapes world, {name}, {budget['pretrain']} and {budget['finetune']} steps, {budget['seeds']} seeds: {shown}": "; ".join(
-        f"{label} {in_words(shares[key])}" for label, shares in bars(cells, split))
-        for key, split, shown in (("colours", "train", "number and colours right"), ("fits", "train", "all of the caption right"),
-                                  ("colours", "test", "number and colours right, unseen combinations"))}
-
-
-def draw_against_steps(axis, cells):
-    """Colours on masked images along stage 1, a line a cell, and on captions after stage 2."""
-    for i, (cell, points) in enumerate(cells.items()):
-        found = [(int(steps), next(iter(ways.values()))["colours"]) for steps, ways in points.items()]
-        x = [steps * (1 + 0.01 * i) for steps, _ in found]       # side by side, so that intervals do not hide each other
-        y, yerr = [share["mean"] for _, share in found], [share["interval"] or 0 for _, share in found]
-        line = axis.errorbar(x[:-1], y[:-1], yerr[:-1], capsize=2, marker=".", label=f"{cell}, colours")
-        axis.errorbar(x[-1:], y[-1:], yerr[-1:], capsize=2, marker="s", color=line[0].get_color())
-    axis.set_xticks([steps for steps, _ in found], [*(f"{steps}, masked images" for steps, _ in found[:-1]), f"{found[-1][0]}, captions"],
-                    fontsize=6)
+def quoted(name: str, cells: Cells, budget: Budget) -> dict[str, str]:
+    """Return {what: figure} for the README of one experiment."""
+    figures = {"fits": "all of the caption right", "colours": "number and colours right"}
+    if name == "editing":
+        figures = {
+            "edited": "edit fits and keeps the rest",
+            "fits": "edit fits",
+            "kept": "edit keeps the rest",
+        }
+    way, _ = figure_of(name)
+    most = max(len(seeds) for seeds in cells.values())
+    of = f"shapes dataset, {name}, {budget.pretrain} and {budget.finetune} steps, {most} seeds"
+    return {
+        f"{of}: {shown}, {SPLITS[split]} combinations": "; ".join(
+            f"{cell} {share_in_words(interval(*shares_of(seeds, f'{way}, {split}', key)))}"
+            for cell, seeds in cells.items()
+        )
+        for key, shown in figures.items()
+        for split in SPLITS
+    }
 
 
-def draw_bars(experiments, path):
-    """A PNG: per experiment the share of whole captions and of colours that are right, with intervals."""
-    if (plt := pyplot()) is None:
-        return
-    figure, axes = plt.subplots(len(experiments), 1, figsize=(9, 2.6 * len(experiments)), squeeze=False)
-    for axis, (name, cells) in zip(axes[:, 0], experiments.items()):
-        if any(len(points) > 1 for points in cells.values()):
-            draw_against_steps(axis, cells)
-        else:
-            for shift, key, split, shown in ((-0.27, "fits", "train", "fits"), (0, "colours", "train", "colours"),
-                                             (0.27, "colours", "test", "colours, unseen combinations")):
-                rows = bars(cells, split)
-                axis.bar([i + shift for i in range(len(rows))], [row[key]["mean"] for _, row in rows], 0.27, label=shown,
-                         yerr=[row[key]["interval"] or 0 for _, row in rows], capsize=2)
-            axis.set_xticks(range(len(rows)), [label for label, _ in rows], fontsize=6)
-        axis.set_ylim(0, 1)
-        axis.set_title(name, fontsize=9)
-        axis.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+def publish(
+    runs: Runs, names: Iterable[str], path: Path, given: dict, real: dict
+) -> dict[str, Cells]:
+    """Write the results of all that is complete, a JSON and a PNG; return {experiment: its cells}.
+
+    Experiments that were not asked for are in it as well, once they have two cells to compare."""
+    here, rows, of = machine(), {}, {}
+    found = {
+        name: cells
+        for name in EXPERIMENTS
+        if len(cells := runs.gathered(name)) > (0 if name in names else 1)
+    }
+    for name, cells in found.items():
+        mine = quoted(name, cells, runs.budget)
+        rows |= mine
+        of |= dict.fromkeys(mine, {**here, "commit": runs.commits(name)})
+    findings = compared(found)
+    for row in findings:
+        if row["seen"]:
+            what = f"paper, {row['experiment']}: {row['what']} ({row['paper']})"
+            rows[what] = "; ".join(f"{shown}: {in_words(row[shown])}" for shown in SPLITS.values())
+            of[what] = {**here, "commit": runs.commits(row["experiment"])}
+    rows["shapes dataset, real pictures through the VAE found right: the limit for any model"] = (
+        "; ".join(
+            f"{way}, {SPLITS[split]} {share:.2f}"
+            for way, shares in real.items()
+            for split, share in shares.items()
+        )
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(
+        path,
+        {
+            "machine": here,
+            "budget": given,
+            "real": real,
+            "rows": rows,
+            "of": of,
+            "findings": findings,
+            "experiments": {name: summary(cells) for name, cells in found.items()},
+        },
+    )
+    draw(
+        found,
+        path.with_suffix(".png"),
+        {way: statistics.mean(shares.values()) for way, shares in real.items()},
+    )
+    return found
 
 
-def results_name(name, budget):
-    """Of a budget's results; steps and seeds stand in it where they are not the budget's own."""
+def status(runs: Runs, names: Iterable[str]) -> str:
+    """Return what is done and what is left, a line a cell."""
+    found = {name: runs.gathered(name) for name in names}
+    lines = [
+        f"{name:<10}{cell:<24}{len(found[name].get(cell, {}))} of {runs.budget.seeds} seeds"
+        for name in names
+        for cell in EXPERIMENTS[name]
+    ]
+    hours, step_s = runs.hours_left(names)
+    return "\n".join(
+        [
+            *lines,
+            f"expected: {hours:.1f} hours left, {runs.budget.jobs} at a time, "
+            f"{step_s:.2f} s a step",
+        ]
+    )
+
+
+def results_name(name: str, budget: Budget) -> str:
+    """Return the name of a budget's results, with steps and seeds that are not the budget's own."""
     own = BUDGETS[name]
-    steps = () if (budget.pretrain, budget.finetune) == (own.pretrain, own.finetune) else (f"{budget.pretrain}-steps",)
-    seeds = () if budget.seeds == own.seeds else (f"{budget.seeds}-seeds",)
+    changed = (budget.pretrain, budget.finetune) != (own.pretrain, own.finetune)
+    steps = (f"{budget.pretrain}-{budget.finetune}-steps",) if changed else ()
+    seeds = (f"{budget.seeds}-seeds",) if budget.seeds != own.seeds else ()
     return "-".join(["recipes", name, *steps, *seeds])
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiments", nargs="*", help=f"of: {', '.join(EXPERIMENTS)}; default: the budget's")
-    parser.add_argument("--budget", choices=tuple(BUDGETS), default="gpu" if torch.cuda.is_available() else "cpu-night")
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """Return the command line, with the budget as it asks for it in `budget_asked`."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "experiments", nargs="*", help=f"of: {', '.join(EXPERIMENTS)}; default: the budget's"
+    )
+    parser.add_argument(
+        "--budget",
+        choices=tuple(BUDGETS),
+        default="gpu" if torch.cuda.is_available() else "cpu-night",
+        help="cpu-smoke: minutes, for the slow tests; cpu-night: two cores, --status prints the "
+        "hours; gpu: recipes and editing on one GPU, not run yet",
+    )
     parser.add_argument("--seeds", type=above_0(int), help="default: the budget's")
-    parser.add_argument("--steps", type=above_0(int), help="of either stage; default: the budget's")
-    parser.add_argument("--out", default=str(ROOT / "runs/recipes"), help="folder of the runs; what is there is not run again")
+    parser.add_argument(
+        "--steps",
+        type=above_0(int),
+        nargs=2,
+        metavar=("STAGE_1", "STAGE_2"),
+        help="default: the budget's",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=above_0(int),
+        help="cells side by side, of one thread each; default: the budget's",
+    )
+    parser.add_argument(
+        "--status", action="store_true", help="print what is done and what is left; runs nothing"
+    )
+    parser.add_argument(
+        "--out",
+        default=str(ROOT / "runs/recipes"),
+        help="folder of the runs; what is there is not run again",
+    )
     parser.add_argument("--results", default=str(ROOT / "benchmarks/results"))
     args = parser.parse_args(argv)
-    budget = BUDGETS[args.budget]
-    budget = replace(budget, seeds=args.seeds or budget.seeds, pretrain=args.steps or budget.pretrain,
-                     finetune=args.steps or budget.finetune)
-    if budget.seeds > max(T_95) + 1:
-        parser.error(f"--seeds must be 1 to {max(T_95) + 1}, got {budget.seeds}")
-    unknown = set(args.experiments) - set(EXPERIMENTS)
-    if unknown:
+    own = BUDGETS[args.budget]
+    pretrain, finetune = args.steps or (own.pretrain, own.finetune)
+    args.budget_asked = replace(
+        own,
+        pretrain=pretrain,
+        finetune=finetune,
+        seeds=args.seeds or own.seeds,
+        jobs=args.jobs or own.jobs,
+    )
+    if args.budget_asked.seeds > max(T_95) + 1:
+        parser.error(f"--seeds must be 1 to {max(T_95) + 1}, got {args.budget_asked.seeds}")
+    if unknown := set(args.experiments) - set(EXPERIMENTS):
         parser.error(f"no experiment {sorted(unknown)[0]}: choose of {', '.join(EXPERIMENTS)}")
+    args.experiments = [
+        name for name in EXPERIMENTS if name in (args.experiments or own.experiments)
+    ]
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the experiments; return the exit code."""
+    args = parse_args(argv)
+    budget, names = args.budget_asked, args.experiments
     runs = Runs(Path(args.out) / args.budget, budget)
-    given = json.loads(json.dumps({**asdict(budget), "name": args.budget, **runs.scored_with()}))
-    path = Path(args.results) / f"{results_name(args.budget, budget)}-{machine()['date']}.json"
-    kept = read(path)      # other experiments of today
-    if kept.get("budget") != given:
-        real = limit_of_the_judge(load_config("demo").data.size_px)
-        kept = {"machine": machine(), "budget": given, "rows": judged(real), "of": {}, "real": real, "experiments": {}}
-    found, failed = kept["experiments"], 0
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for name in args.experiments or budget.experiments:
-        cells, found[name], commits = EXPERIMENTS[name], {}, {}
-        with ThreadPoolExecutor(budget.at_once) as pool:
-            waiting = {cell: [pool.submit(runs.cell, cells[cell], seed) for seed in range(budget.seeds)] for cell in cells}
-            for cell, seeds in waiting.items():                # written as each is done: a night that is cut short keeps them
-                try:
-                    scores, made_at = zip(*(one.result() for one in seeds))
-                    found[name][cell] = summed(scores)
-                except Exception as error:                     # the others go on
-                    failed += 1
-                    if not isinstance(error, InputError):
-                        traceback.print_exception(error)
-                    words = error if isinstance(error, InputError) else repr(error)
-                    print(f"iomm: {name}, {cell}: {words}", file=sys.stderr, flush=True)
-                    continue
-                rows = quoted(name, found[name], given)
-                kept["rows"].update(rows)
-                here = machine()
-                commits.update((commit or here["commit"], None) for one in made_at for commit in one)      # in their order
-                kept["of"].update(dict.fromkeys(rows, {**here, "commit": ", ".join(commits)}))
-                write(path, kept)
-        print(show(name, found[name]), flush=True)
-        if name == "recipes" and len(found[name]) == len(cells):
-            for key, split in product(("fits", "colours"), ("train", "test")):
-                print(paper_table(found[name], key, split), flush=True)
-    draw_bars({name: cells for name, cells in found.items() if cells}, path.with_suffix(".png"))
+    print(status(runs, names), flush=True)
+    if args.status:
+        return 0
+    if budget.jobs > 1:
+        torch.set_num_threads(1)
+    real = real_limits(runs)
+    path = Path(args.results) / f"{results_name(args.budget, budget)}.json"
+    given = {**asdict(budget), "name": args.budget, **runs.scored_with()}
+    failed = 0
+    pool = ThreadPoolExecutor(budget.jobs)
+    try:
+        waiting = {
+            pool.submit(runs.do, cell, seed): f"{name}, {label}, seed {seed}"
+            for seed in range(budget.seeds)
+            for name in names
+            for label, cell in EXPERIMENTS[name].items()
+        }
+        for done, label in waiting.items():
+            try:
+                done.result()
+            except Exception as error:  # the other cells go on
+                failed += 1
+                if not isinstance(error, InputError):
+                    traceback.print_exception(error)
+                words = error if isinstance(error, InputError) else repr(error)
+                print(f"iomm: {label}: {words}", file=sys.stderr, flush=True)
+                continue
+            # of all that is complete, also of cells that ended before this one
+            publish(runs, names, path, given, real)
+            print(f"done: {label}; {runs.hours_left(names)[0]:.1f} hours left", flush=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    found = publish(runs, names, path, given, real)
+    for name, cells in found.items():
+        print(show(name, cells))
+    if "recipes" in found:
+        print(
+            *(
+                paper_table(found["recipes"], split, key)
+                for key in ("fits", "colours")
+                for split in SPLITS
+            ),
+            sep="\n",
+        )
+    print(findings_table(compared(found)))
     print(path)
     return 1 if failed else 0
 

@@ -14,6 +14,7 @@ from iomm.engine import checkpoint
 
 ROOT = Path(__file__).parent.parent
 LIMIT_S = 240
+PIXELS = str(ROOT / "tests/pixels.yaml")      # a config of the engine's tests: no VAE, no alignment, one rank
 BUILDS = Path(tempfile.mkdtemp(prefix="iomm-test-"))     # where just-in-time builds would leave a lock
 
 

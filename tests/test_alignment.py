@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from kernel_checks import assert_no_worse
-from launches import LIMIT_S, ROOT, environment, hashes, rows, start
+from launches import LIMIT_S, PIXELS, ROOT, environment, hashes, rows, start
 from PIL import Image
 from test_ahead import walk
 from test_model import build, mllm, mllm_folder, pixels  # noqa: F401  two of them are fixtures
@@ -280,15 +280,15 @@ def test_the_velocity_s_numbers_do_not_know_of_the_head(mllm):  # noqa: F811
     )
     assert loss > found[0] and align_I.shape == (4,) and 0 < align_I.min() and align_I.max() < 2
     off = build_without_weights(
-        load_config("demo", ["align.block=2", "align.target=projector", "align.pairs=true"])
+        load_config(PIXELS, ["align.block=2", "align.target=projector", "align.pairs=true"])
     )
-    plain = build_without_weights(load_config("demo"))
+    plain = build_without_weights(load_config(PIXELS))
     assert off.alignment is None and [*dict(off.named_parameters())] == [
         *dict(plain.named_parameters())
     ]
-    assert work(off, load_config("demo")) == work(
-        plain, load_config("demo")
-    ) and "align" not in work(plain, load_config("demo"))
+    assert work(off, load_config(PIXELS)) == work(
+        plain, load_config(PIXELS)
+    ) and "align" not in work(plain, load_config(PIXELS))
 
 
 def test_the_vit_runs_once(mllm, monkeypatch):  # noqa: F811
@@ -601,7 +601,7 @@ def test_bytes_kept_and_prepared_are_those_of_a_real_pass(target):
     from iomm.vae import load_vae
 
     config = load_config(
-        "demo",
+        PIXELS,
         [
             "mask.ratio=0.0",
             "precision=fp32",
@@ -748,6 +748,8 @@ def runs(tmp_path_factory):
 
 def settings(world):
     return [
+        "--config",
+        PIXELS,
         f"data.shards={world}",
         f"data.pairs={world}",
         "train.data=mix",

@@ -99,7 +99,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from iomm.engine import launch, zero
 from iomm.engine.config import load_config
-config, ranks = load_config("demo", sys.argv[2:]), zero.start(200)
+config, ranks = load_config("tests/pixels.yaml", sys.argv[2:]), zero.start(200)
 launch.prepare_process(config, ranks)
 state, source, _ = launch.build(config, ranks, say=lambda *_: None)
 module, gathered = state.sharded.engine.module, []

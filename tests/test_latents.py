@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from launches import PIXELS
 
 from iomm.adapter import QueryAdapter
 from iomm.config import AdapterConfig, InputError, MaskConfig, generator_config
@@ -221,8 +222,8 @@ def test_wrong_caches_are_one_line(world, vae, tmp_path):
 def test_the_command(tmp_path, capsys):
     settings = [f"run.dir={tmp_path / 'run'}", "data.num_images=20"]
     for rank in ("0", "1"):
-        assert cli.main(["cache", "--out", str(tmp_path / "cache"), "--rank", rank, "--ranks", "2", *settings]) == 0
+        assert cli.main(["cache", "--config", PIXELS, "--out", str(tmp_path / "cache"), "--rank", rank, "--ranks", "2", *settings]) == 0
     assert "rank 1 of 2: 8 of 20 latents written" in capsys.readouterr().out
-    assert "0 of 20 latents" in write_latents(load_config("demo", settings), tmp_path / "cache", dtype="bf16", batch=4)
-    assert cli.main(["cache", "--out", str(tmp_path / "cache"), "--rank", "2", "--ranks", "2", *settings]) == 2
+    assert "0 of 20 latents" in write_latents(load_config(PIXELS, settings), tmp_path / "cache", dtype="bf16", batch=4)
+    assert cli.main(["cache", "--config", PIXELS, "--out", str(tmp_path / "cache"), "--rank", "2", "--ranks", "2", *settings]) == 2
     assert "--rank must be from 0 to --ranks - 1, got 2 of 2" in capsys.readouterr().err

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from launches import PIXELS
 
 from iomm.config import InputError
 from iomm.engine.config import CONFIGS, load_config
@@ -25,7 +26,7 @@ from iomm.engine.plan import (
     work,
 )
 
-PAPER = {   # generator's parameters, work of one sample in TFLOP (METHOD's table for B), millions of samples
+PAPER = {   # generator's parameters, work of one sample in TFLOP (the method's table for B), millions of samples
     "iomm-b-512": ((1.55e9, 1.65e9), (7.9, 8.2), 110),
     "iomm-l-512": ((2.65e9, 2.80e9), (10.5, 11.5), 110),
     "iomm-xl-512": ((5.7e9, 6.3e9), (48.0, 52.0), 110),
@@ -60,7 +61,7 @@ def test_shipped_configs_are_counted(name):
 
 @pytest.mark.parametrize("name", sorted(PAPER))
 def test_shipped_configs_have_the_paper_s_values(name):
-    """METHOD, section 4."""
+    """Counts of the presets, and work of IOMM-B."""
     config = load_config(name)
     batch, ratio, kind, decay = STAGE_1[config.model.preset]
     if name.endswith("finetune"):
@@ -94,7 +95,7 @@ def test_the_paper_s_budget_in_gpu_hours():
 
 
 def test_counted_activations_are_what_a_real_pass_keeps():
-    config = load_config("demo", ["precision=fp32", "data.size_px=32", "model.vae=pixel:4", "optim.kind=adamw"])
+    config = load_config(PIXELS, ["precision=fp32", "data.size_px=32", "model.vae=pixel:4", "optim.kind=adamw"])
     model = build_without_weights(config)
     counted = activation_bytes(model, config, micro_batch=4)["generator"]
     from iomm.generator import new_generator
@@ -113,7 +114,7 @@ def test_counted_activations_are_what_a_real_pass_keeps():
 
 @pytest.mark.parametrize("preset", ["demo", "iomm-xl"])
 def test_two_models_of_few_blocks_tell_the_activations_of_many(preset):
-    config = load_config("demo", [f"model.preset={preset}", "precision=fp32", "data.size_px=32", "model.vae=pixel:4"])
+    config = load_config(PIXELS, [f"model.preset={preset}", "precision=fp32", "data.size_px=32", "model.vae=pixel:4"])
     model = build_without_weights(config)
     generator, vae = model.generator, model.frozen[1]
     with torch.device("meta"):
@@ -124,7 +125,7 @@ def test_two_models_of_few_blocks_tell_the_activations_of_many(preset):
 
 def test_fp8_keeps_the_sides_of_its_products_in_a_byte():
     """Of a block's linears at width D with M rows: inputs of qkv, out, mlp_in (D each) and mlp_out (4 D)."""
-    config = load_config("demo", ["precision=bf16", "data.size_px=32", "model.vae=pixel:4", "optim.kind=adamw"])
+    config = load_config(PIXELS, ["precision=bf16", "data.size_px=32", "model.vae=pixel:4", "optim.kind=adamw"])
     model = build_without_weights(config)
     bf16, fp8 = (activation_bytes(model, replace(config, precision=p), micro_batch=4)["generator"] for p in ("bf16", "fp8"))
     blocks, width, latents, condition = 6, 96, 64, config.adapter.num_queries
@@ -139,7 +140,7 @@ def test_bytes_encoded_ahead_are_those_of_a_real_batch():
     from iomm.internvl import load_mllm
     from iomm.model import IOMM
     from iomm.vae import load_vae
-    config = load_config("demo", ["mask.ratio=0.0", "precision=fp32", "data.size_px=32", "model.vae=pixel:4"])
+    config = load_config(PIXELS, ["mask.ratio=0.0", "precision=fp32", "data.size_px=32", "model.vae=pixel:4"])
     mllm, vae = load_mllm(str(WEIGHTS), dtype=torch.float32), load_vae(config.model.vae)
     counted = build_without_weights(config)
     model = IOMM(counted.generator, counted.adapter, mllm, vae, counted.recipe)
@@ -159,7 +160,7 @@ def test_what_the_mllm_keeps_of_its_queries_is_what_a_real_pass_keeps():
     """The tiny MLLM on real tensors; attention keeps a mask and repeated heads besides, where batches are ragged."""
     from iomm.engine.shapes.mllm import WEIGHTS
     from iomm.internvl import load_mllm
-    config = load_config("demo", ["adapter.attention=bidirectional", "precision=fp32"])
+    config = load_config(PIXELS, ["adapter.attention=bidirectional", "precision=fp32"])
     model = build_without_weights(config)
     counted = activation_bytes(model, config, micro_batch=4)["MLLM queries"]
     mllm = load_mllm(str(WEIGHTS), dtype=torch.float32)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from launches import BUILDS, LIMIT_S, ROOT, environment, hashes, launch, launch_and_kill, rows, start
+from launches import BUILDS, LIMIT_S, PIXELS, ROOT, environment, hashes, launch, launch_and_kill, rows, start
 from PIL import Image
 
 from iomm.config import PRESETS, GeneratorConfig
@@ -27,8 +27,8 @@ from iomm.engine.report import read_run
 from iomm.engine.shapes.world import write_world
 from iomm.pipeline import Pipeline
 
-# Of the demo config what rounds, and what it leaves out: ZeRO-3.
-PLAIN = ["precision=fp32", "optim.kind=adamw", "optim.lr=1e-3", "data.size_px=32", "model.vae=pixel:4", "ema.decay=0.99", "zero.stage=3"]
+# Of the config of tests what rounds, and what it leaves out: ZeRO-3.
+PLAIN = ["--config", PIXELS, "precision=fp32", "optim.kind=adamw", "optim.lr=1e-3", "data.size_px=32", "model.vae=pixel:4", "ema.decay=0.99", "zero.stage=3"]
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +227,7 @@ def test_the_whole_road(survivor, settings, world, tmp_path):
     """Pre-trained, killed and resumed (the fixture) -> fine-tuned on two ranks -> exported -> loaded in diffusers -> drawn ->
     a folder for GenEval -> checked."""
     stage_1, run_dir, out = survivor[0], tmp_path / "run", tmp_path / "grid.png"
-    mine = [f"run.dir={run_dir}", *settings, f"data.pairs={world}", *EVALUATED, "train.steps=2"]
+    mine = [f"run.dir={run_dir}", *settings, f"data.pairs={world}", *EVALUATED, "train.data=mix", "train.steps=2"]
     done = start(2, "--stage", "finetune", "--init", str(stage_1), *mine)
     assert done.returncode == 0 and f"starts from the ema weights of {stage_1}/checkpoints/step-00000006" in done.stdout, done.stdout
     found = rows(run_dir / "log.jsonl")

@@ -1,36 +1,56 @@
-"""The shapes world as a judge: pictures read from pixels, edits, grades of a model, and the table of recipes."""
+"""The shapes world as a judge: pictures read from pixels, edits, grades of a model, and the tiny MLLM."""
 
-import importlib.util
 import io
 import json
+import math
 import random
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from launches import PIXELS
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file
 
-from benchmarks.recipes import BUDGETS, EXPERIMENTS, Runs, interval, judged, main, paper_table, show, summed
-from benchmarks.report import short
 from iomm.config import InputError
 from iomm.engine.config import load_config
 from iomm.engine.data.index import build as build_index
 from iomm.engine.data.shards import Shards
 from iomm.engine.data.source import ImageSource
 from iomm.engine.parts import build_model
-from iomm.engine.shapes.grade import GUIDANCE, WAYS, ceiling, describe, grade, overall
-from iomm.engine.shapes.mllm import TASKS, WEIGHTS, accuracies, metadata, train, vit_pixels
-from iomm.engine.shapes.score import look, parse, score
+from iomm.engine.shapes.grade import (
+    ASKED,
+    ASKED_OF_EDITS,
+    WAYS,
+    ceiling,
+    describe,
+    edits,
+    grade,
+    middle_of,
+    overall,
+    real_edit,
+    tasks,
+)
+from iomm.engine.shapes.mllm import LEGS, STATE, TASKS, WEIGHTS, Leg, accuracies, metadata, train, vit_pixels
+from iomm.engine.shapes.mllm import main as mllm_main
+from iomm.engine.shapes.score import (
+    KEPT_AREA,
+    KEPT_DISTANCE,
+    KEPT_LEVELS,
+    area_of,
+    enlarged,
+    kept,
+    look,
+    parse,
+    plane,
+    score,
+)
 from iomm.engine.shapes.world import COLOURS, KINDS, OPPOSITE, PLACES, SHAPES, draw, edit, held_out, scene, write_world
 from iomm.internvl import Captioner, load_mllm
 from iomm.mllm import IMAGE_STD
-
-ROOT = Path(__file__).resolve().parents[1]
+from iomm.vae import load_vae
 
 
 def rendered(i, split, kind, px):
@@ -57,6 +77,7 @@ def test_at_16_px_real_pictures_are_the_ceiling():
     table = ceiling(16, per_kind=12)
     assert set(table) == set(KINDS) and table["single_object"]["fits"] == table["colors"]["fits"] == 1
     assert 0.9 <= overall(table) < 1 and 1 == overall(ceiling(64, per_kind=2))
+    assert ceiling(64, per_kind=1, vae=load_vae("pixel:4")) == ceiling(64, per_kind=1)
 
 
 def test_each_part_of_a_caption_is_judged_by_itself():
@@ -119,10 +140,110 @@ def test_edits_ask_for_what_training_may_show():
             assert not held_out(*objects[1], OPPOSITE[relation])
 
 
+class Blurred:
+    """Stands in for an autoencoder: detail below 64 / 24 px is lost, and smooth noise of 10 grey levels comes in."""
+
+    def __init__(self):
+        self.random = torch.Generator().manual_seed(0)
+
+    def encode(self, pixels_BCHW):
+        return F.interpolate(pixels_BCHW, size=(24, 24), mode="bicubic", antialias=True)
+
+    def decode(self, latents_BCHW):
+        noise_BCHW = F.interpolate(torch.randn(1, 3, 16, 16, generator=self.random), size=(64, 64), mode="bicubic")
+        return F.interpolate(latents_BCHW, size=(64, 64), mode="bicubic") + noise_BCHW / noise_BCHW.std() * 10 / 127.5
+
+
+@pytest.mark.parametrize("per_kind", [2, pytest.param(34, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("vae", [None, Blurred()])
+def test_real_edits_fit_and_keep_the_rest(per_kind, vae):
+    """Of 204 a split; of 12 none may be wrong."""
+    for split in ("train", "test"):
+        table = ceiling(64, "edit", split=split, per_kind=per_kind, vae=vae)
+        assert set(table) == {"make", "add"} and all(set(row) == {*ASKED_OF_EDITS, "pictures"} for row in table.values())
+        assert table["make"]["relation"] is None and table["add"]["place"] is table["add"]["size"] is None
+        for key in ("edited", "fits", "kept"):
+            assert overall(table, key) >= 0.99, (split, key)
+
+
+@pytest.mark.slow
+def test_the_bounds_of_what_is_kept_are_near_what_is_measured():
+    """Pictures of 400 scenes, blurred and noisy, against the scenes themselves."""
+    vae, distances, ratios, levels = Blurred(), [], [], []
+    for i in range(400):
+        picture = scene(77, i, ("train", "test")[i % 2], "single_object")
+        source, = picture.shapes
+        pixels = torch.from_numpy(np.array(draw(picture))).permute(2, 0, 1)[None] / 127.5 - 1
+        shown = ((vae.decode(vae.encode(pixels)).clamp(-1, 1) + 1) * 127.5).round().byte()[0].permute(1, 2, 0).numpy()
+        found, = look(shown)
+        assert found.shape == source.shape
+        distances.append(math.hypot(found.x - source.x, found.y - source.y))
+        ratios.append(abs(found.area / area_of(source) - 1))
+        levels.append(abs(plane(enlarged(shown)).mean() - np.mean(picture.background_rgb)))
+    assert max(distances) <= KEPT_DISTANCE <= 3 * max(distances)
+    assert max(ratios) <= KEPT_AREA - 1 <= 3 * max(ratios)
+    assert max(levels) <= KEPT_LEVELS <= 3 * max(levels)
+
+
+def test_what_an_edit_may_not_change_is_judged_by_itself():
+    before = replace(scene(3, 0, "train", "single_object"), background_rgb=(140, 140, 140))
+    circle = replace(before.shapes[0], shape="circle", colour="red", rgb=middle_of("red"), x=0.5, y=0.4, radius=0.2)
+    before = replace(before, shapes=(circle,))
+    blue = replace(circle, colour="blue", rgb=middle_of("blue"))
+    whole = {"object": True, "place": True, "size": True, "background": True, "kept": True}
+
+    def judged(instruction, *shapes, background=(140, 140, 140)):
+        return kept(draw(replace(before, shapes=shapes, background_rgb=background)), before, instruction)
+    assert judged("make it blue", blue) == whole and judged("make it blue", circle) == whole       # its colour is for score()
+    small = replace(blue, shape="square", x=0.15, y=0.15, radius=0.09)
+    missing = {"object": False, "place": False, "size": False, "kept": False}
+    for shapes in ((), (blue, small)):
+        assert judged("make it blue", *shapes) == whole | missing
+    assert judged("make it blue", replace(blue, shape="square", radius=0.201)) == whole | {"object": False, "kept": False}
+    for moved in (replace(blue, x=0.5 + 1.5 * KEPT_DISTANCE), replace(blue, y=0.4 - 1.5 * KEPT_DISTANCE)):
+        assert judged("make it blue", moved) == whole | {"place": False, "kept": False}
+    for factor in (KEPT_AREA**0.6, KEPT_AREA**-0.6):                   # of the radius: 1.2 times the bound
+        assert judged("make it blue", replace(blue, radius=0.2 * factor)) == whole | {"size": False, "kept": False}
+    lighter = (round(140 + 1.2 * KEPT_LEVELS),) * 3
+    assert judged("make it blue", blue, background=lighter) == whole | {"background": False, "kept": False}
+
+    asked = "add a blue square to the left"
+    added, there = replace(small, x=0.2, y=0.5, radius=0.17), replace(circle, x=0.7, y=0.5, radius=0.12)
+    beside = whole | {"place": None, "size": None}
+    assert judged(asked, added, there) == beside                        # the dataset's pairs have sizes of their own
+    assert judged(asked, circle) == beside                              # that nothing was added is for score()
+    for gone in ((added,), (added, replace(there, shape="square")), (added, replace(there, colour="blue", rgb=blue.rgb))):
+        assert judged(asked, *gone) == beside | {"object": False, "kept": False}
+    third = replace(added, y=0.85, radius=0.09)
+    assert judged(asked, replace(added, y=0.3), there, third) == beside | {"object": False, "kept": False}
+    for instruction in ("", "make it pink", "add a red cat to the left", "add a red square beside"):
+        with pytest.raises(InputError, match="not an instruction of the shapes dataset"):
+            kept(draw(before), before, instruction)
+
+
+def test_another_picture_of_the_same_caption_keeps_nothing():
+    """Real pictures that fit what an edit asks for, but were not made from its source."""
+    asked = [(before, text, caption) for before, text, caption in edits(120, "train") if text.startswith("make")]
+    others = [real_edit(replace(before, shapes=tuple(replace(shape, shape=before.shapes[0].shape) for shape in other.shapes),
+                                background_rgb=other.background_rgb), text, caption)
+              for (before, text, caption), (other, _, _) in zip(asked, asked[1:])]
+    verdicts = [kept(draw(other), before, text) for other, (before, text, _) in zip(others, asked)]
+    assert all(score(draw(other), caption)["fits"] for other, (_, _, caption) in zip(others, asked[:12]))
+    assert not any(verdict["kept"] for verdict in verdicts) and all(verdict["object"] for verdict in verdicts)
+    assert sum(verdict["place"] for verdict in verdicts) <= 0.02 * len(verdicts)
+
+
+def test_tasks_belong_to_the_seed():
+    for way in WAYS:
+        first, again, other = (tasks(way, "test", 2, seed) for seed in (0, 0, 1))
+        assert first == again and len(first.kinds) == len(first.texts) == len(first.captions) == len(first.scenes) == 12
+        assert not set(first.scenes) & set(other.scenes)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A fresh one, what starts at zero filled: it draws neither its noise alone nor the same from every condition."""
-    config = load_config("demo", [f"run.dir={tmp_path_factory.mktemp('grade')}/run", "precision=fp32"])
+    config = load_config(PIXELS, [f"run.dir={tmp_path_factory.mktemp('grade')}/run", "precision=fp32"])
     model, random = build_model(config, "cpu"), torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.requires_grad and not parameter.any():
@@ -138,7 +259,7 @@ def test_a_grade_is_a_function_of_model_and_seed(model, way):
     (table, drawn), (again, in_fours) = levels(), levels(batch=4)
     assert {kind: row["pictures"] for kind, row in table.items()} == ({"make": 3, "add": 3} if way == "edit" else {
         "single_object": 1, "two_object": 1, "counting": 1, "colors": 1, "position": 1, "color_attr": 1})
-    assert all(row.keys() == {"fits", "number", "colours", "shapes", "relation", "pictures"} for row in table.values())
+    assert all(row.keys() == {*(ASKED_OF_EDITS if way == "edit" else ASKED), "pictures"} for row in table.values())
     assert drawn.shape == (6, 32, 32, 3) and drawn.float().std() > 20
     assert again == table and (in_fours - drawn).abs().max() <= 1         # sums of another order may round to the next level
     for how in ({"seed": 1}, {"split": "test"}):                          # another noise; of the same noise another condition
@@ -156,11 +277,57 @@ def test_the_vit_is_shown_what_the_loader_of_a_run_shows_it(tmp_path, size_px):
     assert levels_BCHW.max() < 1.01          # here 0; another JPEG decoder may be a level off. Sharp pictures are 70 off at 16 px
 
 
-def test_a_tiny_mllm_is_trained_and_loaded(tmp_path):
-    found = train(tmp_path / "mllm", steps=2, batch=16, lr=1e-3, num_images=40, seed=0, num_judged=20, say=lambda *_, **__: None)
+MINIATURE = dict(legs=(Leg(steps=3, batch=16, lr=1e-3, images=40), Leg(steps=2, batch=16, lr=5e-4, images=48)), num_judged=20,
+                 save_steps=2)
+
+
+def test_a_tiny_mllm_is_trained_and_loaded_and_a_killed_one_ends_alike(tmp_path):
+    """Killed in the first leg, and after the last one, before its state is written."""
+    lines, whole = [], tmp_path / "whole"
+    found = train(whole, say=lines.append, **MINIATURE)
     assert set(found) == {f"{task}, {split}" for task in TASKS for split in ("train", "test")}
-    mllm = load_mllm(str(tmp_path / "mllm"), dtype=torch.float32)
-    assert mllm.num_image_tokens == 16 and (tmp_path / "mllm/model.safetensors").stat().st_size < 6e6
+    assert any("h left" in line for line in lines) and [path.name for path in tmp_path.iterdir()] == ["whole"]
+    mllm = load_mllm(str(whole), dtype=torch.float32)
+    assert mllm.num_image_tokens == 16 and (whole / "model.safetensors").stat().st_size < 6e6
+    head = metadata(whole)
+    legs = json.loads(head["legs"])
+    assert json.loads(head["accuracy"]) == found == legs[-1]["found"]
+    assert [(leg["steps"], leg["images"], leg["lr"]) for leg in legs] == [(3, 40, 1e-3), (2, 48, 5e-4)]
+    with pytest.raises(InputError, match="whole exists"):
+        train(whole, **MINIATURE)
+
+    unfinished = tmp_path / "again.unfinished"
+
+    def killed_at(words, times):
+        def say(line):
+            nonlocal times
+            times -= line.startswith(words)
+            if not times:
+                raise KeyboardInterrupt
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "again", say=say, **MINIATURE)
+        assert not (tmp_path / "again").exists()
+    killed_at("step 3", 1)
+    assert torch.load(unfinished / STATE, weights_only=True)["step"] == 2
+    with pytest.raises(InputError, match="an unfinished run with other settings"):
+        train(tmp_path / "again", seed=1, **MINIATURE)
+    killed_at("leg 2", 2)                                               # judged, the state not yet written
+    assert torch.load(unfinished / STATE, weights_only=True)["leg"] == 1
+    lines.clear()
+    assert train(tmp_path / "again", say=lines.append, **MINIATURE) == found and not unfinished.exists()
+    assert not any(line.startswith("leg 1") for line in lines)
+    first, again = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "again"))
+    assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_one_command_trains_the_mllm_by_its_schedule(tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr("iomm.engine.shapes.mllm.train", lambda out, **settings: asked.append((out, settings["seed"])) or {})
+    assert mllm_main(["--out", str(tmp_path / "new")]) == 0 and asked == [(str(tmp_path / "new"), 0)]
+    said = capsys.readouterr().out
+    assert f"{sum(leg.steps for leg in LEGS):,} steps in {len(LEGS)} legs" in said and "hours on two cores" in said
+    monkeypatch.undo()
+    assert mllm_main(["--out", str(tmp_path)]) == 2 and "iomm: " in capsys.readouterr().err
 
 
 def test_the_shipped_mllm_answers_as_its_head_says():
@@ -172,163 +339,3 @@ def test_the_shipped_mllm_answers_as_its_head_says():
     assert set(found) == set(said)
     for task, share in said.items():
         assert abs(found[task] - share) <= 3 * max(share * (1 - share), 1 / num)**0.5 / num**0.5, task
-
-
-def test_intervals_are_students():
-    assert interval([0.5]) == (0.5, None)
-    mean, half = interval([0.1, 0.2, 0.3])
-    assert mean == pytest.approx(0.2) and half == pytest.approx(4.303 * 0.1 / 3 ** 0.5)
-    keys = ("fits", "number", "colours", "shapes")
-    cells = {cell: summed([{7: {"text, train": dict.fromkeys(keys, share), "text, test": dict.fromkeys(keys, share / 2)}}
-                           for share in (0.1, 0.2, 0.3)]) for cell in EXPERIMENTS["recipes"]}
-    assert "0.200 +-0.248" in show("recipes", cells) and paper_table(cells).count("0.200 +-0.248") == 6
-    assert paper_table(cells, split="test").count("0.100 +-0.124") == 6 and "unseen" in paper_table(cells, split="test")
-
-
-def test_cells_share_the_runs_that_they_have_in_common(tmp_path):
-    """Of one seed: stage 1 on images and on pairs, of 3 adapters, 6 ratios and 3 choices; stage 2 after each, once more with
-    each of its own settings; and stage 1 of 4 adapters up to each quarter."""
-    begun = []
-
-    class Named(Runs):
-        def train(self, stage, steps, settings, init=None, before=None):
-            assert before is None or before in begun
-            begun.append(self.dir(stage, steps, settings, init))
-            return begun[-1]
-
-        def scores(self, run_dir, ways, steps):
-            return {f"{way}, train": {"fits": 0.5} for way in ways}
-    runs = Named(tmp_path, BUDGETS["cpu-night"])
-    found = {name: {cell: runs.cell(what, 0)[0] for cell, what in cells.items()} for name, cells in EXPERIMENTS.items()}
-    assert len({run for run in begun if run.name.startswith("finetune")}) == 6 + 3 + 6 + 5 + 3
-    assert len({run for run in begun if run.name.startswith("pretrain") and run.name.endswith("-400")}) == 2 + 3 + 6 + 3
-    assert len({run for run in begun if run.name.startswith("pretrain")}) == 14 + 4 * 3
-    assert list(found["adapter"]["rqa"].items())[2:4] == [(300, {"image, train": {"fits": 0.5}}), (400, {"image, train": {"fits": 0.5}})]
-    assert all(set(points) == ({100, 200, 300, 400, 800} if name == "adapter" else {800}) for name in found for points in found[name].values())
-
-
-@pytest.fixture
-def played(monkeypatch):
-    """recipes.main() without training or drawing: what is launched leaves a run, and every picture is half right. Says at which
-    commit it runs, how often it drew, and which error drawing ends in."""
-    world = SimpleNamespace(commit="a" * 40, drawn=0, error=None)
-
-    def launch(*arguments, said):
-        said.write(b"done")
-        return 0
-
-    def draw_and_judge(model, size_px, way, *, split, per_kind, steps, guidance):
-        world.drawn += 1
-        if world.error is not None and world.drawn == 1:
-            raise world.error
-        share = {"train": 0.5, "test": 0.25}[split]
-        return {"colors": {**dict.fromkeys(("fits", "number", "colours", "shapes"), share), "pictures": 4}}, []
-
-    def newest(folder, say):
-        return folder if (folder.parent / "said.txt").exists() else None
-    for name, value in {"launch": launch, "grade": draw_and_judge, "machine": lambda: {"date": "2026-01-02", "commit": world.commit},
-                        "limit_of_the_judge": lambda size_px: {"size_px": 16, "per_kind": 1, "fits": {"colors": 1.0}},
-                        "checkpoint.newest": newest, "checkpoint.step_of": lambda folder: 10**9, "pyplot": lambda: None,
-                        "parts.load_run": lambda *_, **__: (load_config("demo"), None, None)}.items():
-        monkeypatch.setattr(f"benchmarks.recipes.{name}", value)
-    return world
-
-
-def results(tmp_path, *arguments, ends=0):
-    """{file name: content} after one recipes.main()."""
-    assert main(["--budget", "cpu-smoke", "--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results"), *arguments]) == ends
-    return {path.name: json.loads(path.read_text()) for path in (tmp_path / "results").iterdir()}
-
-
-def test_results_of_other_steps_or_seeds_are_files_of_their_own(tmp_path, played):
-    own, = results(tmp_path).items()
-    assert own[0] == "recipes-cpu-smoke-2026-01-02.json"
-    for given, name in ((("--steps", "3"), "3-steps-"), (("--seeds", "2"), "2-seeds-"), (("--steps", "3", "--seeds", "2"), "3-steps-2-seeds-"),
-                        (("--steps", "2", "--seeds", "1"), "")):
-        found = results(tmp_path, *given)
-        assert f"recipes-cpu-smoke-{name}2026-01-02.json" in found and found[own[0]] == own[1]
-    assert len(found) == 4
-
-
-@pytest.mark.parametrize("option", ["--seeds", "--steps"])
-def test_no_seeds_and_no_steps_are_mistakes(tmp_path, played, capsys, option):
-    with pytest.raises(SystemExit, match="2"):
-        results(tmp_path, option, "0")
-    assert "must be a whole number above 0, got 0" in capsys.readouterr().err and not (tmp_path / "results").exists()
-
-
-def test_unseen_combinations_are_quoted(tmp_path, played):
-    (_, found), = results(tmp_path).items()
-    rows = {what.rpartition(": ")[2]: figure for what, figure in found["rows"].items() if ", recipes, " in what}
-    assert set(rows) == {"number and colours right", "all of the caption right", "number and colours right, unseen combinations"}
-    assert rows["number and colours right, unseen combinations"].count(" 0.250") == rows["number and colours right"].count(" 0.500") == 6
-
-
-def test_rows_name_the_commits_of_their_runs(tmp_path, played):
-    def commits():
-        (_, found), = results(tmp_path).items()
-        return {facts["commit"] for facts in found["of"].values()}
-    assert commits() == {"a" * 40}
-    played.commit = "b" * 40                                   # a summary written later says what it sums up
-    assert commits() == {"a" * 40}
-    sorted((tmp_path / "runs/cpu-smoke").glob("finetune-*"))[0].joinpath("machine.json").unlink()      # of a run that does not say
-    assert {*commits().pop().split(", ")} == {"a" * 40, "b" * 40}
-    assert short(f"{'a' * 40}, {'b' * 40} and changes") == "aaaaaaaaa, bbbbbbbbb+" and short("c" * 40) == "ccccccccc"
-
-
-@pytest.mark.parametrize("error, said", [(InputError("no such run"), "image: no such run"), (RuntimeError("out of memory"),
-                                                                                            "image: RuntimeError('out of memory')")])
-def test_a_cell_that_fails_is_said_and_the_others_go_on(tmp_path, played, capsys, error, said):
-    played.error = error
-    (_, found), = results(tmp_path, ends=1).items()
-    assert set(found["experiments"]["recipes"]) == set(EXPERIMENTS["recipes"]) - {"pair -> image"}
-    words = capsys.readouterr().err
-    assert f"iomm: recipes, pair -> {said}" in words and ("Traceback" in words) == isinstance(error, RuntimeError)
-    (_, found), = results(tmp_path).items()
-    assert set(found["experiments"]["recipes"]) == set(EXPERIMENTS["recipes"])
-
-
-def test_kept_scores_are_whole_and_of_the_settings_asked_for(tmp_path, played, monkeypatch):
-    runs = Runs(tmp_path, BUDGETS["cpu-night"])
-    path, wanted = tmp_path / "scores-400.json", {f"text, {split}": dict.fromkeys(("fits", "number", "colours", "shapes"), share)
-                                                  for split, share in (("train", 0.5), ("test", 0.25))}
-
-    def drawn(runs):
-        before = played.drawn
-        assert runs.scores(tmp_path, ("text",), 400) == wanted and not list(tmp_path.glob(".*"))
-        return played.drawn - before
-    path.write_text(json.dumps(wanted)[:40])                   # a kill in the middle of a write that was none of ours
-    assert drawn(runs) == 2 and drawn(runs) == 0
-    kept = path.read_text()
-    path.write_text(json.dumps(wanted))                        # of the first judge, which did not say so
-    assert drawn(runs) == 2 and path.read_text() == kept
-    for changed in (replace(runs.budget, per_kind=8), replace(runs.budget, draw_steps=10)):
-        assert drawn(Runs(tmp_path, changed)) == 2
-    for name, value in (("score.VERSION", 99), ("world.VERSION", 99), ("GUIDANCE", {**GUIDANCE, "text": 3.0})):
-        monkeypatch.setattr(f"benchmarks.recipes.{name}", value)
-        assert drawn(runs) == 2 and drawn(runs) == 0
-    kept = path.read_text()
-    monkeypatch.setattr(Path, "replace", lambda *_: pytest.fail("killed"))
-    with pytest.raises(pytest.fail.Exception, match="killed"):
-        runs.scores(tmp_path, ("image",), 400)
-    assert path.read_text() == kept                            # what was there is there until the new is whole
-
-
-@pytest.mark.slow
-def test_the_smoke_budget_runs_and_goes_on(tmp_path):
-    command = [sys.executable, str(ROOT / "benchmarks/recipes.py"), "--budget", "cpu-smoke", "--out", str(tmp_path / "runs"),
-               "--results", str(tmp_path)]
-    subprocess.run(command, check=True, timeout=900)
-    result, = tmp_path.glob("recipes-cpu-smoke-*.json")
-    first = json.loads(result.read_text())["experiments"]
-    assert set(first["recipes"]) == set(EXPERIMENTS["recipes"])
-    assert result.with_suffix(".png").exists() or importlib.util.find_spec("matplotlib") is None
-    runs = list((tmp_path / "runs/cpu-smoke").glob("*/config.yaml"))
-    assert len(runs) == 2 + 6                                                  # stage 1 is shared by the cells
-    subprocess.run(command, check=True, timeout=60)                            # nothing is run again
-    assert json.loads(result.read_text())["experiments"] == first
-    subprocess.run([*command, "editing"], check=True, timeout=120)             # of a model that is there: only drawn and scored
-    both = json.loads(result.read_text())
-    assert both["experiments"].keys() == {"recipes", "editing"}
-    assert set(both["rows"]) - set(both["of"]) == set(judged(both["real"]))        # every row of an experiment says what measured it
-    assert len(list((tmp_path / "runs/cpu-smoke").glob("*/config.yaml"))) == len(runs)

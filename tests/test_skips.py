@@ -4,7 +4,7 @@ import json
 import os
 
 import pytest
-from launches import hashes, launch, rows, start
+from launches import PIXELS, hashes, launch, rows, start
 
 from iomm.config import InputError
 from iomm.engine import checkpoint
@@ -73,7 +73,7 @@ def damaged_world(tmp_path_factory):
 
 
 def settings(index_dir, run_dir, *more):
-    return [f"run.dir={run_dir}", f"data.shards={index_dir}", "train.global_batch=16", "checkpoint.every_steps=3",
+    return ["--config", PIXELS, f"run.dir={run_dir}", f"data.shards={index_dir}", "train.global_batch=16", "checkpoint.every_steps=3",
             "log.sample_images=0", "train.threads=1", *more]
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from launches import PIXELS
 
 from iomm.adapter import Connector, QueryAdapter
 from iomm.alignment import AlignmentHead
@@ -94,7 +95,7 @@ def worker(rank, port, folder, cases):
             whole["zero_optimization"] |= settings
             return whole
         zero.deepspeed_config = with_settings
-        config = load_config("demo", ["zero.stage=3", *overrides])
+        config = load_config(PIXELS, ["zero.stage=3", *overrides])
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         model = make_model(load_mllm(f"{folder}/mllm", dtype=dtype), kind, dtype, config.align)
         expected = count_traffic(model, config, SIZE, **settings).sent_bytes(ACCUMULATION)

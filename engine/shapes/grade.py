@@ -2,109 +2,174 @@
 decided by score.py, a row a kind."""
 
 import json
+from colorsys import hsv_to_rgb
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from PIL import Image
 
 from iomm.config import InputError, choice
 from iomm.engine.parts import load_run
 from iomm.engine.shapes.mllm import vit_bytes, vit_pixels
-from iomm.engine.shapes.score import score
-from iomm.engine.shapes.world import KINDS, draw, edit, scene
+from iomm.engine.shapes.score import kept, parse, score
+from iomm.engine.shapes.world import COLOURS, DIRECTION, KINDS, Scene, draw, edit, scene
 from iomm.masking import visible_mask
 from iomm.mllm import RECONSTRUCT
+from iomm.model import IOMM
 from iomm.pipeline import draw as draw_pixels
 from iomm.pipeline import to_images
 
-WAYS = ("text", "image", "edit")     # what the model is shown: a caption; a picture, masked as in training; picture and instruction
+# What the model is shown: a caption; a picture, masked as in training; a picture and an instruction.
+WAYS = ("text", "image", "edit")
 ASKED = ("fits", "number", "colours", "shapes", "relation")      # what score() answers
+# Of an edit also what kept() answers, and "edited": it fits and keeps the rest.
+ASKED_OF_EDITS = (*ASKED, "edited", "kept", "object", "place", "size", "background")
 GUIDANCE = {"text": 2.0, "image": 1.0, "edit": 2.0}              # by way, wherever models are compared
 SEED = 2**32                         # of the scenes that are asked for: pictures that no run is trained on
 
 
-def asked_for(kinds, split, per_kind):
-    """The scenes that every model is asked for, per_kind of each kind."""
-    return [scene(SEED, i, split, kind) for i, kind in enumerate(kind for kind in kinds for _ in range(per_kind))]
+class Tasks(NamedTuple):
+    """What a model is asked for, a row a picture: lists of equal length."""
+
+    kinds: list[str]
+    texts: list[str]               # what the model reads
+    captions: list[str]            # what its pictures must fit
+    scenes: list[Scene]            # of the pictures that it is shown; for "text" those of the captions
 
 
-def edits(num, split):
-    """[(scene of one shape, instruction, caption of what it asks for)], the same for every model: half "make", half "add"."""
-    found, i = {"make": [], "add": []}, 0
+def edits(num: int, split: str, seed: int = 0) -> list[tuple[Scene, str, str]]:
+    """Return (scene of one shape, instruction, caption of what it asks for): half "make", half "add"."""
+    found = {"make": [], "add": []}
+    i = 0
     while min(map(len, found.values())) < num // 2:
-        picture = scene(SEED, i, split, "single_object")
-        text, caption = edit(picture, SEED, i, split)
+        picture = scene(SEED + seed, i, split, "single_object")
+        text, caption = edit(picture, SEED + seed, i, split)
         found[text.split()[0]].append((picture, text, caption))
         i += 1
     return [one for kind in found.values() for one in kind[:num // 2]]
 
 
-def tasks(model, way, split, per_kind, size_px):
-    """-> (kinds, [text], vit pixels or None, captions that the pictures must fit) of what the model will be asked."""
+def tasks(way: str, split: str, per_kind: int, seed: int = 0) -> Tasks:
+    """Return the tasks of a seed, the same for every model; as many edits as captions of all kinds."""
     choice("way", way, WAYS)
-    scenes = asked_for(KINDS, split, per_kind)
-    kinds, texts, captions = zip(*((picture.kind, RECONSTRUCT, picture.caption) for picture in scenes))
-    if way == "text":
-        return kinds, list(captions), None, captions
+    if per_kind < 1:
+        raise InputError(f"pictures per kind must be >= 1, got {per_kind}")
     if way == "edit":
-        scenes, texts, captions = zip(*edits(len(scenes), split))
+        scenes, texts, captions = zip(*edits(per_kind * len(KINDS), split, seed))
         kinds = [text.split()[0] for text in texts]
-    pixels_ICHW = torch.stack([vit_pixels(draw(picture), model.frozen[0].vit_px, size_px) for picture in scenes])
-    return kinds, list(texts), pixels_ICHW, captions
+        return Tasks(kinds, list(texts), list(captions), list(scenes))
+    kinds = [kind for kind in KINDS for _ in range(per_kind)]
+    scenes = [scene(SEED + seed, i, split, kind) for i, kind in enumerate(kinds)]
+    captions = [picture.caption for picture in scenes]
+    return Tasks(kinds, captions if way == "text" else [RECONSTRUCT] * len(kinds), captions, scenes)
 
 
 @torch.no_grad()
-def grade(model, size_px, way="text", *, split="train", per_kind=8, steps=20, guidance=1.0, seed=0, batch=64):
-    """IOMM, not sharded -> ({kind: {"fits": share, "number": share, ...; "pictures": how many}}, the pictures, PIL, in order).
+def grade(model: IOMM, size_px: int, way: str = "text", *, split: str = "train", per_kind: int = 8,
+          steps: int = 20, guidance: float = 1.0, seed: int = 0,
+          batch: int = 64) -> tuple[dict[str, dict], list[Image.Image]]:
+    """Return the scores by kind, and the pictures that the model drew for them, in order.
 
-    way: one of WAYS; there are as many edits, half "make", half "add", as captions of all kinds. split: "train" asks for
-    pictures like those of training, "test" for combinations never seen there. Noise and masks belong to (seed, picture).
-    Raises InputError for unknown ways and splits."""
-    if per_kind < 1:
-        raise InputError(f"pictures per kind must be >= 1, got {per_kind}")
+    Args:
+        model: not sharded.
+        way: one of WAYS; there are as many edits, half "make", half "add", as captions of all kinds.
+        split: "train" asks for pictures like those of training, "test" for combinations of colour,
+            shape and role that training never shows.
+        seed: of scenes, noise and masks, which do not depend on the model.
+
+    Returns:
+        {kind: {"fits": share, "number": share, ...; "pictures": how many}}, PIL images.
+
+    Raises:
+        InputError: for unknown ways and splits.
+    """
     mllm, device = model.frozen[0], model.generator.final.weight.device
-    kinds, texts, pixels_ICHW, captions = tasks(model, way, split, per_kind, size_px)
-    pictures = []
-    for start in range(0, len(texts), batch):
+    asked, pictures = tasks(way, split, per_kind, seed), []
+    for start in range(0, len(asked.texts), batch):
         part = slice(start, start + batch)
-        n_B = torch.arange(len(texts), device=device)[part]
+        n_B = torch.arange(len(asked.texts), device=device)[part]
         tokens_BPD = visible = None
-        if pixels_ICHW is not None:
-            tokens_BPD = mllm.image_tokens(pixels_ICHW[part].to(device))
+        if way != "text":
+            shown = [vit_pixels(draw(picture), mllm.vit_px, size_px) for picture in asked.scenes[part]]
+            tokens_BPD = mllm.image_tokens(torch.stack(shown).to(device))
         if way == "image":
             visible = visible_mask(model.recipe.mask, seed, n_B, mllm.num_image_tokens)
-        condition = mllm.condition(texts[part], tokens_BPD, visible=visible, mode=model.recipe.mask.mode,
+        condition = mllm.condition(asked.texts[part], tokens_BPD, visible=visible, mode=model.recipe.mask.mode,
                                    positions=model.recipe.mask.positions)
         pictures += to_images(draw_pixels(model, condition, n_B, size_px=size_px, steps=steps, guidance=guidance, seed=seed))
-    return judged(kinds, pictures, captions), pictures
+    return judged(way, asked, pictures), pictures
 
 
-def ceiling(size_px, split="train", per_kind=8):
-    """grade()'s table of the real pictures, made as small as a model's: what a model that draws perfectly would get."""
-    scenes = asked_for(KINDS, split, per_kind)
-    pictures = [vit_bytes(draw(picture), size_px).permute(1, 2, 0).numpy() for picture in scenes]
-    return judged([picture.kind for picture in scenes], pictures, [picture.caption for picture in scenes])
+@torch.no_grad()
+def ceiling(size_px: int, way: str = "text", *, split: str = "train", per_kind: int = 8,
+            seed: int = 0, vae=None, device: str = "cpu") -> dict[str, dict]:
+    """Return grade()'s table of the real pictures, through the autoencoder if one is given.
+
+    This is the limit for a model that draws perfectly: what the scorer and the VAE lose is lost for
+    every model."""
+    asked = tasks(way, split, per_kind, seed)
+    scenes = list(map(real_edit, asked.scenes, asked.texts, asked.captions)) if way == "edit" else asked.scenes
+    pictures = []
+    for picture in scenes:
+        pixels_CHW = vit_bytes(draw(picture), size_px).to(device) / 127.5 - 1
+        decoded = pixels_CHW[None] if vae is None else vae.decode(vae.encode(pixels_CHW[None]))
+        pictures += to_images(decoded)
+    return judged(way, asked, pictures)
 
 
-def judged(kinds, pictures, captions):
-    """Of equally long lists -> {kind: {"fits": share, "number": share, ...; "pictures": how many}}."""
+def real_edit(before: Scene, instruction: str, caption: str) -> Scene:
+    """Return the scene that an edit of a scene with one shape asks for, background and noise as before.
+
+    "make" gives the shape another colour. After "add" the two shapes lie in the middle, with the sizes
+    and the distance that the dataset gives such a pair."""
+    source, = before.shapes
+    objects, relation = parse(caption)
+    if instruction.startswith("make"):
+        colour = objects[0][0]
+        after = (replace(source, colour=colour, rgb=middle_of(colour)),)
+    else:
+        (colour, shape), _ = objects
+        dx, dy = (0.23 * step for step in DIRECTION[relation])
+        added = replace(source, shape=shape, colour=colour, x=0.5 + dx, y=0.5 + dy, radius=0.175,
+                        rgb=middle_of(colour))
+        after = added, replace(source, x=0.5 - dx, y=0.5 - dy, radius=0.122)
+    return replace(before, caption=caption, shapes=after)
+
+
+def middle_of(colour: str) -> tuple[int, int, int]:
+    """Return the middle of the dataset's range of a colour, RGB in 0..255."""
+    hue, saturation, value = (sum(ends) / 2 for ends in COLOURS[colour])
+    return tuple(round(255 * level) for level in hsv_to_rgb(hue / 360 % 1, saturation, value))
+
+
+def judged(way: str, asked: Tasks, pictures: list) -> dict[str, dict]:
+    """Return {kind: {"fits": share, "number": share, ...; "pictures": how many}} of the pictures."""
     rows = {}
-    for kind, picture, caption in zip(kinds, pictures, captions):
-        rows.setdefault(kind, []).append(score(picture, caption))
-    return {kind: {**{key: mean(row[key] for row in found) for key in ASKED}, "pictures": len(found)} for kind, found in rows.items()}
+    for kind, text, caption, before, picture in zip(asked.kinds, asked.texts, asked.captions, asked.scenes, pictures):
+        verdict = score(picture, caption)
+        if way == "edit":
+            verdict |= kept(picture, before, text)
+            verdict["edited"] = verdict["fits"] and verdict["kept"]
+        rows.setdefault(kind, []).append(verdict)
+    keys = ASKED_OF_EDITS if way == "edit" else ASKED
+    return {kind: {**{key: mean(row[key] for row in found) for key in keys}, "pictures": len(found)}
+            for kind, found in rows.items()}
 
 
-def grade_run(run_dir, *, per_kind=8, steps=20, device="cpu"):
+def grade_run(run_dir, *, per_kind=16, steps=20, device="cpu"):
     """Run folder -> text: grades of its newest weights on masked images and on captions like those of training, a line a kind,
     and of real pictures. Writes run_dir/scores.json, {way: grade's table}."""
     config, model, _ = load_run(run_dir, device=device)
     size_px = config.data.size_px
     found = {way: grade(model, size_px, way, per_kind=per_kind, steps=steps, guidance=GUIDANCE[way])[0]
              for way in ("image", "text")}
-    found["real"] = ceiling(size_px, per_kind=per_kind)
+    found["real"] = ceiling(size_px, per_kind=per_kind, vae=model.frozen[1], device=device)
     (Path(run_dir) / "scores.json").write_text(json.dumps(found, indent=1) + "\n")
     return "\n".join(f"scores, {shown}\n{describe(found[way])}" for way, shown in
                      (("image", "masked images drawn whole"), ("text", f"captions drawn, guidance {GUIDANCE['text']:g}"),
-                      ("real", f"real pictures at {size_px} px")))
+                      ("real", f"real pictures at {size_px} px, through the VAE")))
 
 
 def mean(values):
@@ -121,8 +186,11 @@ def overall(table, key="fits"):
 
 def describe(table):
     """A grade's table as text, a line a kind."""
-    lines = [f"{'':<14}" + "".join(f"{key:>10}" for key in ASKED)]
+    keys = [key for key in next(iter(table.values())) if key != "pictures"]
+    lines = [f"{'':<14}" + "".join(f"{key:>12}" for key in keys)]
     for kind, row in table.items():
-        lines.append(f"{kind:<14}" + "".join(f"{'-' if row[key] is None else format(row[key], '.2f'):>10}" for key in ASKED))
-    lines.append(f"{'all':<14}" + "".join(f"{overall(table, key):>10.2f}" for key in ASKED[:-1]))
+        shown = ("-" if row[key] is None else f"{row[key]:.2f}" for key in keys)
+        lines.append(f"{kind:<14}" + "".join(f"{share:>12}" for share in shown))
+    over_all = ("-" if key == "relation" else f"{overall(table, key):.2f}" for key in keys)
+    lines.append(f"{'all':<14}" + "".join(f"{share:>12}" for share in over_all))
     return "\n".join(lines)

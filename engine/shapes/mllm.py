@@ -2,7 +2,8 @@
 
 It learns to understand and never to draw: picture -> caption, caption -> the same caption, picture and instruction -> caption
 of the edited picture, of the world's "train" split only. model.mllm=shapes is the one in WEIGHTS; the head of its
-model.safetensors says how exactly it answers and how it was made. To make another, and give it to a run as model.mllm=FOLDER:
+model.safetensors says how exactly it answers and how it was made. To train another from scratch by the schedule in LEGS, and
+give it to a run as model.mllm=FOLDER (a killed command resumes when it is started again):
 
     python -m iomm.engine.shapes.mllm --out FOLDER"""
 
@@ -11,13 +12,16 @@ import io
 import json
 import math
 import shutil
+import sys
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image
 from safetensors import safe_open
 
+from iomm.config import InputError
 from iomm.engine.shapes.world import VERSION, draw, edit, scene
 from iomm.internvl import Captioner, create_mllm
 from iomm.kernels.dispatch import cpu_has_bf16
@@ -30,6 +34,23 @@ TEXT = dict(hidden_size=192, num_hidden_layers=4, num_attention_heads=6, num_key
 ASKED = ("", RECONSTRUCT, "Describe the image.")       # what the user says beside a picture that is to be captioned
 WEIGHTS = Path(__file__).parent / "weights"
 TASKS = {"caption": 0.75, "read": 0.0625, "edit": 0.1875}   # shares of a batch: picture -> caption, caption -> caption, edits
+STATE = "state.pt"           # of an unfinished run: weights, moments, where it is
+STEP_S = 0.3, 1.3            # seconds a step took on two cores with bf16, and on two with AVX2 alone
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leg:
+    """A part of the schedule: a warm-up of 100 steps, then a cosine that ends at 0."""
+
+    steps: int
+    batch: int
+    lr: float
+    images: int                  # of the dataset, 3 wordings each
+
+
+# Measured after each leg on one and the other machine: 95.6, 98.8 and 99.4 % of new captions exactly right.
+LEGS = (Leg(steps=5000, batch=64, lr=1e-3, images=16_000), Leg(steps=3000, batch=64, lr=7e-4, images=64_000),
+        Leg(steps=3000, batch=64, lr=5e-4, images=64_000))
 
 
 class Examples:
@@ -86,42 +107,121 @@ def resized(bytes_CHW, side):
     return torch.nn.functional.interpolate(bytes_CHW[None], size=(side, side), mode="bicubic", antialias=True)[0]
 
 
-def train(out, *, steps, batch, lr, num_images, seed, start=None, num_judged=2000, say=print):
-    """Trains from scratch, or from the folder `start` on, and writes the folder `out`. Returns the accuracies, which stand in
-    the metadata of its weights beside the settings of every leg."""
-    folder, legs = Path(out), []
-    shutil.rmtree(folder, ignore_errors=True)
-    if start is None:
-        words = [RECONSTRUCT, *ASKED, *(scene(seed, i).caption for i in range(2000))]
-        words += [part for i in range(2000) if len((picture := scene(seed, i)).shapes) == 1 for part in edit(picture, seed, i)]
-        create_mllm(folder, texts=words, vision=VISION, text=TEXT, seed=seed)
-    else:
-        shutil.copytree(start, folder)
-        legs = json.loads(metadata(folder)["legs"])
+def train(out: str | Path, *, legs: tuple[Leg, ...] = LEGS, seed: int = 0, num_judged: int = 2000,
+          save_steps: int = 250, say=print) -> dict[str, float]:
+    """Train the MLLM from scratch, write the folder `out`, and return the accuracies of the last leg.
+
+    Each leg has an AdamW of its own; after it the weights are rounded to bf16, as in the file, and
+    evaluated. The state of an unfinished run is written to `out`.unfinished every save_steps steps: a
+    killed run that is started again with the same legs and seed resumes there and ends with the same
+    weights. The metadata of the weights hold the accuracies and the settings of every leg.
+
+    Args:
+        num_judged: pictures of each split on which the accuracies are measured.
+        say: called with each line of progress.
+
+    Raises:
+        InputError: if `out` exists, or if the unfinished run has other legs or another seed.
+    """
+    out = Path(out)
+    if out.exists():
+        raise InputError(f"{out} exists. Give another --out, or remove it first.")
+    folder = out.with_name(f"{out.name}.unfinished")
+    settings = {"legs": [asdict(leg) for leg in legs], "seed": seed, "tasks": TASKS, "world": VERSION}
+    state = resume(folder, settings)
+    if state is None:
+        state = {"settings": json.dumps(settings), "leg": 0, "step": 0, "seconds": 0.0, "found": "[]"}
+        shutil.rmtree(folder, ignore_errors=True)
+        create_mllm(folder, texts=vocabulary(seed), vision=VISION, text=TEXT, seed=seed)
     model = Captioner(folder)
-    examples = Examples(seed, 0, num_images, "train")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    random, begun, tasks = torch.Generator().manual_seed(seed + len(legs)), time.monotonic(), []
-    for task, share in TASKS.items():
-        tasks += [task] * round(batch * share)
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        numbers = torch.randint(0, 1 << 40, (len(tasks),), generator=random).tolist()
-        with torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bf16()):
-            loss, _ = model(*examples.batch(tasks, numbers))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % 50 == 0 or step == steps - 1:
-            say(f"step {step}/{steps}  loss {loss.item():.4f}  {time.monotonic() - begun:.0f} s", flush=True)
-    model.internvl.bfloat16().float()            # the rounding of the file, before it is judged
-    found = accuracies(model, seed, num_images, num_judged)
-    legs.append({"steps": steps, "batch": batch, "lr": lr, "images": num_images, "seed": seed, "tasks": TASKS, "world": VERSION,
-                 "torch": torch.__version__, "seconds": round(time.monotonic() - begun), "found": found})
-    model.save(folder, torch.bfloat16, {"accuracy": json.dumps(found), "legs": json.dumps(legs)})
-    return found
+    if "model" in state:
+        model.internvl.load_state_dict(state["model"])
+    found = json.loads(state["found"])
+    for i, leg in enumerate(legs[state["leg"]:], state["leg"]):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=leg.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+        if "optimizer" in state:
+            optimizer.load_state_dict(state.pop("optimizer"))
+        first, before_s = state["step"], state["seconds"]
+        say(f"leg {i + 1} of {len(legs)}: {leg}, from step {first}")
+        examples = Examples(seed, 0, leg.images, "train")
+        begun = time.monotonic()
+        for step in range(first, leg.steps):
+            loss = train_step(model, optimizer, examples, leg, seed=seed, i=i, step=step)
+            spent_s = time.monotonic() - begun
+            done = step + 1
+            if done == leg.steps or done % 50 == 0 or done == first + 5:
+                left = leg.steps - done + sum(later.steps for later in legs[i + 1:])
+                say(f"step {done} of {leg.steps}  loss {loss:.4f}  {spent_s / (done - first):.2f} s a step  "
+                    f"about {left * spent_s / (done - first) / 3600:.1f} h left")
+            if done % save_steps == 0 and done < leg.steps:
+                state |= {"leg": i, "step": done, "seconds": before_s + spent_s}
+                save_state(folder, state, model, optimizer)
+        with torch.no_grad():            # as in the file; not the buffers, which a resumed run computes anew
+            for parameter in model.parameters():
+                parameter.copy_(parameter.bfloat16())
+        seconds = round(before_s + time.monotonic() - begun)
+        shares = accuracies(model, seed, leg.images, num_judged)
+        found.append(asdict(leg) | {"seed": seed, "tasks": TASKS, "world": VERSION, "torch": torch.__version__,
+                                    "seconds": seconds, "found": shares})
+        say(f"leg {i + 1} of {len(legs)}: {shares}")
+        state |= {"leg": i + 1, "step": 0, "seconds": 0.0, "found": json.dumps(found)}
+        save_state(folder, state, model)
+    whole = folder / "whole"         # beside the weights that a resumed run starts from
+    shutil.rmtree(whole, ignore_errors=True)
+    model.save(whole, torch.bfloat16, {"accuracy": json.dumps(found[-1]["found"]), "legs": json.dumps(found)})
+    whole.replace(out)
+    shutil.rmtree(folder)
+    return found[-1]["found"]
+
+
+def vocabulary(seed: int) -> list[str]:
+    """Return the texts on which the tokenizer is trained."""
+    texts = [RECONSTRUCT, *ASKED]
+    for i in range(2000):
+        picture = scene(seed, i)
+        texts.append(picture.caption)
+        if len(picture.shapes) == 1:
+            texts += edit(picture, seed, i)
+    return texts
+
+
+def train_step(model: Captioner, optimizer: torch.optim.Optimizer, examples: Examples, leg: Leg, *,
+               seed: int, i: int, step: int) -> float:
+    """Take one step of leg i and return its loss. The batch depends on (seed, i, step) alone."""
+    for group in optimizer.param_groups:
+        group["lr"] = leg.lr * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / leg.steps))
+    tasks = [task for task, share in TASKS.items() for _ in range(round(leg.batch * share))]
+    random = torch.Generator().manual_seed(((seed * len(LEGS) + i) << 32) + step)
+    numbers = torch.randint(0, 1 << 40, (len(tasks),), generator=random).tolist()
+    with torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bf16()):
+        loss, _ = model(*examples.batch(tasks, numbers))
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
+def save_state(folder: Path, state: dict, model: Captioner, optimizer: torch.optim.Optimizer | None = None):
+    """Write the state of an unfinished run, whole or not at all."""
+    partial = folder / f".{STATE}.partial"
+    parts = {"model": model.internvl.state_dict()}
+    if optimizer is not None:
+        parts["optimizer"] = optimizer.state_dict()
+    torch.save(state | parts, partial)
+    partial.replace(folder / STATE)
+
+
+def resume(folder: Path, settings: dict) -> dict | None:
+    """Return the state of an unfinished run with these settings, or None if there is none yet."""
+    path = folder / STATE
+    if not path.exists():
+        return None
+    state = torch.load(path, weights_only=True)
+    if json.loads(state["settings"]) != settings:
+        raise InputError(f"{folder} is an unfinished run with other settings: {state['settings']}. "
+                         "Remove it, or give another --out.")
+    return state
 
 
 def metadata(folder):
@@ -144,15 +244,22 @@ def accuracies(model, seed, start, num, batch=100):
     return found
 
 
-if __name__ == "__main__":
+def main(argv: list[str] | None = None) -> int:
+    """Train the shipped schedule from the command line; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--start", help="folder of weights to go on from; default: from scratch")
-    parser.add_argument("--steps", type=int, default=5000)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--num-images", type=int, default=16000)
+    parser.add_argument("--out", required=True, help="folder to write; must not exist yet")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    print(train(args.out, steps=args.steps, batch=args.batch, lr=args.lr, num_images=args.num_images, seed=args.seed,
-                start=args.start))
+    args = parser.parse_args(argv)
+    steps = sum(leg.steps for leg in LEGS)
+    print(f"{steps:,} steps in {len(LEGS)} legs: {steps * STEP_S[0] / 3600:.1f} to {steps * STEP_S[1] / 3600:.1f} hours "
+          "on two cores; started again with the same --out, the command resumes", flush=True)
+    try:
+        print(train(args.out, seed=args.seed, say=lambda line: print(line, flush=True)))
+    except InputError as error:
+        print(f"iomm: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -205,7 +205,7 @@ if __name__ == "__main__":
             "bench": ["pytest-benchmark>=5"],
             "gpu": ["flash-attn>=2.8"],
             "wandb": ["wandb>=0.19"],              # for log.wandb=true
-            # Beside nvidia-dali-cuda130, not instead of it: README says how to leave that one out.
+            # Beside nvidia-dali-cuda130, not instead of it: engine/README.md explains how to exchange them.
             "cuda12": ["nvidia-dali-cuda120>=2.4; platform_system == 'Linux'"],
         },
     )

@@ -617,7 +617,7 @@ def picture(result: dict, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print('no PNG: matplotlib is missing (pip install -e ".[bench]")')
+        print("no PNG: matplotlib is missing (pip install matplotlib)")
         return
     figure = Figure(figsize=(12, 4.5))
     words = {"loss": "held-out velocity loss", "score": "strict score"}

@@ -25,10 +25,10 @@ def positive(key, value, least=1):
 
 @dataclass(frozen=True, kw_only=True)
 class RunSection:
-    dir: str = "runs/demo"
-    seed: int = 0
-    init: str | None = None            # run folder whose newest weights this run starts from
-    init_weights: str = "ema"          # ema | raw: which of them
+    dir: str = "runs/demo"             # folder that the run writes; indexes and rendered data go to `shared/` beside it
+    seed: int = 0                      # seed of weights, data order, masks, times, noise, flips and dropped captions
+    init: str | None = None            # run folder to start from: loads its newest weights; all else is fresh
+    init_weights: str = "ema"          # ema | raw: which weights of that run
 
     def __post_init__(self):
         if not 0 <= self.seed < 2**64:
@@ -38,14 +38,15 @@ class RunSection:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSection:
-    preset: str = "iomm-b"             # shape of the generator, iomm/config.py
-    mllm: str = "shapes"               # folder or hub id of an InternVL; "shapes": the tiny one of the shapes world;
-                                       # "random:internvl3-2b": random weights of that shape, for measuring
-    mllm_revision: str | None = None   # commit of a hub checkpoint
-    vae: str = "pixel:4"               # folder or hub id of an AutoencoderKL; "shapes": the tiny one of the shapes dataset;
-                                       # "pixel:<patch>": no VAE, <patch> x <patch> pixels are a token; "random:flux"
-    patch: int = 2                     # patch x patch latents of an AutoencoderKL are one token of the generator
-    vae_sample: bool = False           # latents drawn from the VAE's posterior; else its mean
+    preset: str = "iomm-b"             # shape of the generator: a name in PRESETS of iomm/config.py
+    mllm: str = "shapes"               # folder or hub id of an InternVL; "shapes": the tiny one that ships with the
+                                       # package; "random:internvl3-2b": random weights, for measuring speed
+    mllm_revision: str | None = None   # commit of the hub checkpoint
+    vae: str = "pixel:4"               # folder or hub id of an AutoencoderKL; "shapes": the tiny one that ships with
+                                       # the package; "pixel:<patch>": no VAE, one token is <patch> x <patch> pixels;
+                                       # "random:flux": random weights, for measuring speed
+    patch: int = 2                     # side of the square of VAE latents that becomes one token of the generator
+    vae_sample: bool = False           # sample latents from the VAE's posterior instead of taking its mean
 
     def __post_init__(self):
         choice("model.preset", self.preset, tuple(PRESETS))
@@ -54,27 +55,28 @@ class ModelSection:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSection:
-    shards: str = "shapes"             # tars, globs, folders, comma-separated; "shapes": draw the shapes world
+    shards: str = "shapes"             # images: tars, globs or folders, comma-separated; "shapes": the rendered dataset
     pairs: str | None = None           # text-image pairs, named like shards
-    mix: float = 0.5                   # share of images without text in a global batch of images and pairs
-    latents: str | None = None         # folder that `iomm cache` made: VAE latents instead of pixels. "memory": latents and
-                                       # image tokens of every sample are computed at the start and kept in memory
-    size_px: int = 512
-    crop: str = "center"               # where the square lies in the image: center | random
-    buckets: bool = False              # crops of about the image's own aspect ratio instead of squares, of equal area
-    flip: bool = False                 # mirror half of the images (never one with a caption)
+    mix: float = 0.5                   # share of images without text in every global batch of images and pairs
+    latents: str | None = None         # folder written by `iomm cache`: read VAE latents instead of pixels. "memory":
+                                       # compute latents and image tokens of every sample once at the start and keep
+                                       # them in memory
+    size_px: int = 512                 # side of the square that is trained on; with buckets its area
+    crop: str = "center"               # center | random: place of the square in the image
+    buckets: bool = False              # crop near the image's own aspect ratio, at equal area, not to a square
+    flip: bool = False                 # mirror half of the images; never one with a caption
     precision: str = "fp32"            # fp32 | bf16: pixels as they leave the decoder
-    resize: str = "torch"              # who resizes on a CPU: torch, the faster, or dali; on a GPU it is DALI
-    num_images: int = 4096             # images of the shapes world (64 px), when that is what is trained on
-    num_pairs: int = 500               # pairs of it, other pictures than those images
-    threads: int = 2                   # decoding threads a rank
-    hw_decoder_load: float = 0.65      # share of baseline JPEGs for the GPU's JPEG engine
-    min_size_px: int = 32              # images with a shorter edge than this are left out
-    max_aspect: float = 10.0           # and those with longer edge / shorter edge above this
-    max_pixels: int = 1 << 26          # and those with more pixels: 256 MB while one is decoded
-    max_bad_fraction: float = 1e-4     # share of samples that may turn out damaged while training
-    max_bad_shards: int = 5            # shards that may hold such samples
-    heldout: int = 0                   # images, and as many pairs, that training never sees: for evaluate.every_steps
+    resize: str = "torch"              # torch | dali: who resizes on a CPU; torch is faster. On a GPU it is always DALI
+    num_images: int = 4096             # images of the shapes dataset to render
+    num_pairs: int = 500               # pairs of the shapes dataset to render; other pictures than those images
+    threads: int = 2                   # decoding threads per rank
+    hw_decoder_load: float = 0.65      # share of baseline JPEGs decoded by the GPU's JPEG engine
+    min_size_px: int = 32              # images with a shorter edge below this are rejected
+    max_aspect: float = 10.0           # images with longer edge / shorter edge above this are rejected
+    max_pixels: int = 1 << 26          # images with more pixels are rejected; at the default one takes 256 MB to decode
+    max_bad_fraction: float = 1e-4     # share of samples that may turn out unreadable before the run stops
+    max_bad_shards: int = 5            # number of shards with such samples before the run stops
+    heldout: int = 0                   # images, and as many pairs, kept from training for evaluate.every_steps
 
     def __post_init__(self):
         positive("data.size_px", self.size_px, 16)
@@ -99,17 +101,19 @@ class DataSection:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSection:
-    data: str = "image"                # image | pair | mix of data.mix images in every global batch
-    caption_drop: float = 0.1          # share of captions replaced by the empty prompt, for guidance
-    steps: int = 1000
-    global_batch: int = 1024           # images an optimizer step, over all ranks
-    micro_batch: int | None = None     # images a rank and pass; unset: global_batch / ranks
+    data: str = "image"                # image | pair | mix: what a global batch holds; see data.mix
+    caption_drop: float = 0.1          # share of captions replaced by the empty prompt, for classifier-free guidance
+    steps: int = 1000                  # optimizer steps of the whole run
+    global_batch: int = 1024           # samples per optimizer step, over all ranks
+    micro_batch: int | None = None     # samples per rank and forward pass; null: global_batch / ranks
     threads: int | None = None         # torch CPU threads a rank; unset: cores / ranks of this machine
+    cpu_ranks: int = 1                 # ranks of a run that is started as one rank on a machine without a GPU, lowered to a divisor
+                                       # of global_batch; 0: one per core, with at least 4 images each
     timeout_s: float = 1800.0          # a collective that takes longer ends the run
-    compile: bool | None = None        # torch.compile of every block; unset: on a GPU only
-    overlap: bool = False              # encode the next micro-batch beside the generator's work, on a stream of its own. Costs
-                                       # memory for both at once; off until a GPU has shown that it pays
-    recompute: int = 0                 # blocks, from the first on, that keep no activations and run forward twice
+    compile: bool | None = None        # torch.compile every block; null: on a GPU only
+    overlap: bool = False              # encode the next micro-batch on a second CUDA stream while the generator works.
+                                       # Needs memory for both; off until a GPU measurement shows that it pays
+    recompute: int = 0                 # number of leading blocks that recompute activations in the backward pass
 
     def __post_init__(self):
         choice("train.data", self.data, ("image", "pair", "mix"))
@@ -119,6 +123,7 @@ class TrainSection:
         positive("train.global_batch", self.global_batch)
         positive("train.micro_batch", self.micro_batch if self.micro_batch is not None else 1)
         positive("train.threads", self.threads if self.threads is not None else 1)
+        positive("train.cpu_ranks", self.cpu_ranks, 0)
         positive("train.timeout_s", self.timeout_s)
         positive("train.recompute", self.recompute, 0)
 
@@ -129,10 +134,10 @@ class TrainSection:
 
 @dataclass(frozen=True, kw_only=True)
 class TimeSection:
-    kind: str = "uniform"              # uniform | logit_normal: how times between image (0) and noise (1) are drawn
-    mean: float = 0.0                  # of the logit
-    std: float = 1.0
-    shift: float = 1.0                 # resolution shift; above 1 towards noise
+    kind: str = "uniform"              # uniform | logit_normal: distribution of times between image (0) and noise (1)
+    mean: float = 0.0                  # mean of the logit-normal distribution
+    std: float = 1.0                   # standard deviation of the logit-normal distribution
+    shift: float = 1.0                 # resolution shift; above 1 moves times towards noise
 
     def __post_init__(self):
         choice("time.kind", self.kind, TIME_KINDS)
@@ -142,19 +147,20 @@ class TimeSection:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimSection:
-    kind: str = "adamw"                # adamw | muon: Muon for the matrices of layers, AdamW for the rest
-    # Who does AdamW's update: torch (its fused kernel), deepspeed (FusedAdam, compiled at the start unless it was built with
-    # DeepSpeed; a kill meanwhile leaves a lock file that the next start waits for) or apex (NVIDIA's FusedAdam). All give the
-    # same to float32 rounding. torch until `python benchmarks/ops.py --gpu` (its rows `adamw`) has shown another ahead.
+    kind: str = "adamw"                # adamw | muon: Muon for the matrices of layers, AdamW for everything else
+    # torch | deepspeed | apex: implementation of AdamW's update: torch's fused kernel, DeepSpeed's FusedAdam (compiled
+    # at the start unless DeepSpeed was built with it; a kill meanwhile leaves a lock file that the next start waits
+    # for) or NVIDIA apex's FusedAdam. All agree to float32 rounding. The rows `adamw` of `python benchmarks/ops.py
+    # --gpu` compare their speed.
     adamw: str = "torch"
-    lr: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip: float = 1.0                  # global gradient norm; 0 turns clipping off
-    warmup_steps: int = 1000           # learning rate rises linearly
+    lr: float = 1e-4                   # peak learning rate
+    betas: tuple[float, float] = (0.9, 0.95)   # AdamW's betas
+    eps: float = 1e-8                  # AdamW's epsilon
+    weight_decay: float = 0.0          # decoupled weight decay, of AdamW and Muon
+    clip: float = 1.0                  # largest global gradient norm; 0 turns clipping off
+    warmup_steps: int = 1000           # steps in which the learning rate rises linearly
     schedule: str = "constant"         # constant | cosine: after the warm-up; cosine reaches 0 at train.steps
-    momentum: float = 0.95             # of Muon, Nesterov
+    momentum: float = 0.95             # Muon's Nesterov momentum
 
     def __post_init__(self):
         choice("optim.kind", self.kind, ("adamw", "muon"))
@@ -172,7 +178,7 @@ class OptimSection:
 
 @dataclass(frozen=True, kw_only=True)
 class EmaSection:
-    decay: float = 0.999               # 0 turns the average off
+    decay: float = 0.999               # decay of the moving average of the weights; 0 turns the average off
 
     def __post_init__(self):
         if not 0 <= self.decay < 1:
@@ -181,28 +187,34 @@ class EmaSection:
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroSection:
-    """What is split over the ranks and how it travels. Sizes are numbers of values, not bytes. DeepSpeed's quantised weights
-    and gradients (ZeRO++) have no key: they need kernels compiled at the start and change what is computed."""
+    """What is split over the ranks and how it travels. Sizes are numbers of values, not bytes.
 
-    stage: int = 3                     # 0: nothing is split; 1: masters and moments; 2: and gradients; 3: and weights
-    # bf16 | fp32: type in which gradients are summed over ranks. bf16 carries half the bytes; with hundreds of ranks, where
-    # sums get long, fp32. Accumulation over micro-batches is fp32 in any case.
+    DeepSpeed's quantised weights and gradients (ZeRO++) have no key: they need kernels compiled at the start and change
+    what is computed."""
+
+    stage: int = 3                     # 0 splits nothing; 1 splits masters and moments; 2 also gradients; 3 also
+                                       # weights
+    # bf16 | fp32: type in which gradients are summed over ranks. bf16 sends half the bytes; take fp32 with hundreds of
+    # ranks, where sums get long. Accumulation over micro-batches is fp32 in any case.
     reduce_precision: str = "bf16"
-    overlap_comm: bool | None = None   # stages 2, 3: gradients travel during the backward pass; unset: on a GPU only
-    # Stages 1 to 3: gradients that travel together. IOMM-XL's largest block is 181 M, so blocks leave one by one, at 0.4 GB
-    # still as fast as links go, and the last, which nothing hides, is a 34th of all. DeepSpeed's own 500 M is 8 blocks of B.
+    overlap_comm: bool | None = None   # stages 2 and 3: send gradients during the backward pass; null: on a GPU only
+    # Stages 1 to 3: size of a gradient message. IOMM-XL's largest block has 181 M, so blocks leave one by one; at 0.4
+    # GB a message still runs at link speed, and the last one, which nothing hides, is 1/34 of all. DeepSpeed's default
+    # of 500 M would hold 8 blocks of IOMM-B.
     reduce_bucket_size: int = 200_000_000
-    allgather_bucket_size: int = 500_000_000   # stages 1, 2: weights gathered at once after a step, 1 GB of bf16; DeepSpeed's
-    prefetch_bucket_size: int = 200_000_000    # stage 3: weights gathered ahead: IOMM-XL's next block, of 181 M, whole
-    # Stage 3: parameters up to this size stay gathered, and each is a message of its own after every step. None by default:
-    # blocks are gathered whole, their norms and biases with them. At 50,000 IOMM-B would send 280 such messages, over 5 % of a
-    # step from 64 GPUs on (benchmarks/budget.py).
+    allgather_bucket_size: int = 500_000_000   # stages 1 and 2: weights gathered at once after a step; DeepSpeed's
+                                               # default
+    prefetch_bucket_size: int = 200_000_000    # stage 3: weights prefetched; room for IOMM-XL's next block of 181 M
+    # Stage 3: parameters up to this size stay gathered, each with a message of its own after every step. 0, since
+    # blocks are gathered whole, norms and biases included. At 50,000 IOMM-B would send 280 such messages: over 5 % of a
+    # step from 64 GPUs on (computed by benchmarks/budget.py).
     param_persistence_threshold: int = 0
-    # Stage 3: weights gathered at a time, 2 GB of bf16. As many of the last blocks are kept from the forward for the backward
-    # pass instead of being gathered twice: 1 G of IOMM-B's 1.6 G. Lower it when memory runs out.
+    # Stage 3: weights gathered at a time, 2 GB in bf16. As many of the last blocks are kept from the forward to the
+    # backward pass instead of being gathered twice: 1 G of IOMM-B's 1.6 G. Lower it when memory runs out.
     max_live_parameters: int = 1_000_000_000
-    # Stage 3: ranks that together hold one more copy of the weights, for the backward pass. The GPUs of a machine, 8: backward
-    # gathers stay off the network, for 2 / 8 bytes a weight and GPU. 1: none, since within one machine it saves nothing.
+    # Stage 3: number of ranks that together hold a second copy of the weights for the backward pass. Set it to the GPUs
+    # of one machine (8) to keep backward gathers off the network; costs 2 / 8 bytes per weight and GPU. 1: no second
+    # copy.
     hpz_partition_size: int = 1
 
     def __post_init__(self):
@@ -227,11 +239,12 @@ class ZeroSection:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSection:
-    every_steps: int = 1000
-    keep: int = 3                      # newest checkpoints that stay; two at least, should one go bad on the disk
-    keep_every_steps: int = 0          # checkpoints of every so many steps stay for good; 0: none
-    background: bool = True            # training waits for the copy in memory only; false: until it is on the disk
-    mtbf_gpu_hours: float = 20_000.0   # GPU-hours between faults, for the interval that a run recommends
+    every_steps: int = 1000            # steps between checkpoints; the last step always has one
+    keep: int = 3                      # newest checkpoints to keep; at least 2, in case one goes bad on the disk
+    keep_every_steps: int = 0          # also keep every checkpoint at a multiple of this for good; 0: none
+    background: bool = True            # training waits only for the copy to memory; false: until it is on the disk
+    mtbf_gpu_hours: float = 20_000.0   # mean GPU-hours between faults, used for the interval that a run recommends at
+                                       # its end
 
     def __post_init__(self):
         positive("checkpoint.every_steps", self.every_steps)
@@ -242,10 +255,12 @@ class CheckpointSection:
 
 @dataclass(frozen=True, kw_only=True)
 class LogSection:
-    every_steps: int = 10              # lines on the terminal; log.jsonl has every step
-    sample_images: int = 16            # images of the grid drawn at the end; in the shapes world what is drawn is scored then; 0: neither
+    every_steps: int = 10              # steps between lines on the terminal; log.jsonl has every step
+    sample_images: int = 16            # images in the grid sampled at the end; on the shapes dataset samples are scored
+                                       # too; 0: neither
     sample_steps: int = 20             # Euler steps of that grid
-    wandb: bool = False                # also to Weights & Biases: name and project are the last two folders of run.dir
+    wandb: bool = False                # log to Weights & Biases too; project and name are the last two folders of
+                                       # run.dir
 
     def __post_init__(self):
         positive("log.every_steps", self.every_steps)
@@ -255,12 +270,14 @@ class LogSection:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateSection:
-    every_steps: int = 0               # held-out loss and a grid every so many steps and after the last; 0: never
-    micro_batch: int = 16              # held-out samples, or pictures, a rank and pass
-    num_images: int = 16               # pictures of the grid; 0: none
-    steps: int = 20                    # Euler steps of each
-    guidance: float = 1.0              # of pictures from prompts; above 1 once captions were dropped in training
-    prompts: str | None = None         # separated by |, drawn in turn; unset: held-out captions, or masked images without pairs
+    every_steps: int = 0               # steps between evaluations (held-out loss and a grid); the last step has one
+                                       # too; 0: never
+    micro_batch: int = 16              # held-out samples, or sampled images, per rank and pass
+    num_images: int = 16               # images in the grid; 0: none
+    steps: int = 20                    # Euler steps of each image
+    guidance: float = 1.0              # for images from prompts; above 1 needs a run that dropped captions
+    prompts: str | None = None         # separated by "|", used in turn; null: held-out captions, or masked images
+                                       # without pairs
 
     def __post_init__(self):
         positive("evaluate.every_steps", self.every_steps, 0)
@@ -272,10 +289,10 @@ class EvaluateSection:
 
 @dataclass(frozen=True, kw_only=True)
 class GuardSection:
-    max_skips: int = 5                 # steps in a row that may be skipped before the run stops
-    spike_sigmas: float = 6.0          # robust deviations above the median from which a loss is called a spike
-    skip_spikes: bool = False          # do not learn from such a step; costs a wait for the GPU in every step
-    hang_s: float = 600.0              # a step that takes longer is a hang and ends the run; 0: never
+    max_skips: int = 5                 # consecutive skipped steps after which the run stops
+    spike_sigmas: float = 6.0          # robust standard deviations above the median from which a loss counts as a spike
+    skip_spikes: bool = False          # skip the update of such a step; costs a wait for the GPU in every step
+    hang_s: float = 600.0              # a step that takes longer is a hang and ends the run; 0: no limit
 
     def __post_init__(self):
         positive("guard.max_skips", self.max_skips, 0)
@@ -285,8 +302,8 @@ class GuardSection:
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileSection:
-    start_step: int = 20               # first step of the window that --profile traces
-    num_steps: int = 3
+    start_step: int = 20               # first step that --profile traces, counted from the start of this process
+    num_steps: int = 3                 # steps in the trace
 
     def __post_init__(self):
         positive("profile.start_step", self.start_step)
@@ -307,9 +324,10 @@ class RunConfig:
     time: TimeSection = field(default_factory=TimeSection)
     optim: OptimSection = field(default_factory=OptimSection)
     ema: EmaSection = field(default_factory=EmaSection)
-    precision: str = "bf16"            # bf16 | fp32 | fp8: arithmetic; fp8: that of bf16, but for the products of the generator's
-                                       # blocks. Masters are always fp32. No GPU has compared the loss of fp8 with bf16's yet.
-                                       # auto: bf16 where this machine multiplies it faster, else fp32; decided when it is read
+    precision: str = "bf16"            # bf16 | fp32 | fp8 | auto: arithmetic; masters are always fp32. fp8: bf16, but
+                                       # the matrix products of the generator's blocks in fp8; its loss has not been
+                                       # compared with bf16 on a GPU yet. auto: bf16 where this machine multiplies it
+                                       # faster than fp32, else fp32
     zero: ZeroSection = field(default_factory=ZeroSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     log: LogSection = field(default_factory=LogSection)
@@ -357,7 +375,7 @@ class RunConfig:
 FREE_KEYS = ("run.dir", "optim.adamw", "zero.stage", "zero.reduce_precision", "zero.overlap_comm", "zero.reduce_bucket_size",
              "zero.allgather_bucket_size", "zero.prefetch_bucket_size", "zero.param_persistence_threshold",
              "zero.max_live_parameters", "zero.hpz_partition_size", "train.steps", "train.micro_batch",
-             "train.overlap", "train.threads", "train.compile", "train.recompute", "train.timeout_s",
+             "train.overlap", "train.threads", "train.cpu_ranks", "train.compile", "train.recompute", "train.timeout_s",
              "data.threads", "data.hw_decoder_load", "data.max_bad_fraction",
              "data.max_bad_shards", "checkpoint.every_steps", "checkpoint.keep", "checkpoint.keep_every_steps",
              "checkpoint.background", "checkpoint.mtbf_gpu_hours", "log.every_steps", "log.sample_images", "log.sample_steps", "log.wandb",

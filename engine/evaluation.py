@@ -18,8 +18,9 @@ from iomm.engine.data.mixture import Joined
 from iomm.engine.data.order import InARow, held_out_entries
 from iomm.engine.data.source import ImageSource
 from iomm.engine.draw import save_grid, size_text, visible_parts
-from iomm.engine.shapes.grade import ASKED, judged
+from iomm.engine.shapes.grade import ASKED, mean
 from iomm.engine.shapes.score import CAPTION
+from iomm.engine.shapes.score import score as score_picture
 from iomm.flow import velocity_loss
 from iomm.kernels.noisy_tokens import noisy_tokens
 from iomm.model import grid
@@ -171,8 +172,8 @@ class Evaluation:
             known = [pair for pair in zip(pictures.drawn, captions) if CAPTION.fullmatch(pair[1])]
             if not known:
                 return {}
-            shares = judged(["all"] * len(known), *zip(*known))["all"]
-            return {key: shares[key] for key in SCORED}
+            verdicts = [score_picture(picture, caption) for picture, caption in known]
+            return {key: mean(verdict[key] for verdict in verdicts) for key in SCORED}
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
             print(f"step {step}: the pictures are not scored: {problem}", flush=True)

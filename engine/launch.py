@@ -4,10 +4,15 @@ import os
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":
+if __name__ == "__main__" and "RANK" in os.environ:
     os.environ["IOMM_PARENT"] = str(os.getppid())    # now: torch takes seconds to load, and the launcher may be gone then
 if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     del sys.path[0]              # a script's own folder: engine/ would shadow whatever else is called `config` or `data`
+
+from iomm.engine import cpu_ranks
+
+if __name__ == "__main__":
+    cpu_ranks.die_with_rank_0()
 
 import argparse
 import ctypes
@@ -41,8 +46,10 @@ M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD = (-4, 0), (-1, 2**31 - 1), (-2, 2**28)
 STAGES = {"pretrain": "demo", "finetune": "demo-finetune"}      # and the config that each takes by default
 
 
-def main(argv=None):
-    """Exit code: 0 done, 2 something that the user gave is wrong (one line on stderr, said by rank 0 or by one that names
+def main(argv=None, start_peers=False):
+    """start_peers: whether this process may start the other ranks of train.cpu_ranks with its own command line.
+
+    Exit code: 0 done, 2 something that the user gave is wrong (one line on stderr, said by rank 0 or by one that names
     itself), 75 asked to stop by SIGTERM or SIGUSR1 and saved: start again with --resume auto; 70 a rank or the launcher
     died, 71 a hang."""
     rank = int(os.environ.get("RANK", 0))
@@ -59,7 +66,7 @@ def main(argv=None):
         config = load_config(args.config or STAGES[args.stage], args.overrides + [f"run.init={args.init}"] * bool(args.init))
         if args.stage == "finetune" and config.run.init is None:
             raise InputError("--stage finetune starts from a run of stage 1: give --init RUN, the run.dir of that run")
-        zero.take_device(args.local_rank)
+        _, device = zero.take_device(args.local_rank)
         check_kernels(config.precision)
         if config.log.wandb:
             check_wandb()
@@ -67,7 +74,8 @@ def main(argv=None):
             if not rank:
                 print(plan.describe(plan.make_plan(config, args.dry_run), config))
             return 0
-        with RankLog(config.run.dir):
+        size = cpu_ranks.num_ranks(config.train, device.type) if start_peers else 1
+        with cpu_ranks.Peers(size, cpu_ranks.num_threads(config.train, size)), RankLog(config.run.dir):
             ranks = zero.start(config.train.timeout_s, args.local_rank)
             with Watch(ranks, config.run.dir, config.guard.hang_s, int(os.environ.get("IOMM_PARENT", 0))) as watch:
                 speaks = False                   # the watch does
@@ -135,6 +143,8 @@ def run(config, args, ranks, watch):
                              keep_every_steps=config.checkpoint.keep_every_steps, background=config.checkpoint.background)
     evaluation = Evaluation(config, source, ranks, hook) if config.evaluate.every_steps else None
     if loop.train(state, source, config, saver, watch, metrics, window, evaluation):
+        if ranks.device.type == "cpu":           # the other ranks of this machine wait
+            torch.set_num_threads(cpu_ranks.num_threads(config.train, 1))
         ranks.on_first(lambda: finish(config, args, metrics, saver, ranks))
         return True
     say(f"stopped as asked; step {state.step} is saved: start again with --resume auto")
@@ -144,8 +154,7 @@ def run(config, args, ranks, watch):
 def prepare_process(config, ranks):
     """Threads of this rank, and memory on a CPU: glibc gives every large tensor back to the system and gets it again page
     by page, a tenth of a step of demo-cpu; kept, the pages are there already. Elsewhere than on glibc nothing happens."""
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(config.train.threads or max(1, cores // ranks.local_size))
+    torch.set_num_threads(cpu_ranks.num_threads(config.train, ranks.local_size))
     if ranks.device.type == "cpu" and platform.libc_ver()[0] == "glibc":
         for option, value in M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD:
             ctypes.CDLL(None).mallopt(option, value)
@@ -167,7 +176,9 @@ def build(config, ranks, folder=None, say=print):
     mllm, vae = model.frozen
     source = parts.open_source(config, ranks, mllm, vae, index_dir=index_dir, pairs_dir=pairs_dir)
     if ranks.first:
-        say(f"{len(source.shards)} images, {ranks.size} rank(s) on {ranks.device.type}, {config.precision}, ZeRO-{config.zero.stage}; "
+        threads = torch.get_num_threads()
+        say(f"{len(source.shards)} images, {ranks.size} rank{'s' * (ranks.size > 1)} on {ranks.device.type}, {threads} thread"
+            f"{'s' * (threads > 1)} each, {config.precision}, ZeRO-{config.zero.stage}; "
             f"trained parameters {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M")
         say(dispatch.format_table(ranks.device.type))
         say("\n".join(plan.memory_table(plan.memory(model, config, ranks.size, source.micro_batch))))
@@ -285,4 +296,4 @@ def finish(config, args, metrics, saver, ranks):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(start_peers=True))

@@ -3,10 +3,16 @@
 Scalars stay text until the field's type reads them, so `lr: 1e-4` is a number, `NO` is a string where a string is wanted
 and `010` is no octal. Aliases, unknown and repeated keys are errors; nothing in a file can run code."""
 
+import ast
 import difflib
+import inspect
+import io
 import math
+import textwrap
+import tokenize
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 
 import yaml
@@ -85,6 +91,50 @@ def all_keys(cls, prefix=""):
     for name, kind in typing.get_type_hints(cls).items():
         keys += all_keys(kind, f"{prefix}{name}.") if is_dataclass(kind) else [prefix + name]
     return keys
+
+
+class Documented(typing.NamedTuple):
+    """What a reader needs to know of a key; `meaning` is "" where the field has no comment."""
+
+    key: str
+    kind: str
+    default: object
+    meaning: str
+
+
+def documented(cls: type, prefix: str = "") -> Iterator[Documented]:
+    """Yield every key with its type, default and the comment beside, or else above, its field.
+
+    A comment beside a field may go on in the lines below, further right than the field itself."""
+    source = textwrap.dedent(inspect.getsource(cls))
+    beside, below = {}, {}       # {line: text} of comments after code; {line: (column, text)} of those in a line of their own
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            (line, column), text = token.start, token.string.removeprefix("#").strip()
+            if token.line[:column].isspace():
+                below[line] = column, text
+            else:
+                beside[line] = text
+    hints, members = typing.get_type_hints(cls), {field.name: field for field in fields(cls)}
+    for node in ast.parse(source).body[0].body:
+        if not isinstance(node, ast.AnnAssign):
+            continue
+        name, words = node.target.id, []
+        if is_dataclass(hints[name]):
+            yield from documented(hints[name], f"{prefix}{name}.")
+            continue
+        if node.end_lineno in beside:
+            words, line = [beside[node.end_lineno]], node.end_lineno + 1
+            while line in below and below[line][0] > node.col_offset:
+                words.append(below[line][1])
+                line += 1
+        else:
+            line = node.lineno - 1
+            while line in below and below[line][0] == node.col_offset:
+                words.insert(0, below[line][1])
+                line -= 1
+        kind = ast.unparse(node.annotation).replace(" | None", " or null")
+        yield Documented(prefix + name, kind, members[name].default, " ".join(words))
 
 
 def value_of(kind, node, where):

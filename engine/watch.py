@@ -31,13 +31,13 @@ class Watch:
     InputError that leaves it has been said.
 
     hang_s counts from the second beat on: the first step may compile, and is left to the time-out of collectives.
-    0 turns the search for hangs off; deaths are seen all the same. `parent` is the process whose child this was when it
-    started: ranks without a launcher would go on, and meet those of the next start."""
+    0 turns the search for hangs off; deaths are seen all the same. `parent` is the launcher, or the rank, whose child this was
+    when it started: ranks without it would go on, and meet those of the next start. 0: nothing launched this rank."""
 
-    def __init__(self, ranks, run_dir, hang_s, parent=None):
+    def __init__(self, ranks, run_dir, hang_s, parent=0):
         self.ranks, self.run_dir, self.hang_s = ranks, Path(run_dir), hang_s
         self.step, self.beats, self.last, self.pulse = 0, 0, time.monotonic(), 0
-        self.parent, self.over, self.stacks = parent or os.getppid(), threading.Event(), None
+        self.parent, self.over, self.stacks = parent, threading.Event(), None
         self.server = dist.TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False) if ranks.first else None
         everyone = ranks.all((place(), os.getpid(), self.server.port if self.server else 0, os.environ.get("MASTER_ADDR")))
         places = [where for where, _, _, _ in everyone]
@@ -106,7 +106,7 @@ class Watch:
         """The thread that decides; it waits for nobody."""
         dead_since = None
         while not self.over.wait(POLL_S):
-            if self.ranks.size > 1 and os.getppid() != self.parent:
+            if self.ranks.size > 1 and self.parent and os.getppid() != self.parent:
                 self.end(DEAD, "the launcher is gone", self.ranks.first)
             dead = [rank for rank, pid in self.pids.items() if not alive(pid)]
             if dead:

@@ -4,7 +4,6 @@ The only door to DeepSpeed, with engine/launch.py. Generator and adapter go in; 
 
 import logging
 import os
-import socket
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from iomm.config import InputError
+from iomm.engine.cpu_ranks import free_port
 from iomm.engine.optim import STATE, Matrix, adamw_multi_tensor, adamw_torch
 from iomm.engine.stages import Replicated, Stage3, Stages1And2
 from iomm.layers import FusedLinear
@@ -88,11 +88,8 @@ def start(timeout_s, local_rank=None):
     # start. Plain gloo does the same work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1",
-                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     local_rank, device = take_device(local_rank)
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s),
                                verbose=False)
@@ -170,7 +167,7 @@ class Sharded:
             if flat in matrices:
                 cuts = tuple((place.offset, place.numel) if place else (0, 0) for place in places)
                 matrices[flat].append(Matrix(shape=shape, parts=fused.get(name, shape[:1]), cuts=cuts))
-        self.optimizer.bind(matrices, *(0, 1) if whole else (ranks.rank, ranks.size))
+        self.optimizer.bind(matrices, ranks.rank, ranks.size, replicated=whole)
 
     def slots(self):
         """{slot: [flat tensor, or None, per master]}: masters, and what the optimizer keeps of each."""

@@ -85,12 +85,12 @@ def generator_config(preset, *, token_dim, condition_dim):
 
 @dataclass(frozen=True, kw_only=True)
 class MaskConfig:
-    """Which image tokens the MLLM does not see (METHOD: stage 1, step 4)."""
+    """Which image tokens the MLLM does not see (Algorithm 1, step 4)."""
 
     ratio: float = 0.85            # probability that an image token is hidden
-    mode: str = "drop"             # drop: hidden tokens never enter | zero: they enter as zeros
+    mode: str = "drop"             # drop: hidden tokens never enter the MLLM | zero: they enter as zeros
     count: str = "bernoulli"       # bernoulli: each with probability ratio | fixed: exactly round((1 - ratio) P) stay
-    positions: str = "original"    # original: visible tokens keep their position ids | compact: counted over what is left
+    positions: str = "original"    # original: visible tokens keep their position ids | compact: renumbered
 
     def __post_init__(self):
         if not 0.0 <= self.ratio <= 1.0:
@@ -102,13 +102,13 @@ class MaskConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """What is appended to the condition before the MLLM reads it (METHOD: stage 1, step 6)."""
+    """What is appended to the condition before the MLLM reads it (Algorithm 1, step 6)."""
 
     kind: str = "rqa"              # rqa: queries cross-attend to the condition | metaquery: queries alone | none
-    num_queries: int = 256         # Q
-    head_dim: int = 128            # E of the cross-attention
-    attention: str = "causal"      # among the queries inside the MLLM: causal | bidirectional
-    conditions: str = "query"      # MLLM outputs that condition the generator: query | all
+    num_queries: int = 256         # number of residual queries (Q)
+    head_dim: int = 128            # head dim (E) of the cross-attention
+    attention: str = "causal"      # causal | bidirectional: attention among the queries inside the MLLM
+    conditions: str = "query"      # query | all: which MLLM outputs condition the generator
     connector_layers: int = 0      # transformer layers between the MLLM and the generator
 
     def __post_init__(self):
@@ -128,10 +128,10 @@ class AdapterConfig:
 class AlignConfig:
     """Alignment of a generator block with the frozen ViT (REPA, arXiv 2410.06940): beyond the paper, off."""
 
-    weight: float = 0.0            # of the alignment loss beside the velocity loss; 0: off, and there is no head
-    block: int = 0                 # whose latents, counted from 1; 0: a third of the blocks, rounded up
-    target: str = "vit"            # vit: the ViT's last hidden states | projector: image tokens that the MLLM reads
-    pairs: bool = False            # align pairs too: the ViT then encodes their images for this alone
+    weight: float = 0.0            # weight of the alignment loss beside the velocity loss; 0 turns alignment off
+    block: int = 0                 # generator block that is aligned, counted from 1; 0: a third of the depth, rounded up
+    target: str = "vit"            # vit | projector: the ViT's last hidden states, or the image tokens that the MLLM reads
+    pairs: bool = False            # align pairs too; the ViT then encodes their images for this alone
 
     def __post_init__(self):
         choice("align.target", self.target, ("vit", "projector"))

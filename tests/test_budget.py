@@ -9,7 +9,6 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import report
 from iomm.engine.traffic import Message, Traffic
 from iomm.generator import empty_generator
 
@@ -87,14 +86,6 @@ def test_a_message_costs_what_compute_does_not_hide(budget):
         assert budget.pass_s(traffic, [message], (0.0, 2.0, 0.0, 0.0), budget.MACHINES["H800"]) == pytest.approx(wanted, rel=1e-3)
     late = Message(kind="all_gather", size_bytes=int(0.5 * rate * 8 / 7), group=8, issued=1, needed=1)
     assert budget.pass_s(traffic, [late], (0.0, 2.0, 0.0, 0.0), budget.MACHINES["H800"]) == pytest.approx(2.5, rel=1e-3)
-
-
-def test_the_readme_quotes_the_results():
-    """Its table is what benchmarks/report.py makes of benchmarks/results, to the letter."""
-    text = (ROOT / "README.md").read_text()
-    assert report.written(text, report.table()) == text, "run python benchmarks/report.py"
-    with pytest.raises(ValueError, match="once each"):
-        report.written(text.replace(report.END, ""), "")
 
 
 def test_one_gpu_is_what_was_measured(budget):

@@ -39,7 +39,7 @@ def test_vit_is_counted_within_a_percent(mllm):
 
 
 def test_table_of_the_method(mllm):
-    """Prints METHOD's table (pytest -s); every row is within 2 % of what the method states, the MLLM's at 0.55 or less."""
+    """Prints the table of work per image (pytest -s); every row is within 2 % of what the method states, the MLLM's at 0.55 or less."""
     x = torch.empty(1, LITERAL, mllm.width, device="meta", requires_grad=True)
     decoder = mllm.backbone.language_model
 

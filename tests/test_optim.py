@@ -1,5 +1,6 @@
 """Muon over flat shards: torch.optim.Muon's numbers on one rank, the same on two, AdamW beside it."""
 
+import math
 import os
 import sys
 from dataclasses import replace
@@ -14,24 +15,32 @@ from iomm.adapter import Connector, QueryAdapter
 from iomm.config import AdapterConfig, GeneratorConfig, InputError
 from iomm.engine.config import OptimSection
 from iomm.engine.optim import (
+    NEWTON_SCHULZ,
     Matrix,
     ShardedOptimizer,
     adamw_multi_tensor,
     adamw_torch,
     learning_rate,
     make_optimizer,
+    orthogonal_stack,
     spread,
+    stacks_of,
 )
+from iomm.engine.watch import collectives
 from iomm.engine.zero import adamw_body
 from iomm.generator import empty_generator
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-SHAPES = [(12, 20), (20, 12), (7, 5), (16, 16), (30, 8)]
+SHAPES = [(12, 20), (20, 12), (7, 5), (16, 16), (30, 8), (12, 20)]
+LAYOUTS = ("padded", "end to end", "replicated")
 
 
-def flat_shards(tensors, rank, size, end_to_end=False):
-    """This rank's flat shard and its matrices, cut as ZeRO-3 does, each tensor padded, or end to end as ZeRO-1 and 2 do."""
-    if end_to_end:
+def flat_shards(tensors, rank, size, layout="padded"):
+    """This rank's flat shard and its matrices: each tensor cut and padded as ZeRO-3 does, cut end to end as ZeRO-1 and 2 do,
+    or not cut at all, as at stage 0."""
+    if layout == "replicated":
+        rank, size = 0, 1
+    if layout == "end to end":
         whole = torch.cat([t.flatten() for t in tensors])
         numel = -(-len(whole) // size)
         first = [sum(t.numel() for t in tensors[:i]) for i in range(len(tensors))]
@@ -48,20 +57,20 @@ def flat_shards(tensors, rank, size, end_to_end=False):
     return shard, [Matrix(shape=tuple(t.shape), parts=(t.shape[0],), cuts=tuple(c)) for t, c in zip(tensors, cuts)]
 
 
-def draw(step):
+def draw(step, num=None):
     generator = torch.Generator().manual_seed(step)
-    return [torch.randn(shape, generator=generator) for shape in SHAPES]
+    return [torch.randn(shape, generator=generator) for shape in SHAPES[:num]]
 
 
-def run_muon(rank, size, steps=4, end_to_end=False):
-    """The shard after some steps, and its matrices."""
-    flat, matrices = flat_shards(draw(0), rank, size, end_to_end)
+def run_muon(rank, size, steps=4, layout="padded", num=None):
+    """The shard of `num` matrices, all if None, after some steps, and its matrices."""
+    flat, matrices = flat_shards(draw(0, num), rank, size, layout)
     flat.requires_grad_()
     optimizer = ShardedOptimizer([{"params": [flat], "kind": "muon"}], lr=0.02, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
                                  momentum=0.95)
-    optimizer.bind({flat: matrices}, rank, size)
+    optimizer.bind({flat: matrices}, rank, size, replicated=layout == "replicated")
     for step in range(1, steps + 1):
-        flat.grad = flat_shards(draw(step), rank, size, end_to_end)[0]
+        flat.grad = flat_shards(draw(step, num), rank, size, layout)[0]
         optimizer.step()
     return flat.detach(), matrices
 
@@ -87,23 +96,31 @@ def test_one_rank_is_torchs_muon(monkeypatch):
 def worker(rank, size, port, folder):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=size)
-    for end_to_end in (False, True):
-        torch.save(run_muon(rank, size, end_to_end=end_to_end)[0], f"{folder}/{rank}-{end_to_end}")
+    for layout in LAYOUTS:
+        for num in (None, 1):
+            before = collectives()
+            flat = run_muon(rank, size, layout=layout, num=num)[0]
+            torch.save((flat, collectives() - before), f"{folder}/{rank}-{layout}-{num}")
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_more_ranks_do_the_same(size, tmp_path):
+    """To the bit, in each layout, also where ranks have nothing to orthogonalise; results travel once a step, cuts twice."""
     import socket
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     mp.spawn(worker, (size, port, str(tmp_path)), nprocs=size)
-    for end_to_end in (False, True):
-        flats = [torch.load(tmp_path / f"{rank}-{end_to_end}", weights_only=True) for rank in range(size)]
-        ours = whole(flats, flat_shards(draw(0), 0, size, end_to_end)[1])
-        for a, b in zip(ours, whole([run_muon(0, 1)[0]], run_muon(0, 1)[1])):
-            assert torch.equal(a, b)
+    for num in (None, 1):
+        alone = whole([run_muon(0, 1, num=num)[0]], run_muon(0, 1, num=num)[1])
+        for layout in LAYOUTS:
+            flats, counts = zip(*(torch.load(tmp_path / f"{rank}-{layout}-{num}", weights_only=True) for rank in range(size)))
+            matrices = flat_shards(draw(0, num), 0, size, layout)[1]
+            for held in [[flat] for flat in flats] if layout == "replicated" else [flats]:
+                for a, b in zip(whole(held, matrices), alone, strict=True):
+                    assert torch.equal(a, b), layout
+            assert set(counts) == {4 * (1 if layout == "replicated" else 2)}, layout
 
 
 def test_fused_matrices_are_orthogonalised_apart():
@@ -119,6 +136,54 @@ def test_fused_matrices_are_orthogonalised_apart():
         optimizer.step()
         return flat.detach()
     assert torch.equal(run([tall], (8, 16)), run([tall[:8], tall[8:]], None))
+
+
+def test_fused_parts_lie_where_their_rows_do():
+    """Cuts that begin and end within a part, at its edges, or hold nothing of it."""
+    values = torch.arange(60.)
+    fused = Matrix(shape=(12, 5), parts=(3, 1, 8), cuts=((0, 7), (2, 8), (0, 0), (1, 45)))
+    flats = [torch.full((50,), -1.) for _ in fused.cuts]
+    at = 0
+    for flat, (offset, numel) in zip(flats, fused.cuts):
+        flat[offset:offset + numel] = values[at:at + numel]
+        at += numel
+    parts = fused.apart()
+    assert [part.shape for part in parts] == [(3, 5), (1, 5), (8, 5)]
+    for got, wanted in zip(whole(flats, parts), values.view(12, 5).split(fused.parts), strict=True):
+        assert torch.equal(got, wanted)
+
+
+def one_by_one(matrix):
+    """Muon's update of one matrix as published: Newton-Schulz on a matrix that is wider than tall."""
+    a, b, c = NEWTON_SCHULZ
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = x / x.norm()
+    for _ in range(5):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return 0.2 * math.sqrt(max(matrix.shape)) * (x.T if matrix.shape[0] > matrix.shape[1] else x)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+@pytest.mark.parametrize("shape, num", [((96, 96), 7), ((96, 384), 3), ((5, 33), 4), ((192, 768), 1)])
+def test_stacks_are_no_worse_than_one_by_one(shape, num, device):
+    """In float32, or bfloat16 on a GPU, and in float64, where the error is smaller by the ratio of the two epsilons."""
+    generator = torch.Generator().manual_seed(0)
+    matrices = [torch.randn(shape if i % 2 else shape[::-1], generator=generator, dtype=torch.float64).to(device) for i in range(num)]
+    exact = [one_by_one(matrix).flatten() for matrix in matrices]
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    errors = [(one_by_one(matrix.to(dtype)).flatten() - wanted).abs().max() for matrix, wanted in zip(matrices, exact)]
+    for kind in (torch.float32, torch.float64) if device == "cpu" else (torch.float32,):
+        budget = 2 * max(errors) * (torch.finfo(kind).eps / torch.finfo(torch.float32).eps)
+        for got, wanted in zip(orthogonal_stack([matrix.to(kind) for matrix in matrices]), exact, strict=True):
+            assert got.dtype == kind and (got - wanted).abs().max() <= budget
+
+
+def test_stacks_hold_every_matrix_once_and_no_more_than_fits():
+    def of(*shapes):
+        return [Matrix(shape=shape, parts=shape[:1], cuts=((i, 1),)) for i, shape in enumerate(shapes)]
+    found = stacks_of(of((4, 8), (8, 4), (4, 4), (4, 8), (100, 100)), limit=2 * 4 * 32)
+    assert [[matrix.cuts[0][0] for matrix in stack] for stack in found] == [[0, 1], [3], [2], [4]]
 
 
 def test_adamw_shards_are_torchs_adamw():

@@ -26,7 +26,7 @@ from iomm.engine.plan import (
     work,
 )
 
-PAPER = {   # generator's parameters, work of one sample in TFLOP (METHOD's table for B), millions of samples
+PAPER = {   # generator's parameters, work of one sample in TFLOP (the method's table for B), millions of samples
     "iomm-b-512": ((1.55e9, 1.65e9), (7.9, 8.2), 110),
     "iomm-l-512": ((2.65e9, 2.80e9), (10.5, 11.5), 110),
     "iomm-xl-512": ((5.7e9, 6.3e9), (48.0, 52.0), 110),
@@ -61,7 +61,7 @@ def test_shipped_configs_are_counted(name):
 
 @pytest.mark.parametrize("name", sorted(PAPER))
 def test_shipped_configs_have_the_paper_s_values(name):
-    """METHOD, section 4."""
+    """Counts of the presets, and work of IOMM-B."""
     config = load_config(name)
     batch, ratio, kind, decay = STAGE_1[config.model.preset]
     if name.endswith("finetune"):

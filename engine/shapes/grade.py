@@ -162,7 +162,7 @@ def judged(kinds: list[str], pictures: list, captions: list[str],
             for kind, found in rows.items()}
 
 
-def grade_run(run_dir, *, per_kind=8, steps=20, device="cpu"):
+def grade_run(run_dir, *, per_kind=16, steps=20, device="cpu"):
     """Run folder -> text: grades of its newest weights on masked images and on captions like those of training, a line a kind,
     and of real pictures. Writes run_dir/scores.json, {way: grade's table}."""
     config, model, _ = load_run(run_dir, device=device)

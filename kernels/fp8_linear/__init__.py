@@ -1,4 +1,4 @@
-"""A linear layer whose matrix products, forward and backward, take both of their sides in fp8 (arXiv 2209.05433).
+"""A linear layer whose matrix products, forward and backward, take both operands in fp8 (arXiv 2209.05433).
 
 Every side of a product is divided by one scale that puts its largest magnitude at the largest value of its format and is
 then rounded: e4m3 (3 bits of mantissa) for inputs and weights, e5m2 (2 bits, a range as wide as float16's) for the gradient

@@ -1,4 +1,4 @@
-"""A gated branch added to the residual stream: what every modulated block ends with."""
+"""A gated branch added to the residual stream: the end of every modulated block."""
 
 from iomm.kernels import triton_support
 from iomm.kernels.dispatch import pick, register

@@ -1,4 +1,4 @@
-"""Decoded pixels to what the ViT reads, and to what the VAE reads, in one pass."""
+"""Patch rows for the ViT and normalised pixels for the VAE, made from decoded pixels in one pass."""
 
 import torch
 

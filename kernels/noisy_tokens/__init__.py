@@ -1,4 +1,4 @@
-"""Latents to what the generator is trained on: noisy tokens and their velocity target. `unpatch` goes back.
+"""Noisy tokens and their velocity targets, made from latents. `unpatch` is the inverse of the packing.
 
 Token order is FLUX's, "c (h p) (w q) -> (h w) (c p q)": N = H/p * W/p tokens of K = C p p values.
 """

@@ -1,4 +1,4 @@
-"""Normalised rows, scaled and shifted per sample: what every modulated block begins with (adaLN, arXiv 2212.09748)."""
+"""Rows normalised, then scaled and shifted per sample: the start of every modulated block (adaLN, arXiv 2212.09748)."""
 
 from iomm.kernels import triton_support
 from iomm.kernels.dispatch import pick, register

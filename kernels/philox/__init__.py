@@ -1,4 +1,4 @@
-"""Random numbers that are a pure function of (seed, stream, n): the same on every device, rank and day.
+"""Random numbers that are a pure function of (seed, stream, n): the same on every device and rank.
 
 Philox4x32-10 with counter words (block, stream, n low 32, n high 32) and key (seed low 32, seed high 32). Element e of
 sample n is lane e % 4 of block e // 4.

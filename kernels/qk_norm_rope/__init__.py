@@ -1,4 +1,4 @@
-"""Queries, keys and values of one attention: RMS norm per head, rotary embedding, and two streams in one sequence.
+"""Queries, keys and values for attention: RMS norm per head, rotary embedding, two streams joined into one sequence.
 
 Rotation in pairs (2f, 2f + 1), as FLUX and Z-Image have it (RoPE, arXiv 2104.09864).
 """

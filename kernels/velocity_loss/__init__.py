@@ -1,4 +1,4 @@
-"""The loss of rectified flow: squared error of the predicted velocity (METHOD: stage 1, step 8)."""
+"""The loss of rectified flow: squared error of the predicted velocity (Algorithm 1, step 8)."""
 
 from iomm.kernels import triton_support
 from iomm.kernels.dispatch import pick, register

@@ -1,6 +1,6 @@
-"""Which image tokens the model sees: a mask drawn per sample, as packed indices.
+"""The image tokens that the MLLM sees: a mask drawn per sample, as packed indices.
 
-This is the only place where the mask of METHOD's step 4 is drawn. `visible_tokens` counts first and returns as many
+This is the only place where the mask of Algorithm 1 (step 4) is drawn. `visible_tokens` counts first and returns as many
 rows as there are; `visible_tokens_packed` returns a fixed number of them and never waits.
 """
 

@@ -1,0 +1,167 @@
+"""Ranks that rank 0 starts itself: the same run as launched ranks, ended by the same signals, none left behind."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from launches import LIMIT_S, PIXELS, ROOT, rows, start, start_ranks
+
+from iomm.engine import checkpoint, cpu_ranks
+from iomm.engine.config import TrainSection, differences, load_config
+from iomm.engine.guard import REQUEUE
+from iomm.engine.launch import main
+from iomm.engine.shapes.world import write_world
+from iomm.engine.watch import DEAD, REFUSED, alive
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "shapes"
+    write_world(folder, num_images=72, size_px=32, seed=1, shard_size=24)
+    return ["--config", PIXELS, f"data.shards={folder}", "data.size_px=32", "model.vae=pixel:4", "train.global_batch=8", "train.threads=1",
+            "precision=fp32", "checkpoint.every_steps=2", "log.sample_images=0"]
+
+
+class Job:
+    """A run of two ranks of which one is started, as DeepSpeed's launcher does it; what it prints is in <run_dir>.out."""
+
+    def __init__(self, run_dir, *arguments):
+        self.run_dir, self.path = run_dir, Path(f"{run_dir}.out")
+        with open(self.path, "w") as said:
+            self.rank_0, = start_ranks(1, ROOT / "engine/launch.py", f"run.dir={run_dir}", "train.cpu_ranks=2", *arguments, said=said)
+        self.until(lambda: self.peers())
+        self.peer, = self.peers()
+
+    def peers(self):
+        """Process ids of ranks 1 and above whose parent is rank 0."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*"):
+            try:
+                parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+                if parent == self.rank_0.pid and b"\0RANK=1\0" in b"\0" + (path / "environ").read_bytes():
+                    found.append(int(path.name))
+            except OSError:                      # it has ended
+                pass
+        return found
+
+    def until(self, holds):
+        deadline = time.monotonic() + LIMIT_S
+        while not holds():
+            assert self.rank_0.poll() is None and time.monotonic() < deadline, self.out
+            time.sleep(0.02)
+
+    def until_step(self, step):
+        self.until(lambda: any(row["step"] >= step for row in rows(self.run_dir / "log.jsonl")))
+
+    def ends(self):
+        """Exit code of rank 0, once no rank is left."""
+        code, deadline = self.rank_0.wait(LIMIT_S), time.monotonic() + LIMIT_S
+        while alive(self.peer):
+            assert time.monotonic() < deadline, "the peer outlives rank 0"
+            time.sleep(0.02)
+        return code
+
+    @property
+    def out(self):
+        return self.path.read_text()
+
+
+def test_a_peer_is_a_rank_like_any_other(settings, tmp_path):
+    """Losses of launched ranks to the bit, with Muon at stage 0; a dead peer ends the run; resumed, SIGTERM stops it whole."""
+    launched = start(2, f"run.dir={tmp_path / 'launched'}", *settings, "train.steps=2")
+    assert launched.returncode == 0, launched.stdout
+    job = Job(tmp_path / "own", *settings, "train.steps=100000")
+    job.until_step(3)
+    os.kill(job.peer, signal.SIGKILL)
+    assert job.ends() == DEAD and f"iomm: rank 1 ({socket.gethostname()}) died" in job.out, job.out
+    for ours, theirs in zip(rows(tmp_path / "own/log.jsonl"), rows(tmp_path / "launched/log.jsonl")):
+        assert (ours["loss"], ours["grad_norm"]) == (theirs["loss"], theirs["grad_norm"])
+    assert "72 images, 2 ranks on cpu, 1 thread each" in job.out and job.out.count("step 1/") == 1
+    assert "rank 1 of 2, process" in (tmp_path / "own/logs/rank-00001.txt").read_text()
+
+    (tmp_path / "own/log.jsonl").unlink()
+    job = Job(tmp_path / "own", "--resume", "auto", *settings, "train.steps=100000")
+    assert b"OMP_NUM_THREADS=1" in Path(f"/proc/{job.peer}/environ").read_bytes().split(b"\0")
+    job.until_step(1)
+    job.rank_0.send_signal(signal.SIGTERM)
+    assert job.ends() == REQUEUE, job.out
+    steps = rows(tmp_path / "own/log.jsonl")[-1]["step"]
+    assert f"stopped as asked; step {steps} is saved" in job.out and "resumed from" in job.out
+    assert checkpoint.step_of(checkpoint.newest(tmp_path / "own/checkpoints")) == steps
+
+
+def test_ranks_die_together_before_they_have_met(settings, tmp_path):
+    """Rank 0, which waits for its peer, and a peer that is still loading torch."""
+    job = Job(tmp_path / "peer", *settings)
+    os.kill(job.peer, signal.SIGKILL)
+    assert job.ends() == DEAD and "iomm: rank 1 ended with exit code -9" in job.out, job.out
+    job = Job(tmp_path / "rank 0", *settings)
+    job.rank_0.kill()
+    assert job.ends() == -signal.SIGKILL
+
+
+@pytest.fixture
+def nothing_starts(monkeypatch):
+    def started(*_, **__):
+        raise AssertionError("a process was started")
+    monkeypatch.setattr(cpu_ranks.subprocess, "Popen", started)
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["train.cpu_ranks=-1"], "train.cpu_ranks must be >= 0, got -1"),
+    (["train.cpu_ranks=many"], "train.cpu_ranks must be a whole number, got 'many'"),
+    (["train.cpu_ranks=2", "--stage", "finetune"], "give --init RUN"),
+])
+def test_mistakes_start_nothing(arguments, message, nothing_starts, capsys):
+    assert main(arguments, start_peers=True) == REFUSED
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and message in said[0]
+
+
+def test_a_dry_run_starts_nothing(nothing_starts, capsys):
+    assert main(["--dry-run", "2", "train.cpu_ranks=2", "data.shards=shapes"], start_peers=True) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_peer_that_cannot_be_started_is_named(monkeypatch):
+    def fails(*_, **__):
+        raise OSError(11, "Resource temporarily unavailable")
+    monkeypatch.setattr(cpu_ranks.subprocess, "Popen", fails)
+    monkeypatch.setattr(os, "environ", {"RANK": "0"})
+    with pytest.raises(cpu_ranks.InputError, match="train.cpu_ranks: rank 1 cannot be started: Resource temporarily"):
+        cpu_ranks.Peers(3, 1).__enter__()
+
+
+@pytest.mark.parametrize("cpu_ranks_key, micro_batch, world, device, expected", [
+    (1, None, None, "cpu", 1), (0, None, None, "cpu", 4), (0, None, "1", "cpu", 4), (3, None, None, "cpu", 3), (5, None, None, "cpu", 4),
+    (4, 8, None, "cpu", 3), (8, 24, None, "cpu", 1), (7, 9, None, "cpu", 1), (0, None, "2", "cpu", 1), (4, None, None, "cuda", 1),
+])
+def test_the_number_of_ranks(cpu_ranks_key, micro_batch, world, device, expected, monkeypatch):
+    """Of a global batch of 24 on 5 cores: as many as asked for, or fit the cores, and divide it."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(5)))
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if world is not None:
+        monkeypatch.setenv("WORLD_SIZE", world)
+    train = TrainSection(cpu_ranks=cpu_ranks_key, micro_batch=micro_batch, global_batch=24)
+    assert cpu_ranks.num_ranks(train, device) == expected
+    assert cpu_ranks.num_ranks(replace(train, cpu_ranks=0, global_batch=3, micro_batch=None), "cpu") == 1
+
+
+def test_the_threads_of_a_peer_are_set_before_torch_is_loaded():
+    """launch.py imports the file first; and OMP_NUM_THREADS is read when torch is loaded."""
+    code = "import sys, iomm.engine.cpu_ranks as ranks; ranks.die_with_rank_0(); assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=LIMIT_S).returncode == 0
+
+
+def test_a_run_resumes_with_another_number():
+    config = load_config("demo")
+    assert not differences(config, load_config("demo", ["train.cpu_ranks=3"]))
+    assert [config.train.cpu_ranks, load_config("demo-finetune").train.cpu_ranks, TrainSection().cpu_ranks] == [0, 0, 1]

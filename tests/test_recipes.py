@@ -609,7 +609,7 @@ def test_the_smoke_budget_resumes_after_a_kill(tmp_path):
         "--results",
         str(tmp_path),
     ]
-    path, deadline = tmp_path / "recipes-cpu-smoke.json", time.monotonic() + 600
+    path, deadline = tmp_path / "recipes-cpu-smoke.json", time.monotonic() + 1800
     begun = subprocess.Popen(command)
     while not path.exists() or len(list((tmp_path / "runs/cpu-smoke").glob("*/config.yaml"))) < 3:
         assert begun.poll() is None and time.monotonic() < deadline
@@ -618,7 +618,7 @@ def test_the_smoke_budget_resumes_after_a_kill(tmp_path):
     begun.wait()
     first = json.loads(path.read_text())["experiments"]["recipes"]
     assert "image -> mix" in first and len(first) < 6
-    subprocess.run(command, check=True, timeout=900)
+    subprocess.run(command, check=True, timeout=3600)
     found = json.loads(path.read_text())["experiments"]
     assert (
         set(found["recipes"]) == set(EXPERIMENTS["recipes"])

@@ -16,8 +16,12 @@ from benchmarks.report import pyplot
 # Student's t, two-sided 95 %, by number of seeds less one.
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 Z_95 = 1.960
-SPLITS = {"train": "seen", "test": "unseen"}  # combinations of colour, shape and role
-LEVEL = 0.05  # a difference of shares up to which the paper's "as good as" holds here
+# Combinations of colour, shape and role.
+SPLITS = {"train": "seen", "test": "unseen"}
+# A difference of shares up to which the paper's "as good as" holds here.
+LEVEL = 0.05
+# The share from which on a model has learned enough for a level comparison.
+LEARNED = 0.2
 ABOVE, NO_WORSE, AS_GOOD = (0.0, math.inf), (-LEVEL, math.inf), (-LEVEL, LEVEL)
 
 
@@ -67,17 +71,21 @@ def difference(a: list[float], b: list[float], pictures: int) -> Interval:
     return widened([one - other for one, other in zip(a, b, strict=True)], *both)
 
 
-def verdict(found: Interval, agree: tuple[float, float], seeds: int) -> str:
+def verdict(found: Interval, agree: tuple[float, float], *, seeds: int, best: float) -> str:
     """Return "reproduced", "contradicted" or "not decided".
 
     Args:
         found: difference of two shares.
         agree: the differences with which the paper's finding holds.
-        seeds: from one seed alone nothing follows about training.
+        seeds: how many; from one alone nothing follows about training.
+        best: the larger share. Models that learned next to nothing are as good as each other, which
+            says nothing: below LEARNED no level comparison is decided.
     """
-    if seeds > 1 and agree[0] <= found.low and found.high <= agree[1]:
+    if seeds == 1 or (agree[0] < 0 and best < LEARNED):
+        return "not decided"
+    if agree[0] <= found.low and found.high <= agree[1]:
         return "reproduced"
-    if seeds > 1 and (found.high < agree[0] or agree[1] < found.low):
+    if found.high < agree[0] or agree[1] < found.low:
         return "contradicted"
     return "not decided"
 
@@ -234,13 +242,13 @@ def compare(finding: Finding, cells: Cells, split: str) -> dict:
         shares_of({seed: cell[seed] for seed in common}, f"{way}, {split}", key)
         for cell in (one, other)
     )
-    found = difference(a, b, pictures)
+    found, best = difference(a, b, pictures), max(statistics.mean(a), statistics.mean(b))
     return {
         "one": statistics.mean(a),
         "other": statistics.mean(b),
         "difference": found._asdict(),
         "seeds": len(common),
-        "verdict": verdict(found, finding.agree, len(common)),
+        "verdict": verdict(found, finding.agree, seeds=len(common), best=best),
     }
 
 

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks import findings
-from benchmarks.findings import ABOVE, AS_GOOD, FINDINGS, LEVEL, NO_WORSE, SPLITS, Interval
+from benchmarks.findings import ABOVE, AS_GOOD, FINDINGS, LEARNED, LEVEL, NO_WORSE, SPLITS, Interval
 from benchmarks.recipes import (
     BUDGETS,
     EXPERIMENTS,
@@ -104,8 +104,11 @@ def test_intervals_hold_the_truth_as_often_as_they_claim(true, other, spread):
 )
 def test_a_verdict_follows_from_the_interval_alone(low, high, agree, wanted):
     found = Interval((low + high) / 2, low, high)
-    assert findings.verdict(found, agree, seeds=3) == wanted
-    assert findings.verdict(found, agree, seeds=1) == "not decided"  # nothing is known of training
+    assert findings.verdict(found, agree, seeds=3, best=0.5) == wanted
+    # Nothing is known of training from one seed, nor of models that learned next to nothing.
+    assert findings.verdict(found, agree, seeds=1, best=0.5) == "not decided"
+    decided = wanted if agree is ABOVE else "not decided"
+    assert findings.verdict(found, agree, seeds=3, best=LEARNED / 2) == decided
 
 
 def scores(fits, way="text", pictures=384):

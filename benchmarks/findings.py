@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.report import pyplot
+
 # Student's t, two-sided 95 %, by number of seeds less one.
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 Z_95 = 1.960
@@ -304,15 +306,10 @@ def draw(experiments: dict[str, Cells], path: Path, limits: dict[str, float]) ->
     """Write a PNG: for each experiment the figure that decides it, a row a cell.
 
     limits: {way: share that real pictures reach}, drawn as a dashed line."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no PNG: matplotlib is missing (pip install matplotlib)")
-        return
-    if not experiments:
+    if not experiments or (plt := pyplot()) is None:
         return
     heights = [len(cells) + 1.5 for cells in experiments.values()]
-    figure = Figure(figsize=(8, 0.34 * sum(heights)), layout="constrained")
+    figure = plt.Figure(figsize=(8, 0.34 * sum(heights)), layout="constrained")
     axes = figure.subplots(len(experiments), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axis, (name, cells) in zip(axes, experiments.items()):
         way, key = figure_of(name)
@@ -353,5 +350,6 @@ def draw(experiments: dict[str, Cells], path: Path, limits: dict[str, float]) ->
         axis.tick_params(axis="x", labelsize=7)
         what = "edit fits and keeps the rest" if way == "edit" else "all of the caption right"
         axis.set_title(f"{name}: {what} (seeds in brackets)", fontsize=8, loc="left")
-    axes[0].legend(fontsize=7, loc="best")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=7)
     figure.savefig(path, dpi=130)

@@ -42,6 +42,7 @@ from concurrent.futures import ThreadPoolExecutor  # noqa: E402
 from contextlib import suppress  # noqa: E402
 from dataclasses import asdict, dataclass, replace  # noqa: E402
 from functools import cache  # noqa: E402
+from itertools import product  # noqa: E402
 from threading import Lock  # noqa: E402
 
 import torch  # noqa: E402
@@ -63,11 +64,7 @@ from benchmarks.findings import (  # noqa: E402
 )
 from benchmarks.report import above_0  # noqa: E402
 from iomm.config import InputError  # noqa: E402
-from iomm.engine import (  # noqa: E402
-    checkpoint,
-    parts,
-    shapes,  # noqa: E402
-)
+from iomm.engine import checkpoint, parts, shapes  # noqa: E402
 from iomm.engine.config import FREE_KEYS, RunConfig, flat, load_config  # noqa: E402
 from iomm.engine.doctor import machine  # noqa: E402
 from iomm.engine.shapes import score, world  # noqa: E402
@@ -77,9 +74,9 @@ from iomm.engine.shapes.grade import GUIDANCE, ceiling, grade, overall  # noqa: 
 STAGES = {"pretrain": "demo", "finetune": "demo-finetune"}
 # Steps of stage 1 and of stage 2 in a cpu-night, for at least half of the captions fully right in
 # the default cell.
-NIGHT_STEPS = (1200, 1200)
+NIGHT_STEPS = (1400, 1400)
 # Seconds a step with two runs side by side, until a run below --out has measured it.
-NIGHT_STEP_S = 0.6
+NIGHT_STEP_S = 0.4
 # From a launch to its first step, encoding the dataset included, and from its last step to its end.
 START_S = 60.0
 # To sample and score a picture.
@@ -91,6 +88,8 @@ SIDE_BY_SIDE = ("train.threads=1", "train.cpu_ranks=1")
 # Of all runs. The paper has no alignment, and pairs could not have it with their latents in memory.
 # Nothing is evaluated while a run trains, so that nothing needs to be held out.
 EVERY_RUN = ("align.weight=0", "data.heldout=0")
+# In the folder of a run.
+SCORES = "recipe-scores.json"
 FIGURES = ("fits", "number", "colours", "shapes")
 FIGURES_OF_EDITS = ("edited", "kept", *FIGURES, "object", "place", "size", "background")
 
@@ -302,7 +301,7 @@ class Runs:
         """Return {"text, train": {"fits": share, ..., "pictures": how many}, ...} of a run.
 
         None if some are missing."""
-        kept = read(run.dir / "scores.json")
+        kept = read(run.dir / SCORES)
         wanted = [f"{way}, {split}" for way in ways for split in SPLITS]
         if wanted and (kept.get("settings") != self.scored_with() or not set(wanted) <= set(kept)):
             return None
@@ -310,7 +309,7 @@ class Runs:
 
     def score(self, run: Run, ways: Iterable[str], seed: int) -> None:
         """Score a trained run in the ways that are missing, and keep the shares in its folder."""
-        path = run.dir / "scores.json"
+        path = run.dir / SCORES
         with self.locked(path):
             kept, model = read(path), None
             if kept.get("settings") != self.scored_with():
@@ -319,9 +318,8 @@ class Runs:
                 if self.known(run, (way,)) is not None:
                     continue
                 if model is None:
-                    with self.locked(
-                        "transformers"
-                    ):  # its first imports fail in two threads at once
+                    # The first imports of transformers fail in two threads at once.
+                    with self.locked("transformers"):
                         device = "cuda" if torch.cuda.is_available() else "cpu"
                         config, model, _ = parts.load_run(run.dir, device=device)
                 for split in SPLITS:
@@ -386,24 +384,16 @@ class Runs:
 
     def hours_left(self, names: Iterable[str]) -> tuple[float, float]:
         """Return the hours that what is left of experiments will take, and the seconds a step."""
-        runs, pictures = set(), set()
-        for cell, seed in {
-            (cell, seed)
-            for name in names
-            for cell in EXPERIMENTS[name].values()
-            for seed in range(self.budget.seeds)
-        }:
-            for run, ways in zip(self.both(cell, seed), (cell.after_first, cell.after_second)):
-                runs.add(run)
-                pictures |= {(run, way) for way in ways if self.known(run, (way,)) is None}
-        step_s, seconds = (
-            self.step_s(),
-            len(pictures) * len(SPLITS) * self.budget.per_kind * len(world.KINDS) * PICTURE_S,
-        )
-        for run in runs:
-            made = [
-                checkpoint.step_of(folder) for folder in checkpoint.steps(run.dir / "checkpoints")
-            ]
+        runs, unscored = {}, set()
+        for name in names:
+            for cell, seed in product(EXPERIMENTS[name].values(), range(self.budget.seeds)):
+                for run, ways in zip(self.both(cell, seed), (cell.after_first, cell.after_second)):
+                    runs[run.dir] = run
+                    unscored |= {(run.dir, way) for way in ways if self.known(run, (way,)) is None}
+        pictures = len(unscored) * len(SPLITS) * self.budget.per_kind * len(world.KINDS)
+        seconds, step_s = pictures * PICTURE_S, self.step_s()
+        for run in runs.values():
+            made = map(checkpoint.step_of, checkpoint.steps(run.dir / "checkpoints"))
             if (left := run.steps - max(made, default=0)) > 0:
                 seconds += START_S + left * step_s
         return seconds / 3600 / self.budget.jobs, step_s
@@ -412,10 +402,9 @@ class Runs:
         """Return the median seconds a step of the newest log, or the budget's without a log."""
         logs = sorted(self.folder.glob("*/log.jsonl"), key=lambda log: log.stat().st_mtime)
         for log in reversed(logs):
+            lines = log.read_text().splitlines()[-100:]
             try:
-                if rows := [
-                    json.loads(line)["step_s"] for line in log.read_text().splitlines()[-100:]
-                ]:
+                if rows := [json.loads(line)["step_s"] for line in lines]:
                     return statistics.median(rows)
             except ValueError:  # a line that is being written
                 continue

@@ -197,14 +197,14 @@ def test_runs_are_named_by_what_changes_what_they_compute(tmp_path):
 
 
 def test_cells_share_the_runs_that_they_have_in_common(tmp_path):
-    """Of one seed: stage 1 on images and on pairs, with 4 more ratios, 3 more adapters and 3 other
+    """Of one seed: stage 1 on images and on pairs, with 4 more ratios, 3 more adapters and 4 other
     choices; stage 2 for each of the recipes, after each of those, and with 4 more lambdas."""
     runs = Runs(tmp_path, NIGHT)
     made = {
         name: [runs.both(cell, 0) for cell in cells.values()] for name, cells in EXPERIMENTS.items()
     }
-    assert len({first.dir for cells in made.values() for first, _ in cells}) == 2 + 4 + 3 + 3
-    assert len({second.dir for cells in made.values() for _, second in cells}) == 6 + 4 + 3 + 3 + 4
+    assert len({first.dir for cells in made.values() for first, _ in cells}) == 2 + 4 + 3 + 4
+    assert len({second.dir for cells in made.values() for _, second in cells}) == 6 + 4 + 3 + 4 + 4
     default = made["recipes"][0]
     for name in EXPERIMENTS:  # the default cell comes first in all of them
         assert [run.dir for run in made[name][0]] == [run.dir for run in default], name
@@ -264,6 +264,7 @@ def played(monkeypatch):
         if len(told.launched) == told.dies_at:
             raise KeyboardInterrupt  # the command is gone
         told.launched.append((run_dir.name, *arguments))
+        (run_dir / "machine.json").write_text(json.dumps({"commit": told.commit}))
         dies = len(told.launched) == told.dies_at
         (run_dir / f"checkpoints/step-{steps // 2 if dies else steps:08d}").mkdir(
             parents=True, exist_ok=True

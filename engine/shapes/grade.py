@@ -37,6 +37,7 @@ class Tasks(NamedTuple):
     texts: list[str]               # what the model reads
     captions: list[str]            # what its pictures must fit
     scenes: list[Scene]            # of the pictures that it is shown; for "text" those of the captions
+    edited: list[tuple[Scene, str]] | None = None      # scene and instruction, for "edit"
 
 
 def edits(num: int, split: str, seed: int = 0) -> list[tuple[Scene, str, str]]:
@@ -59,7 +60,7 @@ def tasks(way: str, split: str, per_kind: int, seed: int = 0) -> Tasks:
     if way == "edit":
         scenes, texts, captions = zip(*edits(per_kind * len(KINDS), split, seed))
         kinds = [text.split()[0] for text in texts]
-        return Tasks(kinds, list(texts), list(captions), list(scenes))
+        return Tasks(kinds, list(texts), list(captions), list(scenes), list(zip(scenes, texts)))
     kinds = [kind for kind in KINDS for _ in range(per_kind)]
     scenes = [scene(SEED + seed, i, split, kind) for i, kind in enumerate(kinds)]
     captions = [picture.caption for picture in scenes]
@@ -99,7 +100,7 @@ def grade(model: IOMM, size_px: int, way: str = "text", *, split: str = "train",
         condition = mllm.condition(asked.texts[part], tokens_BPD, visible=visible, mode=model.recipe.mask.mode,
                                    positions=model.recipe.mask.positions)
         pictures += to_images(draw_pixels(model, condition, n_B, size_px=size_px, steps=steps, guidance=guidance, seed=seed))
-    return judged(way, asked, pictures), pictures
+    return judged(asked.kinds, pictures, asked.captions, asked.edited), pictures
 
 
 @torch.no_grad()
@@ -116,7 +117,7 @@ def ceiling(size_px: int, way: str = "text", *, split: str = "train", per_kind: 
         pixels_CHW = vit_bytes(draw(picture), size_px).to(device) / 127.5 - 1
         decoded = pixels_CHW[None] if vae is None else vae.decode(vae.encode(pixels_CHW[None]))
         pictures += to_images(decoded)
-    return judged(way, asked, pictures)
+    return judged(asked.kinds, pictures, asked.captions, asked.edited)
 
 
 def real_edit(before: Scene, instruction: str, caption: str) -> Scene:
@@ -144,16 +145,19 @@ def middle_of(colour: str) -> tuple[int, int, int]:
     return tuple(round(255 * level) for level in hsv_to_rgb(hue / 360 % 1, saturation, value))
 
 
-def judged(way: str, asked: Tasks, pictures: list) -> dict[str, dict]:
-    """Return {kind: {"fits": share, "number": share, ...; "pictures": how many}} of the pictures."""
+def judged(kinds: list[str], pictures: list, captions: list[str],
+           edited: list[tuple[Scene, str]] | None = None) -> dict[str, dict]:
+    """Return {kind: {"fits": share, "number": share, ...; "pictures": how many}} of the pictures.
+
+    edited: the scene that each picture was made from and the instruction, if the pictures are edits."""
     rows = {}
-    for kind, text, caption, before, picture in zip(asked.kinds, asked.texts, asked.captions, asked.scenes, pictures):
+    for i, (kind, picture, caption) in enumerate(zip(kinds, pictures, captions)):
         verdict = score(picture, caption)
-        if way == "edit":
-            verdict |= kept(picture, before, text)
+        if edited is not None:
+            verdict |= kept(picture, *edited[i])
             verdict["edited"] = verdict["fits"] and verdict["kept"]
         rows.setdefault(kind, []).append(verdict)
-    keys = ASKED_OF_EDITS if way == "edit" else ASKED
+    keys = ASKED if edited is None else ASKED_OF_EDITS
     return {kind: {**{key: mean(row[key] for row in found) for key in keys}, "pictures": len(found)}
             for kind, found in rows.items()}
 

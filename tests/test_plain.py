@@ -30,7 +30,7 @@ VAE = FLUX_AUTOENCODER | dict(block_out_channels=(8, 8, 8, 8), layers_per_block=
 
 def both(dtype, every=False):
     """(ours, plain with its weights, the draws that ours makes of a batch, the batch)."""
-    mllm, vae = random_mllm(SHAPE, dtype, "cpu"), random_vae(VAE, 2, dtype, "cpu")
+    mllm, vae = random_mllm(SHAPE, dtype, "cpu"), random_vae(VAE, dtype, "cpu")
     adapter = AdapterConfig(num_queries=8, head_dim=16, conditions="all" if every else "query")
     shape = GeneratorConfig(width=64, num_heads=2, num_blocks=3, token_dim=vae.token_dim, condition_dim=mllm.width)
     parts, draw = [new_generator(shape, 0), QueryAdapter(adapter, mllm.width)], torch.Generator().manual_seed(0)

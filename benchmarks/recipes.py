@@ -423,27 +423,24 @@ def wait_until_free(run_dir: Path) -> None:
         fcntl.lockf(file, fcntl.LOCK_EX)  # closing the file gives the lock back
 
 
-def real_limits(runs: Runs, per_kind: int = 32) -> dict:
+def real_limits(runs: Runs) -> dict:
     """Return {"text": {split: share}, "edit": ...} of real pictures through the VAE.
 
     This is the limit for any model."""
-    config = config_of("pretrain", ())
+    config, per_kind = config_of("pretrain", ()), min(32, runs.budget.per_kind)
+    size_px = config.data.size_px
     settings = {
-        "size_px": config.data.size_px,
-        "vae": config.model.vae,
-        "per_kind": per_kind,
+        "size_px": size_px,
+        "vae": [config.model.vae, read(shapes.HASHES)],
         **runs.scored_with(),
     }
     kept = read(runs.folder / "real.json")
     if kept.get("settings") != settings:
         vae, kept = parts.build_model(config, "cpu").frozen[1], {"settings": settings}
         for way, key in (("text", "fits"), ("edit", "edited")):
-            kept[way] = {
-                split: overall(
-                    ceiling(config.data.size_px, way, split=split, per_kind=per_kind, vae=vae), key
-                )
-                for split in SPLITS
-            }
+            for split in SPLITS:
+                table = ceiling(size_px, way, split=split, per_kind=per_kind, vae=vae)
+                kept.setdefault(way, {})[split] = overall(table, key)
         runs.folder.mkdir(parents=True, exist_ok=True)
         write(runs.folder / "real.json", kept)
     return {way: kept[way] for way in ("text", "edit")}

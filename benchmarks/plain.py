@@ -9,7 +9,6 @@ It computes the same function as iomm/model.py: with the same weights (`load`), 
 losses and the gradients agree (tests/test_plain.py). The frozen modules are the very ones that ours holds."""
 
 import contextlib
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from iomm.engine.config import RunConfig
 from iomm.engine.data.source import Batch
-from iomm.engine.optim import orthogonal
+from iomm.engine.optim import STACK_BYTES, orthogonal_stack, stacks_of
 from iomm.flow import sample_time
 from iomm.kernels.philox import CAPTION_DROP, NOISE, TIME, normal, uniform
 from iomm.layout import Layout, describe
@@ -212,27 +211,31 @@ class Plain(nn.Module):
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon with Nesterov momentum, a matrix at a time, its update as large as AdamW's.
+    """Muon with Nesterov momentum, its update as large as AdamW's.
 
-    The orthogonalisation is engine/optim.py's, the one that ours runs, so that neither side gains
-    by it."""
+    Orthogonalised by the engine's own function, in its stacks of matrices of one shape (as
+    engine/optim.py), so that neither side gains by it."""
 
     def __init__(self, matrices: list, *, lr: float, momentum: float, weight_decay: float):
         super().__init__(matrices, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.stacks = stacks_of(matrices, STACK_BYTES[matrices[0].device.type])
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
+        (group,) = self.param_groups
+        for stack in self.stacks:
+            with_gradient = [p for p in stack if p.grad is not None]
+            updates = []
+            for p in with_gradient:
                 state = self.state[p]
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(p)
                 buffer = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonal(p.grad.lerp(buffer, group["momentum"]))
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
+                updates.append(p.grad.lerp(buffer, group["momentum"]))
+            for p, update in zip(with_gradient, orthogonal_stack(updates) if updates else []):
+                if group["weight_decay"]:
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update.view_as(p), alpha=-group["lr"])
 
 
 class Trainer:

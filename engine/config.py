@@ -106,7 +106,7 @@ class TrainSection:
     steps: int = 1000                  # optimizer steps of the whole run
     global_batch: int = 1024           # samples per optimizer step, over all ranks
     micro_batch: int | None = None     # samples per rank and forward pass; null: global_batch / ranks
-    threads: int | None = None         # torch CPU threads a rank; unset: cores / ranks of this machine
+    threads: int | None = None         # torch CPU threads per rank; null: cores / ranks of this machine
     cpu_ranks: int = 1                 # ranks of a run that is started as one rank on a machine without a GPU, lowered to a divisor
                                        # of global_batch; 0: one per core, with at least 4 images each
     timeout_s: float = 1800.0          # a collective that takes longer ends the run

@@ -165,7 +165,7 @@ def load_vae(name, *, patch=2, revision=None, dtype=torch.float32, device="cpu",
     kind, colon, value = name.partition(":")
     if kind == "random":
         choice("model.vae random:", value, tuple(RANDOM))
-        return random_vae(RANDOM[value], patch, dtype, device)
+        return random_vae(RANDOM[value], dtype, device, patch)
     if colon:
         if kind != "pixel" or not value.isdigit() or int(value) < 1:
             raise InputError(f"model.vae must be pixel:<patch>, a folder or a hub id; got {name!r}")
@@ -196,13 +196,18 @@ def load_vae(name, *, patch=2, revision=None, dtype=torch.float32, device="cpu",
     return FluxVAE(autoencoder, patch, tiling=tiling).to(device)
 
 
-def random_vae(config, patch, dtype, device, seed=0):
+def random_vae(config, dtype, device, patch=2, seed=0):
     """A VAE of this shape whose weights are drawn on `device`, from a seed, without touching the disk."""
-    from diffusers import AutoencoderKL
     device = torch.device(device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
         torch.manual_seed(seed)
-        return FluxVAE(AutoencoderKL.from_config(config), patch).to(dtype)
+        return FluxVAE(new_autoencoder(config), patch).to(dtype)
+
+
+def new_autoencoder(config: dict) -> nn.Module:
+    """Return an AutoencoderKL of diffusers to be trained, its weights drawn from torch's global generator."""
+    from diffusers import AutoencoderKL
+    return AutoencoderKL.from_config(config)
 
 
 def find_autoencoder(folder):

@@ -33,7 +33,7 @@ def test_overrides_win_and_numbers_are_numbers():
     ("optim:\n  eps: 0\n", "f.yaml:2: optim.eps must be > 0, got 0.0"),
     ("adapter:\n  head_dim: 0\n", "f.yaml:2: adapter.head_dim must be >= 1, got 0"),
     ("evaluate:\n  guidance: -1\n", "f.yaml:2: evaluate.guidance must be >= 0, got -1.0"),
-    ("data:\n  latents: x\ntrain:\n  data: pair\n", "data.latents are of images, train.data is pair: set train.data=image, or"),
+    ("data:\n  latents: x\ntrain:\n  data: pair\n", "data.latents are of images, train.data is pair: set train.data=image or data.latents=memory, or"),
     ("optim:\n  betas: [0.9]\n", "f.yaml:2: optim.betas must be 2 numbers"),
     ("optim:\n  lr: [1]\n", "f.yaml:2: optim.lr must be a number, got a list"),
     ("optim:\n  lr: {a: 1}\n", "f.yaml:2: optim.lr must be a number, got a section"),

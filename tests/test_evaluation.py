@@ -151,7 +151,7 @@ def test_a_row_of_the_log_a_picture_and_a_hook(source, mllm, tmp_path, prompts, 
 
 
 def test_a_run_on_images_shows_what_it_draws_of_masked_ones(source, mllm, tmp_path):  # noqa: F811
-    bare = SimpleNamespace(shards=source.shards.images, latents=None, decoder=source.decoder)
+    bare = SimpleNamespace(shards=source.shards.images, latents=None, encoded=False, decoder=source.decoder)
     ours = evaluation(bare, f"run.dir={tmp_path}", "data.heldout=0")
     model = build(mllm)
     row = ours(state_of(model, 25))
@@ -184,7 +184,7 @@ def test_the_visible_part_is_that_of_the_image_tokens(mllm):  # noqa: F811
 
 def test_pictures_are_scored_against_the_prompt_or_the_caption_of_the_masked_image(source, mllm, tmp_path):  # noqa: F811
     shards = source.shards.images
-    bare = SimpleNamespace(shards=shards, latents=None, decoder=source.decoder)
+    bare = SimpleNamespace(shards=shards, latents=None, encoded=False, decoder=source.decoder)
     ours = evaluation(bare, f"run.dir={tmp_path}")
     entries = ours.drawn["image"].tolist()
     real = [Image.open(io.BytesIO(shards.image_bytes(k))).convert("RGB") for k in entries]
@@ -199,7 +199,7 @@ def test_pictures_are_scored_against_the_prompt_or_the_caption_of_the_masked_ima
     pictures = Pictures({"drawn": real}, ["a red circle", "a photo of a bench"] * 2 + ["a red circle"])
     assert asked.score(1, pictures) == {key: sum(score(real[i], "a red circle")[key] for i in (0, 2, 4)) / 3 for key in SCORED}
     assert asked.score(1, pictures._replace(prompts=["a photo of a bench"] * 5)) == {}
-    row = dict(step=1, loss=1.0, grad_norm=1.0, lr=1e-3, step_s=1.0, time_s={"data": 1.0}, mfu=None, images_per_s=1.0, tokens_per_s=1.0,
+    row = dict(step=1, loss=1.0, align_loss=None, grad_norm=1.0, lr=1e-3, step_s=1.0, time_s={"data": 1.0}, mfu=None, images_per_s=1.0, tokens_per_s=1.0,
                data_wait_s=0.0, gpu_hours=0.0, gpu_hours_left=0.0)
     assert "fits 60%" in line(row | {"scores": found}, 10) and "fits" not in line(row, 10)
 

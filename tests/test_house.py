@@ -26,7 +26,7 @@ DOORS = {
     "deepspeed": ("engine/zero.py", "engine/launch.py"),
     "triton": ("kernels/",),
     "wandb": ("engine/metrics.py",),
-    "matplotlib": ("engine/report.py", "benchmarks/report.py"),
+    "matplotlib": ("engine/report.py", "benchmarks/"),
 }
 # Modules that programs import and that a script's own folder, first on sys.path, must not hide.
 WELL_KNOWN = {"kernels", "evaluate", "datasets", "data", "torch", "numpy", "triton", "transformers", "diffusers",

@@ -160,7 +160,7 @@ def test_the_rate_of_drawing_becomes_rows_of_the_readme(folder):
     flops = pipe.model.generator.flops_per_image((4, 8), row["num_condition"])
     assert row["generator_tflop_per_image"] == pytest.approx(3 * 2 * flops / 1e12)
     (what, figure), = script("report").sampling({"rows": [row]})
-    assert what.startswith("drawing 32 x 16 px") and "3 steps x 2 (guidance), batch 2" in what and "images/s" in figure
+    assert what.startswith("sampling from text, 32 x 16 px") and "3 steps x 2 (guidance), batch 2" in what and "images/s" in figure
 
 
 @pytest.mark.slow

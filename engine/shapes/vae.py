@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from iomm.config import InputError
 from iomm.engine.shapes.score import score
 from iomm.engine.shapes.world import VERSION, draw, scene
-from iomm.vae import FluxVAE, load_vae
+from iomm.vae import FluxVAE, load_vae, new_autoencoder
 
 WEIGHTS = Path(__file__).parent / "weights" / "vae"
 FILE = "diffusion_pytorch_model.safetensors"
@@ -107,16 +107,15 @@ def train(out, legs=LEGS, *, num_scored: int = 1000, report=print) -> dict:
 def train_leg(out: Path, leg: Leg, done: list, report) -> dict:
     """Run one leg, write `out`, and return what its header keeps of the leg. done: the legs before it; without any the
     weights are drawn from the seed."""
-    from diffusers import AutoencoderKL
     begun = time.monotonic()
     generator = torch.Generator().manual_seed(leg.seed)
     images_NCHW = render(0, range(leg.num_images))
     if done:
-        autoencoder = AutoencoderKL.from_pretrained(out, use_safetensors=True).train().requires_grad_(True)
+        autoencoder = load_vae(str(out)).backbone.train().requires_grad_(True)
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(leg.seed)
-            autoencoder = AutoencoderKL.from_config(ARCHITECTURE)
+            autoencoder = new_autoencoder(ARCHITECTURE)
     autoencoder.to(torch.float32, memory_format=torch.channels_last)
     averaged = {name: p.detach().clone() for name, p in autoencoder.named_parameters()}
     optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=leg.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)

@@ -61,8 +61,8 @@ def main():
         return hidden * spoilt(factor, "embedding"), lengths
 
     def call_spoilt(self, *args):
-        loss, loss_B, t_B = call(self, *args)
-        return (loss if here("loss") is None else loss * here("loss")), loss_B, t_B
+        loss, *others = call(self, *args)
+        return (loss if here("loss") is None else loss * here("loss")), *others
 
     def step_spoilt(self):
         if here("gradient") is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from faults.mini import digest
 from faults.nonfinite import planned
 from faults.trials import PLACES, log_rows, newest_step
-from launches import ROOT, command, environment, rows
+from launches import PIXELS, ROOT, command, environment, rows
 
 from iomm.engine import checkpoint
 from iomm.engine.shapes.world import write_world
@@ -23,7 +23,7 @@ LIMIT_S = 600
 def world(folder):
     """Settings of a small run on pictures that are drawn into folder."""
     write_world(Path(folder) / "shapes", num_images=72, size_px=32, seed=1, shard_size=24)
-    return [f"data.shards={folder}/shapes", "train.global_batch=4", "log.sample_images=0", "train.threads=1", "precision=fp32"]
+    return ["--config", PIXELS, f"data.shards={folder}/shapes", "train.global_batch=4", "log.sample_images=0", "train.threads=1", "precision=fp32"]
 
 
 class Run:

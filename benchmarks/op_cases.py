@@ -8,8 +8,6 @@ from iomm.config import InputError
 from iomm.engine.optim import adamw_torch
 from iomm.engine.zero import adamw_body
 from iomm.kernels import native, triton_support
-from iomm.kernels.gate_residual.fused import gate_residual_triton
-from iomm.kernels.gate_residual.reference import gate_residual_reference, gate_residual_torch
 from iomm.kernels.image_patches.compiled import image_patches_compiled
 from iomm.kernels.image_patches.reference import image_patches_reference
 from iomm.kernels.masked_attention import varlen
@@ -22,10 +20,6 @@ from iomm.kernels.norm_modulate.fused import norm_modulate_triton
 from iomm.kernels.norm_modulate.reference import norm_modulate_reference, norm_modulate_torch
 from iomm.kernels.qk_norm_rope.fused import qk_norm_rope_triton
 from iomm.kernels.qk_norm_rope.reference import qk_norm_rope_reference, qk_norm_rope_torch
-from iomm.kernels.unpatch.compiled import unpatch_compiled
-from iomm.kernels.unpatch.reference import unpatch_reference
-from iomm.kernels.velocity_loss.fused import velocity_loss_triton
-from iomm.kernels.velocity_loss.reference import velocity_loss_reference
 from iomm.kernels.visible_tokens.compiled import visible_tokens_compiled
 from iomm.kernels.visible_tokens.reference import visible_tokens_reference
 
@@ -118,7 +112,7 @@ def row_case(op, torch_body, triton_body, reference, device, make, dtype, **rest
 
 
 def rows_of(device, dtype):
-    """Cases of norm_modulate, gate_residual, qk_norm_rope and velocity_loss."""
+    """Cases of norm_modulate and qk_norm_rope."""
     batch, length, width, heads = (32, 1024, 1536, 12) if device == "cuda" else (4, 64, 192, 6)
     size = batch * length * width * torch.finfo(dtype).bits // 8
 
@@ -130,14 +124,6 @@ def rows_of(device, dtype):
                    lambda *x: norm_modulate_triton(*x, True, 1e-6), lambda *x: norm_modulate_reference(*x, True, 1e-6),
                    device, (modulated(3, 65, 96), modulated(batch, length, width)), dtype,
                    name=f"{batch} x {length} x {width}", bytes=5 * size)
-
-    def gated(batch, length, width):
-        return lambda draw: [draw(batch, length, width, grad=True), draw(batch, width, grad=True),
-                             draw(batch, length, width, grad=True)]
-
-    yield row_case("gate_residual", gate_residual_torch, gate_residual_triton, gate_residual_reference, device,
-                   (gated(3, 65, 96), gated(batch, length, width)), dtype, name=f"{batch} x {length} x {width}",
-                   bytes=6 * size)
 
     def heads_of(batch, length, num_condition, heads, dim):
         def make(draw):
@@ -152,15 +138,6 @@ def rows_of(device, dtype):
                    lambda *x: qk_norm_rope_reference(*x, 1e-6), device,
                    (heads_of(2, 33, 5, 3, 32), heads_of(batch, length, length // 4, heads, width // heads)), dtype,
                    name=f"{batch} x ({length // 4} + {length}) x {heads} x {width // heads}", bytes=14 * joint)
-    many = 512 if device == "cuda" else 32
-    predictions = many * 1024 * 64 * torch.finfo(dtype).bits // 8
-
-    def losses(*shape):
-        return lambda draw: [draw(*shape, grad=True), draw(*shape)]
-
-    yield row_case("velocity_loss", velocity_loss_reference, velocity_loss_triton, velocity_loss_reference, device,
-                   (losses(3, 65, 64), losses(many, 1024, 64)), dtype, name=f"{many} x 1024 x 64",
-                   bytes=5 * predictions)
 
 
 def token_cases(device, dtype):
@@ -186,9 +163,6 @@ def token_cases(device, dtype):
     yield Case(op="noisy_tokens", name=f"{many} x 16 x 64 x 64", bytes=3 * latents,
                bodies=bodies(noisy_tokens_compiled, noisy_tokens_reference), reference=noisy_tokens_reference,
                check=lambda: noisy(3, 16, 6, 68, normal), time=lambda: placed(noisy(many, 16, 64, 64, draw)), **goal)
-    yield Case(op="unpatch", name=f"{many} x 1024 x 64", bytes=2 * latents, exact=True,
-               bodies=bodies(unpatch_compiled, unpatch_reference), reference=unpatch_reference,
-               check=lambda: [normal(3, 102, 64), 6, 68, 2], time=lambda: [draw(many, 1024, 64), 64, 64, 2], **goal)
 
     def pixels(batch, height, width):
         random = torch.Generator().manual_seed(0)

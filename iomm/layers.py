@@ -103,6 +103,11 @@ def attend(q_BLAE, k_BLAE, v_BLAE, shown_BL=None):
     return heads_BALE.transpose(1, 2).flatten(2)
 
 
+def gate_residual(x_BLD, gate_BD, y_BLD):
+    """Return x + gate y (B, L, D): a branch joins the residual stream, by one gate per sample."""
+    return x_BLD + gate_BD[:, None] * y_BLD
+
+
 def attention_flops(num_queries, num_keys, width):
     """Forward FLOPs of `attend` on one sequence: two products, 2 m n k each."""
     return 4 * num_queries * num_keys * width

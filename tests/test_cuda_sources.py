@@ -15,7 +15,6 @@ import torch
 from iomm.kernels.image_patches.reference import image_patches_reference
 from iomm.kernels.noisy_tokens.reference import noisy_tokens_reference
 from iomm.kernels.philox.reference import philox_reference
-from iomm.kernels.unpatch.reference import unpatch_reference
 from iomm.kernels.visible_tokens.reference import visible_tokens_reference
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,7 +99,7 @@ def test_visible_tokens(entry, batch, num_tokens, ratio, capacity, fixed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [
     (1, 16, 4, 64, 2), (2, 16, 2, 68, 2), (1, 4, 2, 8, 2), (2, 3, 4, 6, 2), (1, 5, 9, 6, 3)])
-def test_noisy_tokens_and_unpatch(entry, shape, dtype):
+def test_noisy_tokens(entry, shape, dtype):
     batch, channels, height, width, patch = shape
     random = torch.Generator().manual_seed(0)
     latents = torch.randn(batch, channels, height, width, generator=random).to(dtype)
@@ -111,9 +110,6 @@ def test_noisy_tokens_and_unpatch(entry, shape, dtype):
     entry("noisy_tokens")(latents, t, 9, n, batch, channels, height, width, patch, bf16, noisy, target)
     for mine, specified in zip((noisy, target), noisy_tokens_reference(latents, t, 9, n, patch)):
         torch.testing.assert_close(mine, specified, rtol=torch.finfo(dtype).eps, atol=1e-6)
-    back = poisoned(*latents.shape, dtype=dtype)
-    entry("unpatch")(noisy, batch, channels, height, width, patch, noisy.element_size(), back)
-    assert torch.equal(back, unpatch_reference(noisy, height, width, patch))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -136,4 +132,4 @@ def test_image_patches(entry, kind, size, dtype):
 
 def test_every_source_is_here():
     assert {path.stem for path in (ROOT / "csrc").glob("*.cu")} == {
-        "philox", "visible_tokens", "noisy_tokens", "unpatch", "image_patches"}
+        "philox", "visible_tokens", "noisy_tokens", "image_patches"}

@@ -10,9 +10,6 @@ from iomm.kernels.dispatch import pick, register
 from iomm.kernels.noisy_tokens.compiled import noisy_tokens_compiled
 from iomm.kernels.noisy_tokens.reference import noisy_tokens_reference, patch_tokens_reference
 from iomm.kernels.philox import checked_seed
-from iomm.kernels.unpatch import unpatch
-
-__all__ = ["noisy_tokens", "patch_tokens", "unpatch"]
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 register("noisy_tokens", "cpp", noisy_tokens_compiled, devices=("cpu",), dtypes=_NATIVE_DTYPES,
@@ -54,3 +51,19 @@ def patch_tokens(latents_BCHW, patch=2):
     """(B, N, K) tokens of latents (B, C, H, W), differentiable. Raises ValueError if the patch does not fit."""
     _check_latents(latents_BCHW, patch)
     return patch_tokens_reference(latents_BCHW, patch)
+
+
+def unpatch(tokens_BNK, height, width, patch=2):
+    """(B, C, H, W) latents of tokens (B, N, K), differentiable: undoes `patch_tokens`.
+
+    Raises ValueError if sizes do not fit."""
+    if tokens_BNK.dim() != 3:
+        raise ValueError(f"tokens must have shape (B, N, K), got {tuple(tokens_BNK.shape)}")
+    num_samples, num_tokens, token_dim = tokens_BNK.shape
+    rows, columns = height // patch, width // patch
+    if height % patch or width % patch or num_tokens != rows * columns or token_dim % patch**2:
+        raise ValueError(f"{num_tokens} tokens of {token_dim} values do not make latents of {height} x {width} "
+                         f"with patches of {patch}")
+    channels = token_dim // patch**2
+    tokens = tokens_BNK.reshape(num_samples, rows, columns, channels, patch, patch)
+    return tokens.permute(0, 3, 1, 4, 2, 5).reshape(num_samples, channels, height, width)

@@ -1,8 +1,8 @@
-"""The budget of stage 1 on 1 to 512 GPUs, from counts: python benchmarks/budget.py
+"""The budget of stage 1 on 1 to 512 GPUs, from counts: python benchmarks/budget.py [--out FOLDER]
 
 Counted: FLOPs (engine/plan.py), bytes of what is no matrix product, ZeRO-3's messages (engine/traffic.py), optimizer, EMA,
-checkpoint. Assumed: rates, all in ASSUMED and MACHINES, each with where it is from. Out come step time, GPU-hours and where
-the budget breaks; a table, benchmarks/results/budget.json and budget.png. Nothing is measured here."""
+checkpoint. Assumed: rates, all in ASSUMED and MACHINES, each with its source. The result is step time, GPU-hours and where
+the budget breaks, as printed tables and, with --out, as budget.json and budget.png in that folder. Nothing is measured here."""
 
 import sys
 from pathlib import Path
@@ -265,7 +265,7 @@ def draw(results, path):
     """GPU-hours and efficiency against GPUs, a column a model; dashed: tuned."""
     if (plt := pyplot()) is None:
         return
-    figure, axes = plt.subplots(2, len(CONFIGS), figsize=(13, 7), sharex=True, layout="constrained")
+    figure, axes = plt.subplots(2, len(CONFIGS), figsize=(13, 7), sharex=True, squeeze=False, layout="constrained")
     colours = {"H200": "tab:green", "H100": "tab:blue", "H800": "tab:red"}
     for column, name in enumerate(CONFIGS):
         top, bottom = axes[:, column]
@@ -291,7 +291,9 @@ def draw(results, path):
 
 
 def main(argv=None):
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="folder to write budget.json and budget.png into")
+    args = parser.parse_args(argv)
     print("Assumed, not counted:")
     for what, (value, source) in ASSUMED.items():
         print(f"  {what:<48}{value:>9.3g}   {source}")
@@ -299,28 +301,24 @@ def main(argv=None):
         print(f"  {gpu}: " + ", ".join(f"{what} {rate:.3g}" for what, rate in rates.items()))
     results = {name: {gpu: {how: [run for n in GPUS if (run := estimate(name, gpu, n, how == "tuned"))] for how in ("as configured", "tuned")}
                       for gpu in MACHINES} for name in CONFIGS}
-    words, rows = [], {}
+    words = []
     for name, by_gpu in results.items():
         for gpu, runs in by_gpu.items():
             for how in runs:
                 print(f"\n{name} on {gpu}, {how}\n{table(runs[how])}")
         words += breaks(name, "H800", by_gpu["H800"]["as configured"])
-        for gpu in ("H200", "H800"):
-            at = {how: {r["gpus"]: r for r in by_gpu[gpu][how]} for how in ("as configured", "tuned")}
-            rows[f"budget (a model, not a measurement): {name}, stage 1 on {gpu}"] = "; ".join(
-                f"{n} GPUs {at['as configured'][n]['gpu_hours']:,.0f} GPU-hours, {at['as configured'][n]['images_per_s']:.1f} images/s a GPU "
-                f"(tuned {at['tuned'][n]['gpu_hours']:,.0f}, {at['tuned'][n]['images_per_s']:.1f})" for n in (8, 64, 512))
     one = {gpu: results[CONFIGS[0]][gpu]["as configured"][0]["images_per_s"] for gpu in MACHINES}
     cached = {gpu: estimate(CONFIGS[0], gpu, 1, latents=True)["images_per_s"] for gpu in MACHINES}
     words.append(f"{CONFIGS[0]} on one GPU: " + ", ".join(f"{gpu} {one[gpu]:.1f} images/s online and {cached[gpu]:.1f} with cached latents"
                  for gpu in MACHINES) + f"; the paper's {PAPER_HOURS} H800 GPU-hours mean {PAPER_RATE}, our aims are {AIMS[0]} online and "
                  f"{AIMS[1]} with latents")
     print("\nWhere the budget breaks\n" + "\n".join(f"  {sentence}" for sentence in words))
-    folder = ROOT / "benchmarks/results"
-    (folder / "budget.json").write_text(json.dumps(
-        {"machine": machine(), "assumed": ASSUMED, "machines": MACHINES, "protocols": PROTOCOLS, "tuned": TUNED, "breaks": words,
-         "rows": rows, "results": results}, indent=1) + "\n")
-    draw(results, folder / "budget.png")
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "budget.json").write_text(json.dumps(
+            {"machine": machine(), "assumed": ASSUMED, "machines": MACHINES, "protocols": PROTOCOLS, "tuned": TUNED,
+             "breaks": words, "results": results}, indent=1) + "\n")
+        draw(results, args.out / "budget.png")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ START, END = "<!-- generated: {} (python benchmarks/report.py) -->", "<!-- /gene
 # Section of benchmarks/README.md -> the kinds of result file that it shows.
 SECTIONS = {
     "speed": ("throughput", "precision", "ops", "loader", "sampling", "startup"),
-    "budget": ("budget",),
     "reliability": ("survival", "data-reliability", "checkpoint"),
     "learning": ("demo", "recipes", "time-to-quality"),
 }
@@ -274,7 +273,7 @@ def rows_of(result):
             broke = isinstance(found, dict) and found.get("broke_off")
             yield what, f"broke off: {broke}" if broke else in_words(found)
     for what, count in {} if "trials" in result else result.get("rows", {}).items():
-        yield what.removeprefix("budget (a model, not a measurement): "), str(count).replace("images/s a GPU", "images/s per GPU")
+        yield what, str(count)
 
 
 def short(commits):
@@ -286,7 +285,7 @@ def table(section):
     """Return Markdown: a row for every figure of a section of benchmarks/README.md."""
     kinds = {"demo": demo, "loader": loader, "data-reliability": data_reliability, "ops": ops,
              "checkpoint": checkpoint, "precision": precision, "throughput": throughput, "startup": startup,
-             "sampling": sampling, "survival": rows_of, "budget": rows_of, "recipes": rows_of,
+             "sampling": sampling, "survival": rows_of, "recipes": rows_of,
              "time-to-quality": time_to_quality}
     rows = ["| what | figure | measured |", "|---|---|---|"]
     for kind in SECTIONS[section]:

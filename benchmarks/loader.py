@@ -35,13 +35,14 @@ from PIL import Image, ImageFilter, ImageOps  # noqa: E402
 
 from benchmarks.report import command  # noqa: E402
 from iomm.engine.data.buckets import Buckets, bucket_sizes  # noqa: E402
-from iomm.engine.data.decode import IMAGENET_MEAN, IMAGENET_STD  # noqa: E402
 from iomm.engine.data.index import build  # noqa: E402
 from iomm.engine.data.judge import RECORD  # noqa: E402
 from iomm.engine.data.order import Order  # noqa: E402
 from iomm.engine.data.shards import Shards  # noqa: E402
 from iomm.engine.data.source import ImageSource  # noqa: E402
 from iomm.engine.doctor import machine  # noqa: E402
+from iomm.kernels.image_patches import normalised  # noqa: E402
+from iomm.mllm import IMAGE_MEAN, IMAGE_STD  # noqa: E402
 
 SIZE_PX, VIT_PX, BATCH = 512, 448, 16
 NUM_CORES, ROUNDS, BATCHES_A_ROUND, WARM_UP = 2, 5, 8, 4
@@ -69,7 +70,7 @@ def by_pillow(data):
     left, top = ((side - SIZE_PX) // 2 for side in image.size)
     image = image.crop((left, top, left + SIZE_PX, top + SIZE_PX))
     small = image.resize((VIT_PX, VIT_PX), Image.BICUBIC)
-    return tensor(image, (0.5,) * 3, (0.5,) * 3), tensor(small, IMAGENET_MEAN, IMAGENET_STD)
+    return tensor(image, (0.5,) * 3, (0.5,) * 3), tensor(small, IMAGE_MEAN, IMAGE_STD)
 
 
 def tensor(image, mean, std):
@@ -89,9 +90,10 @@ def check(index_dir, resize):
     shards, worst = Shards(index_dir), [0.0, 0.0]
     batches = iter(ours(index_dir, resize=resize))
     for batch in (next(batches) for _ in range(3)):
-        for k, pixels, vit_pixels in zip(batch.entry_B.tolist(), batch.pixels_BCHW, batch.vit_pixels_BCHW):
+        vit_pixels_BCHW = normalised(batch.vit_pixels_BHWC, IMAGE_MEAN, IMAGE_STD)
+        for k, pixels, vit_pixels in zip(batch.entry_B.tolist(), batch.pixels_BCHW, vit_pixels_BCHW):
             wanted, vit_wanted = by_pillow(shards.image_bytes(k))
-            std = torch.tensor(IMAGENET_STD).view(3, 1, 1)
+            std = torch.tensor(IMAGE_STD).view(3, 1, 1)
             worst[0] = max(worst[0], float((pixels - wanted).abs().mean() * 127.5))
             worst[1] = max(worst[1], float(((vit_pixels - vit_wanted) * std).abs().mean() * 255))
     batches.close()

@@ -67,7 +67,7 @@ def engine_draws(
 
     The texts are the captions that IOMM reads, "" where it drops one and None where a sample is
     conditioned on its image; the list is None where all samples are."""
-    n_B, seed = batch.n_B.to(batch.vit_pixels_BCHW.device), config.run.seed
+    n_B, seed = batch.n_B.to(batch.vit_pixels_BHWC.device), config.run.seed
     rows, columns = (side // vae.factor for side in batch.pixels_BCHW.shape[-2:])
     noise_BD = normal(seed, NOISE, n_B, vae.channels * rows * columns)
     visible = visible_mask(config.mask, seed, n_B, mllm.num_image_tokens)
@@ -271,7 +271,7 @@ class Trainer:
         losses = []
         for batch in batches:
             given = draws(batch) if draws else ()
-            loss = self.plain.loss(batch.pixels_BCHW, batch.vit_pixels_BCHW, *given) / num
+            loss = self.plain.loss(batch.pixels_BCHW, batch.vit_pixels_BHWC, *given) / num
             loss.backward()
             losses.append(loss.detach())
         if self.clip:

@@ -68,8 +68,8 @@ def make_plain(bench):
     (batch, *_), twin = bench.next(), whole_copy(bench)
     n_B, draws = batch.n_B.to(bench.device), engine_draws(config, batch, mllm, vae)
     with torch.no_grad(), swapped(torch.nn.functional, linear=LINEAR):
-        ours = twin(batch.pixels_BCHW, batch.vit_pixels_BCHW, n_B)[0].item()
-        theirs = plain.loss(batch.pixels_BCHW, batch.vit_pixels_BCHW, *draws).item()
+        ours = twin(batch.pixels_BCHW, batch.vit_pixels_BHWC, n_B)[0].item()
+        theirs = plain.loss(batch.pixels_BCHW, batch.vit_pixels_BHWC, *draws).item()
     allowed = 1e-4 if config.precision == "fp32" else 2e-2
     print(f"loss on one batch: ours {ours:.6f}, plain {theirs:.6f}", flush=True)
     if not abs(ours - theirs) <= allowed * ours:
@@ -112,7 +112,7 @@ def parts_alone(bench):
     if bench.compiled:
         for block in twin.generator.blocks:
             block.forward = torch.compile(block.forward, fullgraph=True)
-    pixels, vit_pixels, n_B = batch.pixels_BCHW, batch.vit_pixels_BCHW, batch.n_B.to(bench.device)
+    pixels, vit_pixels, n_B = batch.pixels_BCHW, batch.vit_pixels_BHWC, batch.n_B.to(bench.device)
     condition = twin.condition(vit_pixels, n_B)
     cache, _ = mllm.prefix(condition)
     queries = twin.adapter(condition).detach().to(mllm.dtype).requires_grad_()

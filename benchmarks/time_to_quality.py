@@ -193,7 +193,7 @@ class Baseline:
         """Return the loss of a batch with the engine's draws."""
         with torch.no_grad(), swapped(torch.nn.functional, linear=LINEAR):
             draws = self.draws(batch)
-            return self.plain.loss(batch.pixels_BCHW, batch.vit_pixels_BCHW, *draws).item()
+            return self.plain.loss(batch.pixels_BCHW, batch.vit_pixels_BHWC, *draws).item()
 
 
 def open_source(config: RunConfig, ranks: zero.Ranks, model: IOMM) -> ImageSource:
@@ -260,7 +260,7 @@ class Examiner:
         batch = self.batches[0]
         self.load(baseline.weights())
         with self.as_trained(variant), torch.compiler.set_stance("force_eager"):
-            inputs = (batch.pixels_BCHW, batch.vit_pixels_BCHW, batch.n_B, batch.latents_BCHW)
+            inputs = (batch.pixels_BCHW, batch.vit_pixels_BHWC, batch.n_B, batch.latents_BCHW)
             ours = self.model(*inputs, batch.captions, batch.has_image)[0].item()
             theirs = baseline.loss(batch)
         allowed = 1e-4 if self.config.precision == "fp32" else 2e-2

@@ -70,13 +70,13 @@ class IOMM(nn.Module):
         self.recipe = recipe
 
     @torch.no_grad()
-    def prepare(self, pixels_BCHW, vit_pixels_ICHW, n_B, latents_BCHW=None, captions=None, has_image=None,
+    def prepare(self, pixels_BCHW, vit_pixels_I, n_B, latents_BCHW=None, captions=None, has_image=None,
                 image_tokens_IPD=None):
-        """VAE pixels in [-1, 1], normalised ViT pixels, sample numbers -> Prepared, on which `forward` goes on. No trained
+        """VAE pixels in [-1, 1], ViT pixels as MLLM.vit_states takes them, sample numbers -> Prepared, on which `forward` goes on. No trained
         weight takes part, so it may run while the generator still works on the batch before.
 
         captions and has_image (B texts, B bools), where some samples are pairs: those are conditioned on their caption and
-        vit_pixels_ICHW are of the others, in order (of all samples where pairs are aligned too). With cached latents_BCHW the
+        vit_pixels_I are of the others, in order (of all samples where pairs are aligned too). With cached latents_BCHW the
         VAE pixels may be None, with cached image_tokens_IPD the ViT pixels. Draws nothing from a global generator: mask, time,
         noise and dropped captions belong to (seed, n)."""
         mllm, vae = self.frozen
@@ -88,8 +88,8 @@ class IOMM(nn.Module):
         noisy_BNK, target_BNK = noisy_tokens(latents_BCHW, t_B, seed, n_B, vae.patch)
         shape, tokens_IPD, aligned = grid(latents_BCHW, vae.patch), image_tokens_IPD, {}
         if self.alignment is not None:
-            tokens_IPD, aligned = self.look(vit_pixels_ICHW, tokens_IPD, has_image, shape)            # step 3
-        condition = self.condition(vit_pixels_ICHW, n_B, captions, has_image, tokens_IPD)  # steps 3, 4, 5
+            tokens_IPD, aligned = self.look(vit_pixels_I, tokens_IPD, has_image, shape)            # step 3
+        condition = self.condition(vit_pixels_I, n_B, captions, has_image, tokens_IPD)  # steps 3, 4, 5
         return Prepared(noisy_BNK=noisy_BNK, target_BNK=target_BNK, t_B=t_B, grid=shape, condition=condition,
                         prefix=self.prefix(condition), **aligned)                         # of step 7, what sees no query
 
@@ -119,7 +119,7 @@ class IOMM(nn.Module):
                 latents_BND = latents_BND.index_select(0, given.aligned_I)
             return alignment_loss(self.alignment(latents_BND), given.align_IND)
 
-    def look(self, vit_pixels_ICHW, tokens_IPD, has_image, latent_grid):
+    def look(self, vit_pixels_I, tokens_IPD, has_image, latent_grid):
         """Run the ViT on the whole images, once for both uses.
 
         Returns the image tokens of the samples that are conditioned on their image (None without any) and what Prepared
@@ -132,19 +132,19 @@ class IOMM(nn.Module):
         aligned_I = None if align.pairs else rows_I
         if tokens_IPD is not None and len(tokens_IPD):           # read from memory, and config allows this target alone
             return tokens_IPD, {"align_IND": on_grid(tokens_IPD, latent_grid), "aligned_I": aligned_I}
-        if tokens_IPD is not None or not len(vit_pixels_ICHW):   # pairs alone, for which no ViT need run
+        if tokens_IPD is not None or not len(vit_pixels_I):   # pairs alone, for which no ViT need run
             shape = 0, math.prod(latent_grid), self.alignment.target_width
             empty_IND = torch.empty(shape, dtype=mllm.dtype, device=device)
             return None, {"align_IND": empty_IND, "aligned_I": aligned_I}
         with named("vit"):
-            states = mllm.vit_states(vit_pixels_ICHW)
+            states = mllm.vit_states(vit_pixels_I)
             target = states if align.target == "vit" else mllm.project(states)
             tokens_IPD = target[rows_I] if align.pairs and rows_I is not None else target
             if align.target == "vit":
                 tokens_IPD = mllm.project(tokens_IPD) if len(tokens_IPD) else None
             return tokens_IPD, {"align_IND": on_grid(target, latent_grid), "aligned_I": aligned_I}
 
-    def condition(self, vit_pixels_ICHW, n_B, captions=None, has_image=None, tokens_IPD=None):
+    def condition(self, vit_pixels_I, n_B, captions=None, has_image=None, tokens_IPD=None):
         """One packed condition for both kinds of samples: [fixed prompt, visible image tokens] or [caption]; a caption is
         dropped with probability caption_drop. tokens_IPD: the image tokens, where the ViT has run already."""
         mllm, _ = self.frozen
@@ -162,7 +162,7 @@ class IOMM(nn.Module):
         else:
             if tokens_IPD is None:
                 with named("vit"):
-                    tokens_IPD = mllm.image_tokens(vit_pixels_ICHW)
+                    tokens_IPD = mllm.image_tokens(vit_pixels_I)
             visible = visible_mask(mask, self.recipe.seed, image_n, mllm.num_image_tokens)
         return mllm.condition(texts, tokens_IPD, has_image=has_image, visible=visible, mode=mask.mode, positions=mask.positions)
 

@@ -128,10 +128,7 @@ def test_the_vit_sees_the_whole_crop_stretched(size):
         [np_png(image)], np.zeros(1, bool), np.full((1, 2), 0.5, np.float32), np.ones(1, bool), size
     )
     ((vae_pixels, vit_pixels),) = Decoder(1, 32, "cpu")([encoded])
-    mean, std = (
-        torch.tensor(x).view(3, 1, 1) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    )
-    seen = ((vit_pixels * std + mean) * 2 - 1)[0]
+    seen = vit_pixels[0].permute(2, 0, 1) / 127.5 - 1
     grid = tuple(side // 4 for side in size)
     wanted = torch.nn.functional.avg_pool2d(vae_pixels, 4)[0].flatten(1).T
 
@@ -474,8 +471,8 @@ def test_the_source_shows_the_vit_what_it_is_asked_for(tmp_path):
         for pairs in (False, True)
     ]
     assert [batch.has_image for batch in found] == [[True, False, True, False]] * 2
-    assert found[0].vit_pixels_BCHW.shape[0] == 2 and torch.equal(
-        found[1].vit_pixels_BCHW[::2], found[0].vit_pixels_BCHW
+    assert found[0].vit_pixels_BHWC.shape[0] == 2 and torch.equal(
+        found[1].vit_pixels_BHWC[::2], found[0].vit_pixels_BHWC
     )
     assert (
         torch.equal(found[0].pixels_BCHW, found[1].pixels_BCHW)

@@ -158,7 +158,7 @@ def backwards(batches):
     for batch in batches:
         yield replace(
             batch, n_B=batch.n_B.flip(0), entry_B=batch.entry_B.flip(0), captions=batch.captions[::-1],
-            pixels_BCHW=batch.pixels_BCHW.flip(0), vit_pixels_BCHW=batch.vit_pixels_BCHW.flip(0),
+            pixels_BCHW=batch.pixels_BCHW.flip(0), vit_pixels_BHWC=batch.vit_pixels_BHWC.flip(0),
             has_image=batch.has_image[::-1])
 
 

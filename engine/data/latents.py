@@ -154,7 +154,7 @@ class EncodedSamples:
                 bad += [int(entries[failure.n]) for failure in one.failures if failure.n < len(entries)]
                 latents.append(vae.encode(one.pixels_BCHW).cpu())
                 if not is_pair:
-                    tokens.append(mllm.image_tokens(one.vit_pixels_BCHW).cpu())
+                    tokens.append(mllm.image_tokens(one.vit_pixels_BHWC).cpu())
         return torch.cat(latents)[:len(entries)], torch.cat(tokens)[:len(entries)], bad
 
     @property

@@ -3,12 +3,19 @@
 import torch
 
 
-def image_patches_reference(pixels, patch, scale, shift, dtype, with_vae):
-    """(patches (B, P, 3 p p), VAE pixels or None) as `image_patches` describes them."""
-    values = pixels.permute(0, 3, 1, 2) if pixels.dtype == torch.uint8 else pixels
-    values = values.float()
+def normalised(pixels_BHWC, mean, std):
+    """Return uint8 pixels (B, H, W, 3) as float32 (B, 3, H, W): (v - mean) / std per channel with v in [0, 1].
+
+    Computed as (value - 255 mean) x 1 / (255 std), each rounded to float32."""
+    subtracted = torch.tensor([255 * m for m in mean], device=pixels_BHWC.device)[:, None, None]
+    factor = torch.tensor([1 / (255 * s) for s in std], device=pixels_BHWC.device)[:, None, None]
+    values_BCHW = pixels_BHWC.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    return (values_BCHW - subtracted) * factor
+
+
+def image_patches_reference(pixels_BHWC, patch, mean, std, dtype):
+    """(B, P, 3 p p) as `image_patches` describes it."""
+    values = normalised(pixels_BHWC, mean, std)
     batch, channels, height, width = values.shape
-    scale, shift = (torch.tensor(x, dtype=torch.float32, device=pixels.device)[:, None, None] for x in (scale, shift))
-    cut = (values * scale + shift).reshape(batch, channels, height // patch, patch, width // patch, patch)
-    patches = cut.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * patch * patch).to(dtype)
-    return patches, (values * (2 / 255) - 1).to(dtype).contiguous() if with_vae else None
+    cut = values.reshape(batch, channels, height // patch, patch, width // patch, patch)
+    return cut.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * patch * patch).to(dtype)

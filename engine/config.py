@@ -103,6 +103,8 @@ class DataSection:
 class TrainSection:
     data: str = "image"                # image | pair | mix: what a global batch holds; see data.mix
     caption_drop: float = 0.1          # share of captions replaced by the empty prompt, for classifier-free guidance
+    noise_draws: int = 1               # times and noises drawn for each sample in a step: the generator runs on all of them, the
+                                       # frozen encoders, the adapter and the MLLM run once. Above 1 goes beyond the paper
     steps: int = 1000                  # optimizer steps of the whole run
     global_batch: int = 1024           # samples per optimizer step, over all ranks
     micro_batch: int | None = None     # samples per rank and forward pass; null: global_batch / ranks
@@ -119,6 +121,7 @@ class TrainSection:
         choice("train.data", self.data, ("image", "pair", "mix"))
         if not 0 <= self.caption_drop <= 1:
             raise InputError(f"train.caption_drop must be between 0 and 1, got {self.caption_drop}")
+        positive("train.noise_draws", self.noise_draws)
         positive("train.steps", self.steps)
         positive("train.global_batch", self.global_batch)
         positive("train.micro_batch", self.micro_batch if self.micro_batch is not None else 1)

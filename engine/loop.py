@@ -28,8 +28,8 @@ def train_step(sharded, batches, factor=None, look_ahead=None):
     called when the forward pass of a micro-batch is queued."""
     losses, by_time, wait_s, failures, seen, aligned = [], 0, 0.0, [], [], []
     for batch in each("data", batches):          # one micro-batch each
-        loss, loss_B, t_B, *align_I = sharded(*batch.inputs)
-        losses.append(loss_B.mean() if align_I else loss.detach())
+        loss, loss_R, t_R, *align_I = sharded(*batch.inputs)         # R: samples x train.noise_draws
+        losses.append(loss_R.mean() if align_I else loss.detach())
         if factor is not None and sharded.last_micro_batch:
             loss = loss * factor(torch.stack(losses).mean())
         if look_ahead is not None:
@@ -38,12 +38,12 @@ def train_step(sharded, batches, factor=None, look_ahead=None):
             sharded.backward(loss)
         with named("optimizer"):
             applied = sharded.step()             # acts only on the last one
-        seen.append((batch.n_B, loss_B.detach()))
+        seen.append((batch.n_B, loss_R.detach().unflatten(0, (len(batch.n_B), -1)).mean(1)))
         for loss_I in align_I:
             every = len(loss_I) == len(batch.n_B)
             seen.append((batch.n_B if every else batch.n_B[torch.tensor(batch.has_image)], loss_I))
             aligned.append(torch.stack((loss_I.sum(), loss_I.new_full((), len(loss_I)))))
-        by_time, wait_s = by_time + torch.stack(loss_by_time(loss_B, t_B)), wait_s + batch.wait_s
+        by_time, wait_s = by_time + torch.stack(loss_by_time(loss_R, t_R)), wait_s + batch.wait_s
         failures += batch.failures
     aligned = sum(aligned) if aligned else by_time.new_empty(0)
     return torch.stack(losses).mean(), by_time, applied, wait_s, failures, seen, aligned

@@ -215,13 +215,26 @@ def orthogonal_stack(matrices: list[Tensor]) -> list[Tensor]:
 def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
     """Return the nearest (semi-)orthogonal matrices, roughly: (rows, columns), or a stack of them, rows <= columns.
 
-    Five Newton-Schulz steps X <- a X + (b G + c G^2) X, G = X X^T, in bfloat16 on a GPU and in float32 on a CPU, where bfloat16
-    may be emulated (singular values land in about 0.7 to 1.2). The result has the input's dtype."""
+    Newton-Schulz steps X <- P X, P = a + b G + c G^2, G = X X^T (singular values land in about 0.7 to 1.2 after five), in
+    bfloat16 on a GPU and in float32 on a CPU, where bfloat16 may be emulated. The result has the input's dtype.
+
+    In float32, wide matrices take the same steps on G alone: all that X goes through are polynomials of the first G, which
+    commute, so that G <- P G P and the product of all P is applied to X once. Five steps of rows x 4 rows take 50 rows^3
+    products instead of 90. In bfloat16 G would lose its small eigenvalues."""
     a, b, c = NEWTON_SCHULZ
     x = matrices.bfloat16() if matrices.is_cuda else at_least_float32(matrices)
     add_product = torch.addmm if x.ndim == 2 else torch.baddbmm
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = add_product(x, add_product(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.to(matrices.dtype)
+    if x.dtype == torch.bfloat16 or x.shape[-1] < 2 * x.shape[-2]:
+        for _ in range(steps):
+            gram = x @ x.mT
+            x = add_product(x, add_product(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        return x.to(matrices.dtype)
+    gram, applied = x @ x.mT, None
+    for step in range(steps):
+        polynomial = add_product(gram, gram, gram, beta=b, alpha=c)
+        polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
+        applied = polynomial if applied is None else polynomial @ applied
+        if step < steps - 1:
+            gram = polynomial @ gram @ polynomial
+    return (applied @ x).to(matrices.dtype)

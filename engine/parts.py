@@ -177,7 +177,8 @@ def new_vae(config, device):
 def make_recipe(config):
     """RunConfig -> Recipe."""
     return Recipe(seed=config.run.seed, mask=config.mask, adapter=config.adapter, time=asdict(config.time),
-                  sample_latents=config.model.vae_sample, caption_drop=config.train.caption_drop, align=config.align,
+                  sample_latents=config.model.vae_sample, caption_drop=config.train.caption_drop,
+                  noise_draws=config.train.noise_draws, align=config.align,
                   align_share=config.align_share)
 
 

@@ -204,35 +204,37 @@ def activation_bytes(model, config, micro_batch):
     rows, columns = grid = vae.grid(config.data.size_px, config.data.size_px)
     num_condition = max(round(model.condition_tokens(kind["num_text"], kind.get("image", True))[1])
                         for _, kind in kinds(model, config))
+    drawn = micro_batch * config.train.noise_draws
     with torch.device("meta"):
-        noisy_BNK = torch.empty(micro_batch, rows * columns, vae.token_dim, dtype=dtype)
-        condition_BCD = torch.empty(micro_batch, num_condition, mllm.width, dtype=dtype, requires_grad=True)
-        t_B = torch.empty(micro_batch)
+        noisy_RNK = torch.empty(drawn, rows * columns, vae.token_dim, dtype=dtype)
+        condition_RCD = torch.empty(drawn, num_condition, mllm.width, dtype=dtype, requires_grad=True)
+        t_R = torch.empty(drawn)
 
     def kept_by(num_blocks):
         generator = empty_generator(replace(model.generator.config, num_blocks=num_blocks), device="meta", dtype=dtype)
         if config.precision == "fp8":
             use_fp8(generator)
-        return kept_bytes(lambda: generator(noisy_BNK, t_B, condition_BCD, grid), generator.parameters())
+        return kept_bytes(lambda: generator(noisy_RNK, t_R, condition_RCD, grid), generator.parameters())
     # Blocks are alike but for the last: a model of 2 and one of 3 tell all, in a quarter of a second.
     two, three = kept_by(2), kept_by(3)
     everything = two + (model.generator.config.num_blocks - 2) * (three - two)
     blocks = sum(isinstance(module, model.generator.block_classes) for module in model.generator.modules())
     recomputed = min(config.train.recompute, blocks)
-    inputs = recomputed * micro_batch * (rows * columns + num_condition) * model.generator.config.width * dtype.itemsize
+    inputs = recomputed * drawn * (rows * columns + num_condition) * model.generator.config.width * dtype.itemsize
     kept = {"generator": everything * (blocks - max(recomputed - 1, 0)) // blocks + inputs}
     if model.connector is not None:
         with torch.device("meta"):
             connector = Connector(config.adapter, mllm.width).to(dtype)
+            condition_BCD = torch.empty(micro_batch, num_condition, mllm.width, dtype=dtype, requires_grad=True)
         kept["connector"] = kept_bytes(lambda: connector(condition_BCD), connector.parameters())
     if model.alignment is not None:
-        width, aligned = model.generator.config.width, num_aligned(config, micro_batch)
+        width, aligned = model.generator.config.width, num_aligned(config, drawn)
         with torch.device("meta"):
             head = AlignmentHead(config.align, width, mllm).to(dtype)
             latents_IND = torch.empty(aligned, rows * columns, width, dtype=dtype, requires_grad=True)
             target_IND = torch.empty(aligned, rows * columns, head.target_width, dtype=dtype)
         own = [*head.parameters(), target_IND]
-        if aligned == micro_batch:               # the next block keeps them anyway; of a mixture some are picked out
+        if aligned == drawn:                     # the next block keeps them anyway; of a mixture some are picked out
             own.append(latents_IND)
         kept["align"] = kept_bytes(lambda: alignment_loss(head(latents_IND), target_IND), own)
     if model.adapter is not None:
@@ -252,7 +254,7 @@ def prepared_bytes(model, config, micro_batch):
     mllm, vae = model.frozen
     rows, columns = vae.grid(config.data.size_px, config.data.size_px)
     num_prefix = max(model.condition_tokens(kind["num_text"], kind.get("image", True))[0] for _, kind in kinds(model, config))
-    latents = 2 * rows * columns * vae.token_dim * (2 if config.data.precision == "bf16" else 4)
+    latents = 2 * config.train.noise_draws * rows * columns * vae.token_dim * (2 if config.data.precision == "bf16" else 4)
     target = 0
     if model.alignment is not None:
         values = rows * columns * model.alignment.target_width

@@ -30,6 +30,7 @@ class Recipe:
     time: dict = field(default_factory=dict)      # keyword arguments of flow.sample_time
     sample_latents: bool = False                  # from the VAE's posterior, not its mean
     caption_drop: float = 0.1                     # share of captions replaced by the empty prompt, for guidance
+    noise_draws: int = 1                          # K: times and noises for each sample
     align: AlignConfig = field(default_factory=AlignConfig)
     # Share of a global batch's samples that are aligned: its loss is their mean, whatever the micro-batches.
     align_share: float = 1.0
@@ -37,13 +38,14 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """What Algorithm 1 makes of a batch without a trained weight. grid: (rows, columns) of latent tokens; prefix: keys and
-    values of every layer of the MLLM, and its outputs or None. align_IND: target of the alignment, or None without a
-    head; aligned_I: the rows of the batch that it is of, or None for all."""
+    """What Algorithm 1 makes of a batch without a trained weight. R = B x noise draws: a sample's draws are consecutive
+    rows. grid: (rows, columns) of latent tokens; prefix: keys and values of every layer of the MLLM, and its outputs or
+    None. align_IND: target of the alignment, or None without a head; aligned_I: the rows of the batch that it is of, or
+    None for all."""
 
-    noisy_BNK: torch.Tensor
-    target_BNK: torch.Tensor
-    t_B: torch.Tensor
+    noisy_RNK: torch.Tensor
+    target_RNK: torch.Tensor
+    t_R: torch.Tensor
     grid: tuple
     condition: Condition
     prefix: tuple
@@ -53,7 +55,7 @@ class Prepared:
     def tensors(self):
         """All of them, for whoever hands them from one CUDA stream to another."""
         cache, outputs_TD = self.prefix
-        held = (self.noisy_BNK, self.target_BNK, self.t_B, *vars(self.condition).values(), *chain(*cache), outputs_TD,
+        held = (self.noisy_RNK, self.target_RNK, self.t_R, *vars(self.condition).values(), *chain(*cache), outputs_TD,
                 self.align_IND, self.aligned_I)
         return [tensor for tensor in held if isinstance(tensor, torch.Tensor)]
 
@@ -84,40 +86,54 @@ class IOMM(nn.Module):
         if latents_BCHW is None:
             with named("vae"):
                 latents_BCHW = self.encode(pixels_BCHW, n_B)                              # step 2
-        t_B = sample_time(uniform(seed, TIME, n_B, 1)[:, 0], **self.recipe.time)
-        noisy_BNK, target_BNK = noisy_tokens(latents_BCHW, t_B, seed, n_B, vae.patch)
+        n_R, latents_RCHW = self.drawn_numbers(n_B), self.for_each_draw(latents_BCHW)
+        t_R = sample_time(uniform(seed, TIME, n_R, 1)[:, 0], **self.recipe.time)
+        noisy_RNK, target_RNK = noisy_tokens(latents_RCHW, t_R, seed, n_R, vae.patch)
         shape, tokens_IPD, aligned = grid(latents_BCHW, vae.patch), image_tokens_IPD, {}
         if self.alignment is not None:
             tokens_IPD, aligned = self.look(vit_pixels_I, tokens_IPD, has_image, shape)            # step 3
         condition = self.condition(vit_pixels_I, n_B, captions, has_image, tokens_IPD)  # steps 3, 4, 5
-        return Prepared(noisy_BNK=noisy_BNK, target_BNK=target_BNK, t_B=t_B, grid=shape, condition=condition,
+        return Prepared(noisy_RNK=noisy_RNK, target_RNK=target_RNK, t_R=t_R, grid=shape, condition=condition,
                         prefix=self.prefix(condition), **aligned)                         # of step 7, what sees no query
 
     def forward(self, *sample):
-        """The arguments of `prepare`, or what it made of them -> (mean loss, loss_B, t_B).
+        """The arguments of `prepare`, or what it made of them -> (mean loss, loss_R, t_R); R = B x noise draws.
 
-        With an alignment head the mean has weight x its loss added, and a fourth result is the alignment loss (I,)."""
+        With an alignment head the mean has weight x its loss added, and a fourth result is the alignment loss (I,), the
+        mean over a sample's draws."""
         given = sample[0] if isinstance(sample[0], Prepared) else self.prepare(*sample)   # steps 2, 3, 4, 5
         hidden_BCD, lengths_B = self.read(given.condition, given.prefix)                  # steps 6, 7
-        inputs = given.noisy_BNK, given.t_B, hidden_BCD, lengths_B, given.grid
+        hidden_RCD, lengths_R = self.for_each_draw(hidden_BCD), self.for_each_draw(lengths_B)
+        inputs = given.noisy_RNK, given.t_R, hidden_RCD, lengths_R, given.grid
         if self.alignment is None:
-            loss, loss_B = velocity_loss(self.velocity(*inputs), given.target_BNK)        # step 8
-            return loss, loss_B.detach(), given.t_B
+            loss, loss_R = velocity_loss(self.velocity(*inputs), given.target_RNK)        # step 8
+            return loss, loss_R.detach(), given.t_R
         align = self.recipe.align
-        velocity_BNK, latents_BND = self.velocity(*inputs, tap=align.block_in(self.generator.config.depth))
-        loss, loss_B = velocity_loss(velocity_BNK, given.target_BNK)
-        align_I = self.align(latents_BND, given)
-        loss = loss + align.weight / (self.recipe.align_share * len(loss_B)) * align_I.sum()
-        return loss, loss_B.detach(), given.t_B, align_I.detach()
+        velocity_RNK, latents_RND = self.velocity(*inputs, tap=align.block_in(self.generator.config.depth))
+        loss, loss_R = velocity_loss(velocity_RNK, given.target_RNK)
+        align_I = self.align(latents_RND, given)
+        loss = loss + align.weight / (self.recipe.align_share * given.condition.batch) * align_I.sum()
+        return loss, loss_R.detach(), given.t_R, align_I.detach()
 
-    def align(self, latents_BND, given):
-        """Return the alignment loss (I,) of the latents after the aligned block.
+    def drawn_numbers(self, n_B):
+        """Return the numbers (R,) by which the draws of the samples n_B get their times and noises: n K + k."""
+        draws = self.recipe.noise_draws
+        return n_B if draws == 1 else (n_B[:, None] * draws + torch.arange(draws, device=n_B.device)).flatten()
+
+    def for_each_draw(self, x_B):
+        """Return a tensor (B, ...), or None, with its rows repeated for each draw: (R, ...)."""
+        return x_B if x_B is None or self.recipe.noise_draws == 1 else x_B.repeat_interleave(self.recipe.noise_draws, 0)
+
+    def align(self, latents_RND, given):
+        """Return the alignment loss (I,) of the latents after the aligned block, the mean over a sample's draws.
 
         Without such samples an empty batch passes through the head: under ZeRO-3 all ranks call the same modules."""
         with named("align"):
-            if given.aligned_I is not None:
-                latents_BND = latents_BND.index_select(0, given.aligned_I)
-            return alignment_loss(self.alignment(latents_BND), given.align_IND)
+            draws, rows_I = self.recipe.noise_draws, given.aligned_I
+            if rows_I is not None:
+                latents_RND = latents_RND.index_select(0, self.drawn_numbers(rows_I))
+            loss = alignment_loss(self.alignment(latents_RND), self.for_each_draw(given.align_IND))
+            return loss if draws == 1 else loss.unflatten(0, (-1, draws)).mean(1)
 
     def look(self, vit_pixels_I, tokens_IPD, has_image, latent_grid):
         """Run the ViT on the whole images, once for both uses.
@@ -186,7 +202,7 @@ class IOMM(nn.Module):
         num_text: its text tokens; None to ask the tokenizer for the fixed prompt's. image: conditioned on its visible image
         tokens; else a pair, on its caption alone, without ViT unless pairs are aligned. cached: latents are read, without VAE;
         tokens_cached: image tokens are read, without ViT."""
-        mllm, vae = self.frozen
+        (mllm, vae), draws = self.frozen, self.recipe.noise_draws
         num_prefix, num_condition = self.condition_tokens(num_text, image)
         num_queries = 0 if self.adapter is None else self.recipe.adapter.num_queries
         aligned = self.alignment is not None and (image or self.recipe.align.pairs)
@@ -194,20 +210,21 @@ class IOMM(nn.Module):
         vit = mllm.vit_flops(projector=projected) if (image or aligned) and not tokens_cached else 0
         parts = {"VAE": 0 if cached else vae.flops_per_image(size_px), "ViT": vit,
                  "MLLM": sum(mllm.decoder_flops(num_prefix, num_queries, outputs=self.recipe.adapter.conditions == "all")),
-                 "generator": 3 * self.generator.flops_per_image(vae.grid(size_px, size_px), num_condition)}
+                 "generator": 3 * draws * self.generator.flops_per_image(vae.grid(size_px, size_px), num_condition)}
         if self.adapter is not None:
             parts["adapter"] = 3 * self.adapter.flops(num_prefix)
         if self.connector is not None:
             parts["connector"] = 3 * self.connector.flops(num_condition)
         if self.alignment is not None:
             num_latents = math.prod(vae.grid(size_px, size_px))
-            parts["align"] = 3 * self.alignment.flops(num_latents) if aligned else 0
+            parts["align"] = 3 * draws * self.alignment.flops(num_latents) if aligned else 0
         return parts
 
     def tokens_per_image(self, size_px, num_text=None, *, image=True):
         """Tokens that the generator reads of one sample: latent tokens N + condition tokens C, the latter in the mean over
-        masks. num_text and image as in flops_by_part."""
-        return math.prod(self.frozen[1].grid(size_px, size_px)) + self.condition_tokens(num_text, image)[1]
+        masks, in each of its noise draws. num_text and image as in flops_by_part."""
+        once = math.prod(self.frozen[1].grid(size_px, size_px)) + self.condition_tokens(num_text, image)[1]
+        return self.recipe.noise_draws * once
 
     def condition_tokens(self, num_text=None, image=True):
         """(tokens before the queries, C): what the MLLM reads of a sample and what the generator reads of the MLLM, in the

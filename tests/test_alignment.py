@@ -79,6 +79,30 @@ def gradients(model, *inputs):
     }
 
 
+@pytest.mark.parametrize("pairs", [False, True])
+def test_alignment_is_the_mean_over_a_samples_noise_draws(mllm, pairs):  # noqa: F811
+    """Of images alone and of pairs too; the weight counts samples, not draws."""
+    model, n_B, has_image = aligned(mllm, pairs=pairs), torch.arange(4), [True, False, True, False]
+    inputs = mixture(n_B, has_image, every=pairs)
+    model.recipe = replace(model.recipe, noise_draws=2)
+    loss, loss_R, _, align_I = model(*inputs)
+    given = model.prepare(*inputs)
+    _, latents_RND = model.velocity(
+        given.noisy_RNK,
+        given.t_R,
+        model.read(given.condition)[0].repeat_interleave(2, 0),
+        None,
+        given.grid,
+        tap=model.recipe.align.block_in(4),
+    )
+    rows = torch.arange(4) if pairs else torch.tensor([0, 2])
+    wanted_I = sum(
+        alignment_loss(model.alignment(latents_RND[2 * rows + k]), given.align_IND) for k in (0, 1)
+    )
+    assert torch.allclose(align_I, wanted_I / 2, rtol=1e-4)
+    assert torch.allclose(loss, loss_R.mean() + 0.5 * align_I.sum() / 4, rtol=1e-5)
+
+
 # Grids
 
 
@@ -621,7 +645,7 @@ def test_bytes_kept_and_prepared_are_those_of_a_real_pass(target):
     )
     prepared = model.prepare(torch.rand(4, 3, 32, 32), torch.rand(4, 3, 32, 32), torch.arange(4))
     real = sum(
-        x.nbytes for x in prepared.tensors() if x.is_floating_point() and x is not prepared.t_B
+        x.nbytes for x in prepared.tensors() if x.is_floating_point() and x is not prepared.t_R
     )
     assert prepared_bytes(model, config, micro_batch=4) == real
     latents = torch.randn(4, 64, 96, requires_grad=True)

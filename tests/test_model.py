@@ -230,3 +230,31 @@ def test_counted_flops_are_those_of_the_flop_counter(mllm):
     # The torch body pads prefix and suffix into one tensor, so it also computes the prefix's gradients, used by nobody.
     unused = 3 * 8 * num_prefix * 4 * mllm.width
     assert flops == pytest.approx(backward + unused, rel=0.01)
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(conditions="all"), dict(connector_layers=1)], ids=str)
+def test_noise_draws_are_the_mean_over_times_and_noises_of_one_condition(mllm, settings):
+    """Draw k of sample n has the time and the noise of number n K + k, and the condition of n, which is made once."""
+    model, n_B, ran = build(mllm, **settings), torch.arange(5, 8), []
+    inputs = pixels(n_B)
+    single = {k: replace(model.recipe, noise_draws=k) for k in (1, 3)}
+    model.recipe = single[3]
+    loss, loss_R, t_R = model(*inputs, n_B)
+    model.recipe = single[1]
+    n_R = (n_B[:, None] * 3 + torch.arange(3)).flatten()
+    assert torch.equal(t_R, uniform(3, TIME, n_R, 1)[:, 0]) and loss_R.shape == (9,) and torch.allclose(loss, loss_R.mean())
+    read = model.read(model.condition(inputs[1], n_B))
+    for k in range(3):
+        n_B_of_draw = n_B * 3 + k
+        noisy_BNK, target_BNK = noisy_tokens(inputs[0], t_R[k::3], 3, n_B_of_draw, 4)
+        velocity_BNK = model.velocity(noisy_BNK, t_R[k::3], *read, (8, 8))
+        wanted_B = (velocity_BNK - target_BNK).square().flatten(1).mean(1)
+        assert torch.allclose(loss_R[k::3], wanted_B, rtol=1e-5)
+    model.recipe, queries = single[3], mllm.queries
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mllm, "queries", lambda x, *args, **kwargs: ran.append(len(x)) or queries(x, *args, **kwargs))
+        model(*inputs, n_B)
+    assert ran == [3]
+    parts = {k: (setattr(model, "recipe", single[k]), model.flops_by_part(SIZE))[1] for k in (1, 3)}
+    assert {part for part in parts[1] if parts[1][part] != parts[3][part]} == {"generator"}
+    assert parts[3]["generator"] == 3 * parts[1]["generator"]

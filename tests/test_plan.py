@@ -145,7 +145,7 @@ def test_bytes_encoded_ahead_are_those_of_a_real_batch():
     counted = build_without_weights(config)
     model = IOMM(counted.generator, counted.adapter, mllm, vae, counted.recipe)
     prepared = model.prepare(torch.rand(4, 3, 32, 32), torch.rand(4, 3, 32, 32), torch.arange(4))
-    real = sum(tensor.nbytes for tensor in prepared.tensors() if tensor.is_floating_point() and tensor is not prepared.t_B)
+    real = sum(tensor.nbytes for tensor in prepared.tensors() if tensor.is_floating_point() and tensor is not prepared.t_R)
     assert prepared_bytes(model, config, micro_batch=4) == real
 
 

@@ -25,7 +25,7 @@ from iomm.engine.interval import plan as checkpoint_plan  # noqa: E402
 from iomm.engine.optim import make_optimizer, spread  # noqa: E402
 from iomm.engine.plan import build_without_weights, largest, make_plan, memory  # noqa: E402
 from iomm.engine.traffic import count_traffic, row_bytes  # noqa: E402
-from iomm.layers import attention_flops  # noqa: E402
+from iomm.flops import attention_flops  # noqa: E402
 
 # Everything that is not counted, each with its source. "Ours": chosen by us with no measurement behind it yet.
 ASSUMED = {

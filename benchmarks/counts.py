@@ -28,6 +28,7 @@ from iomm.config import generator_config  # noqa: E402
 from iomm.engine import plan  # noqa: E402
 from iomm.engine.config import load_config  # noqa: E402
 from iomm.engine.parts import mllm_name, vae_name  # noqa: E402
+from iomm.flops import flops_per_image  # noqa: E402
 from iomm.internvl import mllm_without_weights, prompt_tokenizer  # noqa: E402
 from iomm.mllm import IMAGE, RECONSTRUCT, TURN  # noqa: E402
 from iomm.vae import vae_without_weights  # noqa: E402
@@ -103,7 +104,7 @@ def work(name):
     config = counted(name)
     model = plan.build_without_weights(config)
     model.frozen[0].tokenizer = prompt_tokenizer()
-    ours = model.flops_per_image(config.data.size_px)
+    ours = flops_per_image(model, config.data.size_px)
     found = {"flops": {part: round(flops) for part, flops in part_flops(model, config.data.size_px).items()},
              "activation_bytes": plan.activation_bytes(model, config, 1)}
     for row, every in (("plain", False), ("plain, all outputs", True)):

@@ -46,9 +46,9 @@ class Metrics:
     A record is of the time since the record before, so that a checkpoint counts for the step after it. It is that of rank
     0's device: `clock`, entered by who trains, splits it by part (iomm/ranges.py).
     images_per_s = global batch / step_s; a pair counts as an image.
-    tokens_per_s = latent and condition tokens that the generator reads of one sample (IOMM.tokens_per_image, the mean over
+    tokens_per_s = latent and condition tokens that the generator reads of one sample (flops.tokens_per_image, the mean over
     images, pairs and masks; padding not counted) x images_per_s.
-    mfu = FLOPs that the method needs for one sample (IOMM.flops_by_part, the mean over images and pairs; recomputation and
+    mfu = FLOPs that the method needs for one sample (flops.flops_by_part, the mean over images and pairs; recomputation and
     padding not counted) x images_per_s / (peak FLOP/s of one device x devices).
     memory_gib: peak of rank 0 so far. gpu_hours: of all ranks since step 0, gpu_hours_left: by the median of 20 steps.
 

@@ -15,6 +15,7 @@ from iomm.engine import checkpoint
 from iomm.engine.data import latents
 from iomm.engine.data.patterns import expand
 from iomm.engine.parts import make_recipe, mllm_name, vae_name, without_head
+from iomm.flops import condition_tokens, flops_by_part, tokens_per_image
 from iomm.generator import empty_generator
 from iomm.internvl import mllm_without_weights
 from iomm.layers import use_fp8
@@ -122,7 +123,7 @@ def work(model, config):
     """{part: FLOPs} that one sample of the run needs, the mean over its images and pairs."""
     total = {}
     for share, kind in kinds(model, config):
-        for part, flops in model.flops_by_part(
+        for part, flops in flops_by_part(model, 
                 config.data.size_px, cached=config.data.latents is not None, tokens_cached=config.data.latents == "memory", **kind).items():
             total[part] = total.get(part, 0) + share * flops
     return total
@@ -130,7 +131,7 @@ def work(model, config):
 
 def tokens(model, config):
     """Latent and condition tokens that the generator reads of one sample of the run, in the mean."""
-    return sum(share * model.tokens_per_image(config.data.size_px, **kind) for share, kind in kinds(model, config))
+    return sum(share * tokens_per_image(model, config.data.size_px, **kind) for share, kind in kinds(model, config))
 
 
 def memory(model, config, ranks, micro_batch):
@@ -202,7 +203,7 @@ def activation_bytes(model, config, micro_batch):
     mllm, vae = model.frozen
     dtype = config.dtype
     rows, columns = grid = vae.grid(config.data.size_px, config.data.size_px)
-    num_condition = max(round(model.condition_tokens(kind["num_text"], kind.get("image", True))[1])
+    num_condition = max(round(condition_tokens(model, kind["num_text"], kind.get("image", True))[1])
                         for _, kind in kinds(model, config))
     drawn = micro_batch * config.train.noise_draws
     with torch.device("meta"):
@@ -253,7 +254,7 @@ def prepared_bytes(model, config, micro_batch):
     condition, its prefix and the alignment's target in that of the MLLM."""
     mllm, vae = model.frozen
     rows, columns = vae.grid(config.data.size_px, config.data.size_px)
-    num_prefix = max(model.condition_tokens(kind["num_text"], kind.get("image", True))[0] for _, kind in kinds(model, config))
+    num_prefix = max(condition_tokens(model, kind["num_text"], kind.get("image", True))[0] for _, kind in kinds(model, config))
     latents = 2 * config.train.noise_draws * rows * columns * vae.token_dim * (2 if config.data.precision == "bf16" else 4)
     target = 0
     if model.alignment is not None:

@@ -108,17 +108,6 @@ def gate_residual(x_BLD, gate_BD, y_BLD):
     return x_BLD + gate_BD[:, None] * y_BLD
 
 
-def attention_flops(num_queries, num_keys, width):
-    """Forward FLOPs of `attend` on one sequence: two products, 2 m n k each."""
-    return 4 * num_queries * num_keys * width
-
-
-def linear_flops(module, num_tokens):
-    """Forward FLOPs of all linears inside `module` on one sequence. From their sizes: ZeRO-3 leaves weights empty."""
-    linears = [part for part in module.modules() if isinstance(part, nn.Linear)]
-    return sum(2 * num_tokens * linear.in_features * linear.out_features for linear in linears)
-
-
 def generator_for(seed, name):
     """A CPU generator for the parameter `name`: its numbers depend on seed and name, not on any order or rank."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()

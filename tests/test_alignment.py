@@ -36,6 +36,7 @@ from iomm.engine.plan import (
     work,
 )
 from iomm.engine.shapes.world import write_world
+from iomm.flops import flops_by_part
 from iomm.generator import new_generator
 from iomm.internvl import load_mllm
 
@@ -569,7 +570,7 @@ def test_counted_flops_are_those_of_the_flop_counter(mllm):  # noqa: F811
     for generator in GENERATORS:
         for target in ("vit", "projector"):
             model = aligned(mllm, generator, target=target)
-            part = model.flops_by_part(32, 20)["align"]
+            part = flops_by_part(model, 32, 20)["align"]
             with_head = count(lambda: model(*pixels(n_B), n_B)[0].backward())  # noqa: B023
             model.alignment = None
             without = count(lambda: model(*pixels(n_B), n_B)[0].backward())  # noqa: B023
@@ -588,7 +589,7 @@ def test_a_pair_costs_what_it_is_aligned_for(mllm):  # noqa: F811
         (dict(pairs=True, target="projector"), mllm.vit_flops(), True),
     ]:
         model = aligned(mllm, **settings)
-        image, pair = (model.flops_by_part(32, 20, image=image) for image in (True, False))
+        image, pair = (flops_by_part(model, 32, 20, image=image) for image in (True, False))
         assert (image["ViT"], pair["ViT"]) == (mllm.vit_flops(), vit)
         assert (
             image["align"] == 3 * model.alignment.flops(64)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from iomm.config import InputError
-from iomm.internvl import create_mllm, load_mllm
+from iomm.engine.shapes.mllm import create_mllm
+from iomm.internvl import load_mllm
 from iomm.kernels.image_patches import normalised
 from iomm.mllm import IMAGE_MEAN, IMAGE_STD, RECONSTRUCT
 

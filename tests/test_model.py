@@ -9,9 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from iomm.adapter import Connector, QueryAdapter
 from iomm.config import AdapterConfig, GeneratorConfig, MaskConfig
+from iomm.engine.shapes.mllm import create_mllm
 from iomm.flops import flops_by_part
 from iomm.generator import new_generator
-from iomm.internvl import create_mllm, load_mllm
+from iomm.internvl import load_mllm
 from iomm.kernels.noisy_tokens import noisy_tokens
 from iomm.kernels.philox import CAPTION_DROP, TIME, uniform
 from iomm.masking import visible_mask

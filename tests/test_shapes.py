@@ -33,7 +33,7 @@ from iomm.engine.shapes.grade import (
     real_edit,
     tasks,
 )
-from iomm.engine.shapes.mllm import LEGS, STATE, TASKS, WEIGHTS, Leg, accuracies, metadata, train, vit_pixels
+from iomm.engine.shapes.mllm import LEGS, STATE, TASKS, WEIGHTS, Captioner, Leg, accuracies, metadata, train, vit_pixels
 from iomm.engine.shapes.mllm import main as mllm_main
 from iomm.engine.shapes.score import (
     KEPT_AREA,
@@ -49,7 +49,7 @@ from iomm.engine.shapes.score import (
 )
 from iomm.engine.shapes.vae import WEIGHTS as VAE_WEIGHTS
 from iomm.engine.shapes.world import COLOURS, KINDS, OPPOSITE, PLACES, SHAPES, draw, edit, held_out, scene, write_world
-from iomm.internvl import Captioner, load_mllm
+from iomm.internvl import load_mllm
 from iomm.kernels.image_patches import normalised
 from iomm.mllm import IMAGE_MEAN, IMAGE_STD
 from iomm.pipeline import to_images

@@ -18,9 +18,10 @@ from iomm.config import AdapterConfig, GeneratorConfig
 from iomm.engine import zero
 from iomm.engine.config import load_config
 from iomm.engine.optim import make_optimizer
+from iomm.engine.shapes.mllm import create_mllm
 from iomm.engine.traffic import DEFAULTS, count_traffic
 from iomm.generator import new_generator
-from iomm.internvl import create_mllm, load_mllm
+from iomm.internvl import load_mllm
 from iomm.mllm import RECONSTRUCT
 from iomm.model import IOMM, Recipe
 from iomm.vae import load_vae

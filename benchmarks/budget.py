@@ -1,6 +1,6 @@
 """The budget of stage 1 on 1 to 512 GPUs, from counts: python benchmarks/budget.py [--out FOLDER]
 
-Counted: FLOPs (engine/plan.py), bytes of what is no matrix product, ZeRO-3's messages (engine/traffic.py), optimizer, EMA,
+Counted: FLOPs (engine/plan.py), bytes of what is no matrix product, ZeRO-3's messages (benchmarks/traffic.py), optimizer, EMA,
 checkpoint. Assumed: rates, all in ASSUMED and MACHINES, each with its source. The result is step time, GPU-hours and where
 the budget breaks, as printed tables and, with --out, as budget.json and budget.png in that folder. Nothing is measured here."""
 
@@ -19,12 +19,12 @@ from functools import cache  # noqa: E402
 from torch import nn  # noqa: E402
 
 from benchmarks.report import pyplot  # noqa: E402
+from benchmarks.traffic import count_traffic, row_bytes  # noqa: E402
 from iomm.engine.config import load_config  # noqa: E402
 from iomm.engine.doctor import machine  # noqa: E402
 from iomm.engine.interval import plan as checkpoint_plan  # noqa: E402
 from iomm.engine.optim import make_optimizer, spread  # noqa: E402
 from iomm.engine.plan import build_without_weights, largest, make_plan, memory  # noqa: E402
-from iomm.engine.traffic import count_traffic, row_bytes  # noqa: E402
 from iomm.flops import attention_flops  # noqa: E402
 
 # Everything that is not counted, each with its source. "Ours": chosen by us with no measurement behind it yet.

@@ -12,7 +12,6 @@ sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p or ".").resolve() not 
 
 import argparse  # noqa: E402
 import json  # noqa: E402
-import socket  # noqa: E402
 import statistics  # noqa: E402
 import subprocess  # noqa: E402
 import tempfile  # noqa: E402
@@ -22,6 +21,7 @@ from PIL import Image  # noqa: E402
 
 from benchmarks.report import label  # noqa: E402
 from iomm.engine.config import load_config  # noqa: E402
+from iomm.engine.cpu_ranks import free_port  # noqa: E402
 from iomm.engine.doctor import machine  # noqa: E402
 from iomm.engine.shapes.grade import overall  # noqa: E402
 
@@ -30,10 +30,7 @@ SINGLE = "single_object", "colors"      # kinds of captions of one shape
 
 def launch(*arguments, said=None):
     """One start of the engine on one device, at a free port -> its exit code; `said`: a file for what it prints."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "1", "--master_port", str(port),
+    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "1", "--master_port", str(free_port()),
                str(ROOT / "engine/launch.py"), *arguments]
     return subprocess.run(command, cwd=ROOT, stdout=said, stderr=said).returncode
 

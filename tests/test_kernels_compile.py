@@ -5,9 +5,9 @@ Compiled without a GPU. The default tile of every kernel at head dim 128 is a de
 import importlib
 
 import pytest
+from offline import compile_for
 
 from iomm.kernels import triton_support
-from iomm.kernels.offline import compile_for
 
 pytestmark = pytest.mark.skipif(triton_support.INTERPRETED or triton_support.why_not() is not None,
                                 reason="the interpreter compiles nothing, and nor does a machine without Triton")

@@ -14,6 +14,7 @@ from torch import nn
 from iomm.adapter import Connector, QueryAdapter
 from iomm.config import AdapterConfig, GeneratorConfig, InputError
 from iomm.engine.config import OptimSection
+from iomm.engine.cpu_ranks import free_port
 from iomm.engine.optim import (
     NEWTON_SCHULZ,
     Matrix,
@@ -107,11 +108,7 @@ def worker(rank, size, port, folder):
 @pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_more_ranks_do_the_same(size, tmp_path):
     """To the bit, in each layout, also where ranks have nothing to orthogonalise; results travel once a step, cuts twice."""
-    import socket
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(worker, (size, port, str(tmp_path)), nprocs=size)
+    mp.spawn(worker, (size, free_port(), str(tmp_path)), nprocs=size)
     for num in (None, 1):
         alone = whole([run_muon(0, 1, num=num)[0]], run_muon(0, 1, num=num)[1])
         for layout in LAYOUTS:

@@ -8,14 +8,12 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.loader import draw_photographs
-from iomm.adapter import QueryAdapter
 from iomm.config import PRESETS, InputError
 from iomm.engine import launch, loop
 from iomm.engine.config import load_config
 from iomm.engine.optim import learning_rate
+from iomm.engine.parts import assemble
 from iomm.engine.plan import build_without_weights, largest, memory, size
-from iomm.generator import empty_generator
-from iomm.model import IOMM
 from iomm.ranges import Clock, named
 
 STAND_INS = {"OpenGVLab/InternVL3-2B-hf": "random:internvl3-2b", "black-forest-labs/FLUX.1-schnell/vae": "random:flux"}
@@ -169,8 +167,6 @@ def whole_copy(bench):
     config, model = bench.config, bench.model
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
     mllm, vae = model.frozen
-    with torch.device(bench.device):
-        adapter = QueryAdapter(config.adapter, mllm.width)
-    twin = IOMM(empty_generator(model.generator.config, device=bench.device), adapter, mllm, vae, model.recipe).to(dtype)
+    twin = assemble(config, mllm, vae, device=bench.device).to(dtype)
     twin.load_state_dict(bench.weights())
     return twin

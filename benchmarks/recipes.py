@@ -66,6 +66,7 @@ from benchmarks.report import above_0  # noqa: E402
 from iomm.config import InputError  # noqa: E402
 from iomm.engine import checkpoint, parts, shapes  # noqa: E402
 from iomm.engine.config import FREE_KEYS, RunConfig, flat, load_config  # noqa: E402
+from iomm.engine.data.atomic import whole_file  # noqa: E402
 from iomm.engine.doctor import machine  # noqa: E402
 from iomm.engine.shapes import score, world  # noqa: E402
 from iomm.engine.shapes.grade import GUIDANCE, ceiling, grade, overall  # noqa: E402
@@ -207,9 +208,8 @@ EXPERIMENTS = {
 
 def write(path: Path, content) -> None:
     """Write a JSON file, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(path)
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def read(path: Path) -> dict:

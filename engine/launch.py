@@ -25,6 +25,7 @@ import torch
 from iomm.config import InputError, choice
 from iomm.engine import checkpoint, loop, parts, plan, zero
 from iomm.engine.config import differences, flat, load_config
+from iomm.engine.data.atomic import whole_file
 from iomm.engine.data.skips import Skips
 from iomm.engine.doctor import write_machine
 from iomm.engine.draw import draw_run
@@ -257,10 +258,9 @@ def choose_checkpoint(config, args, ranks):
 
 def write_config(config):
     saved = Path(config.run.dir) / "config.yaml"
-    partial = saved.with_name(".config.yaml.partial")
     try:
-        partial.write_text(config.to_yaml(), encoding="utf-8")
-        partial.replace(saved)
+        with whole_file(saved) as partial:
+            partial.write_text(config.to_yaml(), encoding="utf-8")
     except OSError as error:
         raise InputError(f"{saved} cannot be written: {error.strerror}") from error
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from iomm.config import InputError
+from iomm.engine.data.atomic import whole_file
 from iomm.ranges import Clock, named
 
 WANDB_PATIENCE_S = 30      # for a key at the start, for its server at the end
@@ -97,9 +98,8 @@ class Metrics:
                     self.gpu_hours = max(self.gpu_hours, row.get("gpu_hours", 0.0))
             except (ValueError, KeyError, TypeError):
                 continue                         # a line that a kill or a full disk has cut
-        partial = path.with_name(".log.jsonl.partial")          # a kill in here must not cost the lines before
-        partial.write_text("".join(kept), encoding="utf-8")
-        partial.replace(path)
+        with whole_file(path) as partial:                       # a kill in here must not cost the lines before
+            partial.write_text("".join(kept), encoding="utf-8")
 
     def open_board(self, start_step):
         from torch.utils.tensorboard import SummaryWriter

@@ -8,19 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from iomm.adapter import Connector, QueryAdapter
+from iomm.adapter import Connector
 from iomm.alignment import AlignmentHead, alignment_loss
-from iomm.config import InputError, generator_config
+from iomm.config import InputError
 from iomm.engine import checkpoint
 from iomm.engine.data import latents
 from iomm.engine.data.patterns import expand
-from iomm.engine.parts import make_recipe, mllm_name, vae_name, without_head
+from iomm.engine.parts import assemble, mllm_name, vae_name, without_head
 from iomm.flops import condition_tokens, flops_by_part, tokens_per_image
 from iomm.generator import empty_generator
 from iomm.internvl import mllm_without_weights
 from iomm.layers import use_fp8
 from iomm.mllm import TURN
-from iomm.model import IOMM
 from iomm.vae import vae_without_weights
 
 NUM_TEXT, NUM_TURN = 24, 8      # tokens of the turn with the fixed prompt, and without, by Qwen2.5's tokenizer; where there is none
@@ -52,13 +51,7 @@ def build_without_weights(config):
     """RunConfig -> IOMM on the meta device. Raises InputError for what load and build would refuse."""
     mllm = mllm_without_weights(mllm_name(config))
     vae = vae_without_weights(vae_name(config), config.model.patch)
-    vae.grid(config.data.size_px, config.data.size_px)
-    shape = generator_config(config.model.preset, token_dim=vae.token_dim, condition_dim=mllm.width)
-    with torch.device("meta"):
-        adapter = None if config.adapter.kind == "none" else QueryAdapter(config.adapter, mllm.width)
-        connector = Connector(config.adapter, mllm.width) if config.adapter.connector_layers else None
-        alignment = AlignmentHead(config.align, shape.width, mllm) if config.align.weight else None
-    return IOMM(empty_generator(shape, device="meta"), adapter, mllm, vae, make_recipe(config), connector, alignment)
+    return assemble(config, mllm, vae, device="meta")
 
 
 def make_plan(config, ranks):

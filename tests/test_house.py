@@ -24,7 +24,7 @@ DOORS = {
     "diffusers": ("iomm/vae.py", "benchmarks/plain.py", "tests/"),
     "nvidia": ("engine/data/decode.py",),
     "deepspeed": ("engine/zero.py", "engine/launch.py"),
-    "triton": ("kernels/",),
+    "triton": ("kernels/", "tests/helpers/offline.py"),
     "wandb": ("engine/metrics.py",),
     "matplotlib": ("engine/report.py", "benchmarks/"),
 }

@@ -585,7 +585,7 @@ def test_kept_scores_are_whole_and_of_the_settings_asked_for(tmp_path, played, m
         monkeypatch.setattr(f"benchmarks.recipes.{name}", value)
         assert drawn(runs) == 2 and drawn(runs) == 0
     kept = path.read_text()
-    monkeypatch.setattr(Path, "replace", lambda *_: pytest.fail("killed"))
+    monkeypatch.setattr("os.replace", lambda *_: pytest.fail("killed"))
     with pytest.raises(pytest.fail.Exception, match="killed"):
         runs.score(run, ("image",), 0)
     assert path.read_text() == kept  # what was there is there until the new is whole

@@ -23,6 +23,7 @@ from safetensors import safe_open
 from torch import nn
 
 from iomm.config import InputError
+from iomm.engine.data.atomic import whole_file
 from iomm.engine.shapes.world import VERSION, draw, edit, scene
 from iomm.internvl import byte_tokenizer, internvl_config
 from iomm.kernels.dispatch import cpu_has_bf16
@@ -268,12 +269,11 @@ def train_step(model: Captioner, optimizer: torch.optim.Optimizer, examples: Exa
 
 def save_state(folder: Path, state: dict, model: Captioner, optimizer: torch.optim.Optimizer | None = None):
     """Write the state of an unfinished run, whole or not at all."""
-    partial = folder / f".{STATE}.partial"
     parts = {"model": model.internvl.state_dict()}
     if optimizer is not None:
         parts["optimizer"] = optimizer.state_dict()
-    torch.save(state | parts, partial)
-    partial.replace(folder / STATE)
+    with whole_file(folder / STATE) as partial:
+        torch.save(state | parts, partial)
 
 
 def resume(folder: Path, settings: dict) -> dict | None:

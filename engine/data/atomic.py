@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all, and a lock on one."""
+"""Files and folders that appear whole or not at all, and a lock on a folder."""
 
 import fcntl
 import os
@@ -8,6 +8,26 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from iomm.config import InputError
+
+
+@contextmanager
+def whole_file(path, *, partial=None, durable=False):
+    """Yield a path to write to; what was written takes the place of `path` when the block ends without an error.
+
+    Readers see the old file or the new one. If the block raises, nothing changes. A killed process leaves at most
+    `partial` behind, by default `.NAME.PID.partial` in the same folder; it must be on the same file system. durable: the
+    content is on the disk before the name is."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial") if partial is None else Path(partial)
+    try:
+        yield partial
+        if durable:
+            with open(partial, "rb") as file:
+                os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager

@@ -4,28 +4,28 @@ Counted: FLOPs (engine/plan.py), bytes of what is no matrix product, ZeRO-3's me
 checkpoint. Assumed: rates, all in ASSUMED and MACHINES, each with its source. The result is step time, GPU-hours and where
 the budget breaks, as printed tables and, with --out, as budget.json and budget.png in that folder. Nothing is measured here."""
 
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "benchmarks"))]
+from iomm.checkout import enter
 
-import argparse  # noqa: E402
-import json  # noqa: E402
-import math  # noqa: E402
-from dataclasses import replace  # noqa: E402
-from functools import cache  # noqa: E402
+ROOT = enter(__file__)
 
-from torch import nn  # noqa: E402
+import argparse
+import json
+import math
+from dataclasses import replace
+from functools import cache
 
-from benchmarks.report import pyplot  # noqa: E402
-from benchmarks.traffic import count_traffic, row_bytes  # noqa: E402
-from iomm.engine.config import load_config  # noqa: E402
-from iomm.engine.doctor import machine  # noqa: E402
-from iomm.engine.interval import plan as checkpoint_plan  # noqa: E402
-from iomm.engine.optim import make_optimizer, spread  # noqa: E402
-from iomm.engine.plan import build_without_weights, largest, make_plan, memory  # noqa: E402
-from iomm.flops import attention_flops  # noqa: E402
+from torch import nn
+
+from benchmarks.report import pyplot
+from benchmarks.traffic import count_traffic, row_bytes
+from iomm.engine.config import load_config
+from iomm.engine.doctor import machine
+from iomm.engine.interval import plan as checkpoint_plan
+from iomm.engine.optim import make_optimizer, spread
+from iomm.engine.plan import build_without_weights, largest, make_plan, memory
+from iomm.flops import attention_flops
 
 # Everything that is not counted, each with its source. "Ours": chosen by us with no measurement behind it yet.
 ASSUMED = {

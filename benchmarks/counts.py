@@ -7,31 +7,29 @@
 benchmarks/counts.json holds them; tests/test_counts.py compares exactly, and --write makes the file anew: a change that
 moves them commits the new numbers. Those of a step hold for one version of torch, which the file names."""
 
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-OWN = ROOT, ROOT / "benchmarks"     # the script's own folder must not come first: a file in it could hide a module
-sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path or ".").resolve() not in OWN)]
+from iomm.checkout import enter
 
-import argparse  # noqa: E402
-import json  # noqa: E402
+ROOT = enter(__file__)
 
-import torch  # noqa: E402
-from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_leaves  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+import argparse
+import json
 
-from benchmarks.plain import Plain  # noqa: E402
-from iomm.config import generator_config  # noqa: E402
-from iomm.engine import plan  # noqa: E402
-from iomm.engine.config import load_config  # noqa: E402
-from iomm.engine.parts import mllm_name, vae_name  # noqa: E402
-from iomm.flops import flops_per_image  # noqa: E402
-from iomm.internvl import mllm_without_weights, prompt_tokenizer  # noqa: E402
-from iomm.mllm import IMAGE, RECONSTRUCT, TURN  # noqa: E402
-from iomm.vae import vae_without_weights  # noqa: E402
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.plain import Plain
+from iomm.config import generator_config
+from iomm.engine import plan
+from iomm.engine.config import load_config
+from iomm.engine.parts import mllm_name, vae_name
+from iomm.flops import flops_per_image
+from iomm.internvl import mllm_without_weights, prompt_tokenizer
+from iomm.mllm import IMAGE, RECONSTRUCT, TURN
+from iomm.vae import vae_without_weights
 
 FILE = ROOT / "benchmarks" / "counts.json"
 BLIND = "aten::copy_", "aten::zero_", "aten::fill_"       # write without reading what was there

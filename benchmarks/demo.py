@@ -7,23 +7,24 @@ Settings apply to both stages. With --out the runs are kept, and an interrupted 
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "benchmarks"))]
+from iomm.checkout import enter
 
-import argparse  # noqa: E402
-import json  # noqa: E402
-import statistics  # noqa: E402
-import subprocess  # noqa: E402
-import tempfile  # noqa: E402
-import time  # noqa: E402
+ROOT = enter(__file__)
 
-from PIL import Image  # noqa: E402
+import argparse
+import json
+import statistics
+import subprocess
+import tempfile
+import time
 
-from benchmarks.report import label  # noqa: E402
-from iomm.engine.config import load_config  # noqa: E402
-from iomm.engine.cpu_ranks import free_port  # noqa: E402
-from iomm.engine.doctor import machine  # noqa: E402
-from iomm.engine.shapes.grade import overall  # noqa: E402
+from PIL import Image
+
+from benchmarks.report import label
+from iomm.engine.config import load_config
+from iomm.engine.cpu_ranks import free_port
+from iomm.engine.doctor import machine
+from iomm.engine.shapes.grade import overall
 
 SINGLE = "single_object", "colors"      # kinds of captions of one shape
 

@@ -14,35 +14,35 @@ sides take turns, and go to benchmarks/results/loader-<device>-<date>.json. On a
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-OWN = ROOT, ROOT / "benchmarks"     # the script's own folder must not come first: a file in it could hide a module
-sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path or ".").resolve() not in OWN)]
+from iomm.checkout import enter
 
-import argparse  # noqa: E402
-import importlib.metadata  # noqa: E402
-import io  # noqa: E402
-import json  # noqa: E402
-import multiprocessing  # noqa: E402
-import os  # noqa: E402
-import statistics  # noqa: E402
-import tarfile  # noqa: E402
-import tempfile  # noqa: E402
-import time  # noqa: E402
+ROOT = enter(__file__)
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image, ImageFilter, ImageOps  # noqa: E402
+import argparse
+import importlib.metadata
+import io
+import json
+import multiprocessing
+import os
+import statistics
+import tarfile
+import tempfile
+import time
 
-from benchmarks.report import command  # noqa: E402
-from iomm.engine.data.buckets import Buckets, bucket_sizes  # noqa: E402
-from iomm.engine.data.index import build  # noqa: E402
-from iomm.engine.data.judge import RECORD  # noqa: E402
-from iomm.engine.data.order import Order  # noqa: E402
-from iomm.engine.data.shards import Shards  # noqa: E402
-from iomm.engine.data.source import ImageSource  # noqa: E402
-from iomm.engine.doctor import machine  # noqa: E402
-from iomm.kernels.image_patches import normalised  # noqa: E402
-from iomm.mllm import IMAGE_MEAN, IMAGE_STD  # noqa: E402
+import numpy as np
+import torch
+from PIL import Image, ImageFilter, ImageOps
+
+from benchmarks.report import command
+from iomm.engine.data.buckets import Buckets, bucket_sizes
+from iomm.engine.data.index import build
+from iomm.engine.data.judge import RECORD
+from iomm.engine.data.order import Order
+from iomm.engine.data.shards import Shards
+from iomm.engine.data.source import ImageSource
+from iomm.engine.doctor import machine
+from iomm.kernels.image_patches import normalised
+from iomm.mllm import IMAGE_MEAN, IMAGE_STD
 
 SIZE_PX, VIT_PX, BATCH = 512, 448, 16
 NUM_CORES, ROUNDS, BATCHES_A_ROUND, WARM_UP = 2, 5, 8, 4

@@ -11,25 +11,24 @@ swept in between. Numbers go to benchmarks/results/ops-<device>-<date>.json with
 """
 
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-OWN = ROOT, ROOT / "benchmarks"     # the script's own folder must not come first: a file in it could hide a module
-sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path or ".").resolve() not in OWN)]
+from iomm.checkout import enter
 
-import argparse  # noqa: E402
-import functools  # noqa: E402
-import json  # noqa: E402
-import os  # noqa: E402
-import shutil  # noqa: E402
-import subprocess  # noqa: E402
-import time  # noqa: E402
+ROOT = enter(__file__)
 
-import torch  # noqa: E402
+import argparse
+import functools
+import json
+import os
+import shutil
+import subprocess
+import time
 
-from benchmarks.op_cases import cases, token_cases  # noqa: E402
-from iomm.engine.doctor import machine  # noqa: E402
-from iomm.kernels import native  # noqa: E402
+import torch
+
+from benchmarks.op_cases import cases, token_cases
+from iomm.engine.doctor import machine
+from iomm.kernels import native
 
 LIMIT_S = 480
 

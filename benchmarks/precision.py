@@ -8,18 +8,19 @@ tenth of the steps, images/s. Only one made on a GPU is the record that `precisi
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "benchmarks"))]
+from iomm.checkout import enter
 
-import argparse  # noqa: E402
-import json  # noqa: E402
-import shutil  # noqa: E402
-import statistics  # noqa: E402
-import subprocess  # noqa: E402
-import tempfile  # noqa: E402
+ROOT = enter(__file__)
 
-from benchmarks.report import above_0  # noqa: E402
-from iomm.engine.doctor import machine  # noqa: E402
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import tempfile
+
+from benchmarks.report import above_0
+from iomm.engine.doctor import machine
 
 RUNS = {"bf16": ("bf16", 0), "fp8": ("fp8", 0), "bf16, another seed": ("bf16", 1)}
 ON_A_GPU = ["model.preset=iomm-b", "model.vae=pixel:2", "data.size_px=64", "adapter.num_queries=256", "mask.ratio=0.85",

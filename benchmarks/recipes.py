@@ -25,30 +25,28 @@ done and the hours left."""
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:] = [
-    str(ROOT),
-    *(p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "benchmarks")),
-]
+from iomm.checkout import enter
 
-import argparse  # noqa: E402
-import fcntl  # noqa: E402
-import hashlib  # noqa: E402
-import json  # noqa: E402
-import statistics  # noqa: E402
-import traceback  # noqa: E402
-from collections.abc import Iterable  # noqa: E402
-from concurrent.futures import ThreadPoolExecutor  # noqa: E402
-from contextlib import suppress  # noqa: E402
-from dataclasses import asdict, dataclass, replace  # noqa: E402
-from functools import cache  # noqa: E402
-from itertools import product  # noqa: E402
-from threading import Lock  # noqa: E402
+ROOT = enter(__file__)
 
-import torch  # noqa: E402
+import argparse
+import fcntl
+import hashlib
+import json
+import statistics
+import traceback
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from itertools import product
+from threading import Lock
 
-from benchmarks.demo import launch  # noqa: E402
-from benchmarks.findings import (  # noqa: E402
+import torch
+
+from benchmarks.demo import launch
+from benchmarks.findings import (
     SPLITS,
     T_95,
     Cells,
@@ -62,14 +60,14 @@ from benchmarks.findings import (  # noqa: E402
     shares_of,
     summary,
 )
-from benchmarks.report import above_0  # noqa: E402
-from iomm.config import InputError  # noqa: E402
-from iomm.engine import checkpoint, parts, shapes  # noqa: E402
-from iomm.engine.config import FREE_KEYS, RunConfig, flat, load_config  # noqa: E402
-from iomm.engine.data.atomic import whole_file  # noqa: E402
-from iomm.engine.doctor import machine  # noqa: E402
-from iomm.engine.shapes import score, world  # noqa: E402
-from iomm.engine.shapes.grade import GUIDANCE, ceiling, grade, overall  # noqa: E402
+from benchmarks.report import above_0
+from iomm.config import InputError
+from iomm.engine import checkpoint, parts, shapes
+from iomm.engine.config import FREE_KEYS, RunConfig, flat, load_config
+from iomm.engine.data.atomic import whole_file
+from iomm.engine.doctor import machine
+from iomm.engine.shapes import score, world
+from iomm.engine.shapes.grade import GUIDANCE, ceiling, grade, overall
 
 # The config of each stage.
 STAGES = {"pretrain": "demo", "finetune": "demo-finetune"}

@@ -12,12 +12,12 @@ import json
 import statistics
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "benchmarks"))]
+from iomm.checkout import enter
 
-from iomm.config import InputError  # noqa: E402
+ROOT = enter(__file__)
+
+from iomm.config import InputError
 
 START, END = "<!-- generated: {} (python benchmarks/report.py) -->", "<!-- /generated -->"
 # Section of benchmarks/README.md -> the kinds of result file that it shows.

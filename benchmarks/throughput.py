@@ -18,33 +18,33 @@ benchmarks/results/throughput-<config>-<device>-<date>.json as it is measured, a
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-OWN = ROOT, ROOT / "benchmarks"     # the script's own folder must not come first: a file in it could hide a module
-sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path or ".").resolve() not in OWN)]
+from iomm.checkout import enter
 
-import argparse  # noqa: E402
-import json  # noqa: E402
-import math  # noqa: E402
-import os  # noqa: E402
-import statistics  # noqa: E402
-import tempfile  # noqa: E402
-import time  # noqa: E402
-import traceback  # noqa: E402
-from contextlib import nullcontext  # noqa: E402
-from itertools import islice  # noqa: E402
+ROOT = enter(__file__)
 
-import torch  # noqa: E402
+import argparse
+import json
+import math
+import os
+import statistics
+import tempfile
+import time
+import traceback
+from contextlib import nullcontext
+from itertools import islice
 
-from benchmarks.ablations import ablations, swapped  # noqa: E402
-from benchmarks.bench import WARM_UP, Bench, prepare, ratio, summary, whole_copy  # noqa: E402
-from benchmarks.counts import Count, part_flops, plain_flops  # noqa: E402
-from benchmarks.ops import ceilings  # noqa: E402
-from benchmarks.plain import Plain, Trainer, engine_draws  # noqa: E402
-from benchmarks.report import above_0, command, label, pyplot  # noqa: E402
-from iomm.engine import zero  # noqa: E402
-from iomm.engine.doctor import machine  # noqa: E402
-from iomm.engine.metrics import memory_gib, peak_flops  # noqa: E402
-from iomm.engine.tracing import Window  # noqa: E402
+import torch
+
+from benchmarks.ablations import ablations, swapped
+from benchmarks.bench import WARM_UP, Bench, prepare, ratio, summary, whole_copy
+from benchmarks.counts import Count, part_flops, plain_flops
+from benchmarks.ops import ceilings
+from benchmarks.plain import Plain, Trainer, engine_draws
+from benchmarks.report import above_0, command, label, pyplot
+from iomm.engine import zero
+from iomm.engine.doctor import machine
+from iomm.engine.metrics import memory_gib, peak_flops
+from iomm.engine.tracing import Window
 
 REAL = "iomm-b-512"                 # the config that the paper's hours are of
 STAGE_1, STAGE_2 = 110e6, 4.2e6     # images: 11 M x 10 epochs; 210 k pairs x 10 epochs and as many images beside them

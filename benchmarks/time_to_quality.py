@@ -35,43 +35,42 @@ the curves, and a PNG beside it at the end of every seed."""
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-# The script's own folder must not come first: a file in it could hide a module.
-OWN = ROOT, ROOT / "benchmarks"
-sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path or ".").resolve() not in OWN)]
+from iomm.checkout import enter
 
-import argparse  # noqa: E402
-import gc  # noqa: E402
-import math  # noqa: E402
-import os  # noqa: E402
-import statistics  # noqa: E402
-import tempfile  # noqa: E402
-import time  # noqa: E402
-from collections.abc import Callable, Iterable, Sequence  # noqa: E402
-from dataclasses import dataclass, replace  # noqa: E402
-from itertools import islice  # noqa: E402
+ROOT = enter(__file__)
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
+import argparse
+import gc
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 
-from benchmarks.ablations import swapped  # noqa: E402
-from benchmarks.bench import Bench  # noqa: E402
-from benchmarks.plain import Plain, Trainer, engine_draws  # noqa: E402
-from benchmarks.recipes import write  # noqa: E402
-from benchmarks.report import above_0, command, label, time_to_quality  # noqa: E402
-from iomm.config import PRESETS, InputError  # noqa: E402
-from iomm.engine import launch, parts, zero  # noqa: E402
-from iomm.engine.config import RunConfig, flat, load_config  # noqa: E402
-from iomm.engine.data.source import ImageSource  # noqa: E402
-from iomm.engine.doctor import machine  # noqa: E402
-from iomm.engine.evaluation import Evaluation, fixed, losses_at  # noqa: E402
-from iomm.engine.optim import learning_rate  # noqa: E402
-from iomm.engine.shapes import score  # noqa: E402
-from iomm.engine.shapes.grade import GUIDANCE, grade, overall  # noqa: E402
-from iomm.engine.shapes.world import KINDS  # noqa: E402
-from iomm.layout import Layout  # noqa: E402
-from iomm.model import IOMM  # noqa: E402
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.ablations import swapped
+from benchmarks.bench import Bench
+from benchmarks.plain import Plain, Trainer, engine_draws
+from benchmarks.recipes import write
+from benchmarks.report import above_0, command, label, time_to_quality
+from iomm.config import PRESETS, InputError
+from iomm.engine import launch, parts, zero
+from iomm.engine.config import RunConfig, flat, load_config
+from iomm.engine.data.source import ImageSource
+from iomm.engine.doctor import machine
+from iomm.engine.evaluation import Evaluation, fixed, losses_at
+from iomm.engine.optim import learning_rate
+from iomm.engine.shapes import score
+from iomm.engine.shapes.grade import GUIDANCE, grade, overall
+from iomm.engine.shapes.world import KINDS
+from iomm.layout import Layout
+from iomm.model import IOMM
 
 SCORES = (0.25, 0.5, 0.75, 0.9)
 # Shares of the first variant's time: the losses that it has then are the targets if none are given.

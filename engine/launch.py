@@ -6,8 +6,9 @@ from pathlib import Path
 
 if __name__ == "__main__" and "RANK" in os.environ:
     os.environ["IOMM_PARENT"] = str(os.getppid())    # now: torch takes seconds to load, and the launcher may be gone then
-if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
-    del sys.path[0]              # a script's own folder: engine/ would shadow whatever else is called `config` or `data`
+from iomm.checkout import enter
+
+enter(__file__)
 
 from iomm.engine import cpu_ranks
 

@@ -22,8 +22,10 @@ import traceback
 import xml.etree.ElementTree
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+from iomm.checkout import enter
+
+ROOT = enter(__file__)
+sys.path.insert(1, str(ROOT / "tests"))
 
 import torch
 from faults import disk, real, trials
@@ -31,7 +33,6 @@ from faults import disk, real, trials
 from benchmarks.checkpoint import measure
 from iomm.engine.doctor import cpu_name, git
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "benchmarks/results/survival.json"
 
 

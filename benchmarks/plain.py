@@ -216,9 +216,9 @@ class Muon(torch.optim.Optimizer):
     Orthogonalised by the engine's own function, in its stacks of matrices of one shape (as
     engine/optim.py), so that neither side gains by it."""
 
-    def __init__(self, matrices: list, *, lr: float, momentum: float, weight_decay: float):
+    def __init__(self, matrices: list, *, lr: float, momentum: float, weight_decay: float, newton_schulz_steps: int):
         super().__init__(matrices, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-        self.stacks = stacks_of(matrices, STACK_BYTES[matrices[0].device.type])
+        self.stacks, self.newton_schulz_steps = stacks_of(matrices, STACK_BYTES[matrices[0].device.type]), newton_schulz_steps
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -232,7 +232,7 @@ class Muon(torch.optim.Optimizer):
                     state["momentum_buffer"] = torch.zeros_like(p)
                 buffer = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
                 updates.append(p.grad.lerp(buffer, group["momentum"]))
-            for p, update in zip(with_gradient, orthogonal_stack(updates) if updates else []):
+            for p, update in zip(with_gradient, orthogonal_stack(updates, self.newton_schulz_steps) if updates else []):
                 if group["weight_decay"]:
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update.view_as(p), alpha=-group["lr"])
@@ -253,7 +253,8 @@ class Trainer:
                                              weight_decay=optim.weight_decay, fused=True)]
         if matrices:
             self.optimizers.append(
-                Muon(matrices, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay))
+                Muon(matrices, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay,
+                     newton_schulz_steps=optim.newton_schulz_steps))
         self.average = [p.detach().clone() for p in self.parameters] if decay else []
 
     def set_lr(self, lr: float) -> None:

@@ -11,7 +11,8 @@
     ours+align      and the alignment loss: align.weight, 0.5 unless the config sets it
     ours+latents    and latents and image tokens encoded before training: data.latents=memory
     ours+cache      and VAE latents on the disk, as `iomm cache` writes them; stage 1
-    everything      alignment, and latents and image tokens encoded before training
+    ours+draws      and several noise draws for each image: train.noise_draws, 2 unless the config sets more
+    everything      alignment, noise draws, and latents and image tokens encoded before training
 
 A variant ends after train.steps, with --seconds after that much time of its own if that comes
 first. Under a constant learning rate train.steps does not count and --seconds is 600 by default.
@@ -91,6 +92,7 @@ class Variant:
     baseline: bool = False
     every: bool = False
     aligned: bool = False
+    drawn: bool = False
     encoded: str | None = None
 
 
@@ -101,7 +103,8 @@ VARIANTS = {
     "ours+align": Variant(aligned=True),
     "ours+latents": Variant(encoded="memory"),
     "ours+cache": Variant(encoded="disk"),
-    "everything": Variant(aligned=True, encoded="memory"),
+    "ours+draws": Variant(drawn=True),
+    "everything": Variant(aligned=True, drawn=True, encoded="memory"),
 }
 DEFAULT = ("plain", "ours", "ours+align", "ours+latents", "everything")
 
@@ -448,7 +451,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> tuple[RunConfig, list[str
 
     Raises InputError for a config that the baseline does not compute."""
     changes = [f"run.dir={folder / 'run'}", "evaluate.every_steps=0"]
-    changes += ["align.weight=0", "data.latents=null"]
+    changes += ["align.weight=0", "data.latents=null", "train.noise_draws=1"]
     config = load_config(args.config, args.overrides)
     if config.optim.schedule == "constant":
         changes.append("train.steps=1000000")
@@ -492,10 +495,10 @@ def variant_config(
     variant: Variant, args: argparse.Namespace, changes: Sequence[str], latents: Path
 ) -> RunConfig:
     """Return the config that a variant trains with. Raises InputError where it has none."""
-    own = []
+    given = load_config(args.config, args.overrides)
+    own = [f"train.noise_draws={max(2, given.train.noise_draws) if variant.drawn else 1}"]
     if variant.aligned:
-        weight = load_config(args.config, args.overrides).align.weight
-        own.append(f"align.weight={weight or ALIGN_WEIGHT}")
+        own.append(f"align.weight={given.align.weight or ALIGN_WEIGHT}")
     if variant.encoded == "disk":
         own.append(f"data.latents={latents}")
     elif variant.encoded:

@@ -162,6 +162,7 @@ class OptimSection:
     warmup_steps: int = 1000           # steps in which the learning rate rises linearly
     schedule: str = "constant"         # constant | cosine: after the warm-up; cosine reaches 0 at train.steps
     momentum: float = 0.95             # Muon's Nesterov momentum
+    newton_schulz_steps: int = 5       # of Muon's orthogonalisation; 3 cost 40 % less and leave small singular values smaller
 
     def __post_init__(self):
         choice("optim.kind", self.kind, ("adamw", "muon"))
@@ -172,6 +173,7 @@ class OptimSection:
         choice("optim.schedule", self.schedule, ("constant", "cosine"))
         if not all(0 <= value < 1 for value in (*self.betas, self.momentum)):
             raise InputError(f"optim.betas and optim.momentum must be in [0, 1), got {self.betas} and {self.momentum}")
+        positive("optim.newton_schulz_steps", self.newton_schulz_steps)
         positive("optim.warmup_steps", self.warmup_steps, 0)
         positive("optim.clip", self.clip, 0)
         positive("optim.weight_decay", self.weight_decay, 0)

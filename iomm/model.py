@@ -30,7 +30,7 @@ class Recipe:
     time: dict = field(default_factory=dict)      # keyword arguments of flow.sample_time
     sample_latents: bool = False                  # from the VAE's posterior, not its mean
     caption_drop: float = 0.1                     # share of captions replaced by the empty prompt, for guidance
-    noise_draws: int = 1                          # K: times and noises for each sample
+    noise_draws: int = 1                          # times and noises for each sample
     align: AlignConfig = field(default_factory=AlignConfig)
     # Share of a global batch's samples that are aligned: its loss is their mean, whatever the micro-batches.
     align_share: float = 1.0
@@ -116,7 +116,7 @@ class IOMM(nn.Module):
         return loss, loss_R.detach(), given.t_R, align_I.detach()
 
     def drawn_numbers(self, n_B):
-        """Return the numbers (R,) by which the draws of the samples n_B get their times and noises: n K + k."""
+        """Return the numbers (R,) by which the draws of the samples n_B get their times and noises: n x draws + k."""
         draws = self.recipe.noise_draws
         return n_B if draws == 1 else (n_B[:, None] * draws + torch.arange(draws, device=n_B.device)).flatten()
 

@@ -236,7 +236,7 @@ def test_counted_flops_are_those_of_the_flop_counter(mllm):
 
 @pytest.mark.parametrize("settings", [dict(), dict(conditions="all"), dict(connector_layers=1)], ids=str)
 def test_noise_draws_are_the_mean_over_times_and_noises_of_one_condition(mllm, settings):
-    """Draw k of sample n has the time and the noise of number n K + k, and the condition of n, which is made once."""
+    """Draw k of sample n has the time and the noise of number n x draws + k, and the condition of n, which is made once."""
     model, n_B, ran = build(mllm, **settings), torch.arange(5, 8), []
     inputs = pixels(n_B)
     single = {k: replace(model.recipe, noise_draws=k) for k in (1, 3)}

@@ -7,21 +7,17 @@ import torch
 from iomm.config import InputError
 from iomm.engine.optim import adamw_torch
 from iomm.engine.zero import adamw_body
-from iomm.kernels import native, triton_support
-from iomm.kernels.image_patches.compiled import image_patches_compiled
-from iomm.kernels.image_patches.reference import image_patches_reference
+from iomm.kernels import native
+from iomm.kernels.image_patches import image_patches_compiled, image_patches_reference
 from iomm.kernels.masked_attention import varlen
-from iomm.kernels.masked_attention.fused import masked_attention_triton
 from iomm.kernels.masked_attention.reference import masked_attention_reference
 from iomm.kernels.masked_attention.sdpa import masked_attention_sdpa
-from iomm.kernels.noisy_tokens.compiled import noisy_tokens_compiled
-from iomm.kernels.noisy_tokens.reference import noisy_tokens_reference
-from iomm.kernels.norm_modulate.fused import norm_modulate_triton
-from iomm.kernels.norm_modulate.reference import norm_modulate_reference, norm_modulate_torch
-from iomm.kernels.qk_norm_rope.fused import qk_norm_rope_triton
-from iomm.kernels.qk_norm_rope.reference import qk_norm_rope_reference, qk_norm_rope_torch
-from iomm.kernels.visible_tokens.compiled import visible_tokens_compiled
-from iomm.kernels.visible_tokens.reference import visible_tokens_reference
+from iomm.kernels.masked_attention.triton_op import masked_attention_triton
+from iomm.kernels.noisy_tokens import noisy_tokens_compiled, noisy_tokens_reference
+from iomm.kernels.norm_modulate import norm_modulate_reference, norm_modulate_torch, norm_modulate_triton
+from iomm.kernels.qk_norm_rope import qk_norm_rope_reference, qk_norm_rope_torch, qk_norm_rope_triton
+from iomm.kernels.triton_ops import support as triton_support
+from iomm.kernels.visible_tokens import visible_tokens_compiled, visible_tokens_reference
 
 
 @dataclass(frozen=True, kw_only=True)

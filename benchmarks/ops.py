@@ -172,8 +172,7 @@ def sanitize():
 
 def cuda_ops_once():
     """The ops of csrc/ at the sizes of the checks, against the specification on the CPU: few other kernels run."""
-    from iomm.kernels.philox.compiled import philox_compiled
-    from iomm.kernels.philox.reference import philox_reference
+    from iomm.kernels.philox import philox_compiled, philox_reference
     n = torch.tensor([0, 5, 2**40])
     for kind in ("uniform", "normal"):
         got = philox_compiled(kind, 7, 2, n.cuda(), 1003).cpu()

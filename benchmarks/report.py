@@ -12,6 +12,7 @@ import json
 import statistics
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from iomm.checkout import enter
 
@@ -337,7 +338,8 @@ def ops_table():
             if body.name == "reference":
                 status = f"the specification; {status}" if chosen else "the specification"
             where = " and ".join({"cpu": "CPU", "cuda": "GPU"}[device] for device in body.devices) or "CPU and GPU"
-            name = f"[`{op}`]({op}/__init__.py): {escaped(what)}" if i == 0 else ""
+            file = Path(module.__file__).resolve().relative_to(ROOT / "kernels").as_posix()
+            name = f"[`{op}`]({file}): {escaped(what)}" if i == 0 else ""
             rows.append(f"| {name} | {body.name} | {where}{f', {body.dtype_names}' if body.dtypes else ''} | {status} |")
     return "\n".join(rows)
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from iomm.kernels.image_patches.reference import image_patches_reference
-from iomm.kernels.noisy_tokens.reference import noisy_tokens_reference
-from iomm.kernels.philox.reference import philox_reference
-from iomm.kernels.visible_tokens.reference import visible_tokens_reference
+from iomm.kernels.image_patches import image_patches_reference
+from iomm.kernels.noisy_tokens import noisy_tokens_reference
+from iomm.kernels.philox import philox_reference
+from iomm.kernels.visible_tokens import visible_tokens_reference
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLES = torch.tensor([0, 5, 2**33, 11, 2**40 + 7])

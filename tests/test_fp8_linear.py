@@ -15,9 +15,7 @@ from iomm.config import PRESETS, InputError
 from iomm.engine import launch
 from iomm.generator import empty_generator
 from iomm.kernels import fp8_linear as op
-from iomm.kernels.fp8_linear import fp8_linear
-from iomm.kernels.fp8_linear.reference import BACKWARD, FORWARD, fp8_linear_reference, quantised
-from iomm.kernels.fp8_linear.scaled import fp8_linear_scaled
+from iomm.kernels.fp8_linear import BACKWARD, FORWARD, fp8_linear, fp8_linear_reference, fp8_linear_scaled, quantised
 from iomm.layers import TokenLinear, use_fp8
 
 BODIES = [fp8_linear_reference, fp8_linear_scaled]

@@ -7,7 +7,7 @@ import importlib
 import pytest
 from offline import compile_for
 
-from iomm.kernels import triton_support
+from iomm.kernels.triton_ops import support as triton_support
 
 pytestmark = pytest.mark.skipif(triton_support.INTERPRETED or triton_support.why_not() is not None,
                                 reason="the interpreter compiles nothing, and nor does a machine without Triton")
@@ -40,14 +40,15 @@ def check(kernel, constants, arch, warps, stages, products=False, half="bf16"):
 
 
 def attention_kernel(kind):
-    from iomm.kernels.masked_attention import backward, forward
+    from iomm.kernels.triton_ops import attention_backward as backward
+    from iomm.kernels.triton_ops import attention_forward as forward
     return {"forward": forward.forward_kernel, "queries": backward.queries_kernel, "keys": backward.keys_kernel}[kind]
 
 
 def attention_cases(first_only):
     """(arch, kernel, head dim, index of the tile, variant) of everything that may be launched, or of defaults alone."""
     if not triton_support.why_not():
-        from iomm.kernels.masked_attention.tiles import CANDIDATES
+        from iomm.kernels.triton_ops.tiles import CANDIDATES
         for (arch, kind, dim), tiles in CANDIDATES.items():
             variants = ["causal", "both", "prefix", "suffix"] if kind != "keys" else ["causal", "both", "prefix"]
             for index in range(len(tiles)):
@@ -58,7 +59,7 @@ def attention_cases(first_only):
 
 
 def check_attention(arch, kind, dim, index, variant):
-    from iomm.kernels.masked_attention.tiles import CANDIDATES
+    from iomm.kernels.triton_ops.tiles import CANDIDATES
     tile = CANDIDATES[arch, kind, dim][index]
     constants = {"SAMPLES": 64, "HEADS": 12, "KEY_HEADS": 12 if variant == "prefix" else 2, "E": dim,
                  "CAUSAL": variant == "causal", "OWN": tile.own, "WALK": tile.walk}
@@ -98,8 +99,8 @@ def _row_cases():
 
 def check_rows(op, direction, arch, width, variant, half="bf16"):
     """variant: norm_modulate by layer norm with a shift, not RMS; qk_norm_rope of latents, not of a kv condition."""
-    module = importlib.import_module(f"iomm.kernels.{op}.kernels")
-    fused = importlib.import_module(f"iomm.kernels.{op}.fused")
+    module = importlib.import_module(f"iomm.kernels.triton_ops.{op}")
+    fused = importlib.import_module(f"iomm.kernels.{op}")
     kernel = getattr(module, f"{direction}_kernel")
     warps = triton_support.warps_for(width)
     constants = {"D": width, "BLOCK": triton_support.power_of_2(width)}

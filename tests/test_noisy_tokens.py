@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from iomm.kernels import native
-from iomm.kernels.noisy_tokens import noisy_tokens, patch_tokens, unpatch
-from iomm.kernels.noisy_tokens.reference import noisy_tokens_reference
+from iomm.kernels.noisy_tokens import noisy_tokens, noisy_tokens_reference, patch_tokens, unpatch
 from iomm.kernels.philox import NOISE, normal
 
 pytestmark = pytest.mark.usefixtures("poison")

@@ -6,15 +6,11 @@ rows as there are; `visible_tokens_packed` returns a fixed number of them and ne
 
 import math
 
+import torch
+
 from iomm.kernels import native
 from iomm.kernels.dispatch import pick, register
-from iomm.kernels.philox import checked_seed
-from iomm.kernels.visible_tokens.compiled import visible_tokens_compiled
-from iomm.kernels.visible_tokens.reference import visible_tokens_reference
-
-register("visible_tokens", "cpp", visible_tokens_compiled, devices=("cpu",), why_not=lambda: native.why_not("cpu"))
-register("visible_tokens", "cuda", visible_tokens_compiled, devices=("cuda",), why_not=lambda: native.why_not("cuda"))
-register("visible_tokens", "reference", visible_tokens_reference)
+from iomm.kernels.philox import MASK, checked_seed, philox_reference
 
 
 def _checked(seed, n_B, num_tokens, ratio, count):
@@ -71,3 +67,76 @@ def visible_tokens_packed(seed, n_B, num_tokens, ratio, count="bernoulli", capac
         raise ValueError(f"capacity must be between 0 and B times P, got {capacity} for {len(n_B)} times {num_tokens}")
     run = pick("visible_tokens", n_B.device)
     return run(seed, n_B.contiguous(), num_tokens, float(ratio), count == "fixed", capacity)
+
+
+def visible_tokens_reference(seed, n_B, num_tokens, ratio, fixed, capacity):
+    """(index, offsets, position, overflow) as `visible_tokens_packed` describes them; capacity None: as many as there
+    are, and overflow None."""
+    draw = philox_reference("uniform", seed, MASK, n_B, num_tokens).double()
+    if fixed:
+        best = draw.sort(dim=1, descending=True, stable=True).indices[:, : round((1 - ratio) * num_tokens)]
+        visible = torch.zeros_like(draw, dtype=torch.bool).scatter_(1, best, True)
+    else:
+        visible = draw >= ratio
+    index_V = visible.flatten().nonzero().squeeze(1)
+    offsets = torch.zeros(len(n_B) + 1, dtype=torch.int32, device=n_B.device)
+    offsets[1:] = visible.sum(1).cumsum(0)
+    if capacity is None:
+        return index_V, offsets, index_V % num_tokens, None
+    overflow = (offsets[-1:] - capacity).clamp(min=0).long()
+    packed = index_V.new_zeros(capacity)
+    packed[: len(index_V)] = index_V[:capacity]
+    return packed, offsets.clamp(max=capacity), packed % num_tokens, overflow
+
+
+def visible_tokens_compiled(seed, n_B, num_tokens, ratio, fixed, capacity):
+    """(index, offsets, position, overflow) as `visible_tokens_packed` describes them; capacity None: as many as there
+    are, which the host waits for."""
+    if capacity is not None:
+        return _packed(seed, n_B, num_tokens, ratio, fixed, capacity)
+    return (*_counted(seed, n_B, num_tokens, ratio, fixed), None)
+
+
+@torch.library.custom_op("iomm::visible_tokens_packed", mutates_args=(), device_types=("cpu", "cuda"))
+def _packed(
+    seed: int, n_B: torch.Tensor, num_tokens: int, ratio: float, fixed: bool, capacity: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    num_samples, device = len(n_B), n_B.device
+    num_visible = round((1 - ratio) * num_tokens) if fixed else -1
+    # u = k * 2^-24 lies below the ratio exactly where k < ceil(ratio * 2^24): no rounding decides about a token.
+    threshold = math.ceil(ratio * 2**24)
+    index = torch.empty(capacity, dtype=torch.int64, device=device)
+    position = torch.empty(capacity, dtype=torch.int64, device=device)
+    offsets = torch.empty(num_samples + 1, dtype=torch.int32, device=device)
+    overflow = torch.empty(1, dtype=torch.int64, device=device)
+    native.launch(device, "iomm_visible_tokens", seed, n_B, num_samples, num_tokens, threshold, num_visible, capacity,
+                  index, offsets, position, overflow)
+    return index, offsets, position, overflow
+
+
+@_packed.register_fake
+def _(seed, n_B, num_tokens, ratio, fixed, capacity):
+    index = n_B.new_empty(capacity)
+    return index, n_B.new_empty(n_B.shape[0] + 1, dtype=torch.int32), torch.empty_like(index), n_B.new_empty(1)
+
+
+@torch.library.custom_op("iomm::visible_tokens", mutates_args=(), device_types=("cpu", "cuda"))
+def _counted(
+    seed: int, n_B: torch.Tensor, num_tokens: int, ratio: float, fixed: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    index, offsets, position, _ = _packed(seed, n_B, num_tokens, ratio, fixed, len(n_B) * num_tokens)
+    total = int(offsets[-1])
+    # Copies, so that the B * P buffers are not kept alive by a tenth of them.
+    return index[:total].clone(), offsets, position[:total].clone()
+
+
+@_counted.register_fake
+def _(seed, n_B, num_tokens, ratio, fixed):
+    total = torch.library.get_ctx().new_dynamic_size()
+    index = n_B.new_empty(total)
+    return index, n_B.new_empty(n_B.shape[0] + 1, dtype=torch.int32), torch.empty_like(index)
+
+
+register("visible_tokens", "cpp", visible_tokens_compiled, devices=("cpu",), why_not=lambda: native.why_not("cpu"))
+register("visible_tokens", "cuda", visible_tokens_compiled, devices=("cuda",), why_not=lambda: native.why_not("cuda"))
+register("visible_tokens", "reference", visible_tokens_reference)

@@ -7,7 +7,7 @@ keys instead of one concatenation: the cached prefix is read where it lies.
 import triton
 import triton.language as tl
 
-from iomm.kernels.masked_attention.tiles import load_tile, rows_of, store_tile, tile_of
+from iomm.kernels.triton_ops.tiles import load_tile, rows_of, store_tile, tile_of
 
 
 @triton.jit

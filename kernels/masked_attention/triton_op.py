@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from iomm.kernels.triton_support import power_of_2
+from iomm.kernels.triton_ops.support import power_of_2
 
 HEAD_DIMS = 32, 64, 128
 LOG2_E = math.log2(math.e)
@@ -22,7 +22,7 @@ def _shapes(q, k, offsets, prefix_k, causal):
 
 
 def _tile(kernel, q):
-    from iomm.kernels.masked_attention.tiles import tile_for
+    from iomm.kernels.triton_ops.tiles import tile_for
     tile = tile_for(kernel, q.shape[2], q.device)
     return tile, {"OWN": tile.own, "WALK": tile.walk, "num_warps": tile.warps, "num_stages": tile.stages}
 
@@ -42,8 +42,8 @@ def _forward(
     causal: bool, scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out (S, A, E), log2-sum (A, S) float32)."""
-    from iomm.kernels.masked_attention.forward import forward_kernel
-    from iomm.kernels.masked_attention.tiles import num_slots
+    from iomm.kernels.triton_ops.attention_forward import forward_kernel
+    from iomm.kernels.triton_ops.tiles import num_slots
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
     if q.shape[0]:
@@ -68,8 +68,8 @@ def _backward(
     prefix_offsets: torch.Tensor | None, causal: bool, scale: float, need_suffix: bool, need_prefix: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k, v, prefix_k and prefix_v; empty tensors for those that nobody needs."""
-    from iomm.kernels.masked_attention.backward import keys_kernel, queries_kernel
-    from iomm.kernels.masked_attention.tiles import num_slots
+    from iomm.kernels.triton_ops.attention_backward import keys_kernel, queries_kernel
+    from iomm.kernels.triton_ops.tiles import num_slots
     num_samples, shapes = len(offsets) - 1, _shapes(q, k, offsets, prefix_k, causal)
     dq, delta = torch.empty_like(q), torch.empty_like(lse)
     if q.shape[0]:

@@ -7,16 +7,7 @@ import torch
 
 from iomm.kernels import native
 from iomm.kernels.dispatch import pick, register
-from iomm.kernels.noisy_tokens.compiled import noisy_tokens_compiled
-from iomm.kernels.noisy_tokens.reference import noisy_tokens_reference, patch_tokens_reference
-from iomm.kernels.philox import checked_seed
-
-_NATIVE_DTYPES = (torch.float32, torch.bfloat16)
-register("noisy_tokens", "cpp", noisy_tokens_compiled, devices=("cpu",), dtypes=_NATIVE_DTYPES,
-         why_not=lambda: native.why_not("cpu"))
-register("noisy_tokens", "cuda", noisy_tokens_compiled, devices=("cuda",), dtypes=_NATIVE_DTYPES,
-         why_not=lambda: native.why_not("cuda"))
-register("noisy_tokens", "reference", noisy_tokens_reference)
+from iomm.kernels.philox import NOISE, checked_seed, philox_reference
 
 
 def _check_latents(latents_BCHW, patch):
@@ -67,3 +58,50 @@ def unpatch(tokens_BNK, height, width, patch=2):
     channels = token_dim // patch**2
     tokens = tokens_BNK.reshape(num_samples, rows, columns, channels, patch, patch)
     return tokens.permute(0, 3, 1, 4, 2, 5).reshape(num_samples, channels, height, width)
+
+
+def patch_tokens_reference(latents_BCHW, patch):
+    """(B, N, K): "c (h p) (w q) -> (h w) (c p q)"."""
+    num_samples, channels, height, width = latents_BCHW.shape
+    rows, columns = height // patch, width // patch
+    cut = latents_BCHW.reshape(num_samples, channels, rows, patch, columns, patch)
+    return cut.permute(0, 2, 4, 1, 3, 5).reshape(num_samples, rows * columns, channels * patch * patch)
+
+
+def noisy_tokens_reference(latents_BCHW, t_B, seed, n_B, patch):
+    """(noisy_BNK, target_BNK) as `noisy_tokens` describes them."""
+    x = latents_BCHW.to(torch.promote_types(latents_BCHW.dtype, torch.float32))
+    z = philox_reference("normal", seed, NOISE, n_B, x.shape[1:].numel()).view_as(x).to(x.dtype)
+    t = t_B.to(x.dtype)[:, None, None, None]
+    noisy = (1 - t) * x + t * z
+    target = z - x
+    return tuple(patch_tokens_reference(y, patch).to(latents_BCHW.dtype) for y in (noisy, target))
+
+
+@torch.library.custom_op("iomm::noisy_tokens", mutates_args=(), device_types=("cpu", "cuda"))
+def noisy_tokens_compiled(
+    latents_BCHW: torch.Tensor, t_B: torch.Tensor, seed: int, n_B: torch.Tensor, patch: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """C++ and CUDA, the library is chosen by the device. The noise is never stored."""
+    num_samples, channels, height, width = latents_BCHW.shape
+    shape = num_samples, (height // patch) * (width // patch), channels * patch * patch
+    noisy_BNK = torch.empty(shape, dtype=latents_BCHW.dtype, device=latents_BCHW.device)
+    target_BNK = torch.empty_like(noisy_BNK)
+    native.launch(latents_BCHW.device, "iomm_noisy_tokens", latents_BCHW, t_B.float(), seed, n_B, num_samples, channels,
+                  height, width, patch, int(latents_BCHW.dtype == torch.bfloat16), noisy_BNK, target_BNK)
+    return noisy_BNK, target_BNK
+
+
+@noisy_tokens_compiled.register_fake
+def _(latents_BCHW, t_B, seed, n_B, patch):
+    num_samples, channels, height, width = latents_BCHW.shape
+    noisy_BNK = latents_BCHW.new_empty(num_samples, (height // patch) * (width // patch), channels * patch * patch)
+    return noisy_BNK, torch.empty_like(noisy_BNK)
+
+
+_NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+register("noisy_tokens", "cpp", noisy_tokens_compiled, devices=("cpu",), dtypes=_NATIVE_DTYPES,
+         why_not=lambda: native.why_not("cpu"))
+register("noisy_tokens", "cuda", noisy_tokens_compiled, devices=("cuda",), dtypes=_NATIVE_DTYPES,
+         why_not=lambda: native.why_not("cuda"))
+register("noisy_tokens", "reference", noisy_tokens_reference)

@@ -7,7 +7,7 @@ for the suffix, and for the prefix only if somebody wants those gradients. Formu
 import triton
 import triton.language as tl
 
-from iomm.kernels.masked_attention.tiles import load_tile, rows_of, store_tile, tile_of
+from iomm.kernels.triton_ops.tiles import load_tile, rows_of, store_tile, tile_of
 
 
 @triton.jit

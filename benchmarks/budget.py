@@ -1,6 +1,6 @@
 """The budget of stage 1 on 1 to 512 GPUs, from counts: python benchmarks/budget.py [--out FOLDER]
 
-Counted: FLOPs (engine/plan.py), bytes of what is no matrix product, ZeRO-3's messages (benchmarks/traffic.py), optimizer, EMA,
+Counted: FLOPs (engine/plan.py), bytes of what is no matrix product, ZeRO-3's messages (benchmarks/lib/traffic.py), optimizer, EMA,
 checkpoint. Assumed: rates, all in ASSUMED and MACHINES, each with its source. The result is step time, GPU-hours and where
 the budget breaks, as printed tables and, with --out, as budget.json and budget.png in that folder. Nothing is measured here."""
 
@@ -18,8 +18,8 @@ from functools import cache
 
 from torch import nn
 
+from benchmarks.lib.traffic import count_traffic, row_bytes
 from benchmarks.report import pyplot
-from benchmarks.traffic import count_traffic, row_bytes
 from iomm.engine.config import load_config
 from iomm.engine.doctor import machine
 from iomm.engine.interval import plan as checkpoint_plan
@@ -41,7 +41,7 @@ ASSUMED = {
     "share of link rates": (0.80, "DeepSeek-V3 (arXiv 2412.19437, 3.2): 160 of an H800's 200 GB/s NVLink"),
     "to pinned memory, B/s": (40e9, "ours: PCIe 5 x16 carries 64 GB/s"),
     "checkpoint to disk, B/s": (5e9, "ours: one shared file system, all ranks together, and back for the check"),
-    "share of memory that a run may fill": (0.95, "ours: a context and the allocator's gaps, as benchmarks/bench.py takes it"),
+    "share of memory that a run may fill": (0.95, "ours: a context and the allocator's gaps, as benchmarks/lib/harness.py takes it"),
     "CPU cores a GPU": (12, "ours: 96 cores beside 8 GPUs; data.threads of them decode"),
 }
 # Matmul and copy rates: measured on an H200 (769 to 798 TFLOP/s, the lower taken; 4.3 TB/s read + write, of 4.8). H100 and H800

@@ -26,7 +26,7 @@ import time
 
 import torch
 
-from benchmarks.op_cases import cases, token_cases
+from benchmarks.lib.op_cases import cases, token_cases
 from iomm.engine.doctor import machine
 from iomm.kernels import native
 
@@ -259,7 +259,7 @@ def report(ready, rows, bandwidth, rate):
 
 def time_tiles(deadline):
     """Times every candidate tile of masked_attention at head dim 128 on the query pass; prints ms, best first."""
-    from iomm.kernels.masked_attention import tiles
+    from iomm.kernels.triton_ops import tiles
     arch = 90 if torch.cuda.get_device_capability() >= (9, 0) else 80
     case = next(iter(cases("cuda", torch.bfloat16)))
     inputs = case.time()

@@ -1,7 +1,7 @@
 """How fast a training step is, where its time goes, against plain PyTorch, and what that means for 110 M images.
 
     python benchmarks/throughput.py                            demo-cpu without a GPU, iomm-b-512 with one
-    python benchmarks/throughput.py --against plain            and Algorithm 1 in plain PyTorch (benchmarks/plain.py), in turn
+    python benchmarks/throughput.py --against plain            and Algorithm 1 in plain PyTorch (benchmarks/lib/baseline.py), in turn
     python benchmarks/throughput.py --config iomm-b-512 --against plain --trace traces --limit-s 480     the one GPU visit
     python benchmarks/throughput.py precision=fp32 train.micro_batch=4           keys of the config, as for a run
 
@@ -35,11 +35,11 @@ from itertools import islice
 
 import torch
 
-from benchmarks.ablations import ablations, swapped
-from benchmarks.bench import WARM_UP, Bench, prepare, ratio, summary, whole_copy
-from benchmarks.counts import Count, part_flops, plain_flops
+from benchmarks.lib.ablations import ablations, swapped
+from benchmarks.lib.baseline import Plain, Trainer, engine_draws
+from benchmarks.lib.counts import Count, part_flops, plain_flops
+from benchmarks.lib.harness import WARM_UP, Bench, prepare, ratio, summary, whole_copy
 from benchmarks.ops import ceilings
-from benchmarks.plain import Plain, Trainer, engine_draws
 from benchmarks.report import above_0, command, label, pyplot
 from iomm.engine import zero
 from iomm.engine.doctor import machine

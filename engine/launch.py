@@ -188,7 +188,7 @@ def build(config, ranks, folder=None, say=print):
         say(start_from(config, model, ranks))
     if config.precision == "fp8":
         say("precision fp8 has not been compared on a GPU yet: no record says that its loss follows bf16's "
-            "(python benchmarks/precision.py makes one)")
+            "(python benchmarks/studies/precision.py makes one)")
     flops = sum(plan.work(model, config).values())
     compiled = config.train.compiled(ranks.device)
     if compiled:

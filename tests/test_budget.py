@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.traffic import Message, Traffic
+from benchmarks.lib.traffic import Message, Traffic
 from iomm.generator import empty_generator
 
 ROOT = Path(__file__).resolve().parent.parent

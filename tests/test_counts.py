@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 
-from benchmarks import counts
+from benchmarks.lib import counts
 from iomm.engine.plan import build_without_weights
 from iomm.flops import flops_per_image
 from iomm.internvl import prompt_tokenizer
 
 COMMITTED = json.loads(counts.FILE.read_text())
-AGAIN = "if the change is meant: python benchmarks/counts.py --write, and commit it"
+AGAIN = "if the change is meant: python benchmarks/lib/counts.py --write, and commit it"
 
 
 @pytest.mark.parametrize("name", ["demo-cpu", pytest.param("iomm-b-512", marks=pytest.mark.slow)])

@@ -9,7 +9,7 @@ import torch
 from launches import launch, rows
 from PIL import Image
 
-from benchmarks.demo import side_by_side
+from benchmarks.studies.demo import side_by_side
 from iomm.engine.doctor import cpu_name
 
 LOSSES = Path(__file__).parent / "demo_losses.json"

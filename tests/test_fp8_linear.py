@@ -180,7 +180,7 @@ def test_training_ends_as_near_to_bf16_as_other_starting_weights_do():
 def test_the_demo_in_fp8_follows_bf16(tmp_path, monkeypatch):
     """By the engine, under ZeRO-3: as near as two seeds are, and not the same curve."""
     monkeypatch.setattr(sys, "path", list(sys.path))      # the script changes it
-    compare = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks/precision.py"))["compare"]
+    compare = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks/studies/precision.py"))["compare"]
     result = compare(tmp_path, 40, ["train.threads=1"])
     bf16, fp8 = (result["runs"][name]["losses"] for name in ("bf16", "fp8"))
     assert fp8 != bf16 and fp8[-1] < 0.75 * fp8[0]

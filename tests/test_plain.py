@@ -1,4 +1,4 @@
-"""benchmarks/plain.py computes what iomm/model.py computes: losses and gradients, on the same batch, weights and draws."""
+"""benchmarks/lib/baseline.py computes what iomm/model.py computes: losses and gradients, on the same batch, weights and draws."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -7,7 +7,7 @@ import pytest
 import torch
 from parity import relative_error, true_float64
 
-from benchmarks.plain import Draws, Plain, Trainer, engine_draws
+from benchmarks.lib.baseline import Draws, Plain, Trainer, engine_draws
 from iomm.adapter import QueryAdapter
 from iomm.config import AdapterConfig, GeneratorConfig, MaskConfig
 from iomm.engine.config import OptimSection, TimeSection

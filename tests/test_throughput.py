@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ import torch
 from launches import PIXELS
 from test_mllm import TEXT, VISION
 
-from benchmarks import ablations, bench, report, throughput
+from benchmarks import report, throughput
+from benchmarks.lib import ablations
+from benchmarks.lib import harness as bench
 from iomm.config import InputError
 from iomm.engine import parts
 from iomm.engine.config import load_config
@@ -136,9 +139,7 @@ def test_the_whole_command(visit, tmp_path):
     copy.mkdir()
     for name in ("iomm", "kernels", "csrc", "engine"):
         (copy / name).symlink_to(ROOT / name)
-    (copy / "benchmarks").mkdir()
-    for path in (ROOT / "benchmarks").glob("*.*"):
-        (copy / "benchmarks" / path.name).write_text(path.read_text())
+    shutil.copytree(ROOT / "benchmarks", copy / "benchmarks", ignore=shutil.ignore_patterns("results", "figures"))
     done = subprocess.run(
         [sys.executable, "benchmarks/throughput.py", "--against", "plain", "--steps", "3", "--trace", str(tmp_path),
          *(["--config", "iomm-b-512", "--limit-s", "900", "train.compile=true", *SMALL] if visit else

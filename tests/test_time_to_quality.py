@@ -1,4 +1,4 @@
-"""benchmarks/time_to_quality.py: arithmetic on curves, the same start, samples and function of both sides, the command."""
+"""benchmarks/studies/time_to_quality.py: arithmetic on curves, the same start, samples and function of both sides, the command."""
 
 import json
 import math
@@ -10,8 +10,9 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks import report, time_to_quality
-from benchmarks.time_to_quality import VARIANTS, crossing, loss_targets, ratios, summarise
+from benchmarks import report
+from benchmarks.studies import time_to_quality
+from benchmarks.studies.time_to_quality import VARIANTS, crossing, loss_targets, ratios, summarise
 from iomm.config import InputError
 from iomm.engine import launch, zero
 from iomm.engine.config import load_config

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from launches import PIXELS
 
-from benchmarks.traffic import DEFAULTS, count_traffic
+from benchmarks.lib.traffic import DEFAULTS, count_traffic
 from iomm.adapter import Connector, QueryAdapter
 from iomm.alignment import AlignmentHead
 from iomm.config import AdapterConfig, GeneratorConfig
@@ -126,7 +126,7 @@ def measure(folder, cases):
                             attention_bias=True),
                 text=dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=80,
                           max_position_embeddings=256))
-    multiprocessing.set_forkserver_preload(["deepspeed", "transformers", "benchmarks.traffic"])     # imported once
+    multiprocessing.set_forkserver_preload(["deepspeed", "transformers", "benchmarks.lib.traffic"])     # imported once
     mp.start_processes(worker, (free_port(), str(folder), list(cases)), nprocs=SIZE, start_method="forkserver")
     one, other = (json.loads((folder / f"{rank}.json").read_text()) for rank in range(SIZE))
     return {case: tuple({kind: a.get(kind, 0) + b.get(kind, 0) for kind in {*a, *b}} for a, b in zip(one[case], other[case]))

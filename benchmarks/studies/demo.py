@@ -1,4 +1,4 @@
-"""The README's default command, both stages, run and read: python benchmarks/demo.py [train.steps=3000 ...]
+"""The README's default command, both stages, run and read: python benchmarks/studies/demo.py [train.steps=3000 ...]
 
 Writes benchmarks/results/demo[-<settings>]-<device>-<date>.json: seconds from start to end and in training, images/s, first
 and last loss, scores; and benchmarks/figures/demo[-<settings>].png: pictures of both stages over their steps, side by side.

@@ -1,10 +1,10 @@
-"""What a step does, in numbers that are the same on every day: python benchmarks/counts.py [--write]
+"""What a step does, in numbers that are the same on every day: python benchmarks/lib/counts.py [--write]
 
     work        FLOPs of one image by part, at the real shapes, for ours and for plain PyTorch; bytes that autograd keeps
     step        aten calls (views aside), bytes that they read and write, new tensors and FLOPs of one training step of
                 demo-cpu on two images, in eager mode on a CPU, by part; and the graph breaks of a generator's blocks
 
-benchmarks/counts.json holds them; tests/test_counts.py compares exactly, and --write makes the file anew: a change that
+benchmarks/lib/counts.json holds them; tests/test_counts.py compares exactly, and --write makes the file anew: a change that
 moves them commits the new numbers. Those of a step hold for one version of torch, which the file names."""
 
 
@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.plain import Plain
+from benchmarks.lib.baseline import Plain
 from iomm.config import generator_config
 from iomm.engine import plan
 from iomm.engine.config import load_config
@@ -31,7 +31,7 @@ from iomm.internvl import mllm_without_weights, prompt_tokenizer
 from iomm.mllm import IMAGE, RECONSTRUCT, TURN
 from iomm.vae import vae_without_weights
 
-FILE = ROOT / "benchmarks" / "counts.json"
+FILE = ROOT / "benchmarks/lib/counts.json"
 BLIND = "aten::copy_", "aten::zero_", "aten::fill_"       # write without reading what was there
 
 
@@ -68,7 +68,7 @@ def size(tree):
 
 
 def plain_flops(config, every=False):
-    """FLOPs of one image in benchmarks/plain.py, forward and backward, counted on the meta device."""
+    """FLOPs of one image in benchmarks/lib/baseline.py, forward and backward, counted on the meta device."""
     mllm, vae = mllm_without_weights(mllm_name(config)), vae_without_weights(vae_name(config), config.model.patch)
     mllm.tokenizer = prompt_tokenizer()
     shape = generator_config(config.model.preset, token_dim=vae.token_dim, condition_dim=mllm.width)

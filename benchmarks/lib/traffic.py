@@ -214,7 +214,7 @@ def scattered(trace, numel, bucket):
 
 def row_bytes(model, config):
     """{part: (bytes forward, bytes backward)} of an image for all that is no matrix product: every tensor that a kernel reads or
-    writes, once, in bf16. The small numbers are passes over a (tokens x width) tensor, counted as in benchmarks/op_cases.py."""
+    writes, once, in bf16. The small numbers are passes over a (tokens x width) tensor, counted as in benchmarks/lib/op_cases.py."""
     (mllm, vae), generator = model.frozen, model.generator
     width, tokens = generator.config.width, math.prod(vae.grid(*[config.data.size_px] * 2)) + config.adapter.num_queries
     blocks = sum(isinstance(module, generator.block_classes) for module in generator.modules())

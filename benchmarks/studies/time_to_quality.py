@@ -1,11 +1,11 @@
 """Wall time until a model reaches a given quality: our engine against Algorithm 1 in plain PyTorch.
 
-    python benchmarks/time_to_quality.py                                       stage 1, three seeds
-    python benchmarks/time_to_quality.py --stage finetune run.init=runs/demo   stage 2 after a run
-    python benchmarks/time_to_quality.py --seeds 1 --variants plain,ours train.steps=300
-    python benchmarks/time_to_quality.py optim.schedule=constant --seconds 900
+    python benchmarks/studies/time_to_quality.py                                       stage 1, three seeds
+    python benchmarks/studies/time_to_quality.py --stage finetune run.init=runs/demo   stage 2 after a run
+    python benchmarks/studies/time_to_quality.py --seeds 1 --variants plain,ours train.steps=300
+    python benchmarks/studies/time_to_quality.py optim.schedule=constant --seconds 900
 
-    plain           Algorithm 1 in plain PyTorch (benchmarks/plain.py): hidden tokens are masked
+    plain           Algorithm 1 in plain PyTorch (benchmarks/lib/baseline.py): hidden tokens are masked
     literal         the same with hidden tokens as zeros and all MLLM outputs as condition; stage 1
     ours            the engine without what follows: the same function as plain
     ours+align      and the alignment loss: align.weight, 0.5 unless the config sets it
@@ -55,11 +55,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.ablations import swapped
-from benchmarks.bench import Bench
-from benchmarks.plain import Plain, Trainer, engine_draws
-from benchmarks.recipes import write
+from benchmarks.lib.ablations import swapped
+from benchmarks.lib.baseline import Plain, Trainer, engine_draws
+from benchmarks.lib.harness import Bench
 from benchmarks.report import above_0, command, label, time_to_quality
+from benchmarks.studies.recipes import write
 from iomm.config import PRESETS, InputError
 from iomm.engine import launch, parts, zero
 from iomm.engine.config import RunConfig, flat, load_config
@@ -113,7 +113,7 @@ DEFAULT = ("plain", "ours", "ours+align", "ours+latents", "everything")
 
 
 class Ours(Bench):
-    """The engine's own step (benchmarks/bench.py), from the weights that the config starts from."""
+    """The engine's own step (benchmarks/lib/harness.py), from the weights that the config starts from."""
 
     def __init__(self, config: RunConfig, ranks: zero.Ranks):
         super().__init__(config, ranks, fresh=True)

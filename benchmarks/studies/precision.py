@@ -1,4 +1,4 @@
-"""Whether training in fp8 follows training in bf16: python benchmarks/precision.py [--steps N] [section.key=value ...]
+"""Whether training in fp8 follows training in bf16: python benchmarks/studies/precision.py [--steps N] [section.key=value ...]
 
 Three runs by the engine on the shapes world, one after the other: bf16, fp8, and bf16 from another seed, which says how far
 apart two sound runs are. Without a GPU it is the demo; with one it is IOMM-B's generator at its own token counts (1024

@@ -1,4 +1,4 @@
-"""The step of benchmarks/bench.py with one thing changed: each idea switched off, and what is not on by default switched on."""
+"""The step of benchmarks/lib/harness.py with one thing changed: each idea switched off, and what is not on by default switched on."""
 
 import os
 from contextlib import ExitStack, contextmanager

@@ -1,4 +1,4 @@
-"""Run the paper's comparisons on the shapes dataset: python benchmarks/recipes.py
+"""Run the paper's comparisons on the shapes dataset: python benchmarks/studies/recipes.py
 
     recipes     pre-train on {image, pair} x fine-tune on {image, pair, mix}: the paper's table
     ratio       share of hidden image tokens, in stage 1 and in the image half of stage 2
@@ -14,7 +14,7 @@ A cell is two runs of the engine with the demo configs, the steps of the budget,
 settings. Stage 1 on pairs has as many distinct pairs as stage 1 on images has images. Stage 2 has
 another seed, so that its images and its few pairs are new to every cell. engine/shapes/grade.py
 scores seen and unseen combinations on scenes and noise of the cell's seed, the same for every cell;
-benchmarks/findings.py computes intervals and verdicts.
+benchmarks/studies/findings.py computes intervals and verdicts.
 
 Each seed runs all cells before the next begins, the default cell first, and the results are written
 after every cell. Runs and scores are kept below --out under a name made from everything that
@@ -45,8 +45,9 @@ from threading import Lock
 
 import torch
 
-from benchmarks.demo import launch
-from benchmarks.findings import (
+from benchmarks.report import above_0
+from benchmarks.studies.demo import launch
+from benchmarks.studies.findings import (
     SPLITS,
     T_95,
     Cells,
@@ -60,7 +61,6 @@ from benchmarks.findings import (
     shares_of,
     summary,
 )
-from benchmarks.report import above_0
 from iomm.config import InputError
 from iomm.engine import checkpoint, parts, shapes
 from iomm.engine.config import FREE_KEYS, RunConfig, flat, load_config

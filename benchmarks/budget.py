@@ -1,31 +1,31 @@
-"""The budget of stage 1 on 1 to 512 GPUs, from counts: python benchmarks/budget.py
+"""The budget of stage 1 on 1 to 512 GPUs, from counts: python benchmarks/budget.py [--out FOLDER]
 
-Counted: FLOPs (engine/plan.py), bytes of what is no matrix product, ZeRO-3's messages (engine/traffic.py), optimizer, EMA,
-checkpoint. Assumed: rates, all in ASSUMED and MACHINES, each with where it is from. Out come step time, GPU-hours and where
-the budget breaks; a table, benchmarks/results/budget.json and budget.png. Nothing is measured here."""
+Counted: FLOPs (engine/plan.py), bytes of what is no matrix product, ZeRO-3's messages (benchmarks/lib/traffic.py), optimizer, EMA,
+checkpoint. Assumed: rates, all in ASSUMED and MACHINES, each with its source. The result is step time, GPU-hours and where
+the budget breaks, as printed tables and, with --out, as budget.json and budget.png in that folder. Nothing is measured here."""
 
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "benchmarks"))]
+from iomm.checkout import enter
 
-import argparse  # noqa: E402
-import json  # noqa: E402
-import math  # noqa: E402
-from dataclasses import replace  # noqa: E402
-from functools import cache  # noqa: E402
+ROOT = enter(__file__)
 
-from torch import nn  # noqa: E402
+import argparse
+import json
+import math
+from dataclasses import replace
+from functools import cache
 
-from benchmarks.report import pyplot  # noqa: E402
-from iomm.engine.config import load_config  # noqa: E402
-from iomm.engine.doctor import machine  # noqa: E402
-from iomm.engine.interval import plan as checkpoint_plan  # noqa: E402
-from iomm.engine.optim import make_optimizer, spread  # noqa: E402
-from iomm.engine.plan import build_without_weights, largest, make_plan, memory  # noqa: E402
-from iomm.engine.traffic import count_traffic, row_bytes  # noqa: E402
-from iomm.layers import attention_flops  # noqa: E402
+from torch import nn
+
+from benchmarks.lib.traffic import count_traffic, row_bytes
+from benchmarks.report import pyplot
+from iomm.engine.config import load_config
+from iomm.engine.doctor import machine
+from iomm.engine.interval import plan as checkpoint_plan
+from iomm.engine.optim import make_optimizer, spread
+from iomm.engine.plan import build_without_weights, largest, make_plan, memory
+from iomm.flops import attention_flops
 
 # Everything that is not counted, each with its source. "Ours": chosen by us with no measurement behind it yet.
 ASSUMED = {
@@ -41,7 +41,7 @@ ASSUMED = {
     "share of link rates": (0.80, "DeepSeek-V3 (arXiv 2412.19437, 3.2): 160 of an H800's 200 GB/s NVLink"),
     "to pinned memory, B/s": (40e9, "ours: PCIe 5 x16 carries 64 GB/s"),
     "checkpoint to disk, B/s": (5e9, "ours: one shared file system, all ranks together, and back for the check"),
-    "share of memory that a run may fill": (0.95, "ours: a context and the allocator's gaps, as benchmarks/bench.py takes it"),
+    "share of memory that a run may fill": (0.95, "ours: a context and the allocator's gaps, as benchmarks/lib/harness.py takes it"),
     "CPU cores a GPU": (12, "ours: 96 cores beside 8 GPUs; data.threads of them decode"),
 }
 # Matmul and copy rates: measured on an H200 (769 to 798 TFLOP/s, the lower taken; 4.3 TB/s read + write, of 4.8). H100 and H800
@@ -265,7 +265,7 @@ def draw(results, path):
     """GPU-hours and efficiency against GPUs, a column a model; dashed: tuned."""
     if (plt := pyplot()) is None:
         return
-    figure, axes = plt.subplots(2, len(CONFIGS), figsize=(13, 7), sharex=True, layout="constrained")
+    figure, axes = plt.subplots(2, len(CONFIGS), figsize=(13, 7), sharex=True, squeeze=False, layout="constrained")
     colours = {"H200": "tab:green", "H100": "tab:blue", "H800": "tab:red"}
     for column, name in enumerate(CONFIGS):
         top, bottom = axes[:, column]
@@ -291,7 +291,9 @@ def draw(results, path):
 
 
 def main(argv=None):
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="folder to write budget.json and budget.png into")
+    args = parser.parse_args(argv)
     print("Assumed, not counted:")
     for what, (value, source) in ASSUMED.items():
         print(f"  {what:<48}{value:>9.3g}   {source}")
@@ -299,28 +301,24 @@ def main(argv=None):
         print(f"  {gpu}: " + ", ".join(f"{what} {rate:.3g}" for what, rate in rates.items()))
     results = {name: {gpu: {how: [run for n in GPUS if (run := estimate(name, gpu, n, how == "tuned"))] for how in ("as configured", "tuned")}
                       for gpu in MACHINES} for name in CONFIGS}
-    words, rows = [], {}
+    words = []
     for name, by_gpu in results.items():
         for gpu, runs in by_gpu.items():
             for how in runs:
                 print(f"\n{name} on {gpu}, {how}\n{table(runs[how])}")
         words += breaks(name, "H800", by_gpu["H800"]["as configured"])
-        for gpu in ("H200", "H800"):
-            at = {how: {r["gpus"]: r for r in by_gpu[gpu][how]} for how in ("as configured", "tuned")}
-            rows[f"budget (a model, not a measurement): {name}, stage 1 on {gpu}"] = "; ".join(
-                f"{n} GPUs {at['as configured'][n]['gpu_hours']:,.0f} GPU-hours, {at['as configured'][n]['images_per_s']:.1f} images/s a GPU "
-                f"(tuned {at['tuned'][n]['gpu_hours']:,.0f}, {at['tuned'][n]['images_per_s']:.1f})" for n in (8, 64, 512))
     one = {gpu: results[CONFIGS[0]][gpu]["as configured"][0]["images_per_s"] for gpu in MACHINES}
     cached = {gpu: estimate(CONFIGS[0], gpu, 1, latents=True)["images_per_s"] for gpu in MACHINES}
     words.append(f"{CONFIGS[0]} on one GPU: " + ", ".join(f"{gpu} {one[gpu]:.1f} images/s online and {cached[gpu]:.1f} with cached latents"
                  for gpu in MACHINES) + f"; the paper's {PAPER_HOURS} H800 GPU-hours mean {PAPER_RATE}, our aims are {AIMS[0]} online and "
                  f"{AIMS[1]} with latents")
     print("\nWhere the budget breaks\n" + "\n".join(f"  {sentence}" for sentence in words))
-    folder = ROOT / "benchmarks/results"
-    (folder / "budget.json").write_text(json.dumps(
-        {"machine": machine(), "assumed": ASSUMED, "machines": MACHINES, "protocols": PROTOCOLS, "tuned": TUNED, "breaks": words,
-         "rows": rows, "results": results}, indent=1) + "\n")
-    draw(results, folder / "budget.png")
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "budget.json").write_text(json.dumps(
+            {"machine": machine(), "assumed": ASSUMED, "machines": MACHINES, "protocols": PROTOCOLS, "tuned": TUNED,
+             "breaks": words, "results": results}, indent=1) + "\n")
+        draw(results, args.out / "budget.png")
 
 
 if __name__ == "__main__":

@@ -4,11 +4,11 @@ One rank with masters, two moments and an average in fp32 saves in the backgroun
 steps of step-s; measured are the wait of save() itself, the slowing of the steps meanwhile, the time to the commit, the size,
 and the time to verify and read everything back. Writes benchmarks/results/checkpoint-<device>-<date>.json."""
 
-import sys
 from pathlib import Path
 
-if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
-    sys.path[0:1] = [str(Path(__file__).resolve().parent.parent)]      # a script's own folder hides other modules
+from iomm.checkout import enter
+
+ROOT = enter(__file__)
 
 import argparse
 import json
@@ -24,7 +24,6 @@ from iomm.engine import checkpoint
 from iomm.engine.doctor import machine
 from iomm.engine.interval import plan
 
-ROOT = Path(__file__).resolve().parent.parent
 
 class Alone:
     """The only rank."""

@@ -14,34 +14,35 @@ sides take turns, and go to benchmarks/results/loader-<device>-<date>.json. On a
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-OWN = ROOT, ROOT / "benchmarks"     # the script's own folder must not come first: a file in it could hide a module
-sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path or ".").resolve() not in OWN)]
+from iomm.checkout import enter
 
-import argparse  # noqa: E402
-import importlib.metadata  # noqa: E402
-import io  # noqa: E402
-import json  # noqa: E402
-import multiprocessing  # noqa: E402
-import os  # noqa: E402
-import statistics  # noqa: E402
-import tarfile  # noqa: E402
-import tempfile  # noqa: E402
-import time  # noqa: E402
+ROOT = enter(__file__)
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image, ImageFilter, ImageOps  # noqa: E402
+import argparse
+import importlib.metadata
+import io
+import json
+import multiprocessing
+import os
+import statistics
+import tarfile
+import tempfile
+import time
 
-from benchmarks.report import command  # noqa: E402
-from iomm.engine.data.buckets import Buckets, bucket_sizes  # noqa: E402
-from iomm.engine.data.decode import IMAGENET_MEAN, IMAGENET_STD  # noqa: E402
-from iomm.engine.data.index import build  # noqa: E402
-from iomm.engine.data.judge import RECORD  # noqa: E402
-from iomm.engine.data.order import Order  # noqa: E402
-from iomm.engine.data.shards import Shards  # noqa: E402
-from iomm.engine.data.source import ImageSource  # noqa: E402
-from iomm.engine.doctor import machine  # noqa: E402
+import numpy as np
+import torch
+from PIL import Image, ImageFilter, ImageOps
+
+from benchmarks.report import command
+from iomm.engine.data.buckets import Buckets, bucket_sizes
+from iomm.engine.data.index import build
+from iomm.engine.data.judge import RECORD
+from iomm.engine.data.order import Order
+from iomm.engine.data.shards import Shards
+from iomm.engine.data.source import ImageSource
+from iomm.engine.doctor import machine
+from iomm.kernels.image_patches import normalised
+from iomm.mllm import IMAGE_MEAN, IMAGE_STD
 
 SIZE_PX, VIT_PX, BATCH = 512, 448, 16
 NUM_CORES, ROUNDS, BATCHES_A_ROUND, WARM_UP = 2, 5, 8, 4
@@ -69,7 +70,7 @@ def by_pillow(data):
     left, top = ((side - SIZE_PX) // 2 for side in image.size)
     image = image.crop((left, top, left + SIZE_PX, top + SIZE_PX))
     small = image.resize((VIT_PX, VIT_PX), Image.BICUBIC)
-    return tensor(image, (0.5,) * 3, (0.5,) * 3), tensor(small, IMAGENET_MEAN, IMAGENET_STD)
+    return tensor(image, (0.5,) * 3, (0.5,) * 3), tensor(small, IMAGE_MEAN, IMAGE_STD)
 
 
 def tensor(image, mean, std):
@@ -89,9 +90,10 @@ def check(index_dir, resize):
     shards, worst = Shards(index_dir), [0.0, 0.0]
     batches = iter(ours(index_dir, resize=resize))
     for batch in (next(batches) for _ in range(3)):
-        for k, pixels, vit_pixels in zip(batch.entry_B.tolist(), batch.pixels_BCHW, batch.vit_pixels_BCHW):
+        vit_pixels_BCHW = normalised(batch.vit_pixels_BHWC, IMAGE_MEAN, IMAGE_STD)
+        for k, pixels, vit_pixels in zip(batch.entry_B.tolist(), batch.pixels_BCHW, vit_pixels_BCHW):
             wanted, vit_wanted = by_pillow(shards.image_bytes(k))
-            std = torch.tensor(IMAGENET_STD).view(3, 1, 1)
+            std = torch.tensor(IMAGE_STD).view(3, 1, 1)
             worst[0] = max(worst[0], float((pixels - wanted).abs().mean() * 127.5))
             worst[1] = max(worst[1], float(((vit_pixels - vit_wanted) * std).abs().mean() * 255))
     batches.close()

@@ -11,25 +11,24 @@ swept in between. Numbers go to benchmarks/results/ops-<device>-<date>.json with
 """
 
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-OWN = ROOT, ROOT / "benchmarks"     # the script's own folder must not come first: a file in it could hide a module
-sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path or ".").resolve() not in OWN)]
+from iomm.checkout import enter
 
-import argparse  # noqa: E402
-import functools  # noqa: E402
-import json  # noqa: E402
-import os  # noqa: E402
-import shutil  # noqa: E402
-import subprocess  # noqa: E402
-import time  # noqa: E402
+ROOT = enter(__file__)
 
-import torch  # noqa: E402
+import argparse
+import functools
+import json
+import os
+import shutil
+import subprocess
+import time
 
-from benchmarks.op_cases import cases, token_cases  # noqa: E402
-from iomm.engine.doctor import machine  # noqa: E402
-from iomm.kernels import native  # noqa: E402
+import torch
+
+from benchmarks.lib.op_cases import cases, token_cases
+from iomm.engine.doctor import machine
+from iomm.kernels import native
 
 LIMIT_S = 480
 
@@ -173,8 +172,7 @@ def sanitize():
 
 def cuda_ops_once():
     """The ops of csrc/ at the sizes of the checks, against the specification on the CPU: few other kernels run."""
-    from iomm.kernels.philox.compiled import philox_compiled
-    from iomm.kernels.philox.reference import philox_reference
+    from iomm.kernels.philox import philox_compiled, philox_reference
     n = torch.tensor([0, 5, 2**40])
     for kind in ("uniform", "normal"):
         got = philox_compiled(kind, 7, 2, n.cuda(), 1003).cpu()
@@ -261,7 +259,7 @@ def report(ready, rows, bandwidth, rate):
 
 def time_tiles(deadline):
     """Times every candidate tile of masked_attention at head dim 128 on the query pass; prints ms, best first."""
-    from iomm.kernels.masked_attention import tiles
+    from iomm.kernels.triton_ops import tiles
     arch = 90 if torch.cuda.get_device_capability() >= (9, 0) else 80
     case = next(iter(cases("cuda", torch.bfloat16)))
     inputs = case.time()

@@ -14,16 +14,16 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "benchmarks"))]
+from iomm.checkout import enter
 
-from iomm.config import InputError  # noqa: E402
+ROOT = enter(__file__)
+
+from iomm.config import InputError
 
 START, END = "<!-- generated: {} (python benchmarks/report.py) -->", "<!-- /generated -->"
 # Section of benchmarks/README.md -> the kinds of result file that it shows.
 SECTIONS = {
     "speed": ("throughput", "precision", "ops", "loader", "sampling", "startup"),
-    "budget": ("budget",),
     "reliability": ("survival", "data-reliability", "checkpoint"),
     "learning": ("demo", "recipes", "time-to-quality"),
 }
@@ -274,7 +274,7 @@ def rows_of(result):
             broke = isinstance(found, dict) and found.get("broke_off")
             yield what, f"broke off: {broke}" if broke else in_words(found)
     for what, count in {} if "trials" in result else result.get("rows", {}).items():
-        yield what.removeprefix("budget (a model, not a measurement): "), str(count).replace("images/s a GPU", "images/s per GPU")
+        yield what, str(count)
 
 
 def short(commits):
@@ -286,7 +286,7 @@ def table(section):
     """Return Markdown: a row for every figure of a section of benchmarks/README.md."""
     kinds = {"demo": demo, "loader": loader, "data-reliability": data_reliability, "ops": ops,
              "checkpoint": checkpoint, "precision": precision, "throughput": throughput, "startup": startup,
-             "sampling": sampling, "survival": rows_of, "budget": rows_of, "recipes": rows_of,
+             "sampling": sampling, "survival": rows_of, "recipes": rows_of,
              "time-to-quality": time_to_quality}
     rows = ["| what | figure | measured |", "|---|---|---|"]
     for kind in SECTIONS[section]:
@@ -338,7 +338,8 @@ def ops_table():
             if body.name == "reference":
                 status = f"the specification; {status}" if chosen else "the specification"
             where = " and ".join({"cpu": "CPU", "cuda": "GPU"}[device] for device in body.devices) or "CPU and GPU"
-            name = f"[`{op}`]({op}/__init__.py): {escaped(what)}" if i == 0 else ""
+            file = Path(module.__file__).resolve().relative_to(ROOT / "kernels").as_posix()
+            name = f"[`{op}`]({file}): {escaped(what)}" if i == 0 else ""
             rows.append(f"| {name} | {body.name} | {where}{f', {body.dtype_names}' if body.dtypes else ''} | {status} |")
     return "\n".join(rows)
 

@@ -3,18 +3,18 @@
 Writes benchmarks/results/sampling-<device>-<date>.json. Timed is what a user waits for: text in, PIL images out."""
 
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p or ".").resolve() not in (ROOT, ROOT / "benchmarks"))]
+from iomm.checkout import enter
 
-import argparse  # noqa: E402
-import json  # noqa: E402
-import statistics  # noqa: E402
-import time  # noqa: E402
+ROOT = enter(__file__)
 
-from benchmarks.report import above_0, command  # noqa: E402
-from iomm.pipeline import height_width  # noqa: E402
+import argparse
+import json
+import statistics
+import time
+
+from benchmarks.report import above_0, command
+from iomm.pipeline import height_width
 
 
 def sampling_rate(pipeline, *, steps=20, guidance=4.0, size=None, batches=3, compiled=False):

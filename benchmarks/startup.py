@@ -5,21 +5,20 @@ frozen parts, ZeRO-3), the first and the second step. Medians over --runs interp
 made before, by a run that does not count. Writes benchmarks/results/startup-<device>-<date>.json."""
 
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-OWN = ROOT, ROOT / "benchmarks"     # the script's own folder must not come first: a file in it could hide a module
-sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path or ".").resolve() not in OWN)]
+from iomm.checkout import enter
 
-import argparse  # noqa: E402
-import json  # noqa: E402
-import statistics  # noqa: E402
-import subprocess  # noqa: E402
-import tempfile  # noqa: E402
-import time  # noqa: E402
+ROOT = enter(__file__)
 
-from benchmarks.report import above_0, command  # noqa: E402
-from iomm.config import InputError  # noqa: E402
+import argparse
+import json
+import statistics
+import subprocess
+import tempfile
+import time
+
+from benchmarks.report import above_0, command
+from iomm.config import InputError
 
 
 def start(config_name, overrides):

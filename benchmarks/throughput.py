@@ -1,7 +1,7 @@
 """How fast a training step is, where its time goes, against plain PyTorch, and what that means for 110 M images.
 
     python benchmarks/throughput.py                            demo-cpu without a GPU, iomm-b-512 with one
-    python benchmarks/throughput.py --against plain            and Algorithm 1 in plain PyTorch (benchmarks/plain.py), in turn
+    python benchmarks/throughput.py --against plain            and Algorithm 1 in plain PyTorch (benchmarks/lib/baseline.py), in turn
     python benchmarks/throughput.py --config iomm-b-512 --against plain --trace traces --limit-s 480     the one GPU visit
     python benchmarks/throughput.py precision=fp32 train.micro_batch=4           keys of the config, as for a run
 
@@ -18,33 +18,33 @@ benchmarks/results/throughput-<config>-<device>-<date>.json as it is measured, a
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-OWN = ROOT, ROOT / "benchmarks"     # the script's own folder must not come first: a file in it could hide a module
-sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path or ".").resolve() not in OWN)]
+from iomm.checkout import enter
 
-import argparse  # noqa: E402
-import json  # noqa: E402
-import math  # noqa: E402
-import os  # noqa: E402
-import statistics  # noqa: E402
-import tempfile  # noqa: E402
-import time  # noqa: E402
-import traceback  # noqa: E402
-from contextlib import nullcontext  # noqa: E402
-from itertools import islice  # noqa: E402
+ROOT = enter(__file__)
 
-import torch  # noqa: E402
+import argparse
+import json
+import math
+import os
+import statistics
+import tempfile
+import time
+import traceback
+from contextlib import nullcontext
+from itertools import islice
 
-from benchmarks.ablations import ablations, swapped  # noqa: E402
-from benchmarks.bench import WARM_UP, Bench, prepare, ratio, summary, whole_copy  # noqa: E402
-from benchmarks.counts import Count, part_flops, plain_flops  # noqa: E402
-from benchmarks.ops import ceilings  # noqa: E402
-from benchmarks.plain import Plain, Trainer, engine_draws  # noqa: E402
-from benchmarks.report import above_0, command, label, pyplot  # noqa: E402
-from iomm.engine import zero  # noqa: E402
-from iomm.engine.doctor import machine  # noqa: E402
-from iomm.engine.metrics import memory_gib, peak_flops  # noqa: E402
-from iomm.engine.tracing import Window  # noqa: E402
+import torch
+
+from benchmarks.lib.ablations import ablations, swapped
+from benchmarks.lib.baseline import Plain, Trainer, engine_draws
+from benchmarks.lib.counts import Count, part_flops, plain_flops
+from benchmarks.lib.harness import WARM_UP, Bench, prepare, ratio, summary, whole_copy
+from benchmarks.ops import ceilings
+from benchmarks.report import above_0, command, label, pyplot
+from iomm.engine import zero
+from iomm.engine.doctor import machine
+from iomm.engine.metrics import memory_gib, peak_flops
+from iomm.engine.tracing import Window
 
 REAL = "iomm-b-512"                 # the config that the paper's hours are of
 STAGE_1, STAGE_2 = 110e6, 4.2e6     # images: 11 M x 10 epochs; 210 k pairs x 10 epochs and as many images beside them
@@ -68,8 +68,9 @@ def make_plain(bench):
     (batch, *_), twin = bench.next(), whole_copy(bench)
     n_B, draws = batch.n_B.to(bench.device), engine_draws(config, batch, mllm, vae)
     with torch.no_grad(), swapped(torch.nn.functional, linear=LINEAR):
-        ours = twin(batch.pixels_BCHW, batch.vit_pixels_BCHW, n_B)[0].item()
-        theirs = plain.loss(batch.pixels_BCHW, batch.vit_pixels_BCHW, *draws).item()
+        _, loss_B, *_ = twin(batch.pixels_BCHW, batch.vit_pixels_BHWC, n_B)      # of the velocity alone, which plain has too
+        ours = loss_B.mean().item()
+        theirs = plain.loss(batch.pixels_BCHW, batch.vit_pixels_BHWC, *draws).item()
     allowed = 1e-4 if config.precision == "fp32" else 2e-2
     print(f"loss on one batch: ours {ours:.6f}, plain {theirs:.6f}", flush=True)
     if not abs(ours - theirs) <= allowed * ours:
@@ -112,7 +113,7 @@ def parts_alone(bench):
     if bench.compiled:
         for block in twin.generator.blocks:
             block.forward = torch.compile(block.forward, fullgraph=True)
-    pixels, vit_pixels, n_B = batch.pixels_BCHW, batch.vit_pixels_BCHW, batch.n_B.to(bench.device)
+    pixels, vit_pixels, n_B = batch.pixels_BCHW, batch.vit_pixels_BHWC, batch.n_B.to(bench.device)
     condition = twin.condition(vit_pixels, n_B)
     cache, _ = mllm.prefix(condition)
     queries = twin.adapter(condition).detach().to(mllm.dtype).requires_grad_()

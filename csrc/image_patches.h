@@ -5,9 +5,9 @@
 
 namespace iomm {
 
-// value * scale + shift, rounded after the product and after the sum, as PyTorch does it: the same bits everywhere.
+// (value - mean) * scale, rounded after the difference and after the product, as PyTorch does it: the same bits everywhere.
 struct Affine {
-    float scale[3], shift[3];
+    float mean[3], scale[3];
 };
 
 struct Image {
@@ -16,7 +16,5 @@ struct Image {
     IOMM_INLINE int64_t rows() const { return height / patch; }
     IOMM_INLINE int64_t values() const { return 3 * patch * patch; }  // of a patch row, in order (channel, y, x)
 };
-
-constexpr float VAE_SCALE = 2.0f / 255.0f, VAE_SHIFT = -1.0f;
 
 }  // namespace iomm

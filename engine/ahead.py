@@ -25,7 +25,7 @@ class Ahead:
             with named("data"):
                 batch = next(self.batches, None)
             if batch is not None:                # pixels are dropped as soon as they are encoded
-                self.batch = replace(batch, prepared=self.prepare(*batch.inputs), pixels_BCHW=None, vit_pixels_BCHW=None,
+                self.batch = replace(batch, prepared=self.prepare(*batch.inputs), pixels_BCHW=None, vit_pixels_BHWC=None,
                                      latents_BCHW=None, image_tokens_IPD=None)
 
     def __iter__(self):

@@ -151,10 +151,8 @@ class TimeSection:
 @dataclass(frozen=True, kw_only=True)
 class OptimSection:
     kind: str = "adamw"                # adamw | muon: Muon for the matrices of layers, AdamW for everything else
-    # torch | deepspeed | apex: implementation of AdamW's update: torch's fused kernel, DeepSpeed's FusedAdam (compiled
-    # at the start unless DeepSpeed was built with it; a kill meanwhile leaves a lock file that the next start waits
-    # for) or NVIDIA apex's FusedAdam. All agree to float32 rounding. The rows `adamw` of `python benchmarks/ops.py
-    # --gpu` compare their speed.
+    # torch | apex: implementation of AdamW's update: torch's fused kernel or NVIDIA apex's FusedAdam. They agree to
+    # float32 rounding. The rows `adamw` of `python benchmarks/ops.py --gpu` compare their speed.
     adamw: str = "torch"
     lr: float = 1e-4                   # peak learning rate
     betas: tuple[float, float] = (0.9, 0.95)   # AdamW's betas
@@ -168,7 +166,10 @@ class OptimSection:
 
     def __post_init__(self):
         choice("optim.kind", self.kind, ("adamw", "muon"))
-        choice("optim.adamw", self.adamw, ("torch", "deepspeed", "apex"))
+        # Checkpoints of earlier versions may hold it; torch's update is the same to float32 rounding.
+        if self.adamw == "deepspeed":
+            object.__setattr__(self, "adamw", "torch")
+        choice("optim.adamw", self.adamw, ("torch", "apex"))
         choice("optim.schedule", self.schedule, ("constant", "cosine"))
         if not all(0 <= value < 1 for value in (*self.betas, self.momentum)):
             raise InputError(f"optim.betas and optim.momentum must be in [0, 1), got {self.betas} and {self.momentum}")

@@ -41,18 +41,26 @@ def rows():
     ]
 
 
+def git(*arguments):
+    """Return what git prints of this checkout, "unknown" where there is no git or no checkout."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+def cpu_name():
+    """Return the processor's model name, or the machine's architecture where /proc does not give it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
 def machine():
     """What a measured figure needs beside it: device, date, versions, commit ("and changes" if the tree is not clean)."""
-    def git(*arguments):
-        try:
-            done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
-        except OSError:                          # no git
-            return "unknown"
-        return done.stdout.strip() if done.returncode == 0 else "unknown"
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-    cpu = next((line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "CPU")
     changed = git("status", "--porcelain", "--untracked-files=no", ":/", ":(top,exclude)benchmarks/results", ":(top,exclude)*.md")
-    return {"device": gpu or f"{cpu}, {len(os.sched_getaffinity(0))} cores", "gpu": gpu, "date": str(datetime.date.today()),
+    return {"device": gpu or f"{cpu_name()}, {len(os.sched_getaffinity(0))} cores", "gpu": gpu, "date": str(datetime.date.today()),
             "torch": torch.__version__, "python": platform.python_version(),
             **{name: version_of(name) for name in ("deepspeed", "transformers", "diffusers", "triton")},
             "dali": " and ".join(dali_wheels().values()) or None,                # None: Pillow decodes

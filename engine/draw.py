@@ -76,7 +76,7 @@ def reconstruct(config, model, num, steps, seed, shift, device):
         shards, seed=config.run.seed, global_batch=num, micro_batch=num, rank=0, world_size=1, size_px=config.data.size_px,
         vit_px=mllm.vit_px, device=torch.device(device), num_steps=1)))
     n_B = batch.n_B.to(device)
-    condition = model.condition(batch.vit_pixels_BCHW, n_B)
+    condition = model.condition(batch.vit_pixels_BHWC, n_B)
     image_B = torch.arange(num, device=device)
     drawn = draw(model, condition, image_B, size_px=config.data.size_px, steps=steps, seed=seed, shift=shift)
     originals = to_images(batch.pixels_BCHW)

@@ -132,7 +132,7 @@ class Evaluation:
             return Pictures(self.gathered(mine, num, "drawn"), prompts)
         for batch in self.batches("image", self.drawn["image"]):
             n_B = batch.n_B.to(self.ranks.device)
-            condition = model.condition(batch.vit_pixels_BCHW, n_B + FIRST_N)
+            condition = model.condition(batch.vit_pixels_BHWC, n_B + FIRST_N)
             looks = batch.pixels_BCHW if batch.latents_BCHW is None else model.frozen[1].decode(batch.latents_BCHW)
             originals, drawn = to_images(looks), to_images(draw(model, condition, n_B, **settings))
             visible = visible_parts(model, n_B + FIRST_N, originals)
@@ -201,9 +201,9 @@ def fixed(model):
 
 def losses_at(model, batch):
     """Velocity loss of each sample at each of TIMES, (B, times) float64 on the CPU. Its condition is read once."""
-    vae, n_B = model.frozen[1], batch.n_B.to(batch.vit_pixels_BCHW.device) + FIRST_N
+    vae, n_B = model.frozen[1], batch.n_B.to(batch.vit_pixels_BHWC.device) + FIRST_N
     latents_BCHW = batch.latents_BCHW if batch.latents_BCHW is not None else model.encode(batch.pixels_BCHW, n_B)
-    read = model.read(model.condition(batch.vit_pixels_BCHW, n_B, batch.captions, batch.has_image))
+    read = model.read(model.condition(batch.vit_pixels_BHWC, n_B, batch.captions, batch.has_image))
     losses = []
     for t in TIMES:
         t_B = torch.full((len(n_B),), t, device=n_B.device)

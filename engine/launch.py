@@ -6,8 +6,9 @@ from pathlib import Path
 
 if __name__ == "__main__" and "RANK" in os.environ:
     os.environ["IOMM_PARENT"] = str(os.getppid())    # now: torch takes seconds to load, and the launcher may be gone then
-if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
-    del sys.path[0]              # a script's own folder: engine/ would shadow whatever else is called `config` or `data`
+from iomm.checkout import enter
+
+enter(__file__)
 
 from iomm.engine import cpu_ranks
 
@@ -25,6 +26,7 @@ import torch
 from iomm.config import InputError, choice
 from iomm.engine import checkpoint, loop, parts, plan, zero
 from iomm.engine.config import differences, flat, load_config
+from iomm.engine.data.atomic import whole_file
 from iomm.engine.data.skips import Skips
 from iomm.engine.doctor import write_machine
 from iomm.engine.draw import draw_run
@@ -186,7 +188,7 @@ def build(config, ranks, folder=None, say=print):
         say(start_from(config, model, ranks))
     if config.precision == "fp8":
         say("precision fp8 has not been compared on a GPU yet: no record says that its loss follows bf16's "
-            "(python benchmarks/precision.py makes one)")
+            "(python benchmarks/studies/precision.py makes one)")
     flops = sum(plan.work(model, config).values())
     compiled = config.train.compiled(ranks.device)
     if compiled:
@@ -257,10 +259,9 @@ def choose_checkpoint(config, args, ranks):
 
 def write_config(config):
     saved = Path(config.run.dir) / "config.yaml"
-    partial = saved.with_name(".config.yaml.partial")
     try:
-        partial.write_text(config.to_yaml(), encoding="utf-8")
-        partial.replace(saved)
+        with whole_file(saved) as partial:
+            partial.write_text(config.to_yaml(), encoding="utf-8")
     except OSError as error:
         raise InputError(f"{saved} cannot be written: {error.strerror}") from error
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from iomm.config import InputError
+from iomm.engine.data.atomic import whole_file
 from iomm.ranges import Clock, named
 
 WANDB_PATIENCE_S = 30      # for a key at the start, for its server at the end
@@ -46,9 +47,9 @@ class Metrics:
     A record is of the time since the record before, so that a checkpoint counts for the step after it. It is that of rank
     0's device: `clock`, entered by who trains, splits it by part (iomm/ranges.py).
     images_per_s = global batch / step_s; a pair counts as an image.
-    tokens_per_s = latent and condition tokens that the generator reads of one sample (IOMM.tokens_per_image, the mean over
+    tokens_per_s = latent and condition tokens that the generator reads of one sample (flops.tokens_per_image, the mean over
     images, pairs and masks; padding not counted) x images_per_s.
-    mfu = FLOPs that the method needs for one sample (IOMM.flops_by_part, the mean over images and pairs; recomputation and
+    mfu = FLOPs that the method needs for one sample (flops.flops_by_part, the mean over images and pairs; recomputation and
     padding not counted) x images_per_s / (peak FLOP/s of one device x devices).
     memory_gib: peak of rank 0 so far. gpu_hours: of all ranks since step 0, gpu_hours_left: by the median of 20 steps.
 
@@ -97,9 +98,8 @@ class Metrics:
                     self.gpu_hours = max(self.gpu_hours, row.get("gpu_hours", 0.0))
             except (ValueError, KeyError, TypeError):
                 continue                         # a line that a kill or a full disk has cut
-        partial = path.with_name(".log.jsonl.partial")          # a kill in here must not cost the lines before
-        partial.write_text("".join(kept), encoding="utf-8")
-        partial.replace(path)
+        with whole_file(path) as partial:                       # a kill in here must not cost the lines before
+            partial.write_text("".join(kept), encoding="utf-8")
 
     def open_board(self, start_step):
         from torch.utils.tensorboard import SummaryWriter

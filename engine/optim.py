@@ -12,7 +12,7 @@ from iomm.layers import at_least_float32
 
 STATE = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}     # a flat shard's tensors, by kind
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-CHUNK = 2048 * 32                # values a block of the multi-tensor kernel takes, as both of its owners call it
+CHUNK = 2048 * 32                # values a block of the multi-tensor kernel takes, as apex calls it
 # Most of a stack of matrices that are orthogonalised together, in bytes of float32. A GPU is filled by few large products. On a
 # CPU a stack saves calls, 13 % at 96 x 96, until it outgrows the cache: 96 x 384 gains nothing in twos and loses 7 % in eights
 # (one thread, AVX512, 2 MiB of L2).
@@ -49,8 +49,8 @@ def adamw_torch(flat, grad, exp_avg, exp_avg_sq, step, *, lr, betas, eps, weight
 
 
 def adamw_multi_tensor(kernel):
-    """The same by multi_tensor_adam of NVIDIA apex, or by DeepSpeed's copy of it: kernel(chunk, overflow, [gradients,
-    weights, first, second moments], lr, beta 1, beta 2, eps, step, decoupled decay, bias correction, decay)."""
+    """The same by multi_tensor_adam of NVIDIA apex: kernel(chunk, overflow, [gradients, weights, first, second moments],
+    lr, beta 1, beta 2, eps, step, decoupled decay, bias correction, decay)."""
     def update(flat, grad, exp_avg, exp_avg_sq, step, *, lr, betas, eps, weight_decay):
         step += 1
         overflow = torch.zeros(1, dtype=torch.int32, device=flat.device)

@@ -26,7 +26,7 @@ from iomm.engine.shapes import check_weights
 from iomm.engine.shapes import mllm as shapes_mllm
 from iomm.engine.shapes import vae as shapes_vae
 from iomm.engine.shapes.world import write_world
-from iomm.generator import new_generator
+from iomm.generator import empty_generator
 from iomm.internvl import load_mllm
 from iomm.model import IOMM, Recipe
 from iomm.vae import load_vae
@@ -185,20 +185,30 @@ def make_recipe(config):
 def build_model(config, device):
     """Frozen parts on `device`, trained parts drawn from run.seed on the CPU -> IOMM."""
     mllm = load_mllm(mllm_name(config), revision=config.model.mllm_revision, dtype=config.dtype, device=device)
-    vae = new_vae(config, device)
-    vae.grid(config.data.size_px, config.data.size_px)          # raises if the size does not divide
+    return assemble(config, mllm, new_vae(config, device))
+
+
+def assemble(config, mllm, vae, *, device=None):
+    """Return the IOMM of a run around its frozen parts.
+
+    device None: trained parts on the CPU, drawn from run.seed. Else on that device with weights that are still to be
+    loaded, or on "meta" with none. Raises InputError if the VAE's patches do not divide data.size_px."""
+    vae.grid(config.data.size_px, config.data.size_px)
     shape = generator_config(config.model.preset, token_dim=vae.token_dim, condition_dim=mllm.width)
-    seed, adapter, connector, alignment = config.run.seed, None, None, None
-    if config.adapter.kind != "none":
-        adapter = QueryAdapter(config.adapter, mllm.width)
-        adapter.init_weights(seed)
-    if config.adapter.connector_layers:
-        connector = Connector(config.adapter, mllm.width)
-        connector.init_weights(seed)
-    if config.align.weight:
-        alignment = AlignmentHead(config.align, shape.width, mllm)
-        alignment.init_weights(seed)
-    return IOMM(new_generator(shape, seed), adapter, mllm, vae, make_recipe(config), connector, alignment)
+    adapter = connector = alignment = None
+    with torch.device("cpu" if device is None else device):
+        if config.adapter.kind != "none":
+            adapter = QueryAdapter(config.adapter, mllm.width)
+        if config.adapter.connector_layers:
+            connector = Connector(config.adapter, mllm.width)
+        if config.align.weight:
+            alignment = AlignmentHead(config.align, shape.width, mllm)
+    generator = empty_generator(shape, device="cpu" if device is None else device)
+    if device is None:
+        for part in (generator, adapter, connector, alignment):
+            if part is not None:
+                part.init_weights(config.run.seed)
+    return IOMM(generator, adapter, mllm, vae, make_recipe(config), connector, alignment)
 
 
 def read_run(run_dir, ranks=None):

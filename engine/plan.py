@@ -8,18 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from iomm.adapter import Connector, QueryAdapter
+from iomm.adapter import Connector
 from iomm.alignment import AlignmentHead, alignment_loss
-from iomm.config import InputError, generator_config
+from iomm.config import InputError
 from iomm.engine import checkpoint
 from iomm.engine.data import latents
 from iomm.engine.data.patterns import expand
-from iomm.engine.parts import make_recipe, mllm_name, vae_name, without_head
+from iomm.engine.parts import assemble, mllm_name, vae_name, without_head
+from iomm.flops import condition_tokens, flops_by_part, tokens_per_image
 from iomm.generator import empty_generator
 from iomm.internvl import mllm_without_weights
 from iomm.layers import use_fp8
 from iomm.mllm import TURN
-from iomm.model import IOMM
 from iomm.vae import vae_without_weights
 
 NUM_TEXT, NUM_TURN = 24, 8      # tokens of the turn with the fixed prompt, and without, by Qwen2.5's tokenizer; where there is none
@@ -51,13 +51,7 @@ def build_without_weights(config):
     """RunConfig -> IOMM on the meta device. Raises InputError for what load and build would refuse."""
     mllm = mllm_without_weights(mllm_name(config))
     vae = vae_without_weights(vae_name(config), config.model.patch)
-    vae.grid(config.data.size_px, config.data.size_px)
-    shape = generator_config(config.model.preset, token_dim=vae.token_dim, condition_dim=mllm.width)
-    with torch.device("meta"):
-        adapter = None if config.adapter.kind == "none" else QueryAdapter(config.adapter, mllm.width)
-        connector = Connector(config.adapter, mllm.width) if config.adapter.connector_layers else None
-        alignment = AlignmentHead(config.align, shape.width, mllm) if config.align.weight else None
-    return IOMM(empty_generator(shape, device="meta"), adapter, mllm, vae, make_recipe(config), connector, alignment)
+    return assemble(config, mllm, vae, device="meta")
 
 
 def make_plan(config, ranks):
@@ -122,7 +116,7 @@ def work(model, config):
     """{part: FLOPs} that one sample of the run needs, the mean over its images and pairs."""
     total = {}
     for share, kind in kinds(model, config):
-        for part, flops in model.flops_by_part(
+        for part, flops in flops_by_part(model, 
                 config.data.size_px, cached=config.data.latents is not None, tokens_cached=config.data.latents == "memory", **kind).items():
             total[part] = total.get(part, 0) + share * flops
     return total
@@ -130,7 +124,7 @@ def work(model, config):
 
 def tokens(model, config):
     """Latent and condition tokens that the generator reads of one sample of the run, in the mean."""
-    return sum(share * model.tokens_per_image(config.data.size_px, **kind) for share, kind in kinds(model, config))
+    return sum(share * tokens_per_image(model, config.data.size_px, **kind) for share, kind in kinds(model, config))
 
 
 def memory(model, config, ranks, micro_batch):
@@ -202,7 +196,7 @@ def activation_bytes(model, config, micro_batch):
     mllm, vae = model.frozen
     dtype = config.dtype
     rows, columns = grid = vae.grid(config.data.size_px, config.data.size_px)
-    num_condition = max(round(model.condition_tokens(kind["num_text"], kind.get("image", True))[1])
+    num_condition = max(round(condition_tokens(model, kind["num_text"], kind.get("image", True))[1])
                         for _, kind in kinds(model, config))
     drawn = micro_batch * config.train.noise_draws
     with torch.device("meta"):
@@ -253,7 +247,7 @@ def prepared_bytes(model, config, micro_batch):
     condition, its prefix and the alignment's target in that of the MLLM."""
     mllm, vae = model.frozen
     rows, columns = vae.grid(config.data.size_px, config.data.size_px)
-    num_prefix = max(model.condition_tokens(kind["num_text"], kind.get("image", True))[0] for _, kind in kinds(model, config))
+    num_prefix = max(condition_tokens(model, kind["num_text"], kind.get("image", True))[0] for _, kind in kinds(model, config))
     latents = 2 * config.train.noise_draws * rows * columns * vae.token_dim * (2 if config.data.precision == "bf16" else 4)
     target = 0
     if model.alignment is not None:

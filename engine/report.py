@@ -23,6 +23,7 @@ import yaml
 from PIL import Image, ImageDraw, ImageFont
 
 from iomm.config import InputError
+from iomm.engine.data.atomic import whole_file
 
 LAST_STEPS = 20  # whose mean is called the final loss
 MOST_POINTS = 400  # of a curve; more steps are averaged in groups
@@ -169,9 +170,8 @@ def write_run(run_dir: str | Path) -> Path:
 def put(path, data):
     """Write a file whole or not at all: a browser may be reading the one before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(data)
-    partial.replace(path)
+    with whole_file(path) as partial:
+        partial.write_bytes(data)
 
 
 # Reading

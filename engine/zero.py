@@ -105,26 +105,17 @@ def stop():
 
 
 def adamw_body(name, device):
-    """"torch", "deepspeed" or "apex" -> what does AdamW's update. Raises InputError if it cannot run here, and says what to
-    install."""
+    """"torch" or "apex" -> what does AdamW's update. Raises InputError if it cannot run here, and says what to install."""
     if name == "torch":
         return adamw_torch
-    if name == "apex":
-        if device.type != "cuda":
-            raise InputError("optim.adamw=apex needs a GPU: leave optim.adamw=torch")
-        try:
-            from amp_C import multi_tensor_adam  # the compiled part of NVIDIA's apex; PyPI's `apex` has none
-        except ImportError as error:
-            raise InputError(f"optim.adamw=apex: no NVIDIA apex with CUDA extensions here ({error}); build it from "
-                             "github.com/NVIDIA/apex (never `pip install apex`), or set optim.adamw=torch") from None
-        return adamw_multi_tensor(multi_tensor_adam)
+    if device.type != "cuda":
+        raise InputError("optim.adamw=apex needs a GPU: leave optim.adamw=torch")
     try:
-        from deepspeed.ops.op_builder import FusedAdamBuilder
-        return adamw_multi_tensor(FusedAdamBuilder().load(verbose=False).multi_tensor_adam)
-    except Exception as error:                               # nvcc missing, another CUDA than torch's, a compiler's error
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"optim.adamw=deepspeed: FusedAdam cannot be compiled ({reason}); install ninja and, for a GPU, nvcc of "
-                         "torch's CUDA, or set optim.adamw=torch") from None
+        from amp_C import multi_tensor_adam  # the compiled part of NVIDIA's apex; PyPI's `apex` has none
+    except ImportError as error:
+        raise InputError(f"optim.adamw=apex: no NVIDIA apex with CUDA extensions here ({error}); build it from "
+                         "github.com/NVIDIA/apex (never `pip install apex`), or set optim.adamw=torch") from None
+    return adamw_multi_tensor(multi_tensor_adam)
 
 
 class Sharded:

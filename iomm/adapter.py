@@ -5,8 +5,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from iomm.config import InputError
+from iomm.flops import attention_flops, linear_flops
 from iomm.kernels.masked_attention import masked_attention
-from iomm.layers import attend, attention_flops, linear_flops
+from iomm.layers import attend
 
 
 class QueryAdapter(nn.Module):

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iomm.config import AlignConfig
-from iomm.layers import at_least_float32, init_weights, linear_flops
+from iomm.flops import linear_flops
+from iomm.layers import at_least_float32, init_weights
 
 PREFIX = "alignment."  # of the head's parameters among those of an IOMM
 

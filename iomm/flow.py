@@ -1,15 +1,12 @@
 """Rectified flow between image (t = 0) and noise (t = 1): times and loss. Draws nothing itself.
 
-The noisy tokens with their velocity, and the loss, are ops: kernels/noisy_tokens, kernels/velocity_loss."""
+The noisy tokens with their velocity are an op: kernels/noisy_tokens."""
 
 import math
 
 import torch
 
 from iomm.config import InputError, choice
-from iomm.kernels.velocity_loss import velocity_loss
-
-__all__ = ["TIME_KINDS", "loss_by_time", "flux_shift", "sample_time", "shift_time", "velocity_loss"]
 
 TIME_KINDS = ("uniform", "logit_normal")
 
@@ -39,6 +36,18 @@ def sample_time(uniform_B, kind="uniform", mean=0.0, std=1.0, shift=1.0):
         tiny = torch.finfo(t_B.dtype).eps / 2  # a drawn 0 would be minus infinity
         t_B = torch.sigmoid(mean + std * torch.special.ndtri(t_B.clamp(tiny, 1 - tiny)))
     return shift_time(t_B, shift)
+
+
+def velocity_loss(velocity_BNK, target_BNK):
+    """Return (mean squared error, the same per sample (B,)), unitless, at least float32.
+
+    Raises ValueError unless both have one shape (B, N, K): broadcasting would give a wrong loss."""
+    if velocity_BNK.dim() != 3 or velocity_BNK.shape != target_BNK.shape:
+        raise ValueError(f"velocity and target must be (B, N, K) alike, "
+                         f"got {tuple(velocity_BNK.shape)} and {tuple(target_BNK.shape)}")
+    dtype = torch.promote_types(velocity_BNK.dtype, torch.float32)
+    loss_B = (velocity_BNK.to(dtype) - target_BNK.to(dtype)).square().mean(dim=(1, 2))
+    return loss_B.mean(), loss_B
 
 
 def loss_by_time(loss_B, t_B, num_buckets=4):

@@ -1,14 +1,13 @@
-"""Where an InternVL comes from: a checkpoint, a known shape with random weights or none, a new one; and its training on captions.
+"""Where an InternVL comes from: a checkpoint, or a known shape with random weights or none.
 
-The only door to transformers."""
+A door to transformers; engine/shapes/mllm.py, which makes and trains a small one, is the other."""
 
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from iomm.config import InputError, choice
-from iomm.mllm import IMAGE, MLLM, RECONSTRUCT, TURN
+from iomm.mllm import MLLM, RECONSTRUCT
 
 
 def is_folder(name):
@@ -141,66 +140,3 @@ def random_mllm(shape, dtype, device, seed=0):
         torch.manual_seed(seed)
         internvl = InternVLModel(internvl_config(**shape)).to(dtype)
     return MLLM(internvl, prompt_tokenizer())
-
-
-def create_mllm(folder, *, texts, vision, text, seed=0, vocab_size=512):
-    """Writes a new InternVL with random weights to `folder`, in transformers' own format, and returns the folder.
-
-    vision, text: keyword arguments of InternVLVisionConfig and of the decoder's config (Qwen2Config unless model_type
-    says qwen3). texts: strings on which a byte-level BPE vocabulary of at most vocab_size tokens is trained, so that any
-    other text still has an encoding. Weights are drawn on the CPU from `seed`."""
-    from transformers import InternVLForConditionalGeneration
-    from transformers.utils import logging
-    tokenizer = byte_tokenizer(texts, vocab_size)
-    config = internvl_config(vision, {**text, "vocab_size": len(tokenizer)},
-                             image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = InternVLForConditionalGeneration(config)
-    logging.disable_progress_bar()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-class Captioner(nn.Module):
-    """An InternVL with its language-model head, to be trained on turns [user: text, image] -> [assistant: answer].
-
-    `folder` is one that create_mllm or save wrote. forward(texts, answers, vit_pixels_ICHW, has_image) -> (mean loss of the
-    answers' tokens, (B,) bool: whether the most probable tokens are exactly the answer; greedy decoding gives it then)."""
-
-    def __init__(self, folder):
-        from transformers import AutoTokenizer, InternVLForConditionalGeneration
-        super().__init__()
-        self.internvl = InternVLForConditionalGeneration.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-
-    def forward(self, texts, answers, vit_pixels_ICHW, has_image):
-        config = self.internvl.config
-        rows = []
-        for text, answer, image in zip(texts, answers, has_image, strict=True):
-            middle = IMAGE[0] + "<IMG_CONTEXT>" * config.image_seq_length + IMAGE[1] if image else ""
-            asked, said = (self.tokenizer(part, add_special_tokens=False)["input_ids"]
-                           for part in (TURN[0] + text + middle + TURN[1], answer + "<|im_end|>"))
-            rows.append((torch.tensor(asked + said), torch.tensor([-100] * len(asked) + said)))
-        ids_BT, labels_BT = (torch.nn.utils.rnn.pad_sequence(column, batch_first=True, padding_value=padding)
-                             for column, padding in zip(zip(*rows), (self.tokenizer.pad_token_id, -100)))
-        shown_BT = torch.nn.utils.rnn.pad_sequence([torch.ones(len(row), dtype=torch.long) for row, _ in rows], batch_first=True)
-        logits_BTV = self.internvl(input_ids=ids_BT, attention_mask=shown_BT, pixel_values=vit_pixels_ICHW,
-                                   use_cache=False).logits[:, :-1]
-        labels_BT = labels_BT[:, 1:]
-        loss = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), labels_BT.flatten(), ignore_index=-100)
-        right_BT = (logits_BTV.argmax(-1) == labels_BT) | (labels_BT == -100)
-        return loss, right_BT.all(1)
-
-    def save(self, folder, dtype, metadata):
-        """Writes weights of `dtype`, config and tokenizer in transformers' own format; metadata: strings that stand in the
-        head of model.safetensors."""
-        from safetensors import safe_open
-        from safetensors.torch import load_file, save_file
-        self.internvl.to(dtype).save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        path = Path(folder) / "model.safetensors"
-        with safe_open(path, framework="pt") as file:
-            metadata = {**file.metadata(), **metadata}
-        save_file(load_file(path), path, metadata=metadata)

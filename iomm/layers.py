@@ -103,15 +103,9 @@ def attend(q_BLAE, k_BLAE, v_BLAE, shown_BL=None):
     return heads_BALE.transpose(1, 2).flatten(2)
 
 
-def attention_flops(num_queries, num_keys, width):
-    """Forward FLOPs of `attend` on one sequence: two products, 2 m n k each."""
-    return 4 * num_queries * num_keys * width
-
-
-def linear_flops(module, num_tokens):
-    """Forward FLOPs of all linears inside `module` on one sequence. From their sizes: ZeRO-3 leaves weights empty."""
-    linears = [part for part in module.modules() if isinstance(part, nn.Linear)]
-    return sum(2 * num_tokens * linear.in_features * linear.out_features for linear in linears)
+def gate_residual(x_BLD, gate_BD, y_BLD):
+    """Return x + gate y (B, L, D): a branch joins the residual stream, by one gate per sample."""
+    return x_BLD + gate_BD[:, None] * y_BLD
 
 
 def generator_for(seed, name):

@@ -7,9 +7,11 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from iomm.config import InputError
+from iomm.kernels.image_patches import image_patches, normalised
 from iomm.kernels.masked_attention import masked_attention
 
 # One user turn, then the assistant's turn, where the queries stand: the Qwen2.5 chat format without a system prompt.
@@ -88,18 +90,36 @@ class MLLM(Frozen):
         return self.backbone.device
 
     @torch.no_grad()
-    def image_tokens(self, vit_pixels_BCHW):
-        """(B, 3, vit_px, vit_px) normalised by IMAGE_MEAN and IMAGE_STD -> (B, P, D). No gradient.
+    def image_tokens(self, vit_pixels):
+        """Return the image tokens (B, P, D) of what `vit_states` takes. No gradient.
 
         What transformers' get_image_features computes, without its hooks on every layer, which torch.compile cannot trace."""
-        return self.project(self.vit_states(vit_pixels_BCHW))
+        return self.project(self.vit_states(vit_pixels))
 
     @torch.no_grad()
-    def vit_states(self, vit_pixels_BCHW):
-        """Return the ViT's last hidden states, normed, without class token: (B, patches, W), a row-major square."""
+    def vit_states(self, vit_pixels):
+        """Return the ViT's last hidden states, normed, without class token: (B, patches, W), a row-major square.
+
+        vit_pixels: uint8 (B, vit_px, vit_px, 3), or float (B, 3, vit_px, vit_px) normalised by IMAGE_MEAN and IMAGE_STD."""
         tower = self.backbone.vision_tower
-        embedded = tower.embeddings(vit_pixels_BCHW.to(self.dtype))
+        if vit_pixels.dtype != torch.uint8:
+            embedded = tower.embeddings(vit_pixels.to(self.dtype))
+        elif vit_pixels.is_cuda:
+            embedded = self.embedded_rows(vit_pixels)
+        # On a CPU one product is no faster (LOG.md, 2026-11-30), and rounds otherwise than the convolution of earlier runs.
+        else:
+            embedded = tower.embeddings(normalised(vit_pixels, IMAGE_MEAN, IMAGE_STD).to(self.dtype))
         return tower.layernorm(tower.encoder(embedded).last_hidden_state)[:, 1:]
+
+    def embedded_rows(self, pixels_BHWC):
+        """Return what the ViT's embeddings make of bytes: patch rows in one pass, and one product with the convolution's weight."""
+        embeddings = self.backbone.vision_tower.embeddings
+        projection = embeddings.patch_embeddings.projection
+        rows_BNK = image_patches(
+            pixels_BHWC, projection.kernel_size[0], mean=IMAGE_MEAN, std=IMAGE_STD, dtype=projection.weight.dtype)
+        patches_BNW = F.linear(rows_BNK, projection.weight.flatten(1), projection.bias)
+        tokens_BNW = torch.cat((embeddings.cls_token.expand(len(patches_BNW), -1, -1), patches_BNW), dim=1)
+        return tokens_BNW if embeddings.position_embeddings is None else tokens_BNW + embeddings.position_embeddings
 
     @torch.no_grad()
     def project(self, states_BNW):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from iomm.kernels.gate_residual import gate_residual
+from iomm.flops import attention_flops, linear_flops
 from iomm.kernels.norm_modulate import norm_modulate
 from iomm.kernels.qk_norm_rope import qk_norm_rope
 from iomm.layers import (
@@ -19,10 +19,9 @@ from iomm.layers import (
     TokenLinear,
     at_least_float32,
     attend,
-    attention_flops,
+    gate_residual,
     grid_positions,
     init_weights,
-    linear_flops,
     rope_tables,
 )
 

@@ -16,7 +16,7 @@ from iomm.kernels.noisy_tokens import noisy_tokens
 from iomm.kernels.philox import CAPTION_DROP, TIME, VAE, normal, uniform
 from iomm.layers import use_fp8
 from iomm.masking import visible_mask
-from iomm.mllm import IMAGE, RECONSTRUCT, TURN, Condition
+from iomm.mllm import RECONSTRUCT, Condition
 from iomm.ranges import named
 
 
@@ -72,13 +72,13 @@ class IOMM(nn.Module):
         self.recipe = recipe
 
     @torch.no_grad()
-    def prepare(self, pixels_BCHW, vit_pixels_ICHW, n_B, latents_BCHW=None, captions=None, has_image=None,
+    def prepare(self, pixels_BCHW, vit_pixels_I, n_B, latents_BCHW=None, captions=None, has_image=None,
                 image_tokens_IPD=None):
-        """VAE pixels in [-1, 1], normalised ViT pixels, sample numbers -> Prepared, on which `forward` goes on. No trained
-        weight takes part, so it may run while the generator still works on the batch before.
+        """VAE pixels in [-1, 1], ViT pixels as MLLM.vit_states takes them, sample numbers -> Prepared, on which `forward` goes
+        on. No trained weight takes part, so it may run while the generator still works on the batch before.
 
         captions and has_image (B texts, B bools), where some samples are pairs: those are conditioned on their caption and
-        vit_pixels_ICHW are of the others, in order (of all samples where pairs are aligned too). With cached latents_BCHW the
+        vit_pixels_I are of the others, in order (of all samples where pairs are aligned too). With cached latents_BCHW the
         VAE pixels may be None, with cached image_tokens_IPD the ViT pixels. Draws nothing from a global generator: mask, time,
         noise and dropped captions belong to (seed, n)."""
         mllm, vae = self.frozen
@@ -91,8 +91,8 @@ class IOMM(nn.Module):
         noisy_RNK, target_RNK = noisy_tokens(latents_RCHW, t_R, seed, n_R, vae.patch)
         shape, tokens_IPD, aligned = grid(latents_BCHW, vae.patch), image_tokens_IPD, {}
         if self.alignment is not None:
-            tokens_IPD, aligned = self.look(vit_pixels_ICHW, tokens_IPD, has_image, shape)            # step 3
-        condition = self.condition(vit_pixels_ICHW, n_B, captions, has_image, tokens_IPD)  # steps 3, 4, 5
+            tokens_IPD, aligned = self.look(vit_pixels_I, tokens_IPD, has_image, shape)            # step 3
+        condition = self.condition(vit_pixels_I, n_B, captions, has_image, tokens_IPD)  # steps 3, 4, 5
         return Prepared(noisy_RNK=noisy_RNK, target_RNK=target_RNK, t_R=t_R, grid=shape, condition=condition,
                         prefix=self.prefix(condition), **aligned)                         # of step 7, what sees no query
 
@@ -135,7 +135,7 @@ class IOMM(nn.Module):
             loss = alignment_loss(self.alignment(latents_RND), self.for_each_draw(given.align_IND))
             return loss if draws == 1 else loss.unflatten(0, (-1, draws)).mean(1)
 
-    def look(self, vit_pixels_ICHW, tokens_IPD, has_image, latent_grid):
+    def look(self, vit_pixels_I, tokens_IPD, has_image, latent_grid):
         """Run the ViT on the whole images, once for both uses.
 
         Returns the image tokens of the samples that are conditioned on their image (None without any) and what Prepared
@@ -148,19 +148,19 @@ class IOMM(nn.Module):
         aligned_I = None if align.pairs else rows_I
         if tokens_IPD is not None and len(tokens_IPD):           # read from memory, and config allows this target alone
             return tokens_IPD, {"align_IND": on_grid(tokens_IPD, latent_grid), "aligned_I": aligned_I}
-        if tokens_IPD is not None or not len(vit_pixels_ICHW):   # pairs alone, for which no ViT need run
+        if tokens_IPD is not None or not len(vit_pixels_I):   # pairs alone, for which no ViT need run
             shape = 0, math.prod(latent_grid), self.alignment.target_width
             empty_IND = torch.empty(shape, dtype=mllm.dtype, device=device)
             return None, {"align_IND": empty_IND, "aligned_I": aligned_I}
         with named("vit"):
-            states = mllm.vit_states(vit_pixels_ICHW)
+            states = mllm.vit_states(vit_pixels_I)
             target = states if align.target == "vit" else mllm.project(states)
             tokens_IPD = target[rows_I] if align.pairs and rows_I is not None else target
             if align.target == "vit":
                 tokens_IPD = mllm.project(tokens_IPD) if len(tokens_IPD) else None
             return tokens_IPD, {"align_IND": on_grid(target, latent_grid), "aligned_I": aligned_I}
 
-    def condition(self, vit_pixels_ICHW, n_B, captions=None, has_image=None, tokens_IPD=None):
+    def condition(self, vit_pixels_I, n_B, captions=None, has_image=None, tokens_IPD=None):
         """One packed condition for both kinds of samples: [fixed prompt, visible image tokens] or [caption]; a caption is
         dropped with probability caption_drop. tokens_IPD: the image tokens, where the ViT has run already."""
         mllm, _ = self.frozen
@@ -178,7 +178,7 @@ class IOMM(nn.Module):
         else:
             if tokens_IPD is None:
                 with named("vit"):
-                    tokens_IPD = mllm.image_tokens(vit_pixels_ICHW)
+                    tokens_IPD = mllm.image_tokens(vit_pixels_I)
             visible = visible_mask(mask, self.recipe.seed, image_n, mllm.num_image_tokens)
         return mllm.condition(texts, tokens_IPD, has_image=has_image, visible=visible, mode=mask.mode, positions=mask.positions)
 
@@ -190,50 +190,6 @@ class IOMM(nn.Module):
         shape = (vae.channels, *(side // vae.factor for side in pixels_BCHW.shape[-2:]))
         noise_BCHW = normal(self.recipe.seed, VAE, n_B, math.prod(shape)).unflatten(1, shape)
         return vae.encode(pixels_BCHW, noise_BCHW)
-
-    def flops_per_image(self, size_px, num_text=None, **sample):
-        """FLOPs that one sample of a training step needs: the sum of flops_by_part."""
-        return sum(self.flops_by_part(size_px, num_text, **sample).values())
-
-    def flops_by_part(self, size_px, num_text=None, *, image=True, cached=False, tokens_cached=False):
-        """{part: FLOPs} that one sample of a training step needs: frozen encoders forward, prefix forward, queries forward and
-        backward to their inputs, adapter, connector, alignment head and generator forward and backward (3 x forward).
-
-        num_text: its text tokens; None to ask the tokenizer for the fixed prompt's. image: conditioned on its visible image
-        tokens; else a pair, on its caption alone, without ViT unless pairs are aligned. cached: latents are read, without VAE;
-        tokens_cached: image tokens are read, without ViT."""
-        (mllm, vae), draws = self.frozen, self.recipe.noise_draws
-        num_prefix, num_condition = self.condition_tokens(num_text, image)
-        num_queries = 0 if self.adapter is None else self.recipe.adapter.num_queries
-        aligned = self.alignment is not None and (image or self.recipe.align.pairs)
-        projected = image or self.recipe.align.target == "projector"
-        vit = mllm.vit_flops(projector=projected) if (image or aligned) and not tokens_cached else 0
-        parts = {"VAE": 0 if cached else vae.flops_per_image(size_px), "ViT": vit,
-                 "MLLM": sum(mllm.decoder_flops(num_prefix, num_queries, outputs=self.recipe.adapter.conditions == "all")),
-                 "generator": 3 * draws * self.generator.flops_per_image(vae.grid(size_px, size_px), num_condition)}
-        if self.adapter is not None:
-            parts["adapter"] = 3 * self.adapter.flops(num_prefix)
-        if self.connector is not None:
-            parts["connector"] = 3 * self.connector.flops(num_condition)
-        if self.alignment is not None:
-            num_latents = math.prod(vae.grid(size_px, size_px))
-            parts["align"] = 3 * draws * self.alignment.flops(num_latents) if aligned else 0
-        return parts
-
-    def tokens_per_image(self, size_px, num_text=None, *, image=True):
-        """Tokens that the generator reads of one sample: latent tokens N + condition tokens C, the latter in the mean over
-        masks, in each of its noise draws. num_text and image as in flops_by_part."""
-        once = math.prod(self.frozen[1].grid(size_px, size_px)) + self.condition_tokens(num_text, image)[1]
-        return self.recipe.noise_draws * once
-
-    def condition_tokens(self, num_text=None, image=True):
-        """(tokens before the queries, C): what the MLLM reads of a sample and what the generator reads of the MLLM, in the
-        mean over masks."""
-        mllm, mask = self.frozen[0], self.recipe.mask
-        text = len(mllm.token_ids("".join(TURN) + "".join(IMAGE) + RECONSTRUCT)) if num_text is None else num_text
-        shown = mllm.num_image_tokens * (1 if mask.mode == "zero" else 1 - mask.ratio) if image else 0
-        num_queries = 0 if self.adapter is None else self.recipe.adapter.num_queries
-        return text + shown, num_queries + (text + shown if self.recipe.adapter.conditions == "all" else 0)
 
     def prefix(self, condition):
         """Keys and values of every layer, and outputs if they are wanted: the part of step 7 that depends on no query."""

@@ -13,7 +13,6 @@ from iomm.adapter import Connector, QueryAdapter
 from iomm.config import AdapterConfig, InputError
 from iomm.internvl import load_mllm
 from iomm.kernels.noisy_tokens import unpatch
-from iomm.mllm import IMAGE_MEAN, IMAGE_STD
 from iomm.model import IOMM, Recipe
 from iomm.sampler import image_noise, sample
 from iomm.vae import load_vae
@@ -112,9 +111,7 @@ class Pipeline:
         side, px = min(image.size), self.model.frozen[0].vit_px
         left, top = (image.width - side) // 2, (image.height - side) // 2
         square = image.resize((px, px), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
-        pixels = torch.from_numpy(np.array(square)).to(self.model.generator.final.weight.device).permute(2, 0, 1)
-        mean, std = (torch.tensor(x, device=pixels.device)[:, None, None] for x in (IMAGE_MEAN, IMAGE_STD))
-        return ((pixels / 255 - mean) / std)[None]
+        return torch.from_numpy(np.array(square))[None].to(self.model.generator.final.weight.device)
 
     def _draw(self, texts, pictures, numbers, *, size, **settings):
         mllm, device, images = self.model.frozen[0], self.model.generator.final.weight.device, []

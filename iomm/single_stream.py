@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from iomm.flops import attention_flops, linear_flops
 from iomm.kernels.qk_norm_rope import qk_norm_rope
 from iomm.layers import (
     FusedLinear,
@@ -22,11 +23,9 @@ from iomm.layers import (
     TokenLinear,
     at_least_float32,
     attend,
-    attention_flops,
     generator_for,
     grid_positions,
     init_weights,
-    linear_flops,
     rope_tables,
 )
 

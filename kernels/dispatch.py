@@ -59,8 +59,10 @@ def register(op, name, fn, *, devices=(), dtypes=(), why_not=None, note=""):
 
 
 def ops():
-    """Names of all ops: the folders beside this file that are packages."""
-    return sorted(path.parent.name for path in Path(__file__).resolve().parent.glob("*/__init__.py"))
+    """Names of all ops: the modules and packages beside this file, its helpers excepted."""
+    here = Path(__file__).resolve().parent
+    names = {path.stem for path in here.glob("*.py")} | {path.parent.name for path in here.glob("*/__init__.py")}
+    return sorted(names - {"dispatch", "native", "triton_ops"})
 
 
 def overrides():

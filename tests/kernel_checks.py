@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from iomm.kernels import triton_support
+from iomm.kernels.triton_ops import support as triton_support
 
 ON_GPU = torch.cuda.is_available() and not triton_support.INTERPRETED
 DEVICE = "cuda" if ON_GPU else "cpu"

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -11,17 +10,12 @@ import time
 from pathlib import Path
 
 from iomm.engine import checkpoint
+from iomm.engine.cpu_ranks import free_port
 
 ROOT = Path(__file__).parent.parent
 LIMIT_S = 240
 PIXELS = str(ROOT / "tests/pixels.yaml")      # a config of the engine's tests: no VAE, no alignment, one rank
 BUILDS = Path(tempfile.mkdtemp(prefix="iomm-test-"))     # where just-in-time builds would leave a lock
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def command(ranks, *arguments):

@@ -36,6 +36,7 @@ from iomm.engine.plan import (
     work,
 )
 from iomm.engine.shapes.world import write_world
+from iomm.flops import flops_by_part
 from iomm.generator import new_generator
 from iomm.internvl import load_mllm
 
@@ -152,10 +153,7 @@ def test_the_vit_sees_the_whole_crop_stretched(size):
         [np_png(image)], np.zeros(1, bool), np.full((1, 2), 0.5, np.float32), np.ones(1, bool), size
     )
     ((vae_pixels, vit_pixels),) = Decoder(1, 32, "cpu")([encoded])
-    mean, std = (
-        torch.tensor(x).view(3, 1, 1) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    )
-    seen = ((vit_pixels * std + mean) * 2 - 1)[0]
+    seen = vit_pixels[0].permute(2, 0, 1) / 127.5 - 1
     grid = tuple(side // 4 for side in size)
     wanted = torch.nn.functional.avg_pool2d(vae_pixels, 4)[0].flatten(1).T
 
@@ -498,8 +496,8 @@ def test_the_source_shows_the_vit_what_it_is_asked_for(tmp_path):
         for pairs in (False, True)
     ]
     assert [batch.has_image for batch in found] == [[True, False, True, False]] * 2
-    assert found[0].vit_pixels_BCHW.shape[0] == 2 and torch.equal(
-        found[1].vit_pixels_BCHW[::2], found[0].vit_pixels_BCHW
+    assert found[0].vit_pixels_BHWC.shape[0] == 2 and torch.equal(
+        found[1].vit_pixels_BHWC[::2], found[0].vit_pixels_BHWC
     )
     assert (
         torch.equal(found[0].pixels_BCHW, found[1].pixels_BCHW)
@@ -572,7 +570,7 @@ def test_counted_flops_are_those_of_the_flop_counter(mllm):  # noqa: F811
     for generator in GENERATORS:
         for target in ("vit", "projector"):
             model = aligned(mllm, generator, target=target)
-            part = model.flops_by_part(32, 20)["align"]
+            part = flops_by_part(model, 32, 20)["align"]
             with_head = count(lambda: model(*pixels(n_B), n_B)[0].backward())  # noqa: B023
             model.alignment = None
             without = count(lambda: model(*pixels(n_B), n_B)[0].backward())  # noqa: B023
@@ -591,7 +589,7 @@ def test_a_pair_costs_what_it_is_aligned_for(mllm):  # noqa: F811
         (dict(pairs=True, target="projector"), mllm.vit_flops(), True),
     ]:
         model = aligned(mllm, **settings)
-        image, pair = (model.flops_by_part(32, 20, image=image) for image in (True, False))
+        image, pair = (flops_by_part(model, 32, 20, image=image) for image in (True, False))
         assert (image["ViT"], pair["ViT"]) == (mllm.vit_flops(), vit)
         assert (
             image["align"] == 3 * model.alignment.flops(64)

@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from iomm.engine.traffic import Message, Traffic
+from benchmarks.lib.traffic import Message, Traffic
 from iomm.generator import empty_generator
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,10 +63,24 @@ def test_parts_of_a_step_sum_up(budget):
     parts = sum(run[key] for key in ("compute_s", "exposed_s", "host_s", "after_s", "update_s", "checkpoint_s"))
     assert parts == pytest.approx(run["step_s"]) and min(run["exposed_s"], run["host_s"]) >= -1e-9
     assert run["gpu_hours"] == pytest.approx(107422 * run["step_s"] * 64 / 3600)
-    saved = json.loads((ROOT / "benchmarks/results/budget.json").read_text())["results"]["iomm-b-512"]["H800"]["as configured"]
-    stale = "benchmarks/results/budget.json is of other code: run benchmarks/budget.py, then report.py"
-    assert [run[key] for key in ("step_s", "after_s", "images_per_s")] == pytest.approx(
-        [saved[budget.GPUS.index(64)][key] for key in ("step_s", "after_s", "images_per_s")]), stale
+
+
+def test_the_readmes_quote_this_budget(budget):
+    rows = [line for line in (ROOT / "benchmarks/README.md").read_text().splitlines() if line.startswith("| `iomm-b-512` ")]
+    found = [f"{budget.estimate('iomm-b-512', gpu, ranks)['gpu_hours']:,.0f}" for gpu in ("H200", "H800") for ranks in (8, 64, 512)]
+    assert [row.strip("| ").split(" | ")[1:] for row in rows] == [found]
+    assert f"stage 1 takes {found[3]} GPU-hours on 8 H800" in (ROOT / "README.md").read_text()
+
+
+def test_what_is_written_goes_where_the_user_says(budget, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(budget, "CONFIGS", ("iomm-b-512",))
+    monkeypatch.setattr(budget, "GPUS", (1, 8))
+    budget.main([])
+    assert "Where the budget breaks" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    budget.main(["--out", str(tmp_path / "here")])
+    saved = json.loads((tmp_path / "here" / "budget.json").read_text())["results"]["iomm-b-512"]["H800"]["as configured"]
+    assert saved[1]["step_s"] == budget.estimate("iomm-b-512", "H800", 8)["step_s"]
+    assert (tmp_path / "here" / "budget.png").stat().st_size > 10_000
 
 
 def test_what_does_not_fit_is_not_promised(budget):

@@ -10,7 +10,8 @@ from test_mllm import TEXT, VISION
 from test_vae import autoencoder
 from torch._dynamo.utils import counters
 
-from iomm.internvl import create_mllm, load_mllm
+from iomm.engine.shapes.mllm import create_mllm
+from iomm.internvl import load_mllm
 from iomm.mllm import RECONSTRUCT
 from iomm.vae import FluxVAE
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 
 from iomm.config import InputError
-from iomm.engine.data.decode import IMAGENET_MEAN, IMAGENET_STD, DecodeError, Decoder, Encoded, sizes
+from iomm.engine.data.decode import DecodeError, Decoder, Encoded, sizes
 from iomm.engine.data.image import check_image
 
 CPU = torch.device("cpu")
@@ -66,9 +66,8 @@ def decode(images, size_px=96, vit_px=56, flips=None, batch_size=None, resize="d
     size = batch_size or len(images)
     batches = [batch(images[i:i + size], size_px, flips[i:i + size], **options) for i in range(0, len(images), size)]
     pixels, vit_pixels = (torch.cat(parts) for parts in zip(*Decoder(size, vit_px, CPU, resize=resize)(batches)))
-    assert pixels.dtype == vit_pixels.dtype == torch.float32
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return ((pixels + 1) / 2 * 255).permute(0, 2, 3, 1).numpy(), ((vit_pixels * std + mean) * 255).permute(0, 2, 3, 1).numpy()
+    assert pixels.dtype == torch.float32 and vit_pixels.dtype == torch.uint8
+    return ((pixels + 1) / 2 * 255).permute(0, 2, 3, 1).numpy(), vit_pixels.float().numpy()
 
 
 def error(got, wanted):
@@ -129,9 +128,8 @@ def test_range_of_the_outputs():
     white, black = (encode(Image.new("RGB", (64, 64), level), "PNG") for level in ("white", "black"))
     (pixels, vit_pixels), = Decoder(2, 16, CPU)([batch([white, black], 32, [False, True])])
     assert torch.equal(pixels[0], torch.ones(3, 32, 32)) and torch.equal(pixels[1], -torch.ones(3, 32, 32))
-    for channel, (mean, std) in enumerate(zip(IMAGENET_MEAN, IMAGENET_STD)):
-        torch.testing.assert_close(vit_pixels[0, channel], torch.full((16, 16), (1 - mean) / std))
-        torch.testing.assert_close(vit_pixels[1, channel], torch.full((16, 16), -mean / std))
+    assert vit_pixels.shape == (2, 16, 16, 3) and vit_pixels.is_contiguous()
+    assert (vit_pixels[0] == 255).all() and (vit_pixels[1] == 0).all()
 
 
 @pytest.mark.usefixtures("either")
@@ -203,8 +201,8 @@ def test_bf16_is_the_rounded_float32_and_vae_pixels_may_be_left_out(resize):
     encoded = batch(images, 96, [True, False, True], has_image=[True, False, True])
     (pixels, vit_pixels), = Decoder(3, 56, CPU, resize=resize)([encoded])
     (half, vit_half), = Decoder(3, 56, CPU, dtype=torch.bfloat16, resize=resize)([encoded])
-    assert half.dtype == vit_half.dtype == torch.bfloat16
-    assert torch.equal(half, pixels.bfloat16()) and torch.equal(vit_half, vit_pixels.bfloat16())
+    assert half.dtype == torch.bfloat16 and vit_half.dtype == torch.uint8
+    assert torch.equal(half, pixels.bfloat16()) and torch.equal(vit_half, vit_pixels)
     (nothing, alone), = Decoder(3, 56, CPU, vae_pixels=False, resize=resize)([encoded])
     assert nothing is None and torch.equal(alone, vit_pixels) and len(alone) == 2      # of the samples that the ViT sees
 

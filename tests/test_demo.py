@@ -2,7 +2,6 @@
 
 import json
 import math
-import platform
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,8 @@ import torch
 from launches import launch, rows
 from PIL import Image
 
-from benchmarks.demo import side_by_side
+from benchmarks.studies.demo import side_by_side
+from iomm.engine.doctor import cpu_name
 
 LOSSES = Path(__file__).parent / "demo_losses.json"
 STEPS, RANKS = 30, 2           # ranks of one thread each: two of them even where there are more cores, so that losses compare
@@ -19,11 +19,7 @@ LINEAR = math.pi / 2           # squared velocity error of the best prediction t
 
 def machine():
     """What decides the bits of a CPU run: torch build, vector unit, processor (its BLAS path), ranks."""
-    try:
-        model = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
-    except (OSError, StopIteration):
-        model = platform.processor()
-    return {"torch": torch.__version__, "cpu_capability": torch.backends.cpu.get_cpu_capability(), "processor": model,
+    return {"torch": torch.__version__, "cpu_capability": torch.backends.cpu.get_cpu_capability(), "processor": cpu_name(),
             "ranks": RANKS}
 
 

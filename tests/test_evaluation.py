@@ -84,7 +84,7 @@ def test_the_loss_is_that_of_the_formula_at_each_time(source, mllm):  # noqa: F8
                 n_B = batch.n_B + FIRST_N
                 latents = model.encode(batch.pixels_BCHW, n_B)
                 (image, _), (noise, _) = (noisy_tokens(latents, torch.full((4,), t), SEED, n_B, model.frozen[1].patch) for t in (0.0, 1.0))
-                read = model.read(model.condition(batch.vit_pixels_BCHW, n_B, batch.captions, batch.has_image))
+                read = model.read(model.condition(batch.vit_pixels_BHWC, n_B, batch.captions, batch.has_image))
                 for i, t in enumerate(TIMES):
                     velocity = model.velocity((1 - t) * image + t * noise, torch.full((4,), t), *read, (8, 8))
                     errors = (velocity - (noise - image)).square().mean(dim=(1, 2))

@@ -61,6 +61,22 @@ def test_loss_is_the_mean_square_in_float32():
     assert loss.dtype == loss_B.dtype == torch.float32 and abs(loss / exact - 1) < 2 * torch.finfo(torch.float32).eps
 
 
+def test_loss_has_the_gradient_of_the_mean_square_and_compiles_as_one_graph():
+    random = torch.Generator().manual_seed(0)
+    velocity, target = (torch.randn(2, 3, 4, generator=random, dtype=torch.float64) for _ in range(2))
+    assert torch.autograd.gradcheck(velocity_loss, (velocity.requires_grad_(), target))
+    loss, loss_B = velocity_loss(velocity, target)
+    torch.testing.assert_close(loss, torch.nn.functional.mse_loss(velocity, target), rtol=1e-14, atol=0)
+    torch.testing.assert_close(loss_B.mean(), loss, rtol=1e-14, atol=0)
+    compiled = torch.compile(lambda *x: velocity_loss(*x)[0] * 3, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(velocity, target), loss * 3)
+
+
+def test_loss_of_shapes_that_would_broadcast_is_a_value_error():
+    with pytest.raises(ValueError, match="alike"):
+        velocity_loss(torch.zeros(2, 3, 4), torch.zeros(2, 4, 3))
+
+
 def test_loss_by_time_adds_up():
     loss_B, t_B = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0]), torch.tensor([0.0, 0.24, 0.25, 0.99, 1.0])
     sums, counts = loss_by_time(loss_B, t_B)

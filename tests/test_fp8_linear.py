@@ -15,9 +15,7 @@ from iomm.config import PRESETS, InputError
 from iomm.engine import launch
 from iomm.generator import empty_generator
 from iomm.kernels import fp8_linear as op
-from iomm.kernels.fp8_linear import fp8_linear
-from iomm.kernels.fp8_linear.reference import BACKWARD, FORWARD, fp8_linear_reference, quantised
-from iomm.kernels.fp8_linear.scaled import fp8_linear_scaled
+from iomm.kernels.fp8_linear import BACKWARD, FORWARD, fp8_linear, fp8_linear_reference, fp8_linear_scaled, quantised
 from iomm.layers import TokenLinear, use_fp8
 
 BODIES = [fp8_linear_reference, fp8_linear_scaled]
@@ -182,7 +180,7 @@ def test_training_ends_as_near_to_bf16_as_other_starting_weights_do():
 def test_the_demo_in_fp8_follows_bf16(tmp_path, monkeypatch):
     """By the engine, under ZeRO-3: as near as two seeds are, and not the same curve."""
     monkeypatch.setattr(sys, "path", list(sys.path))      # the script changes it
-    compare = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks/precision.py"))["compare"]
+    compare = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks/studies/precision.py"))["compare"]
     result = compare(tmp_path, 40, ["train.threads=1"])
     bf16, fp8 = (result["runs"][name]["losses"] for name in ("bf16", "fp8"))
     assert fp8 != bf16 and fp8[-1] < 0.75 * fp8[0]

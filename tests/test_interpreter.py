@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from iomm.kernels import triton_support
+from iomm.kernels.triton_ops import support as triton_support
 
 TESTS = Path(__file__).resolve().parent
 FILES = sorted(path.name for path in TESTS.glob("test_*.py")

@@ -92,9 +92,9 @@ def test_encoded_mixture_has_the_batches_and_the_loss_of_pixels(world, pairs, ml
     for got, wanted in zip(batches(both, encoded, plan=plan), batches(both, plan=plan), strict=True):
         assert got.n_B.tolist() == wanted.n_B.tolist() and got.entry_B.tolist() == wanted.entry_B.tolist()
         assert got.captions == wanted.captions and got.has_image == wanted.has_image and not all(got.has_image)
-        assert got.pixels_BCHW is None and got.vit_pixels_BCHW is None
+        assert got.pixels_BCHW is None and got.vit_pixels_BHWC is None
         assert torch.equal(got.latents_BCHW, wanted.pixels_BCHW)
-        torch.testing.assert_close(got.image_tokens_IPD, mllm.image_tokens(wanted.vit_pixels_BCHW))
+        torch.testing.assert_close(got.image_tokens_IPD, mllm.image_tokens(wanted.vit_pixels_BHWC))
         with torch.no_grad():
             torch.testing.assert_close(model(*got.inputs)[1], model(*wanted.inputs)[1])
 
@@ -136,7 +136,7 @@ def test_same_batches_latents_in_place_of_pixels(world, vae, tmp_path, dtype):
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     for got, wanted in zip(cached, batches(world), strict=True):
         assert got.n_B.tolist() == wanted.n_B.tolist() and got.entry_B.tolist() == wanted.entry_B.tolist()
-        assert got.pixels_BCHW is None and torch.equal(got.vit_pixels_BCHW, wanted.vit_pixels_BCHW)
+        assert got.pixels_BCHW is None and torch.equal(got.vit_pixels_BHWC, wanted.vit_pixels_BHWC)
         assert torch.equal(got.latents_BCHW, vae.encode(wanted.pixels_BCHW).to(kind).float())
 
 
@@ -147,9 +147,9 @@ def test_losses_agree_to_the_rounding_of_the_latents(world, mllm, vae, tmp_path)
     model = tiny_model(mllm, vae)
     for got, wanted in zip(batches(world, store(world, tmp_path / "cache"), 2), batches(world, num_steps=2), strict=True):
         with torch.no_grad():
-            cached, _, _ = model(got.pixels_BCHW, got.vit_pixels_BCHW, got.n_B, got.latents_BCHW)
-            exact, _, _ = model(wanted.pixels_BCHW, wanted.vit_pixels_BCHW, wanted.n_B)
-            rounded, _, _ = model(wanted.pixels_BCHW.bfloat16().float(), wanted.vit_pixels_BCHW, wanted.n_B)
+            cached, _, _ = model(got.pixels_BCHW, got.vit_pixels_BHWC, got.n_B, got.latents_BCHW)
+            exact, _, _ = model(wanted.pixels_BCHW, wanted.vit_pixels_BHWC, wanted.n_B)
+            rounded, _, _ = model(wanted.pixels_BCHW.bfloat16().float(), wanted.vit_pixels_BHWC, wanted.n_B)
         assert torch.equal(cached, rounded)
         assert abs(cached - exact) < 2 * exact.sqrt() * 2**-9 + 2**-18      # |d(e^2)| <= 2 e d + d^2
 

@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 from kernel_checks import DEVICE, HALF, cast, check_against, needs_triton
 
-from iomm.kernels.masked_attention import fused, masked_attention, varlen
-from iomm.kernels.masked_attention.fused import masked_attention_triton
+from iomm.kernels.masked_attention import masked_attention, varlen
+from iomm.kernels.masked_attention import triton_op as fused
 from iomm.kernels.masked_attention.reference import masked_attention_reference
+from iomm.kernels.masked_attention.triton_op import masked_attention_triton
 
 pytestmark = pytest.mark.usefixtures("poison")
 

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from iomm.config import InputError
-from iomm.internvl import create_mllm, load_mllm
-from iomm.mllm import RECONSTRUCT
+from iomm.engine.shapes.mllm import create_mllm
+from iomm.internvl import load_mllm
+from iomm.kernels.image_patches import normalised
+from iomm.mllm import IMAGE_MEAN, IMAGE_STD, RECONSTRUCT
 
 VISION = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=96, image_size=32, patch_size=4,
               attention_bias=True)
@@ -117,6 +119,19 @@ def test_image_tokens_are_those_of_transformers(mllm):
     with torch.no_grad():
         theirs = mllm.backbone.get_image_features(pixels).pooler_output
     assert torch.equal(mllm.image_tokens(pixels), theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_are_embedded_as_transformers_embeds_normalised_pixels(folder, dtype):
+    """On a CPU with the same bits; by patch rows and one product, as on a GPU, within twice the convolution's own error."""
+    mllm, random = load_mllm(str(folder), dtype=dtype), torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (3, mllm.vit_px, mllm.vit_px, 3), generator=random, dtype=torch.uint8)
+    floats, embeddings = normalised(pixels, IMAGE_MEAN, IMAGE_STD), mllm.backbone.vision_tower.embeddings
+    assert torch.equal(mllm.vit_states(pixels), mllm.vit_states(floats))
+    same, got = embeddings(floats.to(dtype)), mllm.embedded_rows(pixels)
+    exact = embeddings.double()(floats.to(dtype).double())
+    budget = 2 * (same.double() - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
+    assert got.dtype == dtype and got.shape == same.shape and (got.double() - exact).abs().max() <= budget
 
 
 def test_zero_keeps_hidden_tokens_as_zeros(mllm):

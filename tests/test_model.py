@@ -9,8 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from iomm.adapter import Connector, QueryAdapter
 from iomm.config import AdapterConfig, GeneratorConfig, MaskConfig
+from iomm.engine.shapes.mllm import create_mllm
+from iomm.flops import flops_by_part
 from iomm.generator import new_generator
-from iomm.internvl import create_mllm, load_mllm
+from iomm.internvl import load_mllm
 from iomm.kernels.noisy_tokens import noisy_tokens
 from iomm.kernels.philox import CAPTION_DROP, TIME, uniform
 from iomm.masking import visible_mask
@@ -255,6 +257,6 @@ def test_noise_draws_are_the_mean_over_times_and_noises_of_one_condition(mllm, s
         patch.setattr(mllm, "queries", lambda x, *args, **kwargs: ran.append(len(x)) or queries(x, *args, **kwargs))
         model(*inputs, n_B)
     assert ran == [3]
-    parts = {k: (setattr(model, "recipe", single[k]), model.flops_by_part(SIZE))[1] for k in (1, 3)}
+    parts = {k: (setattr(model, "recipe", single[k]), flops_by_part(model, SIZE))[1] for k in (1, 3)}
     assert {part for part in parts[1] if parts[1][part] != parts[3][part]} == {"generator"}
     assert parts[3]["generator"] == 3 * parts[1]["generator"]

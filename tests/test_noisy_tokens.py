@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from iomm.kernels import native
-from iomm.kernels.noisy_tokens import noisy_tokens, patch_tokens, unpatch
-from iomm.kernels.noisy_tokens.reference import noisy_tokens_reference
+from iomm.kernels.noisy_tokens import noisy_tokens, noisy_tokens_reference, patch_tokens, unpatch
 from iomm.kernels.philox import NOISE, normal
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -68,14 +67,28 @@ def test_a_sample_does_not_depend_on_its_batch():
     assert all(torch.equal(a[1:3], b) for a, b in zip(whole, some))
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (0, 4, 4, 4, 2)])
 def test_unpatch_undoes_patch_tokens(shape):
     *shape, patch = shape
     x, _, _ = inputs(shape)
     tokens = patch_tokens(x, patch)
-    assert torch.equal(tokens[0], token_order(x[0], patch))
+    assert all(torch.equal(tokens[b], token_order(x[b], patch)) for b in range(len(x)))
     assert torch.equal(unpatch(tokens, *shape[2:], patch), x)
     assert torch.equal(unpatch(tokens.repeat(1, 1, 2)[..., : tokens.shape[2]], *shape[2:], patch), x)  # not contiguous
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradient_of_unpatch_is_the_packing(dtype):
+    tokens = torch.randn(2, 6, 12, dtype=dtype, requires_grad=True)
+    weight = torch.randn(2, 3, 4, 6, dtype=dtype)
+    (unpatch(tokens, 4, 6) * weight).sum().backward()
+    assert torch.equal(tokens.grad, patch_tokens(weight))
+
+
+def test_unpatch_compiles_as_one_graph():
+    tokens = torch.randn(2, 6, 12)
+    compiled = torch.compile(lambda tokens: unpatch(tokens, 4, 6), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(tokens), unpatch(tokens, 4, 6))
 
 
 def test_takes_no_gradient_and_any_layout():

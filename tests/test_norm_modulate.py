@@ -4,9 +4,7 @@ import pytest
 import torch
 from kernel_checks import cast, check_against, needs_triton
 
-from iomm.kernels.norm_modulate import norm_modulate
-from iomm.kernels.norm_modulate.fused import norm_modulate_triton
-from iomm.kernels.norm_modulate.reference import norm_modulate_reference, norm_modulate_torch
+from iomm.kernels.norm_modulate import norm_modulate, norm_modulate_reference, norm_modulate_torch, norm_modulate_triton
 
 pytestmark = pytest.mark.usefixtures("poison")
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -32,15 +33,16 @@ def test_every_body_on_this_cpu_is_within_its_budget(ops):
 
 
 def test_a_wrong_body_is_over_budget(ops):
-    case = next(case for case in ops.cases("cpu", torch.float32) if case.op == "gate_residual")
-    assert ops.check(case, lambda x, gate, y: x + gate[:, None] * y * 1.001, "cpu", torch.float32) > 1
-    assert ops.check(case, lambda x, gate, y: x * float("nan"), "cpu", torch.float32) > 1
+    case = next(case for case in ops.cases("cpu", torch.float32) if case.op == "norm_modulate")
+    right = case.bodies["torch"]
+    assert ops.check(case, lambda *x: right(*x) * 1.001, "cpu", torch.float32) > 1
+    assert ops.check(case, lambda *x: right(*x) * float("nan"), "cpu", torch.float32) > 1
 
 
 def test_rows_for_a_gpu_have_targets(ops):
     rows = list(ops.cases("cuda", torch.bfloat16))
-    assert {case.op for case in rows} >= {"masked_attention", "norm_modulate", "gate_residual", "qk_norm_rope",
-                                          "velocity_loss", "noisy_tokens", "unpatch", "image_patches", "visible_tokens", "adamw"}
+    assert {case.op for case in rows} >= {"masked_attention", "norm_modulate", "qk_norm_rope",
+                                          "noisy_tokens", "image_patches", "visible_tokens", "adamw"}
     assert all(case.targets or "joint" in case.name for case in rows)
     assert len({(case.op, case.name) for case in rows}) == len(rows)
 
@@ -57,9 +59,7 @@ def test_it_runs_whole_on_this_cpu(tmp_path):
     copy.mkdir()
     for name in ("iomm", "kernels", "csrc", "engine"):
         (copy / name).symlink_to(ROOT / name)
-    (copy / "benchmarks").mkdir()
-    for path in (ROOT / "benchmarks").glob("*.py"):
-        (copy / "benchmarks" / path.name).write_text(path.read_text())
+    shutil.copytree(ROOT / "benchmarks", copy / "benchmarks", ignore=shutil.ignore_patterns("results", "figures"))
     done = subprocess.run([sys.executable, "benchmarks/ops.py"], cwd=copy, capture_output=True, text=True, timeout=300,
                           env={**os.environ, "OMP_NUM_THREADS": "2"})
     assert done.returncode == 0, done.stderr

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from iomm.kernels import dispatch, native
-from iomm.kernels.philox import normal, uniform
-from iomm.kernels.philox.reference import normal_from_words, philox_reference, philox_words
+from iomm.kernels.philox import normal, normal_from_words, philox_reference, philox_words, uniform
 
 pytestmark = pytest.mark.usefixtures("poison")
 

@@ -1,4 +1,4 @@
-"""benchmarks/plain.py computes what iomm/model.py computes: losses and gradients, on the same batch, weights and draws."""
+"""benchmarks/lib/baseline.py computes what iomm/model.py computes: losses and gradients, on the same batch, weights and draws."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -7,7 +7,7 @@ import pytest
 import torch
 from parity import relative_error, true_float64
 
-from benchmarks.plain import Draws, Plain, Trainer, engine_draws
+from benchmarks.lib.baseline import Draws, Plain, Trainer, engine_draws
 from iomm.adapter import QueryAdapter
 from iomm.config import AdapterConfig, GeneratorConfig, MaskConfig
 from iomm.engine.config import OptimSection, TimeSection
@@ -87,7 +87,7 @@ def test_images_and_captions_of_one_batch_agree_in_float64(monkeypatch):
     ours.recipe = replace(ours.recipe, caption_drop=drop)
     config = SimpleNamespace(run=SimpleNamespace(seed=SEED), mask=ours.recipe.mask, time=TimeSection(),
                              train=SimpleNamespace(caption_drop=drop))
-    batch = SimpleNamespace(n_B=n_B, pixels_BCHW=pixels, vit_pixels_BCHW=vit, captions=captions, has_image=has_image)
+    batch = SimpleNamespace(n_B=n_B, pixels_BCHW=pixels, vit_pixels_BHWC=vit, captions=captions, has_image=has_image)
     draws, texts = engine_draws(config, batch, *plain.frozen)
     assert texts.count(None) == 2 and texts.count("") == 1
     draws = replace(draws, t_B=draws.t_B.double(), noise_BCHW=draws.noise_BCHW.double())
@@ -123,7 +123,7 @@ def test_a_step_trains(kind):
     trainer = Trainer(plain, OptimSection(kind=kind, lr=1e-2), decay=0.9)
 
     class Batch:
-        pixels_BCHW, vit_pixels_BCHW = pixels, vit
+        pixels_BCHW, vit_pixels_BHWC = pixels, vit
     with torch.no_grad():
         before = plain.loss(pixels, vit, draws)
     for _ in range(5):

@@ -25,6 +25,7 @@ from iomm.engine.plan import (
     tokens,
     work,
 )
+from iomm.flops import flops_by_part
 
 PAPER = {   # generator's parameters, work of one sample in TFLOP (the method's table for B), millions of samples
     "iomm-b-512": ((1.55e9, 1.65e9), (7.9, 8.2), 110),
@@ -75,7 +76,7 @@ def test_shipped_configs_have_the_paper_s_values(name):
 
 def test_a_pair_is_counted_without_vit_and_with_its_caption(model):
     config = load_config("iomm-b-512-finetune", NO_PATHS)
-    image, pair = model.flops_by_part(512, NUM_TEXT), model.flops_by_part(512, NUM_TURN + 0.9 * NUM_CAPTION, image=False)
+    image, pair = flops_by_part(model, 512, NUM_TEXT), flops_by_part(model, 512, NUM_TURN + 0.9 * NUM_CAPTION, image=False)
     mllm = model.frozen[0]
     assert image["ViT"] == mllm.vit_flops() and pair["ViT"] == 0 and pair["generator"] == image["generator"]
     assert pair["MLLM"] == sum(mllm.decoder_flops(NUM_TURN + 0.9 * NUM_CAPTION, 256))

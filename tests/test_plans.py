@@ -252,7 +252,7 @@ def test_a_mixed_batch_has_captions_for_pairs_and_vit_pixels_for_images(two_worl
     for batch in one:
         assert batch.has_image == [k < 20 for k in batch.entry_B.tolist()]
         assert batch.captions == ["" if k < 20 else pairs.caption(k - 20) for k in batch.entry_B.tolist()]
-        assert batch.pixels_BCHW.shape == (4, 3, 32, 32) and batch.vit_pixels_BCHW.shape == (sum(batch.has_image), 3, 24, 24)
+        assert batch.pixels_BCHW.shape == (4, 3, 32, 32) and batch.vit_pixels_BHWC.shape == (sum(batch.has_image), 24, 24, 3)
     plain = batches_of(samples, plan)
     for flipped, straight in zip(one, plain):      # what a caption calls left stays left
         for i, has_image in enumerate(flipped.has_image):
@@ -265,7 +265,7 @@ def test_a_mixed_batch_has_captions_for_pairs_and_vit_pixels_for_images(two_worl
 def test_pairs_alone(two_worlds):
     _, pairs = two_worlds
     for batch in batches_of(Joined(None, pairs), Mixture(3, 8, 0, None, squares(3, pairs.shard_sizes), 0)):
-        assert not any(batch.has_image) and all(batch.captions) and batch.vit_pixels_BCHW.shape == (0, 3, 24, 24)
+        assert not any(batch.has_image) and all(batch.captions) and batch.vit_pixels_BHWC.shape == (0, 24, 24, 3)
 
 
 def test_a_batch_of_a_bucket_has_its_shape(tmp_path):
@@ -280,7 +280,7 @@ def test_a_batch_of_a_bucket_has_its_shape(tmp_path):
     seen = set()
     for rank in range(2):
         for i, batch in enumerate(batches_of(shards, plan, rank, 2)):
-            assert batch.pixels_BCHW.shape[-2:] == plan.size_px(i) and batch.vit_pixels_BCHW.shape[-2:] == (24, 24)
+            assert batch.pixels_BCHW.shape[-2:] == plan.size_px(i) and batch.vit_pixels_BHWC.shape[1:] == (24, 24, 3)
             seen.add(tuple(batch.pixels_BCHW.shape[-2:]))
             for entry, pixels in zip(batch.entry_B.tolist(), batch.pixels_BCHW):
                 colour = shards.name(entry).split(": ")[1].split(".")[0]

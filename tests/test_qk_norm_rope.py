@@ -4,9 +4,7 @@ import pytest
 import torch
 from kernel_checks import cast, check_against, needs_triton
 
-from iomm.kernels.qk_norm_rope import qk_norm_rope
-from iomm.kernels.qk_norm_rope.fused import qk_norm_rope_triton
-from iomm.kernels.qk_norm_rope.reference import qk_norm_rope_reference, qk_norm_rope_torch
+from iomm.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference, qk_norm_rope_torch, qk_norm_rope_triton
 
 pytestmark = pytest.mark.usefixtures("poison")
 

@@ -13,9 +13,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import findings
-from benchmarks.findings import ABOVE, AS_GOOD, FINDINGS, LEARNED, LEVEL, NO_WORSE, SPLITS, Interval
-from benchmarks.recipes import (
+from benchmarks.report import short
+from benchmarks.studies import findings
+from benchmarks.studies.findings import ABOVE, AS_GOOD, FINDINGS, LEARNED, LEVEL, NO_WORSE, SPLITS, Interval
+from benchmarks.studies.recipes import (
     BUDGETS,
     EXPERIMENTS,
     FIGURES,
@@ -34,7 +35,6 @@ from benchmarks.recipes import (
     show,
     wait_until_free,
 )
-from benchmarks.report import short
 from iomm.config import InputError
 from iomm.engine import checkpoint, launch, parts
 from iomm.engine.config import FREE_KEYS, load_config
@@ -299,7 +299,7 @@ def played(monkeypatch):
         "real_limits": lambda runs: {way: {"train": 1.0, "test": 1.0} for way in ("text", "edit")},
         "parts.load_run": lambda *_, **__: (load_config("demo"), None, None),
     }.items():
-        monkeypatch.setattr(f"benchmarks.recipes.{name}", value)
+        monkeypatch.setattr(f"benchmarks.studies.recipes.{name}", value)
     return told
 
 
@@ -582,10 +582,10 @@ def test_kept_scores_are_whole_and_of_the_settings_asked_for(tmp_path, played, m
         ("world.VERSION", 99),
         ("GUIDANCE", {**GUIDANCE, "text": 3.0}),
     ):
-        monkeypatch.setattr(f"benchmarks.recipes.{name}", value)
+        monkeypatch.setattr(f"benchmarks.studies.recipes.{name}", value)
         assert drawn(runs) == 2 and drawn(runs) == 0
     kept = path.read_text()
-    monkeypatch.setattr(Path, "replace", lambda *_: pytest.fail("killed"))
+    monkeypatch.setattr("os.replace", lambda *_: pytest.fail("killed"))
     with pytest.raises(pytest.fail.Exception, match="killed"):
         runs.score(run, ("image",), 0)
     assert path.read_text() == kept  # what was there is there until the new is whole
@@ -604,7 +604,7 @@ def test_the_smoke_budget_resumes_after_a_kill(tmp_path):
     """The real engine. Only the command is killed while a second cell trains; that run goes on."""
     command = [
         sys.executable,
-        str(ROOT / "benchmarks/recipes.py"),
+        str(ROOT / "benchmarks/studies/recipes.py"),
         "--budget",
         "cpu-smoke",
         "--out",

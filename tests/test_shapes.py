@@ -33,7 +33,7 @@ from iomm.engine.shapes.grade import (
     real_edit,
     tasks,
 )
-from iomm.engine.shapes.mllm import LEGS, STATE, TASKS, WEIGHTS, Leg, accuracies, metadata, train, vit_pixels
+from iomm.engine.shapes.mllm import LEGS, STATE, TASKS, WEIGHTS, Captioner, Leg, accuracies, metadata, train, vit_pixels
 from iomm.engine.shapes.mllm import main as mllm_main
 from iomm.engine.shapes.score import (
     KEPT_AREA,
@@ -49,8 +49,9 @@ from iomm.engine.shapes.score import (
 )
 from iomm.engine.shapes.vae import WEIGHTS as VAE_WEIGHTS
 from iomm.engine.shapes.world import COLOURS, KINDS, OPPOSITE, PLACES, SHAPES, draw, edit, held_out, scene, write_world
-from iomm.internvl import Captioner, load_mllm
-from iomm.mllm import IMAGE_STD
+from iomm.internvl import load_mllm
+from iomm.kernels.image_patches import normalised
+from iomm.mllm import IMAGE_MEAN, IMAGE_STD
 from iomm.pipeline import to_images
 from iomm.vae import load_vae
 
@@ -290,7 +291,8 @@ def test_the_vit_is_shown_what_the_loader_of_a_run_shows_it(tmp_path, size_px):
     batch, = ImageSource(shards, seed=0, global_batch=6, micro_batch=6, rank=0, world_size=1, size_px=size_px, vit_px=32,
                          device="cpu", num_steps=1)
     shown = torch.stack([vit_pixels(draw(scene(4, k)), 32, size_px) for k in batch.entry_B.tolist()])
-    levels_BCHW = (shown - batch.vit_pixels_BCHW).abs() * 255 * torch.tensor(IMAGE_STD)[:, None, None]
+    wanted = normalised(batch.vit_pixels_BHWC, IMAGE_MEAN, IMAGE_STD)
+    levels_BCHW = (shown - wanted).abs() * 255 * torch.tensor(IMAGE_STD)[:, None, None]
     assert levels_BCHW.max() < 1.01          # here 0; another JPEG decoder may be a level off. Sharp pictures are 70 off at 16 px
 
 

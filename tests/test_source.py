@@ -35,7 +35,7 @@ def joined(batches):
     """{n: (entry, pixels, vit pixels)} over batches; every n once."""
     samples = {}
     for batch in batches:
-        for n, entry, pixels, vit_pixels in zip(batch.n_B.tolist(), batch.entry_B.tolist(), batch.pixels_BCHW, batch.vit_pixels_BCHW):
+        for n, entry, pixels, vit_pixels in zip(batch.n_B.tolist(), batch.entry_B.tolist(), batch.pixels_BCHW, batch.vit_pixels_BHWC):
             assert n not in samples
             samples[n] = entry, pixels, vit_pixels
     return samples
@@ -60,7 +60,7 @@ def test_batches(index_dir, whole):
         assert batch.n_B.tolist() == list(range(4 * i, 4 * i + 4))
         assert batch.entry_B.tolist() == order(np.arange(4 * i, 4 * i + 4)).tolist()
         assert batch.captions == [""] * 4 and batch.has_image == [True] * 4 and batch.failures == []
-        assert batch.pixels_BCHW.shape == (4, 3, 40, 40) and batch.vit_pixels_BCHW.shape == (4, 3, 24, 24)
+        assert batch.pixels_BCHW.shape == (4, 3, 40, 40) and batch.vit_pixels_BHWC.shape == (4, 24, 24, 3)
         assert batch.pixels_BCHW.abs().max() <= 1 and batch.wait_s >= 0
 
 
@@ -85,7 +85,7 @@ def test_flips_come_from_the_sample_number(index_dir, whole):
     flips = uniform(11, FLIP, torch.arange(G * STEPS), 1)[:, 0] < 0.5
     assert 0.3 < flips.float().mean() < 0.7
     for n, (_, pixels, vit_pixels) in joined(whole).items():
-        turned = [image.flip(-1) if flips[n] else image for image in plain[n][1:]]
+        turned = [image.flip(axis) if flips[n] else image for image, axis in zip(plain[n][1:], (-1, -2))]
         assert torch.equal(pixels, turned[0]) and torch.equal(vit_pixels, turned[1])
 
 

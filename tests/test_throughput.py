@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -11,10 +12,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from launches import PIXELS
 from test_mllm import TEXT, VISION
 
-from benchmarks import ablations, bench, report, throughput
+from benchmarks import report, throughput
+from benchmarks.lib import ablations
+from benchmarks.lib import harness as bench
 from iomm.config import InputError
+from iomm.engine import parts
+from iomm.engine.config import load_config
 from iomm.internvl import random_mllm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,6 +46,22 @@ def test_the_pass_without_the_split_gives_the_same_outputs_and_gradients():
     assert (split - whole).abs().max() <= 1e-12 * whole.abs().max()
     grads = [torch.autograd.grad((out * weight).sum(), queries)[0] for out in (split, whole)]
     assert (grads[0] - grads[1]).abs().max() <= 1e-12 * grads[1].abs().max()
+
+
+@pytest.mark.parametrize("settings", [[], ["align.weight=0.5", "adapter.connector_layers=1"], ["adapter.kind=none", "adapter.conditions=all"]])
+def test_a_whole_copy_has_every_part_that_trains(settings):
+    config = load_config(PIXELS, ["precision=fp32", "model.vae=pixel:4", "data.size_px=32", *settings])
+    model = parts.build_model(config, "cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01)
+    weights = dict(model.named_parameters())
+    twin = bench.whole_copy(SimpleNamespace(config=config, model=model, device=torch.device("cpu"), weights=lambda: weights))
+    assert {name for name, _ in twin.named_parameters()} == set(weights)
+    assert all(torch.equal(parameter, weights[name]) for name, parameter in twin.named_parameters())
+    inputs = torch.rand(2, 3, 32, 32), torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8), torch.arange(2)
+    for ours, theirs in zip(twin(*inputs), model(*inputs), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_switches_are_put_back(monkeypatch):
@@ -117,9 +139,7 @@ def test_the_whole_command(visit, tmp_path):
     copy.mkdir()
     for name in ("iomm", "kernels", "csrc", "engine"):
         (copy / name).symlink_to(ROOT / name)
-    (copy / "benchmarks").mkdir()
-    for path in (ROOT / "benchmarks").glob("*.*"):
-        (copy / "benchmarks" / path.name).write_text(path.read_text())
+    shutil.copytree(ROOT / "benchmarks", copy / "benchmarks", ignore=shutil.ignore_patterns("results", "figures"))
     done = subprocess.run(
         [sys.executable, "benchmarks/throughput.py", "--against", "plain", "--steps", "3", "--trace", str(tmp_path),
          *(["--config", "iomm-b-512", "--limit-s", "900", "train.compile=true", *SMALL] if visit else

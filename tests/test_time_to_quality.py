@@ -1,4 +1,4 @@
-"""benchmarks/time_to_quality.py: arithmetic on curves, the same start, samples and function of both sides, the command."""
+"""benchmarks/studies/time_to_quality.py: arithmetic on curves, the same start, samples and function of both sides, the command."""
 
 import json
 import math
@@ -10,8 +10,9 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks import report, time_to_quality
-from benchmarks.time_to_quality import VARIANTS, crossing, loss_targets, ratios, summarise
+from benchmarks import report
+from benchmarks.studies import time_to_quality
+from benchmarks.studies.time_to_quality import VARIANTS, crossing, loss_targets, ratios, summarise
 from iomm.config import InputError
 from iomm.engine import launch, zero
 from iomm.engine.config import load_config
@@ -158,7 +159,7 @@ def backwards(batches):
     for batch in batches:
         yield replace(
             batch, n_B=batch.n_B.flip(0), entry_B=batch.entry_B.flip(0), captions=batch.captions[::-1],
-            pixels_BCHW=batch.pixels_BCHW.flip(0), vit_pixels_BCHW=batch.vit_pixels_BCHW.flip(0),
+            pixels_BCHW=batch.pixels_BCHW.flip(0), vit_pixels_BHWC=batch.vit_pixels_BHWC.flip(0),
             has_image=batch.has_image[::-1])
 
 

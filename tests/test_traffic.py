@@ -4,7 +4,6 @@ import inspect
 import json
 import multiprocessing
 import os
-import socket
 
 import pytest
 import torch
@@ -12,15 +11,17 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from launches import PIXELS
 
+from benchmarks.lib.traffic import DEFAULTS, count_traffic
 from iomm.adapter import Connector, QueryAdapter
 from iomm.alignment import AlignmentHead
 from iomm.config import AdapterConfig, GeneratorConfig
 from iomm.engine import zero
 from iomm.engine.config import load_config
+from iomm.engine.cpu_ranks import free_port
 from iomm.engine.optim import make_optimizer
-from iomm.engine.traffic import DEFAULTS, count_traffic
+from iomm.engine.shapes.mllm import create_mllm
 from iomm.generator import new_generator
-from iomm.internvl import create_mllm, load_mllm
+from iomm.internvl import load_mllm
 from iomm.mllm import RECONSTRUCT
 from iomm.model import IOMM, Recipe
 from iomm.vae import load_vae
@@ -125,11 +126,8 @@ def measure(folder, cases):
                             attention_bias=True),
                 text=dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=80,
                           max_position_embeddings=256))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.set_forkserver_preload(["deepspeed", "transformers", "iomm.engine.traffic"])     # imported once
-    mp.start_processes(worker, (port, str(folder), list(cases)), nprocs=SIZE, start_method="forkserver")
+    multiprocessing.set_forkserver_preload(["deepspeed", "transformers", "benchmarks.lib.traffic"])     # imported once
+    mp.start_processes(worker, (free_port(), str(folder), list(cases)), nprocs=SIZE, start_method="forkserver")
     one, other = (json.loads((folder / f"{rank}.json").read_text()) for rank in range(SIZE))
     return {case: tuple({kind: a.get(kind, 0) + b.get(kind, 0) for kind in {*a, *b}} for a, b in zip(one[case], other[case]))
             for case in cases}

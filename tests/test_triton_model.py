@@ -4,10 +4,10 @@ import torch
 from kernel_checks import DEVICE, HALF, needs_triton
 
 from iomm.config import GeneratorConfig
+from iomm.flow import velocity_loss
 from iomm.generator import new_generator
-from iomm.kernels.velocity_loss import velocity_loss
 
-OPS = "norm_modulate", "gate_residual", "qk_norm_rope", "velocity_loss"
+OPS = "norm_modulate", "qk_norm_rope"
 CONFIG = GeneratorConfig(width=64, num_heads=2, num_blocks=2, token_dim=16, condition_dim=24)
 
 

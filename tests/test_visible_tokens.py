@@ -5,8 +5,7 @@ import torch
 
 from iomm.kernels import native
 from iomm.kernels.philox import MASK, uniform
-from iomm.kernels.visible_tokens import packed_capacity, visible_tokens, visible_tokens_packed
-from iomm.kernels.visible_tokens.reference import visible_tokens_reference
+from iomm.kernels.visible_tokens import packed_capacity, visible_tokens, visible_tokens_packed, visible_tokens_reference
 
 pytestmark = pytest.mark.usefixtures("poison")
 

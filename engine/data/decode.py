@@ -17,9 +17,8 @@ except ImportError:              # no wheel for this machine: Pillow decodes, an
 
 from iomm.config import InputError, choice
 
-IMAGENET_MEAN = 0.485, 0.456, 0.406
-IMAGENET_STD = 0.229, 0.224, 0.225
 CENTRE = 0.5
+LEVEL = 127.5      # grey level that is 0 in [-1, 1]
 
 
 class DecodeError(Exception):
@@ -41,9 +40,8 @@ class Decoder:
     """Decodes batches of images in threads of its own, `prefetch` batches ahead of whoever reads them.
 
     batches: iterable of Encoded, of at most batch_size images each. Iterating yields, in the same order, (pixels_BCHW,
-    vit_pixels_ICHW) in `dtype` on `device`, in memory of their own: RGB in [-1, 1] at size_px (None unless
-    `vae_pixels`), and of the I samples with has_image_B RGB normalised with ImageNet's mean and deviation at vit_px x
-    vit_px. An image is resized until it just covers size_px (cubic, antialiased), cropped at its place, and a flipped
+    vit_pixels_IHWC) on `device`, in memory of their own: RGB in [-1, 1] at size_px in `dtype` (None unless
+    `vae_pixels`), and of the I samples with has_image_B RGB bytes at vit_px x vit_px, which MLLM.vit_states normalises. An image is resized until it just covers size_px (cubic, antialiased), cropped at its place, and a flipped
     sample is mirrored; the ViT sees that very crop, resized to its square (cubic, antialiased). EXIF orientation is
     applied; grey, CMYK and 16-bit images become 8-bit RGB; an alpha channel is dropped. On CUDA nvJPEG decodes, the
     share hw_decoder_load of baseline JPEGs in hardware. Nothing is read beyond the end of `batches`, and an error
@@ -74,7 +72,7 @@ class Decoder:
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def __call__(self, batches):
-        """Iterator of (pixels_BCHW, vit_pixels_ICHW) over `batches`; owns a DALI pipeline and frees it at its end."""
+        """Iterator of (pixels_BCHW, vit_pixels_IHWC) over `batches`; owns a DALI pipeline and frees it at its end."""
         threads = ThreadPoolExecutor(self.num_threads, thread_name_prefix="resize")      # they start when there is work
         if fn is None:
             yield from self._by_pillow(batches, threads)
@@ -137,7 +135,7 @@ class Decoder:
         with torch.cuda.stream(self._copies):
             copies = [torch.from_dlpack(output.as_tensor()) for output in outputs]
             copies[-1] = copies[-1][has_image_B.to(self.device)]
-            copies = [copy.to(self.dtype, copy=True) for copy in copies]
+            copies = [copy.to(self.dtype if copy.is_floating_point() else copy.dtype, copy=True) for copy in copies]
         self._copies.synchronize()
         for copy in copies:
             copy.record_stream(torch.cuda.current_stream(self.device))
@@ -145,18 +143,25 @@ class Decoder:
 
     def _vit_pixels(self, crops_IHWC, flip_I):
         """On the CPU: torch's resize of bytes is Pillow's, vectorised: 1.6 ms from 512 to 448 px where DALI takes 20."""
-        out = torch.empty((len(crops_IHWC), 3, self.vit_px, self.vit_px), dtype=self.dtype)
+        out = self._vit_bytes(len(crops_IHWC))
         for pixels, crop, flip in zip(out, crops_IHWC, flip_I.tolist()):
-            write_normalised(resized(crop.permute(2, 0, 1)[None], (self.vit_px, self.vit_px)), IMAGENET_MEAN, IMAGENET_STD,
-                             flip, pixels)
+            self._write_vit(crop.permute(2, 0, 1)[None], flip, pixels)
         return out
+
+    def _vit_bytes(self, num_images):
+        return torch.empty((num_images, self.vit_px, self.vit_px, 3), dtype=torch.uint8)
+
+    def _write_vit(self, crop_1CHW, flip, out_HWC):
+        """Bytes, resized for the ViT, mirrored if flip, into out_HWC."""
+        pixels = resized(crop_1CHW, (self.vit_px, self.vit_px))[0]
+        out_HWC.copy_((pixels.flip(-1) if flip else pixels).permute(1, 2, 0))
 
     def _by_torch(self, images, batch, threads):
         """Decoded images (HWC bytes, of any size) -> both outputs; one image per thread and turn."""
         height, width = batch.size_px
         pixels_BCHW = torch.empty((len(batch.images), 3, height, width), dtype=self.dtype) if self.vae_pixels else None
         places_I = np.cumsum(batch.has_image_B) - 1
-        vit_pixels_ICHW = torch.empty((int(np.sum(batch.has_image_B)), 3, self.vit_px, self.vit_px), dtype=self.dtype)
+        vit_pixels_IHWC = self._vit_bytes(int(np.sum(batch.has_image_B)))
 
         def finish(i):
             image = torch.from_numpy(images[i]).permute(2, 0, 1)[None]
@@ -166,13 +171,12 @@ class Decoder:
                 batch.place_B2[i], (image.shape[-1], image.shape[-2]), (width, height)))
             crop = image[..., top:top + height, left:left + width]
             if self.vae_pixels:
-                write_normalised(crop, (0.5,) * 3, (0.5,) * 3, batch.flip_B[i], pixels_BCHW[i])
+                write_vae(crop, batch.flip_B[i], pixels_BCHW[i])
             if batch.has_image_B[i]:
-                write_normalised(resized(crop, (self.vit_px, self.vit_px)), IMAGENET_MEAN, IMAGENET_STD, batch.flip_B[i],
-                                 vit_pixels_ICHW[places_I[i]])
+                self._write_vit(crop, batch.flip_B[i], vit_pixels_IHWC[places_I[i]])
 
         list(threads.map(finish, range(len(batch.images))))
-        return pixels_BCHW, vit_pixels_ICHW
+        return pixels_BCHW, vit_pixels_IHWC
 
     def _pipeline(self, inputs):
         cuda = self.device.type == "cuda"
@@ -195,20 +199,17 @@ class Decoder:
             images = fn.resize(images, size=size, mode="not_smaller", subpixel_scale=False, **cubic)
             images = fn.crop(images, crop=size, crop_pos_x=place[0], crop_pos_y=place[1], rounding="truncate",
                              device=device)
-            outputs = [_normalise(images, flip, (0.5,) * 3, (0.5,) * 3, device)] if self.vae_pixels else []
+            outputs = []
+            if self.vae_pixels:
+                # HWC bytes -> CHW float32 in [-1, 1], mirrored where flip is 1.
+                outputs.append(fn.crop_mirror_normalize(images, mirror=flip, mean=[LEVEL] * 3, std=[LEVEL] * 3, dtype=types.FLOAT,
+                                                        output_layout="CHW", device=device))
             if cuda:
-                vit_images = fn.resize(images, size=[self.vit_px, self.vit_px], **cubic)
-                outputs.append(_normalise(vit_images, flip, IMAGENET_MEAN, IMAGENET_STD, device))
-            else:
-                outputs.append(images)
+                images = fn.resize(images, size=[self.vit_px, self.vit_px], **cubic)
+                images = fn.flip(images, horizontal=flip, device=device)
+            outputs.append(images)
             pipe.set_outputs(*outputs)
         return pipe
-
-
-def _normalise(images, flip, mean, std, device):
-    """HWC bytes -> CHW float32 (x / 255 - mean) / std, mirrored where flip is 1."""
-    return fn.crop_mirror_normalize(images, mirror=flip, mean=[255 * m for m in mean], std=[255 * s for s in std],
-                                    dtype=types.FLOAT, output_layout="CHW", device=device)
 
 
 def resized(image_1CHW, size):
@@ -218,11 +219,10 @@ def resized(image_1CHW, size):
     return torch.nn.functional.interpolate(image_1CHW, size=size, mode="bicubic", antialias=True)
 
 
-def write_normalised(image_1CHW, mean, std, flip, out_CHW):
-    """Bytes -> (x / 255 - mean) / std, mirrored if flip, into out_CHW: to the bit what _normalise gives."""
-    levels = image_1CHW[0].to(torch.float32, memory_format=torch.contiguous_format)
-    mean, std = (torch.tensor([255 * value for value in values]).view(3, 1, 1) for values in (mean, std))
-    pixels = levels.sub_(mean).mul_(1 / std)
+def write_vae(image_1CHW, flip, out_CHW):
+    """Bytes -> [-1, 1], mirrored if flip, into out_CHW: to the bit what DALI's crop_mirror_normalize gives."""
+    pixels = image_1CHW[0].to(torch.float32, memory_format=torch.contiguous_format).sub_(LEVEL)
+    pixels = pixels.mul_(torch.tensor(1.0) / LEVEL)
     out_CHW.copy_(pixels.flip(-1) if flip else pixels)
 
 

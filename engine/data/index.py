@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from iomm.config import InputError
-from iomm.engine.data.folder import check_replaceable, whole_folder
+from iomm.engine.data.atomic import check_replaceable, whole_file, whole_folder
 from iomm.engine.data.judge import RECORD, Rules
 from iomm.engine.data.patterns import expand
 from iomm.engine.data.workers import judge_shards
@@ -130,10 +130,9 @@ def _part_name(entry, rules):
 
 
 def _write_part(path, records, rejected, notes, files):
-    partial = path.with_suffix(f".{os.getpid()}")
     head = json.dumps({"rejected": rejected, "notes": notes, "files": files})
-    partial.write_bytes(head.encode() + b"\n" + records.tobytes())
-    partial.rename(path)
+    with whole_file(path) as partial:
+        partial.write_bytes(head.encode() + b"\n" + records.tobytes())
 
 
 def load(folder):

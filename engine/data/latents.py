@@ -6,7 +6,6 @@
 A file appears only when complete, so that a cache that was stopped, on any of its ranks, goes on where it was."""
 
 import json
-import os
 import threading
 import zlib
 from collections import OrderedDict
@@ -18,6 +17,7 @@ from safetensors.torch import save
 
 from iomm.config import InputError, choice
 from iomm.engine.data.archive import Tar
+from iomm.engine.data.atomic import whole_file
 from iomm.engine.data.index import records_crc32
 from iomm.engine.data.order import InARow
 from iomm.engine.data.shards import Damaged
@@ -59,12 +59,8 @@ def write_cache(shards, out, vae, *, vae_name, size_px, dtype="bf16", device="cp
         latents, bad = _encode(shards, entries, vae.encode, size_px, DTYPES[dtype], device, batch, num_threads, progress)
         crc32 = torch.tensor([zlib.crc32(_bytes(row)) for row in latents], dtype=torch.int64)
         crc32[bad] ^= 1
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        with open(partial, "wb") as f:
-            f.write(save({"latents": latents, "crc32": crc32}))
-            f.flush()
-            os.fsync(f.fileno())
-        partial.rename(path)
+        with whole_file(path, durable=True) as partial:
+            partial.write_bytes(save({"latents": latents, "crc32": crc32}))
         num_written += len(entries)
     return num_written
 
@@ -154,7 +150,7 @@ class EncodedSamples:
                 bad += [int(entries[failure.n]) for failure in one.failures if failure.n < len(entries)]
                 latents.append(vae.encode(one.pixels_BCHW).cpu())
                 if not is_pair:
-                    tokens.append(mllm.image_tokens(one.vit_pixels_BCHW).cpu())
+                    tokens.append(mllm.image_tokens(one.vit_pixels_BHWC).cpu())
         return torch.cat(latents)[:len(entries)], torch.cat(tokens)[:len(entries)], bad
 
     @property
@@ -226,9 +222,8 @@ def _claim(out, header):
     if there is None:
         if any(file.name != HEADER and not file.name.startswith(f".{HEADER}") for file in out.iterdir()):
             raise InputError(f"{out} holds something else (it has no {HEADER}): give another folder or empty it")
-        partial = out / f".{HEADER}.{os.getpid()}"
-        partial.write_text(json.dumps(header, indent=1), encoding="utf-8")
-        partial.rename(out / HEADER)      # ranks write the same
+        with whole_file(out / HEADER) as partial:      # ranks write the same
+            partial.write_text(json.dumps(header, indent=1), encoding="utf-8")
     elif there != header:
         different = [f"{key} {there.get(key)!r} became {header.get(key)!r}" for key in header
                      if there.get(key) != header.get(key)]

@@ -32,12 +32,12 @@ class Batch:
     n_B: torch.Tensor                  # int64, on the CPU; names the sample's random numbers
     entry_B: torch.Tensor              # int64, on the CPU
     pixels_BCHW: torch.Tensor | None   # on the device; None if the latents are there
-    vit_pixels_BCHW: torch.Tensor | None      # on the device; of the samples with has_image, in order (of all with look_at_pairs)
+    vit_pixels_BHWC: torch.Tensor | None      # bytes, on the device; of the samples with has_image, in order (of all with look_at_pairs)
     wait_s: float                      # how long the caller waited
     captions: list = field(default_factory=list)       # B texts, "" where has_image
     has_image: list = field(default_factory=list)      # B bools: conditioned on its image, not on its caption
     latents_BCHW: torch.Tensor | None = None           # float32, on the device
-    image_tokens_IPD: torch.Tensor | None = None       # on the device; in place of vit_pixels_BCHW, which is None then
+    image_tokens_IPD: torch.Tensor | None = None       # on the device; in place of vit_pixels_BHWC, which is None then
     failures: list = field(default_factory=list)       # of Failure: samples that were replaced
     prepared: object = None                            # what IOMM.prepare made of the pixels, where it has run ahead
 
@@ -46,7 +46,7 @@ class Batch:
         """Arguments of IOMM.forward."""
         if self.prepared is not None:
             return self.prepared,
-        return (self.pixels_BCHW, self.vit_pixels_BCHW, self.n_B, self.latents_BCHW, self.captions, self.has_image,
+        return (self.pixels_BCHW, self.vit_pixels_BHWC, self.n_B, self.latents_BCHW, self.captions, self.has_image,
                 self.image_tokens_IPD)
 
 
@@ -128,7 +128,7 @@ class ImageSource:
                     asked = time.perf_counter()
                     while True:
                         try:
-                            pixels_BCHW, vit_pixels_BCHW = next(decoded)
+                            pixels_BCHW, vit_pixels_BHWC = next(decoded)
                             break
                         except DecodeError as error:      # it took the pipeline with it: what was on the way goes again
                             decoded.close()
@@ -137,7 +137,7 @@ class ImageSource:
                             on_the_way.clear()
                             decoded = self.decoder(self._encoded(chain(again, read), on_the_way))
                     wait_s = time.perf_counter() - asked
-                    yield self._batch(on_the_way.popleft(), pixels_BCHW, vit_pixels_BCHW, wait_s)
+                    yield self._batch(on_the_way.popleft(), pixels_BCHW, vit_pixels_BHWC, wait_s)
             finally:
                 decoded.close()
                 read.close()
@@ -209,7 +209,7 @@ class ImageSource:
             looked_at_B = ~is_pair | self.look_at_pairs
             yield Encoded([sample.image for sample in samples], flip_B, place_B2, looked_at_B, samples[0].size_px)
 
-    def _batch(self, samples, pixels_BCHW, vit_pixels_BCHW, wait_s):
+    def _batch(self, samples, pixels_BCHW, vit_pixels_BHWC, wait_s):
         latents_BCHW = tokens_IPD = None
         if self.latents:
             latents_BCHW = torch.stack([sample.latents for sample in samples]).to(self.decoder.device).float()
@@ -218,7 +218,7 @@ class ImageSource:
             tokens_IPD = self.latents.tokens(entries).to(self.decoder.device)
         return Batch(
             torch.tensor([sample.n for sample in samples]), torch.tensor([sample.entry for sample in samples]),
-            pixels_BCHW, vit_pixels_BCHW, wait_s, captions=[sample.caption for sample in samples],
+            pixels_BCHW, vit_pixels_BHWC, wait_s, captions=[sample.caption for sample in samples],
             has_image=[not sample.is_pair for sample in samples], latents_BCHW=latents_BCHW, image_tokens_IPD=tokens_IPD,
             failures=[sample.failure for sample in samples if sample.failure])
 

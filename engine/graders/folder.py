@@ -4,7 +4,6 @@ A picture's noise belongs to (seed, prompt id, image index), so the folder is th
 batch, to the rounding of a matrix product; and each PNG carries what it was drawn with, so that nothing mixes two runs."""
 
 import hashlib
-import os
 from collections import Counter
 from fnmatch import fnmatch
 from pathlib import Path
@@ -15,6 +14,7 @@ from tqdm import tqdm
 from iomm.config import InputError
 from iomm.engine import draw, parts
 from iomm.engine.config import positive
+from iomm.engine.data.atomic import whole_file
 from iomm.engine.graders.layouts import LAYOUTS, next_step, read_items
 from iomm.pipeline import height_width, image_grid
 
@@ -103,8 +103,8 @@ def place(partial, path, write):
     """Has `partial` written and gives it its name. Raises InputError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write()
-        os.replace(partial, path)
+        with whole_file(path, partial=partial):
+            write()
     except OSError as error:
         raise InputError(f"--out: {path} cannot be written: {error}") from error
 

@@ -20,12 +20,14 @@ from pathlib import Path
 import torch
 from PIL import Image
 from safetensors import safe_open
+from torch import nn
 
 from iomm.config import InputError
+from iomm.engine.data.atomic import whole_file
 from iomm.engine.shapes.world import VERSION, draw, edit, scene
-from iomm.internvl import Captioner, create_mllm
+from iomm.internvl import byte_tokenizer, internvl_config
 from iomm.kernels.dispatch import cpu_has_bf16
-from iomm.mllm import IMAGE_MEAN, IMAGE_STD, RECONSTRUCT
+from iomm.mllm import IMAGE, IMAGE_MEAN, IMAGE_STD, RECONSTRUCT, TURN
 
 VISION = dict(hidden_size=128, num_hidden_layers=3, num_attention_heads=4, intermediate_size=512, image_size=32, patch_size=4,
               attention_bias=True)
@@ -51,6 +53,69 @@ class Leg:
 # Measured after each leg on one and the other machine: 95.6, 98.8 and 99.4 % of new captions exactly right.
 LEGS = (Leg(steps=5000, batch=64, lr=1e-3, images=16_000), Leg(steps=3000, batch=64, lr=7e-4, images=64_000),
         Leg(steps=3000, batch=64, lr=5e-4, images=64_000))
+
+
+def create_mllm(folder, *, texts, vision, text, seed=0, vocab_size=512):
+    """Writes a new InternVL with random weights to `folder`, in transformers' own format, and returns the folder.
+
+    vision, text: keyword arguments of InternVLVisionConfig and of the decoder's config (Qwen2Config unless model_type
+    says qwen3). texts: strings on which a byte-level BPE vocabulary of at most vocab_size tokens is trained, so that any
+    other text still has an encoding. Weights are drawn on the CPU from `seed`."""
+    from transformers import InternVLForConditionalGeneration
+    from transformers.utils import logging
+    tokenizer = byte_tokenizer(texts, vocab_size)
+    config = internvl_config(vision, {**text, "vocab_size": len(tokenizer)},
+                             image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = InternVLForConditionalGeneration(config)
+    logging.disable_progress_bar()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+class Captioner(nn.Module):
+    """An InternVL with its language-model head, to be trained on turns [user: text, image] -> [assistant: answer].
+
+    `folder` is one that create_mllm or save wrote. forward(texts, answers, vit_pixels_ICHW, has_image) -> (mean loss of the
+    answers' tokens, (B,) bool: whether the most probable tokens are exactly the answer; greedy decoding gives it then)."""
+
+    def __init__(self, folder):
+        from transformers import AutoTokenizer, InternVLForConditionalGeneration
+        super().__init__()
+        self.internvl = InternVLForConditionalGeneration.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def forward(self, texts, answers, vit_pixels_ICHW, has_image):
+        config = self.internvl.config
+        rows = []
+        for text, answer, image in zip(texts, answers, has_image, strict=True):
+            middle = IMAGE[0] + "<IMG_CONTEXT>" * config.image_seq_length + IMAGE[1] if image else ""
+            asked, said = (self.tokenizer(part, add_special_tokens=False)["input_ids"]
+                           for part in (TURN[0] + text + middle + TURN[1], answer + "<|im_end|>"))
+            rows.append((torch.tensor(asked + said), torch.tensor([-100] * len(asked) + said)))
+        ids_BT, labels_BT = (torch.nn.utils.rnn.pad_sequence(column, batch_first=True, padding_value=padding)
+                             for column, padding in zip(zip(*rows), (self.tokenizer.pad_token_id, -100)))
+        shown_BT = torch.nn.utils.rnn.pad_sequence([torch.ones(len(row), dtype=torch.long) for row, _ in rows], batch_first=True)
+        logits_BTV = self.internvl(input_ids=ids_BT, attention_mask=shown_BT, pixel_values=vit_pixels_ICHW,
+                                   use_cache=False).logits[:, :-1]
+        labels_BT = labels_BT[:, 1:]
+        loss = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), labels_BT.flatten(), ignore_index=-100)
+        right_BT = (logits_BTV.argmax(-1) == labels_BT) | (labels_BT == -100)
+        return loss, right_BT.all(1)
+
+    def save(self, folder, dtype, metadata):
+        """Writes weights of `dtype`, config and tokenizer in transformers' own format; metadata: strings that stand in the
+        head of model.safetensors."""
+        from safetensors import safe_open
+        from safetensors.torch import load_file, save_file
+        self.internvl.to(dtype).save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        path = Path(folder) / "model.safetensors"
+        with safe_open(path, framework="pt") as file:
+            metadata = {**file.metadata(), **metadata}
+        save_file(load_file(path), path, metadata=metadata)
 
 
 class Examples:
@@ -204,12 +269,11 @@ def train_step(model: Captioner, optimizer: torch.optim.Optimizer, examples: Exa
 
 def save_state(folder: Path, state: dict, model: Captioner, optimizer: torch.optim.Optimizer | None = None):
     """Write the state of an unfinished run, whole or not at all."""
-    partial = folder / f".{STATE}.partial"
     parts = {"model": model.internvl.state_dict()}
     if optimizer is not None:
         parts["optimizer"] = optimizer.state_dict()
-    torch.save(state | parts, partial)
-    partial.replace(folder / STATE)
+    with whole_file(folder / STATE) as partial:
+        torch.save(state | parts, partial)
 
 
 def resume(folder: Path, settings: dict) -> dict | None:

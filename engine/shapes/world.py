@@ -30,7 +30,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from iomm.config import InputError, choice
-from iomm.engine.data.folder import one_at_a_time, whole_folder
+from iomm.engine.data.atomic import one_at_a_time, whole_folder
 from iomm.kernels.philox import EDIT, WORLD, uniform
 
 VERSION = 2      # a change of what is drawn raises it, so that older folders are drawn again

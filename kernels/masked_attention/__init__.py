@@ -14,20 +14,20 @@ They differ in rounding alone; `IOMM_KERNELS=masked_attention:triton` chooses on
 
 import torch
 
-from iomm.kernels import triton_support
 from iomm.kernels.dispatch import pick, register
 from iomm.kernels.masked_attention import varlen
-from iomm.kernels.masked_attention.fused import masked_attention_triton
 from iomm.kernels.masked_attention.reference import masked_attention_reference
 from iomm.kernels.masked_attention.sdpa import masked_attention_sdpa
+from iomm.kernels.masked_attention.triton_op import masked_attention_triton
+from iomm.kernels.triton_ops import support
 
 register("masked_attention", "sdpa", masked_attention_sdpa)
 register("masked_attention", "varlen", varlen.masked_attention_varlen, devices=("cuda",), dtypes=varlen.DTYPES,
-         why_not=varlen.varlen_why_not, note=triton_support.NOTE)
+         why_not=varlen.varlen_why_not, note=support.NOTE)
 register("masked_attention", "flash", varlen.masked_attention_flash, devices=("cuda",), dtypes=varlen.DTYPES,
-         why_not=varlen.flash_why_not, note=triton_support.NOTE)
-register("masked_attention", "triton", masked_attention_triton, devices=triton_support.DEVICES,
-         dtypes=triton_support.DTYPES, why_not=triton_support.why_not, note=triton_support.NOTE)
+         why_not=varlen.flash_why_not, note=support.NOTE)
+register("masked_attention", "triton", masked_attention_triton, devices=support.DEVICES,
+         dtypes=support.DTYPES, why_not=support.why_not, note=support.NOTE)
 register("masked_attention", "reference", masked_attention_reference)
 
 

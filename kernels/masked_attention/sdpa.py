@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from iomm.kernels.masked_attention.plans import lengths_of, remembered, rows_in
+from iomm.kernels.masked_attention.packing import lengths_of, remembered, rows_in
 from iomm.kernels.masked_attention.reference import masked_attention_reference
 
 # cuDNN's backward gives NaN with a mask at lengths % 128 == 64 (pytorch #196678), so masked calls go without it.

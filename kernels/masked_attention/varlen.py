@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from iomm.kernels.masked_attention.plans import lengths_of, remembered, rows_in
+from iomm.kernels.masked_attention.packing import lengths_of, remembered, rows_in
 
 DTYPES = torch.bfloat16, torch.float16
 

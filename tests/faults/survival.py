@@ -22,15 +22,17 @@ import traceback
 import xml.etree.ElementTree
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+from iomm.checkout import enter
+
+ROOT = enter(__file__)
+sys.path.insert(1, str(ROOT / "tests"))
 
 import torch
 from faults import disk, real, trials
 
 from benchmarks.checkpoint import measure
+from iomm.engine.doctor import cpu_name, git
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "benchmarks/results/survival.json"
 
 
@@ -77,15 +79,6 @@ TRIALS = {
 }
 
 
-def cpu():
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def git(*arguments):
-    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-
 def chosen(arguments):
     """Words of the command line -> [(trial, number)]. Raises SystemExit on a word that names nothing."""
     found = []
@@ -117,7 +110,7 @@ def note(name, found, seconds):
     what, known = TRIALS[name][0], {what for what, _, _ in TRIALS.values()}
     whole["trials"][name] = {**facts, **({"with_changes_in": changed.splitlines()} if changed else {}), "seconds": seconds, "found": found}
     RESULTS.write_text(json.dumps({
-        "machine": {"device": f"{cpu()}, {os.cpu_count()} cores, shared with other work", **facts, "torch": torch.__version__,
+        "machine": {"device": f"{cpu_name()}, {os.cpu_count()} cores, shared with other work", **facts, "torch": torch.__version__,
                     "python": platform.python_version()},
         "rows": {**{row: count for row, count in whole["rows"].items() if row in known}, what: words(found)},
         "of": {**{row: of for row, of in whole.get("of", {}).items() if row in known}, what: facts},

@@ -1,0 +1,73 @@
+"""Whether training in fp8 follows training in bf16: python benchmarks/studies/precision.py [--steps N] [section.key=value ...]
+
+Three runs by the engine on the shapes world, one after the other: bf16, fp8, and bf16 from another seed, which says how far
+apart two sound runs are. Without a GPU it is the demo; with one it is IOMM-B's generator at its own token counts (1024
+latents of 64 px images, 256 queries). Writes benchmarks/results/precision-<device>-<date>.json: curves, means over the last
+tenth of the steps, images/s. Only one made on a GPU is the record that `precision: fp8` waits for."""
+
+import sys
+from pathlib import Path
+
+from iomm.checkout import enter
+
+ROOT = enter(__file__)
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import tempfile
+
+from benchmarks.report import above_0
+from iomm.engine.doctor import machine
+
+RUNS = {"bf16": ("bf16", 0), "fp8": ("fp8", 0), "bf16, another seed": ("bf16", 1)}
+ON_A_GPU = ["model.preset=iomm-b", "model.vae=pixel:2", "data.size_px=64", "adapter.num_queries=256", "mask.ratio=0.85",
+            "train.global_batch=64", "train.micro_batch=32", "optim.lr=1e-4", "optim.warmup_steps=50", "ema.decay=0"]
+STEPS = {True: 100, False: 300}      # with a GPU: 302 TFLOP a step, three runs in ten minutes; without
+
+
+def run(folder, precision, seed, steps, overrides):
+    """One launch -> rows of log.jsonl. Another seed draws other images, weights, masks and noise of the same world."""
+    arguments = [f"run.dir={folder}", f"precision={precision}", f"run.seed={seed}", f"train.steps={steps}",
+                 f"checkpoint.every_steps={steps}", "log.sample_images=0"]
+    subprocess.run([str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "1", str(ROOT / "engine/launch.py"),
+                    *overrides, *arguments], cwd=ROOT, check=True)
+    rows = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    shutil.rmtree(folder)                        # on a GPU 15 GB each, more than a rented disk has room for
+    return rows
+
+
+def summary(rows):
+    last = rows[-max(1, len(rows) // 10):]
+    return {"last_loss": statistics.mean(row["loss"] for row in last), "skipped_steps": rows[-1]["skipped_steps"],
+            "images_per_s": statistics.median(row["images_per_s"] for row in rows[len(rows) // 2:]),
+            "memory_gib": rows[-1]["memory_gib"], "losses": [row["loss"] for row in rows]}
+
+
+def compare(folder, steps, overrides):
+    """-> {run: summary}, and how far fp8 and another seed end from bf16, as shares of its loss."""
+    runs = {name: summary(run(f"{folder}/{i}", precision, seed, steps, overrides))
+            for i, (name, (precision, seed)) in enumerate(RUNS.items())}
+    bf16, fp8, other = (runs[name]["last_loss"] for name in RUNS)
+    return {"steps": steps, "overrides": overrides, "runs": runs, "fp8_over_bf16": fp8 / bf16 - 1, "seed_over_bf16": other / bf16 - 1,
+            "speedup": runs["fp8"]["images_per_s"] / runs["bf16"]["images_per_s"]}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=above_0(int), help=f"default: {STEPS[True]} with a GPU, {STEPS[False]} without")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    args, facts = parser.parse_intermixed_args(), machine()
+    args.steps = args.steps or STEPS[bool(facts["gpu"])]
+    with tempfile.TemporaryDirectory() as folder:
+        result = compare(folder, args.steps, [*(ON_A_GPU if facts["gpu"] else []), *args.overrides])
+    path = ROOT / "benchmarks/results" / f"precision-{'cuda' if facts['gpu'] else 'cpu'}-{facts['date']}.json"
+    path.write_text(json.dumps({"machine": facts, **result}, indent=1) + "\n")
+    print(f"loss of fp8 over bf16's {result['fp8_over_bf16']:+.2%}, of another seed {result['seed_over_bf16']:+.2%}; "
+          f"images/s x {result['speedup']:.2f}\n{path}")
+
+
+if __name__ == "__main__":
+    main()

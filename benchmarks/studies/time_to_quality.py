@@ -1,0 +1,761 @@
+"""Wall time until a model reaches a given quality: our engine against Algorithm 1 in plain PyTorch.
+
+    python benchmarks/studies/time_to_quality.py                                       stage 1, three seeds
+    python benchmarks/studies/time_to_quality.py --stage finetune run.init=runs/demo   stage 2 after a run
+    python benchmarks/studies/time_to_quality.py --seeds 1 --variants plain,ours train.steps=300
+    python benchmarks/studies/time_to_quality.py optim.schedule=constant --seconds 900
+
+    plain           Algorithm 1 in plain PyTorch (benchmarks/lib/baseline.py): hidden tokens are masked
+    literal         the same with hidden tokens as zeros and all MLLM outputs as condition; stage 1
+    ours            the engine without what follows: the same function as plain
+    ours+align      and the alignment loss: align.weight, 0.5 unless the config sets it
+    ours+latents    and latents and image tokens encoded before training: data.latents=memory
+    ours+cache      and VAE latents on the disk, as `iomm cache` writes them; stage 1
+    ours+draws      and several noise draws for each image: train.noise_draws, 2 unless the config sets more
+    everything      alignment, noise draws, and latents and image tokens encoded before training
+
+A variant ends after train.steps, with --seconds after that much time of its own if that comes
+first. Under a constant learning rate train.steps does not count and --seconds is 600 by default.
+
+All variants train in this process, in the shapes dataset, from the same weights, on the same
+samples in the same order with the same masks, times and noise, with the same optimizer and
+learning rate. They take turns of --slice seconds on the same cores, in an order that rotates, so
+that the noise of a shared machine hits all alike. A variant's time is the sum of its own turns;
+evaluation is not counted, and encoding before training is counted once and reported apart.
+
+After every turn the averaged (EMA) weights are evaluated: velocity loss of held-out samples at
+fixed times and noise, and the strict score, the share of pictures that fit their caption in every
+word (engine/shapes/score.py): of masked images in stage 1, of captions in stage 2. Both are found
+by one model and one function for all variants. The time at which a variant reaches a quality is
+interpolated linearly on its best value so far. Ratios are those of the first variant's time over
+another's, seed by seed: median, lowest and highest over the seeds.
+
+benchmarks/results/time-to-quality-<config>-<device>-<date>.json is written after every turn, with
+the curves, and a PNG beside it at the end of every seed."""
+
+import sys
+from pathlib import Path
+
+from iomm.checkout import enter
+
+ROOT = enter(__file__)
+
+import argparse
+import gc
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.lib.ablations import swapped
+from benchmarks.lib.baseline import Plain, Trainer, engine_draws
+from benchmarks.lib.harness import Bench
+from benchmarks.report import above_0, command, label, time_to_quality
+from benchmarks.studies.recipes import write
+from iomm.config import PRESETS, InputError
+from iomm.engine import launch, parts, zero
+from iomm.engine.config import RunConfig, flat, load_config
+from iomm.engine.data.source import ImageSource
+from iomm.engine.doctor import machine
+from iomm.engine.evaluation import Evaluation, fixed, losses_at
+from iomm.engine.optim import learning_rate
+from iomm.engine.shapes import score
+from iomm.engine.shapes.grade import GUIDANCE, grade, overall
+from iomm.engine.shapes.world import KINDS
+from iomm.layout import Layout
+from iomm.model import IOMM
+
+SCORES = (0.25, 0.5, 0.75, 0.9)
+# Shares of the first variant's time: the losses that it has then are the targets if none are given.
+LOSSES_AT = (0.25, 0.5, 1.0)
+HELDOUT = 64
+ALIGN_WEIGHT = 0.5
+CONSTANT_S = 600.0
+# What a curve's crossing is measured in.
+CLOCKS = ("s", "cpu_s", "steps")
+# DeepSpeed replaces it in this process where blocks are not compiled on a GPU.
+LINEAR = torch.nn.functional.linear
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """How a variant differs from `ours`. encoded: "memory" or "disk", where its latents are."""
+
+    baseline: bool = False
+    every: bool = False
+    aligned: bool = False
+    drawn: bool = False
+    encoded: str | None = None
+
+
+VARIANTS = {
+    "plain": Variant(baseline=True),
+    "literal": Variant(baseline=True, every=True),
+    "ours": Variant(),
+    "ours+align": Variant(aligned=True),
+    "ours+latents": Variant(encoded="memory"),
+    "ours+cache": Variant(encoded="disk"),
+    "ours+draws": Variant(drawn=True),
+    "everything": Variant(aligned=True, drawn=True, encoded="memory"),
+}
+DEFAULT = ("plain", "ours", "ours+align", "ours+latents", "everything")
+
+
+# What trains
+
+
+class Ours(Bench):
+    """The engine's own step (benchmarks/lib/harness.py), from the weights that the config starts from."""
+
+    def __init__(self, config: RunConfig, ranks: zero.Ranks):
+        super().__init__(config, ranks, fresh=True)
+
+    def averaged(self) -> dict[str, Tensor]:
+        """Return the weights that are evaluated: the average, or the masters without one."""
+        return self.weights(self.state.ema.flats)
+
+
+class Baseline:
+    """Plain PyTorch from the weights that the engine starts from, on its batches and draws."""
+
+    def __init__(self, config: RunConfig, ranks: zero.Ranks, every: bool = False):
+        if every and config.train.data != "image":
+            raise InputError("all outputs as condition are implemented for train.data=image alone")
+        self.config, self.device, self.steps = config, ranks.device, 0
+        model = parts.build_model(config, ranks.device)
+        if config.run.init is not None:
+            launch.start_from(config, model, ranks)
+        self.source = open_source(config, ranks, model)
+        self.batches = iter(self.source)
+        # The engine's masters start from weights in the run's dtype.
+        model.to(ranks.device, config.dtype)
+        self.compiled = config.train.compiled(ranks.device)
+        model.prepare_blocks(compiled=self.compiled)
+        with torch.device(ranks.device):
+            self.plain = Plain(
+                model.generator.config,
+                config.adapter,
+                *model.frozen,
+                ratio=config.mask.ratio,
+                every=every,
+                autocast=config.precision != "fp32",
+            ).to(ranks.device)
+        self.plain.load(model.state_dict())
+        # Ours has no pooled text vector, beside which a bias would train here alone.
+        self.plain.generator.time_text_embed.text_embedder.requires_grad_(False)
+        if self.compiled:
+            self.plain.compile_blocks()
+        self.trainer = Trainer(self.plain, config.optim, config.ema.decay)
+        self.layout = Layout(self.plain.shape, self.plain.patch)
+
+    def draws(self, batch) -> tuple:
+        return engine_draws(self.config, batch, *self.plain.frozen)
+
+    def step(self) -> float:
+        """Take one optimizer step and return its mean loss."""
+        config, num = self.config, self.source.accumulation_steps
+        self.trainer.set_lr(learning_rate(self.steps, config.optim, config.train.steps))
+        with swapped(torch.nn.functional, linear=LINEAR):
+            loss = self.trainer.step(islice(self.batches, num), num, self.draws).item()
+        self.steps += 1
+        if not math.isfinite(loss):
+            raise ValueError(f"the baseline's loss at step {self.steps} is {loss}")
+        return loss
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def weights(self, averaged: bool = False) -> dict[str, Tensor]:
+        """Return name -> tensor under the engine's names."""
+        theirs = {name: p.detach() for name, p in self.plain.named_parameters()}
+        if averaged and self.trainer.average:
+            names = [name for name, p in self.plain.named_parameters() if p.requires_grad]
+            theirs |= zip(names, self.trainer.average, strict=True)
+        ours = {name: tensor for name, tensor in theirs.items() if name.startswith("adapter.")}
+        for name in self.layout.pieces:
+            ours[f"generator.{name}"] = self.layout.to_ours(
+                name, lambda n: theirs[f"generator.{n}"]
+            )
+        return ours
+
+    def averaged(self) -> dict[str, Tensor]:
+        """Return the weights that are evaluated: the average, or the parameters without one."""
+        return self.weights(averaged=True)
+
+    def loss(self, batch) -> float:
+        """Return the loss of a batch with the engine's draws."""
+        with torch.no_grad(), swapped(torch.nn.functional, linear=LINEAR):
+            draws = self.draws(batch)
+            return self.plain.loss(batch.pixels_BCHW, batch.vit_pixels_BHWC, *draws).item()
+
+
+def open_source(config: RunConfig, ranks: zero.Ranks, model: IOMM) -> ImageSource:
+    """Return the batches that launch.build opens for this config, from step 0."""
+    index_dir = pairs_dir = None
+    if config.train.data != "pair":
+        index_dir = parts.prepare_data(config, progress=False)
+    if config.train.data != "image":
+        pairs_dir = parts.prepare_data(config, progress=False, pairs=True)
+    return parts.open_source(config, ranks, *model.frozen, index_dir=index_dir, pairs_dir=pairs_dir)
+
+
+def start(variant: Variant, config: RunConfig, ranks: zero.Ranks) -> Ours | Baseline:
+    """Build what trains a variant."""
+    return Baseline(config, ranks, variant.every) if variant.baseline else Ours(config, ranks)
+
+
+# What is measured of it
+
+
+class Examiner:
+    """Held-out loss and strict score of any variant's weights, by one model."""
+
+    def __init__(self, config: RunConfig, ranks: zero.Ranks, *, per_kind: int, draw_steps: int):
+        """per_kind: pictures of each of the kinds of captions; draw_steps: Euler steps of each."""
+        self.config, self.per_kind, self.draw_steps = config, per_kind, draw_steps
+        self.model = parts.build_model(config, ranks.device)
+        if config.run.init is not None:
+            launch.start_from(config, self.model, ranks)
+        evaluation = Evaluation(config, open_source(config, ranks, self.model), ranks)
+        kind, self.way = ("image", "image") if config.train.data == "image" else ("pair", "text")
+        entries = evaluation.heldout[kind]
+        # The last sample fills up the last batch.
+        self.num_heldout, self.batches = len(entries), list(evaluation.batches(kind, entries))
+        self.model.to(ranks.device, config.dtype)
+        self.start = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Take a variant's weights; what only training needs (a head of the alignment) is left."""
+        self.model.load_state_dict({name: weights[name] for name in self.start})
+
+    def as_trained(self, variant: Variant):
+        """Return a context in which the model conditions as the variant does."""
+        recipe = self.model.recipe
+        if variant.every:
+            recipe = replace(
+                recipe,
+                mask=replace(recipe.mask, mode="zero"),
+                adapter=replace(recipe.adapter, conditions="all"),
+            )
+        return swapped(self.model, recipe=recipe)
+
+    def check_start(self, name: str, weights: dict[str, Tensor]) -> None:
+        """Raise ValueError unless a variant starts from the weights that the seed gives."""
+        for key, tensor in self.start.items():
+            if not torch.equal(weights[key].to(tensor.dtype), tensor):
+                raise ValueError(f"{name} starts from another {key}: nothing is timed")
+
+    @torch.no_grad()
+    def check_function(self, name: str, variant: Variant, baseline: Baseline) -> None:
+        """Raise ValueError unless a baseline has our loss on a batch, with its own weights.
+
+        Called after its first turn: fresh weights predict zero whatever the condition."""
+        batch = self.batches[0]
+        self.load(baseline.weights())
+        with self.as_trained(variant), torch.compiler.set_stance("force_eager"):
+            inputs = (batch.pixels_BCHW, batch.vit_pixels_BHWC, batch.n_B, batch.latents_BCHW)
+            ours = self.model(*inputs, batch.captions, batch.has_image)[0].item()
+            theirs = baseline.loss(batch)
+        allowed = 1e-4 if self.config.precision == "fp32" else 2e-2
+        print(
+            f"loss on one batch with the weights of {name}: {theirs:.6f}, by our model {ours:.6f}"
+        )
+        if not abs(ours - theirs) <= allowed * ours:
+            raise ValueError(f"the losses differ by more than {allowed:.0e} of themselves")
+
+    @torch.no_grad()
+    def __call__(self, variant: Variant, weights: dict[str, Tensor]) -> dict[str, float]:
+        """Return {"loss": held-out velocity loss, "score": share of pictures that fit}."""
+        self.load(weights)
+        with self.as_trained(variant), torch.compiler.set_stance("force_eager"):
+            with fixed(self.model):
+                losses_BT = torch.cat([losses_at(self.model, batch) for batch in self.batches])
+            table, _ = grade(
+                self.model,
+                self.config.data.size_px,
+                self.way,
+                per_kind=self.per_kind,
+                steps=self.draw_steps,
+                guidance=GUIDANCE[self.way],
+            )
+        return {"loss": losses_BT[: self.num_heldout].mean().item(), "score": overall(table)}
+
+
+class Course:
+    """A variant on its way: what trains, its own time so far, and its curve.
+
+    curve: lists of equal length by name: own wall seconds `s`, CPU seconds of this process over
+    all threads `cpu_s`, `steps`, and what the Examiner found, `loss` and `score`."""
+
+    def __init__(self, variant: Variant, trained: Ours | Baseline):
+        self.variant, self.trained = variant, trained
+        self.s = self.cpu_s = 0.0
+        self.steps, self.first_step_s = 0, None
+        self.curve = {name: [] for name in (*CLOCKS, "loss", "score")}
+
+    def run(self, seconds: float, num_steps: int) -> None:
+        """Train for a turn: whole steps, at least one, for that long and up to step num_steps."""
+        self.trained.wait()
+        started, started_cpu = time.perf_counter(), time.process_time()
+        passed = 0.0
+        while passed < seconds and self.steps < num_steps:
+            self.trained.step()
+            self.steps += 1
+            passed = time.perf_counter() - started
+            if self.first_step_s is None:
+                self.first_step_s = passed
+        self.trained.wait()
+        self.s += time.perf_counter() - started
+        self.cpu_s += time.process_time() - started_cpu
+
+    def note(self, found: dict[str, float]) -> None:
+        """Add a point to the curve."""
+        for name, value in {name: getattr(self, name) for name in CLOCKS}.items():
+            self.curve[name].append(value)
+        for name, value in found.items():
+            self.curve[name].append(value)
+
+
+# Arithmetic on curves
+
+
+def best_so_far(values: Sequence[float], falling: bool) -> list[float]:
+    """Return the best value up to each point; smaller is better where `falling`."""
+    best = np.minimum if falling else np.maximum
+    return best.accumulate(np.asarray(values, dtype=float)).tolist()
+
+
+def crossing(
+    times: Sequence[float], values: Sequence[float], target: float, *, falling: bool
+) -> float | None:
+    """Return when a curve first reaches `target`, or None if it never does.
+
+    Interpolated linearly between the points before and after, on the best value so far."""
+    best = best_so_far(values, falling)
+    reached = [value <= target if falling else value >= target for value in best]
+    if True not in reached:
+        return None
+    i = reached.index(True)
+    if i == 0:
+        return float(times[0])
+    share = (target - best[i - 1]) / (best[i] - best[i - 1])
+    return times[i - 1] + share * (times[i] - times[i - 1])
+
+
+def ratios(
+    baseline: Sequence[float | None], other: Sequence[float | None], limits: Sequence[float]
+) -> dict | None:
+    """Return how many times longer the baseline took, over the seeds; None if that is unknown.
+
+    Args:
+        baseline, other: when each reached the target, a value a seed, None where it never did.
+        limits: the baseline's whole time. Where it never reached the target this takes the place
+            of its time, so that a seed's ratio is a lower bound (`at_least`).
+
+    Unknown where the other did not reach the target in every seed, or had it from the start."""
+    if not other or not all(other):
+        return None
+    found = [
+        (limit if time is None else time) / its
+        for time, its, limit in zip(baseline, other, limits, strict=True)
+    ]
+    return {
+        "median": statistics.median(found),
+        "low": min(found),
+        "high": max(found),
+        "seeds": found,
+        "at_least": None in baseline,
+    }
+
+
+def loss_targets(curves: Iterable[dict], shares: Sequence[float] = LOSSES_AT) -> list[float]:
+    """Return the held-out losses that every curve has reached after these shares of its time.
+
+    The worst over the seeds, rounded up to four digits behind the point."""
+    curves, found = list(curves), []
+    for share in shares:
+        at_share = [
+            np.interp(share * curve["s"][-1], curve["s"], best_so_far(curve["loss"], True))
+            for curve in curves
+        ]
+        found.append(math.ceil(max(at_share) * 1e4) / 1e4)
+    return sorted(set(found), reverse=True)
+
+
+def reached(runs: Sequence[dict], what: str, target: float) -> list[dict]:
+    """Return a row a variant: when it reached the target in each seed, and its ratios.
+
+    Args:
+        runs: of the result file, one a seed.
+        what: "loss" or "score".
+
+    `s`, `cpu_s` and `steps` are lists over the seeds; `s_encoded` is `s` and the time of encoding
+    before training, where the variant does that. `ratio`, `ratio_cpu`, `ratio_steps` and
+    `ratio_encoded` are the first variant's times over these (see `ratios`)."""
+    rows, first = [], next(iter(runs[0]["curves"]))
+    for name in runs[0]["curves"]:
+        curves = [run["curves"][name] for run in runs]
+        row = {"what": what, "target": target, "variant": name}
+        for clock in CLOCKS:
+            row[clock] = [
+                crossing(curve[clock], curve[what], target, falling=what == "loss")
+                for curve in curves
+            ]
+        row["reached"] = sum(time is not None for time in row["s"])
+        if name in runs[0]["encoding_s"]:
+            row["s_encoded"] = [
+                None if time is None else time + run["encoding_s"][name]
+                for time, run in zip(row["s"], runs)
+            ]
+        if name != first:
+            clocks = {"ratio": "s", "ratio_cpu": "cpu_s", "ratio_steps": "steps"}
+            for ratio, clock in clocks.items():
+                limits = [run["curves"][first][clock][-1] for run in runs]
+                row[ratio] = ratios(rows[0][clock], row[clock], limits)
+            if "s_encoded" in row:
+                limits = [run["curves"][first]["s"][-1] for run in runs]
+                row["ratio_encoded"] = ratios(rows[0]["s"], row["s_encoded"], limits)
+        rows.append(row)
+    return rows
+
+
+def summarise(result: dict) -> None:
+    """Fill in `targets` and `reached` from the seeds that are done, or from all if none is."""
+    runs = [run for run in result["runs"] if run["done"]] or result["runs"]
+    first = next(iter(runs[0]["curves"]))
+    losses = result["losses_given"] or loss_targets(run["curves"][first] for run in runs)
+    result["targets"] = {"loss": list(losses), "score": list(result["scores_given"])}
+    result["reached"] = []
+    for what, targets in result["targets"].items():
+        for target in targets:
+            rows = reached(runs, what, target)
+            # A quality that no variant has reached says nothing.
+            if any(row["reached"] for row in rows):
+                result["reached"] += rows
+
+
+# The command
+
+
+def prepare(args: argparse.Namespace, folder: Path) -> tuple[RunConfig, list[str]]:
+    """Return the config of the first seed and what was changed in it.
+
+    Raises InputError for a config that the baseline does not compute."""
+    changes = [f"run.dir={folder / 'run'}", "evaluate.every_steps=0"]
+    changes += ["align.weight=0", "data.latents=null", "train.noise_draws=1"]
+    config = load_config(args.config, args.overrides)
+    if config.optim.schedule == "constant":
+        changes.append("train.steps=1000000")
+    if args.threads:
+        changes.append(f"train.threads={args.threads}")
+    if not config.data.heldout:
+        changes.append(f"data.heldout={HELDOUT}")
+    config = load_config(args.config, [*args.overrides, *changes])
+    if args.stage == "finetune" and config.run.init is None:
+        raise InputError(
+            "--stage finetune starts from the weights of a run of stage 1: add run.init=RUN"
+        )
+    wanted = {
+        "adapter.kind": "rqa",
+        "adapter.connector_layers": 0,
+        "adapter.attention": "causal",
+        "adapter.conditions": "query",
+        "mask.mode": "drop",
+        "mask.positions": "original",
+        "model.vae_sample": False,
+        "data.shards": "shapes",
+    }
+    if config.train.data != "image":
+        wanted["data.pairs"] = "shapes"
+    given = flat(config)
+    wrong = [
+        f"{key} is {given[key]}, expected {value}"
+        for key, value in wanted.items()
+        if given[key] != value
+    ]
+    if PRESETS[config.model.preset].kind != "mmdit":
+        wrong.append(f"model.preset {config.model.preset} has no FLUX blocks")
+    if wrong:
+        raise InputError(
+            f"plain PyTorch does not compute this config ({'; '.join(wrong)}): change these keys"
+        )
+    return config, changes
+
+
+def variant_config(
+    variant: Variant, args: argparse.Namespace, changes: Sequence[str], latents: Path
+) -> RunConfig:
+    """Return the config that a variant trains with. Raises InputError where it has none."""
+    given = load_config(args.config, args.overrides)
+    own = [f"train.noise_draws={max(2, given.train.noise_draws) if variant.drawn else 1}"]
+    if variant.aligned:
+        own.append(f"align.weight={given.align.weight or ALIGN_WEIGHT}")
+    if variant.encoded == "disk":
+        own.append(f"data.latents={latents}")
+    elif variant.encoded:
+        own.append("data.latents=memory")
+        # The tokens in memory are those that the MLLM reads.
+        own += ["align.target=projector", "align.pairs=false"]
+    return load_config(args.config, [*args.overrides, *changes, *own])
+
+
+class Stopwatch:
+    """A function that adds up the seconds of its calls in `s`."""
+
+    def __init__(self, function: Callable):
+        self.function, self.s = function, 0.0
+
+    def __call__(self, *args, **kwargs):
+        started = time.perf_counter()
+        try:
+            return self.function(*args, **kwargs)
+        finally:
+            self.s += time.perf_counter() - started
+
+
+def start_encoded(
+    variant: Variant, own: RunConfig, config: RunConfig, latents: Path, ranks: zero.Ranks
+) -> tuple[Ours, float]:
+    """Encode the images, build what trains on them, and return it with the seconds of encoding.
+
+    own, config: with the encoded latents and without; latents: the folder of those on the disk."""
+    if variant.encoded == "disk":
+        encode = Stopwatch(parts.write_latents)
+        encode(config, latents, dtype="bf16", batch=32)
+        return start(variant, own, ranks), encode.s
+    encode = Stopwatch(parts.EncodedSamples)
+    with swapped(parts, EncodedSamples=encode):
+        return start(variant, own, ranks), encode.s
+
+
+def race(
+    args: argparse.Namespace,
+    ranks: zero.Ranks,
+    seed: int,
+    changes: list[str],
+    result: dict,
+    folder: Path,
+    save: Callable[[], None],
+) -> None:
+    """Train all variants of a seed in turns.
+
+    Adds the seed's curves to result["runs"], and calls `save` after every turn."""
+    changes = [*changes, f"run.seed={seed}"]
+    config = load_config(args.config, [*args.overrides, *changes])
+    run = {
+        "seed": seed,
+        "done": False,
+        "encoding_s": {},
+        "curves": {},
+        "first_step_s": {},
+    }
+    examiner = Examiner(config, ranks, per_kind=args.per_kind, draw_steps=args.draw_steps)
+    courses, at_start = {}, {}
+    for name in args.variants:
+        variant = VARIANTS[name]
+        try:
+            own = variant_config(variant, args, changes, latents := folder / f"latents-{seed}")
+            if variant.encoded:
+                trained, run["encoding_s"][name] = start_encoded(
+                    variant, own, config, latents, ranks
+                )
+            else:
+                trained = start(variant, own, ranks)
+        except InputError as error:
+            if name not in result["left_out"]:
+                print(f"{name} is left out: {error}", flush=True)
+            result["left_out"][name] = str(error)
+            continue
+        course = Course(variant, trained)
+        examiner.check_start(name, trained.averaged())
+        if variant.every not in at_start:
+            at_start[variant.every] = examiner(variant, examiner.start)
+        course.note(at_start[variant.every])
+        courses[name], run["curves"][name] = course, course.curve
+    if not courses:
+        raise InputError("none of the variants can run with this config")
+    result["runs"].append(run)
+    turn, num_steps = 0, config.train.steps
+
+    def ended(course: Course) -> bool:
+        return course.s >= args.seconds or course.steps >= num_steps
+
+    while not all(ended(course) for course in courses.values()):
+        names = list(courses)
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            course = courses[name]
+            if ended(course):
+                continue
+            course.run(min(args.slice, args.seconds - course.s), num_steps)
+            if course.variant.baseline and len(course.curve["s"]) == 1:
+                examiner.check_function(name, course.variant, course.trained)
+            found = examiner(course.variant, course.trained.averaged())
+            course.note(found)
+            run["first_step_s"][name] = course.first_step_s
+            save()
+            print(
+                f"seed {seed}  {name:<13}{course.s:>8.1f} s {course.steps:>7} steps   "
+                f"loss {found['loss']:.4f}   score {found['score']:.2f}",
+                flush=True,
+            )
+        turn += 1
+    run["done"] = True
+    for course in courses.values():
+        course.trained.batches.close()
+    save()
+
+
+def picture(result: dict, path: Path) -> None:
+    """Draw the curves of all seeds against own time, a colour a variant."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no PNG: matplotlib is missing (pip install matplotlib)")
+        return
+    figure = Figure(figsize=(12, 4.5))
+    words = {"loss": "held-out velocity loss", "score": "strict score"}
+    for axis, (what, label_y) in zip(figure.subplots(1, 2), words.items()):
+        for run in result["runs"]:
+            for i, (name, curve) in enumerate(run["curves"].items()):
+                shown = name if run is result["runs"][0] else None
+                axis.plot(curve["s"], curve[what], color=f"C{i}", alpha=0.7, label=shown)
+        for target in result["targets"][what]:
+            axis.axhline(target, color="0.8", linewidth=0.8, zorder=0)
+        axis.set_xlabel("seconds of a variant's own training")
+        axis.set_ylabel(label_y)
+    figure.axes[0].legend(fontsize=8)
+    if all(min(curve["loss"]) > 0 for run in result["runs"] for curve in run["curves"].values()):
+        figure.axes[0].set_yscale("log")
+    figure.suptitle(
+        f"{result['config']}, {len(result['runs'])} seed(s), {result['machine']['device']}, "
+        f"{result['machine']['date']}",
+        fontsize=10,
+    )
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    print(path)
+
+
+def contest(
+    args: argparse.Namespace,
+    ranks: zero.Ranks,
+    config: RunConfig,
+    changes: list[str],
+    folder: Path,
+) -> Path:
+    """Run all seeds, write and print what is found, and return the path of the result file."""
+    launch.prepare_process(config, ranks)
+    facts, stem = machine(), Path(args.config).stem
+    name = f"{label(f'time-to-quality-{stem}', args.overrides)}-{ranks.device.type}-{facts['date']}"
+    path = Path(args.results) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result = {
+        "machine": facts | {"load": os.getloadavg()[0], "threads": torch.get_num_threads()},
+        "config": args.config,
+        "stage": args.stage,
+        "overrides": args.overrides,
+        "changed": [change for change in changes if not change.startswith("run.dir=")],
+        "precision": config.precision,
+        "compiled": config.train.compiled(ranks.device),
+        "seconds": args.seconds if args.seconds < math.inf else None,
+        "steps": config.train.steps if config.optim.schedule != "constant" else None,
+        "slice_s": args.slice,
+        "heldout": config.data.heldout,
+        "way": "image" if config.train.data == "image" else "text",
+        "pictures": len(KINDS) * args.per_kind,
+        "draw_steps": args.draw_steps,
+        "scorer": score.VERSION,
+        "losses_given": args.losses,
+        "scores_given": args.scores,
+        "left_out": {},
+        "runs": [],
+    }
+
+    def save() -> None:
+        summarise(result)
+        write(path, result)
+
+    for seed in range(config.run.seed, config.run.seed + args.seeds):
+        race(args, ranks, seed, changes, result, folder, save)
+        picture(result, path.with_suffix(".png"))
+        gc.collect()
+    for what, figure in time_to_quality(result):
+        print(f"{what}: {figure}")
+    print(path)
+    return path
+
+
+def listed(kind: Callable) -> Callable[[str], list]:
+    """Return an argparse type: values of this kind, separated by commas, each once."""
+    return lambda text: list(dict.fromkeys(kind(item) for item in text.split(",")))
+
+
+def variant_name(text: str) -> str:
+    """Argparse type: one of VARIANTS."""
+    if text not in VARIANTS:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(VARIANTS)}")
+    return text
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--stage", choices=tuple(launch.STAGES), default="pretrain")
+    parser.add_argument("--config", help="default: the stage's demo")
+    parser.add_argument("--seconds", type=above_0(float), help="own time a variant")
+    parser.add_argument("--slice", type=above_0(float), default=20.0, help="seconds of a turn")
+    parser.add_argument("--seeds", type=above_0(int), default=3)
+    parser.add_argument(
+        "--variants",
+        type=listed(variant_name),
+        default=list(DEFAULT),
+        help="separated by commas; the first one is what the others are compared with",
+    )
+    parser.add_argument(
+        "--losses",
+        type=listed(above_0(float)),
+        default=[],
+        help="held-out losses to reach, separated by commas; default: those that the first variant "
+        "has after a quarter, half and all of its time",
+    )
+    parser.add_argument(
+        "--scores",
+        type=listed(above_0(float)),
+        default=list(SCORES),
+        help="strict scores to reach, separated by commas",
+    )
+    parser.add_argument("--threads", type=above_0(int), help="CPU threads; default: all cores")
+    parser.add_argument(
+        "--per-kind",
+        type=above_0(int),
+        default=8,
+        help="pictures that are scored of each kind of caption",
+    )
+    parser.add_argument("--draw-steps", type=above_0(int), default=20, help="Euler steps of each")
+    parser.add_argument("--results", default=str(ROOT / "benchmarks/results"))
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    args = parser.parse_intermixed_args(argv)
+    args.config = args.config or launch.STAGES[args.stage]
+    with tempfile.TemporaryDirectory() as folder:
+        config, changes = prepare(args, Path(folder))
+        if args.seconds is None:
+            args.seconds = CONSTANT_S if config.optim.schedule == "constant" else math.inf
+        try:
+            contest(args, zero.start(600), config, changes, Path(folder))
+        finally:
+            zero.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command(main))

@@ -1,6 +1,6 @@
 """The budget of stage 1 on 1 to 512 GPUs, from counts: python benchmarks/budget.py [--out FOLDER]
 
-Counted: FLOPs (engine/plan.py), bytes of what is no matrix product, ZeRO-3's messages (benchmarks/lib/traffic.py), optimizer, EMA,
+Counted: FLOPs (engine/dry_run.py), bytes of what is no matrix product, ZeRO-3's messages (benchmarks/lib/traffic.py), optimizer, EMA,
 checkpoint. Assumed: rates, all in ASSUMED and MACHINES, each with its source. The result is step time, GPU-hours and where
 the budget breaks, as printed tables and, with --out, as budget.json and budget.png in that folder. Nothing is measured here."""
 
@@ -21,10 +21,10 @@ from torch import nn
 from benchmarks.lib.traffic import count_traffic, row_bytes
 from benchmarks.report import pyplot
 from iomm.engine.config import load_config
-from iomm.engine.doctor import machine
-from iomm.engine.interval import plan as checkpoint_plan
-from iomm.engine.optim import make_optimizer, spread
-from iomm.engine.plan import build_without_weights, largest, make_plan, memory
+from iomm.engine.dry_run import build_without_weights, largest, make_plan, memory
+from iomm.engine.observe.doctor import machine
+from iomm.engine.parallel.optim import make_optimizer, spread
+from iomm.engine.resilience.checkpoint_interval import plan as checkpoint_plan
 from iomm.flops import attention_flops
 
 # Everything that is not counted, each with its source. "Ours": chosen by us with no measurement behind it yet.
@@ -107,7 +107,7 @@ def messages_of(name, ranks, tuned=False):
 
 @cache
 def memory_of(name, ranks, tuned, micro_batch):
-    """Bytes on a GPU, what frozen encoders need while they run aside (engine/plan.py)."""
+    """Bytes on a GPU, what frozen encoders need while they run aside (engine/dry_run.py)."""
     return sum(memory(parts(name)[1], configured(name, ranks, tuned), ranks, micro_batch).values())
 
 

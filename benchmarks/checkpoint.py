@@ -20,9 +20,9 @@ import time
 import torch
 
 from benchmarks.report import above_0
-from iomm.engine import checkpoint
-from iomm.engine.doctor import machine
-from iomm.engine.interval import plan
+from iomm.engine.observe.doctor import machine
+from iomm.engine.resilience import checkpoint_reader, checkpoint_writer
+from iomm.engine.resilience.checkpoint_interval import plan
 
 
 class Alone:
@@ -50,14 +50,14 @@ def step(seconds, device):
 
 
 def measure(folder, *, parameters, step_s, num_saves):
-    """Figures of num_saves saves into folder, the first left out of the medians, and what engine/interval.py makes of them."""
+    """Figures of num_saves saves into folder, the first left out of the medians, and what engine/resilience/checkpoint_interval.py makes of them."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(1)
     state = {f"{slot}/w": torch.randn(int(parameters), device=device) for slot in ("master", "exp_avg", "exp_avg_sq", "ema")}
     facts = {"shapes": {"w": [int(parameters)]}, "config": "", "ema": True}
     quiet = statistics.median(step(step_s, device) for _ in range(5))
     stalls, writes, slow = [], [], []
-    saver = checkpoint.Saver(Path(folder) / "checkpoints", Alone(), keep=2)
+    saver = checkpoint_writer.Saver(Path(folder) / "checkpoints", Alone(), keep=2)
     for i in range(num_saves + 1):
         saver.save(i, state, facts)
         slow.append(step(step_s, device))
@@ -65,9 +65,9 @@ def measure(folder, *, parameters, step_s, num_saves):
         stalls.append(saver.stall_s)
         writes.append(saver.write_s)
     started = time.perf_counter()
-    assert checkpoint.damage(saver.folder) is None
+    assert checkpoint_reader.damage(saver.folder) is None
     verified = time.perf_counter()
-    reader = checkpoint.Reader(saver.folder)
+    reader = checkpoint_reader.Reader(saver.folder)
     assert all(torch.equal(reader.full(*key.split("/")), t.cpu()) for key, t in state.items())
     read = time.perf_counter()
     stall, write = statistics.median(stalls[1:]), statistics.median(writes[1:])

@@ -36,11 +36,11 @@ from PIL import Image, ImageFilter, ImageOps
 from benchmarks.report import command
 from iomm.engine.data.buckets import Buckets, bucket_sizes
 from iomm.engine.data.index import build
-from iomm.engine.data.judge import RECORD
-from iomm.engine.data.order import Order
+from iomm.engine.data.samplers import Order
 from iomm.engine.data.shards import Shards
 from iomm.engine.data.source import ImageSource
-from iomm.engine.doctor import machine
+from iomm.engine.data.validate import RECORD
+from iomm.engine.observe.doctor import machine
 from iomm.kernels.image_patches import normalised
 from iomm.mllm import IMAGE_MEAN, IMAGE_STD
 

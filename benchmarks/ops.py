@@ -27,7 +27,7 @@ import time
 import torch
 
 from benchmarks.lib.op_cases import cases, token_cases
-from iomm.engine.doctor import machine
+from iomm.engine.observe.doctor import machine
 from iomm.kernels import native
 
 LIMIT_S = 480

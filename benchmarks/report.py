@@ -314,7 +314,7 @@ def as_yaml(value):
 def keys_table():
     """Return Markdown: a row for every config key; * marks those that a resumed run may change."""
     from iomm.engine.config import FREE_KEYS, RunConfig
-    from iomm.engine.typed_yaml import documented
+    from iomm.engine.config_parser import documented
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for key, kind, default, meaning in documented(RunConfig):
         mark = "\\*" if key in FREE_KEYS else ""

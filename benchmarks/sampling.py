@@ -52,8 +52,8 @@ def main():
     args = parser.parse_args()
     import torch
 
-    from iomm.engine.doctor import machine
-    from iomm.engine.draw import open_pipeline, parse_size
+    from iomm.engine.evaluation.sample import open_pipeline, parse_size
+    from iomm.engine.observe.doctor import machine
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe, _ = open_pipeline(args.run, device=device)
     pipe.batch = args.batch

@@ -19,6 +19,7 @@ import time
 
 from benchmarks.report import above_0, command
 from iomm.config import InputError
+from iomm.engine.parallel import ranks as group
 
 
 def start(config_name, overrides):
@@ -32,11 +33,11 @@ def start(config_name, overrides):
 
     from itertools import islice
 
-    from iomm.engine import launch, loop, zero
+    from iomm.engine import launch, loop
     from iomm.engine.config import load_config
     done("import")
     config = load_config(config_name, overrides)
-    ranks = zero.start(600)
+    ranks = group.start(600)
     launch.prepare_process(config, ranks)
     done("ranks")
     state, source, _ = launch.build(config, ranks, say=lambda *_: None)
@@ -46,7 +47,7 @@ def start(config_name, overrides):
         loop.train_step(state.sharded, islice(batches, source.accumulation_steps))[0].item()
         done(what)
     batches.close()
-    zero.stop()
+    group.stop()
     print(json.dumps(found))
 
 
@@ -59,7 +60,7 @@ def main():
     args = parser.parse_intermixed_args()
     if args.once:
         return start(args.config, args.overrides)
-    from iomm.engine.doctor import machine
+    from iomm.engine.observe.doctor import machine
     runs = []
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--once", "--config", args.config, *args.overrides, f"run.dir={folder}/run"]

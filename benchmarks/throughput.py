@@ -41,10 +41,10 @@ from benchmarks.lib.counts import Count, part_flops, plain_flops
 from benchmarks.lib.harness import WARM_UP, Bench, prepare, ratio, summary, whole_copy
 from benchmarks.ops import ceilings
 from benchmarks.report import above_0, command, label, pyplot
-from iomm.engine import zero
-from iomm.engine.doctor import machine
-from iomm.engine.metrics import memory_gib, peak_flops
-from iomm.engine.tracing import Window
+from iomm.engine.observe.doctor import machine
+from iomm.engine.observe.metrics import memory_gib, peak_flops
+from iomm.engine.observe.tracing import Window
+from iomm.engine.parallel import ranks as group
 
 REAL = "iomm-b-512"                 # the config that the paper's hours are of
 STAGE_1, STAGE_2 = 110e6, 4.2e6     # images: 11 M x 10 epochs; 210 k pairs x 10 epochs and as many images beside them
@@ -332,12 +332,12 @@ def main():
     args = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as folder:
         config, changes = prepare(args, device, Path(folder))
-        bench = Bench(config, zero.start(600), args.limit_s, begun)
+        bench = Bench(config, group.start(600), args.limit_s, begun)
         try:
             return report(bench, args, changes)
         finally:
             bench.batches.close()
-            zero.stop()
+            group.stop()
 
 
 def report(bench, args, changes):

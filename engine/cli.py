@@ -97,7 +97,7 @@ def whole(text):
 
 def index(args):
     from iomm.engine.data.index import build, summary
-    from iomm.engine.data.judge import Rules
+    from iomm.engine.data.validate import Rules
     rules = Rules(verify=args.verify, captions=args.captions, min_size_px=args.min_size, max_aspect=args.max_aspect,
                   max_pixels=args.max_pixels)
     try:
@@ -109,28 +109,28 @@ def index(args):
 
 
 def cache(args):
+    from iomm.engine.builders import write_latents
     from iomm.engine.config import load_config
-    from iomm.engine.parts import write_latents
     print(write_latents(load_config(args.config, args.overrides), args.out, dtype=args.dtype, batch=args.batch,
                         rank=args.rank, num_ranks=args.ranks))
     return 0
 
 
 def sample(args):
-    from iomm.engine.draw import draw_run
+    from iomm.engine.evaluation.sample import draw_run
     print(draw_run(args.run, num=args.num, prompts=args.prompt, singles=True, **drawing_settings(args)))
     return 0
 
 
 def edit(args):
-    from iomm.engine.draw import edit_run
+    from iomm.engine.evaluation.sample import edit_run
     print(edit_run(args.run, args.image, args.instruction, **drawing_settings(args)))
     return 0
 
 
 def evaluate(args):
-    from iomm.engine.draw import parse_size
-    from iomm.engine.graders.folder import evaluate
+    from iomm.engine.evaluation.folder import evaluate
+    from iomm.engine.evaluation.sample import parse_size
     return evaluate(
         args.bench, prompts=args.prompts, out=args.out, run=args.run, root=args.origin_img_root, num=args.num,
         size=parse_size(args.size) if args.size else None, steps=args.steps, seed=args.seed, guidance=args.guidance,
@@ -138,7 +138,7 @@ def evaluate(args):
 
 
 def export(args):
-    from iomm.engine.draw import export_run
+    from iomm.engine.evaluation.sample import export_run
     print(export_run(args.run, weights=args.weights, out=args.out))
     return 0
 
@@ -146,19 +146,19 @@ def export(args):
 def drawing_settings(args):
     import torch
 
-    from iomm.engine.draw import parse_size
+    from iomm.engine.evaluation.sample import parse_size
     return dict(steps=args.steps, seed=args.seed, guidance=args.guidance, shift=args.shift, weights=args.weights, out=args.out,
                 size=parse_size(args.size) if args.size else None, device="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def report(args):
-    from iomm.engine.report import write
+    from iomm.engine.observe.report import write
     print(write(args.runs, args.out))
     return 0
 
 
 def doctor(args):
-    from iomm.engine.doctor import print_report
+    from iomm.engine.observe.doctor import print_report
     print_report()
     return 0
 

@@ -1,6 +1,6 @@
 """RunConfig: one YAML file and dotted overrides, every key typed, checked once, named in every error.
 
-The keys and what each means stand here; engine/typed_yaml.py reads them."""
+The keys and what each means stand here; engine/config_parser.py reads them."""
 
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from iomm.config import PRESETS, AdapterConfig, AlignConfig, InputError, MaskConfig, choice
-from iomm.engine.typed_yaml import all_keys, read
+from iomm.engine.config_parser import all_keys, read
 from iomm.flow import TIME_KINDS
 from iomm.kernels.dispatch import cpu_has_bf16
 

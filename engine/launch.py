@@ -10,7 +10,7 @@ from iomm.checkout import enter
 
 enter(__file__)
 
-from iomm.engine import cpu_ranks
+from iomm.engine.parallel import cpu_ranks
 
 if __name__ == "__main__":
     cpu_ranks.die_with_rank_0()
@@ -24,23 +24,28 @@ import socket
 import torch
 
 from iomm.config import InputError, choice
-from iomm.engine import checkpoint, loop, parts, plan, zero
+from iomm.engine import builders, dry_run, loop
+from iomm.engine import state as run_state
 from iomm.engine.config import differences, flat, load_config
 from iomm.engine.data.atomic import whole_file
-from iomm.engine.data.skips import Skips
-from iomm.engine.doctor import write_machine
-from iomm.engine.draw import draw_run
-from iomm.engine.ema import Ema
-from iomm.engine.evaluation import Evaluation, load_hook
-from iomm.engine.guard import REQUEUE, Guard
-from iomm.engine.interval import advice
-from iomm.engine.leftovers import remove_half_compiled
-from iomm.engine.metrics import Metrics, check_wandb
-from iomm.engine.optim import make_optimizer
-from iomm.engine.ranklog import RankLog
-from iomm.engine.shapes.grade import grade_run
-from iomm.engine.tracing import Window
-from iomm.engine.watch import REFUSED, Watch
+from iomm.engine.data.bad_samples import Skips
+from iomm.engine.evaluation.heldout import Evaluation, load_hook
+from iomm.engine.evaluation.sample import draw_run
+from iomm.engine.evaluation.shapes_grades import grade_run
+from iomm.engine.observe.doctor import write_machine
+from iomm.engine.observe.metrics import Metrics, check_wandb
+from iomm.engine.observe.ranklog import RankLog
+from iomm.engine.observe.tracing import Window
+from iomm.engine.parallel import ranks as group
+from iomm.engine.parallel import zero
+from iomm.engine.parallel.ema import Ema
+from iomm.engine.parallel.optim import make_optimizer
+from iomm.engine.resilience import checkpoint_reader, checkpoint_writer
+from iomm.engine.resilience.checkpoint_interval import advice
+from iomm.engine.resilience.inductor_cache import remove_half_compiled
+from iomm.engine.resilience.loss_guard import Guard
+from iomm.engine.resilience.preemption import REQUEUE
+from iomm.engine.resilience.watchdog import REFUSED, Watch
 from iomm.kernels import dispatch, fp8_linear
 
 # Of malloc.h: number and value. No memory of its own for a large block, trim the heap above 2 GiB free, grow it by 256 MiB.
@@ -68,17 +73,17 @@ def main(argv=None, start_peers=False):
         config = load_config(args.config or STAGES[args.stage], args.overrides + [f"run.init={args.init}"] * bool(args.init))
         if args.stage == "finetune" and config.run.init is None:
             raise InputError("--stage finetune starts from a run of stage 1: give --init RUN, the run.dir of that run")
-        _, device = zero.take_device(args.local_rank)
+        _, device = group.take_device(args.local_rank)
         check_kernels(config.precision)
         if config.log.wandb:
             check_wandb()
         if args.dry_run is not None:
             if not rank:
-                print(plan.describe(plan.make_plan(config, args.dry_run), config))
+                print(dry_run.describe(dry_run.make_plan(config, args.dry_run), config))
             return 0
         size = cpu_ranks.num_ranks(config.train, device.type) if start_peers else 1
         with cpu_ranks.Peers(size, cpu_ranks.num_threads(config.train, size)), RankLog(config.run.dir):
-            ranks = zero.start(config.train.timeout_s, args.local_rank)
+            ranks = group.start(config.train.timeout_s, args.local_rank)
             with Watch(ranks, config.run.dir, config.guard.hang_s, int(os.environ.get("IOMM_PARENT", 0))) as watch:
                 speaks = False                   # the watch does
                 return 0 if run(config, args, ranks, watch) else REQUEUE
@@ -92,7 +97,7 @@ def main(argv=None, start_peers=False):
     except KeyboardInterrupt:
         return 130
     finally:
-        zero.stop()
+        group.stop()
 
 
 def parse_args(argv):
@@ -133,15 +138,15 @@ def run(config, args, ranks, watch):
     ranks.on_first(lambda: write_config(config))
     state, source, flops = build(config, ranks, folder, say)
     if args.resume not in ("none", "auto"):      # it may be an earlier one of this very run
-        ranks.on_first(lambda: checkpoint.set_aside(Path(config.run.dir) / "checkpoints", state.step))
+        ranks.on_first(lambda: checkpoint_writer.set_aside(Path(config.run.dir) / "checkpoints", state.step))
     metrics = Metrics(config.run.dir, flops_per_image=flops, global_batch=config.train.global_batch,
                       num_steps=config.train.steps, ranks=ranks, start_step=state.step, gpu_hours=state.gpu_hours,
-                      tokens_per_image=plan.tokens(state.sharded.engine.module, config), wandb=config.log.wandb,
+                      tokens_per_image=dry_run.tokens(state.sharded.engine.module, config), wandb=config.log.wandb,
                       settings=flat(config)) if ranks.first else None
     if metrics is not None:
         metrics.careful("machine.json", write_machine, config.run.dir, ranks.size)
     window = Window(args.profile, state.step + config.profile.start_step, config.profile.num_steps, config.run.dir, ranks)
-    saver = checkpoint.Saver(Path(config.run.dir) / "checkpoints", ranks.apart(), keep=config.checkpoint.keep,
+    saver = checkpoint_writer.Saver(Path(config.run.dir) / "checkpoints", ranks.apart(), keep=config.checkpoint.keep,
                              keep_every_steps=config.checkpoint.keep_every_steps, background=config.checkpoint.background)
     evaluation = Evaluation(config, source, ranks, hook) if config.evaluate.every_steps else None
     if loop.train(state, source, config, saver, watch, metrics, window, evaluation):
@@ -163,33 +168,33 @@ def prepare_process(config, ranks):
 
 
 def build(config, ranks, folder=None, say=print):
-    """Data, frozen parts, trained parts, optimizer -> (loop.State, its source of batches, FLOPs that one image needs). Called
+    """Data, frozen parts, trained parts, optimizer -> (run_state.State, its source of batches, FLOPs that one image needs). Called
     by all ranks together. The state is that of the checkpoint `folder`, or fresh, or of run.init's weights."""
     adamw = zero.adamw_body(config.optim.adamw, ranks.device)
     config.zero.check_ranks(ranks.size)
     index_dir = pairs_dir = None
     if config.train.data != "pair":
-        index_dir = ranks.on_first(lambda: parts.prepare_data(config))
+        index_dir = ranks.on_first(lambda: builders.prepare_data(config))
     if config.train.data != "image":
-        pairs_dir = ranks.on_first(lambda: parts.prepare_data(config, pairs=True))
-    for line in parts.foreign_data(config):
+        pairs_dir = ranks.on_first(lambda: builders.prepare_data(config, pairs=True))
+    for line in builders.foreign_data(config):
         say(line)
-    model = parts.build_model(config, ranks.device)
+    model = builders.build_model(config, ranks.device)
     mllm, vae = model.frozen
-    source = parts.open_source(config, ranks, mllm, vae, index_dir=index_dir, pairs_dir=pairs_dir)
+    source = builders.open_source(config, ranks, mllm, vae, index_dir=index_dir, pairs_dir=pairs_dir)
     if ranks.first:
         threads = torch.get_num_threads()
         say(f"{len(source.shards)} images, {ranks.size} rank{'s' * (ranks.size > 1)} on {ranks.device.type}, {threads} thread"
             f"{'s' * (threads > 1)} each, {config.precision}, ZeRO-{config.zero.stage}; "
             f"trained parameters {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M")
         say(dispatch.format_table(ranks.device.type))
-        say("\n".join(plan.memory_table(plan.memory(model, config, ranks.size, source.micro_batch))))
+        say("\n".join(dry_run.memory_table(dry_run.memory(model, config, ranks.size, source.micro_batch))))
     if config.run.init is not None and folder is None:
         say(start_from(config, model, ranks))
     if config.precision == "fp8":
         say("precision fp8 has not been compared on a GPU yet: no record says that its loss follows bf16's "
             "(python benchmarks/studies/precision.py makes one)")
-    flops = sum(plan.work(model, config).values())
+    flops = sum(dry_run.work(model, config).values())
     compiled = config.train.compiled(ranks.device)
     if compiled:
         from torch._inductor.runtime.cache_dir_utils import cache_dir
@@ -200,10 +205,10 @@ def build(config, ranks, folder=None, say=print):
         leaves=model.leaves, micro_batch=source.micro_batch, accumulation=source.accumulation_steps)
     skips = Skips(config.data.max_bad_fraction, config.data.max_bad_shards,
                   Path(config.run.dir) / "skipped.jsonl" if ranks.first else None)
-    state = loop.State(sharded, Ema(sharded.masters, config.ema.decay), make_guard(config, say), skips, ranks,
-                       ranks.on_first(lambda: parts.data_facts(source.shards)))
+    state = run_state.State(sharded, Ema(sharded.masters, config.ema.decay), make_guard(config, say), skips, ranks,
+                       ranks.on_first(lambda: builders.data_facts(source.shards)))
     if folder is not None:
-        loop.restore(state, folder)
+        run_state.restore(state, folder)
         say(f"resumed from {folder}: step {state.step} of {config.train.steps}")
     source.start_step = state.step
     return state, source, flops
@@ -211,8 +216,8 @@ def build(config, ranks, folder=None, say=print):
 
 def start_from(config, model, ranks):
     """Loads the weights of run.init into the model -> a line that says which. Called by all ranks together."""
-    _, folder = parts.read_run(config.run.init, ranks)
-    averaged = parts.load_weights(model, folder, config.run.init_weights)["ema"]
+    _, folder = builders.read_run(config.run.init, ranks)
+    averaged = builders.load_weights(model, folder, config.run.init_weights)["ema"]
     return f"starts from the {config.run.init_weights if averaged else 'raw'} weights of {folder}"
 
 
@@ -229,11 +234,11 @@ def open_run_dir(config, args):
             raise InputError(f"{run_dir} is the run of another config ({'; '.join(changed)}): "
                              "give the same values to resume it, or choose another run.dir, there with --resume "
                              f"{run_dir}/checkpoints/step-N to go on from one of its checkpoints")
-    if args.resume == "none" and checkpoint.steps(run_dir / "checkpoints"):
+    if args.resume == "none" and checkpoint_reader.steps(run_dir / "checkpoints"):
         raise InputError(f"{run_dir} already holds a run: add --resume auto to go on with it, or choose another run.dir")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        checkpoint.take(run_dir)
+        checkpoint_writer.take(run_dir)
     except OSError as error:
         raise InputError(f"run.dir {run_dir} cannot be written: {error.strerror}") from error
 
@@ -243,14 +248,14 @@ def choose_checkpoint(config, args, ranks):
     if args.resume == "none":
         return None
     if args.resume != "auto":
-        problem = checkpoint.verify(args.resume, ranks)
+        problem = checkpoint_reader.verify(args.resume, ranks)
         if problem:
             raise InputError(f"--resume {args.resume}: {problem}")
         return args.resume
     checkpoints = Path(config.run.dir) / "checkpoints"
-    folder = checkpoint.newest(checkpoints, ranks)
+    folder = checkpoint_reader.newest(checkpoints, ranks)
     if folder is None:
-        if ranks.on_first(lambda: bool(checkpoint.steps(checkpoints))):
+        if ranks.on_first(lambda: bool(checkpoint_reader.steps(checkpoints))):
             raise InputError(f"no checkpoint under {checkpoints} is intact: choose another run.dir to start anew")
         if ranks.first:
             print(f"no checkpoint under {checkpoints} yet: starting at step 0")

@@ -9,8 +9,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from iomm.engine import checkpoint
-from iomm.engine.cpu_ranks import free_port
+from iomm.engine.parallel.cpu_ranks import free_port
+from iomm.engine.resilience import checkpoint_reader
 
 ROOT = Path(__file__).parent.parent
 LIMIT_S = 240
@@ -82,4 +82,4 @@ def rows(log):
 
 
 def hashes(run_dir):
-    return checkpoint.read_manifest(checkpoint.newest(Path(run_dir) / "checkpoints"))["files"]
+    return checkpoint_reader.read_manifest(checkpoint_reader.newest(Path(run_dir) / "checkpoints"))["files"]

@@ -7,9 +7,9 @@ import pytest
 import torch
 from test_model import build, mllm, mllm_folder, pixels  # noqa: F401  two of them are fixtures
 
-from iomm.engine.ahead import Ahead
 from iomm.engine.data.source import Batch
 from iomm.engine.loop import train_step
+from iomm.engine.parallel.prefetch import Ahead
 from iomm.internvl import load_mllm
 
 

@@ -20,22 +20,23 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from iomm.alignment import AlignmentHead, alignment_loss, on_grid
 from iomm.config import PRESETS, AlignConfig, GeneratorConfig, InputError
-from iomm.engine import checkpoint, loop
+from iomm.engine import loop
+from iomm.engine.builders import load_run, without_head
 from iomm.engine.config import OptimSection, load_config, parse
 from iomm.engine.data.decode import Decoder, Encoded
 from iomm.engine.data.index import build as build_index
 from iomm.engine.data.shards import Shards
 from iomm.engine.data.source import Batch, ImageSource
-from iomm.engine.optim import make_optimizer
-from iomm.engine.parts import load_run, without_head
-from iomm.engine.plan import (
+from iomm.engine.dry_run import (
     activation_bytes,
     build_without_weights,
     make_plan,
     prepared_bytes,
     work,
 )
-from iomm.engine.shapes.world import write_world
+from iomm.engine.parallel.optim import make_optimizer
+from iomm.engine.resilience import checkpoint_reader
+from iomm.engine.shapes.dataset import write_world
 from iomm.flops import flops_by_part
 from iomm.generator import new_generator
 from iomm.internvl import load_mllm
@@ -718,10 +719,11 @@ RUNS = """
 import sys
 from iomm.alignment import AlignmentHead
 from iomm.config import PRESETS, GeneratorConfig
-from iomm.engine import loop, zero
+from iomm.engine import loop
+from iomm.engine.parallel import zero
 from iomm.engine.cli import main as iomm
 from iomm.engine.launch import main as launch
-zero.stop = lambda: None     # DeepSpeed makes its groups once a process
+group.stop = lambda: None     # DeepSpeed makes its groups once a process
 PRESETS["demo"] = GeneratorConfig(width=64, num_heads=2, num_blocks=2)
 root, *settings = sys.argv[1:]
 on = "align.weight=0.5"
@@ -816,7 +818,7 @@ def test_a_resumed_run_is_bitwise_the_same(runs):
     mix, again = (rows(runs / name / "log.jsonl")[-1] for name in ("mix", "again"))
     assert all(mix[key] == again[key] for key in ("step", "loss", "align_loss", "grad_norm"))
     assert hashes(runs / "mix") == hashes(runs / "again")
-    slots = checkpoint.Reader(checkpoint.newest(runs / "mix/checkpoints")).file(0)[1]
+    slots = checkpoint_reader.Reader(checkpoint_reader.newest(runs / "mix/checkpoints")).file(0)[1]
     assert {
         f"{slot}/alignment.linear_in.weight" for slot in ("master", "ema", "exp_avg", "exp_avg_sq")
     } <= set(slots)
@@ -832,7 +834,7 @@ def test_sampling_export_and_the_next_stage_do_without_the_head(runs, monkeypatc
         "align" in path.name or b"alignment" in path.read_bytes() for path in files
     )
     shapes = {
-        name: checkpoint.read_manifest(checkpoint.newest(runs / name / "checkpoints"))["shapes"]
+        name: checkpoint_reader.read_manifest(checkpoint_reader.newest(runs / name / "checkpoints"))["shapes"]
         for name in ("mix", "dropped", "off", "added")
     }
     assert (

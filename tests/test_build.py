@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from iomm.engine import doctor
+from iomm.engine.observe import doctor
 from iomm.kernels import native
 
 ROOT = Path(__file__).resolve().parent.parent

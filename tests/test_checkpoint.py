@@ -29,16 +29,16 @@ from faults.trials import bitwise_resumes, damaged_starts, final_files, kill_cha
 from safetensors.torch import load_file
 
 from iomm.config import InputError
-from iomm.engine import checkpoint
+from iomm.engine.builders import data_facts
 from iomm.engine.config import parse
 from iomm.engine.data.index import build
 from iomm.engine.data.mixture import Joined
 from iomm.engine.data.shards import Shards
-from iomm.engine.interval import plan
 from iomm.engine.launch import start_from
-from iomm.engine.parts import data_facts
-from iomm.engine.shapes.world import write_world
-from iomm.engine.watch import DEAD
+from iomm.engine.resilience import checkpoint_reader, checkpoint_writer
+from iomm.engine.resilience.checkpoint_interval import plan
+from iomm.engine.resilience.watchdog import DEAD
+from iomm.engine.shapes.dataset import write_world
 
 
 def test_what_is_written_is_what_was_there_at_the_call(tmp_path):
@@ -55,7 +55,7 @@ def test_what_is_written_is_what_was_there_at_the_call(tmp_path):
             assert stored.keys() == wanted.keys() and all(torch.equal(stored[key], wanted[key]) for key in wanted)
         return True
     assert Together(2).run(work) == [True, True]
-    assert [checkpoint.step_of(p) for p in checkpoint.steps(tmp_path / "checkpoints")] == [24, 25]
+    assert [checkpoint_reader.step_of(p) for p in checkpoint_reader.steps(tmp_path / "checkpoints")] == [24, 25]
 
 
 def test_every_crash_point_of_a_save_is_safe(tmp_path):
@@ -83,7 +83,7 @@ def test_a_rollback_is_not_undone(tmp_path, capsys):
     root = tmp_path / "checkpoints"
     for turn in range(2):
         capsys.readouterr()
-        checkpoint.set_aside(root, 2)
+        checkpoint_writer.set_aside(root, 2)
         assert newest_step(tmp_path) == 2 and len(list(root.glob("abandoned-step-*"))) == 2 + turn
         words = capsys.readouterr().out.splitlines()
         assert len(words) == 1 and words[0].startswith(f"checkpoints of steps {'4' if turn else '4, 6'} set aside as {root}/abandoned")
@@ -94,11 +94,11 @@ def test_a_rollback_is_not_undone(tmp_path, capsys):
 def test_what_is_committed_again_is_what_stays(tmp_path, monkeypatch):
     """The same step with other bits takes the place of the one before, which goes only then; with the same bits it is left."""
     folder = save_all(tmp_path, 4)[0]
-    inode, before = folder.stat().st_ino, checkpoint.read_manifest(folder)["files"]
+    inode, before = folder.stat().st_ino, checkpoint_reader.read_manifest(folder)["files"]
     assert save_all(tmp_path, 4) == [folder] * 2 and folder.stat().st_ino == inode and not hidden(tmp_path)
     monkeypatch.setitem(save_all.__globals__, "pieces", lambda rank, step: pieces(rank, step + 1))
     assert save_all(tmp_path, 4) == [folder] * 2 and not hidden(tmp_path)
-    assert checkpoint.read_manifest(folder)["files"] != before and checkpoint.damage(folder) is None
+    assert checkpoint_reader.read_manifest(folder)["files"] != before and checkpoint_reader.damage(folder) is None
     assert load_file(folder / "rank-00001-of-00002.safetensors")["master/w"].equal(pieces(1, 5)["master/w"])
 
 
@@ -112,13 +112,13 @@ def test_a_start_goes_on_before_what_is_damaged(tmp_path):
 def test_a_manifest_cannot_name_other_files(name, tmp_path):
     folder = tmp_path / "step-00000001"
     folder.mkdir()
-    (folder / "MANIFEST.json").write_bytes(checkpoint.seal(
-        {"format": checkpoint.FORMAT, "step": 1, "world_size": 1, "files": {name: {"bytes": 0, "sha256": ""}}}))
+    (folder / "MANIFEST.json").write_bytes(checkpoint_reader.seal(
+        {"format": checkpoint_writer.FORMAT, "step": 1, "world_size": 1, "files": {name: {"bytes": 0, "sha256": ""}}}))
     with pytest.raises(InputError, match="no intact MANIFEST.json"):
-        checkpoint.read_manifest(folder)
+        checkpoint_reader.read_manifest(folder)
     (folder / "MANIFEST.json").write_text("[" * 100_000)
     with pytest.raises(InputError, match="no intact MANIFEST.json"):
-        checkpoint.read_manifest(folder)
+        checkpoint_reader.read_manifest(folder)
 
 
 def test_ranks_that_see_different_folders_refuse_alike(tmp_path):
@@ -128,7 +128,7 @@ def test_ranks_that_see_different_folders_refuse_alike(tmp_path):
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     shutil.rmtree(tmp_path / "b/checkpoints/step-00000004")
     link = tmp_path / "seen"
-    problems = Together(2).run(lambda rank: checkpoint.verify(tmp_path / "ab"[rank.rank] / "checkpoints/step-00000004", rank))
+    problems = Together(2).run(lambda rank: checkpoint_reader.verify(tmp_path / "ab"[rank.rank] / "checkpoints/step-00000004", rank))
     assert problems[0] == problems[1] and "no intact MANIFEST.json" in problems[0] and not link.exists()
 
 
@@ -168,13 +168,13 @@ class Failing:
                             fail(path)
                 self_ = self
                 return Full()
-            monkeypatch.setattr(checkpoint, "open", opened, raising=False)
+            monkeypatch.setattr(checkpoint_writer, "open", opened, raising=False)
         elif operation == "fsync":
             real = os.fsync
             monkeypatch.setattr(os, "fsync", lambda handle: (fail(os.readlink(f"/proc/self/fd/{handle}")), real(handle))[1])
         elif operation == "read":
-            real_hash = checkpoint.sha256
-            monkeypatch.setattr(checkpoint, "sha256", lambda path, **kwargs: (
+            real_hash = checkpoint_reader.sha256
+            monkeypatch.setattr(checkpoint_writer, "sha256", lambda path, **kwargs: (
                 fail(path) if kwargs else None, real_hash(path, **kwargs))[1])
         else:
             real_call = getattr(os, operation)
@@ -260,8 +260,8 @@ def test_ranks_choose_alike_what_they_start_from_and_say_what_it_is(ema, slot, t
         save_all(tmp_path, step)
     (tmp_path / "config.yaml").write_text("")
     (tmp_path / "checkpoints/step-00000004/rank-00001-of-00002.safetensors").write_bytes(b"")
-    hashed, real = [], checkpoint.sha256
-    monkeypatch.setattr(checkpoint, "sha256", lambda path, **kwargs: (hashed.append(Path(path)), real(path, **kwargs))[1])
+    hashed, real = [], checkpoint_reader.sha256
+    monkeypatch.setattr(checkpoint_reader, "sha256", lambda path, **kwargs: (hashed.append(Path(path)), real(path, **kwargs))[1])
     config = parse("", overrides=[f"run.init={tmp_path}"])
 
     def start(rank):
@@ -287,7 +287,7 @@ def test_any_piece_is_read_back_whoever_wrote_it(tmp_path):
         one.save(1, {"master/any": cut["any"], "start/any": torch.tensor(begins["any"][rank.rank]), "master/padded": cut["padded"],
                      **({"ema/any": cut["any"], } if rank.first else {})}, {**FACTS, "shapes": {"any": [5993], "padded": [13, 461]}})
         return one.wait()
-    reader = checkpoint.Reader(Together(2).run(work)[0])
+    reader = checkpoint_reader.Reader(Together(2).run(work)[0])
     assert torch.equal(reader.full("master", "any"), whole)
     assert torch.equal(reader.full("master", "padded"), whole.view(13, 461))
     for name in begins:
@@ -300,19 +300,19 @@ def test_any_piece_is_read_back_whoever_wrote_it(tmp_path):
 
 
 def test_checkpoints_of_the_format_before_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "FORMAT", 1)
-    assert checkpoint.read_manifest(save_all(tmp_path, 3)[0])["format"] == 1
-    monkeypatch.setattr(checkpoint, "FORMAT", 3)
+    monkeypatch.setattr(checkpoint_writer, "FORMAT", 1)
+    assert checkpoint_reader.read_manifest(save_all(tmp_path, 3)[0])["format"] == 1
+    monkeypatch.setattr(checkpoint_writer, "FORMAT", 3)
     with pytest.raises(InputError, match="no intact MANIFEST.json"):
-        checkpoint.read_manifest(save_all(tmp_path, 4)[0])
+        checkpoint_reader.read_manifest(save_all(tmp_path, 4)[0])
 
 
 def test_one_job_a_run_directory(tmp_path):
-    checkpoint.take(tmp_path)
+    checkpoint_writer.take(tmp_path)
     pid = os.fork()
     if pid == 0:
         try:
-            checkpoint.take(tmp_path, patience_s=0.2)
+            checkpoint_writer.take(tmp_path, patience_s=0.2)
         except InputError as error:
             os._exit(5 if "is being trained by process" in str(error) else 6)
         os._exit(0)

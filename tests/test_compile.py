@@ -98,9 +98,10 @@ KEPT = """
 import json, sys
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
-from iomm.engine import launch, zero
+from iomm.engine import launch
+from iomm.engine.parallel import zero
 from iomm.engine.config import load_config
-config, ranks = load_config("tests/pixels.yaml", sys.argv[2:]), zero.start(200)
+config, ranks = load_config("tests/pixels.yaml", sys.argv[2:]), group.start(200)
 launch.prepare_process(config, ranks)
 state, source, _ = launch.build(config, ranks, say=lambda *_: None)
 module, gathered = state.sharded.engine.module, []
@@ -117,7 +118,7 @@ for step, batch in enumerate(source):
     state.sharded.step()
 if ranks.first:
     open(sys.argv[1], "w").write(json.dumps([alive, sum(numel for _, numel in gathered)]))
-zero.stop()
+group.stop()
 """
 
 

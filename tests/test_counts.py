@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.lib import counts
-from iomm.engine.plan import build_without_weights
+from iomm.engine.dry_run import build_without_weights
 from iomm.flops import flops_per_image
 from iomm.internvl import prompt_tokenizer
 

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 from launches import LIMIT_S, PIXELS, ROOT, rows, start, start_ranks
 
-from iomm.engine import checkpoint, cpu_ranks
 from iomm.engine.config import TrainSection, differences, load_config
-from iomm.engine.guard import REQUEUE
 from iomm.engine.launch import main
-from iomm.engine.shapes.world import write_world
-from iomm.engine.watch import DEAD, REFUSED, alive
+from iomm.engine.parallel import cpu_ranks
+from iomm.engine.resilience import checkpoint_reader
+from iomm.engine.resilience.preemption import REQUEUE
+from iomm.engine.resilience.watchdog import DEAD, REFUSED, alive
+from iomm.engine.shapes.dataset import write_world
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,7 @@ def test_a_peer_is_a_rank_like_any_other(settings, tmp_path):
     assert job.ends() == REQUEUE, job.out
     steps = rows(tmp_path / "own/log.jsonl")[-1]["step"]
     assert f"stopped as asked; step {steps} is saved" in job.out and "resumed from" in job.out
-    assert checkpoint.step_of(checkpoint.newest(tmp_path / "own/checkpoints")) == steps
+    assert checkpoint_reader.step_of(checkpoint_reader.newest(tmp_path / "own/checkpoints")) == steps
 
 
 def test_ranks_die_together_before_they_have_met(settings, tmp_path):
@@ -157,7 +158,7 @@ def test_the_number_of_ranks(cpu_ranks_key, micro_batch, world, device, expected
 
 def test_the_threads_of_a_peer_are_set_before_torch_is_loaded():
     """launch.py imports the file first; and OMP_NUM_THREADS is read when torch is loaded."""
-    code = "import sys, iomm.engine.cpu_ranks as ranks; ranks.die_with_rank_0(); assert 'torch' not in sys.modules"
+    code = "import sys, iomm.engine.parallel.cpu_ranks as ranks; ranks.die_with_rank_0(); assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=LIMIT_S).returncode == 0
 
 

@@ -10,7 +10,7 @@ from launches import launch, rows
 from PIL import Image
 
 from benchmarks.studies.demo import side_by_side
-from iomm.engine.doctor import cpu_name
+from iomm.engine.observe.doctor import cpu_name
 
 LOSSES = Path(__file__).parent / "demo_losses.json"
 STEPS, RANKS = 30, 2           # ranks of one thread each: two of them even where there are more cores, so that losses compare

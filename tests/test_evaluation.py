@@ -16,15 +16,25 @@ from iomm.config import InputError
 from iomm.engine.config import RunConfig, all_keys, parse
 from iomm.engine.data.index import build as build_index
 from iomm.engine.data.mixture import Joined, Mixture
-from iomm.engine.data.order import Order, Squares, held_out, held_out_entries
+from iomm.engine.data.samplers import Order, Squares, held_out, held_out_entries
 from iomm.engine.data.shards import Shards
 from iomm.engine.data.source import ImageSource
-from iomm.engine.draw import visible_parts
-from iomm.engine.evaluation import FIRST_N, SCORED, SEED, TIMES, Evaluation, Pictures, fixed, load_hook, losses_at
-from iomm.engine.metrics import line, scalars
-from iomm.engine.report import read_grid
-from iomm.engine.shapes.score import score
-from iomm.engine.shapes.world import write_world
+from iomm.engine.evaluation.heldout import (
+    FIRST_N,
+    SCORED,
+    SEED,
+    TIMES,
+    Evaluation,
+    Pictures,
+    fixed,
+    load_hook,
+    losses_at,
+)
+from iomm.engine.evaluation.sample import visible_parts
+from iomm.engine.observe.metrics import line, scalars
+from iomm.engine.observe.report import read_grid
+from iomm.engine.shapes.dataset import write_world
+from iomm.engine.shapes.scorer import score
 from iomm.kernels.noisy_tokens import noisy_tokens
 from iomm.masking import visible_mask
 

@@ -10,8 +10,8 @@ from PIL import Image
 from test_model import build, mllm, mllm_folder  # noqa: F401  (two of them are fixtures)
 
 from iomm.engine.cli import main
-from iomm.engine.graders.folder import image_number
-from iomm.engine.graders.layouts import LAYOUTS, next_step, read_items
+from iomm.engine.evaluation.folder import image_number
+from iomm.engine.evaluation.layouts import LAYOUTS, next_step, read_items
 from iomm.pipeline import Pipeline
 
 SIDE = 16

@@ -17,10 +17,11 @@ from faults.trials import deaths, false_alarms, hangs, log_rows, newest_step, re
 from launches import rows
 
 from iomm.config import InputError
-from iomm.engine import watch
-from iomm.engine.guard import REQUEUE, Guard
 from iomm.engine.launch import main
-from iomm.engine.watch import REFUSED
+from iomm.engine.resilience import watchdog
+from iomm.engine.resilience.loss_guard import Guard
+from iomm.engine.resilience.preemption import REQUEUE
+from iomm.engine.resilience.watchdog import REFUSED
 
 
 @pytest.mark.parametrize("precisions, num_injections", [
@@ -126,11 +127,11 @@ def test_before_the_ranks_have_met_one_a_machine_says_it(monkeypatch, capsys):
 def test_another_machine_or_container_of_the_same_name_is_another(monkeypatch, tmp_path):
     """Its process ids are not looked for here, where they would be dead or somebody else's; here they are."""
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    name, boot, namespace = watch.place()
+    name, boot, namespace = watchdog.place()
     assert name == socket.gethostname() and len(boot) == 36 and namespace.startswith("pid:[")
     others = [(name, boot, namespace), (name, "another boot", namespace), (name, boot, "pid:[another]"), ("another", boot, namespace)]
     ranks = SimpleNamespace(first=True, rank=0, size=5, all=lambda mine: [mine] + [(where, 1000 + r, 0, "") for r, where in enumerate(others)])
-    one = watch.Watch(ranks, tmp_path, 0)
+    one = watchdog.Watch(ranks, tmp_path, 0)
     assert one.pids == {1: 1000} and one.hosts == [name] * 4 + ["another"]
 
 

@@ -12,10 +12,10 @@ from faults.disk import Together
 from PIL import Image
 
 from iomm.config import InputError
-from iomm.engine import checkpoint
 from iomm.engine.config import parse
 from iomm.engine.data import index
 from iomm.engine.data.shards import Shards
+from iomm.engine.resilience import checkpoint_reader, checkpoint_writer
 from iomm.engine.shapes.mllm import WEIGHTS
 from iomm.internvl import load_mllm
 from iomm.vae import load_vae
@@ -48,7 +48,7 @@ def test_foreign_checkpoints(name, payload, tmp_path):
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(payload)
     target = path if path.parent == tmp_path else path.parent
-    problems = Together(1).run(lambda rank: checkpoint.verify(target, rank))
+    problems = Together(1).run(lambda rank: checkpoint_reader.verify(target, rank))
     assert "no intact MANIFEST.json" in problems[0]
 
 
@@ -56,11 +56,11 @@ def test_a_pickle_with_a_right_hash(payload, tmp_path):
     folder, name = tmp_path / "step-00000001", "rank-00000-of-00001.safetensors"
     folder.mkdir()
     (folder / name).write_bytes(payload)
-    facts = {"bytes": len(payload), "sha256": checkpoint.sha256(folder / name)}
-    (folder / "MANIFEST.json").write_bytes(checkpoint.seal(
-        {"format": checkpoint.FORMAT, "step": 1, "world_size": 1, "files": {name: facts}, "shapes": {"w": [1]}}))
+    facts = {"bytes": len(payload), "sha256": checkpoint_reader.sha256(folder / name)}
+    (folder / "MANIFEST.json").write_bytes(checkpoint_reader.seal(
+        {"format": checkpoint_writer.FORMAT, "step": 1, "world_size": 1, "files": {name: facts}, "shapes": {"w": [1]}}))
     with pytest.raises(InputError, match="is not safetensors"):
-        checkpoint.Reader(folder).full("master", "w")
+        checkpoint_reader.Reader(folder).full("master", "w")
 
 
 def tar_of(path, members):

@@ -18,15 +18,18 @@ MAY_IMPORT = {
     "benchmarks": {"kernels", "iomm", "engine", "benchmarks"},
     "tests": {"kernels", "iomm", "engine", "benchmarks", "tests"},
 }
+# Of engine/, lowest first: files at its top and folders. Each may import what comes before it, and files of its own folder.
+LAYERS = ("config_parser", "config", "data", "shapes", "resilience", "parallel", "observe", "builders", "evaluation", "dry_run", "state",
+          "loop", "launch", "cli")
 # Where each third party may be imported: files, or folders with a slash.
 DOORS = {
     "transformers": ("iomm/internvl.py", "engine/shapes/mllm.py"),
     "diffusers": ("iomm/vae.py", "benchmarks/lib/baseline.py", "tests/"),
     "nvidia": ("engine/data/decode.py",),
-    "deepspeed": ("engine/zero.py", "engine/launch.py"),
+    "deepspeed": ("engine/parallel/zero.py", "engine/parallel/ranks.py", "engine/launch.py"),
     "triton": ("kernels/", "tests/helpers/offline.py"),
-    "wandb": ("engine/metrics.py",),
-    "matplotlib": ("engine/report.py", "benchmarks/"),
+    "wandb": ("engine/observe/metrics.py",),
+    "matplotlib": ("engine/observe/report.py", "benchmarks/"),
 }
 # Modules that programs import and that a script's own folder, first on sys.path, must not hide.
 WELL_KNOWN = {"kernels", "evaluate", "datasets", "data", "torch", "numpy", "triton", "transformers", "diffusers",
@@ -66,6 +69,20 @@ def test_imports_go_downward():
             if (other := tree_of(module)) and other not in MAY_IMPORT[tree]:
                 wrong.append(f"{path.relative_to(ROOT)}:{line} imports {module}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_imports_inside_engine_go_downward():
+    wrong, seen = [], set()
+    for path in sorted((ROOT / "engine").rglob("*.py")):
+        own = path.relative_to(ROOT / "engine").with_suffix("").parts[0]
+        seen.add(own)
+        for line, module in imports(path):
+            if module.startswith("iomm.engine."):
+                other = module.split(".")[2]
+                if other != own and LAYERS.index(other) > LAYERS.index(own):
+                    wrong.append(f"{path.relative_to(ROOT)}:{line} imports {module}")
+    assert not wrong, "\n".join(wrong)
+    assert seen == set(LAYERS)
 
 
 def test_every_third_party_has_one_door():

@@ -14,9 +14,9 @@ from PIL import Image
 from iomm.config import InputError
 from iomm.engine.data.archive import Tar, TarError
 from iomm.engine.data.index import build, default_index_dir, ensure_index, load, summary
-from iomm.engine.data.judge import RECORD
 from iomm.engine.data.patterns import expand
 from iomm.engine.data.shards import Shards
+from iomm.engine.data.validate import RECORD
 
 
 def encode(size=(48, 40), kind="JPEG", seed=0, mode="RGB", **options):

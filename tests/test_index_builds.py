@@ -20,11 +20,11 @@ from iomm.engine import cli
 from iomm.engine.data import workers
 from iomm.engine.data.buckets import Buckets, bucket_sizes
 from iomm.engine.data.index import build, ensure_index, load, summary
-from iomm.engine.data.judge import RECORD, Rules
-from iomm.engine.data.order import Order
+from iomm.engine.data.samplers import Order
 from iomm.engine.data.shards import Shards
 from iomm.engine.data.source import ImageSource
-from iomm.engine.shapes.world import write_world
+from iomm.engine.data.validate import RECORD, Rules
+from iomm.engine.shapes.dataset import write_world
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -99,7 +99,7 @@ def evil(monkeypatch, tmp_path):
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text("""
 import os, signal, sys, time
-import iomm.engine.data.judge as judge
+import iomm.engine.data.validate as judge
 real = judge.check_image
 def evil(data, **options):
     if data.endswith(b"CRASH"): os.kill(os.getpid(), signal.SIGSEGV)

@@ -10,17 +10,17 @@ from launches import PIXELS
 from iomm.adapter import QueryAdapter
 from iomm.config import AdapterConfig, InputError, MaskConfig, generator_config
 from iomm.engine import cli
+from iomm.engine.builders import write_latents
 from iomm.engine.config import load_config, parse
 from iomm.engine.data import latents as latents_module
 from iomm.engine.data.index import build
 from iomm.engine.data.latents import EncodedSamples, LatentStore, write_cache
 from iomm.engine.data.mixture import Joined, Mixture
-from iomm.engine.data.order import Order, Squares
+from iomm.engine.data.samplers import Order, Squares
 from iomm.engine.data.shards import Damaged, Shards
 from iomm.engine.data.source import ImageSource
-from iomm.engine.parts import write_latents
+from iomm.engine.shapes.dataset import write_world
 from iomm.engine.shapes.mllm import WEIGHTS
-from iomm.engine.shapes.world import write_world
 from iomm.generator import new_generator
 from iomm.internvl import load_mllm
 from iomm.model import IOMM, Recipe

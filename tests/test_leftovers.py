@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from iomm.engine.leftovers import is_whole, remove_half_compiled
+from iomm.engine.resilience.inductor_cache import is_whole, remove_half_compiled
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from iomm.config import InputError
-from iomm.engine import metrics
-from iomm.engine.metrics import Metrics, check_wandb, line, scalars
+from iomm.engine.observe import metrics
+from iomm.engine.observe.metrics import Metrics, check_wandb, line, scalars
 from iomm.ranges import named, whole
 
 RANKS = SimpleNamespace(size=2, device=torch.device("cpu"))

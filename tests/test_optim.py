@@ -14,8 +14,8 @@ from torch import nn
 from iomm.adapter import Connector, QueryAdapter
 from iomm.config import AdapterConfig, GeneratorConfig, InputError
 from iomm.engine.config import OptimSection
-from iomm.engine.cpu_ranks import free_port
-from iomm.engine.optim import (
+from iomm.engine.parallel.cpu_ranks import free_port
+from iomm.engine.parallel.optim import (
     NEWTON_SCHULZ,
     Matrix,
     ShardedOptimizer,
@@ -27,8 +27,8 @@ from iomm.engine.optim import (
     spread,
     stacks_of,
 )
-from iomm.engine.watch import collectives
-from iomm.engine.zero import adamw_body
+from iomm.engine.parallel.zero import adamw_body
+from iomm.engine.resilience.watchdog import collectives
 from iomm.generator import empty_generator
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

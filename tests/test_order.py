@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iomm.config import InputError
-from iomm.engine.data.order import Order, mix, permute
+from iomm.engine.data.samplers import Order, mix, permute
 
 sizes = st.lists(st.integers(0, 40), min_size=1, max_size=30).filter(any)
 seeds = st.integers(-2**63, 2**64 - 1)

@@ -10,7 +10,7 @@ from launches import PIXELS
 
 from iomm.config import InputError
 from iomm.engine.config import CONFIGS, load_config
-from iomm.engine.plan import (
+from iomm.engine.dry_run import (
     NUM_CAPTION,
     NUM_TEXT,
     NUM_TURN,
@@ -226,7 +226,8 @@ def test_a_plan_is_refused_for_what_is_not_there(given, message):
 
 
 def test_dry_run_compares_the_run_that_it_would_start_from(tmp_path, model):
-    from iomm.engine.checkpoint import FORMAT, seal
+    from iomm.engine.resilience.checkpoint_reader import seal
+    from iomm.engine.resilience.checkpoint_writer import FORMAT
     config = load_config("iomm-b-512-finetune", [*NO_PATHS[:2], f"run.init={tmp_path}"])
     (tmp_path / "config.yaml").write_text("")
     with pytest.raises(InputError, match="has no checkpoint yet"):

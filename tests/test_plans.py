@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from iomm.config import InputError
 from iomm.engine.data.buckets import Buckets, bucket_sizes, buckets_of_both, join_small
 from iomm.engine.data.index import build
-from iomm.engine.data.judge import RECORD
 from iomm.engine.data.mixture import Joined, Mixture, images_of
-from iomm.engine.data.order import Order, Squares, held_out, held_out_entries
+from iomm.engine.data.samplers import Order, Squares, held_out, held_out_entries
 from iomm.engine.data.shards import Shards
 from iomm.engine.data.source import ImageSource
-from iomm.engine.shapes.world import write_world
+from iomm.engine.data.validate import RECORD
+from iomm.engine.shapes.dataset import write_world
 
 
 @dataclass

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from iomm.engine.ranklog import RankLog, Tee
+from iomm.engine.observe.ranklog import RankLog, Tee
 
 WORK = """
 import ctypes, os, signal, sys, threading, warnings
-from iomm.engine.ranklog import RankLog
+from iomm.engine.observe.ranklog import RankLog
 with RankLog(sys.argv[1], rank=int(sys.argv[2])):
     print("printed")
     print("on stderr", file=sys.stderr)

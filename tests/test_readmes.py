@@ -18,8 +18,8 @@ from benchmarks import report
 from iomm.config import InputError
 from iomm.engine import cli, launch
 from iomm.engine.config import RunConfig, all_keys, load_config, parse
-from iomm.engine.metrics import Metrics
-from iomm.engine.typed_yaml import documented
+from iomm.engine.config_parser import documented
+from iomm.engine.observe.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("engine", "iomm", "kernels", "csrc", "benchmarks", "tests", ".ci", ".github")

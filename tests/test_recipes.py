@@ -36,10 +36,11 @@ from benchmarks.studies.recipes import (
     wait_until_free,
 )
 from iomm.config import InputError
-from iomm.engine import checkpoint, launch, parts
+from iomm.engine import builders, launch
 from iomm.engine.config import FREE_KEYS, load_config
-from iomm.engine.shapes.grade import GUIDANCE
-from iomm.engine.shapes.world import KINDS, scene
+from iomm.engine.evaluation.shapes_grades import GUIDANCE
+from iomm.engine.resilience import checkpoint_reader
+from iomm.engine.shapes.dataset import KINDS, scene
 
 ROOT = Path(__file__).resolve().parents[1]
 NIGHT = BUDGETS["cpu-night"]
@@ -217,14 +218,14 @@ def test_cells_share_the_runs_that_they_have_in_common(tmp_path):
 
 
 def test_stage_1_on_pairs_has_as_many_new_pairs_as_there_are_images(tmp_path, monkeypatch):
-    """The datasets of all runs of all seeds are read off parts.prepare_data."""
+    """The datasets of all runs of all seeds are read off builders.prepare_data."""
     asked = []
     monkeypatch.setattr(
-        parts, "write_world", lambda folder, num_images, seed: asked.append((num_images, seed))
+        builders, "write_world", lambda folder, num_images, seed: asked.append((num_images, seed))
     )
-    monkeypatch.setattr(parts, "ensure_index", lambda *_, **__: tmp_path)
-    monkeypatch.setattr(parts, "warnings_on", lambda index: ())
-    monkeypatch.setattr(parts, "load", lambda index: None)
+    monkeypatch.setattr(builders, "ensure_index", lambda *_, **__: tmp_path)
+    monkeypatch.setattr(builders, "warnings_on", lambda index: ())
+    monkeypatch.setattr(builders, "load", lambda index: None)
     runs, of = Runs(tmp_path, NIGHT), {}
     for name, cells in EXPERIMENTS.items():
         for label, cell in cells.items():
@@ -235,7 +236,7 @@ def test_stage_1_on_pairs_has_as_many_new_pairs_as_there_are_images(tmp_path, mo
                     for pairs in (False, True):
                         if config.train.data != ("image", "pair")[not pairs]:
                             asked.clear()
-                            parts.prepare_data(config, progress=False, pairs=pairs)
+                            builders.prepare_data(config, progress=False, pairs=pairs)
                             of.setdefault(
                                 (run.stage, ("images", "pairs")[pairs], seed), set()
                             ).update(asked)
@@ -288,7 +289,7 @@ def played(monkeypatch):
         return {"colors": {**dict.fromkeys(keys, share), "pictures": len(KINDS) * per_kind}}, []
 
     def newest(root, say):
-        return (checkpoint.steps(root) or [None])[-1]
+        return (checkpoint_reader.steps(root) or [None])[-1]
 
     for name, value in {
         "launch": launched,
@@ -389,7 +390,7 @@ def test_a_run_that_is_still_training_is_waited_for(tmp_path):
     """As after a SIGKILL of the command alone: its run goes on, and keeps its lock to its end."""
     code = (
         "import sys, time; from pathlib import Path; from iomm.engine import checkpoint\n"
-        "folder = Path(sys.argv[1]); checkpoint.take(folder); print('taken', flush=True)\n"
+        "folder = Path(sys.argv[1]); checkpoint_writer.take(folder); print('taken', flush=True)\n"
         "time.sleep(1); (folder / 'ended').touch()"
     )
     with subprocess.Popen(

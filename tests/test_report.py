@@ -16,10 +16,10 @@ import torch
 import yaml
 from PIL import Image
 
-from iomm.engine import report
 from iomm.engine.cli import main
-from iomm.engine.draw import save_grid
-from iomm.engine.metrics import Metrics
+from iomm.engine.evaluation.sample import save_grid
+from iomm.engine.observe import report
+from iomm.engine.observe.metrics import Metrics
 
 SIDE = 48  # of a picture; a sheet shows it twice as large
 CELL = 2 * SIDE + 6  # with the gap
@@ -531,7 +531,7 @@ def test_a_report_that_fails_costs_the_run_nothing(tmp_path, monkeypatch, capsys
 
 
 def test_a_start_does_not_pay_for_it():
-    code = "import sys, iomm.engine.report; assert not {'matplotlib', 'torch'} & set(sys.modules)"
+    code = "import sys, iomm.engine.observe.report; assert not {'matplotlib', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

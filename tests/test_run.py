@@ -16,15 +16,15 @@ from launches import BUILDS, LIMIT_S, PIXELS, ROOT, environment, hashes, launch,
 from PIL import Image
 
 from iomm.config import PRESETS, GeneratorConfig
-from iomm.engine import checkpoint
 from iomm.engine import launch as launch_module
+from iomm.engine.builders import load_run, load_weights, open_source, prepare_data
 from iomm.engine.cli import main
 from iomm.engine.config import parse
-from iomm.engine.evaluation import Evaluation, fixed
+from iomm.engine.evaluation.heldout import Evaluation, fixed
 from iomm.engine.launch import main as launch_main
-from iomm.engine.parts import load_run, load_weights, open_source, prepare_data
-from iomm.engine.report import read_run
-from iomm.engine.shapes.world import write_world
+from iomm.engine.observe.report import read_run
+from iomm.engine.resilience import checkpoint_reader
+from iomm.engine.shapes.dataset import write_world
 from iomm.pipeline import Pipeline
 
 # Of the config of tests what rounds, and what it leaves out: ZeRO-3.
@@ -73,7 +73,7 @@ def test_every_step_is_logged_with_every_key(golden):
     assert list((golden / "tb").glob("events*"))
     words = [(golden / f"logs/rank-0000{rank}.txt").read_text() for rank in (0, 1)]
     assert "step 1/6  loss" in words[0] and "rank 1 of 2, process" in words[1] and "loss" not in words[1]
-    assert [p.name for p in checkpoint.steps(golden / "checkpoints")] == ["step-00000002", "step-00000004", "step-00000006"]
+    assert [p.name for p in checkpoint_reader.steps(golden / "checkpoints")] == ["step-00000002", "step-00000004", "step-00000006"]
 
 
 @pytest.fixture(scope="module")
@@ -117,9 +117,9 @@ def test_killed_at_other_steps_too(golden, settings, tmp_path):
 QUIET_OR_NOT = """
 import sys
 from iomm.config import PRESETS, GeneratorConfig
-from iomm.engine import zero
+from iomm.engine.parallel import zero
 from iomm.engine.launch import main as launch
-zero.stop = lambda: None     # DeepSpeed makes its groups once a process
+group.stop = lambda: None     # DeepSpeed makes its groups once a process
 PRESETS["demo"] = GeneratorConfig(width=64, num_heads=2, num_blocks=2)
 root, *settings = sys.argv[1:]
 for compiled, stage, precision in [("false", stage, precision) for stage in range(4) for precision in ("fp32", "bf16")] + [
@@ -167,7 +167,7 @@ def test_evaluation_is_of_the_average_and_of_samples_never_trained_on(survivor):
     average = loss(model)
     logged = found[6]["heldout_loss"]["image"]
     assert average["by_time"] == pytest.approx(logged["by_time"], rel=1e-6) and average["mean"] == pytest.approx(logged["mean"], rel=1e-6)
-    load_weights(model, checkpoint.newest(run_dir / "checkpoints"), "raw")
+    load_weights(model, checkpoint_reader.newest(run_dir / "checkpoints"), "raw")
     assert loss(model)["mean"] != pytest.approx(logged["mean"], rel=1e-4) and manifest["ema"]
     visited = set(source.order(np.arange(6 * 16)).tolist())
     assert len(visited) == 64 and visited.isdisjoint(evaluation.heldout["image"].tolist())
@@ -262,10 +262,10 @@ def test_stage_2_wants_a_run_to_start_from(settings, capsys):
 RECIPES = """
 import sys
 from iomm.config import PRESETS, GeneratorConfig
-from iomm.engine import zero
+from iomm.engine.parallel import zero
 from iomm.engine.cli import main as iomm
 from iomm.engine.launch import main as launch
-zero.stop = lambda: None     # DeepSpeed makes its groups once a process
+group.stop = lambda: None     # DeepSpeed makes its groups once a process
 PRESETS["demo"] = GeneratorConfig(width=64, num_heads=2, num_blocks=2)
 root, *settings = sys.argv[1:]
 def run(name, stage, *arguments):
@@ -375,9 +375,9 @@ def test_a_run_is_complete_whatever_becomes_of_its_pictures(schedule, offered, t
 
 MISTAKES = """
 import json, sys
-from iomm.engine import zero
+from iomm.engine.parallel import zero
 from iomm.engine.launch import main as launch
-zero.stop = lambda: None     # DeepSpeed makes its groups once a process
+group.stop = lambda: None     # DeepSpeed makes its groups once a process
 for arguments in json.loads(sys.argv[1]):
     print(f"exit {launch(arguments)}", file=sys.stderr)
 """
@@ -429,16 +429,16 @@ def test_a_damaged_checkpoint_is_passed_over(golden, tmp_path):
     import shutil
     copy = tmp_path / "checkpoints"
     shutil.copytree(golden / "checkpoints", copy)
-    newest = checkpoint.newest(copy)
+    newest = checkpoint_reader.newest(copy)
     file = sorted(newest.glob("rank-*"))[0]
     raw = bytearray(file.read_bytes())
     raw[len(raw) // 2] ^= 1
     file.write_bytes(raw)
     said = []
-    assert checkpoint.newest(copy, say=said.append).name == "step-00000004" and "not as it was written" in said[0]
+    assert checkpoint_reader.newest(copy, say=said.append).name == "step-00000004" and "not as it was written" in said[0]
     manifest = copy / "step-00000004" / "MANIFEST.json"
     manifest.write_bytes(manifest.read_bytes().replace(b'"step": 4', b'"step": 5'))
-    assert checkpoint.newest(copy, say=said.append).name == "step-00000002"
+    assert checkpoint_reader.newest(copy, say=said.append).name == "step-00000002"
 
 
 def test_sample_edit_and_export_read_the_run(golden, tmp_path, capsys):

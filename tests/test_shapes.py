@@ -15,12 +15,12 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
 from iomm.config import InputError
+from iomm.engine.builders import build_model
 from iomm.engine.config import load_config
 from iomm.engine.data.index import build as build_index
 from iomm.engine.data.shards import Shards
 from iomm.engine.data.source import ImageSource
-from iomm.engine.parts import build_model
-from iomm.engine.shapes.grade import (
+from iomm.engine.evaluation.shapes_grades import (
     ASKED,
     ASKED_OF_EDITS,
     WAYS,
@@ -33,9 +33,21 @@ from iomm.engine.shapes.grade import (
     real_edit,
     tasks,
 )
+from iomm.engine.shapes.dataset import (
+    COLOURS,
+    KINDS,
+    OPPOSITE,
+    PLACES,
+    SHAPES,
+    draw,
+    edit,
+    held_out,
+    scene,
+    write_world,
+)
 from iomm.engine.shapes.mllm import LEGS, STATE, TASKS, WEIGHTS, Captioner, Leg, accuracies, metadata, train, vit_pixels
 from iomm.engine.shapes.mllm import main as mllm_main
-from iomm.engine.shapes.score import (
+from iomm.engine.shapes.scorer import (
     KEPT_AREA,
     KEPT_DISTANCE,
     KEPT_LEVELS,
@@ -48,7 +60,6 @@ from iomm.engine.shapes.score import (
     score,
 )
 from iomm.engine.shapes.vae import WEIGHTS as VAE_WEIGHTS
-from iomm.engine.shapes.world import COLOURS, KINDS, OPPOSITE, PLACES, SHAPES, draw, edit, held_out, scene, write_world
 from iomm.internvl import load_mllm
 from iomm.kernels.image_patches import normalised
 from iomm.mllm import IMAGE_MEAN, IMAGE_STD

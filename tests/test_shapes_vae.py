@@ -11,8 +11,8 @@ from torch.distributions import Normal, kl_divergence
 
 from iomm.config import InputError
 from iomm.engine import shapes
+from iomm.engine.builders import foreign_data, vae_name
 from iomm.engine.config import load_config
-from iomm.engine.parts import foreign_data, vae_name
 from iomm.engine.shapes import vae as shapes_vae
 from iomm.vae import load_vae
 

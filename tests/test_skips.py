@@ -7,11 +7,11 @@ import pytest
 from launches import PIXELS, hashes, launch, rows, start
 
 from iomm.config import InputError
-from iomm.engine import checkpoint
+from iomm.engine.data.bad_samples import Failure, Skips
 from iomm.engine.data.index import build
 from iomm.engine.data.shards import Shards
-from iomm.engine.data.skips import Failure, Skips
-from iomm.engine.shapes.world import write_world
+from iomm.engine.resilience import checkpoint_reader
+from iomm.engine.shapes.dataset import write_world
 
 
 def lost(n, shard=0):
@@ -101,4 +101,4 @@ def test_too_many_end_every_rank_with_one_line(damaged_world, tmp_path):
     assert done.returncode != 0 and len(said) == 1 and "Traceback" not in done.stdout, done.stdout
     assert "1 samples of" in said[0] and "more than data.max_bad_fraction (0.0) allows; last:" in said[0]
     steps = [row["step"] for row in rows(tmp_path / "run/log.jsonl")]
-    assert checkpoint.step_of(checkpoint.newest(tmp_path / "run/checkpoints")) == steps[-1] == len(steps)
+    assert checkpoint_reader.step_of(checkpoint_reader.newest(tmp_path / "run/checkpoints")) == steps[-1] == len(steps)

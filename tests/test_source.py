@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 
 from iomm.config import InputError
+from iomm.engine.data.bad_samples import Skips
 from iomm.engine.data.index import build
-from iomm.engine.data.order import Order
+from iomm.engine.data.samplers import Order
 from iomm.engine.data.shards import Damaged, Shards
-from iomm.engine.data.skips import Skips
 from iomm.engine.data.source import ImageSource
-from iomm.engine.shapes.world import write_world
+from iomm.engine.shapes.dataset import write_world
 from iomm.kernels.philox import CROP, FLIP, uniform
 
 G, STEPS = 8, 9      # 72 samples of 30: three epochs, and no batch boundary falls on the end of one

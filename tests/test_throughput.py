@@ -19,7 +19,7 @@ from benchmarks import report, throughput
 from benchmarks.lib import ablations
 from benchmarks.lib import harness as bench
 from iomm.config import InputError
-from iomm.engine import parts
+from iomm.engine import builders
 from iomm.engine.config import load_config
 from iomm.internvl import random_mllm
 
@@ -51,7 +51,7 @@ def test_the_pass_without_the_split_gives_the_same_outputs_and_gradients():
 @pytest.mark.parametrize("settings", [[], ["align.weight=0.5", "adapter.connector_layers=1"], ["adapter.kind=none", "adapter.conditions=all"]])
 def test_a_whole_copy_has_every_part_that_trains(settings):
     config = load_config(PIXELS, ["precision=fp32", "model.vae=pixel:4", "data.size_px=32", *settings])
-    model = parts.build_model(config, "cpu")
+    model = builders.build_model(config, "cpu")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.01)

@@ -14,8 +14,9 @@ from benchmarks import report
 from benchmarks.studies import time_to_quality
 from benchmarks.studies.time_to_quality import VARIANTS, crossing, loss_targets, ratios, summarise
 from iomm.config import InputError
-from iomm.engine import launch, zero
+from iomm.engine import launch
 from iomm.engine.config import load_config
+from iomm.engine.parallel import ranks as group
 
 # Steps of eight 16 px images.
 TINY = """
@@ -46,9 +47,9 @@ def one_rank(monkeypatch):
     monkeypatch.setattr(launch, "prepare_process", lambda config, ranks: None)
     with mock.patch.dict(os.environ):
         try:
-            yield zero.start(60)
+            yield group.start(60)
         finally:
-            zero.stop()
+            group.stop()
 
 
 def test_a_crossing_is_interpolated_between_two_points():
@@ -231,8 +232,8 @@ def test_the_command_on_two_variants_and_one_that_is_left_out(one_rank, tiny, mo
     monkeypatch.setattr(time_to_quality, "variant_config", variant_config)
     monkeypatch.setattr(time_to_quality, "write", write)
     # The group of the fixture, which ends it.
-    monkeypatch.setattr(zero, "start", lambda timeout_s: one_rank)
-    monkeypatch.setattr(zero, "stop", lambda: None)
+    monkeypatch.setattr(group, "start", lambda timeout_s: one_rank)
+    monkeypatch.setattr(group, "stop", lambda: None)
     assert time_to_quality.main([
         "--config", tiny, "--seeds", "1", "--slice", "1e-3", "--variants", "plain,ours+cache,everything",
         "--per-kind", "1", "--draw-steps", "1", "--results", str(tmp_path), "optim.schedule=cosine"]) == 0

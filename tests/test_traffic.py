@@ -15,10 +15,11 @@ from benchmarks.lib.traffic import DEFAULTS, count_traffic
 from iomm.adapter import Connector, QueryAdapter
 from iomm.alignment import AlignmentHead
 from iomm.config import AdapterConfig, GeneratorConfig
-from iomm.engine import zero
 from iomm.engine.config import load_config
-from iomm.engine.cpu_ranks import free_port
-from iomm.engine.optim import make_optimizer
+from iomm.engine.parallel import ranks as group
+from iomm.engine.parallel import zero
+from iomm.engine.parallel.cpu_ranks import free_port
+from iomm.engine.parallel.optim import make_optimizer
 from iomm.engine.shapes.mllm import create_mllm
 from iomm.generator import new_generator
 from iomm.internvl import load_mllm
@@ -86,7 +87,7 @@ def worker(rank, port, folder, cases):
     torch.set_num_threads(1)
     sent, found = {}, {}
     watch_collectives(sent)
-    ranks = zero.start(60)
+    ranks = group.start(60)
     configured = zero.deepspeed_config
     for case in cases:
         kind, overrides, settings = CASES[case]
@@ -116,7 +117,7 @@ def worker(rank, port, folder, cases):
         found[case] = dict(sent), expected
     with open(f"{folder}/{rank}.json", "w") as file:
         json.dump(found, file)
-    zero.stop()
+    group.stop()
 
 
 def measure(folder, cases):

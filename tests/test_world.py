@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from iomm.config import InputError
-from iomm.engine.shapes.world import COLOURS, KINDS, OPPOSITE, ROLES, SHAPES, draw, held_out, scene, write_world
+from iomm.engine.shapes.dataset import COLOURS, KINDS, OPPOSITE, ROLES, SHAPES, draw, held_out, scene, write_world
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -144,7 +144,7 @@ def test_write_world(tmp_path):
 
 
 def test_a_killed_writer_leaves_nothing_half_made(tmp_path):
-    code = f"from iomm.engine.shapes.world import write_world; write_world({str(tmp_path / 'world')!r}, num_images=200_000)"
+    code = f"from iomm.engine.shapes.dataset import write_world; write_world({str(tmp_path / 'world')!r}, num_images=200_000)"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".world.*/00000.tar")):
@@ -158,7 +158,7 @@ def test_a_killed_writer_leaves_nothing_half_made(tmp_path):
 
 def test_of_two_that_ask_at_once_one_draws(tmp_path):
     """And the other's tars are not replaced under it."""
-    line = f"from iomm.engine.shapes.world import write_world; print(write_world({str(tmp_path / 'world')!r}, 64)[0].stat().st_ino)"
+    line = f"from iomm.engine.shapes.dataset import write_world; print(write_world({str(tmp_path / 'world')!r}, 64)[0].stat().st_ino)"
     both = [subprocess.Popen([sys.executable, "-c", line], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = [process.communicate(timeout=120)[0] for process in both]
     assert not any(process.returncode for process in both) and said[0] == said[1]

@@ -9,10 +9,11 @@ from launches import finish, start_ranks
 from zero_ranks import CUT, KINDS, STAGES
 
 from iomm.config import InputError
-from iomm.engine import zero
-from iomm.engine.checkpoint import Reader
 from iomm.engine.config import load_config, parse
-from iomm.engine.plan import make_plan
+from iomm.engine.dry_run import make_plan
+from iomm.engine.parallel import ranks as group
+from iomm.engine.parallel import zero
+from iomm.engine.resilience.checkpoint_reader import Reader
 
 SLOTS = {"adamw": ("master", "ema", "exp_avg", "exp_avg_sq"), "muon": ("master", "ema", "exp_avg", "exp_avg_sq", "momentum_buffer")}
 RUNS = [(kind, precision) for kind in KINDS for precision in ("fp32", "bf16")]
@@ -74,10 +75,10 @@ def test_more_ranks_than_gpus_are_refused_on_all_of_them(rank, monkeypatch):
     monkeypatch.delenv("LOCAL_SIZE", raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(InputError, match=r"^4 ranks on a machine that shows 2 GPU\(s\)"):
-        zero.take_device()
+        group.take_device()
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert zero.take_device() == (1, torch.device("cuda", 1)) and taken == [1]
+    assert group.take_device() == (1, torch.device("cuda", 1)) and taken == [1]
 
 
 def test_muon_s_matrices_are_the_same_at_every_stage(reports):

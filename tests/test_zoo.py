@@ -20,9 +20,9 @@ from iomm.engine.data.archive import Tar
 from iomm.engine.data.decode import sizes
 from iomm.engine.data.image import Rejected, check_image
 from iomm.engine.data.index import build, load
-from iomm.engine.data.judge import Rules
 from iomm.engine.data.shards import Damaged, Shards
 from iomm.engine.data.source import ImageSource
+from iomm.engine.data.validate import Rules
 
 ROOT = Path(__file__).parent.parent
 

@@ -18,12 +18,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from iomm.engine import checkpoint, loop, zero
+from iomm.engine import state as run_state
 from iomm.engine.config import parse
-from iomm.engine.data.skips import Skips
-from iomm.engine.ema import Ema
-from iomm.engine.guard import Guard
-from iomm.engine.optim import make_optimizer
+from iomm.engine.data.bad_samples import Skips
+from iomm.engine.parallel import ranks as group
+from iomm.engine.parallel import zero
+from iomm.engine.parallel.ema import Ema
+from iomm.engine.parallel.optim import make_optimizer
+from iomm.engine.resilience import checkpoint_writer
+from iomm.engine.resilience.loss_guard import Guard
 from iomm.layers import FusedLinear
 
 BATCH, STEPS, STAGES = 8, 4, (0, 1, 2, 3)
@@ -103,7 +106,7 @@ class Run:
         self.name, self.ranks, self.accumulation = name, ranks, BATCH // (self.micro * ranks.size)
         self.sharded = zero.Sharded(Model(), lambda module: make_optimizer(module, self.config.optim), config=self.config,
                                     ranks=ranks, leaves=(Block,), micro_batch=self.micro, accumulation=self.accumulation)
-        self.state = loop.State(self.sharded, Ema(self.sharded.masters, 0.5), Guard(5, say=lambda line: None),
+        self.state = run_state.State(self.sharded, Ema(self.sharded.masters, 0.5), Guard(5, say=lambda line: None),
                                 Skips(1.0, 9, None), ranks)
 
     def step(self, factor=1.0, before_step=lambda: None):
@@ -133,8 +136,8 @@ class Run:
         return total.hexdigest()
 
     def save(self, folder):
-        saver = checkpoint.Saver(folder, self.ranks, keep=99, background=False)
-        loop.save(self.state, self.config, saver)
+        saver = checkpoint_writer.Saver(folder, self.ranks, keep=99, background=False)
+        run_state.save(self.state, self.config, saver)
         return str(saver.wait())
 
     def broken(self):
@@ -179,7 +182,7 @@ def wait_for(path):
 
 def main(folder):
     torch.set_num_threads(1)
-    ranks = zero.start(120)
+    ranks = group.start(120)
     gc.freeze()                                  # DeepSpeed collects garbage in every start of stage 3, half a second each
     folder, report, runs = Path(folder), {"runs": {}, "again": {}, "broken": {}, "converted": []}, {}
     mine, other = folder / str(ranks.size), folder / str(3 - ranks.size)
@@ -194,7 +197,7 @@ def main(folder):
         report["runs"][name], end = rows, run.digest()
         run.save(mine / name)
         report["broken"][name] = run.broken()
-        loop.restore(run.state, first)
+        run_state.restore(run.state, first)
         again = [run.step()[:2] for _ in range(STEPS - 1)]
         report["again"][name] = again == rows[1:], run.digest() == end
     ranks.on_first(lambda: (mine / "done").touch())
@@ -204,12 +207,12 @@ def main(folder):
         sources = [(other, stage) for stage in STAGES] + [(mine, (int(name[-1]) + 1) % 4)]
         for world, stage in sources if name.startswith(CONVERTED) else ():
             source = world / f"{name[:-1]}{stage}" / f"step-{STEPS:08d}"
-            loop.restore(runs[name].state, source)
+            run_state.restore(runs[name].state, source)
             saved = runs[name].save(folder / f"converted/{name}-{ranks.size}-from-{stage}-{world.name}")
             report["converted"].append((str(source), saved, runs[name].step()[0]))
     report["plain"] = plain("adamw")
     (folder / f"{ranks.size}-rank{ranks.rank}.json").write_text(json.dumps(report))
-    zero.stop()
+    group.stop()
 
 
 if __name__ == "__main__":

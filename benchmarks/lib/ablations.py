@@ -7,7 +7,7 @@ from itertools import islice
 
 import torch
 
-from iomm.engine.ahead import Ahead
+from iomm.engine.parallel.prefetch import Ahead
 from iomm.kernels import dispatch, fp8_linear
 from iomm.kernels.masked_attention import masked_attention
 from iomm.layers import TokenLinear, use_fp8

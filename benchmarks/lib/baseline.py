@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from iomm.engine.config import RunConfig
 from iomm.engine.data.source import Batch
-from iomm.engine.optim import STACK_BYTES, orthogonal_stack, stacks_of
+from iomm.engine.parallel.optim import STACK_BYTES, orthogonal_stack, stacks_of
 from iomm.flow import sample_time
 from iomm.kernels.philox import CAPTION_DROP, NOISE, TIME, normal, uniform
 from iomm.layout import Layout, describe
@@ -214,7 +214,7 @@ class Muon(torch.optim.Optimizer):
     """Muon with Nesterov momentum, its update as large as AdamW's.
 
     Orthogonalised by the engine's own function, in its stacks of matrices of one shape (as
-    engine/optim.py), so that neither side gains by it."""
+    engine/parallel/optim.py), so that neither side gains by it."""
 
     def __init__(self, matrices: list, *, lr: float, momentum: float, weight_decay: float, newton_schulz_steps: int):
         super().__init__(matrices, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
@@ -281,7 +281,7 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad()
         if self.average:
-            # Rises to its value as the engine's does (engine/ema.py).
+            # Rises to its value as the engine's does (engine/parallel/ema.py).
             decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
             torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
         self.steps += 1

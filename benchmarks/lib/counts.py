@@ -23,9 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.lib.baseline import Plain
 from iomm.config import generator_config
-from iomm.engine import plan
+from iomm.engine import dry_run
+from iomm.engine.builders import mllm_name, vae_name
 from iomm.engine.config import load_config
-from iomm.engine.parts import mllm_name, vae_name
 from iomm.flops import flops_per_image
 from iomm.internvl import mllm_without_weights, prompt_tokenizer
 from iomm.mllm import IMAGE, RECONSTRUCT, TURN
@@ -100,11 +100,11 @@ def counted(name):
 def work(name):
     """Of one image: FLOPs by part, and of plain; bytes that autograd keeps of the generator."""
     config = counted(name)
-    model = plan.build_without_weights(config)
+    model = dry_run.build_without_weights(config)
     model.frozen[0].tokenizer = prompt_tokenizer()
     ours = flops_per_image(model, config.data.size_px)
     found = {"flops": {part: round(flops) for part, flops in part_flops(model, config.data.size_px).items()},
-             "activation_bytes": plan.activation_bytes(model, config, 1)}
+             "activation_bytes": dry_run.activation_bytes(model, config, 1)}
     for row, every in (("plain", False), ("plain, all outputs", True)):
         found[row] = {"flops": plain_flops(config, every)}
         found[row]["ratio"] = round(found[row]["flops"] / ours, 4)
@@ -113,10 +113,10 @@ def work(name):
 
 def step_counts():
     """Of one step of demo-cpu on two images, without loader and ranks: by part, in eager mode."""
-    from iomm.engine import parts
-    from iomm.engine.optim import make_optimizer
+    from iomm.engine import builders
+    from iomm.engine.parallel.optim import make_optimizer
     config = counted("demo-cpu")
-    model = parts.build_model(config, "cpu")
+    model = builders.build_model(config, "cpu")
     mllm, vae = model.frozen
     draw = torch.Generator().manual_seed(0)
     size, batch = config.data.size_px, 2

@@ -10,10 +10,10 @@ import torch.distributed as dist
 from benchmarks.loader import draw_photographs
 from iomm.config import PRESETS, InputError
 from iomm.engine import launch, loop
+from iomm.engine.builders import assemble
 from iomm.engine.config import load_config
-from iomm.engine.optim import learning_rate
-from iomm.engine.parts import assemble
-from iomm.engine.plan import build_without_weights, largest, memory, size
+from iomm.engine.dry_run import build_without_weights, largest, memory, size
+from iomm.engine.parallel.optim import learning_rate
 from iomm.ranges import Clock, named
 
 STAND_INS = {"OpenGVLab/InternVL3-2B-hf": "random:internvl3-2b", "black-forest-labs/FLUX.1-schnell/vae": "random:flux"}

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 import torch
 
 from iomm.config import InputError
-from iomm.engine.optim import adamw_torch
-from iomm.engine.zero import adamw_body
+from iomm.engine.parallel.optim import adamw_torch
+from iomm.engine.parallel.zero import adamw_body
 from iomm.kernels import native
 from iomm.kernels.image_patches import image_patches_compiled, image_patches_reference
 from iomm.kernels.masked_attention import varlen

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from iomm.engine.optim import make_optimizer
-from iomm.engine.plan import NUM_TEXT
-from iomm.engine.zero import deepspeed_config
+from iomm.engine.dry_run import NUM_TEXT
+from iomm.engine.parallel.optim import make_optimizer
+from iomm.engine.parallel.zero import deepspeed_config
 
 # DeepSpeed's own, where deepspeed_config leaves them out (runtime/zero/config.py).
 DEFAULTS = {"stage3_prefetch_bucket_size": 50_000_000, "stage3_param_persistence_threshold": 100_000,

@@ -22,9 +22,9 @@ from PIL import Image
 
 from benchmarks.report import label
 from iomm.engine.config import load_config
-from iomm.engine.cpu_ranks import free_port
-from iomm.engine.doctor import machine
-from iomm.engine.shapes.grade import overall
+from iomm.engine.evaluation.shapes_grades import overall
+from iomm.engine.observe.doctor import machine
+from iomm.engine.parallel.cpu_ranks import free_port
 
 SINGLE = "single_object", "colors"      # kinds of captions of one shape
 

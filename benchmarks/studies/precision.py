@@ -20,7 +20,7 @@ import subprocess
 import tempfile
 
 from benchmarks.report import above_0
-from iomm.engine.doctor import machine
+from iomm.engine.observe.doctor import machine
 
 RUNS = {"bf16": ("bf16", 0), "fp8": ("fp8", 0), "bf16, another seed": ("bf16", 1)}
 ON_A_GPU = ["model.preset=iomm-b", "model.vae=pixel:2", "data.size_px=64", "adapter.num_queries=256", "mask.ratio=0.85",

@@ -12,7 +12,7 @@
 
 A cell is two runs of the engine with the demo configs, the steps of the budget, and the cell's own
 settings. Stage 1 on pairs has as many distinct pairs as stage 1 on images has images. Stage 2 has
-another seed, so that its images and its few pairs are new to every cell. engine/shapes/grade.py
+another seed, so that its images and its few pairs are new to every cell. engine/evaluation/shapes_grades.py
 scores seen and unseen combinations on scenes and noise of the cell's seed, the same for every cell;
 benchmarks/studies/findings.py computes intervals and verdicts.
 
@@ -62,12 +62,13 @@ from benchmarks.studies.findings import (
     summary,
 )
 from iomm.config import InputError
-from iomm.engine import checkpoint, parts, shapes
+from iomm.engine import builders, shapes
 from iomm.engine.config import FREE_KEYS, RunConfig, flat, load_config
 from iomm.engine.data.atomic import whole_file
-from iomm.engine.doctor import machine
-from iomm.engine.shapes import score, world
-from iomm.engine.shapes.grade import GUIDANCE, ceiling, grade, overall
+from iomm.engine.evaluation.shapes_grades import GUIDANCE, ceiling, grade, overall
+from iomm.engine.observe.doctor import machine
+from iomm.engine.resilience import checkpoint_reader
+from iomm.engine.shapes import dataset, scorer
 
 # The config of each stage.
 STAGES = {"pretrain": "demo", "finetune": "demo-finetune"}
@@ -244,7 +245,7 @@ class Runs:
         """Return a run; equal ones have the same folder, however their settings are spelt."""
         config = flat(config_of(stage, settings))
         bound = {key: value for key, value in config.items() if key not in FREE_KEYS}
-        bound |= {"run.init": init and init.name, "world": world.VERSION}
+        bound |= {"run.init": init and init.name, "world": dataset.VERSION}
         # of the shipped MLLM and VAE
         bound |= read(shapes.HASHES)
         name = json.dumps([stage, steps, bound], sort_keys=True)
@@ -260,8 +261,8 @@ class Runs:
         with self.locked(run.dir):
             run.dir.mkdir(parents=True, exist_ok=True)
             wait_until_free(run.dir)
-            folder = checkpoint.newest(run.dir / "checkpoints", say=lambda line: None)
-            if folder is not None and checkpoint.step_of(folder) >= run.steps:
+            folder = checkpoint_reader.newest(run.dir / "checkpoints", say=lambda line: None)
+            if folder is not None and checkpoint_reader.step_of(folder) >= run.steps:
                 return
             fast = SIDE_BY_SIDE if self.budget.jobs > 1 and not torch.cuda.is_available() else ()
             init = ("--init", str(run.init)) if run.init is not None else ()
@@ -291,8 +292,8 @@ class Runs:
             "per_kind": self.budget.per_kind,
             "draw_steps": self.budget.draw_steps,
             "guidance": GUIDANCE,
-            "world": world.VERSION,
-            "judge": score.VERSION,
+            "world": dataset.VERSION,
+            "judge": scorer.VERSION,
         }
 
     def known(self, run: Run, ways: Iterable[str]) -> dict[str, dict[str, float]] | None:
@@ -319,7 +320,7 @@ class Runs:
                     # The first imports of transformers fail in two threads at once.
                     with self.locked("transformers"):
                         device = "cuda" if torch.cuda.is_available() else "cpu"
-                        config, model, _ = parts.load_run(run.dir, device=device)
+                        config, model, _ = builders.load_run(run.dir, device=device)
                 for split in SPLITS:
                     table, _ = grade(
                         model,
@@ -388,10 +389,10 @@ class Runs:
                 for run, ways in zip(self.both(cell, seed), (cell.after_first, cell.after_second)):
                     runs[run.dir] = run
                     unscored |= {(run.dir, way) for way in ways if self.known(run, (way,)) is None}
-        pictures = len(unscored) * len(SPLITS) * self.budget.per_kind * len(world.KINDS)
+        pictures = len(unscored) * len(SPLITS) * self.budget.per_kind * len(dataset.KINDS)
         seconds, step_s = pictures * PICTURE_S, self.step_s()
         for run in runs.values():
-            made = map(checkpoint.step_of, checkpoint.steps(run.dir / "checkpoints"))
+            made = map(checkpoint_reader.step_of, checkpoint_reader.steps(run.dir / "checkpoints"))
             if (left := run.steps - max(made, default=0)) > 0:
                 seconds += START_S + left * step_s
         return seconds / 3600 / self.budget.jobs, step_s
@@ -434,7 +435,7 @@ def real_limits(runs: Runs) -> dict:
     }
     kept = read(runs.folder / "real.json")
     if kept.get("settings") != settings:
-        vae, kept = parts.build_model(config, "cpu").frozen[1], {"settings": settings}
+        vae, kept = builders.build_model(config, "cpu").frozen[1], {"settings": settings}
         for way, key in (("text", "fits"), ("edit", "edited")):
             for split in SPLITS:
                 table = ceiling(size_px, way, split=split, per_kind=per_kind, vae=vae)

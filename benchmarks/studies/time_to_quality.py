@@ -25,7 +25,7 @@ evaluation is not counted, and encoding before training is counted once and repo
 
 After every turn the averaged (EMA) weights are evaluated: velocity loss of held-out samples at
 fixed times and noise, and the strict score, the share of pictures that fit their caption in every
-word (engine/shapes/score.py): of masked images in stage 1, of captions in stage 2. Both are found
+word (engine/shapes/scorer.py): of masked images in stage 1, of captions in stage 2. Both are found
 by one model and one function for all variants. The time at which a variant reaches a quality is
 interpolated linearly on its best value so far. Ratios are those of the first variant's time over
 another's, seed by seed: median, lowest and highest over the seeds.
@@ -61,15 +61,16 @@ from benchmarks.lib.harness import Bench
 from benchmarks.report import above_0, command, label, time_to_quality
 from benchmarks.studies.recipes import write
 from iomm.config import PRESETS, InputError
-from iomm.engine import launch, parts, zero
+from iomm.engine import builders, launch
 from iomm.engine.config import RunConfig, flat, load_config
 from iomm.engine.data.source import ImageSource
-from iomm.engine.doctor import machine
-from iomm.engine.evaluation import Evaluation, fixed, losses_at
-from iomm.engine.optim import learning_rate
-from iomm.engine.shapes import score
-from iomm.engine.shapes.grade import GUIDANCE, grade, overall
-from iomm.engine.shapes.world import KINDS
+from iomm.engine.evaluation.heldout import Evaluation, fixed, losses_at
+from iomm.engine.evaluation.shapes_grades import GUIDANCE, grade, overall
+from iomm.engine.observe.doctor import machine
+from iomm.engine.parallel import ranks as group
+from iomm.engine.parallel.optim import learning_rate
+from iomm.engine.shapes import scorer
+from iomm.engine.shapes.dataset import KINDS
 from iomm.layout import Layout
 from iomm.model import IOMM
 
@@ -115,7 +116,7 @@ DEFAULT = ("plain", "ours", "ours+align", "ours+latents", "everything")
 class Ours(Bench):
     """The engine's own step (benchmarks/lib/harness.py), from the weights that the config starts from."""
 
-    def __init__(self, config: RunConfig, ranks: zero.Ranks):
+    def __init__(self, config: RunConfig, ranks: group.Ranks):
         super().__init__(config, ranks, fresh=True)
 
     def averaged(self) -> dict[str, Tensor]:
@@ -126,11 +127,11 @@ class Ours(Bench):
 class Baseline:
     """Plain PyTorch from the weights that the engine starts from, on its batches and draws."""
 
-    def __init__(self, config: RunConfig, ranks: zero.Ranks, every: bool = False):
+    def __init__(self, config: RunConfig, ranks: group.Ranks, every: bool = False):
         if every and config.train.data != "image":
             raise InputError("all outputs as condition are implemented for train.data=image alone")
         self.config, self.device, self.steps = config, ranks.device, 0
-        model = parts.build_model(config, ranks.device)
+        model = builders.build_model(config, ranks.device)
         if config.run.init is not None:
             launch.start_from(config, model, ranks)
         self.source = open_source(config, ranks, model)
@@ -198,17 +199,17 @@ class Baseline:
             return self.plain.loss(batch.pixels_BCHW, batch.vit_pixels_BHWC, *draws).item()
 
 
-def open_source(config: RunConfig, ranks: zero.Ranks, model: IOMM) -> ImageSource:
+def open_source(config: RunConfig, ranks: group.Ranks, model: IOMM) -> ImageSource:
     """Return the batches that launch.build opens for this config, from step 0."""
     index_dir = pairs_dir = None
     if config.train.data != "pair":
-        index_dir = parts.prepare_data(config, progress=False)
+        index_dir = builders.prepare_data(config, progress=False)
     if config.train.data != "image":
-        pairs_dir = parts.prepare_data(config, progress=False, pairs=True)
-    return parts.open_source(config, ranks, *model.frozen, index_dir=index_dir, pairs_dir=pairs_dir)
+        pairs_dir = builders.prepare_data(config, progress=False, pairs=True)
+    return builders.open_source(config, ranks, *model.frozen, index_dir=index_dir, pairs_dir=pairs_dir)
 
 
-def start(variant: Variant, config: RunConfig, ranks: zero.Ranks) -> Ours | Baseline:
+def start(variant: Variant, config: RunConfig, ranks: group.Ranks) -> Ours | Baseline:
     """Build what trains a variant."""
     return Baseline(config, ranks, variant.every) if variant.baseline else Ours(config, ranks)
 
@@ -219,10 +220,10 @@ def start(variant: Variant, config: RunConfig, ranks: zero.Ranks) -> Ours | Base
 class Examiner:
     """Held-out loss and strict score of any variant's weights, by one model."""
 
-    def __init__(self, config: RunConfig, ranks: zero.Ranks, *, per_kind: int, draw_steps: int):
+    def __init__(self, config: RunConfig, ranks: group.Ranks, *, per_kind: int, draw_steps: int):
         """per_kind: pictures of each of the kinds of captions; draw_steps: Euler steps of each."""
         self.config, self.per_kind, self.draw_steps = config, per_kind, draw_steps
-        self.model = parts.build_model(config, ranks.device)
+        self.model = builders.build_model(config, ranks.device)
         if config.run.init is not None:
             launch.start_from(config, self.model, ranks)
         evaluation = Evaluation(config, open_source(config, ranks, self.model), ranks)
@@ -523,23 +524,23 @@ class Stopwatch:
 
 
 def start_encoded(
-    variant: Variant, own: RunConfig, config: RunConfig, latents: Path, ranks: zero.Ranks
+    variant: Variant, own: RunConfig, config: RunConfig, latents: Path, ranks: group.Ranks
 ) -> tuple[Ours, float]:
     """Encode the images, build what trains on them, and return it with the seconds of encoding.
 
     own, config: with the encoded latents and without; latents: the folder of those on the disk."""
     if variant.encoded == "disk":
-        encode = Stopwatch(parts.write_latents)
+        encode = Stopwatch(builders.write_latents)
         encode(config, latents, dtype="bf16", batch=32)
         return start(variant, own, ranks), encode.s
-    encode = Stopwatch(parts.EncodedSamples)
-    with swapped(parts, EncodedSamples=encode):
+    encode = Stopwatch(builders.EncodedSamples)
+    with swapped(builders, EncodedSamples=encode):
         return start(variant, own, ranks), encode.s
 
 
 def race(
     args: argparse.Namespace,
-    ranks: zero.Ranks,
+    ranks: group.Ranks,
     seed: int,
     changes: list[str],
     result: dict,
@@ -647,7 +648,7 @@ def picture(result: dict, path: Path) -> None:
 
 def contest(
     args: argparse.Namespace,
-    ranks: zero.Ranks,
+    ranks: group.Ranks,
     config: RunConfig,
     changes: list[str],
     folder: Path,
@@ -673,7 +674,7 @@ def contest(
         "way": "image" if config.train.data == "image" else "text",
         "pictures": len(KINDS) * args.per_kind,
         "draw_steps": args.draw_steps,
-        "scorer": score.VERSION,
+        "scorer": scorer.VERSION,
         "losses_given": args.losses,
         "scores_given": args.scores,
         "left_out": {},
@@ -751,9 +752,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.seconds is None:
             args.seconds = CONSTANT_S if config.optim.schedule == "constant" else math.inf
         try:
-            contest(args, zero.start(600), config, changes, Path(folder))
+            contest(args, group.start(600), config, changes, Path(folder))
         finally:
-            zero.stop()
+            group.stop()
     return 0
 
 

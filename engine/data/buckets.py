@@ -6,7 +6,7 @@ from collections import OrderedDict
 import numpy as np
 
 from iomm.config import InputError
-from iomm.engine.data.order import Order, mix, permute
+from iomm.engine.data.samplers import Order, mix, permute
 
 MAX_ASPECT = 4.0       # of a bucket; longer pictures are cropped to it
 UNITS = 16             # sides are multiples of about size_px / 16: 32 px at 512, 64 px at 1024

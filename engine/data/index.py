@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from iomm.config import InputError
 from iomm.engine.data.atomic import check_replaceable, whole_file, whole_folder
-from iomm.engine.data.judge import RECORD, Rules
 from iomm.engine.data.patterns import expand
+from iomm.engine.data.validate import RECORD, Rules
 from iomm.engine.data.workers import judge_shards
 
 VERSION = 2

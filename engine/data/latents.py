@@ -19,7 +19,7 @@ from iomm.config import InputError, choice
 from iomm.engine.data.archive import Tar
 from iomm.engine.data.atomic import whole_file
 from iomm.engine.data.index import records_crc32
-from iomm.engine.data.order import InARow
+from iomm.engine.data.samplers import InARow
 from iomm.engine.data.shards import Damaged
 from iomm.engine.data.source import ImageSource
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from iomm.config import InputError
-from iomm.engine.data.order import mix
+from iomm.engine.data.samplers import mix
 
 
 def images_of(share, global_batch):

@@ -11,7 +11,7 @@ from iomm.engine.data.archive import Folder, Tar
 from iomm.engine.data.caption import caption_of_json, caption_of_text
 from iomm.engine.data.image import opaque
 from iomm.engine.data.index import load
-from iomm.engine.data.judge import CAPTION_JSON, CAPTION_TXT, TRANSPARENT, UNVERIFIED
+from iomm.engine.data.validate import CAPTION_JSON, CAPTION_TXT, TRANSPARENT, UNVERIFIED
 
 MAX_OPEN = 256      # shards; the order reads from 16 at a time, and 1,024 file handles are a common limit
 

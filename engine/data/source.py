@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 from iomm.config import InputError, choice
+from iomm.engine.data.bad_samples import Failure
 from iomm.engine.data.decode import CENTRE, DecodeError, Decoder, Encoded, sizes
-from iomm.engine.data.order import Order, Squares
+from iomm.engine.data.samplers import Order, Squares
 from iomm.engine.data.shards import Damaged
-from iomm.engine.data.skips import Failure
 from iomm.kernels.philox import CROP, FLIP, uniform
 
 NUM_READERS = 4        # threads that wait for the disk; a photograph of 80 KB costs them 0.04 ms of CPU

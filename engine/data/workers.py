@@ -22,7 +22,7 @@ import numpy as np
 
 import iomm
 from iomm.config import InputError
-from iomm.engine.data.judge import RECORD, Rules, judge_shard
+from iomm.engine.data.validate import RECORD, Rules, judge_shard
 
 MEMORY_BYTES = 512 << 20      # address space a worker may add, beside 8 bytes a pixel of the largest image allowed
 SAMPLE_LIMIT_S = 30.0         # a photograph takes 0.01 s, the largest image allowed 1 s, a slow disk some seconds

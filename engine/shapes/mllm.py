@@ -24,7 +24,7 @@ from torch import nn
 
 from iomm.config import InputError
 from iomm.engine.data.atomic import whole_file
-from iomm.engine.shapes.world import VERSION, draw, edit, scene
+from iomm.engine.shapes.dataset import VERSION, draw, edit, scene
 from iomm.internvl import byte_tokenizer, internvl_config
 from iomm.kernels.dispatch import cpu_has_bf16
 from iomm.mllm import IMAGE, IMAGE_MEAN, IMAGE_STD, RECONSTRUCT, TURN

@@ -21,8 +21,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from iomm.config import InputError
-from iomm.engine.shapes.score import score
-from iomm.engine.shapes.world import VERSION, draw, scene
+from iomm.engine.shapes.dataset import VERSION, draw, scene
+from iomm.engine.shapes.scorer import score
 from iomm.vae import FluxVAE, load_vae, new_autoencoder
 
 WEIGHTS = Path(__file__).parent / "weights" / "vae"

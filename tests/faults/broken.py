@@ -15,10 +15,13 @@ import threading
 import torch.distributed as dist
 from torch._inductor import cpp_builder
 
-from iomm.engine import checkpoint, launch, loop, watch, zero
+from iomm.engine import launch, loop
+from iomm.engine import state as run_state
 from iomm.engine.data import decode, workers
 from iomm.engine.data.source import ImageSource
-from iomm.engine.optim import ShardedOptimizer
+from iomm.engine.parallel import zero
+from iomm.engine.parallel.optim import ShardedOptimizer
+from iomm.engine.resilience import checkpoint_reader, checkpoint_writer, watchdog
 from iomm.model import IOMM
 
 
@@ -48,15 +51,15 @@ def main():
     breaks(IOMM, "encode", "forward")
     breaks(zero.Sharded, "backward", "backward", after_s=0.02)
     breaks(ShardedOptimizer, "step", "step")
-    breaks(checkpoint.Reader, "piece", "load")
-    breaks(checkpoint, "write_safetensors", "save")          # before it is read back
+    breaks(checkpoint_reader.Reader, "piece", "load")
+    breaks(checkpoint_writer, "write_safetensors", "save")          # before it is read back
     breaks(cpp_builder, "run_compile_cmd", "build", after_s=0.3)
     breaks(decode.Decoder, "_pipeline", "data")
     breaks(workers._Worker, "take", "index")
-    breaks(watch.dist, "TCPStore", "bind")
+    breaks(watchdog.dist, "TCPStore", "bind")
     breaks(dist, "new_group", "rendezvous")      # the store of the process group is bound, the others are waiting
 
-    restore, train_step, batches = loop.restore, loop.train_step, ImageSource.__iter__
+    restore, train_step, batches = run_state.restore, loop.train_step, ImageSource.__iter__
 
     def restore_said(state, folder):
         from faults.mini import live_digest
@@ -76,7 +79,7 @@ def main():
             yield batch
 
     now["run_dir"] = next(a.partition("=")[2] for a in sys.argv if a.startswith("run.dir="))
-    loop.restore, loop.train_step, ImageSource.__iter__ = restore_said, step_counted, batches_recorded
+    run_state.restore, loop.train_step, ImageSource.__iter__ = restore_said, step_counted, batches_recorded
     return launch.main(sys.argv[4:])
 
 

@@ -12,7 +12,7 @@ from unittest.mock import patch
 import torch
 
 from iomm.config import InputError
-from iomm.engine import checkpoint
+from iomm.engine.resilience import checkpoint_reader, checkpoint_writer
 
 
 class Together:
@@ -87,7 +87,7 @@ FACTS = {"shapes": {"w": [6000]}, "config": "", "ema": True}
 
 
 def saver(run_dir, rank, **settings):
-    return checkpoint.Saver(Path(run_dir) / "checkpoints", rank, **{"keep": 2, **settings})
+    return checkpoint_writer.Saver(Path(run_dir) / "checkpoints", rank, **{"keep": 2, **settings})
 
 
 def save_all(run_dir, step, size=2, **settings):
@@ -136,7 +136,7 @@ def instrument(step):
         step("open")
         file = open(path, mode, **kwargs)
         return File(file, step) if "x" in mode else file
-    checkpoint.open = counted_open
+    checkpoint_writer.open = checkpoint_reader.open = counted_open
 
 
 def save_and_die(run_dir, step, dying_rank, at, **settings):
@@ -161,7 +161,7 @@ def save_and_die(run_dir, step, dying_rank, at, **settings):
 
             def say(*args, announce=announce, **kwargs):
                 tell[1].send("committed" if "committed" in args[0] else "alert")
-            checkpoint.print = say
+            checkpoint_writer.print = say
             instrument(count)
             saver(run_dir, Piped(rank, ends[rank]), background=False, **settings).save(step, pieces(rank, step), FACTS)
             tell[1].send((rank, done[0]))
@@ -185,8 +185,8 @@ def save_and_die(run_dir, step, dying_rank, at, **settings):
 
 
 def newest_step(run_dir):
-    folder = checkpoint.newest(Path(run_dir) / "checkpoints", say=lambda line: None)
-    return 0 if folder is None else checkpoint.step_of(folder)
+    folder = checkpoint_reader.newest(Path(run_dir) / "checkpoints", say=lambda line: None)
+    return 0 if folder is None else checkpoint_reader.step_of(folder)
 
 
 def hidden(run_dir):
@@ -194,7 +194,7 @@ def hidden(run_dir):
 
 
 def intact(run_dir):
-    return [p for p in checkpoint.steps(Path(run_dir) / "checkpoints") if checkpoint.damage(p) is None]
+    return [p for p in checkpoint_reader.steps(Path(run_dir) / "checkpoints") if checkpoint_reader.damage(p) is None]
 
 
 def crash_points(folder):
@@ -212,7 +212,7 @@ def crash_points(folder):
             shutil.copytree(start, run_dir)
             _, committed = save_and_die(run_dir, 6, rank, at)
             kept = newest_step(run_dir) in ((6,) if committed else (4, 6)) and len(intact(run_dir)) >= 2
-            checkpoint.sweep(run_dir / "checkpoints")
+            checkpoint_writer.sweep(run_dir / "checkpoints")
             saved = save_all(run_dir, 8) == [run_dir / "checkpoints/step-00000008"] * 2
             recovered += (kept and saved and newest_step(run_dir) == 8 and not hidden(run_dir) and len(intact(run_dir)) == 2)
             shutil.rmtree(run_dir)
@@ -232,14 +232,14 @@ def damages(folder, num_flips, seed=0):
     def check(together=True):
         said = []
         if together:
-            found = Together(2).run(lambda rank: checkpoint.newest(root, rank, say=said.append))
+            found = Together(2).run(lambda rank: checkpoint_reader.newest(root, rank, say=said.append))
         else:
-            found = [checkpoint.newest(root, say=said.append)] * 2
+            found = [checkpoint_reader.newest(root, say=said.append)] * 2
         count["cases"] += 1
         count["detected"] += len(said) == 1 and newest.name in said[0]
         count["fell_back"] += found == [before] * 2
 
-    with patch.object(checkpoint, "safe_open", side_effect=AssertionError("opened before all is verified")):
+    with patch.object(checkpoint_reader, "safe_open", side_effect=AssertionError("opened before all is verified")):
         for file in sorted(newest.iterdir()):
             whole = file.read_bytes()
             for trial in range(num_flips):
@@ -267,7 +267,7 @@ def damages(folder, num_flips, seed=0):
         extra.write_bytes(b"")
         check()
         extra.unlink()
-    assert Together(2).run(lambda rank: checkpoint.newest(root, rank)) == [newest] * 2
+    assert Together(2).run(lambda rank: checkpoint_reader.newest(root, rank)) == [newest] * 2
     return count
 
 
@@ -294,25 +294,25 @@ def retention(folder, num_saves, keep=3, permanent=10, seed=1):
             raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(source))
         rename(source, target)
 
-    with patch.object(checkpoint, "remove", removing), patch.object(os, "rename", renaming):
+    with patch.object(checkpoint_writer, "remove", removing), patch.object(os, "rename", renaming):
         for step in range(1, num_saves + 1):
             row = row + 1 if rng.random() < 0.1 else 0
             if row:
                 dying = rng.randrange(2)
                 counts, _ = save_and_die(folder, step, dying, rng.randrange(1, (28, 11)[dying]), **settings)
                 killed += None in counts
-                checkpoint.sweep(root)           # the next start
+                checkpoint_writer.sweep(root)           # the next start
             else:
                 save_all(folder, step, **settings)
-            good, ordinary = intact(folder), [p.name for p in checkpoint.steps(root) if checkpoint.step_of(p) % permanent]
+            good, ordinary = intact(folder), [p.name for p in checkpoint_reader.steps(root) if checkpoint_reader.step_of(p) % permanent]
             before, last = last, newest_step(folder)
             spare = {*ordinary[:-keep], *hidden(folder)}
-            sound += (len(good) == len(checkpoint.steps(root)) >= min(2, step - killed)
+            sound += (len(good) == len(checkpoint_reader.steps(root)) >= min(2, step - killed)
                       and (before <= last if row else last == step) and len(spare - refused) <= row)
             most = max(most, len(ordinary) + len(hidden(folder)))
         failing[0] = False
         save_all(folder, num_saves + 1, **settings)
-    steps = [checkpoint.step_of(p) for p in intact(folder)]
+    steps = [checkpoint_reader.step_of(p) for p in intact(folder)]
     sound += len([s for s in steps if s % permanent]) == keep and not hidden(folder)
     return {"saves": num_saves + 1, "killed": killed, "refused": count[0], "sound_after_each": sound, "most_on_disk_beside_permanent_ones": most,
             "permanent_kept": len([s for s in steps if not s % permanent])}

@@ -24,16 +24,19 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from iomm.config import InputError
-from iomm.engine import checkpoint, loop
+from iomm.engine import loop
+from iomm.engine import state as run_state
 from iomm.engine.config import parse, positive
-from iomm.engine.data.order import Order
-from iomm.engine.data.skips import Skips
-from iomm.engine.ema import Ema
-from iomm.engine.guard import REQUEUE, Guard
-from iomm.engine.metrics import Metrics
-from iomm.engine.stages import Place
-from iomm.engine.watch import REFUSED, Watch, alive
-from iomm.engine.zero import Ranks
+from iomm.engine.data.bad_samples import Skips
+from iomm.engine.data.samplers import Order
+from iomm.engine.observe.metrics import Metrics
+from iomm.engine.parallel.ema import Ema
+from iomm.engine.parallel.ranks import Ranks
+from iomm.engine.parallel.zero_layouts import Place
+from iomm.engine.resilience import checkpoint_reader, checkpoint_writer
+from iomm.engine.resilience.loss_guard import Guard
+from iomm.engine.resilience.preemption import REQUEUE
+from iomm.engine.resilience.watchdog import REFUSED, Watch, alive
 
 tqdm.set_lock(threading.RLock())                 # its own would be a semaphore that a killed process leaves behind
 
@@ -254,25 +257,25 @@ def work(rank, size, run_dir, rendezvous, overrides, options, parent):
             trip(place)
             return result
         return call
-    write = checkpoint.write_safetensors
-    checkpoint.write_safetensors = lambda *args: (time.sleep(options.get("disk_s", 0.0)), write(*args))[1]
-    checkpoint.write_safetensors = tripping(checkpoint.write_safetensors, "save")        # between writing and reading back
-    checkpoint.Reader.piece = tripping(checkpoint.Reader.piece, "load")
+    write = checkpoint_writer.write_safetensors
+    checkpoint_writer.write_safetensors = lambda *args: (time.sleep(options.get("disk_s", 0.0)), write(*args))[1]
+    checkpoint_writer.write_safetensors = tripping(checkpoint_writer.write_safetensors, "save")        # between writing and reading back
+    checkpoint_reader.Reader.piece = tripping(checkpoint_reader.Reader.piece, "load")
     try:
         with Watch(ranks, run_dir, config.guard.hang_s, parent) as watch:
-            ranks.on_first(lambda: checkpoint.take(run_dir))
-            folder = checkpoint.newest(run_dir / "checkpoints", ranks)
+            ranks.on_first(lambda: checkpoint_writer.take(run_dir))
+            folder = checkpoint_reader.newest(run_dir / "checkpoints", ranks)
             source = Source(ranks, config, options, trip)
             sharded = Linear(ranks, source.accumulation_steps, options.get("width", 1), trip)
             guard = Guard(config.guard.max_skips, config.guard.spike_sigmas, config.guard.skip_spikes)
-            state = loop.State(sharded, Ema(sharded.masters, config.ema.decay), guard, Skips(1.0, 10**9, None), ranks,
+            state = run_state.State(sharded, Ema(sharded.masters, config.ema.decay), guard, Skips(1.0, 10**9, None), ranks,
                                options.get("data"))
             if folder is not None:
-                loop.restore(state, folder)
+                run_state.restore(state, folder)
                 state_digest = live_digest(state) if options.get("record") else ""
                 print(f"resumed from step {state.step} {state_digest}", flush=True)
             source.start_step = state.step
-            saver = checkpoint.Saver(run_dir / "checkpoints", ranks.apart(), keep=config.checkpoint.keep,
+            saver = checkpoint_writer.Saver(run_dir / "checkpoints", ranks.apart(), keep=config.checkpoint.keep,
                                      keep_every_steps=config.checkpoint.keep_every_steps,
                                      background=config.checkpoint.background)
             metrics = Metrics(run_dir, flops_per_image=1, global_batch=8, num_steps=config.train.steps, ranks=ranks,

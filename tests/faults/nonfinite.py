@@ -14,7 +14,8 @@ import sys
 import torch
 import torch.distributed as dist
 
-from iomm.engine import launch, loop, zero
+from iomm.engine import launch, loop
+from iomm.engine.parallel import zero
 from iomm.model import IOMM
 
 PLACES = ("pixel", "latent", "embedding", "loss", "gradient", "moment")

@@ -13,9 +13,9 @@ from faults.nonfinite import planned
 from faults.trials import PLACES, log_rows, newest_step
 from launches import PIXELS, ROOT, command, environment, rows
 
-from iomm.engine import checkpoint
-from iomm.engine.shapes.world import write_world
-from iomm.engine.watch import alive
+from iomm.engine.resilience import checkpoint_reader
+from iomm.engine.resilience.watchdog import alive
+from iomm.engine.shapes.dataset import write_world
 
 LIMIT_S = 600
 
@@ -158,9 +158,9 @@ def real_world_sizes(folder, paths=([1, 2], [2, 1], [2, 1, 2], [4, 2])):
             assert Run(golden, *same, "train.steps=60", size=path[0]).wait() == 0
         loads = 0
         for size, steps in zip(path, [10, 30, 60] if len(path) == 3 else [10, 60]):
-            before, wanted = checkpoint.newest(run_dir / "checkpoints"), None
+            before, wanted = checkpoint_reader.newest(run_dir / "checkpoints"), None
             if before is not None:               # now: it is not kept for ever
-                reader = checkpoint.Reader(before)
+                reader = checkpoint_reader.Reader(before)
                 wanted = f"state {digest(reader.manifest['shapes'], reader.full)} after loading {before}\n"
             run = Run(run_dir, "--resume", "auto", *same, f"train.steps={steps}", size=size)
             assert run.wait() == 0, run.out[-3000:]

@@ -31,7 +31,7 @@ import torch
 from faults import disk, real, trials
 
 from benchmarks.checkpoint import measure
-from iomm.engine.doctor import cpu_name, git
+from iomm.engine.observe.doctor import cpu_name, git
 
 RESULTS = ROOT / "benchmarks/results/survival.json"
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from faults.mini import Job, Source, digest
 
-from iomm.engine import checkpoint
-from iomm.engine.guard import REQUEUE
-from iomm.engine.watch import DEAD, HUNG, alive
+from iomm.engine.resilience import checkpoint_reader
+from iomm.engine.resilience.preemption import REQUEUE
+from iomm.engine.resilience.watchdog import DEAD, HUNG, alive
 
 
 def logged(job):
@@ -23,8 +23,8 @@ def logged(job):
 
 
 def newest_step(run_dir):
-    folder = checkpoint.newest(Path(run_dir) / "checkpoints", say=lambda line: None)
-    return 0 if folder is None else checkpoint.step_of(folder)
+    folder = checkpoint_reader.newest(Path(run_dir) / "checkpoints", say=lambda line: None)
+    return 0 if folder is None else checkpoint_reader.step_of(folder)
 
 
 def said(run_dir):
@@ -33,7 +33,7 @@ def said(run_dir):
 
 
 def final_files(run_dir):
-    return checkpoint.read_manifest(checkpoint.newest(Path(run_dir) / "checkpoints"))["files"]
+    return checkpoint_reader.read_manifest(checkpoint_reader.newest(Path(run_dir) / "checkpoints"))["files"]
 
 
 def log_rows(run_dir):
@@ -104,7 +104,7 @@ def damaged_starts(folder):
     golden, good = Path(folder) / "golden", 0
     settings = ["train.steps=12", "checkpoint.every_steps=4", "checkpoint.keep=100"]
     assert Job(golden, *settings).wait(60) == [0, 0]
-    names = sorted(p.name for p in checkpoint.newest(golden / "checkpoints").iterdir())
+    names = sorted(p.name for p in checkpoint_reader.newest(golden / "checkpoints").iterdir())
     ways = {"flip": lambda raw: raw[:-9] + bytes([raw[-9] ^ 4]) + raw[-8:], "cut": lambda raw: raw[:-1],
             "hole": lambda raw: raw[:len(raw) // 4] + bytes(len(raw) // 2) + raw[-(len(raw) // 4):], "missing": lambda raw: None}
     for name in names:
@@ -142,7 +142,7 @@ def world_sizes(folder):
             assert Job(golden, *same, "train.steps=60", size=path[0], record=True).wait(90) == [0] * path[0]
         loads, in_order, wanted = 0, True, samples_of(golden)
         for size, steps in zip(path, [10, 30, 60] if len(path) == 3 else [10, 60]):
-            before = checkpoint.newest(run_dir / "checkpoints") if steps > 10 else None
+            before = checkpoint_reader.newest(run_dir / "checkpoints") if steps > 10 else None
             for samples in run_dir.glob("samples-rank*.jsonl"):
                 samples.rename(run_dir / f"{samples.name}-{steps}")      # parts of a step come from one start only
             job = Job(run_dir, *same, f"train.steps={steps}", size=size, record=True)
@@ -150,9 +150,9 @@ def world_sizes(folder):
             now = samples_of(run_dir)
             in_order &= now == {step: wanted[step] for step in now} and max(now) == steps
             if before is not None:
-                reader = checkpoint.Reader(before)
+                reader = checkpoint_reader.Reader(before)
                 loads += job.out.splitlines().count(
-                    f"resumed from step {checkpoint.step_of(before)} {digest(reader.manifest['shapes'], reader.full)}")
+                    f"resumed from step {checkpoint_reader.step_of(before)} {digest(reader.manifest['shapes'], reader.full)}")
         ours, theirs = log_rows(run_dir), log_rows(golden)
         losses = [(float.fromhex(a[1]), float.fromhex(b[1])) for a, b in zip(ours, theirs, strict=True)]
         found["->".join(map(str, path))] = {

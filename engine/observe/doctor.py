@@ -44,7 +44,7 @@ def rows():
 def git(*arguments):
     """Return what git prints of this checkout, "unknown" where there is no git or no checkout."""
     try:
-        done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+        done = subprocess.run(["git", *arguments], cwd=Path(__file__).resolve().parents[2], capture_output=True, text=True)
     except OSError:
         return "unknown"
     return done.stdout.strip() if done.returncode == 0 else "unknown"

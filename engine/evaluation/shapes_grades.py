@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from iomm.config import InputError, choice
-from iomm.engine.parts import load_run
+from iomm.engine.builders import load_run
+from iomm.engine.shapes.dataset import COLOURS, DIRECTION, KINDS, Scene, draw, edit, scene
 from iomm.engine.shapes.mllm import vit_bytes, vit_pixels
-from iomm.engine.shapes.score import kept, parse, score
-from iomm.engine.shapes.world import COLOURS, DIRECTION, KINDS, Scene, draw, edit, scene
+from iomm.engine.shapes.scorer import kept, parse, score
 from iomm.masking import visible_mask
 from iomm.mllm import RECONSTRUCT
 from iomm.model import IOMM

@@ -89,8 +89,8 @@ class Peers:
 
     def look(self):
         """End this process when a peer has failed. Runs in a thread: joining the ranks blocks for up to train.timeout_s."""
-        from iomm.engine.guard import REQUEUE  # now: torch is loaded
-        from iomm.engine.watch import DEAD
+        from iomm.engine.resilience.preemption import REQUEUE  # now: torch is loaded
+        from iomm.engine.resilience.watchdog import DEAD
         while not self.over.wait(POLL_S):
             failed = [rank for rank, process in enumerate(self.processes, 1) if process.poll() not in (None, 0, REQUEUE)]
             if failed and not self.over.wait(GRACE_S):

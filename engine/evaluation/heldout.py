@@ -15,12 +15,12 @@ from PIL import Image
 
 from iomm.config import InputError
 from iomm.engine.data.mixture import Joined
-from iomm.engine.data.order import InARow, held_out_entries
+from iomm.engine.data.samplers import InARow, held_out_entries
 from iomm.engine.data.source import ImageSource
-from iomm.engine.draw import save_grid, size_text, visible_parts
-from iomm.engine.shapes.grade import ASKED, mean
-from iomm.engine.shapes.score import CAPTION
-from iomm.engine.shapes.score import score as score_picture
+from iomm.engine.evaluation.sample import save_grid, size_text, visible_parts
+from iomm.engine.evaluation.shapes_grades import ASKED, mean
+from iomm.engine.shapes.scorer import CAPTION
+from iomm.engine.shapes.scorer import score as score_picture
 from iomm.flow import velocity_loss
 from iomm.kernels.noisy_tokens import noisy_tokens
 from iomm.model import grid

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from iomm.config import InputError
-from iomm.engine.shapes.world import COLOURS, DIRECTION, PLACES, REACH, SHAPES, Scene, Shape
+from iomm.engine.shapes.dataset import COLOURS, DIRECTION, PLACES, REACH, SHAPES, Scene, Shape
 
 VERSION = 2                 # a change of verdicts raises it, so that kept scores are found anew
 SIDE = 128                  # pixels to which every picture is brought; the smallest shape is then 29 wide

@@ -153,7 +153,7 @@ class Metrics:
 
     def report(self):
         """Write run.dir/report.html and the sheets in samples/; return its path, None if that fails."""
-        from iomm.engine.report import write_run
+        from iomm.engine.observe.report import write_run
         with named("report"):
             return self.careful("report.html", write_run, self.dir)
 

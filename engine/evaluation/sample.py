@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps, PngImagePlugin
 
 from iomm.config import InputError
-from iomm.engine import parts
+from iomm.engine import builders
 from iomm.engine.data.shards import Shards
 from iomm.engine.data.source import ImageSource
 from iomm.masking import visible_mask
@@ -28,7 +28,7 @@ def open_pipeline(run_dir, *, weights="ema", device="cpu"):
         pipe = Pipeline.from_pretrained(run_dir, device=device)
         pipe.origin = pipe.origin or {"run": run_dir.as_posix()}
         return pipe, None
-    config, model, manifest = parts.load_run(run_dir, weights=weights, device=device)
+    config, model, manifest = builders.load_run(run_dir, weights=weights, device=device)
     origin = {"run": run_dir.as_posix(), "step": str(manifest["step"]), "weights": weights if manifest["ema"] else "raw"}
     return Pipeline(model, config.data.size_px, origin=origin), config
 
@@ -49,7 +49,7 @@ def draw_run(run_dir, *, num=16, steps=20, seed=0, prompts=(), guidance=1.0, shi
     if not prompts and config is None:
         raise InputError(f"{run_dir} is an exported folder, without data: say what to draw with --prompt")
     if not prompts and config.train.data != "image":
-        pairs = Shards(parts.prepare_data(config, progress=False, pairs=True))
+        pairs = Shards(builders.prepare_data(config, progress=False, pairs=True))
         prompts = [pairs.caption(k) for k in range(min(num, len(pairs)))]
     if not prompts and (size or guidance != 1.0):
         raise InputError("--size and --guidance are for pictures from text: give --prompt")
@@ -71,7 +71,7 @@ def reconstruct(config, model, num, steps, seed, shift, device):
     """-> {"original", "visible", "drawn"}: the first num images of the run's order, what the MLLM
     sees of each, and what is drawn from that. PIL images."""
     mllm, _ = model.frozen
-    shards = Shards(parts.prepare_data(config, progress=False))
+    shards = Shards(builders.prepare_data(config, progress=False))
     batch = next(iter(ImageSource(
         shards, seed=config.run.seed, global_batch=num, micro_batch=num, rank=0, world_size=1, size_px=config.data.size_px,
         vit_px=mllm.vit_px, device=torch.device(device), num_steps=1)))
@@ -190,5 +190,5 @@ def export_run(run_dir, *, weights="ema", out=None):
     if config is None:
         raise InputError(f"{run_dir} is exported already")
     folder = Path(out) if out else Path(run_dir) / "export" / weights
-    names = [Path(name).resolve() if Path(name).is_dir() else name for name in (parts.mllm_name(config), parts.vae_name(config))]
+    names = [Path(name).resolve() if Path(name).is_dir() else name for name in (builders.mllm_name(config), builders.vae_name(config))]
     return pipe.save_pretrained(folder, mllm=names[0], vae=names[1], mllm_revision=config.model.mllm_revision)

@@ -12,10 +12,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from iomm.config import InputError
-from iomm.engine import draw, parts
+from iomm.engine import builders
 from iomm.engine.config import positive
 from iomm.engine.data.atomic import whole_file
-from iomm.engine.graders.layouts import LAYOUTS, next_step, read_items
+from iomm.engine.evaluation import sample
+from iomm.engine.evaluation.layouts import LAYOUTS, next_step, read_items
 from iomm.pipeline import height_width, image_grid
 
 NAMED = 10             # faults of a kind that are named; the others are counted
@@ -39,17 +40,17 @@ def evaluate(bench, *, prompts, out, run=None, root=None, num=None, size=None, s
     if not check_only:
         if run is None:
             raise InputError("--run is missing: a run's folder or an exported one; or --check to look at a folder alone")
-        rank, num_ranks, device = parts.share(rank, num_ranks)
+        rank, num_ranks, device = builders.share(rank, num_ranks)
         own, whose = items[rank::num_ranks], f"rank {rank} of {num_ranks}: its share of " if num_ranks > 1 else ""
-        pipe, _ = draw.open_pipeline(run, weights=weights, device=device)
+        pipe, _ = sample.open_pipeline(run, weights=weights, device=device)
         pipe.batch, size = batch, height_width(size or pipe.size_px)
         pipe.model.frozen[1].grid(*size)           # raises if the size does not divide
         if bench == "dpg" and size[0] != size[1]:
-            raise InputError(f"dpg cuts its grids into squares: --size must be one, got {draw.size_text(size)}")
+            raise InputError(f"dpg cuts its grids into squares: --size must be one, got {sample.size_text(size)}")
         if extra := strangers(layout, items, num, out):
             raise InputError(f"--out {out} holds what does not belong to {bench}, {extra[0]} first: remove it, or choose another")
         settings = dict(steps=steps, seed=seed, guidance=guidance, shift=shift)
-        facts = {"benchmark": name, **draw.drawing_facts(pipe, size, **settings)}
+        facts = {"benchmark": name, **sample.drawing_facts(pipe, size, **settings)}
         draw_share(pipe.compile() if compiled else pipe, layout, own, num, out, out.with_name(f".{out.name}.rank-{rank}"),
                    facts, dict(size=size, **settings), quiet=rank > 0)
     faults, size = check(layout, items, num, out, own=own, size=size)
@@ -89,12 +90,12 @@ def draw_share(pipe, layout, items, num, out, partial, facts, settings, quiet):
             if wanted[0][0].image is None:
                 images = pipe(texts, numbers=numbers, **settings)
             else:
-                images = pipe.edit([draw.open_image(item.image) for item, _ in wanted], texts, numbers=numbers, **settings)
+                images = pipe.edit([sample.open_image(item.image) for item, _ in wanted], texts, numbers=numbers, **settings)
             for item, name, indices in part:
                 own, images = images[:len(indices)], images[len(indices):]
                 picture = own[0] if len(own) == 1 else image_grid(own, 2, pad_px=0)
                 text = {**facts, "item": item.id, "prompt": item.prompt}
-                place(partial, out / name, lambda: draw.save_png(picture, partial, text))
+                place(partial, out / name, lambda: sample.save_png(picture, partial, text))
             bar.update(len(part))
     partial.unlink(missing_ok=True)                # what a killed run left
 
@@ -161,7 +162,7 @@ def check(layout, items, num, out, *, own, size=None):
     usual = dict(most_common(tuple(sorted(text.items())) for _, text in seen.values()) or ())
     for name, (found, text) in seen.items():
         if found != size:
-            malformed.append(f"{name}: {draw.size_text(found)} px an image, wanted {draw.size_text(size)}")
+            malformed.append(f"{name}: {sample.size_text(found)} px an image, wanted {sample.size_text(size)}")
         if other := differences(text, usual):
             malformed.append(f"{name}: drawn otherwise than most ({other})")
     return {"missing": missing, "extra": strangers(layout, items, num, out), "malformed": malformed}, size

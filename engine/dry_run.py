@@ -11,10 +11,10 @@ from torch.overrides import TorchFunctionMode
 from iomm.adapter import Connector
 from iomm.alignment import AlignmentHead, alignment_loss
 from iomm.config import InputError
-from iomm.engine import checkpoint
+from iomm.engine.builders import assemble, mllm_name, vae_name, without_head
 from iomm.engine.data import latents
 from iomm.engine.data.patterns import expand
-from iomm.engine.parts import assemble, mllm_name, vae_name, without_head
+from iomm.engine.resilience import checkpoint_reader
 from iomm.flops import condition_tokens, flops_by_part, tokens_per_image
 from iomm.generator import empty_generator
 from iomm.internvl import mllm_without_weights
@@ -88,11 +88,11 @@ def check_paths(config, model):
     if config.run.init is not None:
         if not (Path(config.run.init) / "config.yaml").is_file():
             raise InputError(f"run.init: {config.run.init} is not a run folder: no config.yaml in it; give the run.dir of stage 1")
-        found = checkpoint.steps(Path(config.run.init) / "checkpoints")
+        found = checkpoint_reader.steps(Path(config.run.init) / "checkpoints")
         if not found:
             raise InputError(f"run.init: {config.run.init} has no checkpoint yet")
         here = {name: list(p.shape) for name, p in model.named_parameters()}
-        if without_head(checkpoint.read_manifest(found[-1])["shapes"]) != without_head(here):
+        if without_head(checkpoint_reader.read_manifest(found[-1])["shapes"]) != without_head(here):
             raise InputError(f"run.init: {found[-1]} is of another model: give the same model.*, adapter.* as there")
 
 

@@ -1,14 +1,10 @@
 """Steps that must not change weights, and requests to stop: decided alike on all ranks, counted, said in one line."""
 
 import math
-import signal
 import statistics
 from collections import deque
 
 from iomm.config import InputError
-
-REQUEUE = 75        # exit code of a run that was asked to stop and has saved: EX_TEMPFAIL, "start me again"
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Guard:
@@ -68,21 +64,3 @@ class Guard:
     def restore(self, state):
         self.total, self.row, self.spikes, self.rejected = (state[key] for key in ("total", "row", "spikes", "rejected"))
         self.losses = deque(state["losses"], maxlen=self.WINDOW)
-
-
-class Stop:
-    """While entered, SIGTERM and SIGUSR1 set `asked` instead of ending the process, however often they come."""
-
-    def __init__(self):
-        self.asked, self.before = False, {}
-
-    def __enter__(self):
-        self.before = {number: signal.signal(number, self.ask) for number in SIGNALS}
-        return self
-
-    def ask(self, *_):
-        self.asked = True
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)

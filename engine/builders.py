@@ -12,20 +12,20 @@ from tqdm import tqdm
 from iomm.adapter import Connector, QueryAdapter
 from iomm.alignment import PREFIX, AlignmentHead
 from iomm.config import InputError, generator_config
-from iomm.engine import checkpoint
 from iomm.engine.config import load_config, positive
 from iomm.engine.data.buckets import Buckets, bucket_sizes, buckets_of_both
 from iomm.engine.data.index import ensure_index, load, records_crc32, warnings_on
-from iomm.engine.data.judge import Rules
 from iomm.engine.data.latents import EncodedSamples, LatentStore, write_cache
 from iomm.engine.data.mixture import Joined, Mixture, images_of
-from iomm.engine.data.order import Order, Squares, held_out
+from iomm.engine.data.samplers import Order, Squares, held_out
 from iomm.engine.data.shards import Shards
 from iomm.engine.data.source import ImageSource
+from iomm.engine.data.validate import Rules
+from iomm.engine.resilience import checkpoint_reader
 from iomm.engine.shapes import check_weights
 from iomm.engine.shapes import mllm as shapes_mllm
 from iomm.engine.shapes import vae as shapes_vae
-from iomm.engine.shapes.world import write_world
+from iomm.engine.shapes.dataset import write_world
 from iomm.generator import empty_generator
 from iomm.internvl import load_mllm
 from iomm.model import IOMM, Recipe
@@ -217,7 +217,7 @@ def read_run(run_dir, ranks=None):
     path = Path(run_dir) / "config.yaml"
     if not path.is_file():
         raise InputError(f"{run_dir} is not a run folder: no config.yaml in it; give the run.dir of a training run")
-    folder = checkpoint.newest(Path(run_dir) / "checkpoints", ranks)
+    folder = checkpoint_reader.newest(Path(run_dir) / "checkpoints", ranks)
     if folder is None:
         raise InputError(f"{run_dir} has no intact checkpoint: train first, or wait for checkpoint.every_steps")
     return load_config(str(path)), folder
@@ -241,7 +241,7 @@ def load_weights(model, folder, weights="ema"):
 
     weights: "ema", or "raw" for the fp32 masters; a run without an average has only these. An alignment head is read
     only where both have the same one, else the model's stays as it is: stages may differ in it."""
-    reader = checkpoint.Reader(folder)
+    reader = checkpoint_reader.Reader(folder)
     slot = "ema" if weights == "ema" and reader.manifest["ema"] else "master"
     parameters, shapes = dict(model.named_parameters()), reader.manifest["shapes"]
     wanted, found = set(without_head(parameters)), set(without_head(shapes))

@@ -79,7 +79,7 @@ def open_source(config, ranks, mllm, vae, *, index_dir=None, pairs_dir=None):
 
 
 def make_order(config, images, pairs, vae):
-    """Shards of images and of pairs, one of them None where the run has none of the kind -> the plan (see order.Squares) of
+    """Shards of images and of pairs, one of them None where the run has none of the kind -> the plan (see samplers.Squares) of
     a run: squares or buckets, without the data.heldout samples of each kind that training never sees."""
     data, seed, batch = config.data, config.run.seed, config.train.global_batch
 

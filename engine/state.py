@@ -9,7 +9,7 @@ from iomm.engine.resilience import checkpoint_reader
 
 class State:
     """What a checkpoint holds: weights, moments, average, step. Everything else is a function of the config and the data, of
-    which it keeps what parts.data_facts says."""
+    which it keeps what builders.data_facts says."""
 
     def __init__(self, sharded, ema, guard, skips, ranks, data=None):
         self.sharded, self.ema, self.guard, self.skips, self.ranks, self.data = sharded, ema, guard, skips, ranks, data
@@ -55,7 +55,7 @@ def restore(state, folder):
 
 
 def changes(then, now):
-    """Two of parts.data_facts -> how they differ, in words."""
+    """Two of builders.data_facts -> how they differ, in words."""
     words = []
     for kind in sorted(then.keys() | now.keys()):
         old, new = then.get(kind, [0, 0]), now.get(kind, [0, 0])

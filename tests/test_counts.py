@@ -20,7 +20,7 @@ def test_work_of_an_image(name):
 
 
 def test_work_of_the_demo_whose_frozen_parts_have_short_names():
-    """model.mllm=shapes is a folder of this checkout, which only parts.mllm_name knows."""
+    """model.mllm=shapes is a folder of this checkout, which only builders.mllm_name knows."""
     found = counts.work("demo")
     assert found["plain, all outputs"]["ratio"] > found["plain"]["ratio"] > 1
 

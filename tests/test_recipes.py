@@ -295,10 +295,10 @@ def played(monkeypatch):
         "launch": launched,
         "grade": draw_and_score,
         "draw": lambda *_: None,
-        "checkpoint.newest": newest,
+        "checkpoint_reader.newest": newest,
         "machine": lambda: {"date": "2026-01-02", "commit": told.commit},
         "real_limits": lambda runs: {way: {"train": 1.0, "test": 1.0} for way in ("text", "edit")},
-        "parts.load_run": lambda *_, **__: (load_config("demo"), None, None),
+        "builders.load_run": lambda *_, **__: (load_config("demo"), None, None),
     }.items():
         monkeypatch.setattr(f"benchmarks.studies.recipes.{name}", value)
     return told
@@ -579,8 +579,8 @@ def test_kept_scores_are_whole_and_of_the_settings_asked_for(tmp_path, played, m
     for changed in (replace(runs.budget, per_kind=8), replace(runs.budget, draw_steps=10)):
         assert drawn(Runs(tmp_path, changed)) == 2
     for name, value in (
-        ("score.VERSION", 99),
-        ("world.VERSION", 99),
+        ("scorer.VERSION", 99),
+        ("dataset.VERSION", 99),
         ("GUIDANCE", {**GUIDANCE, "text": 3.0}),
     ):
         monkeypatch.setattr(f"benchmarks.studies.recipes.{name}", value)

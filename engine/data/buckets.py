@@ -26,7 +26,7 @@ def bucket_sizes(size_px, multiple_px=1):
 
 
 class Buckets:
-    """The plan of a run on aspect-ratio buckets (what a plan is: order.Squares); one bucket per global batch.
+    """The plan of a run on aspect-ratio buckets (what a plan is: samplers.Squares); one bucket per global batch.
 
     A sample belongs to the bucket whose aspect ratio is nearest to its own, on a log scale; a bucket with fewer than
     global_batch samples joins its nearest neighbour. Each bucket has an order and epochs of its own, its b-th batch is

@@ -14,7 +14,7 @@ def images_of(share, global_batch):
 
 
 class Mixture:
-    """The plan of a run on two sources (what a plan is: order.Squares): every global batch holds exactly num_images samples
+    """The plan of a run on two sources (what a plan is: samplers.Squares): every global batch holds exactly num_images samples
     of `images` and the rest of `pairs`.
 
     They stand evenly spread, from a place that (seed, step) decides, so that any m neighbouring positions, a rank's

@@ -55,7 +55,7 @@ class ImageSource:
 
     Global batch b is run positions [b G, (b + 1) G), whatever the number of ranks: micro-batch a of rank r takes b G +
     (a W + r) m + [0, m), where G = global_batch, m = micro_batch, W = world_size, and a counts the G / (m W)
-    accumulation steps. So the state of the loader is the step. `plan` (see order.Squares) says which samples these are;
+    accumulation steps. So the state of the loader is the step. `plan` (see samplers.Squares) says which samples these are;
     without one, all samples in their order on squares of size_px. A sample is mirrored if `flip` and its own random
     number say so, but never one with a caption, which may say left or right; crop="random" lets its own numbers choose
     the place of the crop, else it is the centre. With `latents` (latents.LatentStore) its latents come instead of pixels;

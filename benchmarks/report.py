@@ -25,7 +25,7 @@ START, END = "<!-- generated: {} (python benchmarks/report.py) -->", "<!-- /gene
 SECTIONS = {
     "speed": ("throughput", "precision", "ops", "loader", "sampling", "startup"),
     "reliability": ("survival", "data-reliability", "checkpoint"),
-    "learning": ("demo", "recipes", "time-to-quality"),
+    "learning": ("demo", "alignment", "recipes", "time-to-quality"),
 }
 
 
@@ -286,7 +286,7 @@ def table(section):
     """Return Markdown: a row for every figure of a section of benchmarks/README.md."""
     kinds = {"demo": demo, "loader": loader, "data-reliability": data_reliability, "ops": ops,
              "checkpoint": checkpoint, "precision": precision, "throughput": throughput, "startup": startup,
-             "sampling": sampling, "survival": rows_of, "recipes": rows_of,
+             "sampling": sampling, "survival": rows_of, "recipes": rows_of, "alignment": rows_of,
              "time-to-quality": time_to_quality}
     rows = ["| what | figure | measured |", "|---|---|---|"]
     for kind in SECTIONS[section]:

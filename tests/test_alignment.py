@@ -720,7 +720,7 @@ import sys
 from iomm.alignment import AlignmentHead
 from iomm.config import PRESETS, GeneratorConfig
 from iomm.engine import loop
-from iomm.engine.parallel import zero
+from iomm.engine.parallel import ranks as group
 from iomm.engine.cli import main as iomm
 from iomm.engine.launch import main as launch
 group.stop = lambda: None     # DeepSpeed makes its groups once a process

@@ -99,7 +99,7 @@ import json, sys
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from iomm.engine import launch
-from iomm.engine.parallel import zero
+from iomm.engine.parallel import ranks as group
 from iomm.engine.config import load_config
 config, ranks = load_config("tests/pixels.yaml", sys.argv[2:]), group.start(200)
 launch.prepare_process(config, ranks)

@@ -389,7 +389,7 @@ def test_a_killed_command_repeats_nothing_that_is_complete(tmp_path, played, die
 def test_a_run_that_is_still_training_is_waited_for(tmp_path):
     """As after a SIGKILL of the command alone: its run goes on, and keeps its lock to its end."""
     code = (
-        "import sys, time; from pathlib import Path; from iomm.engine import checkpoint\n"
+        "import sys, time; from pathlib import Path; from iomm.engine.resilience import checkpoint_writer\n"
         "folder = Path(sys.argv[1]); checkpoint_writer.take(folder); print('taken', flush=True)\n"
         "time.sleep(1); (folder / 'ended').touch()"
     )

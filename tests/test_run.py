@@ -117,7 +117,7 @@ def test_killed_at_other_steps_too(golden, settings, tmp_path):
 QUIET_OR_NOT = """
 import sys
 from iomm.config import PRESETS, GeneratorConfig
-from iomm.engine.parallel import zero
+from iomm.engine.parallel import ranks as group
 from iomm.engine.launch import main as launch
 group.stop = lambda: None     # DeepSpeed makes its groups once a process
 PRESETS["demo"] = GeneratorConfig(width=64, num_heads=2, num_blocks=2)
@@ -262,7 +262,7 @@ def test_stage_2_wants_a_run_to_start_from(settings, capsys):
 RECIPES = """
 import sys
 from iomm.config import PRESETS, GeneratorConfig
-from iomm.engine.parallel import zero
+from iomm.engine.parallel import ranks as group
 from iomm.engine.cli import main as iomm
 from iomm.engine.launch import main as launch
 group.stop = lambda: None     # DeepSpeed makes its groups once a process
@@ -375,7 +375,7 @@ def test_a_run_is_complete_whatever_becomes_of_its_pictures(schedule, offered, t
 
 MISTAKES = """
 import json, sys
-from iomm.engine.parallel import zero
+from iomm.engine.parallel import ranks as group
 from iomm.engine.launch import main as launch
 group.stop = lambda: None     # DeepSpeed makes its groups once a process
 for arguments in json.loads(sys.argv[1]):

@@ -73,9 +73,9 @@ from iomm.engine.shapes.grade import GUIDANCE, ceiling, grade, overall
 STAGES = {"pretrain": "demo", "finetune": "demo-finetune"}
 # Steps of stage 1 and of stage 2 in a cpu-night, for at least half of the captions fully right in
 # the default cell.
-NIGHT_STEPS = (1000, 1000)
+NIGHT_STEPS = (1500, 1500)
 # Seconds a step with two runs side by side, until a run below --out has measured it.
-NIGHT_STEP_S = 0.6
+NIGHT_STEP_S = 0.65
 # From a launch to its first step, encoding the dataset included, and from its last step to its end.
 START_S = 60.0
 # To sample and score a picture.

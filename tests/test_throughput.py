@@ -120,7 +120,7 @@ def test_the_visit_of_a_gpu_is_planned(gib, against, micro_batch, monkeypatch, t
     assert config.train.global_batch == 4 * micro_batch and config.data.heldout == 0          # 64 photographs are all there is
 
 
-@pytest.mark.parametrize("config", ["iomm-xl-512", "iomm-b-512-finetune"])
+@pytest.mark.parametrize("config", ["iomm-xl-512", "iomm-b-512-finetune", "demo"])
 def test_plain_is_a_rival_of_what_it_computes_alone(config, tmp_path):
     args = SimpleNamespace(config=config, overrides=[], against="plain")
     with pytest.raises(InputError, match="--against plain is"):

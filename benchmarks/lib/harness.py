@@ -25,9 +25,9 @@ def prepare(args, device, folder):
     """(RunConfig as it is measured, [what was changed]). Raises InputError: it does not fit, or plain is no rival for it."""
     config = load_config(args.config, args.overrides)
     if args.against and (PRESETS[config.model.preset].kind != "mmdit" or config.adapter.kind != "rqa" or config.adapter.connector_layers
-                         or config.train.data != "image"):
-        raise InputError("--against plain is Algorithm 1 on images with the RQA, no connector and FLUX's blocks: leave it out, or give a "
-                         "config of these")
+                         or config.train.data != "image" or config.train.noise_draws != 1):
+        raise InputError("--against plain is Algorithm 1 on images with the RQA, no connector, FLUX's blocks and train.noise_draws=1: leave it "
+                         "out, or give a config of these")
     changes = [f"run.dir={folder / 'run'}", "train.steps=1000000", "data.max_bad_fraction=0", "data.heldout=0", "evaluate.every_steps=0"]
     changes += [f"model.{key}={STAND_INS[name]}" for key in ("mllm", "vae")
                 if (name := getattr(config.model, key)) in STAND_INS]

@@ -178,8 +178,7 @@ def make_recipe(config):
     """RunConfig -> Recipe."""
     return Recipe(seed=config.run.seed, mask=config.mask, adapter=config.adapter, time=asdict(config.time),
                   sample_latents=config.model.vae_sample, caption_drop=config.train.caption_drop,
-                  noise_draws=config.train.noise_draws, align=config.align,
-                  align_share=config.align_share)
+                  noise_draws=config.train.noise_draws, align=config.align, align_share=config.align_share)
 
 
 def build_model(config, device):

@@ -129,11 +129,10 @@ class IOMM(nn.Module):
 
         Without such samples an empty batch passes through the head: under ZeRO-3 all ranks call the same modules."""
         with named("align"):
-            draws, rows_I = self.recipe.noise_draws, given.aligned_I
-            if rows_I is not None:
-                latents_RND = latents_RND.index_select(0, self.drawn_numbers(rows_I))
-            loss = alignment_loss(self.alignment(latents_RND), self.for_each_draw(given.align_IND))
-            return loss if draws == 1 else loss.unflatten(0, (-1, draws)).mean(1)
+            if given.aligned_I is not None:
+                latents_RND = latents_RND.index_select(0, self.drawn_numbers(given.aligned_I))
+            loss_R = alignment_loss(self.alignment(latents_RND), self.for_each_draw(given.align_IND))
+            return loss_R.unflatten(0, (-1, self.recipe.noise_draws)).mean(1)
 
     def look(self, vit_pixels_I, tokens_IPD, has_image, latent_grid):
         """Run the ViT on the whole images, once for both uses.

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "benchmarks": {"kernels", "iomm", "engine", "benchmarks"},
     "tests": {"kernels", "iomm", "engine", "benchmarks", "tests"},
 }
-# Of engine/, lowest first: files at its top and folders. Each may import what comes before it, and files of its own folder.
+# The layers of engine/, lowest first: top-level files and folders. A layer imports from those before it and from itself.
 LAYERS = ("config_parser", "config", "data", "shapes", "resilience", "parallel", "observe", "builders", "evaluation", "dry_run", "state",
           "loop", "launch", "cli")
 # Where each third party may be imported: files, or folders with a slash.

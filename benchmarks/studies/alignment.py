@@ -15,6 +15,7 @@ ROOT = enter(__file__)
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -22,10 +23,10 @@ from pathlib import Path
 
 from benchmarks.lib.harness import Bench
 from benchmarks.report import above_0, command, label
-from benchmarks.studies.findings import T_95
+from benchmarks.studies.findings import T_95, widened
 from benchmarks.studies.recipes import read, write
 from iomm.engine.config import load_config
-from iomm.engine.evaluation.heldout import Evaluation, fixed
+from iomm.engine.evaluation.heldout import Evaluation
 from iomm.engine.observe.doctor import machine
 from iomm.engine.parallel import ranks as group
 
@@ -40,9 +41,8 @@ def heldout_loss(overrides: list[str], weight: float, block: int, seed: int, ste
     evaluation = Evaluation(config, bench.source, ranks)
     for _ in range(steps):
         bench.step()
-    state = bench.state
-    with state.sharded.showing(state.ema.flats) as model, fixed(model):
-        return evaluation.loss(model, "image")
+    bench.batches.close()                        # its reader threads
+    return evaluation(bench.state)["heldout_loss"]["image"]
 
 
 def rows(runs: dict) -> dict[str, str]:
@@ -55,10 +55,10 @@ def rows(runs: dict) -> dict[str, str]:
         text = f"held-out loss {statistics.mean(losses):.4f}"
         if cell != "no alignment":
             changes = [by_seed[seed]["mean"] - plain[seed]["mean"] for seed in sorted(plain)]
-            text += f", {statistics.mean(changes):+.4f} against none"
+            change = widened(changes, math.inf, -math.inf)           # by Student's t alone
+            text += f", {change.mean:+.4f} against none"
             if len(changes) > 1:
-                half = T_95[len(changes) - 1] * statistics.stdev(changes) / len(changes) ** 0.5
-                text += f" (95 % interval {statistics.mean(changes) - half:+.4f} to {statistics.mean(changes) + half:+.4f})"
+                text += f" (95 % interval {change.low:+.4f} to {change.high:+.4f})"
         found[cell] = text
     return found
 
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     runs = kept["runs"] if kept.get("settings") == settings else {}
     ranks = group.start(600)
     with tempfile.TemporaryDirectory() as folder:
-        overrides = ["train.cpu_ranks=1", "evaluate.every_steps=0", *args.overrides, f"run.dir={folder}/run"]
+        overrides = ["train.cpu_ranks=1", "evaluate.every_steps=0", "evaluate.num_images=0", *args.overrides, f"run.dir={folder}/run"]
         for seed in map(str, range(args.seeds)):
             for cell, (weight, block) in CELLS.items():
                 by_seed = runs.setdefault(cell, {})

@@ -9,10 +9,29 @@ if "PYTEST_XDIST_WORKER" in os.environ:          # threads of two workers on two
     os.environ["OMP_NUM_THREADS"] = "1"          # of what the tests start
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 # The files that take longest, so that no worker is left alone with one at the end; the second goes with the third.
-FIRST = ("test_run.py", "test_interpreter.py", "test_ranges.py", "test_demo.py", "test_skips.py", "test_checkpoint.py", "test_guard.py",
-         "test_zero.py", "test_build.py", "test_plans.py", "test_traffic.py", "test_shapes.py", "test_counts.py", "test_optim.py")
+FIRST = ("test_run.py", "test_interpreter.py", "test_profiling.py", "test_demo.py", "test_bad_samples.py", "test_checkpoint.py", "test_failures.py",
+         "test_zero.py", "test_build.py", "test_resume_positions.py", "test_traffic.py", "test_shapes.py", "test_counts.py", "test_optim.py")
 with torch.device("meta"):       # torch remembers once which functions make tensors: before any of them is poisoned below
     torch.empty(0)
+
+
+@pytest.fixture(scope="module")
+def mllm_folder(tmp_path_factory):
+    """A folder with a random MLLM three layers deep and 64 wide."""
+    # Imported here, for kernel tests need not wait for transformers.
+    from toy_models import TEXT, VISION
+
+    from iomm.engine.shapes.mllm import create_mllm
+    from iomm.mllm import RECONSTRUCT
+
+    return create_mllm(tmp_path_factory.mktemp("mllm") / "tiny", texts=[RECONSTRUCT], vision=VISION, text={**TEXT, "hidden_size": 64})
+
+
+@pytest.fixture(scope="module")
+def mllm(mllm_folder):
+    from iomm.internvl import load_mllm
+
+    return load_mllm(str(mllm_folder), dtype=torch.float32)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 from iomm.engine.observe import doctor
 from iomm.kernels import native
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")

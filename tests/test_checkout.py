@@ -7,7 +7,7 @@ from pathlib import Path
 
 from iomm.checkout import enter
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = """
 import iomm
 from iomm.checkout import enter

@@ -21,7 +21,7 @@ from iomm.engine.config import RunConfig, all_keys, load_config, parse
 from iomm.engine.config_parser import documented
 from iomm.engine.observe.metrics import Metrics
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("engine", "iomm", "kernels", "csrc", "benchmarks", "tests", ".ci", ".github")
 READMES = ["README.md", ".github/CONTRIBUTING.md", *(
     f"{folder}/README.md" for folder in ("engine", "engine/data", "iomm", "kernels", "benchmarks", "tests"))]

@@ -6,7 +6,7 @@ scaled_dot_product_attention, bf16 autocast over fp32 weights, fused AdamW, torc
 partitioning: what DeepSpeed costs on one GPU is ours to bear. Captioned samples are padded to the longest of their batch.
 
 It computes the same function as iomm/model.py: with the same weights (`load`), the same pixels and the same draws the
-losses and the gradients agree (tests/test_plain.py). The frozen modules are the very ones that ours holds."""
+losses and the gradients agree (tests/benchmarks/test_baseline.py). The frozen modules are the very ones that ours holds."""
 
 import contextlib
 from collections.abc import Callable, Iterable

@@ -4,7 +4,7 @@
     step        aten calls (views aside), bytes that they read and write, new tensors and FLOPs of one training step of
                 demo-cpu on two images, in eager mode on a CPU, by part; and the graph breaks of a generator's blocks
 
-benchmarks/lib/counts.json holds them; tests/test_counts.py compares exactly, and --write makes the file anew: a change that
+benchmarks/lib/counts.json holds them; tests/benchmarks/test_counts.py compares exactly, and --write makes the file anew: a change that
 moves them commits the new numbers. Those of a step hold for one version of torch, which the file names."""
 
 

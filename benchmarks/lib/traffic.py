@@ -3,7 +3,7 @@ row kernels between matrix products move through memory.
 
 The rules are those of deepspeed/runtime/zero/partitioned_param_coordinator.py (0.19) once its trace is complete, from the
 second micro-batch on: a module's weights are gathered when it is entered, up to prefetch_bucket_size more ahead of their use,
-and they go when it is left unless they come again within max_reuse_distance. tests/test_traffic.py holds the count against
+and they go when it is left unless they come again within max_reuse_distance. tests/benchmarks/test_traffic.py holds the count against
 the bytes that two ranks send. Known limits: every parameter is taken to get a gradient (single-stream pad tokens get none
 at lengths that are multiples of 32), and with max_live_parameters below one block gathers came out 1.3 % too few."""
 

@@ -190,7 +190,7 @@ def deepspeed_config(config, device, micro_batch, accumulation):
                               "stage3_max_reuse_distance": 2 * zero.max_live_parameters,
                               "zero_hpz_partition_size": zero.hpz_partition_size,
                               # Its own linear, put into torch.nn.functional for the whole process, keeps no gathered weight
-                              # for the backward pass. A compiled block keeps none either (tests/test_compile.py), and on a
+                              # for the backward pass. A compiled block keeps none either (tests/engine/test_compile.py), and on a
                               # CPU, where memory is not what is short, a step of the demo takes 0.65 s instead of 0.90.
                               "memory_efficient_linear": device.type == "cuda" and not config.train.compiled(device)},
         "steps_per_print": None,

@@ -24,7 +24,7 @@ class Tile:
 
 # (compute capability from, kernel, head dim) -> candidates, the default first. Chosen so that nothing spills in bf16;
 # on sm_80 every 128 x 64 tile of head dim 128 does. Shared memory stays below the
-# 163 KB that a block has there (227 KB on sm_90). tests/test_kernels_compile.py holds both. Speed is not measured yet.
+# 163 KB that a block has there (227 KB on sm_90). tests/kernels/test_triton_compiles.py holds both. Speed is not measured yet.
 CANDIDATES = {
     (80, "forward", 32): [Tile(64, 64, 4, 3), Tile(128, 64, 4, 3)],
     (80, "forward", 64): [Tile(64, 64, 4, 3), Tile(128, 64, 8, 2)],

@@ -62,7 +62,7 @@ def main():
     restore, train_step, batches = run_state.restore, loop.train_step, ImageSource.__iter__
 
     def restore_said(state, folder):
-        from faults.mini import live_digest
+        from faults.toy_job import live_digest
         restore(state, folder)
         found = live_digest(state)
         if state.ranks.first:

@@ -8,8 +8,8 @@ import subprocess
 import time
 from pathlib import Path
 
-from faults.mini import digest
 from faults.nonfinite import planned
+from faults.toy_job import digest
 from faults.trials import PLACES, log_rows, newest_step
 from launches import PIXELS, ROOT, command, environment, rows
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from iomm.checkout import enter
 
 ROOT = enter(__file__)
-sys.path.insert(1, str(ROOT / "tests"))
+sys.path[1:1] = [str(ROOT / "tests"), str(ROOT / "tests/helpers")]
 
 import torch
 from faults import disk, real, trials
@@ -64,7 +64,7 @@ TRIALS = {
     "bitwise_resumes": ("C5 resume is bitwise", trials.bitwise_resumes, 20),
     "world_sizes": ("C6 the world size may change", trials.world_sizes, None),
     "real_world_sizes": ("C6 the world size may change, ZeRO-3", real.real_world_sizes, None),
-    "failing_disks": ("C9 a failing or full disk costs one save", tests("tests/test_checkpoint.py", "-k", "costs_one_save"), None),
+    "failing_disks": ("C9 a failing or full disk costs one save", tests("tests/engine/resilience/test_checkpoint.py", "-k", "costs_one_save"), None),
     "retention": ("C10 retention is safe", disk.retention, 300),
     "deaths": ("F1 a dead rank stops the job", trials.deaths, 40),
     "real_deaths": ("F1 a dead rank stops the job, ZeRO-3 through the launcher", real.real_deaths, 10),
@@ -73,8 +73,8 @@ TRIALS = {
     "requests_to_stop": ("F4 preemption loses nothing", trials.requests_to_stop, 50),
     "interrupted_starts": ("F6 no interrupted start blocks the next, ZeRO-3 through the launcher", real.interrupted_starts, 20),
     "nonfinite": ("N1 non-finite values never reach weights, ZeRO-3 through the launcher", real.nonfinite, 60),
-    "hostile": ("S1 nothing that is loaded runs code", tests("tests/test_hostile.py"), None),
-    "mistakes": ("S3 mistakes in a config fail at the start", tests("tests/test_config.py", "-k", "name_file_line_and_key"), None),
+    "hostile": ("S1 nothing that is loaded runs code", tests("tests/end_to_end/test_untrusted_files.py"), None),
+    "mistakes": ("S3 mistakes in a config fail at the start", tests("tests/engine/test_config.py", "-k", "name_file_line_and_key"), None),
     "bounded_loss": ("O3 what a fault may cost is bounded", bounded_loss, 10),
 }
 

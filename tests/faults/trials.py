@@ -10,7 +10,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-from faults.mini import Job, Source, digest
+from faults.toy_job import Job, Source, digest
 
 from iomm.engine.resilience import checkpoint_reader
 from iomm.engine.resilience.preemption import REQUEUE

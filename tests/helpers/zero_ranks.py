@@ -1,0 +1,220 @@
+"""One of the ranks behind tests/engine/parallel/test_zero.py: trains a small model at every ZeRO stage, breaks steps, converts checkpoints.
+
+    RANK=... WORLD_SIZE=... MASTER_ADDR=... MASTER_PORT=... python zero_ranks.py FOLDER
+
+Writes FOLDER/<size>-rank<r>.json and checkpoints FOLDER/<size>/<run>/step-...; waits for those of the other world size."""
+
+import gc
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from iomm.engine import state as run_state
+from iomm.engine.config import parse
+from iomm.engine.data.bad_samples import Skips
+from iomm.engine.parallel import ranks as group
+from iomm.engine.parallel import zero
+from iomm.engine.parallel.ema import Ema
+from iomm.engine.parallel.optim import make_optimizer
+from iomm.engine.resilience import checkpoint_writer
+from iomm.engine.resilience.loss_guard import Guard
+from iomm.layers import FusedLinear
+
+BATCH, STEPS, STAGES = 8, 4, (0, 1, 2, 3)
+# adamw: two or more micro-batches, clipped. muon: one or two, not clipped, so that nothing but sums over ranks can round.
+KINDS = {"adamw": (2, ["optim.clip=0.05", "optim.weight_decay=0.1"]), "muon": (4, ["optim.kind=muon", "optim.clip=0"])}
+CUT = ["adamw-bf16-3-cut", "muon-fp32-3-cut"]
+CONVERTED = ("muon-fp32", "adamw-bf16")      # both kinds of moments, and all four of DeepSpeed's optimizers and ours
+
+
+@contextmanager
+def cut_up():
+    """Stage 3 makes several masters of a group, as it does where a rank holds over a billion values of one."""
+    real = zero.deepspeed_config
+
+    def small(*args):
+        config = real(*args)
+        config["zero_optimization"]["sub_group_size"] = 40
+        return config
+    zero.deepspeed_config = small
+    try:
+        yield
+    finally:
+        zero.deepspeed_config = real
+
+
+class Block(nn.Module):
+    """Odd sizes: pieces of stages 1 and 2 begin anywhere, those of stage 3 are padded."""
+
+    def __init__(self):
+        super().__init__()
+        self.fused = FusedLinear(7, (5, 8))
+        self.back = nn.Linear(13, 7)
+
+    def forward(self, x):
+        return x + self.back(torch.tanh(self.fused(x)))
+
+
+class Model(nn.Module):
+    """Its first parameter never has a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.Parameter(torch.empty(3))
+        self.enter, self.blocks, self.leave = nn.Linear(3, 7), nn.ModuleList([Block(), Block()]), nn.Linear(7, 1)
+        for i, p in enumerate(self.parameters()):
+            p.data = torch.sin(torch.arange(p.numel(), dtype=torch.float32) * 0.7 + i).view(p.shape) * 0.4
+
+    def forward(self, x):
+        dtype, x = self.enter.weight.dtype, self.enter(x.to(self.enter.weight.dtype))
+        assert x.dtype == dtype
+        for block in self.blocks:
+            x = block(x)
+        return self.leave(x).float()
+
+
+def samples(step, start, number):
+    """Inputs (number, 3) and targets (number, 1) of one step."""
+    n = torch.arange(start, start + number, dtype=torch.float32)[:, None] + BATCH * step
+    return torch.sin(n * torch.tensor([0.37, 0.11, 0.77])), torch.cos(n * 0.23)
+
+
+def loss_of(model, step, start, number):
+    x, y = samples(step, start, number)
+    return (model(x) - y).square().mean()
+
+
+class Run:
+    """One model at one stage, as engine/loop.py sees it."""
+
+    def __init__(self, name, ranks, *overrides):
+        kind, precision, stage = name.split("-")[:3]
+        self.micro, settings = KINDS[kind]
+        self.config = parse("", overrides=[f"precision={precision}", f"zero.stage={stage}", "zero.reduce_precision=fp32",
+                                           "optim.lr=0.02", "optim.warmup_steps=0", "ema.decay=0.5",
+                                           "zero.param_persistence_threshold=20", f"train.global_batch={BATCH}",
+                                           *settings, *overrides])
+        self.name, self.ranks, self.accumulation = name, ranks, BATCH // (self.micro * ranks.size)
+        self.sharded = zero.Sharded(Model(), lambda module: make_optimizer(module, self.config.optim), config=self.config,
+                                    ranks=ranks, leaves=(Block,), micro_batch=self.micro, accumulation=self.accumulation)
+        self.state = run_state.State(self.sharded, Ema(self.sharded.masters, 0.5), Guard(5, say=lambda line: None),
+                                Skips(1.0, 9, None), ranks)
+
+    def step(self, factor=1.0, before_step=lambda: None):
+        """One step -> (mean loss over all ranks, gradient norm, whether weights changed). factor: of the last loss."""
+        total = torch.zeros(())
+        for i in range(self.accumulation):
+            start = (i * self.ranks.size + self.ranks.rank) * self.micro
+            loss = loss_of(self.sharded, self.state.step, start, self.micro)
+            total += loss.detach() / self.accumulation / self.ranks.size
+            self.sharded.backward(loss * (factor if self.sharded.last_micro_batch else 1.0))
+            if self.sharded.last_micro_batch:
+                before_step()
+            applied = self.sharded.step()
+        if applied:
+            self.state.ema.update(self.state.step)
+        self.state.step += 1
+        dist.all_reduce(total)
+        return float(total), self.sharded.grad_norm(), applied
+
+    def digest(self):
+        """Hash of all that this rank holds: masters, moments, average and, where they are whole, working weights."""
+        total = hashlib.sha256()
+        for piece in self.state.tensors().values():
+            total.update(piece.numpy().tobytes())
+        for p in self.sharded.engine.module.parameters() if self.config.zero.stage < 3 else ():
+            total.update(p.detach().float().numpy().tobytes())
+        return total.hexdigest()
+
+    def save(self, folder):
+        saver = checkpoint_writer.Saver(folder, self.ranks, keep=99, background=False)
+        run_state.save(self.state, self.config, saver)
+        return str(saver.wait())
+
+    def broken(self):
+        """{what broke: (whether weights changed on this rank, whether its state did)}, and of a good step after them."""
+        def spoil_gradient():
+            self.sharded.layout.gradients()[0].view(-1)[0] = math.inf
+
+        last, found = self.ranks.rank == self.ranks.size - 1, {}
+        master, moment = self.sharded.masters[-1].detach(), self.sharded.slots()["exp_avg"][0]
+        for what in ("loss", "gradient", "master", "moment", "nothing"):
+            before, tensor = self.digest(), {"master": master, "moment": moment}.get(what)
+            if tensor is not None and last:
+                kept, tensor[3] = tensor[3].clone(), math.nan
+            applied = self.step(math.nan if what == "loss" and last else 1.0,
+                                spoil_gradient if what == "gradient" and last else lambda: None)[2]
+            if tensor is not None and last:
+                tensor[3] = kept
+            found[what] = applied, self.digest() != before
+        return found
+
+
+def plain(kind):
+    """The same by PyTorch alone, fp32, whole batches -> [(loss, gradient norm)], weights."""
+    model, rows = Model(), []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, betas=(0.9, 0.95), weight_decay=0.1)
+    for step in range(STEPS):
+        loss = loss_of(model, step, 0, BATCH)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        optimizer.step()
+        rows.append((loss.item(), norm.item()))
+    return rows
+
+
+def wait_for(path):
+    until = time.monotonic() + 120
+    while not path.exists():
+        assert time.monotonic() < until, f"no {path}: the other start failed"
+        time.sleep(0.05)
+
+
+def main(folder):
+    torch.set_num_threads(1)
+    ranks = group.start(120)
+    gc.freeze()                                  # DeepSpeed collects garbage in every start of stage 3, half a second each
+    folder, report, runs = Path(folder), {"runs": {}, "again": {}, "broken": {}, "converted": []}, {}
+    mine, other = folder / str(ranks.size), folder / str(3 - ranks.size)
+    names = [f"{kind}-{precision}-{stage}" for kind in KINDS for precision in ("fp32", "bf16") for stage in STAGES]
+    for name in names + CUT + ["adamw-bf16-3-hpz"] * (ranks.size == 2):
+        with cut_up() if name in CUT else nullcontext():
+            run = runs[name] = Run(name, ranks, *[f"zero.hpz_partition_size={ranks.size}"] * name.endswith("hpz"))
+        assert name not in CUT or len(run.sharded.masters) > len(run.sharded.optimizer.param_groups)
+        rows = [run.step()[:2]]
+        first = run.save(mine / name)
+        rows += [run.step()[:2] for _ in range(STEPS - 1)]
+        report["runs"][name], end = rows, run.digest()
+        run.save(mine / name)
+        report["broken"][name] = run.broken()
+        run_state.restore(run.state, first)
+        again = [run.step()[:2] for _ in range(STEPS - 1)]
+        report["again"][name] = again == rows[1:], run.digest() == end
+    ranks.on_first(lambda: (mine / "done").touch())
+    wait_for(other / "done")
+    for name in names:
+        # Every stage from every stage of the other world size, and from the next stage of its own.
+        sources = [(other, stage) for stage in STAGES] + [(mine, (int(name[-1]) + 1) % 4)]
+        for world, stage in sources if name.startswith(CONVERTED) else ():
+            source = world / f"{name[:-1]}{stage}" / f"step-{STEPS:08d}"
+            run_state.restore(runs[name].state, source)
+            saved = runs[name].save(folder / f"converted/{name}-{ranks.size}-from-{stage}-{world.name}")
+            report["converted"].append((str(source), saved, runs[name].step()[0]))
+    report["plain"] = plain("adamw")
+    (folder / f"{ranks.size}-rank{ranks.rank}.json").write_text(json.dumps(report))
+    group.stop()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
+    os._exit(0)                                  # DeepSpeed's engines take seconds to go

@@ -34,9 +34,9 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 
 from benchmarks.report import command
-from iomm.engine.data.buckets import Buckets, bucket_sizes
+from iomm.engine.data.buckets import BucketSampler, bucket_sizes
 from iomm.engine.data.index import build
-from iomm.engine.data.samplers import Order
+from iomm.engine.data.samplers import EpochPermutation
 from iomm.engine.data.shards import Shards
 from iomm.engine.data.source import ImageSource
 from iomm.engine.data.validate import RECORD
@@ -122,7 +122,7 @@ def against_pillow(index_dir):
     takes WARM_UP batches that do not count."""
     shards = Shards(index_dir)
     loader = torch.utils.data.DataLoader(
-        ByPillow(index_dir, Order(0, shards.shard_sizes)), batch_size=BATCH, num_workers=NUM_CORES, prefetch_factor=2)
+        ByPillow(index_dir, EpochPermutation(0, shards.shard_sizes)), batch_size=BATCH, num_workers=NUM_CORES, prefetch_factor=2)
     sides = {"pillow": iter(loader), "ours": iter(ours(index_dir, resize="torch")), "ours_dali": iter(ours(index_dir))}
     rate, cpu_ms = {name: [] for name in sides}, {name: [] for name in sides}
     for _ in range(ROUNDS):
@@ -182,7 +182,7 @@ def ten_million(index_dir, folder):
         first_cpu.append(time.process_time() - started_cpu)      # of several batches read and decoded ahead
         batches.close()
         started = time.perf_counter()
-        Buckets(0, Shards(many).index, 1024, bucket_sizes(SIZE_PX, 16))(np.arange(10**9, 10**9 + 1024))
+        BucketSampler(0, Shards(many).index, 1024, bucket_sizes(SIZE_PX, 16))(np.arange(10**9, 10**9 + 1024))
         planned.append(time.perf_counter() - started)
     num_bytes = sum(file.stat().st_size for file in many.iterdir())
     return {"index_mb_at_10m": num_bytes / 1e6, "first_batch_s_at_10m": statistics.median(first),

@@ -36,7 +36,7 @@ from itertools import islice
 import torch
 
 from benchmarks.lib.ablations import ablations, swapped
-from benchmarks.lib.baseline import Plain, Trainer, engine_draws
+from benchmarks.lib.baseline import BaselineModel, Trainer, engine_draws
 from benchmarks.lib.counts import Count, part_flops, plain_flops
 from benchmarks.lib.harness import WARM_UP, Bench, prepare, ratio, summary, whole_copy
 from benchmarks.ops import ceilings
@@ -62,7 +62,7 @@ def make_plain(bench):
     config, model = bench.config, bench.model
     mllm, vae = model.frozen
     with torch.device(bench.device):             # drawn there: a billion numbers on the CPU take longer than the comparison
-        plain = Plain(model.generator.config, config.adapter, mllm, vae, ratio=config.mask.ratio,
+        plain = BaselineModel(model.generator.config, config.adapter, mllm, vae, ratio=config.mask.ratio,
                       autocast=config.precision != "fp32").to(bench.device)
     plain.load(bench.weights())
     (batch, *_), twin = bench.next(), whole_copy(bench)

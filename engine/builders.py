@@ -13,11 +13,11 @@ from iomm.adapter import Connector, QueryAdapter
 from iomm.alignment import PREFIX, AlignmentHead
 from iomm.config import InputError, generator_config
 from iomm.engine.config import load_config, positive
-from iomm.engine.data.buckets import Buckets, bucket_sizes, buckets_of_both
+from iomm.engine.data.buckets import BucketSampler, bucket_sizes, buckets_of_both
 from iomm.engine.data.index import ensure_index, load, records_crc32, warnings_on
 from iomm.engine.data.latents import EncodedSamples, LatentStore, write_cache
-from iomm.engine.data.mixture import Joined, Mixture, images_of
-from iomm.engine.data.samplers import Order, Squares, held_out
+from iomm.engine.data.mixture import Joined, MixtureSampler, images_of
+from iomm.engine.data.samplers import EpochPermutation, FixedSizeSampler, held_out
 from iomm.engine.data.shards import Shards
 from iomm.engine.data.source import ImageSource
 from iomm.engine.data.validate import Rules
@@ -25,7 +25,7 @@ from iomm.engine.resilience import checkpoint_reader
 from iomm.engine.shapes import check_weights
 from iomm.engine.shapes import mllm as shapes_mllm
 from iomm.engine.shapes import vae as shapes_vae
-from iomm.engine.shapes.dataset import write_world
+from iomm.engine.shapes.dataset import write_dataset
 from iomm.generator import empty_generator
 from iomm.internvl import load_mllm
 from iomm.model import IOMM, Recipe
@@ -48,7 +48,7 @@ def prepare_data(config, progress=True, pairs=False):
     if shards == "shapes":
         number, seed = (data.num_pairs, config.run.seed + 1000) if pairs else (data.num_images, config.run.seed)
         folder = cache / f"shapes-{number}-seed{seed}"
-        write_world(folder, num_images=number, seed=seed)
+        write_dataset(folder, num_images=number, seed=seed)
         shards = str(folder)
     rules = Rules(min_size_px=data.min_size_px, max_aspect=data.max_aspect, max_pixels=data.max_pixels,
                   captions="required" if pairs else "optional")
@@ -79,7 +79,7 @@ def open_source(config, ranks, mllm, vae, *, index_dir=None, pairs_dir=None):
 
 
 def make_order(config, images, pairs, vae):
-    """Shards of images and of pairs, one of them None where the run has none of the kind -> the plan (see samplers.Squares) of
+    """Shards of images and of pairs, one of them None where the run has none of the kind -> the plan (see samplers.FixedSizeSampler) of
     a run: squares or buckets, without the data.heldout samples of each kind that training never sees."""
     data, seed, batch = config.data, config.run.seed, config.train.global_batch
 
@@ -88,8 +88,8 @@ def make_order(config, images, pairs, vae):
             return None
         kept = held_out(shards.shard_sizes, data.heldout)
         if data.buckets:
-            return Buckets(seed, shards.index, num, bucket_sizes(data.size_px, vae.factor * vae.patch), held_out=kept)
-        return Squares(Order(seed, shards.shard_sizes, held_out=kept), data.size_px)
+            return BucketSampler(seed, shards.index, num, bucket_sizes(data.size_px, vae.factor * vae.patch), held_out=kept)
+        return FixedSizeSampler(EpochPermutation(seed, shards.shard_sizes, held_out=kept), data.size_px)
 
     if pairs is None:
         plan = alone(images, batch)
@@ -101,7 +101,7 @@ def make_order(config, images, pairs, vae):
     plans = alone(images, num_images), alone(pairs, batch - num_images)
     if data.buckets and all(plans):
         buckets_of_both(*plans)
-    return Mixture(seed, batch, num_images, *plans, len(images) if images is not None else 0)
+    return MixtureSampler(seed, batch, num_images, *plans, len(images) if images is not None else 0)
 
 
 def data_facts(shards):

@@ -28,7 +28,7 @@ from iomm.engine import builders, dry_run, loop
 from iomm.engine import state as run_state
 from iomm.engine.config import differences, flat, load_config
 from iomm.engine.data.atomic import whole_file
-from iomm.engine.data.bad_samples import Skips
+from iomm.engine.data.bad_samples import BadSamples
 from iomm.engine.evaluation.heldout import Evaluation, load_hook
 from iomm.engine.evaluation.sample import draw_run
 from iomm.engine.evaluation.shapes_grades import grade_run
@@ -43,9 +43,9 @@ from iomm.engine.parallel.optim import make_optimizer
 from iomm.engine.resilience import checkpoint_reader, checkpoint_writer
 from iomm.engine.resilience.checkpoint_interval import advice
 from iomm.engine.resilience.inductor_cache import remove_half_compiled
-from iomm.engine.resilience.loss_guard import Guard
+from iomm.engine.resilience.loss_guard import LossGuard
 from iomm.engine.resilience.preemption import REQUEUE
-from iomm.engine.resilience.watchdog import REFUSED, Watch
+from iomm.engine.resilience.watchdog import REFUSED, Watchdog
 from iomm.kernels import dispatch, fp8_linear
 
 # Of malloc.h: number and value. No memory of its own for a large block, trim the heap above 2 GiB free, grow it by 256 MiB.
@@ -84,7 +84,7 @@ def main(argv=None, start_peers=False):
         size = cpu_ranks.num_ranks(config.train, device.type) if start_peers else 1
         with cpu_ranks.Peers(size, cpu_ranks.num_threads(config.train, size)), RankLog(config.run.dir):
             ranks = group.start(config.train.timeout_s, args.local_rank)
-            with Watch(ranks, config.run.dir, config.guard.hang_s, int(os.environ.get("IOMM_PARENT", 0))) as watch:
+            with Watchdog(ranks, config.run.dir, config.guard.hang_s, int(os.environ.get("IOMM_PARENT", 0))) as watch:
                 speaks = False                   # the watch does
                 return 0 if run(config, args, ranks, watch) else REQUEUE
     except InputError as error:
@@ -170,7 +170,7 @@ def prepare_process(config, ranks):
 def build(config, ranks, folder=None, say=print):
     """Data, frozen parts, trained parts, optimizer -> (run_state.State, its source of batches, FLOPs that one image needs). Called
     by all ranks together. The state is that of the checkpoint `folder`, or fresh, or of run.init's weights."""
-    adamw = zero.adamw_body(config.optim.adamw, ranks.device)
+    adamw = zero.adamw_backend(config.optim.adamw, ranks.device)
     config.zero.check_ranks(ranks.size)
     index_dir = pairs_dir = None
     if config.train.data != "pair":
@@ -203,7 +203,7 @@ def build(config, ranks, folder=None, say=print):
     sharded = zero.Sharded(
         model.to(ranks.device), lambda module: make_optimizer(module, config.optim, adamw), config=config, ranks=ranks,
         leaves=model.leaves, micro_batch=source.micro_batch, accumulation=source.accumulation_steps)
-    skips = Skips(config.data.max_bad_fraction, config.data.max_bad_shards,
+    skips = BadSamples(config.data.max_bad_fraction, config.data.max_bad_shards,
                   Path(config.run.dir) / "skipped.jsonl" if ranks.first else None)
     state = run_state.State(sharded, Ema(sharded.masters, config.ema.decay), make_guard(config, say), skips, ranks,
                        ranks.on_first(lambda: builders.data_facts(source.shards)))
@@ -222,7 +222,7 @@ def start_from(config, model, ranks):
 
 
 def make_guard(config, say):
-    return Guard(config.guard.max_skips, config.guard.spike_sigmas, config.guard.skip_spikes, say)
+    return LossGuard(config.guard.max_skips, config.guard.spike_sigmas, config.guard.skip_spikes, say)
 
 
 def open_run_dir(config, args):

@@ -10,11 +10,11 @@ from tqdm import tqdm
 from iomm.config import InputError
 from iomm.engine.observe.metrics import line
 from iomm.engine.parallel.optim import learning_rate
-from iomm.engine.parallel.prefetch import Ahead
+from iomm.engine.parallel.prefetch import Prefetcher
 from iomm.engine.resilience.preemption import Stop
 from iomm.engine.state import save
 from iomm.flow import loss_by_time
-from iomm.ranges import each, named, whole
+from iomm.profiling import each, named, whole
 
 
 def train_step(sharded, batches, factor=None, look_ahead=None):
@@ -55,7 +55,7 @@ def train(state, source, config, saver, watch, metrics=None, window=None, evalua
     sharded, ema, guard, ranks = state.sharded, state.ema, state.guard, state.ranks
     batches, batch, look_ahead = iter(source), config.train.global_batch, None
     if config.train.overlap:
-        batches = Ahead(batches, sharded.module.prepare, ranks.device)
+        batches = Prefetcher(batches, sharded.module.prepare, ranks.device)
         look_ahead = batches.fetch
     factor = (lambda loss: spike_factor(loss, guard, ranks)) if guard.skip_spikes else None
     bar = tqdm(total=config.train.steps, initial=state.step, disable=None if ranks.first else True, unit="step")

@@ -17,7 +17,7 @@ from iomm.kernels.philox import CAPTION_DROP, TIME, VAE, normal, uniform
 from iomm.layers import use_fp8
 from iomm.masking import visible_mask
 from iomm.mllm import RECONSTRUCT, Condition
-from iomm.ranges import named
+from iomm.profiling import named
 
 
 @dataclass(frozen=True, kw_only=True)

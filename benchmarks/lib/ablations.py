@@ -7,7 +7,7 @@ from itertools import islice
 
 import torch
 
-from iomm.engine.parallel.prefetch import Ahead
+from iomm.engine.parallel.prefetch import Prefetcher
 from iomm.kernels import dispatch, fp8_linear
 from iomm.kernels.masked_attention import masked_attention
 from iomm.layers import TokenLinear, use_fp8
@@ -109,7 +109,7 @@ def ablations(bench):
              for batch in held]
     steps["latents at hand (data.latents, without its reads)"] = lambda: bench.step(ready)
     if bench.device.type == "cuda":
-        ahead = Ahead(bench.batches, model.prepare, bench.device)
+        ahead = Prefetcher(bench.batches, model.prepare, bench.device)
         steps["encoded ahead on a stream of its own (train.overlap)"] = lambda: bench.step(
             islice(ahead, bench.source.accumulation_steps), ahead.fetch)
     return steps | {name: inside(contexts) for name, contexts in late.items()}

@@ -86,7 +86,7 @@ def engine_draws(
     return draws, texts
 
 
-class Plain(nn.Module):
+class BaselineModel(nn.Module):
     """Generator and adapter, trained; MLLM and VAE, frozen, shared with ours, whose compiled ViT and encoder it runs too.
 
     every: all MLLM outputs condition the generator and hidden tokens are zeros that are seen, as the text of Algorithm 1
@@ -239,7 +239,7 @@ class Muon(torch.optim.Optimizer):
 
 
 class Trainer:
-    """Optimizer and average around a Plain; `step` is one optimizer step on a batch."""
+    """Optimizer and average around a BaselineModel; `step` is one optimizer step on a batch."""
 
     def __init__(self, plain, optim, decay):
         """optim: OptimSection, whose kind muon means the matrices of blocks and adapter; decay: of the average, 0 for none."""

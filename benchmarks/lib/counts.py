@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.lib.baseline import Plain
+from benchmarks.lib.baseline import BaselineModel
 from iomm.config import generator_config
 from iomm.engine import dry_run
 from iomm.engine.builders import mllm_name, vae_name
@@ -74,7 +74,7 @@ def plain_flops(config, every=False):
     shape = generator_config(config.model.preset, token_dim=vae.token_dim, condition_dim=mllm.width)
     size = config.data.size_px
     with torch.device("meta"):
-        plain = Plain(shape, config.adapter, mllm, vae, ratio=config.mask.ratio, every=every)
+        plain = BaselineModel(shape, config.adapter, mllm, vae, ratio=config.mask.ratio, every=every)
         # the fused attention of some devices is unknown to the counter; the plain one is two products
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             plain.loss(torch.empty(1, 3, size, size), torch.empty(1, 3, mllm.vit_px, mllm.vit_px)).backward()

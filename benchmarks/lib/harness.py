@@ -14,7 +14,7 @@ from iomm.engine.builders import assemble
 from iomm.engine.config import load_config
 from iomm.engine.dry_run import build_without_weights, largest, memory, size
 from iomm.engine.parallel.optim import learning_rate
-from iomm.ranges import Clock, named
+from iomm.profiling import Clock, named
 
 STAND_INS = {"OpenGVLab/InternVL3-2B-hf": "random:internvl3-2b", "black-forest-labs/FLUX.1-schnell/vae": "random:flux"}
 WARM_UP = {"cpu": 1, "cuda": 3}     # rounds of every row that do not count: compiling, attention plans, allocator

@@ -6,7 +6,7 @@ import torch
 
 from iomm.config import InputError
 from iomm.engine.parallel.optim import adamw_torch
-from iomm.engine.parallel.zero import adamw_body
+from iomm.engine.parallel.zero import adamw_backend
 from iomm.kernels import native
 from iomm.kernels.image_patches import image_patches_compiled, image_patches_reference
 from iomm.kernels.masked_attention import varlen
@@ -194,7 +194,7 @@ def adamw_case(device):
     bodies, numel = {"torch": adamw_torch}, 202_545_080 if device == "cuda" else 1_000_000
     if device == "cuda" and torch.cuda.is_available():
         try:
-            bodies["apex"] = adamw_body("apex", torch.device(device))
+            bodies["apex"] = adamw_backend("apex", torch.device(device))
         except InputError as error:
             print(error)
 

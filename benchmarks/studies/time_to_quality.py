@@ -56,7 +56,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.lib.ablations import swapped
-from benchmarks.lib.baseline import Plain, Trainer, engine_draws
+from benchmarks.lib.baseline import BaselineModel, Trainer, engine_draws
 from benchmarks.lib.harness import Bench
 from benchmarks.report import above_0, command, label, time_to_quality
 from benchmarks.studies.recipes import write
@@ -141,7 +141,7 @@ class Baseline:
         self.compiled = config.train.compiled(ranks.device)
         model.prepare_blocks(compiled=self.compiled)
         with torch.device(ranks.device):
-            self.plain = Plain(
+            self.plain = BaselineModel(
                 model.generator.config,
                 config.adapter,
                 *model.frozen,

@@ -19,7 +19,7 @@ class Failure:
     fatal: bool = False
 
 
-class Skips:
+class BadSamples:
     """What was skipped in the whole run: `total` positions, in `shards`. Both belong in a checkpoint."""
 
     def __init__(self, max_fraction, max_shards, log_file=None):

@@ -6,7 +6,7 @@ from collections import OrderedDict
 import numpy as np
 
 from iomm.config import InputError
-from iomm.engine.data.samplers import Order, mix, permute
+from iomm.engine.data.samplers import EpochPermutation, mix, permute
 
 MAX_ASPECT = 4.0       # of a bucket; longer pictures are cropped to it
 UNITS = 16             # sides are multiples of about size_px / 16: 32 px at 512, 64 px at 1024
@@ -25,8 +25,8 @@ def bucket_sizes(size_px, multiple_px=1):
     return sorted(found, key=lambda size: (size[1] / size[0], size))
 
 
-class Buckets:
-    """The plan of a run on aspect-ratio buckets (what a plan is: samplers.Squares); one bucket per global batch.
+class BucketSampler:
+    """The plan of a run on aspect-ratio buckets (what a plan is: samplers.FixedSizeSampler); one bucket per global batch.
 
     A sample belongs to the bucket whose aspect ratio is nearest to its own, on a log scale; a bucket with fewer than
     global_batch samples joins its nearest neighbour. Each bucket has an order and epochs of its own, its b-th batch is
@@ -65,7 +65,7 @@ class Buckets:
         self.totals = merged.sum(0)[self.used]
         self.total = int(self.totals.sum())
         key = mix(np.zeros(1, np.uint64), self.seed)
-        self.orders = [Order(int(mix(key, int(bucket))[0]), merged[:, bucket], self.group_shards) for bucket in self.used]
+        self.orders = [EpochPermutation(int(mix(key, int(bucket))[0]), merged[:, bucket], self.group_shards) for bucket in self.used]
         self._key = mix(key, -1)
         self._sorted, self._lock = OrderedDict(), threading.Lock()
 
@@ -157,7 +157,7 @@ def join_small(totals, ratios, wanted):
 
 
 def buckets_of_both(images, pairs):
-    """Makes of two Buckets, of the images and of the pairs of every batch, those of a mixture: alike joined, so that each
+    """Makes of two BucketSampler, of the images and of the pairs of every batch, those of a mixture: alike joined, so that each
     bucket has enough of either kind, and with the pairs in the lead. They are the fewer; their epochs are those of a run."""
     joined = join_small(np.stack([images.counts.sum(0), pairs.counts.sum(0)]), pairs.ratios,
                         [images.global_batch, pairs.global_batch])

@@ -13,8 +13,8 @@ def images_of(share, global_batch):
     return round(share * global_batch)
 
 
-class Mixture:
-    """The plan of a run on two sources (what a plan is: samplers.Squares): every global batch holds exactly num_images samples
+class MixtureSampler:
+    """The plan of a run on two sources (what a plan is: samplers.FixedSizeSampler): every global batch holds exactly num_images samples
     of `images` and the rest of `pairs`.
 
     They stand evenly spread, from a place that (seed, step) decides, so that any m neighbouring positions, a rank's

@@ -11,7 +11,7 @@ GOLDEN = 0x9E3779B97F4A7C15
 CACHED_EPOCHS = 4   # a batch may straddle two epochs; the plan of an epoch is three arrays over the shards
 
 
-class Order:
+class EpochPermutation:
     """Run position n (int64, >= 0, counted over all epochs and ranks) -> index entry (int64, in [0, total)).
 
     Position n lies in epoch n // total, and every epoch visits every sample exactly once. An epoch permutes the shards,
@@ -130,7 +130,7 @@ def _below(bits, bound):
     return (bits % bound.astype(np.uint64)).astype(np.int64)
 
 
-class Squares:
+class FixedSizeSampler:
     """The plan of a run on square crops: position n is the n-th entry of `order`.
 
     A plan says three things, and is all that a source knows of an order. plan(n, attempt) -> index entries of the run

@@ -15,7 +15,7 @@ from PIL import Image
 from iomm.config import InputError, choice
 from iomm.engine.data.bad_samples import Failure
 from iomm.engine.data.decode import CENTRE, DecodeError, Decoder, Encoded, sizes
-from iomm.engine.data.samplers import Order, Squares
+from iomm.engine.data.samplers import EpochPermutation, FixedSizeSampler
 from iomm.engine.data.shards import Damaged
 from iomm.kernels.philox import CROP, FLIP, uniform
 
@@ -55,7 +55,7 @@ class ImageSource:
 
     Global batch b is run positions [b G, (b + 1) G), whatever the number of ranks: micro-batch a of rank r takes b G +
     (a W + r) m + [0, m), where G = global_batch, m = micro_batch, W = world_size, and a counts the G / (m W)
-    accumulation steps. So the state of the loader is the step. `plan` (see samplers.Squares) says which samples these are;
+    accumulation steps. So the state of the loader is the step. `plan` (see samplers.FixedSizeSampler) says which samples these are;
     without one, all samples in their order on squares of size_px. A sample is mirrored if `flip` and its own random
     number say so, but never one with a caption, which may say left or right; crop="random" lets its own numbers choose
     the place of the crop, else it is the centre. With `latents` (latents.LatentStore) its latents come instead of pixels;
@@ -63,7 +63,7 @@ class ImageSource:
     too, in their place among the others'.
 
     A sample that can no longer be had (damaged on disk, refused by DALI) is replaced by the next one of its plan, up to
-    MAX_ATTEMPTS times, then by black; the batch says so in `failures` (for Skips), and is full in any case, so that ranks
+    MAX_ATTEMPTS times, then by black; the batch says so in `failures` (for BadSamples), and is full in any case, so that ranks
     stay in step. Raises InputError if G is not a multiple of m W or, without a plan, larger than the number of samples.
     """
 
@@ -92,7 +92,7 @@ class ImageSource:
         self.latents = latents
         self.encoded = getattr(latents, "tokens", None) is not None      # nothing is left to decode
         self.look_at_pairs = look_at_pairs
-        self.order = plan or Squares(Order(seed, shards.shard_sizes), size_px)
+        self.order = plan or FixedSizeSampler(EpochPermutation(seed, shards.shard_sizes), size_px)
         self.decoder = Decoder(micro_batch, vit_px, device, num_threads, prefetch=BATCHES_DECODED_AHEAD, dtype=dtype,
                                vae_pixels=latents is None, hw_decoder_load=hw_decoder_load, resize=resize)
         self._order_lock = Lock()      # readers ask for replacements; orders keep a small cache

@@ -11,7 +11,7 @@ import torch
 
 from iomm.config import InputError
 from iomm.engine.data.atomic import whole_file
-from iomm.ranges import Clock, named
+from iomm.profiling import Clock, named
 
 WANDB_PATIENCE_S = 30      # for a key at the start, for its server at the end
 
@@ -45,7 +45,7 @@ class Metrics:
     """Writes one record a step. Only rank 0 has one.
 
     A record is of the time since the record before, so that a checkpoint counts for the step after it. It is that of rank
-    0's device: `clock`, entered by who trains, splits it by part (iomm/ranges.py).
+    0's device: `clock`, entered by who trains, splits it by part (iomm/profiling.py).
     images_per_s = global batch / step_s; a pair counts as an image.
     tokens_per_s = latent and condition tokens that the generator reads of one sample (flops.tokens_per_image, the mean over
     images, pairs and masks; padding not counted) x images_per_s.

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import torch
 
-from iomm.ranges import named
+from iomm.profiling import named
 
 
-class Ahead:
+class Prefetcher:
     """Yields the batches of an iterator, each with `prepared` = prepare(*batch.inputs).
 
     fetch() does that for the next one: on a GPU on a stream of its own, beside whatever is queued on the training stream;

@@ -13,7 +13,7 @@ from iomm.engine.parallel.zero_layouts import Replicated, Stage3, Stages1And2
 from iomm.layers import FusedLinear
 
 
-def adamw_body(name, device):
+def adamw_backend(name, device):
     """"torch" or "apex" -> what does AdamW's update. Raises InputError if it cannot run here, and says what to install."""
     if name == "torch":
         return adamw_torch
@@ -132,7 +132,7 @@ class Sharded:
     def step(self):
         """Acts only at the last micro-batch. Returns whether weights changed: a gradient, master or moment that is not
         finite on any rank makes every rank skip."""
-        mark = self.doubt() if self.last_micro_batch else None
+        mark = self._poison_if_nonfinite() if self.last_micro_batch else None
         self.engine.step()
         applied = self.engine.was_step_applied()
         if mark is not None and not applied:     # DeepSpeed keeps the buffer, and not every parameter has a gradient each time
@@ -140,7 +140,7 @@ class Sharded:
         return applied
 
     @torch.no_grad()
-    def doubt(self):
+    def _poison_if_nonfinite(self):
         """Makes one gradient of every rank NaN if a gradient, master or moment of any is not finite, so that DeepSpeed, which
         looks at the norm of gradients only, skips the step; returns that gradient. All ranks, since at stages 0 and 1 each
         takes the norm of the summed gradient by itself. No wait for the GPU; one pass over gradients and optimizer state."""

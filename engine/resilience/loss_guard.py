@@ -7,7 +7,7 @@ from collections import deque
 from iomm.config import InputError
 
 
-class Guard:
+class LossGuard:
     """Counts skipped steps and judges losses. `total` and `spikes` are over the whole run, `row` since the last good step.
 
     A loss is a spike if it lies more than `sigmas` robust standard deviations (1.4826 x median absolute deviation) above

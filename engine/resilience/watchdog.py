@@ -26,7 +26,7 @@ LISTEN_S = 0.75            # how long a rank must be silent to be called so, onc
 STACKS_S = 0.2             # what a woken rank gets to write its stacks
 
 
-class Watch:
+class Watchdog:
     """Use as a context on all ranks together; call beat(step) once a step from the training thread, rest() after the last. An
     InputError that leaves it has been said.
 

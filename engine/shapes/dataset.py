@@ -154,7 +154,7 @@ def draw(scene, size_px=64):
     return Image.fromarray((pixels + light + scene.noise_level * noise).round().clip(0, 255).astype(np.uint8))
 
 
-def write_world(folder, num_images=4096, size_px=64, seed=0, shard_size=1024, split="train"):
+def write_dataset(folder, num_images=4096, size_px=64, seed=0, shard_size=1024, split="train"):
     """Tars of samples 000000.jpg, .txt (the caption) and .json (the scene), shard_size to a tar; returns their paths.
 
     A folder that already holds this very world is left as it is. The folder appears only when complete; a folder of

@@ -7,7 +7,7 @@ import pytest
 import torch
 from parity import relative_error, true_float64
 
-from benchmarks.lib.baseline import Draws, Plain, Trainer, engine_draws
+from benchmarks.lib.baseline import BaselineModel, Draws, Trainer, engine_draws
 from iomm.adapter import QueryAdapter
 from iomm.config import AdapterConfig, GeneratorConfig, MaskConfig
 from iomm.engine.config import OptimSection, TimeSection
@@ -41,7 +41,7 @@ def both(dtype, every=False):
                 p.add_(torch.randn(p.shape, generator=draw) * 0.05)
     recipe = Recipe(seed=SEED, mask=MaskConfig(ratio=RATIO, mode="zero" if every else "drop"), adapter=adapter)
     ours = IOMM(*parts, mllm, vae, recipe).to(dtype)
-    plain = Plain(shape, adapter, mllm, vae, ratio=RATIO, every=every).to(dtype)
+    plain = BaselineModel(shape, adapter, mllm, vae, ratio=RATIO, every=every).to(dtype)
     plain.load(ours.state_dict())
     n_B = torch.arange(5, 9)
     pixels_BCHW, vit_BCHW = torch.rand(4, 3, SIZE, SIZE, generator=draw) * 2 - 1, torch.randn(4, 3, 32, 32, generator=draw)

@@ -221,7 +221,7 @@ def test_stage_1_on_pairs_has_as_many_new_pairs_as_there_are_images(tmp_path, mo
     """The datasets of all runs of all seeds are read off builders.prepare_data."""
     asked = []
     monkeypatch.setattr(
-        builders, "write_world", lambda folder, num_images, seed: asked.append((num_images, seed))
+        builders, "write_dataset", lambda folder, num_images, seed: asked.append((num_images, seed))
     )
     monkeypatch.setattr(builders, "ensure_index", lambda *_, **__: tmp_path)
     monkeypatch.setattr(builders, "warnings_on", lambda index: ())

@@ -24,7 +24,7 @@ from iomm.engine.evaluation.heldout import Evaluation, fixed
 from iomm.engine.launch import main as launch_main
 from iomm.engine.observe.report import read_run
 from iomm.engine.resilience import checkpoint_reader
-from iomm.engine.shapes.dataset import write_world
+from iomm.engine.shapes.dataset import write_dataset
 from iomm.pipeline import Pipeline
 
 # Of the config of tests what rounds, and what it leaves out: ZeRO-3.
@@ -34,7 +34,7 @@ PLAIN = ["--config", PIXELS, "precision=fp32", "optim.kind=adamw", "optim.lr=1e-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "shapes"
-    write_world(folder, num_images=72, size_px=32, seed=1, shard_size=24)
+    write_dataset(folder, num_images=72, size_px=32, seed=1, shard_size=24)
     return folder
 
 

@@ -15,14 +15,14 @@ from launches import PIXELS, ROOT, command, environment, rows
 
 from iomm.engine.resilience import checkpoint_reader
 from iomm.engine.resilience.watchdog import alive
-from iomm.engine.shapes.dataset import write_world
+from iomm.engine.shapes.dataset import write_dataset
 
 LIMIT_S = 600
 
 
 def world(folder):
     """Settings of a small run on pictures that are drawn into folder."""
-    write_world(Path(folder) / "shapes", num_images=72, size_px=32, seed=1, shard_size=24)
+    write_dataset(Path(folder) / "shapes", num_images=72, size_px=32, seed=1, shard_size=24)
     return ["--config", PIXELS, f"data.shards={folder}/shapes", "train.global_batch=4", "log.sample_images=0", "train.threads=1", "precision=fp32"]
 
 

@@ -27,16 +27,16 @@ from iomm.config import InputError
 from iomm.engine import loop
 from iomm.engine import state as run_state
 from iomm.engine.config import parse, positive
-from iomm.engine.data.bad_samples import Skips
-from iomm.engine.data.samplers import Order
+from iomm.engine.data.bad_samples import BadSamples
+from iomm.engine.data.samplers import EpochPermutation
 from iomm.engine.observe.metrics import Metrics
 from iomm.engine.parallel.ema import Ema
 from iomm.engine.parallel.ranks import Ranks
 from iomm.engine.parallel.zero_layouts import Place
 from iomm.engine.resilience import checkpoint_reader, checkpoint_writer
-from iomm.engine.resilience.loss_guard import Guard
+from iomm.engine.resilience.loss_guard import LossGuard
 from iomm.engine.resilience.preemption import REQUEUE
-from iomm.engine.resilience.watchdog import REFUSED, Watch, alive
+from iomm.engine.resilience.watchdog import REFUSED, Watchdog, alive
 
 tqdm.set_lock(threading.RLock())                 # its own would be a semaphore that a killed process leaves behind
 
@@ -135,7 +135,7 @@ class Source:
 
     def __init__(self, ranks, config, options, trip):
         self.ranks, self.options, self.trip, self.start_step = ranks, options, trip, 0
-        self.batch, self.order = config.train.global_batch, Order(config.run.seed, [50, self.NUM_SAMPLES - 50])
+        self.batch, self.order = config.train.global_batch, EpochPermutation(config.run.seed, [50, self.NUM_SAMPLES - 50])
         self.micro = config.train.micro_batch or self.batch // ranks.size
         self.accumulation_steps = self.batch // (self.micro * ranks.size)
         self.samples = Path(config.run.dir) / f"samples-rank{ranks.rank}.jsonl"
@@ -262,13 +262,13 @@ def work(rank, size, run_dir, rendezvous, overrides, options, parent):
     checkpoint_writer.write_safetensors = tripping(checkpoint_writer.write_safetensors, "save")        # between writing and reading back
     checkpoint_reader.Reader.piece = tripping(checkpoint_reader.Reader.piece, "load")
     try:
-        with Watch(ranks, run_dir, config.guard.hang_s, parent) as watch:
+        with Watchdog(ranks, run_dir, config.guard.hang_s, parent) as watch:
             ranks.on_first(lambda: checkpoint_writer.take(run_dir))
             folder = checkpoint_reader.newest(run_dir / "checkpoints", ranks)
             source = Source(ranks, config, options, trip)
             sharded = Linear(ranks, source.accumulation_steps, options.get("width", 1), trip)
-            guard = Guard(config.guard.max_skips, config.guard.spike_sigmas, config.guard.skip_spikes)
-            state = run_state.State(sharded, Ema(sharded.masters, config.ema.decay), guard, Skips(1.0, 10**9, None), ranks,
+            guard = LossGuard(config.guard.max_skips, config.guard.spike_sigmas, config.guard.skip_spikes)
+            state = run_state.State(sharded, Ema(sharded.masters, config.ema.decay), guard, BadSamples(1.0, 10**9, None), ranks,
                                options.get("data"))
             if folder is not None:
                 run_state.restore(state, folder)

@@ -20,13 +20,13 @@ from torch import nn
 
 from iomm.engine import state as run_state
 from iomm.engine.config import parse
-from iomm.engine.data.bad_samples import Skips
+from iomm.engine.data.bad_samples import BadSamples
 from iomm.engine.parallel import ranks as group
 from iomm.engine.parallel import zero
 from iomm.engine.parallel.ema import Ema
 from iomm.engine.parallel.optim import make_optimizer
 from iomm.engine.resilience import checkpoint_writer
-from iomm.engine.resilience.loss_guard import Guard
+from iomm.engine.resilience.loss_guard import LossGuard
 from iomm.layers import FusedLinear
 
 BATCH, STEPS, STAGES = 8, 4, (0, 1, 2, 3)
@@ -106,8 +106,8 @@ class Run:
         self.name, self.ranks, self.accumulation = name, ranks, BATCH // (self.micro * ranks.size)
         self.sharded = zero.Sharded(Model(), lambda module: make_optimizer(module, self.config.optim), config=self.config,
                                     ranks=ranks, leaves=(Block,), micro_batch=self.micro, accumulation=self.accumulation)
-        self.state = run_state.State(self.sharded, Ema(self.sharded.masters, 0.5), Guard(5, say=lambda line: None),
-                                Skips(1.0, 9, None), ranks)
+        self.state = run_state.State(self.sharded, Ema(self.sharded.masters, 0.5), LossGuard(5, say=lambda line: None),
+                                BadSamples(1.0, 9, None), ranks)
 
     def step(self, factor=1.0, before_step=lambda: None):
         """One step -> (mean loss over all ranks, gradient norm, whether weights changed). factor: of the last loss."""

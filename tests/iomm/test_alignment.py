@@ -35,7 +35,7 @@ from iomm.engine.dry_run import (
 )
 from iomm.engine.parallel.optim import make_optimizer
 from iomm.engine.resilience import checkpoint_reader
-from iomm.engine.shapes.dataset import write_world
+from iomm.engine.shapes.dataset import write_dataset
 from iomm.flops import flops_by_part
 from iomm.generator import new_generator
 from iomm.internvl import load_mllm
@@ -459,7 +459,7 @@ def test_buckets_are_aligned_with_the_whole_image(mllm, generator):
 
 
 def test_the_source_shows_the_vit_what_it_is_asked_for(tmp_path):
-    folder = write_world(tmp_path / "tars", num_images=16, size_px=32, shard_size=8)
+    folder = write_dataset(tmp_path / "tars", num_images=16, size_px=32, shard_size=8)
     shards = Shards(build_index(folder, tmp_path / "index", progress=False))
 
     class Plan:
@@ -754,7 +754,7 @@ def runs(tmp_path_factory):
     """Folder of the runs of RUNS: one rank, ZeRO-3, micro-batches of one image or one pair."""
     folder = tmp_path_factory.mktemp("align")
     world = folder / "world"
-    write_world(world, num_images=24, size_px=32, seed=1, shard_size=12)
+    write_dataset(world, num_images=24, size_px=32, seed=1, shard_size=12)
     done = subprocess.run(
         [sys.executable, "-c", RUNS, str(folder), *settings(world)],
         cwd=ROOT,

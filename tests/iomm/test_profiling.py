@@ -4,15 +4,15 @@ import threading
 
 import pytest
 
-from iomm import ranges
-from iomm.ranges import Clock, each, named, whole
+from iomm import profiling
+from iomm.profiling import Clock, each, named, whole
 
 
 @pytest.fixture
 def ticks(monkeypatch):
     """perf_counter that only the test moves: ticks(seconds)."""
     now = [100.0]
-    monkeypatch.setattr(ranges.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(profiling.time, "perf_counter", lambda: now[0])
 
     def ticks(seconds):
         now[0] += seconds
@@ -93,7 +93,7 @@ def test_a_gpu_is_timed_by_events_and_other_streams_stand_beside(ticks, monkeypa
             made.append(self)
 
         def record(self):
-            self.at = ranges.time.perf_counter()
+            self.at = profiling.time.perf_counter()
 
         def synchronize(self):
             waited.append(self)
@@ -101,8 +101,8 @@ def test_a_gpu_is_timed_by_events_and_other_streams_stand_beside(ticks, monkeypa
         def elapsed_time(self, other):
             return (other.at - self.at) * 1e3    # milliseconds, as CUDA's
 
-    monkeypatch.setattr(ranges.torch.cuda, "Event", Event)
-    monkeypatch.setattr(ranges.torch.cuda, "current_stream", lambda device=None: Stream(current[0]))
+    monkeypatch.setattr(profiling.torch.cuda, "Event", Event)
+    monkeypatch.setattr(profiling.torch.cuda, "current_stream", lambda device=None: Stream(current[0]))
     clock = Clock("cuda")
     for _ in range(3):
         with clock, named("generator"):

@@ -7,11 +7,11 @@ import pytest
 from launches import PIXELS, hashes, launch, rows, start
 
 from iomm.config import InputError
-from iomm.engine.data.bad_samples import Failure, Skips
+from iomm.engine.data.bad_samples import BadSamples, Failure
 from iomm.engine.data.index import build
 from iomm.engine.data.shards import Shards
 from iomm.engine.resilience import checkpoint_reader
-from iomm.engine.shapes.dataset import write_world
+from iomm.engine.shapes.dataset import write_dataset
 
 
 def lost(n, shard=0):
@@ -19,10 +19,10 @@ def lost(n, shard=0):
 
 
 def test_the_share_is_judged_over_ten_thousand_samples_and_counts_survive_a_checkpoint():
-    skips = Skips(0.01, 5)
+    skips = BadSamples(0.01, 5)
     for step in range(100):      # 100 of 10,000
         skips.saw([lost(100 * step)], 100 * (step + 1))
-    again = Skips(0.01, 5)
+    again = BadSamples(0.01, 5)
     again.restore(json.loads(json.dumps(skips.state())))
     for some in (skips, again):
         with pytest.raises(InputError, match=r"101 samples of 10050 could not be had, more than data.max_bad_fraction \(0.01\)"):
@@ -32,7 +32,7 @@ def test_the_share_is_judged_over_ten_thousand_samples_and_counts_survive_a_chec
 
 @pytest.mark.parametrize("rate, stops", [(0.0, False), (0.005, False), (0.009, False), (0.011, True), (0.02, True), (0.05, True)])
 def test_a_rising_rate_stops_above_the_budget(rate, stops):
-    skips, step, batch = Skips(0.01, 5), 0, 100
+    skips, step, batch = BadSamples(0.01, 5), 0, 100
     try:
         for step in range(300):
             first, last = int(rate * step * batch), int(rate * (step + 1) * batch)
@@ -43,7 +43,7 @@ def test_a_rising_rate_stops_above_the_budget(rate, stops):
 
 
 def test_six_dead_shards_stop():
-    skips = Skips(0.5, 5)
+    skips = BadSamples(0.5, 5)
     for shard in range(5):
         skips.saw([lost(10 * shard, shard)], 10 * shard + 10)
     with pytest.raises(InputError, match=r"samples of 6 shards could not be had, more than data.max_bad_shards \(5\) allows"):
@@ -51,7 +51,7 @@ def test_six_dead_shards_stop():
 
 
 def test_failures_are_logged_in_order(tmp_path):
-    skips = Skips(1.0, 5, tmp_path / "skipped.jsonl")
+    skips = BadSamples(1.0, 5, tmp_path / "skipped.jsonl")
     skips.saw([lost(5, 1), lost(3)], 8)
     skips.saw([lost(9)], 16)
     lines = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
@@ -63,7 +63,7 @@ def test_failures_are_logged_in_order(tmp_path):
 def damaged_world(tmp_path_factory):
     """A world of 72 samples and its index; then a bit of sample 7 flips, and the tar's time stays."""
     folder = tmp_path_factory.mktemp("damaged")
-    tars = write_world(folder / "tars", num_images=72, size_px=32, seed=1, shard_size=24)
+    tars = write_dataset(folder / "tars", num_images=72, size_px=32, seed=1, shard_size=24)
     record = Shards(build(folder / "tars", folder / "index", progress=False)).index.records[7]
     data, status = bytearray(tars[0].read_bytes()), tars[0].stat()
     data[int(record["image_offset"]) + 500] ^= 1

@@ -18,13 +18,13 @@ from PIL import Image
 from iomm.config import InputError
 from iomm.engine import cli
 from iomm.engine.data import workers
-from iomm.engine.data.buckets import Buckets, bucket_sizes
+from iomm.engine.data.buckets import BucketSampler, bucket_sizes
 from iomm.engine.data.index import build, ensure_index, load, summary
-from iomm.engine.data.samplers import Order
+from iomm.engine.data.samplers import EpochPermutation
 from iomm.engine.data.shards import Shards
 from iomm.engine.data.source import ImageSource
 from iomm.engine.data.validate import RECORD, Rules
-from iomm.engine.shapes.dataset import write_world
+from iomm.engine.shapes.dataset import write_dataset
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -36,7 +36,7 @@ def files_of(folder):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
-    write_world(folder / "tars", num_images=120, size_px=48, shard_size=20)
+    write_dataset(folder / "tars", num_images=120, size_px=48, shard_size=20)
     return folder / "tars"
 
 
@@ -208,7 +208,7 @@ def test_each_sample_once_per_epoch_whatever_is_killed(tmp_path):
 def ten_million(tmp_path_factory):
     """An index of 10 M samples in 1,000 shards; all shards are links to one tar of the shapes world's first samples."""
     folder = tmp_path_factory.mktemp("many")
-    tar, = write_world(folder / "tars", num_images=64, size_px=48, shard_size=64)
+    tar, = write_dataset(folder / "tars", num_images=64, size_px=48, shard_size=64)
     small = build(tar, folder / "small", progress=False)
     header, records = json.loads((small / "index.json").read_text()), np.fromfile(small / "index.bin", RECORD)
     (folder / "index").mkdir()
@@ -236,8 +236,8 @@ def test_ten_million_samples_are_400_mb_and_start_within_two_seconds(ten_million
     some.close()
     assert loaded_s < 1 and first_s < 2
     started = time.process_time()
-    plan = Buckets(0, shards.index, 1024, bucket_sizes(512, 16))
+    plan = BucketSampler(0, shards.index, 1024, bucket_sizes(512, 16))
     plan(np.arange(10**9, 10**9 + 1024))
     print(f"10 M samples: index {loaded_s:.2f} s, first batch {first_s:.2f} s, buckets {time.process_time() - started:.2f} s")
     assert time.process_time() - started < 5
-    assert Order(0, shards.shard_sizes).total == 10_000_000
+    assert EpochPermutation(0, shards.shard_sizes).total == 10_000_000

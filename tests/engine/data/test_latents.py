@@ -15,11 +15,11 @@ from iomm.engine.config import load_config, parse
 from iomm.engine.data import latents as latents_module
 from iomm.engine.data.index import build
 from iomm.engine.data.latents import EncodedSamples, LatentStore, write_cache
-from iomm.engine.data.mixture import Joined, Mixture
-from iomm.engine.data.samplers import Order, Squares
+from iomm.engine.data.mixture import Joined, MixtureSampler
+from iomm.engine.data.samplers import EpochPermutation, FixedSizeSampler
 from iomm.engine.data.shards import Damaged, Shards
 from iomm.engine.data.source import ImageSource
-from iomm.engine.shapes.dataset import write_world
+from iomm.engine.shapes.dataset import write_dataset
 from iomm.engine.shapes.mllm import WEIGHTS
 from iomm.generator import new_generator
 from iomm.internvl import load_mllm
@@ -37,7 +37,7 @@ def vae():
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
-    return Shards(build(write_world(folder / "tars", num_images=30, size_px=48, shard_size=16), folder / "index", progress=False))
+    return Shards(build(write_dataset(folder / "tars", num_images=30, size_px=48, shard_size=16), folder / "index", progress=False))
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +66,7 @@ def mllm():
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pairs")
-    return Shards(build(write_world(folder / "tars", num_images=9, size_px=48, seed=5), folder / "index", progress=False))
+    return Shards(build(write_dataset(folder / "tars", num_images=9, size_px=48, seed=5), folder / "index", progress=False))
 
 
 def tiny_model(mllm, vae):
@@ -85,7 +85,7 @@ def in_memory(shards, mllm, vae, rank=0, size=1, others=()):
 def test_encoded_mixture_has_the_batches_and_the_loss_of_pixels(world, pairs, mllm, vae):
     """Latents are equal to the bit, image tokens to the rounding of a matrix product in another batch."""
     both = Joined(world, pairs)
-    plan = Mixture(1, 8, 5, *(Squares(Order(1, its.shard_sizes), SIZE_PX) for its in (world, pairs)), len(world))
+    plan = MixtureSampler(1, 8, 5, *(FixedSizeSampler(EpochPermutation(1, its.shard_sizes), SIZE_PX) for its in (world, pairs)), len(world))
     encoded = in_memory(both, mllm, vae)
     assert encoded.num_bytes == 4 * (39 * 3 * SIZE_PX**2 + 30 * mllm.num_image_tokens * mllm.width)
     model = tiny_model(mllm, vae)

@@ -9,19 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iomm.config import InputError
-from iomm.engine.data.buckets import Buckets, bucket_sizes, buckets_of_both, join_small
+from iomm.engine.data.buckets import BucketSampler, bucket_sizes, buckets_of_both, join_small
 from iomm.engine.data.index import build
-from iomm.engine.data.mixture import Joined, Mixture, images_of
-from iomm.engine.data.samplers import Order, Squares, held_out, held_out_entries
+from iomm.engine.data.mixture import Joined, MixtureSampler, images_of
+from iomm.engine.data.samplers import EpochPermutation, FixedSizeSampler, held_out, held_out_entries
 from iomm.engine.data.shards import Shards
 from iomm.engine.data.source import ImageSource
 from iomm.engine.data.validate import RECORD
-from iomm.engine.shapes.dataset import write_world
+from iomm.engine.shapes.dataset import write_dataset
 
 
 @dataclass
 class SizesOnly:
-    """What Buckets wants of an Index."""
+    """What BucketSampler needs of an Index."""
 
     records: np.ndarray
     shards: list
@@ -58,7 +58,7 @@ def test_each_bucket_visits_each_of_its_samples_once_per_epoch(shard_sizes, seed
     """After E epochs each sample has been seen E times, but for those left over by its bucket, fewer than a batch and
     seen E - 1 times: they open the bucket's next epoch."""
     index = sizes_only(shard_sizes, seed)
-    plan = Buckets(seed, index, batch, bucket_sizes(512, 16), group_shards)
+    plan = BucketSampler(seed, index, batch, bucket_sizes(512, 16), group_shards)
     assert (plan.totals >= batch).all() and plan.totals.sum() == len(index.records)
     epochs = [int(plan._batches_before(epoch).sum()) for epoch in range(4)]
     steps, home = run_of(plan, batch, epochs[3]), {}
@@ -75,7 +75,7 @@ def test_each_bucket_visits_each_of_its_samples_once_per_epoch(shard_sizes, seed
 
 def test_an_epoch_holds_the_batches_that_its_passes_complete():
     index = sizes_only([400] * 5)
-    plan = Buckets(3, index, 16, bucket_sizes(512, 16))
+    plan = BucketSampler(3, index, 16, bucket_sizes(512, 16))
     per_epoch = [int((plan.totals * (e + 1) // 16 - plan.totals * e // 16).sum()) for e in range(4)]
     assert abs(sum(per_epoch) - 4 * 2000 / 16) <= len(plan.sizes)
     first = [plan.size_px(step) for step in range(per_epoch[0])]
@@ -86,7 +86,7 @@ def test_an_epoch_holds_the_batches_that_its_passes_complete():
 def test_a_picture_lands_in_the_nearest_shape():
     index = sizes_only([800])
     found = bucket_sizes(512, 16)
-    plan = Buckets(0, index, 1, found)
+    plan = BucketSampler(0, index, 1, found)
     for step, (entry,) in enumerate(run_of(plan, 1, 800)):
         ratio = index.records["width"][entry] / index.records["height"][entry]
         height, width = plan.size_px(step)
@@ -96,8 +96,8 @@ def test_a_picture_lands_in_the_nearest_shape():
 
 def test_random_access_needs_no_replay():
     index = sizes_only([300] * 10)
-    sequential = run_of(Buckets(5, index, 8, bucket_sizes(512, 16)), 8, 800)
-    fresh = Buckets(5, index, 8, bucket_sizes(512, 16))
+    sequential = run_of(BucketSampler(5, index, 8, bucket_sizes(512, 16)), 8, 800)
+    fresh = BucketSampler(5, index, 8, bucket_sizes(512, 16))
     for step in (799, 3, 500, 0, 421):
         for rank in range(4):      # each rank asks for its own part only
             n = np.arange(step * 8 + 2 * rank, step * 8 + 2 * rank + 2)
@@ -129,13 +129,13 @@ def test_a_bucket_that_lacks_one_kind_joins_a_neighbour():
 
 
 def squares(seed, shard_sizes):
-    return Squares(Order(seed, shard_sizes), 32)
+    return FixedSizeSampler(EpochPermutation(seed, shard_sizes), 32)
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 48), st.floats(0, 1), st.integers(0, 10**9), st.integers(0, 10**6))
 def test_a_mixture_holds_exactly_its_share_in_every_batch(batch, share, seed, step):
-    plan = Mixture(seed, batch, images_of(share, batch), squares(seed, [40, 24]), squares(seed, [50]), 64)
+    plan = MixtureSampler(seed, batch, images_of(share, batch), squares(seed, [40, 24]), squares(seed, [50]), 64)
     n = np.arange(step * batch, (step + 1) * batch)
     is_pair = plan.is_pair(n)
     assert (~is_pair).sum() == round(share * batch)
@@ -148,7 +148,7 @@ def test_a_mixture_holds_exactly_its_share_in_every_batch(batch, share, seed, st
 
 def test_each_source_of_a_mixture_keeps_its_own_epochs():
     images, pairs = squares(1, [30, 34]), squares(1, [25])
-    plan = Mixture(1, 10, 3, images, pairs, 64)
+    plan = MixtureSampler(1, 10, 3, images, pairs, 64)
     n = np.arange(10 * 200)
     is_pair, entries = plan.is_pair(n), plan(n)
     assert entries[~is_pair].max() < 64 <= entries[is_pair].min()
@@ -164,9 +164,9 @@ def test_wrong_mixtures_are_one_line():
     with pytest.raises(InputError, match="data.mix, the share of images in a batch, must be between 0 and 1, got 1.5"):
         images_of(1.5, 8)
     with pytest.raises(InputError, match="data.pairs has 3 samples to train on, but every batch of 8 wants 4 of them"):
-        Mixture(0, 8, 4, squares(0, [9]), squares(0, [3]), 9)
+        MixtureSampler(0, 8, 4, squares(0, [9]), squares(0, [3]), 9)
     with pytest.raises(InputError, match="data.shards has 0 samples"):
-        Mixture(0, 8, 4, None, squares(0, [30]), 0)
+        MixtureSampler(0, 8, 4, None, squares(0, [30]), 0)
 
 
 @pytest.mark.parametrize("seed, batch, share, num_held_out", [(0, 8, 0.5, 0), (1, 7, 0.4, 40), (2, 12, 0.25, 40)])
@@ -178,10 +178,10 @@ def test_a_mixture_in_buckets_has_one_shape_and_its_share_in_every_batch(seed, b
     kept = [held_out([shard["num_samples"] for shard in index.shards], num_held_out) for index in (images, pairs)]
 
     def make():
-        plans = (Buckets(seed, images, num_images, shapes, held_out=kept[0]),
-                 Buckets(seed, pairs, batch - num_images, shapes, held_out=kept[1]))
+        plans = (BucketSampler(seed, images, num_images, shapes, held_out=kept[0]),
+                 BucketSampler(seed, pairs, batch - num_images, shapes, held_out=kept[1]))
         buckets_of_both(*plans)
-        return *plans, Mixture(seed, batch, num_images, *plans, 300)
+        return *plans, MixtureSampler(seed, batch, num_images, *plans, 300)
     follower, leader, plan = make()
     assert follower.sizes == leader.sizes and (follower.totals >= num_images).all() and (leader.totals >= batch - num_images).all()
     num_steps = int(leader._batches_before(3).sum())
@@ -220,14 +220,14 @@ def test_what_is_held_out_is_spread_over_the_shards_and_never_visited(shard_size
     kept, entries = held_out(shard_sizes, num), held_out_entries(shard_sizes, num)
     assert kept.sum() == len(set(entries)) == len(entries) == num and (kept <= shard_sizes).all()
     assert all(abs(mine - size * num / total) < 1 for mine, size in zip(kept, shard_sizes))
-    order = Order(5, shard_sizes, held_out=kept)
+    order = EpochPermutation(5, shard_sizes, held_out=kept)
     for epoch in range(2):
         seen = order(np.arange(epoch * order.total, (epoch + 1) * order.total)).tolist()
         assert sorted([*seen, *entries]) == list(range(total))
 
 
 def test_nothing_held_out_changes_nothing_and_everything_is_refused():
-    assert Order(3, [9, 8])(np.arange(40)).tolist() == Order(3, [9, 8], held_out=held_out([9, 8], 0))(np.arange(40)).tolist()
+    assert EpochPermutation(3, [9, 8])(np.arange(40)).tolist() == EpochPermutation(3, [9, 8], held_out=held_out([9, 8], 0))(np.arange(40)).tolist()
     with pytest.raises(InputError, match="data.heldout must leave samples to train on: got 17 of 17"):
         held_out([9, 8], 17)
 
@@ -235,7 +235,7 @@ def test_nothing_held_out_changes_nothing_and_everything_is_refused():
 @pytest.fixture(scope="module")
 def two_worlds(tmp_path_factory):
     folder = tmp_path_factory.mktemp("worlds")
-    return [Shards(build(write_world(folder / name, num_images=num, size_px=48, seed=seed, shard_size=8), folder / f"{name}-index",
+    return [Shards(build(write_dataset(folder / name, num_images=num, size_px=48, seed=seed, shard_size=8), folder / f"{name}-index",
                          progress=False)) for name, num, seed in (("images", 20, 1), ("pairs", 12, 2))]
 
 
@@ -246,7 +246,7 @@ def batches_of(samples, plan, rank=0, world_size=1, micro_batch=4, **options):
 
 def test_a_mixed_batch_has_captions_for_pairs_and_vit_pixels_for_images(two_worlds):
     images, pairs = two_worlds
-    plan = Mixture(3, 8, 4, *(squares(3, shards.shard_sizes) for shards in two_worlds), 20)
+    plan = MixtureSampler(3, 8, 4, *(squares(3, shards.shard_sizes) for shards in two_worlds), 20)
     samples = Joined(images, pairs)
     one = batches_of(samples, plan, flip=True)
     for batch in one:
@@ -264,7 +264,7 @@ def test_a_mixed_batch_has_captions_for_pairs_and_vit_pixels_for_images(two_worl
 
 def test_pairs_alone(two_worlds):
     _, pairs = two_worlds
-    for batch in batches_of(Joined(None, pairs), Mixture(3, 8, 0, None, squares(3, pairs.shard_sizes), 0)):
+    for batch in batches_of(Joined(None, pairs), MixtureSampler(3, 8, 0, None, squares(3, pairs.shard_sizes), 0)):
         assert not any(batch.has_image) and all(batch.captions) and batch.vit_pixels_BHWC.shape == (0, 24, 24, 3)
 
 
@@ -274,7 +274,7 @@ def test_a_batch_of_a_bucket_has_its_shape(tmp_path):
     for i, size in enumerate([(90, 40), (40, 90), (64, 60)] * 12):
         Image.new("RGB", size, (7 * i, 0, 255 - 7 * i)).save(tmp_path / "photos" / f"{i:02d}.png")
     shards = Shards(build(tmp_path / "photos", tmp_path / "index", progress=False))
-    plan = Buckets(3, shards.index, 8, bucket_sizes(32, 4))
+    plan = BucketSampler(3, shards.index, 8, bucket_sizes(32, 4))
     shapes = {(height, width) for height, width in plan.sizes}
     assert len(shapes) == 3
     seen = set()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iomm.config import InputError
-from iomm.engine.data.samplers import Order, mix, permute
+from iomm.engine.data.samplers import EpochPermutation, mix, permute
 
 sizes = st.lists(st.integers(0, 40), min_size=1, max_size=30).filter(any)
 seeds = st.integers(-2**63, 2**64 - 1)
@@ -17,7 +17,7 @@ seeds = st.integers(-2**63, 2**64 - 1)
 @settings(deadline=None, max_examples=150)
 @given(seeds, sizes, st.integers(1, 8), st.integers(0, 10**6))
 def test_every_epoch_visits_every_sample_once(seed, shard_sizes, group_shards, epoch):
-    order = Order(seed, shard_sizes, group_shards)
+    order = EpochPermutation(seed, shard_sizes, group_shards)
     entries = order(np.arange(order.total) + epoch * order.total)
     assert entries.dtype == np.int64
     assert np.array_equal(np.sort(entries), np.arange(order.total))
@@ -26,11 +26,11 @@ def test_every_epoch_visits_every_sample_once(seed, shard_sizes, group_shards, e
 @settings(deadline=None, max_examples=100)
 @given(seeds, sizes, st.integers(1, 8), st.data())
 def test_random_access_equals_sequential(seed, shard_sizes, group_shards, data):
-    sequential = Order(seed, shard_sizes, group_shards)
+    sequential = EpochPermutation(seed, shard_sizes, group_shards)
     span = 3 * sequential.total
     expected = sequential(np.arange(span))
     picks = data.draw(st.lists(st.integers(0, span - 1), min_size=1, max_size=20))
-    fresh = Order(seed, shard_sizes, group_shards)
+    fresh = EpochPermutation(seed, shard_sizes, group_shards)
     assert [int(fresh(n)) for n in picks] == expected[picks].tolist()
     assert fresh(np.array(picks).reshape(1, -1)).tolist() == [expected[picks].tolist()]
 
@@ -44,9 +44,9 @@ def test_permute_stays_inside_and_never_collides(size, key, count):
 
 
 def test_epochs_and_seeds_differ():
-    order = Order(7, [50] * 20)
+    order = EpochPermutation(7, [50] * 20)
     n = np.arange(order.total)
-    rows = [order(n + epoch * order.total) for epoch in range(3)] + [Order(seed, [50] * 20)(n) for seed in (8, -7)]
+    rows = [order(n + epoch * order.total) for epoch in range(3)] + [EpochPermutation(seed, [50] * 20)(n) for seed in (8, -7)]
     for i, a in enumerate(rows):
         for b in rows[:i]:
             assert (a == b).mean() < 0.01      # two random orders of 1,000 agree in one place on average
@@ -54,7 +54,7 @@ def test_epochs_and_seeds_differ():
 
 def test_the_order_is_these_numbers():
     """Pinned: another order would silently change what a resumed run trains on."""
-    assert Order(0, [5, 0, 7, 3], group_shards=2)(np.arange(30)).tolist() == PINNED
+    assert EpochPermutation(0, [5, 0, 7, 3], group_shards=2)(np.arange(30)).tolist() == PINNED
 
 
 PINNED = [6, 7, 11, 5, 9, 0, 8, 1, 2, 10, 4, 3, 13, 14, 12, 3, 2, 8, 5, 11, 9, 0, 6, 7, 4, 10, 1, 14, 12, 13]
@@ -98,7 +98,7 @@ def test_no_visible_structure(total):
 
 
 def test_reads_stay_within_a_group_of_shards():
-    order = Order(1, [100] * 64, group_shards=4)
+    order = EpochPermutation(1, [100] * 64, group_shards=4)
     shard = order(np.arange(order.total)) // 100
     for start in range(0, order.total, 400):
         assert len(np.unique(shard[start:start + 400])) == 4
@@ -106,7 +106,7 @@ def test_reads_stay_within_a_group_of_shards():
 
 
 def test_ten_million_samples_need_no_memory_per_sample():
-    order = Order(0, [10_000] * 1000)
+    order = EpochPermutation(0, [10_000] * 1000)
     started = time.perf_counter()
     entries = order(np.arange(1024) + 10**11)
     assert len(np.unique(entries)) == 1024
@@ -117,8 +117,8 @@ def test_ten_million_samples_need_no_memory_per_sample():
 def test_wrong_input_is_one_line():
     for sizes in ([], [0, 0]):
         with pytest.raises(InputError, match="no samples"):
-            Order(0, sizes)
+            EpochPermutation(0, sizes)
     with pytest.raises(InputError, match="position must be >= 0, got -1"):
-        Order(0, [3])(-1)
+        EpochPermutation(0, [3])(-1)
     with pytest.raises(InputError, match="group_shards"):
-        Order(0, [3], group_shards=0)
+        EpochPermutation(0, [3], group_shards=0)

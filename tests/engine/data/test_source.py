@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 
 from iomm.config import InputError
-from iomm.engine.data.bad_samples import Skips
+from iomm.engine.data.bad_samples import BadSamples
 from iomm.engine.data.index import build
-from iomm.engine.data.samplers import Order
+from iomm.engine.data.samplers import EpochPermutation
 from iomm.engine.data.shards import Damaged, Shards
 from iomm.engine.data.source import ImageSource
-from iomm.engine.shapes.dataset import write_world
+from iomm.engine.shapes.dataset import write_dataset
 from iomm.kernels.philox import CROP, FLIP, uniform
 
 G, STEPS = 8, 9      # 72 samples of 30: three epochs, and no batch boundary falls on the end of one
@@ -23,7 +23,7 @@ G, STEPS = 8, 9      # 72 samples of 30: three epochs, and no batch boundary fal
 @pytest.fixture(scope="module")
 def index_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
-    return build(write_world(folder / "tars", num_images=30, size_px=48, shard_size=8), folder / "index", progress=False)
+    return build(write_dataset(folder / "tars", num_images=30, size_px=48, shard_size=8), folder / "index", progress=False)
 
 
 def source(index_dir, rank=0, world_size=1, micro_batch=4, num_steps=STEPS, **options):
@@ -54,7 +54,7 @@ def whole(index_dir):
 
 def test_batches(index_dir, whole):
     assert len(whole) == len(source(index_dir)) == 2 * STEPS
-    order = Order(11, Shards(index_dir).shard_sizes)
+    order = EpochPermutation(11, Shards(index_dir).shard_sizes)
     for i, batch in enumerate(whole):
         assert batch.n_B.dtype == batch.entry_B.dtype == torch.int64
         assert batch.n_B.tolist() == list(range(4 * i, 4 * i + 4))
@@ -113,7 +113,7 @@ def damage(path, at):
 
 def test_a_damaged_sample_is_replaced_alike_on_any_number_of_ranks(tmp_path):
     """By the next one in the order; named, counted once, and everything else stays as it was."""
-    tars = write_world(tmp_path / "tars", num_images=12, size_px=48, shard_size=12)
+    tars = write_dataset(tmp_path / "tars", num_images=12, size_px=48, shard_size=12)
     folder = build(tars, tmp_path / "index", progress=False)
     before = joined(source(folder, num_steps=2))
     some = source(folder)
@@ -161,13 +161,13 @@ def test_where_nothing_can_be_had_batches_stay_full_and_say_so(index_dir):
     assert [len(batch.pixels_BCHW) for batch in batches] == [4, 4]
     assert all(failure.fatal for batch in batches for failure in batch.failures)
     assert all((batch.pixels_BCHW == -1).all() for batch in batches)
-    skips = Skips(1.0, 10)
+    skips = BadSamples(1.0, 10)
     with pytest.raises(InputError, match=r"sample \d+ is gone; nor could the samples that would take its place"):
         skips.saw([failure for batch in batches for failure in batch.failures], 8)
 
 
 def test_a_shard_that_shrinks_or_vanishes_while_it_is_read_is_no_bus_error(tmp_path):
-    tars = write_world(tmp_path / "tars", num_images=40, size_px=48, shard_size=20)
+    tars = write_dataset(tmp_path / "tars", num_images=40, size_px=48, shard_size=20)
     folder = build(tars, tmp_path / "index", progress=False)
     batches = iter(source(folder, num_steps=30))
     got = [next(batches)]

@@ -15,8 +15,8 @@ from toy_models import build
 from iomm.config import InputError
 from iomm.engine.config import RunConfig, all_keys, parse
 from iomm.engine.data.index import build as build_index
-from iomm.engine.data.mixture import Joined, Mixture
-from iomm.engine.data.samplers import Order, Squares, held_out, held_out_entries
+from iomm.engine.data.mixture import Joined, MixtureSampler
+from iomm.engine.data.samplers import EpochPermutation, FixedSizeSampler, held_out, held_out_entries
 from iomm.engine.data.shards import Shards
 from iomm.engine.data.source import ImageSource
 from iomm.engine.evaluation.heldout import (
@@ -33,7 +33,7 @@ from iomm.engine.evaluation.heldout import (
 from iomm.engine.evaluation.sample import visible_parts
 from iomm.engine.observe.metrics import line, scalars
 from iomm.engine.observe.report import read_grid
-from iomm.engine.shapes.dataset import write_world
+from iomm.engine.shapes.dataset import write_dataset
 from iomm.engine.shapes.scorer import score
 from iomm.kernels.noisy_tokens import noisy_tokens
 from iomm.masking import visible_mask
@@ -45,11 +45,11 @@ HELD_OUT = 6
 def source(tmp_path_factory, mllm):
     """20 images and 12 pairs in batches of 8, half and half."""
     folder = tmp_path_factory.mktemp("worlds")
-    shards = [Shards(build_index(write_world(folder / name, num_images=num, size_px=48, seed=seed, shard_size=8),
+    shards = [Shards(build_index(write_dataset(folder / name, num_images=num, size_px=48, seed=seed, shard_size=8),
                                  folder / f"{name}-index", progress=False)) for name, num, seed in (("images", 20, 1), ("pairs", 12, 2))]
-    plans = [Squares(Order(3, its.shard_sizes, held_out=held_out(its.shard_sizes, HELD_OUT)), 32) for its in shards]
+    plans = [FixedSizeSampler(EpochPermutation(3, its.shard_sizes, held_out=held_out(its.shard_sizes, HELD_OUT)), 32) for its in shards]
     return ImageSource(Joined(*shards), seed=3, global_batch=8, micro_batch=8, rank=0, world_size=1, size_px=32,
-                       vit_px=mllm.vit_px, device="cpu", num_steps=5, plan=Mixture(3, 8, 4, *plans, 20))
+                       vit_px=mllm.vit_px, device="cpu", num_steps=5, plan=MixtureSampler(3, 8, 4, *plans, 20))
 
 
 class Together(Exception):

@@ -17,7 +17,7 @@ from PIL import Image
 from iomm.config import InputError
 from iomm.engine.observe import metrics
 from iomm.engine.observe.metrics import Metrics, check_wandb, line, scalars
-from iomm.ranges import named, whole
+from iomm.profiling import named, whole
 
 RANKS = SimpleNamespace(size=2, device=torch.device("cpu"))
 STEPS = 10

@@ -18,13 +18,13 @@ from iomm.engine.parallel import cpu_ranks
 from iomm.engine.resilience import checkpoint_reader
 from iomm.engine.resilience.preemption import REQUEUE
 from iomm.engine.resilience.watchdog import DEAD, REFUSED, alive
-from iomm.engine.shapes.dataset import write_world
+from iomm.engine.shapes.dataset import write_dataset
 
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "shapes"
-    write_world(folder, num_images=72, size_px=32, seed=1, shard_size=24)
+    write_dataset(folder, num_images=72, size_px=32, seed=1, shard_size=24)
     return ["--config", PIXELS, f"data.shards={folder}", "data.size_px=32", "model.vae=pixel:4", "train.global_batch=8", "train.threads=1",
             "precision=fp32", "checkpoint.every_steps=2", "log.sample_images=0"]
 

@@ -27,7 +27,7 @@ from iomm.engine.parallel.optim import (
     spread,
     stacks_of,
 )
-from iomm.engine.parallel.zero import adamw_body
+from iomm.engine.parallel.zero import adamw_backend
 from iomm.engine.resilience.watchdog import collectives
 from iomm.generator import empty_generator
 
@@ -225,7 +225,7 @@ def test_every_adamw_body_does_torchs_update(name, device):
         assert optimizer.state[flat]["step"] == 20
         return [flat.detach(), *(optimizer.state[flat][slot] for slot in ("exp_avg", "exp_avg_sq"))]
     try:
-        body = adamw_multi_tensor(multi_tensor_adam) if name == "words" else adamw_body(name, torch.device(device))
+        body = adamw_multi_tensor(multi_tensor_adam) if name == "words" else adamw_backend(name, torch.device(device))
     except InputError as error:
         pytest.skip(str(error))
     exact, theirs, ours = train(adamw_torch, torch.float64), train(adamw_torch, torch.float32), train(body, torch.float32)
@@ -242,7 +242,7 @@ def test_an_absent_adamw_body_is_refused_in_one_line(monkeypatch):
         ("apex", "cuda", "optim.adamw=apex: no NVIDIA apex with CUDA extensions here"),
     ]:
         with pytest.raises(InputError) as refused:
-            adamw_body(name, torch.device(device))
+            adamw_backend(name, torch.device(device))
         assert message in str(refused.value) and "\n" not in str(refused.value)
 
 

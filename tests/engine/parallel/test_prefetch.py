@@ -8,7 +8,7 @@ from toy_models import build, pixels, walk
 
 from iomm.engine.data.source import Batch
 from iomm.engine.loop import train_step
-from iomm.engine.parallel.prefetch import Ahead
+from iomm.engine.parallel.prefetch import Prefetcher
 from iomm.internvl import load_mllm
 
 
@@ -45,7 +45,7 @@ def test_the_next_batch_is_read_and_encoded_once_the_forward_pass_is_queued():
     def prepare(pixels, *_):
         order.append(f"prepare {pixels[0].item():.0f}")
         return f"prepared {pixels[0].item():.0f}"
-    ahead, sharded = Ahead(batches(4, order), prepare, torch.device("cpu")), Stub(order)
+    ahead, sharded = Prefetcher(batches(4, order), prepare, torch.device("cpu")), Stub(order)
     results = [train_step(sharded, islice(ahead, 2), None, ahead.fetch) for _ in range(2)]
     assert order == ["read 0", "prepare 0"] + sum([[
         f"forward prepared {i}", *([f"read {i + 1}", f"prepare {i + 1}"] if i < 3 else []), "backward",
@@ -68,7 +68,7 @@ def test_streams_do_not_race(mllm_folder):
             n_B = torch.arange(4 * i, 4 * i + 4)
             yield Batch(n_B, n_B, *(x.cuda() for x in pixels(n_B)), wait_s=0.0)
     plain = [model(*batch.inputs)[1] for batch in stream_of_batches()]
-    ahead, found = Ahead(stream_of_batches(), model.prepare, torch.device("cuda")), []
+    ahead, found = Prefetcher(stream_of_batches(), model.prepare, torch.device("cuda")), []
     for batch in ahead:
         torch.cuda._sleep(10**8)
         loss, loss_B, _ = model(*batch.inputs)

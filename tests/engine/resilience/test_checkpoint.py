@@ -38,7 +38,7 @@ from iomm.engine.launch import start_from
 from iomm.engine.resilience import checkpoint_reader, checkpoint_writer
 from iomm.engine.resilience.checkpoint_interval import plan
 from iomm.engine.resilience.watchdog import DEAD
-from iomm.engine.shapes.dataset import write_world
+from iomm.engine.shapes.dataset import write_dataset
 
 
 def test_what_is_written_is_what_was_there_at_the_call(tmp_path):
@@ -366,7 +366,7 @@ def test_a_resumed_run_wants_the_data_that_it_had(tmp_path):
 
 def test_what_is_known_of_data_is_what_decides_their_order(tmp_path):
     for name, number, size in (("a", 8, 4), ("b", 8, 4), ("more", 9, 4), ("divided", 8, 8)):
-        write_world(tmp_path / name, num_images=number, size_px=32, seed=1, shard_size=size)
+        write_dataset(tmp_path / name, num_images=number, size_px=32, seed=1, shard_size=size)
     a, b, more, divided = (Shards(build(tmp_path / name, tmp_path / f"{name}-index", progress=False))
                            for name in ("a", "b", "more", "divided"))
     assert data_facts(a) == data_facts(b) == json.loads(json.dumps(data_facts(a))) and data_facts(a)["images"][0] == 8

@@ -19,7 +19,7 @@ from launches import rows
 from iomm.config import InputError
 from iomm.engine.launch import main
 from iomm.engine.resilience import watchdog
-from iomm.engine.resilience.loss_guard import Guard
+from iomm.engine.resilience.loss_guard import LossGuard
 from iomm.engine.resilience.preemption import REQUEUE
 from iomm.engine.resilience.watchdog import REFUSED
 
@@ -33,7 +33,7 @@ def test_what_is_not_finite_changes_nothing(precisions, num_injections, tmp_path
 
 
 def test_too_many_skips_in_a_row_stop_the_run():
-    guard = Guard(max_skips=2, say=lambda line: None)
+    guard = LossGuard(max_skips=2, say=lambda line: None)
     for applied in (False, False, True, False, False):
         guard.saw(1, math.nan, "samples 0 to 3", applied)
     with pytest.raises(InputError, match="3 steps in a row up to step 9 .*samples 8 to 9.*a new run.dir .*resume OLD/checkpoints/step-00000009"):
@@ -57,7 +57,7 @@ def noise(rng, step):
 @pytest.mark.parametrize("num_steps", [20_000])
 def test_spikes_are_found_and_never_believed(num_steps):
     rng, said = random.Random(3), []
-    guard, spiked, found = Guard(max_skips=5, say=said.append), [], []
+    guard, spiked, found = LossGuard(max_skips=5, say=said.append), [], []
     for step in range(num_steps):
         loss, before = noise(rng, step), guard.spikes
         if step > 100 and step % 200 == 0:
@@ -72,24 +72,24 @@ def test_spikes_are_found_and_never_believed(num_steps):
 
 
 def test_a_new_level_is_learnt_from_nothing():
-    guard = Guard(max_skips=5, say=lambda line: None)
+    guard = LossGuard(max_skips=5, say=lambda line: None)
     rng = random.Random(0)
     for step in range(200):
         guard.saw(step, 1 + 0.01 * rng.random(), "", True)
-    for step in range(Guard.WINDOW):
+    for step in range(LossGuard.WINDOW):
         guard.saw(step, 3 + 0.01 * rng.random(), "", True)
         assert max(guard.losses, default=0) < 2
     assert not guard.losses
-    for step in range(Guard.LEAST):
+    for step in range(LossGuard.LEAST):
         guard.saw(step, 3 + 0.01 * rng.random(), "", True)
     assert not guard.is_spike(3.01) and guard.is_spike(9)
 
 
 def test_a_resumed_guard_judges_as_if_nothing_had_been():
-    rng, one = random.Random(5), Guard(max_skips=5, say=lambda line: None)
+    rng, one = random.Random(5), LossGuard(max_skips=5, say=lambda line: None)
     for step in range(150):
         one.saw(step, noise(rng, step), "", True)
-    other = Guard(max_skips=5, say=lambda line: None)
+    other = LossGuard(max_skips=5, say=lambda line: None)
     other.restore(json.loads(json.dumps(one.state())))
     assert other.state() == one.state() and all(one.is_spike(x / 100) == other.is_spike(x / 100) for x in range(200))
 
@@ -131,7 +131,7 @@ def test_another_machine_or_container_of_the_same_name_is_another(monkeypatch, t
     assert name == socket.gethostname() and len(boot) == 36 and namespace.startswith("pid:[")
     others = [(name, boot, namespace), (name, "another boot", namespace), (name, boot, "pid:[another]"), ("another", boot, namespace)]
     ranks = SimpleNamespace(first=True, rank=0, size=5, all=lambda mine: [mine] + [(where, 1000 + r, 0, "") for r, where in enumerate(others)])
-    one = watchdog.Watch(ranks, tmp_path, 0)
+    one = watchdog.Watchdog(ranks, tmp_path, 0)
     assert one.pids == {1: 1000} and one.hosts == [name] * 4 + ["another"]
 
 

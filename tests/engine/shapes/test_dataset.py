@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from iomm.config import InputError
-from iomm.engine.shapes.dataset import COLOURS, KINDS, OPPOSITE, ROLES, SHAPES, draw, held_out, scene, write_world
+from iomm.engine.shapes.dataset import COLOURS, KINDS, OPPOSITE, ROLES, SHAPES, draw, held_out, scene, write_dataset
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -117,7 +117,7 @@ PINNED = ["a purple circle and a yellow triangle", "a white circle below an oran
 
 
 def test_write_world(tmp_path):
-    paths = write_world(tmp_path / "world", num_images=10, size_px=48, seed=1, shard_size=4)
+    paths = write_dataset(tmp_path / "world", num_images=10, size_px=48, seed=1, shard_size=4)
     assert [path.name for path in paths] == ["00000.tar", "00001.tar", "00002.tar"]
     samples = {}
     for path in paths:
@@ -133,18 +133,18 @@ def test_write_world(tmp_path):
 
     times = [path.stat().st_mtime_ns for path in paths]
     before = [path.read_bytes() for path in paths]
-    write_world(tmp_path / "world", num_images=10, size_px=48, seed=1, shard_size=4)
+    write_dataset(tmp_path / "world", num_images=10, size_px=48, seed=1, shard_size=4)
     assert [path.stat().st_mtime_ns for path in paths] == times      # complete: left alone
     paths[1].write_bytes(b"cut")
-    write_world(tmp_path / "world", num_images=10, size_px=48, seed=1, shard_size=4)
+    write_dataset(tmp_path / "world", num_images=10, size_px=48, seed=1, shard_size=4)
     assert [path.read_bytes() for path in paths] == before           # damaged: the same bytes again
-    assert len(write_world(tmp_path / "world", num_images=3, size_px=48, seed=1, shard_size=4)) == 1
+    assert len(write_dataset(tmp_path / "world", num_images=3, size_px=48, seed=1, shard_size=4)) == 1
     assert sorted(os.listdir(tmp_path)) == ["world"]
     assert sorted(os.listdir(tmp_path / "world")) == ["00000.tar", "manifest.json"]
 
 
 def test_a_killed_writer_leaves_nothing_half_made(tmp_path):
-    code = f"from iomm.engine.shapes.dataset import write_world; write_world({str(tmp_path / 'world')!r}, num_images=200_000)"
+    code = f"from iomm.engine.shapes.dataset import write_dataset; write_dataset({str(tmp_path / 'world')!r}, num_images=200_000)"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".world.*/00000.tar")):
@@ -153,12 +153,12 @@ def test_a_killed_writer_leaves_nothing_half_made(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "world").exists()
-    assert write_world(tmp_path / "world", num_images=2)[0].exists()
+    assert write_dataset(tmp_path / "world", num_images=2)[0].exists()
 
 
 def test_of_two_that_ask_at_once_one_draws(tmp_path):
     """And the other's tars are not replaced under it."""
-    line = f"from iomm.engine.shapes.dataset import write_world; print(write_world({str(tmp_path / 'world')!r}, 64)[0].stat().st_ino)"
+    line = f"from iomm.engine.shapes.dataset import write_dataset; print(write_dataset({str(tmp_path / 'world')!r}, 64)[0].stat().st_ino)"
     both = [subprocess.Popen([sys.executable, "-c", line], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = [process.communicate(timeout=120)[0] for process in both]
     assert not any(process.returncode for process in both) and said[0] == said[1]
@@ -168,7 +168,7 @@ def test_of_two_that_ask_at_once_one_draws(tmp_path):
 def test_a_folder_of_somebody_else_is_not_touched(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(InputError, match="holds something else"):
-        write_world(tmp_path, num_images=2)
+        write_dataset(tmp_path, num_images=2)
     assert os.listdir(tmp_path) == ["thesis.tex"]
 
 
@@ -180,4 +180,4 @@ def test_wrong_input_is_one_line(tmp_path):
     with pytest.raises(InputError, match="scene number"):
         scene(0, -1)
     with pytest.raises(InputError, match="num_images"):
-        write_world(tmp_path / "w", num_images=0)
+        write_dataset(tmp_path / "w", num_images=0)

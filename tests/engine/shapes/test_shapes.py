@@ -43,7 +43,7 @@ from iomm.engine.shapes.dataset import (
     edit,
     held_out,
     scene,
-    write_world,
+    write_dataset,
 )
 from iomm.engine.shapes.mllm import LEGS, STATE, TASKS, WEIGHTS, Captioner, Leg, accuracies, metadata, train, vit_pixels
 from iomm.engine.shapes.mllm import main as mllm_main
@@ -298,7 +298,7 @@ def test_a_grade_is_a_function_of_model_and_seed(model, way):
 
 @pytest.mark.parametrize("size_px", [16, 64])
 def test_the_vit_is_shown_what_the_loader_of_a_run_shows_it(tmp_path, size_px):
-    shards = Shards(build_index(write_world(tmp_path / "world", num_images=6, seed=4), tmp_path / "index", progress=False))
+    shards = Shards(build_index(write_dataset(tmp_path / "world", num_images=6, seed=4), tmp_path / "index", progress=False))
     batch, = ImageSource(shards, seed=0, global_batch=6, micro_batch=6, rank=0, world_size=1, size_px=size_px, vit_px=32,
                          device="cpu", num_steps=1)
     shown = torch.stack([vit_pixels(draw(scene(4, k)), 32, size_px) for k in batch.entry_B.tolist()])

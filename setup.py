@@ -26,7 +26,8 @@ CSRC = ROOT / "csrc"
 
 CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=off", "-fno-math-errno",
              "-Wall", "-Wextra", "-Werror=vla"]
-NVCC_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "-Xcompiler", "-fPIC,-Wall", "--threads", "0"]      # files and archs side by side
+# Files and archs side by side.
+NVCC_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "-Xcompiler", "-fPIC,-Wall", "--threads", "0"]
 # H100 and H200 are 9.0 and run sm_90a code; the PTX is what Blackwell and later compile for themselves.
 CUDA_ARCHS = {
     "sm_80": ["-gencode", "arch=compute_80,code=sm_80"],
@@ -134,7 +135,8 @@ class NativeBuild(build_ext):
         except BuildError as error:
             raise SystemExit(f"iomm native build failed: {error}") from None
         print(line)
-        try:  # pip swallows the output of a build that went well
+        # Pip swallows the output of a build that went well.
+        try:
             Path("/dev/tty").write_text(line + "\n")
         except OSError:
             pass
@@ -204,7 +206,8 @@ if __name__ == "__main__":
             "test": ["pytest>=8.3", "pytest-xdist>=3.6", "pytest-benchmark>=5", "hypothesis>=6.100"],
             "bench": ["pytest-benchmark>=5"],
             "gpu": ["flash-attn>=2.8"],
-            "wandb": ["wandb>=0.19"],              # for log.wandb=true
+            # For log.wandb=true
+            "wandb": ["wandb>=0.19"],
             # Beside nvidia-dali-cuda130, not instead of it: engine/README.md explains how to exchange them.
             "cuda12": ["nvidia-dali-cuda120>=2.4; platform_system == 'Linux'"],
         },

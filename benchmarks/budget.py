@@ -58,9 +58,11 @@ NODE = 8
 # NCCL's own model of a ring (src/graph/tuning.cc, 2.18 and later): microseconds at the start, a hop over NVLink, a hop over
 # the network; share of the bandwidth. It takes the fastest of three protocols.
 PROTOCOLS = {"LL": (6.6, 0.6 * 1.8, 2.7, 0.25), "LL128": (14.0, 1.9, 4.0, 0.92), "Simple": (8.4, 3.4, 14.0, 1.0)}
-SMS, TILE = 132, 128                # multiprocessors of the chip; a product is cut into tiles of 128 x 128
+# Multiprocessors of the chip; a product is cut into tiles of 128 x 128
+SMS, TILE = 132, 128
 CONFIGS, GPUS = ("iomm-b-512", "iomm-l-512", "iomm-xl-512"), (1, 8, 16, 32, 64, 128, 256, 512)
-PAPER_HOURS, PAPER_RATE, AIMS = 1000, 30.6, (61, 80)          # GPU-hours of B's stage 1 on H800; images/s a GPU; our aims
+# GPU-hours of B's stage 1 on H800; images/s a GPU; our aims.
+PAPER_HOURS, PAPER_RATE, AIMS = 1000, 30.6, (61, 80)
 # What a run may set and the defaults do not: 4 GB of bf16 kept, copies in a node (where there are several).
 TUNED = {"max_live_parameters": 2_000_000_000, "hpz_partition_size": NODE}
 
@@ -119,7 +121,8 @@ def micro_batch_s(name, micro_batch, machine, latents=False):
     rows = {"latent_stream": math.prod(grid), "condition_stream": config.adapter.num_queries}
     tokens, width = sum(rows.values()), generator.config.width
     blocks = [m for m in generator.modules() if isinstance(m, generator.block_classes)]
-    attention = len(blocks) * attention_flops(tokens, tokens, width)       # FLUX's last block has a fifth less: 0.1 % of the sum
+    # FLUX's last block has a fifth less: 0.1 % of the sum.
+    attention = len(blocks) * attention_flops(tokens, tokens, width)
     products, rate = flops["generator"] / 3 - attention, machine["matmul"] * assumed("share of the matmul rate, transformer products")
     linears = [(micro_batch * rows.get(path.partition(".")[0], tokens), m) for path, m in blocks[0].named_modules()
                if isinstance(m, nn.Linear) and "modulation" not in path]
@@ -129,7 +132,8 @@ def micro_batch_s(name, micro_batch, machine, latents=False):
     once = products / (rate * busy) + attention / assumed("attention forward, FLOP/s") + moved["generator"][0]
     again = 2 * products / (rate * busy) + 2.5 * attention / assumed("attention backward, FLOP/s") + moved["generator"][1]
     again += once * min(config.train.recompute, len(blocks)) / len(blocks)
-    mllm = (flops["MLLM"] + flops["adapter"]) / 2           # queries forward and backward are alike; the prefix is small
+    # Queries forward and backward are alike; the prefix is small.
+    mllm = (flops["MLLM"] + flops["adapter"]) / 2
     frozen = (flops["ViT"] + mllm) / rate + sum(moved[part][0] for part in ("ViT", "MLLM"))
     if not latents:
         frozen += flops["VAE"] / (machine["matmul"] * assumed("share of the matmul rate, VAE convolutions")) + moved["VAE"][0]
@@ -174,7 +178,8 @@ def update_s(name, ranks, accumulation, machine):
     config, model, _ = parts(name)
     values = sum(p.numel() for p in model.parameters()) / ranks
     moved = values * (10 * accumulation + 66 + (12 if config.ema.decay else 0))
-    costs = [5 * (4 * min(p.shape)**2 * max(p.shape) + 2 * min(p.shape)**3)            # Newton-Schulz; fused parts taken as one
+    # Newton-Schulz; fused parts taken as one.
+    costs = [5 * (4 * min(p.shape)**2 * max(p.shape) + 2 * min(p.shape)**3)
              for group in make_optimizer(model, config.optim).param_groups if group["kind"] == "muon" for p in group["params"]]
     owners, load = spread(costs, ranks), [0.0] * ranks
     for cost, owner in zip(costs, owners):

@@ -58,7 +58,8 @@ class ByPillow(torch.utils.data.Dataset):
         return 1 << 30
 
     def __getitem__(self, n):
-        if self.shards is None:      # each worker opens its own
+        # Each worker opens its own.
+        if self.shards is None:
             self.shards = Shards(self.index_dir)
         return by_pillow(self.shards.image_bytes(int(self.order(n))))
 
@@ -131,7 +132,8 @@ def against_pillow(index_dir):
             before = cpu_s()
             rate[name].append(images_per_s(batches, BATCHES_A_ROUND))
             cpu_ms[name].append(1e3 * (cpu_s() - before) / (BATCH * BATCHES_A_ROUND))
-            time.sleep(1)      # its queues fill before the next one's turn
+            # Its queues fill before the next one's turn.
+            time.sleep(1)
     for name in ("ours", "ours_dali"):
         sides[name].close()
     report = {"rounds": ROUNDS}
@@ -179,7 +181,8 @@ def ten_million(index_dir, folder):
         batches = iter(ours(many))
         next(batches)
         first.append(time.perf_counter() - started)
-        first_cpu.append(time.process_time() - started_cpu)      # of several batches read and decoded ahead
+        # Of several batches read and decoded ahead.
+        first_cpu.append(time.process_time() - started_cpu)
         batches.close()
         started = time.perf_counter()
         BucketSampler(0, Shards(many).index, 1024, bucket_sizes(SIZE_PX, 16))(np.arange(10**9, 10**9 + 1024))

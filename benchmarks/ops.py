@@ -67,7 +67,8 @@ def check(case, body, device, dtype):
     """Largest error over the budget: twice what the specification makes in the same dtype, plus one ulp; NaN fails."""
     exact_inputs, dtype = case.check(), case.dtype or dtype
 
-    def cast():                                  # anew for each: an optimizer's step is in place
+    # Anew for each: an optimizer's step is in place.
+    def cast():
         return [x.detach().to(device, dtype if x.dtype == torch.float64 else x.dtype, copy=True).requires_grad_(x.requires_grad)
                 if isinstance(x, torch.Tensor) else x for x in exact_inputs]
     got, same_dtype = run_whole(body, cast()), run_whole(case.reference, cast())
@@ -198,7 +199,8 @@ def measure(device, dtype, timer, save):
         for name, body in case.bodies.items():
             try:
                 ratio = check(case, body, device, dtype)
-            except Exception as error:  # a library that refuses: said below, and only ours must run
+            except Exception as error:
+                # a library that refuses: said below, and only ours must run
                 print(f"{case.op} {case.name} {name} fails: {type(error).__name__}: {str(error).strip()[:300]}")
                 ratio = float("inf")
             if not ratio <= 1:
@@ -217,7 +219,8 @@ def measure(device, dtype, timer, save):
         for row in [row for row in rows if (row["op"], row["case"]) == (case.op, case.name)]:
             try:
                 time_row(row, case, inputs, timer)
-            except Exception as error:           # at its true size; the others' times are not lost by it
+            except Exception as error:
+                # at its true size; the others' times are not lost by it
                 print(f"{case.op} {case.name} {row['body']} fails: {type(error).__name__}: {str(error).strip()[:300]}")
                 rows.remove(row)
         del inputs

@@ -294,7 +294,8 @@ def table(section):
             result = json.loads(path.read_text())
             trials = {what: result["trials"][name] for name, (what, _) in PROMISES.items() if name in result.get("trials", {})}
             for what, figure in kinds[kind](result):
-                facts = {**result["machine"], **result.get("of", {}).get(what, {}), **trials.get(what, {})}    # a row measured on its own day
+                # A row measured on its own day.
+                facts = {**result["machine"], **result.get("of", {}).get(what, {}), **trials.get(what, {})}
                 rows.append(f"| {what} | {figure} | [{facts['date']}](results/{path.name}), {facts['device']}, {short(facts['commit'])} |")
     return "\n".join(rows)
 

@@ -30,7 +30,8 @@ def sampling_rate(pipeline, *, steps=20, guidance=4.0, size=None, batches=3, com
     seconds = []
     for i in range(batches):
         started = time.perf_counter()
-        pipeline(texts, steps=steps, seed=i, **settings)       # ends with pixels on the CPU: nothing is still queued
+        # Ends with pixels on the CPU: nothing is still queued.
+        pipeline(texts, steps=steps, seed=i, **settings)
         seconds.append(time.perf_counter() - started)
     rate = num / statistics.median(seconds)
     flops = steps * (1 if guidance == 1.0 else 2) * model.generator.flops_per_image(vae.grid(*size), num_condition)

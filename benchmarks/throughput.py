@@ -46,13 +46,19 @@ from iomm.engine.observe.metrics import memory_gib, peak_flops
 from iomm.engine.observe.tracing import Window
 from iomm.engine.parallel import ranks as group
 
-REAL = "iomm-b-512"                 # the config that the paper's hours are of
-STAGE_1, STAGE_2 = 110e6, 4.2e6     # images: 11 M x 10 epochs; 210 k pairs x 10 epochs and as many images beside them
-PAPER_HOURS, PAPER_RATE = (1000, 50), 110e6 / (1000 * 3600)      # H800-hours of the stages; images/s that the first implies
+# The config that the paper's hours are of.
+REAL = "iomm-b-512"
+# images: 11 M x 10 epochs; 210 k pairs x 10 epochs and as many images beside them
+STAGE_1, STAGE_2 = 110e6, 4.2e6
+# H800-hours of the stages; images/s that the first implies.
+PAPER_HOURS, PAPER_RATE = (1000, 50), 110e6 / (1000 * 3600)
 LIMIT_S = {"cpu": 170, "cuda": 480}
-SHARES = 0.55, 0.95                 # of the time limit, when the comparison and the ablations end, 3 rounds each at least
-ALONE = {"cpu": 1, "cuda": 10}      # rounds of our step before there is a rival
-LINEAR = torch.nn.functional.linear # DeepSpeed puts one of its own there where blocks are not compiled on a GPU
+# Of the time limit, when the comparison and the ablations end, 3 rounds each at least.
+SHARES = 0.55, 0.95
+# Rounds of our step before there is a rival.
+ALONE = {"cpu": 1, "cuda": 10}
+# DeepSpeed puts one of its own there where blocks are not compiled on a GPU.
+LINEAR = torch.nn.functional.linear
 
 
 # The rival
@@ -61,14 +67,16 @@ def make_plain(bench):
     """Plain and its Trainer with our weights, once its loss on a batch is ours."""
     config, model = bench.config, bench.model
     mllm, vae = model.frozen
-    with torch.device(bench.device):             # drawn there: a billion numbers on the CPU take longer than the comparison
+    # Drawn there: a billion numbers on the CPU take longer than the comparison.
+    with torch.device(bench.device):
         plain = BaselineModel(model.generator.config, config.adapter, mllm, vae, ratio=config.mask.ratio,
                       autocast=config.precision != "fp32").to(bench.device)
     plain.load(bench.weights())
     (batch, *_), twin = bench.next(), whole_copy(bench)
     n_B, draws = batch.n_B.to(bench.device), engine_draws(config, batch, mllm, vae)
     with torch.no_grad(), swapped(torch.nn.functional, linear=LINEAR):
-        _, loss_B, *_ = twin(batch.pixels_BCHW, batch.vit_pixels_BHWC, n_B)      # of the velocity alone, which plain has too
+        # Of the velocity alone, which plain has too.
+        _, loss_B, *_ = twin(batch.pixels_BCHW, batch.vit_pixels_BHWC, n_B)
         ours = loss_B.mean().item()
         theirs = plain.loss(batch.pixels_BCHW, batch.vit_pixels_BHWC, *draws).item()
     allowed = 1e-4 if config.precision == "fp32" else 2e-2
@@ -98,7 +106,8 @@ def against(bench, args, result, save):
     timed = {"ours": bench.step, "plain": plain_step, "plain, all outputs": lambda: plain_step(every=True)}
     rows(bench, bench.in_turn(timed, args.steps, bench.deadline(SHARES[0])), result)
     known()
-    if bench.compiled:                           # by itself: it needs most memory and matters least
+    # By itself: it needs most memory and matters least.
+    if bench.compiled:
         found = bench.in_turn({"ours": bench.step, "plain, no compile": lambda: plain_step(compiled=False)}, 4, bench.deadline(SHARES[0]))
         rows(bench, found, result, ours=False)
         known()
@@ -188,7 +197,8 @@ def picture(result, path):
     if (plt := pyplot()) is None:
         return
     figure, (bars, roof) = plt.subplots(1, 2, figsize=(13, 5), width_ratios=(1, 1.2))
-    scale = result["rows"]["ours"]["s"] / sum(result["split_s"].values())      # the clock's own steps were others
+    # The clock's own steps were others.
+    scale = result["rows"]["ours"]["s"] / sum(result["split_s"].values())
     left = 0.0
     for i, (part, seconds) in enumerate(sorted(result["split_s"].items(), key=lambda pair: -pair[1])):
         bars.bar("ours", seconds * scale, bottom=left, label=part, color=plt.get_cmap("tab20")(i))
@@ -253,7 +263,8 @@ def attempt(what, work, result, save):
         print(f"{what} failed: {reason}{fits}", flush=True)
         if os.environ.get("IOMM_TRACEBACK"):
             traceback.print_exception(error)
-    if torch.cuda.is_available():                # what it held must not lie in the way of what comes
+    # What it held must not lie in the way of what comes.
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()
     save()
 
@@ -305,7 +316,8 @@ def ablate(bench, args, result, save):
             continue
         try:
             found = bench.in_turn({"ours": bench.step, name: step}, max(4, args.steps // 3), now + (end - now) / (len(changed) - i))
-        except Exception as error:               # it may have ended amid a step: what came after would start there
+        except Exception as error:
+            # it may have ended amid a step: what came after would start there
             left_out[name] = first_line(error)
             left_out |= dict.fromkeys(list(changed)[i + 1:], "after that")
             break
@@ -342,7 +354,8 @@ def main():
 
 def report(bench, args, changes):
     facts, device = machine(), bench.device.type
-    copy, matmul = ceilings(bench.device, torch.float32 if bench.config.precision == "fp32" else torch.bfloat16)      # as it is idle
+    # As it is idle.
+    copy, matmul = ceilings(bench.device, torch.float32 if bench.config.precision == "fp32" else torch.bfloat16)
     path = ROOT / "benchmarks/results" / f"{label(f'throughput-{Path(args.config).stem}', args.overrides)}-{device}-{facts['date']}.json"
     result = {"machine": facts | {"load": os.getloadavg()[0], "threads": torch.get_num_threads()}, "config": args.config,
               "changed": [*args.overrides, *changes], "precision": bench.config.precision, "compiled": bench.compiled,

@@ -227,7 +227,8 @@ def load_run(run_dir, *, weights="ema", device="cpu"):
     weights are in the run's precision, as training computes; on a CPU in float32."""
     config, folder = read_run(run_dir)
     model = build_model(config, device).to(device)
-    model.alignment = None                       # only training needs it
+    # Only training needs it.
+    model.alignment = None
     manifest = load_weights(model, folder, weights)
     if torch.device(device).type == "cuda" and config.dtype == torch.bfloat16:
         model.to(torch.bfloat16)

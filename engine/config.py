@@ -25,10 +25,14 @@ def positive(key, value, least=1):
 
 @dataclass(frozen=True, kw_only=True)
 class RunSection:
-    dir: str = "runs/demo"             # folder that the run writes; indexes and rendered data go to `shared/` beside it
-    seed: int = 0                      # seed of weights, data order, masks, times, noise, flips and dropped captions
-    init: str | None = None            # run folder to start from: loads its newest weights; all else is fresh
-    init_weights: str = "ema"          # ema | raw: which weights of that run
+    # Folder that the run writes; indexes and rendered data go to `shared/` beside it.
+    dir: str = "runs/demo"
+    # Seed of weights, data order, masks, times, noise, flips and dropped captions.
+    seed: int = 0
+    # Run folder to start from: loads its newest weights; all else is fresh.
+    init: str | None = None
+    # ema | raw: which weights of that run
+    init_weights: str = "ema"
 
     def __post_init__(self):
         if not 0 <= self.seed < 2**64:
@@ -38,15 +42,21 @@ class RunSection:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSection:
-    preset: str = "iomm-b"             # shape of the generator: a name in PRESETS of iomm/config.py
-    mllm: str = "shapes"               # folder or hub id of an InternVL; "shapes": the tiny one that ships with the
-                                       # package; "random:internvl3-2b": random weights, for measuring speed
-    mllm_revision: str | None = None   # commit of the hub checkpoint
-    vae: str = "pixel:4"               # folder or hub id of an AutoencoderKL; "shapes": the tiny one that ships with
-                                       # the package; "pixel:<patch>": no VAE, one token is <patch> x <patch> pixels;
-                                       # "random:flux": random weights, for measuring speed
-    patch: int = 2                     # side of the square of VAE latents that becomes one token of the generator
-    vae_sample: bool = False           # sample latents from the VAE's posterior instead of taking its mean
+    # Shape of the generator: a name in PRESETS of iomm/config.py.
+    preset: str = "iomm-b"
+    # Folder or hub id of an InternVL; "shapes": the tiny one that ships with the package;
+    # "random:internvl3-2b": random weights, for measuring speed.
+    mllm: str = "shapes"
+    # Commit of the hub checkpoint.
+    mllm_revision: str | None = None
+    # Folder or hub id of an AutoencoderKL; "shapes": the tiny one that ships with the package;
+    # "pixel:<patch>": no VAE, one token is <patch> x <patch> pixels; "random:flux": random weights,
+    # for measuring speed.
+    vae: str = "pixel:4"
+    # Side of the square of VAE latents that becomes one token of the generator.
+    patch: int = 2
+    # Sample latents from the VAE's posterior instead of taking its mean.
+    vae_sample: bool = False
 
     def __post_init__(self):
         choice("model.preset", self.preset, tuple(PRESETS))
@@ -55,28 +65,47 @@ class ModelSection:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSection:
-    shards: str = "shapes"             # images: tars, globs or folders, comma-separated; "shapes": the rendered dataset
-    pairs: str | None = None           # text-image pairs, named like shards
-    mix: float = 0.5                   # share of images without text in every global batch of images and pairs
-    latents: str | None = None         # folder written by `iomm cache`: read VAE latents instead of pixels. "memory":
-                                       # compute latents and image tokens of every sample once at the start and keep
-                                       # them in memory
-    size_px: int = 512                 # side of the square that is trained on; with buckets its area
-    crop: str = "center"               # center | random: place of the square in the image
-    buckets: bool = False              # crop near the image's own aspect ratio, at equal area, not to a square
-    flip: bool = False                 # mirror half of the images; never one with a caption
-    precision: str = "fp32"            # fp32 | bf16: pixels as they leave the decoder
-    resize: str = "torch"              # torch | dali: who resizes on a CPU; torch is faster. On a GPU it is always DALI
-    num_images: int = 4096             # images of the shapes dataset to render
-    num_pairs: int = 500               # pairs of the shapes dataset to render; other pictures than those images
-    threads: int = 2                   # decoding threads per rank
-    hw_decoder_load: float = 0.65      # share of baseline JPEGs decoded by the GPU's JPEG engine
-    min_size_px: int = 32              # images with a shorter edge below this are rejected
-    max_aspect: float = 10.0           # images with longer edge / shorter edge above this are rejected
-    max_pixels: int = 1 << 26          # images with more pixels are rejected; at the default one takes 256 MB to decode
-    max_bad_fraction: float = 1e-4     # share of samples that may turn out unreadable before the run stops
-    max_bad_shards: int = 5            # number of shards with such samples before the run stops
-    heldout: int = 0                   # images, and as many pairs, kept from training for evaluate.every_steps
+    # images: tars, globs or folders, comma-separated; "shapes": the rendered dataset
+    shards: str = "shapes"
+    # text-image pairs, named like shards
+    pairs: str | None = None
+    # Share of images without text in every global batch of images and pairs.
+    mix: float = 0.5
+    # Folder written by `iomm cache`: read VAE latents instead of pixels. "memory": compute latents
+    # and image tokens of every sample once at the start and keep them in memory.
+    latents: str | None = None
+    # Side of the square that is trained on; with buckets its area.
+    size_px: int = 512
+    # center | random: place of the square in the image
+    crop: str = "center"
+    # Crop near the image's own aspect ratio, at equal area, not to a square.
+    buckets: bool = False
+    # Mirror half of the images; never one with a caption.
+    flip: bool = False
+    # fp32 | bf16: pixels as they leave the decoder
+    precision: str = "fp32"
+    # torch | dali: who resizes on a CPU; torch is faster. On a GPU it is always DALI
+    resize: str = "torch"
+    # Images of the shapes dataset to render.
+    num_images: int = 4096
+    # Pairs of the shapes dataset to render; other pictures than those images.
+    num_pairs: int = 500
+    # Decoding threads per rank.
+    threads: int = 2
+    # Share of baseline JPEGs decoded by the GPU's JPEG engine.
+    hw_decoder_load: float = 0.65
+    # Images with a shorter edge below this are rejected.
+    min_size_px: int = 32
+    # Images with longer edge / shorter edge above this are rejected.
+    max_aspect: float = 10.0
+    # Images with more pixels are rejected; at the default one takes 256 MB to decode.
+    max_pixels: int = 1 << 26
+    # Share of samples that may turn out unreadable before the run stops.
+    max_bad_fraction: float = 1e-4
+    # Number of shards with such samples before the run stops.
+    max_bad_shards: int = 5
+    # images, and as many pairs, kept from training for evaluate.every_steps
+    heldout: int = 0
 
     def __post_init__(self):
         positive("data.size_px", self.size_px, 16)
@@ -101,21 +130,33 @@ class DataSection:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSection:
-    data: str = "image"                # image | pair | mix: what a global batch holds; see data.mix
-    caption_drop: float = 0.1          # share of captions replaced by the empty prompt, for classifier-free guidance
-    noise_draws: int = 1               # times and noises drawn for each sample in a step: the generator runs on all of them, the
-                                       # frozen encoders, the adapter and the MLLM run once. Above 1 goes beyond the paper
-    steps: int = 1000                  # optimizer steps of the whole run
-    global_batch: int = 1024           # samples per optimizer step, over all ranks
-    micro_batch: int | None = None     # samples per rank and forward pass; null: global_batch / ranks
-    threads: int | None = None         # torch CPU threads per rank; null: cores / ranks of this machine
-    cpu_ranks: int = 1                 # ranks of a run that is started as one rank on a machine without a GPU, lowered to a divisor
-                                       # of global_batch; 0: one per core, with at least 4 images each
-    timeout_s: float = 1800.0          # a collective that takes longer ends the run
-    compile: bool | None = None        # torch.compile every block; null: on a GPU only
-    overlap: bool = False              # encode the next micro-batch on a second CUDA stream while the generator works.
-                                       # Needs memory for both; off until a GPU measurement shows that it pays
-    recompute: int = 0                 # number of leading blocks that recompute activations in the backward pass
+    # image | pair | mix: what a global batch holds; see data.mix
+    data: str = "image"
+    # Share of captions replaced by the empty prompt, for classifier-free guidance.
+    caption_drop: float = 0.1
+    # Times and noises drawn for each sample in a step: the generator runs on all of them, the
+    # frozen encoders, the adapter and the MLLM run once. Above 1 goes beyond the paper.
+    noise_draws: int = 1
+    # Optimizer steps of the whole run.
+    steps: int = 1000
+    # Samples per optimizer step, over all ranks.
+    global_batch: int = 1024
+    # Samples per rank and forward pass; null: global_batch / ranks.
+    micro_batch: int | None = None
+    # torch CPU threads per rank; null: cores / ranks of this machine
+    threads: int | None = None
+    # Ranks of a run that is started as one rank on a machine without a GPU, lowered to a divisor of
+    # global_batch; 0: one per core, with at least 4 images each.
+    cpu_ranks: int = 1
+    # A collective that takes longer ends the run.
+    timeout_s: float = 1800.0
+    # torch.compile every block; null: on a GPU only
+    compile: bool | None = None
+    # Encode the next micro-batch on a second CUDA stream while the generator works. Needs memory
+    # for both; off until a GPU measurement shows that it pays.
+    overlap: bool = False
+    # Number of leading blocks that recompute activations in the backward pass.
+    recompute: int = 0
 
     def __post_init__(self):
         choice("train.data", self.data, ("image", "pair", "mix"))
@@ -137,10 +178,14 @@ class TrainSection:
 
 @dataclass(frozen=True, kw_only=True)
 class TimeSection:
-    kind: str = "uniform"              # uniform | logit_normal: distribution of times between image (0) and noise (1)
-    mean: float = 0.0                  # mean of the logit-normal distribution
-    std: float = 1.0                   # standard deviation of the logit-normal distribution
-    shift: float = 1.0                 # resolution shift; above 1 moves times towards noise
+    # uniform | logit_normal: distribution of times between image (0) and noise (1)
+    kind: str = "uniform"
+    # Mean of the logit-normal distribution.
+    mean: float = 0.0
+    # Standard deviation of the logit-normal distribution.
+    std: float = 1.0
+    # Resolution shift; above 1 moves times towards noise.
+    shift: float = 1.0
 
     def __post_init__(self):
         choice("time.kind", self.kind, TIME_KINDS)
@@ -150,19 +195,29 @@ class TimeSection:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimSection:
-    kind: str = "adamw"                # adamw | muon: Muon for the matrices of layers, AdamW for everything else
+    # adamw | muon: Muon for the matrices of layers, AdamW for everything else
+    kind: str = "adamw"
     # torch | apex: implementation of AdamW's update: torch's fused kernel or NVIDIA apex's FusedAdam. They agree to
     # float32 rounding. The rows `adamw` of `python benchmarks/ops.py --gpu` compare their speed.
     adamw: str = "torch"
-    lr: float = 1e-4                   # peak learning rate
-    betas: tuple[float, float] = (0.9, 0.95)   # AdamW's betas
-    eps: float = 1e-8                  # AdamW's epsilon
-    weight_decay: float = 0.0          # decoupled weight decay, of AdamW and Muon
-    clip: float = 1.0                  # largest global gradient norm; 0 turns clipping off
-    warmup_steps: int = 1000           # steps in which the learning rate rises linearly
-    schedule: str = "constant"         # constant | cosine: after the warm-up; cosine reaches 0 at train.steps
-    momentum: float = 0.95             # Muon's Nesterov momentum
-    newton_schulz_steps: int = 5       # of Muon's orthogonalisation; 3 cost 40 % less and leave small singular values smaller
+    # Peak learning rate
+    lr: float = 1e-4
+    # AdamW's betas
+    betas: tuple[float, float] = (0.9, 0.95)
+    # AdamW's epsilon
+    eps: float = 1e-8
+    # Decoupled weight decay, of AdamW and Muon.
+    weight_decay: float = 0.0
+    # Largest global gradient norm; 0 turns clipping off.
+    clip: float = 1.0
+    # Steps in which the learning rate rises linearly.
+    warmup_steps: int = 1000
+    # constant | cosine: after the warm-up; cosine reaches 0 at train.steps
+    schedule: str = "constant"
+    # Muon's Nesterov momentum
+    momentum: float = 0.95
+    # of Muon's orthogonalisation; 3 cost 40 % less and leave small singular values smaller
+    newton_schulz_steps: int = 5
 
     def __post_init__(self):
         choice("optim.kind", self.kind, ("adamw", "muon"))
@@ -184,7 +239,8 @@ class OptimSection:
 
 @dataclass(frozen=True, kw_only=True)
 class EmaSection:
-    decay: float = 0.999               # decay of the moving average of the weights; 0 turns the average off
+    # Decay of the moving average of the weights; 0 turns the average off.
+    decay: float = 0.999
 
     def __post_init__(self):
         if not 0 <= self.decay < 1:
@@ -198,19 +254,21 @@ class ZeroSection:
     DeepSpeed's quantised weights and gradients (ZeRO++) have no key: they need kernels compiled at the start and change
     what is computed."""
 
-    stage: int = 3                     # 0 splits nothing; 1 splits masters and moments; 2 also gradients; 3 also
-                                       # weights
+    # 0 splits nothing; 1 splits masters and moments; 2 also gradients; 3 also weights
+    stage: int = 3
     # bf16 | fp32: type in which gradients are summed over ranks. bf16 sends half the bytes; take fp32 with hundreds of
     # ranks, where sums get long. Accumulation over micro-batches is fp32 in any case.
     reduce_precision: str = "bf16"
-    overlap_comm: bool | None = None   # stages 2 and 3: send gradients during the backward pass; null: on a GPU only
+    # stages 2 and 3: send gradients during the backward pass; null: on a GPU only
+    overlap_comm: bool | None = None
     # Stages 1 to 3: size of a gradient message. IOMM-XL's largest block has 181 M, so blocks leave one by one; at 0.4
     # GB a message still runs at link speed, and the last one, which nothing hides, is 1/34 of all. DeepSpeed's default
     # of 500 M would hold 8 blocks of IOMM-B.
     reduce_bucket_size: int = 200_000_000
-    allgather_bucket_size: int = 500_000_000   # stages 1 and 2: weights gathered at once after a step; DeepSpeed's
-                                               # default
-    prefetch_bucket_size: int = 200_000_000    # stage 3: weights prefetched; room for IOMM-XL's next block of 181 M
+    # stages 1 and 2: weights gathered at once after a step; DeepSpeed's default
+    allgather_bucket_size: int = 500_000_000
+    # stage 3: weights prefetched; room for IOMM-XL's next block of 181 M
+    prefetch_bucket_size: int = 200_000_000
     # Stage 3: parameters up to this size stay gathered, each with a message of its own after every step. 0, since
     # blocks are gathered whole, norms and biases included. At 50,000 IOMM-B would send 280 such messages: over 5 % of a
     # step from 64 GPUs on (computed by benchmarks/budget.py).
@@ -245,12 +303,16 @@ class ZeroSection:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSection:
-    every_steps: int = 1000            # steps between checkpoints; the last step always has one
-    keep: int = 3                      # newest checkpoints to keep; at least 2, in case one goes bad on the disk
-    keep_every_steps: int = 0          # also keep every checkpoint at a multiple of this for good; 0: none
-    background: bool = True            # training waits only for the copy to memory; false: until it is on the disk
-    mtbf_gpu_hours: float = 20_000.0   # mean GPU-hours between faults, used for the interval that a run recommends at
-                                       # its end
+    # Steps between checkpoints; the last step always has one.
+    every_steps: int = 1000
+    # Newest checkpoints to keep; at least 2, in case one goes bad on the disk.
+    keep: int = 3
+    # Also keep every checkpoint at a multiple of this for good; 0: none.
+    keep_every_steps: int = 0
+    # Training waits only for the copy to memory; false: until it is on the disk.
+    background: bool = True
+    # mean GPU-hours between faults, used for the interval that a run recommends at its end
+    mtbf_gpu_hours: float = 20_000.0
 
     def __post_init__(self):
         positive("checkpoint.every_steps", self.every_steps)
@@ -261,12 +323,15 @@ class CheckpointSection:
 
 @dataclass(frozen=True, kw_only=True)
 class LogSection:
-    every_steps: int = 10              # steps between lines on the terminal; log.jsonl has every step
-    sample_images: int = 16            # images in the grid sampled at the end; on the shapes dataset samples are scored
-                                       # too; 0: neither
-    sample_steps: int = 20             # Euler steps of that grid
-    wandb: bool = False                # log to Weights & Biases too; project and name are the last two folders of
-                                       # run.dir
+    # Steps between lines on the terminal; log.jsonl has every step.
+    every_steps: int = 10
+    # Images in the grid sampled at the end; on the shapes dataset samples are scored too; 0:
+    # neither.
+    sample_images: int = 16
+    # Euler steps of that grid.
+    sample_steps: int = 20
+    # Log to Weights & Biases too; project and name are the last two folders of run.dir.
+    wandb: bool = False
 
     def __post_init__(self):
         positive("log.every_steps", self.every_steps)
@@ -276,14 +341,18 @@ class LogSection:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateSection:
-    every_steps: int = 0               # steps between evaluations (held-out loss and a grid); the last step has one
-                                       # too; 0: never
-    micro_batch: int = 16              # held-out samples, or sampled images, per rank and pass
-    num_images: int = 16               # images in the grid; 0: none
-    steps: int = 20                    # Euler steps of each image
-    guidance: float = 1.0              # for images from prompts; above 1 needs a run that dropped captions
-    prompts: str | None = None         # separated by "|", used in turn; null: held-out captions, or masked images
-                                       # without pairs
+    # Steps between evaluations (held-out loss and a grid); the last step has one too; 0: never.
+    every_steps: int = 0
+    # held-out samples, or sampled images, per rank and pass
+    micro_batch: int = 16
+    # Images in the grid; 0: none.
+    num_images: int = 16
+    # Euler steps of each image.
+    steps: int = 20
+    # For images from prompts; above 1 needs a run that dropped captions.
+    guidance: float = 1.0
+    # Separated by "|", used in turn; null: held-out captions, or masked images without pairs.
+    prompts: str | None = None
 
     def __post_init__(self):
         positive("evaluate.every_steps", self.every_steps, 0)
@@ -295,10 +364,14 @@ class EvaluateSection:
 
 @dataclass(frozen=True, kw_only=True)
 class GuardSection:
-    max_skips: int = 5                 # consecutive skipped steps after which the run stops
-    spike_sigmas: float = 6.0          # robust standard deviations above the median from which a loss counts as a spike
-    skip_spikes: bool = False          # skip the update of such a step; costs a wait for the GPU in every step
-    hang_s: float = 600.0              # a step that takes longer is a hang and ends the run; 0: no limit
+    # Consecutive skipped steps after which the run stops.
+    max_skips: int = 5
+    # Robust standard deviations above the median from which a loss counts as a spike.
+    spike_sigmas: float = 6.0
+    # Skip the update of such a step; costs a wait for the GPU in every step.
+    skip_spikes: bool = False
+    # A step that takes longer is a hang and ends the run; 0: no limit.
+    hang_s: float = 600.0
 
     def __post_init__(self):
         positive("guard.max_skips", self.max_skips, 0)
@@ -308,8 +381,10 @@ class GuardSection:
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileSection:
-    start_step: int = 20               # first step that --profile traces, counted from the start of this process
-    num_steps: int = 3                 # steps in the trace
+    # First step that --profile traces, counted from the start of this process.
+    start_step: int = 20
+    # Steps in the trace.
+    num_steps: int = 3
 
     def __post_init__(self):
         positive("profile.start_step", self.start_step)
@@ -330,10 +405,10 @@ class RunConfig:
     time: TimeSection = field(default_factory=TimeSection)
     optim: OptimSection = field(default_factory=OptimSection)
     ema: EmaSection = field(default_factory=EmaSection)
-    precision: str = "bf16"            # bf16 | fp32 | fp8 | auto: arithmetic; masters are always fp32. fp8: bf16, but
-                                       # the matrix products of the generator's blocks in fp8; its loss has not been
-                                       # compared with bf16 on a GPU yet. auto: bf16 where this machine multiplies it
-                                       # faster than fp32, else fp32
+    # bf16 | fp32 | fp8 | auto: arithmetic; masters are always fp32. fp8: bf16, but the matrix
+    # products of the generator's blocks in fp8; its loss has not been compared with bf16 on a GPU
+    # yet. auto: bf16 where this machine multiplies it faster than fp32, else fp32
+    precision: str = "bf16"
     zero: ZeroSection = field(default_factory=ZeroSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     log: LogSection = field(default_factory=LogSection)
@@ -431,6 +506,7 @@ def flat(config):
 def differences(config, other):
     """Dotted keys, FREE_KEYS excepted, in which two configs differ: ["optim.lr: 0.0001 became 0.001"]."""
     mine, theirs = flat(config), flat(other)
-    bound = {"train.steps"} if config.optim.schedule == "cosine" else set()      # there the last step shapes every step
+    # There the last step shapes every step.
+    bound = {"train.steps"} if config.optim.schedule == "cosine" else set()
     return [f"{key}: {theirs[key]} became {mine[key]}" for key in mine
             if mine[key] != theirs[key] and (key not in FREE_KEYS or key in bound)]

@@ -28,7 +28,8 @@ def read(cls, text, source="config", overrides=()):
         depth = 0
         for event in yaml.parse(text, yaml.SafeLoader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > 10:                       # 100,000 brackets keep PyYAML busy for minutes
+            # 100,000 brackets keep PyYAML busy for minutes
+            if depth > 10:
                 raise InputError(f"{source}:{event.start_mark.line + 1}: nested deeper than any config is")
             if isinstance(event, yaml.AliasEvent):
                 raise InputError(f"{source}:{event.start_mark.line + 1}: YAML aliases (*name) are not allowed; write the value out")
@@ -52,7 +53,8 @@ def read(cls, text, source="config", overrides=()):
         values[names], where[names] = scalar(kind, value, f"command line: {key}"), "command line"
     try:
         return build(cls, (), values)
-    except InputError as error:                  # a value out of range: say where it was given
+    except InputError as error:
+        # a value out of range: say where it was given
         given = [place for names, place in where.items() if ".".join(names) in str(error)]
         raise InputError(f"{given[-1]}: {error}" if given else str(error)) from None
 
@@ -107,7 +109,8 @@ def documented(cls: type, prefix: str = "") -> Iterator[Documented]:
 
     A comment beside a field may go on in the lines below, further right than the field itself."""
     source = textwrap.dedent(inspect.getsource(cls))
-    beside, below = {}, {}       # {line: text} of comments after code; {line: (column, text)} of those in a line of their own
+    # {line: text} of comments after code; {line: (column, text)} of those in a line of their own
+    beside, below = {}, {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             (line, column), text = token.start, token.string.removeprefix("#").strip()

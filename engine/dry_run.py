@@ -22,10 +22,15 @@ from iomm.layers import use_fp8
 from iomm.mllm import TURN
 from iomm.vae import vae_without_weights
 
-NUM_TEXT, NUM_TURN = 24, 8      # tokens of the turn with the fixed prompt, and without, by Qwen2.5's tokenizer; where there is none
-NUM_CAPTION = 64                # tokens of a caption, assumed: nobody has counted; 64 more are 2 % more work for a pair of IOMM-B
-MATMUL_FLOPS = 790e12           # what a bf16 product reaches on one H200, measured: 769 to 798 TFLOP/s
-UTILISATION = 0.6               # of that, assumed for the expected GPU-hours
+# Tokens of the turn with the fixed prompt, and without, by Qwen2.5's tokenizer; where there is
+# none.
+NUM_TEXT, NUM_TURN = 24, 8
+# Tokens of a caption, assumed: nobody has counted; 64 more are 2 % more work for a pair of IOMM-B.
+NUM_CAPTION = 64
+# What a bf16 product reaches on one H200, measured: 769 to 798 TFLOP/s.
+MATMUL_FLOPS = 790e12
+# Of that, assumed for the expected GPU-hours.
+UTILISATION = 0.6
 GIB = 2**30
 
 
@@ -141,7 +146,8 @@ def memory(model, config, ranks, micro_batch):
         # One block in use and one on its way at least; as many are kept for the backward pass as may live.
         "gathered blocks": width * min(trained, max(2 * block, zero.max_live_parameters)) if zero.stage == 3 else 0,
         "masters": 4 * state,
-        "gradients": 4 * gradients,                                                  # accumulated in fp32
+        # Accumulated in fp32
+        "gradients": 4 * gradients,
         "optimizer moments": {"adamw": 8, "muon": 4}[config.optim.kind] * state,
         "EMA": 4 * state if config.ema.decay else 0,
         **{f"activations, {part}": kept for part, kept in activation_bytes(model, config, micro_batch).items()},
@@ -228,7 +234,8 @@ def activation_bytes(model, config, micro_batch):
             latents_IND = torch.empty(aligned, rows * columns, width, dtype=dtype, requires_grad=True)
             target_IND = torch.empty(aligned, rows * columns, head.target_width, dtype=dtype)
         own = [*head.parameters(), target_IND]
-        if aligned == drawn:                     # the next block keeps them anyway; of a mixture some are picked out
+        # The next block keeps them anyway; of a mixture some are picked out.
+        if aligned == drawn:
             own.append(latents_IND)
         kept["align"] = kept_bytes(lambda: alignment_loss(head(latents_IND), target_IND), own)
     if model.adapter is not None:

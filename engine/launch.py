@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__" and "RANK" in os.environ:
-    os.environ["IOMM_PARENT"] = str(os.getppid())    # now: torch takes seconds to load, and the launcher may be gone then
+    # now: torch takes seconds to load, and the launcher may be gone then
+    os.environ["IOMM_PARENT"] = str(os.getppid())
 from iomm.checkout import enter
 
 enter(__file__)
@@ -50,7 +51,8 @@ from iomm.kernels import dispatch, fp8_linear
 
 # Of malloc.h: number and value. No memory of its own for a large block, trim the heap above 2 GiB free, grow it by 256 MiB.
 M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD = (-4, 0), (-1, 2**31 - 1), (-2, 2**28)
-STAGES = {"pretrain": "demo", "finetune": "demo-finetune"}      # and the config that each takes by default
+# And the config that each takes by default.
+STAGES = {"pretrain": "demo", "finetune": "demo-finetune"}
 
 
 def main(argv=None, start_peers=False):
@@ -60,7 +62,8 @@ def main(argv=None, start_peers=False):
     itself), 75 asked to stop by SIGTERM or SIGUSR1 and saved: start again with --resume auto; 70 a rank or the launcher
     died, 71 a hang."""
     rank = int(os.environ.get("RANK", 0))
-    speaks = not rank or os.environ.get("LOCAL_RANK") == "0"     # one a machine, until the ranks have met
+    # One a machine, until the ranks have met.
+    speaks = not rank or os.environ.get("LOCAL_RANK") == "0"
     try:
         args = parse_args(argv)
         choice("--stage", args.stage, tuple(STAGES))
@@ -85,7 +88,8 @@ def main(argv=None, start_peers=False):
         with cpu_ranks.Peers(size, cpu_ranks.num_threads(config.train, size)), RankLog(config.run.dir):
             ranks = group.start(config.train.timeout_s, args.local_rank)
             with Watchdog(ranks, config.run.dir, config.guard.hang_s, int(os.environ.get("IOMM_PARENT", 0))) as watch:
-                speaks = False                   # the watch does
+                # The watch does
+                speaks = False
                 return 0 if run(config, args, ranks, watch) else REQUEUE
     except InputError as error:
         if speaks:
@@ -112,7 +116,8 @@ def parse_args(argv):
                         "returns by name are logged")
     parser.add_argument("--dry-run", type=int, nargs="?", const=8, metavar="GPUS",
                         help="check config and paths, print parameters, memory and work for so many GPUs (default 8), and stop")
-    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)       # the launcher adds it
+    # The launcher adds it.
+    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args(argv)
     return args
@@ -137,7 +142,8 @@ def run(config, args, ranks, watch):
     folder = choose_checkpoint(config, args, ranks)
     ranks.on_first(lambda: write_config(config))
     state, source, flops = build(config, ranks, folder, say)
-    if args.resume not in ("none", "auto"):      # it may be an earlier one of this very run
+    # It may be an earlier one of this very run.
+    if args.resume not in ("none", "auto"):
         ranks.on_first(lambda: checkpoint_writer.set_aside(Path(config.run.dir) / "checkpoints", state.step))
     metrics = Metrics(config.run.dir, flops_per_image=flops, global_batch=config.train.global_batch,
                       num_steps=config.train.steps, ranks=ranks, start_step=state.step, gpu_hours=state.gpu_hours,
@@ -150,7 +156,8 @@ def run(config, args, ranks, watch):
                              keep_every_steps=config.checkpoint.keep_every_steps, background=config.checkpoint.background)
     evaluation = Evaluation(config, source, ranks, hook) if config.evaluate.every_steps else None
     if loop.train(state, source, config, saver, watch, metrics, window, evaluation):
-        if ranks.device.type == "cpu":           # the other ranks of this machine wait
+        # The other ranks of this machine wait.
+        if ranks.device.type == "cpu":
             torch.set_num_threads(cpu_ranks.num_threads(config.train, 1))
         ranks.on_first(lambda: finish(config, args, metrics, saver, ranks))
         return True
@@ -198,7 +205,8 @@ def build(config, ranks, folder=None, say=print):
     compiled = config.train.compiled(ranks.device)
     if compiled:
         from torch._inductor.runtime.cache_dir_utils import cache_dir
-        ranks.all(remove_half_compiled(cache_dir()) if ranks.local_rank == 0 else None)      # and nobody compiles before
+        # And nobody compiles before.
+        ranks.all(remove_half_compiled(cache_dir()) if ranks.local_rank == 0 else None)
     model.prepare_blocks(compiled=compiled, recompute=config.train.recompute, fp8=config.precision == "fp8")
     sharded = zero.Sharded(
         model.to(ranks.device), lambda module: make_optimizer(module, config.optim, adamw), config=config, ranks=ranks,
@@ -282,7 +290,8 @@ def finish(config, args, metrics, saver, ranks):
             print(f"samples     {path}")
             if config.data.shards == config.model.mllm == "shapes":
                 print(grade_run(run_dir, steps=config.log.sample_steps, device=ranks.device))
-    except Exception as error:                   # of whatever kind: too little memory, no room on the disk
+    except Exception as error:
+        # of whatever kind: too little memory, no room on the disk
         print(f"samples     not drawn or not scored: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
     if report := metrics.report():
         print(f"report      {report}")

@@ -27,17 +27,21 @@ def train_step(sharded, batches, factor=None, look_ahead=None):
     factor(mean loss), if given, multiplies the last loss: NaN makes all ranks skip the step. look_ahead(), if given, is
     called when the forward pass of a micro-batch is queued."""
     losses, by_time, wait_s, failures, seen, aligned = [], 0, 0.0, [], [], []
-    for batch in each("data", batches):          # one micro-batch each
-        loss, loss_R, t_R, *align_I = sharded(*batch.inputs)         # R: samples x train.noise_draws
+    # One micro-batch each
+    for batch in each("data", batches):
+        # R: samples x train.noise_draws.
+        loss, loss_R, t_R, *align_I = sharded(*batch.inputs)
         losses.append(loss_R.mean() if align_I else loss.detach())
         if factor is not None and sharded.last_micro_batch:
             loss = loss * factor(torch.stack(losses).mean())
         if look_ahead is not None:
-            look_ahead()                         # now: DeepSpeed's backward pass returns when the GPU has done it
+            # now: DeepSpeed's backward pass returns when the GPU has done it
+            look_ahead()
         with named("backward"):
             sharded.backward(loss)
         with named("optimizer"):
-            applied = sharded.step()             # acts only on the last one
+            # Acts only on the last one.
+            applied = sharded.step()
         seen.append((batch.n_B, loss_R.detach().unflatten(0, (len(batch.n_B), -1)).mean(1)))
         for loss_I in align_I:
             every = len(loss_I) == len(batch.n_B)
@@ -75,7 +79,8 @@ def train(state, source, config, saver, watch, metrics=None, window=None, evalua
             state.step += 1
             sums = torch.cat((loss[None] / ranks.size, by_time.flatten(), aligned,
                               loss.new_tensor([len(failures), stop.asked])))
-            dist.all_reduce(sums)                # one message: losses, sums and counts by time, replaced samples, stop
+            # One message: losses, sums and counts by time, replaced samples, stop.
+            dist.all_reduce(sums)
             loss, *parts, failed, asked = sums.tolist()
             by_time, aligned = parts[:by_time.numel()], parts[by_time.numel():]
             align_loss = aligned[0] / aligned[1] if any(aligned[1:]) else None
@@ -86,10 +91,13 @@ def train(state, source, config, saver, watch, metrics=None, window=None, evalua
                 if lost:
                     state.skips.saw(lost, state.step * batch)
                 guard.saw(state.step, loss, words, applied)
-            except InputError as error:          # on all ranks alike
-                if any(failure.fatal for failure in lost):       # weights have learnt from black
+            except InputError as error:
+                # on all ranks alike
+                # Weights have learnt from black.
+                if any(failure.fatal for failure in lost):
                     raise
-                mistake = error                  # they are sound: the step is saved before the run ends
+                # They are sound: the step is saved before the run ends.
+                mistake = error
             row = None
             if metrics is not None:
                 row = metrics.record(
@@ -99,7 +107,8 @@ def train(state, source, config, saver, watch, metrics=None, window=None, evalua
                 state.gpu_hours = row["gpu_hours"]
             if asked or mistake or state.step % config.checkpoint.every_steps == 0 or state.step == config.train.steps:
                 if any(ranks.all(saver.waits)):
-                    watch.rest()                 # a disk may take longer than a step
+                    # A disk may take longer than a step.
+                    watch.rest()
                 with named("checkpoint"):
                     save(state, config, saver)
             if mistake:
@@ -127,7 +136,8 @@ def train(state, source, config, saver, watch, metrics=None, window=None, evalua
 
 def evaluate(state, evaluation, saver, watch):
     """What it finds. It comes after the save of its step, and what fails in it (memory, say) does not cost that save."""
-    watch.rest()                                 # it may take longer than a step
+    # It may take longer than a step.
+    watch.rest()
     try:
         with whole("evaluation"):
             return evaluation(state)

@@ -43,7 +43,8 @@ def restore(state, folder):
     if {name: list(shape) for name, shape in state.sharded.shapes.items()} != reader.manifest["shapes"]:
         raise InputError(f"{folder} is of another model: its parameters have other names or shapes")
     then, now = reader.manifest.get("data"), state.data
-    if then and now and then != now:             # nothing is known of an older checkpoint's
+    # Nothing is known of an older checkpoint's.
+    if then and now and then != now:
         raise InputError(f"{folder} is of other data ({changes(then, now)}), in whose order alone it goes on: give the tars of then, or "
                          "start a new run.dir from its weights with --init")
     for (slot, name), piece in state.tensors().items():

@@ -51,7 +51,8 @@ class QueryAdapter(nn.Module):
         q, k, v = (
             linear(tokens).unflatten(-1, (-1, self.head_dim))
             for linear, tokens in self._inputs(condition))
-        q = q.expand(condition.batch, *q.shape).flatten(0, 1)      # the same queries for every sample: projected once
+        # The same queries for every sample: projected once.
+        q = q.expand(condition.batch, *q.shape).flatten(0, 1)
         offsets = torch.arange(0, condition.batch * num + 1, num, dtype=torch.int32, device=q.device)
         read = masked_attention(q, None, None, offsets, prefix_k=k, prefix_v=v, prefix_offsets=condition.offsets)
         x_BQD = x_BQD + self.to_out(read.flatten(-2)).view_as(x_BQD)

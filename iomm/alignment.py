@@ -13,7 +13,8 @@ from iomm.config import AlignConfig
 from iomm.flops import linear_flops
 from iomm.layers import at_least_float32, init_weights
 
-PREFIX = "alignment."  # of the head's parameters among those of an IOMM
+# Of the head's parameters among those of an IOMM.
+PREFIX = "alignment."
 
 
 class AlignmentHead(nn.Module):

@@ -26,16 +26,25 @@ def choice(key, value, allowed):
 class GeneratorConfig:
     """Shape of a generator. `token_dim` (K) follows from the VAE, `condition_dim` from the MLLM."""
 
-    kind: str = "mmdit"            # mmdit: dual-stream FLUX blocks | single_stream: Z-Image blocks
-    width: int                     # D
-    num_heads: int                 # A
-    num_blocks: int                # dual-stream blocks (mmdit) or layers (single_stream)
-    num_single_blocks: int = 0     # single-stream FLUX blocks after the dual-stream ones
-    num_refiner_blocks: int = 0    # single_stream only: refiners of latents and of condition, each
-    token_dim: int = 64            # K
-    condition_dim: int = 1536      # width of the MLLM
+    # mmdit: dual-stream FLUX blocks | single_stream: Z-Image blocks
+    kind: str = "mmdit"
+    # D
+    width: int
+    # A
+    num_heads: int
+    # dual-stream blocks (mmdit) or layers (single_stream)
+    num_blocks: int
+    # single-stream FLUX blocks after the dual-stream ones
+    num_single_blocks: int = 0
+    # single_stream only: refiners of latents and of condition, each
+    num_refiner_blocks: int = 0
+    # K
+    token_dim: int = 64
+    # Width of the MLLM.
+    condition_dim: int = 1536
     rope_theta: float = 10000.0
-    norm_affine: bool = True       # single_stream only: RMS norms carry a learned scale
+    # single_stream only: RMS norms carry a learned scale
+    norm_affine: bool = True
 
     def __post_init__(self):
         choice("generator.kind", self.kind, ("mmdit", "single_stream"))
@@ -69,7 +78,8 @@ class GeneratorConfig:
 
 PRESETS = {
     "demo": GeneratorConfig(width=96, num_heads=3, num_blocks=6),
-    "iomm-b-quarter": GeneratorConfig(width=384, num_heads=6, num_blocks=4),      # for benchmarks on a CPU
+    # For benchmarks on a CPU.
+    "iomm-b-quarter": GeneratorConfig(width=384, num_heads=6, num_blocks=4),
     "iomm-b": GeneratorConfig(width=1536, num_heads=12, num_blocks=19),
     "iomm-l": GeneratorConfig(width=2048, num_heads=16, num_blocks=18),
     "iomm-xl": GeneratorConfig(
@@ -87,10 +97,14 @@ def generator_config(preset, *, token_dim, condition_dim):
 class MaskConfig:
     """Which image tokens the MLLM does not see (Algorithm 1, step 4)."""
 
-    ratio: float = 0.85            # probability that an image token is hidden
-    mode: str = "drop"             # drop: hidden tokens never enter the MLLM | zero: they enter as zeros
-    count: str = "bernoulli"       # bernoulli: each with probability ratio | fixed: exactly round((1 - ratio) P) stay
-    positions: str = "original"    # original: visible tokens keep their position ids | compact: renumbered
+    # Probability that an image token is hidden.
+    ratio: float = 0.85
+    # drop: hidden tokens never enter the MLLM | zero: they enter as zeros
+    mode: str = "drop"
+    # bernoulli: each with probability ratio | fixed: exactly round((1 - ratio) P) stay
+    count: str = "bernoulli"
+    # original: visible tokens keep their position ids | compact: renumbered
+    positions: str = "original"
 
     def __post_init__(self):
         if not 0.0 <= self.ratio <= 1.0:
@@ -104,12 +118,18 @@ class MaskConfig:
 class AdapterConfig:
     """What is appended to the condition before the MLLM reads it (Algorithm 1, step 6)."""
 
-    kind: str = "rqa"              # rqa: queries cross-attend to the condition | metaquery: queries alone | none
-    num_queries: int = 256         # number of residual queries (Q)
-    head_dim: int = 128            # head dim (E) of the cross-attention
-    attention: str = "causal"      # causal | bidirectional: attention among the queries inside the MLLM
-    conditions: str = "query"      # query | all: which MLLM outputs condition the generator
-    connector_layers: int = 0      # transformer layers between the MLLM and the generator
+    # rqa: queries cross-attend to the condition | metaquery: queries alone | none
+    kind: str = "rqa"
+    # Number of residual queries (Q)
+    num_queries: int = 256
+    # Head dim (E) of the cross-attention.
+    head_dim: int = 128
+    # causal | bidirectional: attention among the queries inside the MLLM
+    attention: str = "causal"
+    # query | all: which MLLM outputs condition the generator
+    conditions: str = "query"
+    # Transformer layers between the MLLM and the generator.
+    connector_layers: int = 0
 
     def __post_init__(self):
         choice("adapter.kind", self.kind, ("rqa", "metaquery", "none"))
@@ -128,10 +148,14 @@ class AdapterConfig:
 class AlignConfig:
     """Alignment of a generator block with the frozen ViT (REPA, arXiv 2410.06940): beyond the paper, off."""
 
-    weight: float = 0.0            # weight of the alignment loss beside the velocity loss; 0 turns alignment off
-    block: int = 0                 # generator block that is aligned, counted from 1; 0: a third of the depth, rounded up
-    target: str = "vit"            # vit | projector: the ViT's last hidden states, or the image tokens that the MLLM reads
-    pairs: bool = False            # align pairs too; the ViT then encodes their images for this alone
+    # Weight of the alignment loss beside the velocity loss; 0 turns alignment off.
+    weight: float = 0.0
+    # Generator block that is aligned, counted from 1; 0: a third of the depth, rounded up.
+    block: int = 0
+    # vit | projector: the ViT's last hidden states, or the image tokens that the MLLM reads
+    target: str = "vit"
+    # Align pairs too; the ViT then encodes their images for this alone.
+    pairs: bool = False
 
     def __post_init__(self):
         choice("align.target", self.target, ("vit", "projector"))

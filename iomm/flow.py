@@ -33,7 +33,8 @@ def sample_time(uniform_B, kind="uniform", mean=0.0, std=1.0, shift=1.0):
     choice("time kind", kind, TIME_KINDS)
     t_B = uniform_B.to(torch.promote_types(uniform_B.dtype, torch.float32))
     if kind == "logit_normal":
-        tiny = torch.finfo(t_B.dtype).eps / 2  # a drawn 0 would be minus infinity
+        # A drawn 0 would be minus infinity.
+        tiny = torch.finfo(t_B.dtype).eps / 2
         t_B = torch.sigmoid(mean + std * torch.special.ndtri(t_B.clamp(tiny, 1 - tiny)))
     return shift_time(t_B, shift)
 

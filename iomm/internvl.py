@@ -37,7 +37,8 @@ def load_mllm(name, *, revision=None, dtype=torch.bfloat16, device="cpu"):
                              "wanted InternVL in transformers' format (its hub names end in -hf)")
         internvl, report = InternVLModel.from_pretrained(name, use_safetensors=True, dtype=dtype, output_loading_info=True,
                                                          **options)
-        if report["missing_keys"]:                # transformers would go on with random numbers
+        # Transformers would go on with random numbers.
+        if report["missing_keys"]:
             raise InputError(f"model.mllm: {name} lacks the weights {', '.join(sorted(report['missing_keys'])[:5])}")
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError) as error:

@@ -10,7 +10,8 @@ from torch import nn
 from iomm.kernels.fp8_linear import MULTIPLE, fp8_linear
 from iomm.kernels.masked_attention.sdpa import dense_attention
 
-ZERO_AT_START = ("modulation", "final_modulation", "final")  # names of linears: blocks start closed, velocity at 0
+# Names of linears: blocks start closed, velocity at 0
+ZERO_AT_START = ("modulation", "final_modulation", "final")
 
 
 class TokenLinear(nn.Linear):

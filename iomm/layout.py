@@ -27,7 +27,8 @@ FLUX_LATENT_STREAM = {
 FLUX_CONDITION_STREAM = {
     "modulation": "norm1_context.linear",
     "qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "kv": ("attn.add_k_proj", "attn.add_v_proj"),  # in the last block
+    # In the last block.
+    "kv": ("attn.add_k_proj", "attn.add_v_proj"),
     "q_norm": "attn.norm_added_q",
     "k_norm": "attn.norm_added_k",
     "out": "attn.to_add_out",
@@ -55,9 +56,11 @@ ZIMAGE_LAYER = {
     "modulation": "adaLN_modulation.0",
 }
 PADS = {"latent_pad_1D": "x_pad_token", "condition_pad_1D": "cap_pad_token"}
-NORM_FREE = "iomm_parameter_free_norms"  # our own key in config.json; diffusers ignores it and reads ones
+# Our own key in config.json; diffusers ignores it and reads ones.
+NORM_FREE = "iomm_parameter_free_norms"
 TEXT_EMBEDDER = "time_text_embed.text_embedder."
-POOLED_DIM = 768  # diffusers' default; our pooled text vector is always zero, and so are its weights
+# diffusers' default; our pooled text vector is always zero, and so are its weights
+POOLED_DIM = 768
 
 
 def under(ours, theirs, names):
@@ -229,7 +232,8 @@ def describe(config, patch):
         "rope_theta": config.rope_theta,
         "t_scale": 1000.0,
         "axes_dims": list(config.rope_axes),
-        "axes_lens": [1024, 512, 512],  # positions that their tables hold: condition tokens, rows, columns
+        # Positions that their tables hold: condition tokens, rows, columns.
+        "axes_lens": [1024, 512, 512],
     }
     return description if config.norm_affine else description | {NORM_FREE: True}
 

@@ -18,7 +18,8 @@ from iomm.kernels.masked_attention import masked_attention
 TURN = ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")
 IMAGE = ("<img>", "</img>")
 RECONSTRUCT = "Generate an image that is identical to the reference image:"
-IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)   # ImageNet, as InternVL was trained
+# ImageNet, as InternVL was trained.
+IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Frozen(nn.Module):
@@ -269,7 +270,8 @@ def heads(layer, x_TD, rotary, with_query=True):
 
     def project(linear, norm):
         y = linear(x_TD).unflatten(-1, (-1, attention.head_dim))
-        norm = getattr(attention, norm, None)            # Qwen3 normalises queries and keys, Qwen2 does not
+        # Qwen3 normalises queries and keys, Qwen2 does not.
+        norm = getattr(attention, norm, None)
         return rotate(y if norm is None else norm(y), rotary)
 
     q = project(attention.q_proj, "q_norm") if with_query else None

@@ -25,7 +25,8 @@ from iomm.layers import (
     rope_tables,
 )
 
-EPS = 1e-6  # of every norm, FLUX's
+# Of every norm, FLUX's.
+EPS = 1e-6
 
 
 class Stream(nn.Module):
@@ -122,7 +123,8 @@ class SingleBlock(nn.Module):
 
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)  # a table first made while sampling is used in training too, where autograd saves it
+# A table first made while sampling is used in training too, where autograd saves it.
+@torch.inference_mode(False)
 def grid_tables(grid, axes, theta, device, dtype):
     """Cosines and sines (N, E / 2) of the latent tokens at (0, row, column). 0.5 MB at 1024 tokens of 128."""
     return rope_tables(grid_positions(0, *grid), axes, theta, device, dtype)
@@ -134,7 +136,8 @@ class MMDiT(nn.Module):
     lengths_B, for ragged conditions only: how many of a sample's C tokens are its own; the others are never read.
     tap: block, counted from 1 (single-stream blocks go on counting), whose latents are returned too; 0: none."""
 
-    block_classes = (DualBlock, SingleBlock)  # each gathered whole under ZeRO-3 and compiled as one graph
+    # Each gathered whole under ZeRO-3 and compiled as one graph.
+    block_classes = (DualBlock, SingleBlock)
 
     def __init__(self, config):
         super().__init__()
@@ -150,7 +153,8 @@ class MMDiT(nn.Module):
         self.single_blocks = nn.ModuleList(
             SingleBlock(width, config.num_heads) for _ in range(config.num_single_blocks)
         )
-        self.final_modulation = nn.Linear(width, 2 * width)  # scale first, then shift: diffusers' order
+        # Scale first, then shift: diffusers' order.
+        self.final_modulation = nn.Linear(width, 2 * width)
         self.final = nn.Linear(width, config.token_dim)
 
     def forward(self, noisy_BNK, t_B, condition_BCD, grid, lengths_B=None, tap=0):

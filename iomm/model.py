@@ -27,10 +27,14 @@ class Recipe:
     seed: int = 0
     mask: MaskConfig = field(default_factory=MaskConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
-    time: dict = field(default_factory=dict)      # keyword arguments of flow.sample_time
-    sample_latents: bool = False                  # from the VAE's posterior, not its mean
-    caption_drop: float = 0.1                     # share of captions replaced by the empty prompt, for guidance
-    noise_draws: int = 1                          # times and noises for each sample
+    # Keyword arguments of flow.sample_time.
+    time: dict = field(default_factory=dict)
+    # From the VAE's posterior, not its mean.
+    sample_latents: bool = False
+    # Share of captions replaced by the empty prompt, for guidance.
+    caption_drop: float = 0.1
+    # Times and noises for each sample.
+    noise_draws: int = 1
     align: AlignConfig = field(default_factory=AlignConfig)
     # Share of a global batch's samples that are aligned: its loss is their mean, whatever the micro-batches.
     align_share: float = 1.0
@@ -85,28 +89,35 @@ class IOMM(nn.Module):
         seed, n_B = self.recipe.seed, n_B.to(mllm.device)
         if latents_BCHW is None:
             with named("vae"):
-                latents_BCHW = self.encode(pixels_BCHW, n_B)                              # step 2
+                # step 2
+                latents_BCHW = self.encode(pixels_BCHW, n_B)
         n_R, latents_RCHW = self.drawn_numbers(n_B), self.for_each_draw(latents_BCHW)
         t_R = sample_time(uniform(seed, TIME, n_R, 1)[:, 0], **self.recipe.time)
         noisy_RNK, target_RNK = noisy_tokens(latents_RCHW, t_R, seed, n_R, vae.patch)
         shape, tokens_IPD, aligned = grid(latents_BCHW, vae.patch), image_tokens_IPD, {}
         if self.alignment is not None:
-            tokens_IPD, aligned = self.look(vit_pixels_I, tokens_IPD, has_image, shape)            # step 3
-        condition = self.condition(vit_pixels_I, n_B, captions, has_image, tokens_IPD)  # steps 3, 4, 5
+            # step 3
+            tokens_IPD, aligned = self.look(vit_pixels_I, tokens_IPD, has_image, shape)
+        # steps 3, 4, 5
+        condition = self.condition(vit_pixels_I, n_B, captions, has_image, tokens_IPD)
         return Prepared(noisy_RNK=noisy_RNK, target_RNK=target_RNK, t_R=t_R, grid=shape, condition=condition,
-                        prefix=self.prefix(condition), **aligned)                         # of step 7, what sees no query
+                        # Of step 7, what sees no query.
+                        prefix=self.prefix(condition), **aligned)
 
     def forward(self, *sample):
         """The arguments of `prepare`, or what it made of them -> (mean loss, loss_R, t_R); R = B x noise draws.
 
         With an alignment head the mean has weight x its loss added, and a fourth result is the alignment loss (I,), the
         mean over a sample's draws."""
-        given = sample[0] if isinstance(sample[0], Prepared) else self.prepare(*sample)   # steps 2, 3, 4, 5
-        hidden_BCD, lengths_B = self.read(given.condition, given.prefix)                  # steps 6, 7
+        # steps 2, 3, 4, 5
+        given = sample[0] if isinstance(sample[0], Prepared) else self.prepare(*sample)
+        # steps 6, 7
+        hidden_BCD, lengths_B = self.read(given.condition, given.prefix)
         hidden_RCD, lengths_R = self.for_each_draw(hidden_BCD), self.for_each_draw(lengths_B)
         inputs = given.noisy_RNK, given.t_R, hidden_RCD, lengths_R, given.grid
         if self.alignment is None:
-            loss, loss_R = velocity_loss(self.velocity(*inputs), given.target_RNK)        # step 8
+            # step 8
+            loss, loss_R = velocity_loss(self.velocity(*inputs), given.target_RNK)
             return loss, loss_R.detach(), given.t_R
         align = self.recipe.align
         velocity_RNK, latents_RND = self.velocity(*inputs, tap=align.block_in(self.generator.config.depth))
@@ -145,9 +156,11 @@ class IOMM(nn.Module):
             rows = [row for row, image in enumerate(has_image) if image]
             rows_I = torch.tensor(rows, dtype=torch.int64, device=device)
         aligned_I = None if align.pairs else rows_I
-        if tokens_IPD is not None and len(tokens_IPD):           # read from memory, and config allows this target alone
+        # Read from memory, and config allows this target alone.
+        if tokens_IPD is not None and len(tokens_IPD):
             return tokens_IPD, {"align_IND": on_grid(tokens_IPD, latent_grid), "aligned_I": aligned_I}
-        if tokens_IPD is not None or not len(vit_pixels_I):   # pairs alone, for which no ViT need run
+        # Pairs alone, for which no ViT need run.
+        if tokens_IPD is not None or not len(vit_pixels_I):
             shape = 0, math.prod(latent_grid), self.alignment.target_width
             empty_IND = torch.empty(shape, dtype=mllm.dtype, device=device)
             return None, {"align_IND": empty_IND, "aligned_I": aligned_I}
@@ -232,7 +245,9 @@ class IOMM(nn.Module):
         fp8: the products of the generator's blocks take their sides in fp8."""
         if fp8:
             use_fp8(self.generator)
-        if compiled:                 # graphs of a function are counted together, whoever calls it; beyond the limit (8) fullgraph fails
+        # Graphs of a function are counted together, whoever calls it; beyond the limit (8)
+        # fullgraph fails.
+        if compiled:
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         blocks = [module for module in self.modules() if isinstance(module, self.leaves)]
         for i, block in enumerate(blocks):

@@ -18,7 +18,8 @@ from iomm.sampler import image_noise, sample
 from iomm.vae import load_vae
 from iomm.weights import export_generator, load_generator, load_module, read_json, save_module
 
-CARD = "iomm.json"       # what an exported folder says beside diffusers' config.json
+# What an exported folder says beside diffusers' config.json.
+CARD = "iomm.json"
 
 
 class Pipeline:
@@ -147,7 +148,8 @@ def draw(model, condition, image_B, *, size_px, row_B=None, steps=20, guidance=1
     empty_BCD = None
     if guidance != 1.0:
         empty_1CD, _ = model.read(mllm.condition([""]))
-        if lengths_B is not None or empty_1CD.shape[1] != read_BCD.shape[1]:   # conditions "all": as long as the prompt
+        # conditions "all": as long as the prompt
+        if lengths_B is not None or empty_1CD.shape[1] != read_BCD.shape[1]:
             own_B = torch.full((len(read_BCD),), read_BCD.shape[1], device=read_BCD.device) if lengths_B is None else lengths_B
             lengths_B = torch.cat((own_B, torch.full_like(own_B, empty_1CD.shape[1])))
             longest = max(read_BCD.shape[1], empty_1CD.shape[1])

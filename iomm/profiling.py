@@ -7,8 +7,10 @@ from contextvars import ContextVar
 import torch
 from torch.profiler import record_function
 
-OTHER = "other"                                  # what happens outside every named part
-RUNNING = ContextVar("clock", default=None)      # a thread sees only what it entered itself
+# What happens outside every named part.
+OTHER = "other"
+# A thread sees only what it entered itself.
+RUNNING = ContextVar("clock", default=None)
 
 
 @contextmanager
@@ -55,7 +57,8 @@ class Clock:
         self.cuda = torch.device(device).type == "cuda"
         self.stream = torch.cuda.current_stream(device) if self.cuda else None
         self.open, self.beside, self.free = [], [], []
-        self.marks = [(OTHER, self.now())]       # (part that begins, when)
+        # (part that begins, when)
+        self.marks = [(OTHER, self.now())]
 
     def __enter__(self):
         self.token = RUNNING.set(self)
@@ -93,7 +96,8 @@ class Clock:
             for _, _, stop in pairs:
                 stop.synchronize()
         split, beside = self.summed(spans), self.summed(pairs)
-        if self.cuda:                            # an event is made once and recorded again and again
+        # An event is made once and recorded again and again.
+        if self.cuda:
             self.free += [start for _, start, _ in spans] + [event for _, *events in pairs for event in events]
         return split, beside
 
@@ -107,5 +111,6 @@ class Clock:
         if not self.cuda:
             return time.perf_counter()
         event = self.free.pop() if self.free else torch.cuda.Event(enable_timing=True)
-        event.record()                           # on the current stream
+        # On the current stream.
+        event.record()
         return event

@@ -29,8 +29,10 @@ from iomm.layers import (
     rope_tables,
 )
 
-EPS = 1e-5  # of every RMS norm, Z-Image's
-FINAL_EPS = 1e-6  # of the last layer norm
+# Of every RMS norm, Z-Image's.
+EPS = 1e-5
+# Of the last layer norm.
+FINAL_EPS = 1e-6
 PAD_MULTIPLE = 32
 TIME_WIDTH, TIME_HIDDEN = 256, 1024
 
@@ -58,7 +60,8 @@ class Layer(nn.Module):
         self.q_norm, self.k_norm = norm(config.head_dim), norm(config.head_dim)
         self.out = TokenLinear(width, width, bias=False)
         self.mlp_norm_in, self.mlp_norm_out = norm(width), norm(width)
-        self.mlp_in = FusedLinear(width, (hidden, hidden), bias=False)  # gate, value
+        # gate, value
+        self.mlp_in = FusedLinear(width, (hidden, hidden), bias=False)
         self.mlp_out = TokenLinear(hidden, width, bias=False)
         self.modulation = nn.Linear(time_width(width), 4 * width) if modulated else None
 
@@ -101,7 +104,8 @@ def fill_up(x_BLD, pad_1D):
 
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)  # a table first made while sampling is used in training too, where autograd saves it
+# A table first made while sampling is used in training too, where autograd saves it.
+@torch.inference_mode(False)
 def joint_tables(grid, num_condition, axes, theta, device, dtype):
     """Cosines and sines (L, E / 2) of the padded latents, then of the `num_condition` (C) padded condition tokens.
 
@@ -118,7 +122,8 @@ class SingleStream(nn.Module):
     lengths_B, for ragged conditions only: how many of a sample's C tokens are its own; the others become pad tokens.
     tap: block, counted from 1 behind the refiners, whose latents are returned too, pad tokens left out; 0: none."""
 
-    block_classes = (Layer,)  # each gathered whole under ZeRO-3 and compiled as one graph
+    # Each gathered whole under ZeRO-3 and compiled as one graph.
+    block_classes = (Layer,)
 
     def __init__(self, config):
         super().__init__()

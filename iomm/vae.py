@@ -182,7 +182,8 @@ def load_vae(name, *, patch=2, revision=None, dtype=torch.float32, device="cpu",
             )
         options = {"pretrained_model_name_or_path": f"{owner}/{repository[0]}", "revision": revision}
         options |= {"subfolder": repository[1]} if repository[1:] else {}
-    from diffusers import AutoencoderKL  # seconds to import, and a demo needs none of it
+    # Seconds to import, and a demo needs none of it.
+    from diffusers import AutoencoderKL
 
     try:
         autoencoder, report = AutoencoderKL.from_pretrained(
@@ -191,7 +192,8 @@ def load_vae(name, *, patch=2, revision=None, dtype=torch.float32, device="cpu",
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"model.vae: cannot load {name}: {reason}") from error
-    if report["missing_keys"]:  # diffusers would go on with random numbers
+    # Diffusers would go on with random numbers.
+    if report["missing_keys"]:
         raise InputError(f"model.vae: {name} lacks the weights {', '.join(sorted(report['missing_keys']))}")
     return FluxVAE(autoencoder, patch, tiling=tiling).to(device)
 

@@ -31,10 +31,13 @@ class Body:
 
     name: str
     fn: callable
-    devices: tuple = ()      # device types; empty: any
-    dtypes: tuple = ()       # torch dtypes; empty: any
+    # Device types; empty: any.
+    devices: tuple = ()
+    # Torch dtypes; empty: any.
+    dtypes: tuple = ()
     why_not: callable = None
-    note: str = ""           # why it stands behind others that can run too
+    # Why it stands behind others that can run too.
+    note: str = ""
 
     def refusal(self, device, dtype=None):
         """Why this body cannot serve the device type and dtype, or None."""
@@ -96,7 +99,8 @@ def _choose(op, device, dtype=None):
     raise ValueError(f"{op} has no body for {dtype} on {device} ({reasons})")
 
 
-@torch.compiler.assume_constant_result  # torch.compile asks once and traces the body, not the choice
+# torch.compile asks once and traces the body, not the choice
+@torch.compiler.assume_constant_result
 def _chosen_index(op, device, dtype):
     return _bodies[op].index(_choose(op, device, dtype))
 

@@ -61,8 +61,10 @@ def fp8_linear_reference(x_MI, weight_OI, bias_O):
     return _Reference.apply(x_MI, weight_OI, bias_O)
 
 
-DTYPES = (torch.bfloat16,)    # cuBLASLt adds no bias to a float32 result
-MULTIPLE = 16    # of every size of a product, wanted by cuBLASLt
+# cuBLASLt adds no bias to a float32 result
+DTYPES = (torch.bfloat16,)
+# Of every size of a product, wanted by cuBLASLt.
+MULTIPLE = 16
 
 
 def why_not():

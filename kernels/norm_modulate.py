@@ -44,7 +44,8 @@ def norm_modulate_torch(x_BLD, shift_BD, scale_BD, layer, eps):
     return x_BLD if shift_BD is None else x_BLD + shift_BD[:, None]
 
 
-ROWS_FORWARD, ROWS_BACKWARD = 4, 32    # rows of a program; 32 make the partial sums 1/16 of what is read
+# Rows of a program; 32 make the partial sums 1/16 of what is read.
+ROWS_FORWARD, ROWS_BACKWARD = 4, 32
 
 
 def norm_modulate_triton(x_BLD, shift_BD, scale_BD, layer, eps):

@@ -73,7 +73,8 @@ def qk_norm_rope_torch(*arguments):
     return _joint(lambda x, weight: F.rms_norm(x, x.shape[-1:], weight, eps), *tensors)
 
 
-ROWS, WARPS = 32, 4    # (token, head) vectors of a program: at E = 128 32 values a thread
+# (token, head) vectors of a program: at E = 128 32 values a thread
+ROWS, WARPS = 32, 4
 
 
 def qk_norm_rope_triton(*arguments):
@@ -151,7 +152,8 @@ def _backward(
         sums = [None if weight is None else torch.empty(size, dtype=torch.float32, device=x.device)
                 for weight in (q_norm, k_norm)]
         if x.shape[2] == 2 and sums[0] is not None:
-            sums[0].zero_()     # a weight for queries that are not there
+            # A weight for queries that are not there.
+            sums[0].zero_()
         if x.numel():
             backward_kernel[programs, samples](
                 x, q_norm, k_norm, cos_x, sin_x, dq, dk, dv, dx, *sums, x.shape[1], num_queries, num_joint, first_query,

@@ -5,13 +5,16 @@ import os
 import pytest
 import torch
 
-if "PYTEST_XDIST_WORKER" in os.environ:          # threads of two workers on two cores spend a fifth of the time waiting for each other
-    os.environ["OMP_NUM_THREADS"] = "1"          # of what the tests start
+# Threads of two workers on two cores spend a fifth of the time waiting for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Of what the tests start.
+    os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 # The files that take longest, so that no worker is left alone with one at the end; the second goes with the third.
 FIRST = ("test_run.py", "test_interpreter.py", "test_profiling.py", "test_demo.py", "test_bad_samples.py", "test_checkpoint.py", "test_failures.py",
          "test_zero.py", "test_build.py", "test_resume_positions.py", "test_traffic.py", "test_shapes.py", "test_counts.py", "test_optim.py")
-with torch.device("meta"):       # torch remembers once which functions make tensors: before any of them is poisoned below
+# Torch remembers once which functions make tensors: before any of them is poisoned below.
+with torch.device("meta"):
     torch.empty(0)
 
 

@@ -51,7 +51,8 @@ def test_without_compilers_it_says_so(recipe, tmp_path, monkeypatch):
     facts = recipe.build_native(tmp_path)
     assert facts["built"] == {} and "no-such-compiler" in facts["missing"]["libiomm_cpu.so"]
     assert "no nvcc found" in facts["missing"]["libiomm_cuda.so"]
-    assert [path.name for path in tmp_path.iterdir()] == ["build.json"]  # nothing of an earlier build either
+    # Nothing of an earlier build either.
+    assert [path.name for path in tmp_path.iterdir()] == ["build.json"]
 
 
 def test_every_package_is_listed(recipe):

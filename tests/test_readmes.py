@@ -51,11 +51,13 @@ def commands(text: str) -> list[list[str]]:
     lines += re.findall(r"`((?:deepspeed|iomm|pytest|pip|python) [^`]+)`", prose(text))
     found = []
     for line in lines:
-        if re.match(r"\w+=\$\(", line):       # what another program prints
+        # What another program prints.
+        if re.match(r"\w+=\$\(", line):
             continue
         for part in line.split("&&"):
             words = shlex.split(part, comments=True)
-            while words and re.fullmatch(r"\w+=.*", words[0]):      # variables before a command
+            # Variables before a command.
+            while words and re.fullmatch(r"\w+=.*", words[0]):
                 words.pop(0)
             found += [words] if words else []
     return found
@@ -77,7 +79,8 @@ def check_engine(arguments: list[str]) -> None:
 
 def check_console(arguments: list[str], monkeypatch) -> None:
     """Raise SystemExit unless `iomm` would accept these arguments."""
-    if len(arguments) == 1 and arguments[0] != "doctor":      # only its name is mentioned
+    # Only its name is mentioned.
+    if len(arguments) == 1 and arguments[0] != "doctor":
         with pytest.raises(SystemExit, match="^0$"):
             cli.main([*arguments, "--help"])
         return

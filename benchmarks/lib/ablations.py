@@ -48,7 +48,8 @@ def in_fp8(generator):
     finally:
         for part in generator.modules():
             if isinstance(part, TokenLinear):
-                vars(part).pop("fp8", None)      # and not False: graphs look at whether a part has one of its own
+                # And not False: graphs look at whether a part has one of its own.
+                vars(part).pop("fp8", None)
 
 
 def whole_pass(mllm, queries_BQD, condition, cache, *, causal=True):

@@ -96,7 +96,8 @@ class BaselineModel(nn.Module):
         """shape: GeneratorConfig; adapter: AdapterConfig; mllm, vae: MLLM and FluxVAE, whose modules it takes."""
         super().__init__()
         self.shape, self.ratio, self.every, self.autocast = shape, ratio, every, autocast
-        self.frozen = mllm, vae                              # in a tuple: parameters() gives what trains
+        # In a tuple: parameters() gives what trains.
+        self.frozen = mllm, vae
         self.patch, self.num_image = vae.patch, mllm.num_image_tokens
         self.before = mllm.token_ids(TURN[0] + RECONSTRUCT + IMAGE[0])
         self.after = mllm.token_ids(IMAGE[1] + TURN[1])
@@ -114,7 +115,8 @@ class BaselineModel(nn.Module):
     def compile_blocks(self):
         """Every block one graph; ViT and VAE are compiled by their owner."""
         for block in (*self.generator.transformer_blocks, *self.frozen[0].backbone.language_model.layers):
-            block.compile(dynamic=False)         # a graph for lengths in general would take the place of those for one length
+            # A graph for lengths in general would take the place of those for one length.
+            block.compile(dynamic=False)
 
     def draw(self, batch, latents_BCHW):
         device = latents_BCHW.device

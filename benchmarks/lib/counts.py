@@ -32,7 +32,8 @@ from iomm.mllm import IMAGE, RECONSTRUCT, TURN
 from iomm.vae import vae_without_weights
 
 FILE = ROOT / "benchmarks/lib/counts.json"
-BLIND = "aten::copy_", "aten::zero_", "aten::fill_"       # write without reading what was there
+# Write without reading what was there.
+BLIND = "aten::copy_", "aten::zero_", "aten::fill_"
 
 
 class Count(TorchDispatchMode):
@@ -50,7 +51,8 @@ class Count(TorchDispatchMode):
         known = {x.untyped_storage()._cdata for x in given}
         new = [x for x in made if x.untyped_storage()._cdata not in known]
         writes, written = func._schema.is_mutable, []
-        if writes:                               # gradients count as read alone: AdamW scales them in place only when asked to
+        # Gradients count as read alone: AdamW scales them in place only when asked to.
+        if writes:
             kinds = {**dict(zip((a.name for a in func._schema.arguments), args)), **(kwargs or {})}
             written = [kinds.get(a.name) for a in func._schema.arguments
                        if a.alias_info is not None and a.alias_info.is_write and a.name != "grads"]
@@ -131,7 +133,8 @@ def step_counts():
         found[part] = {"calls": counter.calls, "bytes": counter.bytes, "tensors": counter.tensors}
         return result
 
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as flops:      # plans of attention are made here
+    # Plans of attention are made here.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as flops:
         model(pixels, vit_pixels, n_B)[0].backward()
     found["flops"] = flops.get_total_flops()
     optimizer.step()

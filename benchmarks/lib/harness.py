@@ -17,8 +17,10 @@ from iomm.engine.parallel.optim import learning_rate
 from iomm.profiling import Clock, named
 
 STAND_INS = {"OpenGVLab/InternVL3-2B-hf": "random:internvl3-2b", "black-forest-labs/FLUX.1-schnell/vae": "random:flux"}
-WARM_UP = {"cpu": 1, "cuda": 3}     # rounds of every row that do not count: compiling, attention plans, allocator
-PASSES = {"cpu": 1, "cuda": 4}      # micro-batches a step: one rank of many updates a small share, one GPU alone everything
+# Rounds of every row that do not count: compiling, attention plans, allocator.
+WARM_UP = {"cpu": 1, "cuda": 3}
+# micro-batches a step: one rank of many updates a small share, one GPU alone everything
+PASSES = {"cpu": 1, "cuda": 4}
 
 
 def prepare(args, device, folder):
@@ -36,7 +38,8 @@ def prepare(args, device, folder):
     config = load_config(args.config, [*args.overrides, *changes])
     micro_batch = config.train.micro_batch or config.train.global_batch
     if device == "cuda":
-        room, wanted = torch.cuda.get_device_properties(0).total_memory * 0.95, micro_batch       # a context, an allocator's gaps
+        # A context, an allocator's gaps.
+        room, wanted = torch.cuda.get_device_properties(0).total_memory * 0.95, micro_batch
         model = build_without_weights(config)
         micro_batch = largest(wanted, lambda num: needed(model, config, num, args.against), room)
         if not micro_batch and args.against:

@@ -26,18 +26,27 @@ class Case:
 
     op: str
     name: str
-    bodies: dict                 # name -> function
+    # name -> function
+    bodies: dict
     reference: callable
-    check: callable              # () -> small float64 inputs on the CPU, odd sizes
-    time: callable               # () -> inputs of the real size, on the device, in its dtype
-    bytes: int = 0               # least bytes of memory traffic, forward and backward
+    # () -> small float64 inputs on the CPU, odd sizes
+    check: callable
+    # () -> inputs of the real size, on the device, in its dtype
+    time: callable
+    # Least bytes of memory traffic, forward and backward.
+    bytes: int = 0
     flops: int = 0
-    ours: str = ""               # the body of ours that is under test, empty: none
-    targets: dict = field(default_factory=dict)    # other body -> wanted: its time over ours
-    share: float = 0.0           # wanted: share of the copy bandwidth
-    exact: bool = False          # every bit equal to the reference
+    # The body of ours that is under test, empty: none.
+    ours: str = ""
+    # Other body -> wanted: its time over ours.
+    targets: dict = field(default_factory=dict)
+    # wanted: share of the copy bandwidth
+    share: float = 0.0
+    # Every bit equal to the reference.
+    exact: bool = False
     differentiable: bool = True
-    dtype: torch.dtype | None = None               # to check in, if not that of the run
+    # To check in, if not that of the run.
+    dtype: torch.dtype | None = None
 
 
 def normal(*shape, grad=False, seed=[0]):

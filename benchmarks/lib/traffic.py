@@ -100,12 +100,15 @@ def count_traffic(model, config, ranks, **settings):
     visits = [visit for visit, entered in trace if entered]
     shared = settings["zero_hpz_partition_size"] > 1
     after = [message("all_gather", [id(p)], itemsize, group=ranks) for p in model.parameters() if id(p) in persistent]
-    after += [Message(kind="all_reduce", size_bytes=4, group=ranks)]                             # whether all is finite
+    # Whether all is finite.
+    after += [Message(kind="all_reduce", size_bytes=4, group=ranks)]
     for group in make_optimizer(model, config.optim).param_groups:
         cuts = [-(-p.numel() // ranks) for p in group["params"]]
         parts = sub_groups(cuts, settings["sub_group_size"])
-        after += [Message(kind="all_reduce", size_bytes=8, group=ranks)] * len(parts)        # norm of the gradient, float64
-        if group["kind"] == "muon" and ranks > 1:                                            # fp32 updates to their owners and back
+        # Norm of the gradient, float64
+        after += [Message(kind="all_reduce", size_bytes=8, group=ranks)] * len(parts)
+        # fp32 updates to their owners and back
+        if group["kind"] == "muon" and ranks > 1:
             after += [Message(kind="all_to_all", size_bytes=4 * sum(part), group=ranks) for part in parts] * 2
     return Traffic(visits=[(visit.backward, sum(numel[p] for p in visit.own)) for visit in visits],
                    first=micro_batch(set()), later=micro_batch(set(numel) if shared else set()), step=after)
@@ -131,7 +134,8 @@ def trace_of(model):
     def walk(module, children, backward):
         if not any(True for _ in module.parameters()):
             return []
-        if isinstance(module, nn.ModuleList):                        # never called
+        # Never called
+        if isinstance(module, nn.ModuleList):
             return [event for child in children(module) for event in walk(child, children, backward)]
         leaf = isinstance(module, leaves)
         direct, inside = (tuple(id(p) for p in module.parameters(recurse=recurse)) for recurse in (False, True))
@@ -184,12 +188,14 @@ def gathered(trace, numel, persistent, copied, ranks, settings):
             continue
         free = {p for p in visit.own if p not in persistent and latest.get(p, -1) <= step}
         if visit.inside != visits[0].inside:
-            free.difference_update(visits[0].own)                    # in use until IOMM is left
+            # In use until IOMM is left.
+            free.difference_update(visits[0].own)
         passed = 0
         for later in visits[step:]:
             if passed >= reuse:
                 break
-            coming = later.inside if visit.leaf else later.direct    # as DeepSpeed does it: by what is left, not by what comes
+            # as DeepSpeed does it: by what is left, not by what comes
+            coming = later.inside if visit.leaf else later.direct
             free.difference_update(coming)
             passed += sum(numel[p] for p in coming)
         free &= available
@@ -218,16 +224,19 @@ def row_bytes(model, config):
     (mllm, vae), generator = model.frozen, model.generator
     width, tokens = generator.config.width, math.prod(vae.grid(*[config.data.size_px] * 2)) + config.adapter.num_queries
     blocks = sum(isinstance(module, generator.block_classes) for module in generator.modules())
-    if generator.config.kind == "mmdit":    # 2 norms, rope, 2 gated residuals, GELU at 4 x; backward also bias and residual sums
+    # 2 norms, rope, 2 gated residuals, GELU at 4 x; backward also bias and residual sums
+    if generator.config.kind == "mmdit":
         forward, backward = 2 * 2 + 6 + 2 * 3 + 2 * 4, 2 * 3 + 8 + 2 * 3 + 3 * 4 + 9 + 2 * 3
-    else:                                   # 4 RMS norms, rope, 2 gated residuals, SwiGLU at 8/3 x; backward also residual sums
+    else:
+        # 4 RMS norms, rope, 2 gated residuals, SwiGLU at 8/3 x; backward also residual sums
         forward, backward = 4 * 2 + 6 + 2 * 3 + 3 * 8 / 3, 4 * 3 + 8 + 2 * 3 + 5 * 8 / 3 + 2 * 3
     text, vision = mllm.backbone.config.text_config, mllm.backbone.config.vision_config
     prefix, queries = NUM_TEXT + mllm.num_image_tokens * (1 - config.mask.ratio), config.adapter.num_queries
     layers, gate = 2 * text.hidden_size * text.num_hidden_layers, text.intermediate_size / text.hidden_size
     patches = (vision.image_size[0] // vision.patch_size[0]) ** 2 + 1
     maps, side = 0, config.data.size_px
-    for down in vae.backbone.encoder.down_blocks:       # a residual block: 2 group norms, each read twice and written once; a sum
+    # A residual block: 2 group norms, each read twice and written once; a sum.
+    for down in vae.backbone.encoder.down_blocks:
         maps += sum(side**2 * (3 * resnet.norm1.num_channels + 6 * resnet.norm2.num_channels) for resnet in down.resnets)
         side //= 2 if down.downsamplers else 1
     return {"generator": tuple(2 * tokens * width * blocks * passes for passes in (forward, backward)),

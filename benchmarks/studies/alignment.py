@@ -41,7 +41,8 @@ def heldout_loss(overrides: list[str], weight: float, block: int, seed: int, ste
     evaluation = Evaluation(config, bench.source, ranks)
     for _ in range(steps):
         bench.step()
-    bench.batches.close()                        # its reader threads
+    # Its reader threads
+    bench.batches.close()
     return evaluation(bench.state)["heldout_loss"]["image"]
 
 
@@ -55,7 +56,8 @@ def rows(runs: dict) -> dict[str, str]:
         text = f"held-out loss {statistics.mean(losses):.4f}"
         if cell != "no alignment":
             changes = [by_seed[seed]["mean"] - plain[seed]["mean"] for seed in sorted(plain)]
-            change = widened(changes, math.inf, -math.inf)           # by Student's t alone
+            # by Student's t alone
+            change = widened(changes, math.inf, -math.inf)
             text += f", {change.mean:+.4f} against none"
             if len(changes) > 1:
                 text += f" (95 % interval {change.low:+.4f} to {change.high:+.4f})"

@@ -26,7 +26,8 @@ from iomm.engine.evaluation.shapes_grades import overall
 from iomm.engine.observe.doctor import machine
 from iomm.engine.parallel.cpu_ranks import free_port
 
-SINGLE = "single_object", "colors"      # kinds of captions of one shape
+# Kinds of captions of one shape.
+SINGLE = "single_object", "colors"
 
 
 def launch(*arguments, said=None):

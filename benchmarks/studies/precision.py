@@ -25,7 +25,8 @@ from iomm.engine.observe.doctor import machine
 RUNS = {"bf16": ("bf16", 0), "fp8": ("fp8", 0), "bf16, another seed": ("bf16", 1)}
 ON_A_GPU = ["model.preset=iomm-b", "model.vae=pixel:2", "data.size_px=64", "adapter.num_queries=256", "mask.ratio=0.85",
             "train.global_batch=64", "train.micro_batch=32", "optim.lr=1e-4", "optim.warmup_steps=50", "ema.decay=0"]
-STEPS = {True: 100, False: 300}      # with a GPU: 302 TFLOP a step, three runs in ten minutes; without
+# With a GPU: 302 TFLOP a step, three runs in ten minutes; without.
+STEPS = {True: 100, False: 300}
 
 
 def run(folder, precision, seed, steps, overrides):
@@ -35,7 +36,8 @@ def run(folder, precision, seed, steps, overrides):
     subprocess.run([str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "1", str(ROOT / "engine/launch.py"),
                     *overrides, *arguments], cwd=ROOT, check=True)
     rows = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-    shutil.rmtree(folder)                        # on a GPU 15 GB each, more than a rented disk has room for
+    # On a GPU 15 GB each, more than a rented disk has room for.
+    shutil.rmtree(folder)
     return rows
 
 

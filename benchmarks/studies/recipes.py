@@ -405,7 +405,8 @@ class Runs:
             try:
                 if rows := [json.loads(line)["step_s"] for line in lines]:
                     return statistics.median(rows)
-            except ValueError:  # a line that is being written
+            except ValueError:
+                # a line that is being written
                 continue
         return self.budget.step_s
 
@@ -418,8 +419,10 @@ def config_of(stage: str, settings: tuple) -> RunConfig:
 
 def wait_until_free(run_dir: Path) -> None:
     """Wait for a run that still trains in a folder: its launcher outlives a killed command."""
-    with open(run_dir / ".lock", "a") as file, suppress(OSError):  # a file system without locks
-        fcntl.lockf(file, fcntl.LOCK_EX)  # closing the file gives the lock back
+    # A file system without locks.
+    with open(run_dir / ".lock", "a") as file, suppress(OSError):
+        # Closing the file gives the lock back.
+        fcntl.lockf(file, fcntl.LOCK_EX)
 
 
 def real_limits(runs: Runs) -> dict:
@@ -657,7 +660,8 @@ def main(argv: list[str] | None = None) -> int:
         for done, label in waiting.items():
             try:
                 done.result()
-            except Exception as error:  # the other cells go on
+            except Exception as error:
+                # the other cells go on
                 failed += 1
                 if not isinstance(error, InputError):
                     traceback.print_exception(error)

@@ -8,11 +8,14 @@ from pathlib import Path
 
 SUFFIXES = ("jpg", "jpeg", "png", "webp", "txt", "json")
 BLOCK = 512
-MAX_NAME_BYTES = 1 << 20     # a pax or long-name member larger than this is damage, not a name
+# A pax or long-name member larger than this is damage, not a name.
+MAX_NAME_BYTES = 1 << 20
 REGULAR = b"0\x007"
 MAGIC, MAGIC_AT = b"ustar", 257
-SCAN = 1 << 20               # bytes looked at in one read; a multiple of BLOCK
-NO_DATA = b"123456"          # links, devices, folders, pipes: their size field says nothing
+# Bytes looked at in one read; a multiple of BLOCK.
+SCAN = 1 << 20
+# links, devices, folders, pipes: their size field says nothing
+NO_DATA = b"123456"
 
 
 class TarError(Exception):
@@ -31,7 +34,8 @@ class Tar:
 
     def members(self, report=None):
         """Yields (name, offset, num_bytes) of each regular member; report: see walk."""
-        yield from walk(self._fd, os.fstat(self._fd).st_size, report)      # a generator, so that it holds the file open
+        # A generator, so that it holds the file open.
+        yield from walk(self._fd, os.fstat(self._fd).st_size, report)
 
     def read(self, offset, num_bytes):
         """bytes; fewer than num_bytes if the file ends before. Raises OSError."""
@@ -101,7 +105,8 @@ def walk(fd, num_bytes, report=None):
                     name = long_name or _ustar_name(header)
                     if "path" in pax:
                         name = pax["path"].encode("utf-8", "surrogateescape")
-                    if not name.endswith(b"/"):      # how V7 tars write folders
+                    # how V7 tars write folders
+                    if not name.endswith(b"/"):
                         yield name.decode("utf-8", "surrogateescape"), start, size
                 long_name, pax = None, {}
             position = start + -(-size // BLOCK) * BLOCK
@@ -111,7 +116,8 @@ def walk(fd, num_bytes, report=None):
             position = _next_header(fd, position + BLOCK, num_bytes)
             left = f"; members go on at byte {position}" if position < num_bytes else ""
             report("bad_tar", f"{error}{left}")
-            long_name, pax, ended = None, {}, position >= num_bytes      # one report is enough for one end
+            # One report is enough for one end.
+            long_name, pax, ended = None, {}, position >= num_bytes
     if num_bytes and not ended and report is not None:
         report("no_end", "the tar has no end mark: it may have been cut between two members")
 
@@ -162,7 +168,8 @@ def _checksum_fits(header):
 
 
 def _number(field, position):
-    if field[0] & 0x80:                # base 256, for sizes over 8 GiB; 0xff leads a negative one
+    # base 256, for sizes over 8 GiB; 0xff leads a negative one
+    if field[0] & 0x80:
         return int.from_bytes(field, "big", signed=True) if field[0] == 0xFF else int.from_bytes(field[1:], "big")
     try:
         return int(field.strip(b" \0") or b"0", 8)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from iomm.config import InputError
 
-LEAST_SAMPLES = 10_000      # a share is judged over at least so many
+# A share is judged over at least so many.
+LEAST_SAMPLES = 10_000
 
 
 @dataclass(frozen=True)
@@ -58,5 +59,6 @@ class BadSamples:
             with open(Path(self.log_file), "a", encoding="utf-8") as f:
                 for failure in failures:
                     f.write(json.dumps(asdict(failure)) + "\n")
-        except OSError as error:      # a full disk does not end a run
+        except OSError as error:
+            # a full disk does not end a run
             print(f"{self.log_file} not written: {error}", flush=True)

@@ -8,9 +8,12 @@ import numpy as np
 from iomm.config import InputError
 from iomm.engine.data.samplers import EpochPermutation, mix, permute
 
-MAX_ASPECT = 4.0       # of a bucket; longer pictures are cropped to it
-UNITS = 16             # sides are multiples of about size_px / 16: 32 px at 512, 64 px at 1024
-CACHED_SHARDS = 64     # whose samples are sorted by bucket; 10,000 samples are 40 KB
+# Of a bucket; longer pictures are cropped to it.
+MAX_ASPECT = 4.0
+# Sides are multiples of about size_px / 16: 32 px at 512, 64 px at 1024
+UNITS = 16
+# Whose samples are sorted by bucket; 10,000 samples are 40 KB.
+CACHED_SHARDS = 64
 
 
 def bucket_sizes(size_px, multiple_px=1):
@@ -49,7 +52,8 @@ class BucketSampler:
         whole = np.array([shard["num_samples"] for shard in index.shards], dtype=np.int64)
         self.num_samples, self.first_entry = whole - held_out, np.cumsum(whole) - whole
         self.ratios = np.array([width / height for height, width in sizes])
-        self._borders = np.sqrt(self.ratios[1:] * self.ratios[:-1])      # the same floats on every machine, unlike logarithms
+        # The same floats on every machine, unlike logarithms.
+        self._borders = np.sqrt(self.ratios[1:] * self.ratios[:-1])
         self._joined = np.arange(len(sizes))
         self.counts = np.stack([np.bincount(self._buckets(shard), minlength=len(sizes)) for shard in range(len(whole))])
         self.join(join_small(self.counts.sum(0)[None], self.ratios, [self.global_batch]))

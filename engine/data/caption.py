@@ -24,7 +24,8 @@ def caption_of_json(data):
         raise Rejected("caption", f"{len(data)} bytes, at most {MAX_BYTES} are read")
     try:
         fields = json.loads(data.decode("utf-8").removeprefix("\ufeff"), parse_constant=_refuse)
-    except (ValueError, RecursionError) as error:      # bad UTF-8, bad JSON, NaN, 5,000 digits, 60,000 brackets
+    except (ValueError, RecursionError) as error:
+        # bad UTF-8, bad JSON, NaN, 5,000 digits, 60,000 brackets
         raise Rejected("caption", f"not JSON: {error}") from None
     text = fields.get("caption") if isinstance(fields, dict) else None
     if not isinstance(text, str | None):

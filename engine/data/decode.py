@@ -12,13 +12,15 @@ from PIL import Image, ImageOps
 try:
     from nvidia.dali import fn, types
     from nvidia.dali.pipeline import Pipeline
-except ImportError:              # no wheel for this machine: Pillow decodes, and `iomm doctor` says so
+except ImportError:
+    # no wheel for this machine: Pillow decodes, and `iomm doctor` says so
     fn = types = Pipeline = None
 
 from iomm.config import InputError, choice
 
 CENTRE = 0.5
-LEVEL = 127.5      # grey level that is 0 in [-1, 1]
+# Grey level that is 0 in [-1, 1]
+LEVEL = 127.5
 
 
 class DecodeError(Exception):
@@ -29,11 +31,16 @@ class DecodeError(Exception):
 class Encoded:
     """A batch as the decoder takes it. place_B2: where the crop lies in what is left of each axis, (x, y) in [0, 1]."""
 
-    images: list                   # of bytes
-    flip_B: np.ndarray             # bool: mirrored left to right
-    place_B2: np.ndarray           # float32
-    has_image_B: np.ndarray        # bool: the ViT looks at it
-    size_px: tuple                 # (height, width) of the VAE's pixels, of the whole batch
+    # Of bytes
+    images: list
+    # bool: mirrored left to right
+    flip_B: np.ndarray
+    # float32
+    place_B2: np.ndarray
+    # bool: the ViT looks at it
+    has_image_B: np.ndarray
+    # (height, width) of the VAE's pixels, of the whole batch
+    size_px: tuple
 
 
 class Decoder:
@@ -73,11 +80,13 @@ class Decoder:
 
     def __call__(self, batches):
         """Iterator of (pixels_BCHW, vit_pixels_IHWC) over `batches`; owns a DALI pipeline and frees it at its end."""
-        threads = ThreadPoolExecutor(self.num_threads, thread_name_prefix="resize")      # they start when there is work
+        # They start when there is work.
+        threads = ThreadPoolExecutor(self.num_threads, thread_name_prefix="resize")
         if fn is None:
             yield from self._by_pillow(batches, threads)
             return
-        taken = []      # the batches that DALI has taken and not given back
+        # The batches that DALI has taken and not given back.
+        taken = []
         pipe = self._pipeline(self._inputs(batches, taken))
         pipe.build()
         try:
@@ -86,7 +95,8 @@ class Decoder:
                     outputs = pipe.run()
                 except StopIteration:
                     return
-                except RuntimeError as error:      # DALI's text is all that tells its errors apart
+                except RuntimeError as error:
+                    # DALI's text is all that tells its errors apart
                     if "fn.decoders.image" not in str(error):
                         raise
                     raise DecodeError(str(error)) from None
@@ -231,7 +241,8 @@ def upright(data):
     try:
         with Image.open(io.BytesIO(data)) as image:
             return np.array(rgb(ImageOps.exif_transpose(image)))
-    except Exception as error:                   # Pillow's parsers raise OSError, SyntaxError, struct.error, ValueError and more
+    except Exception as error:
+        # Pillow's parsers raise OSError, SyntaxError, struct.error, ValueError and more
         raise DecodeError(f"{type(error).__name__}: {error}") from None
 
 
@@ -268,6 +279,7 @@ def sizes(images):
             while len(found) < len(images):
                 height, width, _ = np.asarray(pipe.run()[0].at(0)).tolist()
                 found.append((height, width))
-        except RuntimeError:      # after an error a pipeline refuses everything
+        except RuntimeError:
+            # after an error a pipeline refuses everything
             found.append(None)
     return found

@@ -8,12 +8,17 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps
 
-FORMATS = ("JPEG", "PNG", "WEBP")      # an allow-list: Pillow would start Ghostscript for an EPS file
-MAX_PIXELS = 1 << 26                   # 256 MB in Pillow, 192 MB in DALI; a PNG of 109 KB can claim 9.5 GB
-MAX_SIDE_PX = 65535                    # what the index has room for, and what JPEG can say
+# An allow-list: Pillow would start Ghostscript for an EPS file.
+FORMATS = ("JPEG", "PNG", "WEBP")
+# 256 MB in Pillow, 192 MB in DALI; a PNG of 109 KB can claim 9.5 GB
+MAX_PIXELS = 1 << 26
+# What the index has room for, and what JPEG can say.
+MAX_SIDE_PX = 65535
 EXIF_ORIENTATION = 0x0112
-MIN_PADDED_PX = 64                     # smaller squares are not searched for padding
-PADDING_LEVEL = 245                    # grey level that JPEG leaves of white beside an edge
+# Smaller squares are not searched for padding.
+MIN_PADDED_PX = 64
+# Grey level that JPEG leaves of white beside an edge.
+PADDING_LEVEL = 245
 JPEG_FRAMES = {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I", "I;16", "I;16B")
 OTHER_IMAGES = (b"GIF8", b"BM", b"II*\0", b"MM\0*", b"%!PS", b"\0\0\1\0", b"8BPS", b"\0\0\0\x0cjP  ", b"\xff\x0a")
@@ -54,14 +59,16 @@ def check_image(data, *, min_size_px, max_aspect, max_pixels=MAX_PIXELS, whole=T
             _check_size(*image.size, min_size_px, max_aspect, max_pixels)
             if image.mode not in MODES:
                 raise Rejected("unsupported", f"pixel mode {image.mode}")
-            if kind != "JPEG" and getattr(image, "n_frames", 1) > 1:      # of a JPEG (MPO) the first frame is used
+            # Of a JPEG (MPO) the first frame is used.
+            if kind != "JPEG" and getattr(image, "n_frames", 1) > 1:
                 raise Rejected("animated", f"{image.n_frames} frames")
             width, height = image.size
             if not whole:
                 turned = _is_turned(image)
                 return Verdict(*((height, width) if turned else (width, height)), image.has_transparency_data, ())
             image.load()
-            if _is_turned(image):      # after loading: PNG may say it behind the pixels
+            # After loading: PNG may say it behind the pixels.
+            if _is_turned(image):
                 width, height = height, width
             transparent = image.has_transparency_data and _has_clear_pixels(image)
             notes = {"trailing": _has_trailing_bytes(kind, data, scan), "alpha": transparent,
@@ -74,7 +81,8 @@ def check_image(data, *, min_size_px, max_aspect, max_pixels=MAX_PIXELS, whole=T
         raise Rejected("too_large", str(error)) from None
     except MemoryError:
         raise Rejected("too_large", "not enough memory to decode it") from None
-    except Exception as error:      # Pillow's parsers raise OSError, SyntaxError, struct.error, ValueError and more
+    except Exception as error:
+        # Pillow's parsers raise OSError, SyntaxError, struct.error, ValueError and more
         reason = "truncated" if "truncated" in str(error).lower() or _ends_early(kind, data) else "bad_header"
         raise Rejected(reason, f"{type(error).__name__}: {error}") from None
 
@@ -181,7 +189,8 @@ def _has_clear_pixels(image):
 def _has_trailing_bytes(kind, data, scan):
     """Whether anything stands behind the image: garbage, a second one, the other frames of an MPO."""
     if kind == "JPEG":
-        return data.find(b"\xff\xd9", scan) + 2 < len(data)      # entropy-coded data never contains this pair
+        # entropy-coded data never contains this pair
+        return data.find(b"\xff\xd9", scan) + 2 < len(data)
     if kind == "PNG":
         return data.rfind(b"IEND") + 8 < len(data)
     return int.from_bytes(data[4:8], "little") + 8 + data[4] % 2 < len(data)
@@ -212,7 +221,8 @@ def _is_padded(image):
     if min(corners) < PADDING_LEVEL:
         return False
     white = np.asarray(image.convert("L")) >= PADDING_LEVEL
-    bands = [_band(white.all(axis=1)), _band(white.all(axis=0))]      # rows, columns
+    # rows, columns
+    bands = [_band(white.all(axis=1)), _band(white.all(axis=0))]
     wide = [band for band in bands if min(band) >= side // 50]
     return len(wide) == 1 and abs(wide[0][0] - wide[0][1]) <= side // 50
 

@@ -24,7 +24,8 @@ from iomm.engine.data.workers import judge_shards
 VERSION = 2
 HEADER, RECORDS, REJECTED = "index.json", "index.bin", "rejected.jsonl"
 FORMAT = {"format": "iomm-index", "version": VERSION, "record_bytes": RECORD.itemsize}
-PADDED_SHARE = 0.05      # a data set with more padded squares than this was made with img2dataset's border mode
+# A data set with more padded squares than this was made with img2dataset's border mode.
+PADDED_SHARE = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +34,12 @@ class Index:
 
     folder: Path
     records: np.ndarray
-    shards: list          # of {path, bytes, mtime_ns, num_samples}, and files if the shard is a folder
-    rejected: dict        # reason -> count
-    notes: dict           # remark on good samples -> count: trailing, icc_bad, alpha, constant, padded, no_caption
+    # of {path, bytes, mtime_ns, num_samples}, and files if the shard is a folder
+    shards: list
+    # reason -> count
+    rejected: dict
+    # Remark on good samples -> count: trailing, icc_bad, alpha, constant, padded, no_caption.
+    notes: dict
     rules: Rules
 
 
@@ -53,7 +57,8 @@ def build(shards, out, *, rules=Rules(), progress=True, workers=None, keep=False
     entries = [_entry(path) for path in paths]
     check_replaceable(out, HEADER)
     with _parts_folder(out) as parts:
-        if keep and _is_current(out, rules):      # another process made it while this one waited
+        # Another process made it while this one waited.
+        if keep and _is_current(out, rules):
             shutil.rmtree(parts)
             return Path(out)
         names = [parts / _part_name(entry, rules) for entry in entries]
@@ -113,11 +118,13 @@ def _parts_folder(out):
         folder.mkdir(parents=True, exist_ok=True)
         try:
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        except FileNotFoundError:      # the build that held it has just removed it
+        except FileNotFoundError:
+            # the build that held it has just removed it
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if folder.exists() and os.fstat(lock).st_ino == folder.stat().st_ino:      # not one that was just removed
+            # Not one that was just removed.
+            if folder.exists() and os.fstat(lock).st_ino == folder.stat().st_ino:
                 yield folder
                 return
         finally:

@@ -25,10 +25,13 @@ from iomm.engine.data.source import ImageSource
 
 HEADER, VERSION = "latents.json", 1
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-ROWS = 1024                # latents in a file: 128 MB of FLUX's at 512 px
-MAX_OPEN = 64              # files
+# Latents in a file: 128 MB of FLUX's at 512 px.
+ROWS = 1024
+# files
+MAX_OPEN = 64
 MAX_HEADER_BYTES = 1 << 16
-VIT_PX = 16                # what is made for a ViT that does not look: as little as possible
+# What is made for a ViT that does not look: as little as possible.
+VIT_PX = 16
 
 
 def facts_of(index, *, vae, size_px):
@@ -46,7 +49,8 @@ def write_cache(shards, out, vae, *, vae_name, size_px, dtype="bf16", device="cp
     training replaces it. Raises InputError if `out` is a cache of something else."""
     choice("--dtype", dtype, tuple(DTYPES))
     out = Path(out)
-    vae.grid(size_px, size_px)      # raises if the size does not divide
+    # Raises if the size does not divide.
+    vae.grid(size_px, size_px)
     shape = [vae.channels, size_px // vae.factor, size_px // vae.factor]
     header = facts_of(shards.index, vae=vae_name, size_px=size_px) | {"dtype": dtype, "shape": shape, "rows": ROWS}
     _claim(out, header)
@@ -222,7 +226,8 @@ def _claim(out, header):
     if there is None:
         if any(file.name != HEADER and not file.name.startswith(f".{HEADER}") for file in out.iterdir()):
             raise InputError(f"{out} holds something else (it has no {HEADER}): give another folder or empty it")
-        with whole_file(out / HEADER) as partial:      # ranks write the same
+        # Ranks write the same.
+        with whole_file(out / HEADER) as partial:
             partial.write_text(json.dumps(header, indent=1), encoding="utf-8")
     elif there != header:
         different = [f"{key} {there.get(key)!r} became {header.get(key)!r}" for key in header

@@ -20,7 +20,8 @@ def expand(shards):
     for pattern in patterns:
         pattern = os.path.expanduser(os.fspath(pattern))
         paths = [pattern]
-        if not os.path.exists(pattern):      # a name with braces or brackets in it may simply exist
+        # A name with braces or brackets in it may simply exist.
+        if not os.path.exists(pattern):
             paths = [path for part in _braces(pattern) for path in glob.glob(part, recursive=True)]
         if not paths:
             raise InputError(

@@ -6,9 +6,11 @@ import numpy as np
 
 from iomm.config import InputError
 
-NUM_ROUNDS = 12     # chi-square of (place, entry) in groups of 5, in deviations: 246 at 4, 17 at 8, 9 at 10, 1 at 12
+# chi-square of (place, entry) in groups of 5, in deviations: 246 at 4, 17 at 8, 9 at 10, 1 at 12
+NUM_ROUNDS = 12
 GOLDEN = 0x9E3779B97F4A7C15
-CACHED_EPOCHS = 4   # a batch may straddle two epochs; the plan of an epoch is three arrays over the shards
+# A batch may straddle two epochs; the plan of an epoch is three arrays over the shards.
+CACHED_EPOCHS = 4
 
 
 class EpochPermutation:

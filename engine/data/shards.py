@@ -13,7 +13,8 @@ from iomm.engine.data.image import opaque
 from iomm.engine.data.index import load
 from iomm.engine.data.validate import CAPTION_JSON, CAPTION_TXT, TRANSPARENT, UNVERIFIED
 
-MAX_OPEN = 256      # shards; the order reads from 16 at a time, and 1,024 file handles are a common limit
+# shards; the order reads from 16 at a time, and 1,024 file handles are a common limit
+MAX_OPEN = 256
 
 
 class Damaged(InputError):
@@ -53,7 +54,8 @@ class Shards:
             return data
         try:
             return opaque(data)
-        except Exception as error:      # without a CRC the bytes may be anything, and Pillow's parsers raise anything
+        except Exception as error:
+            # without a CRC the bytes may be anything, and Pillow's parsers raise anything
             raise self._damaged(k, f"cannot be decoded ({type(error).__name__}: {error})") from None
 
     def caption(self, k):

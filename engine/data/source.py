@@ -19,27 +19,40 @@ from iomm.engine.data.samplers import EpochPermutation, FixedSizeSampler
 from iomm.engine.data.shards import Damaged
 from iomm.kernels.philox import CROP, FLIP, uniform
 
-NUM_READERS = 4        # threads that wait for the disk; a photograph of 80 KB costs them 0.04 ms of CPU
+# Threads that wait for the disk; a photograph of 80 KB costs them 0.04 ms of CPU.
+NUM_READERS = 4
 BATCHES_READ_AHEAD = 4
 BATCHES_DECODED_AHEAD = 2
-MAX_ATTEMPTS = 16      # samples tried in the place of one that cannot be had
+# Samples tried in the place of one that cannot be had.
+MAX_ATTEMPTS = 16
 
 
 @dataclass
 class Batch:
     """One micro-batch: where its samples stand in the run and in the index, what they are, and the wait for them."""
 
-    n_B: torch.Tensor                  # int64, on the CPU; names the sample's random numbers
-    entry_B: torch.Tensor              # int64, on the CPU
-    pixels_BCHW: torch.Tensor | None   # on the device; None if the latents are there
-    vit_pixels_BHWC: torch.Tensor | None      # bytes, on the device; of the samples with has_image, in order (of all with look_at_pairs)
-    wait_s: float                      # how long the caller waited
-    captions: list = field(default_factory=list)       # B texts, "" where has_image
-    has_image: list = field(default_factory=list)      # B bools: conditioned on its image, not on its caption
-    latents_BCHW: torch.Tensor | None = None           # float32, on the device
-    image_tokens_IPD: torch.Tensor | None = None       # on the device; in place of vit_pixels_BHWC, which is None then
-    failures: list = field(default_factory=list)       # of Failure: samples that were replaced
-    prepared: object = None                            # what IOMM.prepare made of the pixels, where it has run ahead
+    # int64, on the CPU; names the sample's random numbers
+    n_B: torch.Tensor
+    # int64, on the CPU
+    entry_B: torch.Tensor
+    # On the device; None if the latents are there.
+    pixels_BCHW: torch.Tensor | None
+    # bytes, on the device; of the samples with has_image, in order (of all with look_at_pairs)
+    vit_pixels_BHWC: torch.Tensor | None
+    # How long the caller waited.
+    wait_s: float
+    # B texts, "" where has_image.
+    captions: list = field(default_factory=list)
+    # B bools: conditioned on its image, not on its caption.
+    has_image: list = field(default_factory=list)
+    # float32, on the device
+    latents_BCHW: torch.Tensor | None = None
+    # On the device; in place of vit_pixels_BHWC, which is None then.
+    image_tokens_IPD: torch.Tensor | None = None
+    # of Failure: samples that were replaced
+    failures: list = field(default_factory=list)
+    # what IOMM.prepare made of the pixels, where it has run ahead
+    prepared: object = None
 
     @property
     def inputs(self):
@@ -90,12 +103,14 @@ class ImageSource:
         self.flip = flip
         self.crop = crop
         self.latents = latents
-        self.encoded = getattr(latents, "tokens", None) is not None      # nothing is left to decode
+        # Nothing is left to decode.
+        self.encoded = getattr(latents, "tokens", None) is not None
         self.look_at_pairs = look_at_pairs
         self.order = plan or FixedSizeSampler(EpochPermutation(seed, shards.shard_sizes), size_px)
         self.decoder = Decoder(micro_batch, vit_px, device, num_threads, prefetch=BATCHES_DECODED_AHEAD, dtype=dtype,
                                vae_pixels=latents is None, hw_decoder_load=hw_decoder_load, resize=resize)
-        self._order_lock = Lock()      # readers ask for replacements; orders keep a small cache
+        # Readers ask for replacements; orders keep a small cache.
+        self._order_lock = Lock()
 
     @property
     def accumulation_steps(self):
@@ -113,7 +128,8 @@ class ImageSource:
 
     def __iter__(self):
         """Yields one Batch per micro-batch."""
-        on_the_way = deque()      # batches that the decoder has taken and not yet given back, as lists of _Sample
+        # Batches that the decoder has taken and not yet given back, as lists of _Sample.
+        on_the_way = deque()
         with ThreadPoolExecutor(NUM_READERS, thread_name_prefix="reader") as readers:
             read = self._read(readers)
             if self.encoded:
@@ -130,7 +146,8 @@ class ImageSource:
                         try:
                             pixels_BCHW, vit_pixels_BHWC = next(decoded)
                             break
-                        except DecodeError as error:      # it took the pipeline with it: what was on the way goes again
+                        except DecodeError as error:
+                            # it took the pipeline with it: what was on the way goes again
                             decoded.close()
                             self._replace_refused(on_the_way[0], error)
                             again = list(on_the_way)

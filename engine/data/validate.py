@@ -15,24 +15,32 @@ from iomm.engine.data.archive import SUFFIXES, Folder, Tar
 from iomm.engine.data.caption import caption_of_json, caption_of_text
 from iomm.engine.data.image import MAX_PIXELS, Rejected, check_image
 
-CAPTION_TXT, CAPTION_JSON, TRANSPARENT, UNVERIFIED = 1, 2, 4, 8      # bits of `flags`
-RECORD = np.dtype([                                   # packed, little-endian, 37 bytes: 10 M samples are 370 MB
+# Bits of `flags`
+CAPTION_TXT, CAPTION_JSON, TRANSPARENT, UNVERIFIED = 1, 2, 4, 8
+# packed, little-endian, 37 bytes: 10 M samples are 370 MB
+RECORD = np.dtype([
     ("image_offset", "<u8"), ("image_bytes", "<u4"), ("crc32", "<u4"), ("width", "<u2"), ("height", "<u2"),
     ("caption_offset", "<u8"), ("caption_bytes", "<u4"), ("caption_crc32", "<u4"), ("flags", "u1")])
 CAPTIONS = {"txt": (CAPTION_TXT, caption_of_text), "json": (CAPTION_JSON, caption_of_json)}
-HEADER_BYTES = 1 << 16                                # where verify="fast" looks for an image's header first
-CHUNK = 256                                           # samples told at once: what a crash costs at most to read again
+# Where verify="fast" looks for an image's header first.
+HEADER_BYTES = 1 << 16
+# Samples told at once: what a crash costs at most to read again.
+CHUNK = 256
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
     """What a good sample is. An index keeps them; another set of rules is another index."""
 
-    min_size_px: int = 32          # of the shorter edge
-    max_aspect: float = 10.0       # longer edge / shorter edge; a centre crop keeps a tenth of such a picture
+    # Of the shorter edge.
+    min_size_px: int = 32
+    # Longer edge / shorter edge; a centre crop keeps a tenth of such a picture.
+    max_aspect: float = 10.0
     max_pixels: int = MAX_PIXELS
-    captions: str = "optional"     # optional | required: a sample without a caption, or with an empty one, is rejected
-    verify: str = "full"           # full: every image is decoded | fast: headers only, no checksums
+    # optional | required: a sample without a caption, or with an empty one, is rejected
+    captions: str = "optional"
+    # full: every image is decoded | fast: headers only, no checksums
+    verify: str = "full"
 
     def __post_init__(self):
         choice("captions", self.captions, ("optional", "required"))
@@ -131,7 +139,8 @@ def told_missing(path, num_samples):
         if isinstance(wanted, int) and wanted > num_samples:
             return f"{wanted - num_samples} of {wanted} samples that its _stats.json counts"
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        pass      # most shards have none
+        # Most shards have none.
+        pass
     return None
 
 

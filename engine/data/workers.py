@@ -24,8 +24,10 @@ import iomm
 from iomm.config import InputError
 from iomm.engine.data.validate import RECORD, Rules, judge_shard
 
-MEMORY_BYTES = 512 << 20      # address space a worker may add, beside 8 bytes a pixel of the largest image allowed
-SAMPLE_LIMIT_S = 30.0         # a photograph takes 0.01 s, the largest image allowed 1 s, a slow disk some seconds
+# Address space a worker may add, beside 8 bytes a pixel of the largest image allowed.
+MEMORY_BYTES = 512 << 20
+# A photograph takes 0.01 s, the largest image allowed 1 s, a slow disk some seconds.
+SAMPLE_LIMIT_S = 30.0
 IDLE = -1
 
 
@@ -75,7 +77,8 @@ class _Shard:
     def __init__(self, number, path, part, num_parts):
         self.number, self.path, self.part, self.num_parts = number, path, part, num_parts
         self.num_judged, self.poison, self.was_listed_in_vain = 0, {}, False
-        self.chunks = []      # of (num_judged, records, rejected, notes)
+        # of (num_judged, records, rejected, notes)
+        self.chunks = []
 
     def add(self, message, records):
         self.num_judged = message["num_judged"]
@@ -121,7 +124,8 @@ class _Worker:
         try:
             self.connection.send_bytes(json.dumps(shard.task()).encode())
         except OSError:
-            pass      # it is dead: the next wait says so
+            # It is dead: the next wait says so.
+            pass
 
     def stuck(self):
         number, since_s = self.at
@@ -131,7 +135,8 @@ class _Worker:
         """Ends this process; a new one goes on with its shard, and does not look at the sample that ended this one. A
         shard that ends two processes before its first sample raises InputError."""
         number, shard = int(self.at[0]), self.shard
-        ended_by = self.end(grace_s=0.2)      # one that crashed is about to be gone: its own exit code says more
+        # One that crashed is about to be gone: its own exit code says more.
+        ended_by = self.end(grace_s=0.2)
         detail = f"took over {SAMPLE_LIMIT_S:.0f} s" if reason == "timeout" else f"the decoder's process ended: {ended_by}"
         if number >= 0:
             shard.poison[number] = reason, detail
@@ -156,8 +161,10 @@ class _Worker:
 
 def main(connection, memory, rules):
     """The worker process: takes shards until the parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)      # Ctrl-C is the parent's: it ends us
-    warnings.simplefilter("ignore")                   # damaged EXIF and the like: no reason to reject
+    # Ctrl-C is the parent's: it ends us.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # damaged EXIF and the like: no reason to reject
+    warnings.simplefilter("ignore")
     rules = Rules(**json.loads(rules))
     connection = Connection(int(connection))
     at = np.frombuffer(mmap.mmap(int(memory), mmap.PAGESIZE), dtype=np.float64, count=2)

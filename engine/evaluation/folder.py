@@ -19,7 +19,8 @@ from iomm.engine.evaluation import sample
 from iomm.engine.evaluation.layouts import LAYOUTS, next_step, read_items
 from iomm.pipeline import height_width, image_grid
 
-NAMED = 10             # faults of a kind that are named; the others are counted
+# Faults of a kind that are named; the others are counted.
+NAMED = 10
 
 
 def evaluate(bench, *, prompts, out, run=None, root=None, num=None, size=None, steps=20, seed=0, guidance=4.0, shift=1.0,
@@ -44,7 +45,8 @@ def evaluate(bench, *, prompts, out, run=None, root=None, num=None, size=None, s
         own, whose = items[rank::num_ranks], f"rank {rank} of {num_ranks}: its share of " if num_ranks > 1 else ""
         pipe, _ = sample.open_pipeline(run, weights=weights, device=device)
         pipe.batch, size = batch, height_width(size or pipe.size_px)
-        pipe.model.frozen[1].grid(*size)           # raises if the size does not divide
+        # Raises if the size does not divide.
+        pipe.model.frozen[1].grid(*size)
         if bench == "dpg" and size[0] != size[1]:
             raise InputError(f"dpg cuts its grids into squares: --size must be one, got {sample.size_text(size)}")
         if extra := strangers(layout, items, num, out):
@@ -97,7 +99,8 @@ def draw_share(pipe, layout, items, num, out, partial, facts, settings, quiet):
                 text = {**facts, "item": item.id, "prompt": item.prompt}
                 place(partial, out / name, lambda: sample.save_png(picture, partial, text))
             bar.update(len(part))
-    partial.unlink(missing_ok=True)                # what a killed run left
+    # What a killed run left.
+    partial.unlink(missing_ok=True)
 
 
 def place(partial, path, write):
@@ -180,11 +183,13 @@ def look(path):
     """Intact PNG in RGB -> (its (width, height), its text). Raises ValueError that says what is wrong with it."""
     try:
         with Image.open(path, formats=("PNG",)) as image:
-            image.verify()                       # the CRC-32 of every chunk
+            # the CRC-32 of every chunk
+            image.verify()
         with Image.open(path, formats=("PNG",)) as image:
             image.load()
             mode, size, text = image.mode, image.size, dict(image.text)
-    except Exception as error:                   # Pillow raises nearly anything on a damaged file
+    except Exception as error:
+        # Pillow raises nearly anything on a damaged file
         raise ValueError(f"no intact PNG ({error})") from error
     if mode != "RGB":
         raise ValueError(f"mode {mode}, wanted RGB")

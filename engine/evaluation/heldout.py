@@ -26,10 +26,14 @@ from iomm.kernels.noisy_tokens import noisy_tokens
 from iomm.model import grid
 from iomm.pipeline import draw, to_images
 
-TIMES = tuple((i + 0.5) / 8 for i in range(8))      # between image (0) and noise (1)
-SEED = 0                   # of masks, noise and pictures, whatever run.seed: runs are compared on the same numbers
-FIRST_N = 1 << 62          # sample numbers from here on, which no training sample bears
-SCORED = ASKED[:4]         # what is asked of every caption: fits, number, colours, shapes
+# Between image (0) and noise (1)
+TIMES = tuple((i + 0.5) / 8 for i in range(8))
+# Of masks, noise and pictures, whatever run.seed: runs are compared on the same numbers.
+SEED = 0
+# Sample numbers from here on, which no training sample bears.
+FIRST_N = 1 << 62
+# What is asked of every caption: fits, number, colours, shapes.
+SCORED = ASKED[:4]
 
 
 class Pictures(NamedTuple):
@@ -65,7 +69,8 @@ class Evaluation:
         self.config, self.ranks, self.hook, self.source = config, ranks, hook, source
         shards, num = source.shards, config.evaluate.num_images
         images, pairs = (shards.images, shards.pairs) if isinstance(shards, Joined) else (shards, None)
-        self.heldout, self.drawn = {}, {}        # index entries by kind
+        # Index entries by kind.
+        self.heldout, self.drawn = {}, {}
         for kind, its, first in (("image", images, 0), ("pair", pairs, len(images) if images is not None else 0)):
             if its is not None:
                 self.heldout[kind] = first + held_out_entries(its.shard_sizes, config.data.heldout)

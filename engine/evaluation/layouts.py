@@ -23,19 +23,26 @@ class Item:
     id: str
     prompt: str
     image: Path | None = None
-    files: tuple = ()              # (path in the folder, bytes)
+    # (path in the folder, bytes)
+    files: tuple = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """A benchmark. Where a file takes several images, they are the quarters of a grid, row by row."""
 
-    num_prompts: int               # of the whole benchmark
-    num_images: int = 1            # a prompt
-    max_files: int = 1             # prompt files
-    read: Callable                 # (prompt files, origin_img_root) -> (items, name of the benchmark with its protocol)
-    pictures: Callable = lambda item, num: {f"{item.id}.png": tuple(range(num))}    # -> {path in the folder: image indices}
-    graders_own: tuple = ()        # patterns of what a grader leaves in the folder and does not stumble over
+    # Of the whole benchmark.
+    num_prompts: int
+    # A prompt
+    num_images: int = 1
+    # Prompt files
+    max_files: int = 1
+    # (prompt files, origin_img_root) -> (items, name of the benchmark with its protocol)
+    read: Callable
+    # -> {path in the folder: image indices}
+    pictures: Callable = lambda item, num: {f"{item.id}.png": tuple(range(num))}
+    # Patterns of what a grader leaves in the folder and does not stumble over.
+    graders_own: tuple = ()
 
 
 def read_geneval(paths, root):
@@ -160,7 +167,8 @@ def read_items(layout, paths, root):
         raise InputError(f"--prompts: this benchmark has one prompt file, got {len(paths)}")
     items, name = layout.read(paths, root)
     for item in items:
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", item.id):       # a file name; DPG-Bench cuts it at the first dot
+        # A file name; DPG-Bench cuts it at the first dot.
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", item.id):
             raise InputError(f"--prompts {paths[0]}: {item.id!r} cannot be a file name: wanted letters, digits, _ and -")
     twice = [item_id for item_id, count in Counter(item.id for item in items).items() if count > 1]
     if twice or not items:

@@ -23,21 +23,28 @@ from iomm.pipeline import to_images
 
 # What the model is shown: a caption; a picture, masked as in training; a picture and an instruction.
 WAYS = ("text", "image", "edit")
-ASKED = ("fits", "number", "colours", "shapes", "relation")      # what score() answers
+# What score() answers
+ASKED = ("fits", "number", "colours", "shapes", "relation")
 # Of an edit also what kept() answers, and "edited": it fits and keeps the rest.
 ASKED_OF_EDITS = (*ASKED, "edited", "kept", "object", "place", "size", "background")
-GUIDANCE = {"text": 2.0, "image": 1.0, "edit": 2.0}              # by way, wherever models are compared
-SEED = 2**32                         # of the scenes that are asked for: pictures that no run is trained on
+# By way, wherever models are compared.
+GUIDANCE = {"text": 2.0, "image": 1.0, "edit": 2.0}
+# Of the scenes that are asked for: pictures that no run is trained on.
+SEED = 2**32
 
 
 class Tasks(NamedTuple):
     """What a model is asked for, a row a picture: lists of equal length."""
 
     kinds: list[str]
-    texts: list[str]               # what the model reads
-    captions: list[str]            # what its pictures must fit
-    scenes: list[Scene]            # of the pictures that it is shown; for "text" those of the captions
-    edited: list[tuple[Scene, str]] | None = None      # scene and instruction, for "edit"
+    # What the model reads.
+    texts: list[str]
+    # What its pictures must fit.
+    captions: list[str]
+    # Of the pictures that it is shown; for "text" those of the captions.
+    scenes: list[Scene]
+    # Scene and instruction, for "edit"
+    edited: list[tuple[Scene, str]] | None = None
 
 
 def edits(num: int, split: str, seed: int = 0) -> list[tuple[Scene, str, str]]:

@@ -63,7 +63,8 @@ def machine():
     return {"device": gpu or f"{cpu_name()}, {len(os.sched_getaffinity(0))} cores", "gpu": gpu, "date": str(datetime.date.today()),
             "torch": torch.__version__, "python": platform.python_version(),
             **{name: version_of(name) for name in ("deepspeed", "transformers", "diffusers", "triton")},
-            "dali": " and ".join(dali_wheels().values()) or None,                # None: Pillow decodes
+            # None: Pillow decodes
+            "dali": " and ".join(dali_wheels().values()) or None,
             "commit": git("rev-parse", "HEAD") + (" and changes" if changed not in ("", "unknown") else "")}
 
 

@@ -13,7 +13,8 @@ from iomm.config import InputError
 from iomm.engine.data.atomic import whole_file
 from iomm.profiling import Clock, named
 
-WANDB_PATIENCE_S = 30      # for a key at the start, for its server at the end
+# For a key at the start, for its server at the end.
+WANDB_PATIENCE_S = 30
 
 # Dense bf16 peak of one device, FLOP/s, from NVIDIA's data sheets (without sparsity).
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "B200": 2250e12}
@@ -74,7 +75,8 @@ class Metrics:
         """What work(*args) returns, or None and one line the first time that it fails."""
         try:
             return work(*args)
-        except Exception as error:               # of whatever kind: tensorboard and wandb raise their own
+        except Exception as error:
+            # of whatever kind: tensorboard and wandb raise their own
             if sink not in self.said:
                 self.said.add(sink)
                 print(f"{sink} cannot be written: {' '.join(str(error).split())[:200]}; training goes on", flush=True)
@@ -97,8 +99,10 @@ class Metrics:
                     kept.append(line + "\n")
                     self.gpu_hours = max(self.gpu_hours, row.get("gpu_hours", 0.0))
             except (ValueError, KeyError, TypeError):
-                continue                         # a line that a kill or a full disk has cut
-        with whole_file(path) as partial:                       # a kill in here must not cost the lines before
+                # A line that a kill or a full disk has cut.
+                continue
+        # A kill in here must not cost the lines before.
+        with whole_file(path) as partial:
             partial.write_text("".join(kept), encoding="utf-8")
 
     def open_board(self, start_step):
@@ -134,7 +138,8 @@ class Metrics:
             "skipped_steps": skipped_steps, "skipped_samples": skipped_samples,
             "gpu_hours": self.gpu_hours, "gpu_hours_left": typical_s * (self.num_steps - step) * self.size / 3600,
         }
-        if beside:                               # parts on other streams: not of the sum
+        # Parts on other streams: not of the sum.
+        if beside:
             row["time_beside_s"] = beside
         self.careful("log.jsonl", self.write_line, row)
         self.show(row)
@@ -143,7 +148,8 @@ class Metrics:
     def add(self, row, evaluated):
         """Puts what evaluation.Evaluation found after the last record, in a part of that name, into that record, and returns
         it. The record was written before, and so before a checkpoint of its step: whatever ends a run, none is missing."""
-        self.carried, _ = self.clock.read()      # a checkpoint's seconds, say, are the next step's
+        # A checkpoint's seconds, say, are the next step's.
+        self.carried, _ = self.clock.read()
         found = evaluated | {"evaluation_s": self.carried.pop("evaluation", 0.0)}
         self.gpu_hours += found["evaluation_s"] * self.size / 3600
         row |= found | {"gpu_hours": self.gpu_hours}
@@ -159,7 +165,8 @@ class Metrics:
 
     def show(self, row):
         if self.board is not None and not self.careful("TensorBoard", self.write_board, row):
-            self.board = None                    # its thread has ended; the next write would wait for it
+            # Its thread has ended; the next write would wait for it.
+            self.board = None
         if self.wandb is not None and not self.careful("wandb", self.write_wandb, row):
             self.wandb = None
 
@@ -200,7 +207,8 @@ class Metrics:
             self.careful("log.jsonl", self.file.close)
         if self.board is not None:
             self.careful("TensorBoard", self.board.close)
-        if self.wandb is not None:               # it waits for its server; the end of a run does not, for long
+        # It waits for its server; the end of a run does not, for long.
+        if self.wandb is not None:
             finish = threading.Thread(target=lambda: self.careful("wandb", self.wandb.finish), daemon=True)
             finish.start()
             finish.join(WANDB_PATIENCE_S)

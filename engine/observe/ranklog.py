@@ -17,7 +17,8 @@ import traceback
 from pathlib import Path
 from threading import Lock
 
-PATIENCE_S = 1.0       # for another thread that is writing: a disk that hangs must not keep the watchdog from speaking
+# For another thread that is writing: a disk that hangs must not keep the watchdog from speaking.
+PATIENCE_S = 1.0
 
 
 class RankLog:
@@ -35,7 +36,8 @@ class RankLog:
             self.file = self.undo.enter_context(open(self.path, "ab", buffering=0))
             self.write(f"rank {self.rank} of {os.environ.get('WORLD_SIZE', 1)}, process {os.getpid()} on "
                        f"{socket.gethostname()}: {shlex.join(sys.argv)}\n")
-            faulthandler.enable(self.file)       # a crash below Python
+            # A crash below Python.
+            faulthandler.enable(self.file)
             self.undo.callback(faulthandler.disable)
         terminals = sys.stdout, sys.stderr
         if self.rank and self.file is not None:
@@ -60,7 +62,8 @@ class RankLog:
                 self.file.write("".join(stamp + line for line in text.splitlines(keepends=True)).encode(errors="replace"))
 
     def __exit__(self, kind, error, _):
-        if error is not None:                    # who caught it, or Python itself, says it on the terminal
+        # Who caught it, or Python itself, says it on the terminal.
+        if error is not None:
             self.write("".join(traceback.format_exception(error)))
         self.undo.close()
 
@@ -73,13 +76,15 @@ class Tee:
         self.rest, self.ends, self.lock = "", False, Lock()
 
     def write(self, text):
-        self.ends = text.startswith("iomm: ") or self.ends and text == "\n"      # print() writes its end by itself
+        # print() writes its end by itself
+        self.ends = text.startswith("iomm: ") or self.ends and text == "\n"
         if self.terminal is not None and (self.ends or not self.only_ends):
             with contextlib.suppress(OSError, ValueError):
                 self.terminal.write(text)
         held = self.lock.acquire(timeout=PATIENCE_S)
         whole, newline, self.rest = (self.rest + text).rpartition("\n")
-        self.rest = self.rest.rpartition("\r")[2]                                # a progress bar draws over itself
+        # A progress bar draws over itself.
+        self.rest = self.rest.rpartition("\r")[2]
         if newline:
             self.line("".join(line.rpartition("\r")[2] + "\n" for line in whole.split("\n")))
         if held:
@@ -91,5 +96,6 @@ class Tee:
             with contextlib.suppress(OSError, ValueError):
                 self.terminal.flush()
 
-    def __getattr__(self, name):                 # isatty, fileno, encoding ...
+    # isatty, fileno, encoding ...
+    def __getattr__(self, name):
         return getattr(self.terminal if self.terminal is not None else sys.__stdout__, name)

@@ -25,17 +25,26 @@ from PIL import Image, ImageDraw, ImageFont
 from iomm.config import InputError
 from iomm.engine.data.atomic import whole_file
 
-LAST_STEPS = 20  # whose mean is called the final loss
-MOST_POINTS = 400  # of a curve; more steps are averaged in groups
-MOST_COLUMNS = 8  # evaluated steps that the progress sheet shows
-MOST_ROWS = 6  # prompts or masked images that it shows
-CELL_PX = 96  # least side of a picture in a sheet
-PHOTO_PX = 192  # largest side: larger pictures are reduced
-PAD_PX = 2  # between the pictures of a grid, as pipeline.image_grid leaves it
-GAP_PX = 6  # between those of a sheet
+# Whose mean is called the final loss.
+LAST_STEPS = 20
+# Of a curve; more steps are averaged in groups.
+MOST_POINTS = 400
+# Evaluated steps that the progress sheet shows.
+MOST_COLUMNS = 8
+# Prompts or masked images that it shows.
+MOST_ROWS = 6
+# Least side of a picture in a sheet.
+CELL_PX = 96
+# Largest side: larger pictures are reduced.
+PHOTO_PX = 192
+# Between the pictures of a grid, as pipeline.image_grid leaves it.
+PAD_PX = 2
+# Between those of a sheet.
+GAP_PX = 6
 
 STEP_KEYS = ("loss", "align_loss", "grad_norm", "lr", "images_per_s", "memory_gib", "mfu")
-STEADY = ("lr", "memory_gib")  # curves that need no smoothing
+# Curves that need no smoothing.
+STEADY = ("lr", "memory_gib")
 # curve: (panel, label). For several runs each label is a panel with a line for each run.
 CURVES = {
     "loss": ("Loss", "training"),
@@ -240,7 +249,8 @@ def read_log(path):
                 found.setdefault(name, {})[step] = value
             spent = [*pairs(row.get("time_s")), ("evaluation", row.get("evaluation_s"))]
             for part, seconds in spent:
-                time_s[part] += max(0.0, number(seconds))  # of a NaN nothing
+                # Of a NaN nothing.
+                time_s[part] += max(0.0, number(seconds))
     curves = {}
     for name, by_step in found.items():
         steps = np.array(sorted(by_step))
@@ -326,7 +336,8 @@ def read_grid(path):
         return {}
 
 
-@lru_cache(maxsize=16)  # at every evaluation all but one are as before
+# At every evaluation all but one are as before.
+@lru_cache(maxsize=16)
 def cut_grid(path, modified_ns, num_bytes):
     """read_grid of a file that is whole; the other arguments tell one version from the next."""
     with Image.open(path) as file:

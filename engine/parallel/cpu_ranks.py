@@ -15,15 +15,20 @@ import time
 
 from iomm.config import InputError
 
-PR_SET_PDEATHSIG = 1       # of linux/prctl.h
-RANK_0 = "IOMM_RANK_0"     # process id of the rank 0 that started this rank
+# Of linux/prctl.h
+PR_SET_PDEATHSIG = 1
+# Process id of the rank 0 that started this rank.
+RANK_0 = "IOMM_RANK_0"
 # Fewest images per rank and step with cpu_ranks 0. Forward and backward of the demo take 1.8 times the CPU time per image in
 # micro-batches of 4 that they take in micro-batches of 16.
 LEAST_IMAGES = 4
 POLL_S = 0.25
-GRACE_S = 5.0              # between a peer's death and rank 0's; longer than the watchdog's, which names the rank
-LEAVE_S = 10.0             # time for peers to exit after a good run
-FAILED_S = 2.0             # and after a failed one, to write the reason into their logs
+# Between a peer's death and rank 0's; longer than the watchdog's, which names the rank.
+GRACE_S = 5.0
+# Time for peers to exit after a good run.
+LEAVE_S = 10.0
+# And after a failed one, to write the reason into their logs.
+FAILED_S = 2.0
 
 
 def die_with_rank_0() -> None:
@@ -32,7 +37,8 @@ def die_with_rank_0() -> None:
     if parent is None:
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(parent):              # rank 0 ended before the line above
+    # rank 0 ended before the line above
+    if os.getppid() != int(parent):
         signal.raise_signal(signal.SIGKILL)
 
 
@@ -82,14 +88,16 @@ class Peers:
             try:
                 # orig_argv has Python's own options too, such as deepspeed's -u.
                 self.processes.append(subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env={**os.environ, **own}))
-            except OSError as error:             # peers already started end with this process
+            except OSError as error:
+                # peers already started end with this process
                 raise InputError(f"train.cpu_ranks: rank {rank} cannot be started: {error.strerror}; lower it") from None
         threading.Thread(target=self.look, name="peers", daemon=True).start()
         return self
 
     def look(self):
         """End this process when a peer has failed. Runs in a thread: joining the ranks blocks for up to train.timeout_s."""
-        from iomm.engine.resilience.preemption import REQUEUE  # now: torch is loaded
+        # now: torch is loaded
+        from iomm.engine.resilience.preemption import REQUEUE
         from iomm.engine.resilience.watchdog import DEAD
         while not self.over.wait(POLL_S):
             failed = [rank for rank, process in enumerate(self.processes, 1) if process.poll() not in (None, 0, REQUEUE)]

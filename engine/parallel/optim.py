@@ -10,9 +10,11 @@ from torch.optim.adamw import adamw
 
 from iomm.layers import at_least_float32
 
-STATE = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}     # a flat shard's tensors, by kind
+# A flat shard's tensors, by kind.
+STATE = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-CHUNK = 2048 * 32                # values a block of the multi-tensor kernel takes, as apex calls it
+# Values a block of the multi-tensor kernel takes, as apex calls it.
+CHUNK = 2048 * 32
 # Most of a stack of matrices that are orthogonalised together, in bytes of float32. A GPU is filled by few large products. On a
 # CPU a stack saves calls, 13 % at 96 x 96, until it outgrows the cache: 96 x 384 gains nothing in twos and loses 7 % in eights
 # (one thread, AVX512, 2 MiB of L2).
@@ -131,7 +133,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def muon_step(self, flat, state, group):
         state["step"] += 1
         buffer = state["momentum_buffer"].lerp_(flat.grad, 1 - group["momentum"])
-        update = flat.grad.lerp(buffer, group["momentum"])           # Nesterov
+        # Nesterov
+        update = flat.grad.lerp(buffer, group["momentum"])
         by_owner = self.stacks[flat]
         matrices = [matrix for stacks in by_owner for stack in stacks for matrix in stack]
         if group["weight_decay"]:
@@ -169,11 +172,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
         sizes = [[matrix.cuts[rank][1] for stack in by_owner[self.rank] for matrix in stack] for rank in ranks]
         here = [sum(numels) for numels in sizes]
         sent = torch.cat([cut for of_owner in cuts for cut in of_owner])
-        held = sent.new_empty(sum(here))                             # rank 0's cuts of our matrices, then rank 1's, ...
+        # rank 0's cuts of our matrices, then rank 1's, ...
+        held = sent.new_empty(sum(here))
         dist.all_to_all_single(held, sent, here, away)
         by_matrix = zip(*(part.split(numels) for part, numels in zip(held.split(here), sizes)))
         for stack in by_owner[self.rank]:
-            pieces = [next(by_matrix) for _ in stack]                # of each matrix, in order of ranks
+            # Of each matrix, in order of ranks.
+            pieces = [next(by_matrix) for _ in stack]
             wholes = [torch.cat(of_ranks).view(matrix.shape) for of_ranks, matrix in zip(pieces, stack)]
             for of_ranks, new in zip(pieces, orthogonal_stack(wholes, self.newton_schulz_steps)):
                 for piece, values in zip(of_ranks, new.split([len(piece) for piece in of_ranks])):

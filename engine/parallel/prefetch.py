@@ -17,14 +17,17 @@ class Prefetcher:
         self.batches, self.prepare, self.batch = batches, prepare, None
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         if self.stream is not None:
-            self.stream.wait_stream(torch.cuda.current_stream(device))      # frozen weights may still be on their way
+            # Frozen weights may still be on their way.
+            self.stream.wait_stream(torch.cuda.current_stream(device))
 
     def fetch(self):
         """Queues the work on the next batch, if there is one. The host waits for the side stream where lengths are read."""
-        with torch.cuda.stream(self.stream):     # of None: no effect
+        # of None: no effect
+        with torch.cuda.stream(self.stream):
             with named("data"):
                 batch = next(self.batches, None)
-            if batch is not None:                # pixels are dropped as soon as they are encoded
+            # Pixels are dropped as soon as they are encoded.
+            if batch is not None:
                 self.batch = replace(batch, prepared=self.prepare(*batch.inputs), pixels_BCHW=None, vit_pixels_BHWC=None,
                                      latents_BCHW=None, image_tokens_IPD=None)
 
@@ -40,6 +43,7 @@ class Prefetcher:
         if self.stream is not None:
             current = torch.cuda.current_stream(self.stream.device)
             current.wait_stream(self.stream)
-            for tensor in batch.prepared.tensors():      # freed while the training stream may still read it: the allocator waits
+            # Freed while the training stream may still read it: the allocator waits.
+            for tensor in batch.prepared.tensors():
                 tensor.record_stream(current)
         return batch

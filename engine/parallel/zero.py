@@ -20,7 +20,8 @@ def adamw_backend(name, device):
     if device.type != "cuda":
         raise InputError("optim.adamw=apex needs a GPU: leave optim.adamw=torch")
     try:
-        from amp_C import multi_tensor_adam  # the compiled part of NVIDIA's apex; PyPI's `apex` has none
+        # The compiled part of NVIDIA's apex; PyPI's `apex` has none.
+        from amp_C import multi_tensor_adam
     except ImportError as error:
         raise InputError(f"optim.adamw=apex: no NVIDIA apex with CUDA extensions here ({error}); build it from "
                          "github.com/NVIDIA/apex (never `pip install apex`), or set optim.adamw=torch") from None
@@ -37,7 +38,8 @@ class Sharded:
         self.shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
         self.size, stage = ranks.size, config.zero.stage
         config.zero.check_ranks(ranks.size)
-        self.optimizer = make_optimizer(module)              # our own; DeepSpeed wraps it
+        # Our own; DeepSpeed wraps it.
+        self.optimizer = make_optimizer(module)
         if stage == 0:
             self.engine = self.layout = Replicated(
                 module, self.optimizer, rank=ranks.rank, size=ranks.size, clip=config.optim.clip, accumulation=accumulation,
@@ -122,7 +124,8 @@ class Sharded:
         return self.engine(*args)
 
     def backward(self, loss):
-        self.engine.backward(loss)               # divides by the accumulation steps
+        # Divides by the accumulation steps.
+        self.engine.backward(loss)
 
     @property
     def last_micro_batch(self):
@@ -135,7 +138,8 @@ class Sharded:
         mark = self._poison_if_nonfinite() if self.last_micro_batch else None
         self.engine.step()
         applied = self.engine.was_step_applied()
-        if mark is not None and not applied:     # DeepSpeed keeps the buffer, and not every parameter has a gradient each time
+        # DeepSpeed keeps the buffer, and not every parameter has a gradient each time.
+        if mark is not None and not applied:
             mark.zero_()
         return applied
 
@@ -148,7 +152,8 @@ class Sharded:
         kept = gradients + [flat for flats in self.slots().values() for flat in flats if flat is not None]
         if kept[0].is_cuda:
             ends = torch._foreach_norm(kept, ord=float("inf"))
-        else:                                    # a CPU takes a twelfth of the time for the least and the largest value
+        else:
+            # a CPU takes a twelfth of the time for the least and the largest value
             ends = [end for tensor in kept for end in tensor.aminmax()]
         sound = torch.stack(ends).isfinite().all().float()
         if self.size > 1:
@@ -195,5 +200,6 @@ def deepspeed_config(config, device, micro_batch, accumulation):
                               "memory_efficient_linear": device.type == "cuda" and not config.train.compiled(device)},
         "steps_per_print": None,
         "wall_clock_breakdown": False,
-        "timers": {"throughput": {"enabled": False}},        # it waits for the device in every forward and step, to print nothing
+        # It waits for the device in every forward and step, to print nothing.
+        "timers": {"throughput": {"enabled": False}},
     }

@@ -45,14 +45,18 @@ class Stage3:
 
     def refresh(self):
         """Hands masters that were overwritten to the working copies."""
-        self.optimizer._partition_all_parameters()                     # what is still gathered is of the old ones
+        # What is still gathered is of the old ones.
+        self.optimizer._partition_all_parameters()
         for i in range(len(self.masters)):
             self.optimizer._reassign_or_swap_out_partitioned_parameters(i)
-        self.optimizer.invalidate_secondary_tensor()                   # of hierarchical partitioning
-        persistent = self.optimizer.persistent_parameters              # small ones stay gathered: gather them anew
+        # Of hierarchical partitioning
+        self.optimizer.invalidate_secondary_tensor()
+        # Small ones stay gathered: gather them anew.
+        persistent = self.optimizer.persistent_parameters
         if persistent:
             persistent[0].all_gather(persistent)
-        if self.masters[0].is_cuda:                                    # DeepSpeed gathers on a stream that waits for nobody
+        # DeepSpeed gathers on a stream that waits for nobody.
+        if self.masters[0].is_cuda:
             torch.cuda.current_stream().synchronize()
 
     def leave_training(self):
@@ -77,7 +81,8 @@ class Stages1And2:
                        for name, m in held.items()}
 
     def gradients(self):
-        if self.bf16_optimizer:                                        # those that its norm is made of
+        # Those that its norm is made of.
+        if self.bf16_optimizer:
             return [g for gradients, there in zip(self.optimizer.fp32_groups_gradients, self.optimizer.fp32_groups_has_gradients)
                     for g, has in zip(gradients, there) if has]
         return [g for group in self.optimizer.averaged_gradients.values() for g in group]
@@ -147,7 +152,8 @@ class Replicated:
                 dist.all_reduce(message)
                 sums.copy_(message).div_(self.size)
         norm = torch.stack(torch._foreach_norm(self.sums)).norm()
-        self.applied = bool(norm.isfinite())                 # waits for the GPU, as DeepSpeed does
+        # Waits for the GPU, as DeepSpeed does.
+        self.applied = bool(norm.isfinite())
         if self.applied:
             self.norm = norm
             if self.clip:

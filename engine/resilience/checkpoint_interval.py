@@ -3,8 +3,10 @@
 import math
 from dataclasses import dataclass
 
-MAX_STALL = 0.01           # of training time, for saving
-MAX_LOSS_GPU_HOURS = 10.0  # 1 % of a run of 1,000 GPU-hours, at one fault
+# Of training time, for saving.
+MAX_STALL = 0.01
+# 1 % of a run of 1,000 GPU-hours, at one fault
+MAX_LOSS_GPU_HOURS = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,10 @@ from safetensors import SafetensorError, safe_open
 
 from iomm.config import InputError
 
-READABLE = (1, 2)                # 1 had equal pieces of the padded parameter in every file, and no "start/"
-FILE_NAME = re.compile(r"rank-\d{5}-of-\d{5}\.safetensors")       # a manifest may name nothing else: no way out of its folder
+# 1 had equal pieces of the padded parameter in every file, and no "start/"
+READABLE = (1, 2)
+# A manifest may name nothing else: no way out of its folder.
+FILE_NAME = re.compile(r"rank-\d{5}-of-\d{5}\.safetensors")
 
 
 def folder_name(step):
@@ -31,7 +33,8 @@ def steps(root):
 
 def sha256(path, from_disk=False):
     with open(path, "rb") as file:
-        if from_disk:                            # drops the clean pages of an fsynced file, so that the disk is asked
+        # Drops the clean pages of an fsynced file, so that the disk is asked.
+        if from_disk:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -45,7 +45,8 @@ class Saver:
     def __init__(self, root, ranks, *, keep, keep_every_steps=0, background=True):
         self.root, self.ranks, self.keep, self.permanent = Path(root), ranks, keep, keep_every_steps
         self.background, self.thread, self.copies, self.error = background, None, {}, None
-        self.folder = None                       # what the last save committed, or None when it failed
+        # What the last save committed, or None when it failed.
+        self.folder = None
         self.stall_s = self.write_s = self.bytes = 0
 
     def save(self, step, tensors, facts):
@@ -98,7 +99,8 @@ class Saver:
             if folder is None:
                 return
             outcome = write_piece(Path(folder), self.ranks.rank, self.ranks.size, self.copies)
-            outcomes = self.ranks.all(outcome)   # no rank comes here before it has read back what it wrote
+            # No rank comes here before it has read back what it wrote.
+            outcomes = self.ranks.all(outcome)
             final = self.ranks.on_first(lambda: commit(self.root, Path(folder), facts, outcomes))
             self.folder = Path(final) if final else None
             self.write_s, self.bytes = time.perf_counter() - started, sum(size for _, size, _, _ in outcomes)
@@ -148,11 +150,13 @@ def commit(root, folder, facts, outcomes):
             os.fsync(file.fileno())
         sync(folder)
         if final.exists():
-            if not damage(final) and read_manifest(final)["files"] == files:     # a run repeats itself, and it is there already
+            # A run repeats itself, and it is there already.
+            if not damage(final) and read_manifest(final)["files"] == files:
                 remove(folder)
                 return str(final)
             trash = to_trash(final)
-        os.rename(folder, final)                 # the only commit point
+        # The only commit point.
+        os.rename(folder, final)
         sync(root)
         if trash is not None:
             remove(trash)
@@ -168,15 +172,18 @@ def commit(root, folder, facts, outcomes):
 def retain(root, newest, keep, permanent):
     """Removes all but the `keep` newest and those of every `permanent` steps; nothing, unless the newest reads back."""
     try:
-        read_manifest(newest)                    # its files were read back before the commit
+        # Its files were read back before the commit.
+        read_manifest(newest)
         ordinary = [p for p in steps(root) if not permanent or step_of(p) % permanent]
-        for trash in root.glob(".trash-*"):      # a removal that failed before
+        # A removal that failed before.
+        for trash in root.glob(".trash-*"):
             remove(trash)
         refused = []
         for old in ordinary[:-keep]:
             try:
                 discard(old)
-            except OSError as error:             # one that stays does not make the others stay
+            except OSError as error:
+                # one that stays does not make the others stay
                 refused.append(str(error))
         if refused:
             raise OSError("; ".join(refused))
@@ -197,7 +204,8 @@ def take(run_dir, patience_s=10.0):
     until = time.monotonic() + patience_s
     while True:
         try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)       # not flock: that lives on in forked workers
+            # Not flock: that lives on in forked workers.
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except (BlockingIOError, PermissionError):
             if time.monotonic() > until:
@@ -206,7 +214,8 @@ def take(run_dir, patience_s=10.0):
                 raise InputError(f"{run_dir} is being trained by {owner or 'another process'}: stop that, or choose "
                                  "another run.dir") from None
             time.sleep(0.1)
-        except OSError as error:                 # a file system without locks
+        except OSError as error:
+            # a file system without locks
             print(f"{run_dir} could not be locked ({error}): see to it that one job alone trains there", flush=True)
             break
     os.ftruncate(handle, 0)

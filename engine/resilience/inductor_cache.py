@@ -6,7 +6,8 @@ import os
 import struct
 from pathlib import Path
 
-ELF64 = struct.Struct("<16sHHIQQQIHHHHHH")       # header of an object or library; its last table ends the file
+# Header of an object or library; its last table ends the file.
+ELF64 = struct.Struct("<16sHHIQQQIHHHHHH")
 
 
 def is_whole(path):
@@ -25,7 +26,8 @@ def being_written():
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         try:
             found.add(os.readlink(link))
-        except OSError:                          # closed meanwhile, or somebody else's
+        except OSError:
+            # closed meanwhile, or somebody else's
             continue
     return found
 
@@ -37,7 +39,8 @@ def remove_half_compiled(folder):
     for path in [*Path(folder).glob("**/*.so"), *Path(folder).glob("**/*.o")]:
         try:
             cut += [] if is_whole(path) else [path]
-        except OSError:                          # another rank's compiler has renamed or removed it
+        except OSError:
+            # another rank's compiler has renamed or removed it
             continue
     busy = being_written() if cut else ()
     dead = [path for path in cut if str(path.resolve()) not in busy]

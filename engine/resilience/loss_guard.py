@@ -14,7 +14,8 @@ class LossGuard:
     the median of the last WINDOW losses that were none. What is rejected never enters; after WINDOW rejected in a row the
     level itself has changed, and the statistics start anew, empty."""
 
-    WINDOW, LEAST = 128, 32     # losses remembered (OLMo's number), and needed before anything is judged
+    # Losses remembered (OLMo's number), and needed before anything is judged.
+    WINDOW, LEAST = 128, 32
 
     def __init__(self, max_skips, sigmas=6.0, skip_spikes=False, say=print):
         self.max_skips, self.sigmas, self.skip_spikes, self.say = max_skips, sigmas, skip_spikes, say

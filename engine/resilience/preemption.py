@@ -2,7 +2,8 @@
 
 import signal
 
-REQUEUE = 75        # exit code of a run that was asked to stop and has saved: EX_TEMPFAIL, "start me again"
+# Exit code of a run that was asked to stop and has saved: EX_TEMPFAIL, "start me again"
+REQUEUE = 75
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 

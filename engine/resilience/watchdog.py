@@ -19,11 +19,15 @@ import torch.distributed as dist
 
 from iomm.config import InputError
 
-REFUSED, DEAD, HUNG = 2, 70, 71      # exit codes: a mistake in words; a rank or the launcher died; no progress for guard.hang_s
+# Exit codes: a mistake in words; a rank or the launcher died; no progress for guard.hang_s.
+REFUSED, DEAD, HUNG = 2, 70, 71
 POLL_S = 0.25
-GRACE_S = 1.5              # between a rank's death and ours: ranks that end by the same error say it themselves
-LISTEN_S = 0.75            # how long a rank must be silent to be called so, once something is wrong
-STACKS_S = 0.2             # what a woken rank gets to write its stacks
+# Between a rank's death and ours: ranks that end by the same error say it themselves.
+GRACE_S = 1.5
+# How long a rank must be silent to be called so, once something is wrong.
+LISTEN_S = 0.75
+# What a woken rank gets to write its stacks.
+STACKS_S = 0.2
 
 
 class Watchdog:
@@ -60,12 +64,15 @@ class Watchdog:
     def __exit__(self, kind, error, _):
         if isinstance(error, InputError):
             self.refuse(error)
-        if isinstance(error, RuntimeError):      # a collective failed: somebody has died, it seems
+        # A collective failed: somebody has died, it seems.
+        if isinstance(error, RuntimeError):
             self.beats = 0
-            self.thread.join(GRACE_S + 1.5)      # then the thread names the rank and ends this process
+            # Then the thread names the rank and ends this process.
+            self.thread.join(GRACE_S + 1.5)
         self.over.set()
         self.thread.join()
-        self.talker.join(timeout=2)              # ended inside a call of the store, it would abort the process
+        # Ended inside a call of the store, it would abort the process.
+        self.talker.join(timeout=2)
         self.rest()
 
     def beat(self, step):
@@ -138,7 +145,8 @@ class Watchdog:
         silent = sorted(r for r in others if before[r]["pulse"] == after[r]["pulse"]) if before and after else [0]
         blame = self.blame(after, silent)
         for rank in set(silent) & set(self.pids):
-            with contextlib.suppress(OSError):   # a stopped process writes its stacks once it is woken; then it must not go on
+            # A stopped process writes its stacks once it is woken; then it must not go on.
+            with contextlib.suppress(OSError):
                 os.kill(self.pids[rank], signal.SIGCONT)
                 time.sleep(STACKS_S)
                 os.kill(self.pids[rank], signal.SIGKILL)
@@ -177,16 +185,19 @@ class Watchdog:
     def refuse(self, error):
         """Says the InputError that ends this rank, unless another has said one: rank 0 without delay, the others when it has not
         come to one too, each with its name. Those that came to none end with the same exit code."""
-        self.over.set()                          # this rank leaves by itself
+        # This rank leaves by itself.
+        self.over.set()
         until = time.monotonic() + GRACE_S
         while not self.ranks.first and time.monotonic() < until and not self.ask(self.spoken):
             time.sleep(POLL_S)
-        if self.ask(self.speaks) is not False:   # no answer at all: better twice than never
+        # No answer at all: better twice than never.
+        if self.ask(self.speaks) is not False:
             who = "" if self.ranks.first else f"{self.name([self.ranks.rank])}: "
             print(f"iomm: {who}{error}", file=sys.stderr, flush=True)
             self.ask(lambda: self.tell("refused"))
         if self.ranks.first and self.ranks.size > 1:
-            time.sleep(4 * POLL_S)               # its store goes with it, and others may not have listened yet
+            # Its store goes with it, and others may not have listened yet.
+            time.sleep(4 * POLL_S)
 
     def spoken(self):
         """Whether a rank has said why the run ends; without rank 0's store, rank 0 has."""
@@ -210,10 +221,12 @@ class Watchdog:
         return None
 
     def end(self, code, reason, say):
-        if not self.over.is_set():               # the training thread is leaving by itself
+        # The training thread is leaving by itself.
+        if not self.over.is_set():
             if say:
                 print(f"iomm: {reason}; start again with --resume auto", file=sys.stderr, flush=True)
-            os._exit(code)                       # the training thread may wait in a collective that never returns
+            # The training thread may wait in a collective that never returns.
+            os._exit(code)
 
 
 def place():

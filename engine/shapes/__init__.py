@@ -7,7 +7,8 @@ from pathlib import Path
 from iomm.config import InputError
 
 WEIGHTS = Path(__file__).parent / "weights"
-HASHES = WEIGHTS / "sha256.json"      # {path below WEIGHTS: SHA-256} of the weight files, written by record_hashes
+# {path below WEIGHTS: SHA-256} of the weight files, written by record_hashes
+HASHES = WEIGHTS / "sha256.json"
 
 
 def record_hashes() -> None:

@@ -33,9 +33,11 @@ from iomm.config import InputError, choice
 from iomm.engine.data.atomic import one_at_a_time, whole_folder
 from iomm.kernels.philox import EDIT, WORLD, uniform
 
-VERSION = 2      # a change of what is drawn raises it, so that older folders are drawn again
+# A change of what is drawn raises it, so that older folders are drawn again.
+VERSION = 2
 SHAPES = ("circle", "square", "triangle")
-COLOURS = {      # name -> ranges of hue (degrees), saturation and value; far enough apart to be told by eye
+# name -> ranges of hue (degrees), saturation and value; far enough apart to be told by eye
+COLOURS = {
     "red": ((-7, 5), (0.85, 1.0), (0.75, 0.95)),
     "green": ((112, 140), (0.75, 1.0), (0.5, 0.75)),
     "blue": ((216, 234), (0.8, 1.0), (0.7, 1.0)),
@@ -48,15 +50,21 @@ COLOURS = {      # name -> ranges of hue (degrees), saturation and value; far en
 ROLES = ("alone", "and", "two", "three", "left of", "right of", "above", "below")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above", "and": "and"}
 DIRECTION = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
-PLACES = {"to the left": "left of", "to the right": "right of", "above": "above", "below": "below"}     # of an edit
+# Of an edit
+PLACES = {"to the left": "left of", "to the right": "right of", "above": "above", "below": "below"}
 KINDS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 SPLITS = ("train", "test")
 MANIFEST = "manifest.json"
-NUM_DRAWS = 48             # uniform numbers that make a scene
-SUPERSAMPLE = 4            # side; edges are averages of 16 points
-MARGIN = 0.03              # of the side, between a shape and the border
-REACH = {"circle": 1.0, "square": 1.25, "triangle": 1.4}      # centre to corner, in radii: areas within a fifth
-TEST_OFFSET = 1 << 62      # the test split draws from sample numbers that no training picture has
+# Uniform numbers that make a scene.
+NUM_DRAWS = 48
+# side; edges are averages of 16 points
+SUPERSAMPLE = 4
+# Of the side, between a shape and the border.
+MARGIN = 0.03
+# Centre to corner, in radii: areas within a fifth.
+REACH = {"circle": 1.0, "square": 1.25, "triangle": 1.4}
+# The test split draws from sample numbers that no training picture has.
+TEST_OFFSET = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -80,8 +88,10 @@ class Scene:
     caption: str
     shapes: tuple
     background_rgb: tuple
-    light: tuple          # brightness change from left to right and from top to bottom, in grey levels of 255
-    noise_level: float    # largest noise, in grey levels
+    # Brightness change from left to right and from top to bottom, in grey levels of 255
+    light: tuple
+    # Largest noise, in grey levels.
+    noise_level: float
     noise_key: int
 
 
@@ -188,7 +198,8 @@ def _write_shard(path, seed, numbers, size_px, split):
             draw(picture, size_px).save(jpeg, "JPEG", quality=92, subsampling=0)
             for suffix, data in (("jpg", jpeg.getvalue()), ("txt", picture.caption.encode()),
                                  ("json", json.dumps(asdict(picture)).encode())):
-                member = tarfile.TarInfo(f"{i:06d}.{suffix}")      # its time stays 0: the same world is the same bytes
+                # Its time stays 0: the same world is the same bytes.
+                member = tarfile.TarInfo(f"{i:06d}.{suffix}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
 

@@ -33,11 +33,15 @@ VISION = dict(hidden_size=128, num_hidden_layers=3, num_attention_heads=4, inter
               attention_bias=True)
 TEXT = dict(hidden_size=192, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2, intermediate_size=512,
             max_position_embeddings=512)
-ASKED = ("", RECONSTRUCT, "Describe the image.")       # what the user says beside a picture that is to be captioned
+# What the user says beside a picture that is to be captioned.
+ASKED = ("", RECONSTRUCT, "Describe the image.")
 WEIGHTS = Path(__file__).parent / "weights"
-TASKS = {"caption": 0.75, "read": 0.0625, "edit": 0.1875}   # shares of a batch: picture -> caption, caption -> caption, edits
-STATE = "state.pt"           # of an unfinished run: weights, moments, where it is
-STEP_S = 0.3, 1.3            # seconds a step took on two cores with bf16, and on two with AVX2 alone
+# Shares of a batch: picture -> caption, caption -> caption, edits.
+TASKS = {"caption": 0.75, "read": 0.0625, "edit": 0.1875}
+# Of an unfinished run: weights, moments, where it is.
+STATE = "state.pt"
+# Seconds a step took on two cores with bf16, and on two with AVX2 alone.
+STEP_S = 0.3, 1.3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +51,8 @@ class Leg:
     steps: int
     batch: int
     lr: float
-    images: int                  # of the dataset, 3 wordings each
+    # Of the dataset, 3 wordings each.
+    images: int
 
 
 # Measured after each leg on one and the other machine: 95.6, 98.8 and 99.4 % of new captions exactly right.
@@ -221,7 +226,8 @@ def train(out: str | Path, *, legs: tuple[Leg, ...] = LEGS, seed: int = 0, num_j
             if done % save_steps == 0 and done < leg.steps:
                 state |= {"leg": i, "step": done, "seconds": before_s + spent_s}
                 save_state(folder, state, model, optimizer)
-        with torch.no_grad():            # as in the file; not the buffers, which a resumed run computes anew
+        # As in the file; not the buffers, which a resumed run computes anew.
+        with torch.no_grad():
             for parameter in model.parameters():
                 parameter.copy_(parameter.bfloat16())
         seconds = round(before_s + time.monotonic() - begun)
@@ -231,7 +237,8 @@ def train(out: str | Path, *, legs: tuple[Leg, ...] = LEGS, seed: int = 0, num_j
         say(f"leg {i + 1} of {len(legs)}: {shares}")
         state |= {"leg": i + 1, "step": 0, "seconds": 0.0, "found": json.dumps(found)}
         save_state(folder, state, model)
-    whole = folder / "whole"         # beside the weights that a resumed run starts from
+    # Beside the weights that a resumed run starts from.
+    whole = folder / "whole"
     shutil.rmtree(whole, ignore_errors=True)
     model.save(whole, torch.bfloat16, {"accuracy": json.dumps(found[-1]["found"]), "legs": json.dumps(found)})
     whole.replace(out)

@@ -20,20 +20,31 @@ from PIL import Image
 from iomm.config import InputError
 from iomm.engine.shapes.dataset import COLOURS, DIRECTION, PLACES, REACH, SHAPES, Scene, Shape
 
-VERSION = 2                 # a change of verdicts raises it, so that kept scores are found anew
-SIDE = 128                  # pixels to which every picture is brought; the smallest shape is then 29 wide
-BACKGROUND_LEVELS = 40.0    # distance from the background, or a piece's shades, in grey levels of 255, that is no noise (at most 8 a channel)
-LEAST_AREA = 0.012          # of the picture; the smallest shape drawn has 0.033
-LEAST_OVERLAP = 0.80        # intersection over union with the ideal shape; real ones at 32 px have 0.87 and more
-COLOUR_LEVELS = 60.0        # distance from the nearest colour that the world draws
-LEAN = 0.6                  # smaller over larger distance of two centres, up to which one is beside or above the other
+# A change of verdicts raises it, so that kept scores are found anew.
+VERSION = 2
+# Pixels to which every picture is brought; the smallest shape is then 29 wide.
+SIDE = 128
+# Distance from the background, or a piece's shades, in grey levels of 255, that is no noise (at
+# most 8 a channel)
+BACKGROUND_LEVELS = 40.0
+# Of the picture; the smallest shape drawn has 0.033
+LEAST_AREA = 0.012
+# Intersection over union with the ideal shape; real ones at 32 px have 0.87 and more.
+LEAST_OVERLAP = 0.80
+# Distance from the nearest colour that the world draws.
+COLOUR_LEVELS = 60.0
+# Smaller over larger distance of two centres, up to which one is beside or above the other.
+LEAN = 0.6
 # What counts as unchanged by an edit: twice the largest difference from the scene that was found in 400
 # real pictures, through the shapes VAE with noise of 0.1 in its latents (of unit variance), and blurred
 # (64 -> 24 -> 64 px) with smooth noise of 10 grey levels. The background's tint is not judged: the VAE
 # itself changes it by as much as the dataset's backgrounds differ in it.
-KEPT_DISTANCE = 0.0146      # between the centres, in parts of the side; measured 0.0073
-KEPT_AREA = 1.17            # larger over smaller area; measured 1.087
-KEPT_LEVELS = 8.4           # between the brightness of the backgrounds, of 255; measured 4.2
+# Between the centres, in parts of the side; measured 0.0073
+KEPT_DISTANCE = 0.0146
+# Larger over smaller area; measured 1.087
+KEPT_AREA = 1.17
+# Between the brightness of the backgrounds, of 255; measured 4.2
+KEPT_LEVELS = 8.4
 
 NUMBERS = {"two": 2, "three": 3}
 ONE = rf"an? (?P<colour{{0}}>{'|'.join(COLOURS)}) (?P<shape{{0}}>{'|'.join(SHAPES)})"
@@ -232,7 +243,8 @@ def ideal(shape, area, y_HW, x_HW, turn_degrees):
     # a regular polygon of n corners and area A has the inner radius sqrt(A / (n tan(pi / n)))
     inner, inside_HW = math.sqrt(area / (corners * math.tan(math.pi / corners))), True
     for i in range(corners):
-        angle = math.radians(90 + turn_degrees + 360 * i / corners)      # of a side; the first one lies below
+        # Of a side; the first one lies below.
+        angle = math.radians(90 + turn_degrees + 360 * i / corners)
         inside_HW = inside_HW & (x_HW * math.cos(angle) + y_HW * math.sin(angle) <= inner)
     return inside_HW
 

@@ -33,9 +33,11 @@ ARCHITECTURE = dict(
     down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=4,
     act_fn="silu", sample_size=SIZE_PX, use_quant_conv=False, use_post_quant_conv=False,
 )
-L1_WEIGHT = 0.1        # of the mean absolute error, beside the mean squared error of pixels in [-1, 1]
+# Of the mean absolute error, beside the mean squared error of pixels in [-1, 1]
+L1_WEIGHT = 0.1
 EMA_DECAY = 0.998
-NUM_STATISTICS = 2000  # images whose latents give scale and shift
+# Images whose latents give scale and shift.
+NUM_STATISTICS = 2000
 
 
 @dataclass(frozen=True, kw_only=True)

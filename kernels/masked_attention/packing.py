@@ -8,7 +8,8 @@ _recent = []
 def remembered(make, offsets, prefix_offsets, *key):
     """make(offsets, prefix_offsets, *key), kept for the last batches: making it waits for the GPU."""
     if any(x is not None and x.is_inference() for x in (offsets, prefix_offsets)):
-        return make(offsets, prefix_offsets, *key)      # inference tensors carry no version: they may have changed
+        # Inference tensors carry no version: they may have changed.
+        return make(offsets, prefix_offsets, *key)
     key = (make, offsets._version, None if prefix_offsets is None else prefix_offsets._version, *key)
     for known_offsets, known_prefix, known_key, plan in _recent:
         if known_offsets is offsets and known_prefix is prefix_offsets and known_key == key:

@@ -36,15 +36,22 @@ class Plan:
     """Where packed rows go in the dense layout. Keys of a sample lie in slots [prefix | suffix]."""
 
     num_samples: int
-    num_queries: int          # longest sample
-    num_prefix: int           # longest prefix
-    regular: bool             # all samples alike: packed is dense already
+    # Longest sample
+    num_queries: int
+    # Longest prefix
+    num_prefix: int
+    # All samples alike: packed is dense already.
+    regular: bool
     total_queries: int
     total_prefix: int
-    query_rows: torch.Tensor | None = None    # (S,) row of each query in (B * num_queries)
-    suffix_rows: torch.Tensor | None = None   # (S,) row of each suffix key in (B * num_slots)
-    prefix_rows: torch.Tensor | None = None   # (Tp,)
-    mask: torch.Tensor | None = None          # (B, 1, num_queries, num_slots), True where visible
+    # (S,) row of each query in (B * num_queries)
+    query_rows: torch.Tensor | None = None
+    # (S,) row of each suffix key in (B * num_slots)
+    suffix_rows: torch.Tensor | None = None
+    # (Tp,)
+    prefix_rows: torch.Tensor | None = None
+    # (B, 1, num_queries, num_slots), True where visible
+    mask: torch.Tensor | None = None
 
 
 def _make_plan(offsets, prefix_offsets, has_suffix, causal):
@@ -87,14 +94,16 @@ def masked_attention_sdpa(q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, 
     if plan.total_queries > q.shape[0] or plan.total_prefix > num_prefix:
         raise ValueError(f"offsets end at {plan.total_queries} queries and {plan.total_prefix} prefix keys, "
                          f"but there are {q.shape[0]} and {num_prefix}")
-    if plan.total_queries < q.shape[0] or plan.total_prefix < num_prefix:  # rows behind the last sample
+    # Rows behind the last sample.
+    if plan.total_queries < q.shape[0] or plan.total_prefix < num_prefix:
         behind = q.new_zeros(q.shape[0] - plan.total_queries, *q.shape[1:])
         q, k, v = (None if x is None else x[:plan.total_queries] for x in (q, k, v))
         prefix_k, prefix_v = (None if x is None else x[:plan.total_prefix] for x in (prefix_k, prefix_v))
         own = masked_attention_sdpa(q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, causal, scale)
         return torch.cat((own, behind))
     num_keys = num_prefix + (0 if k is None else k.shape[0])
-    if not q.shape[0] or not num_keys:  # nothing to compute, but a graph to keep
+    # Nothing to compute, but a graph to keep.
+    if not q.shape[0] or not num_keys:
         return masked_attention_reference(q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, causal, scale)
     run = _regular if plan.regular else _padded
     return run(plan, q, k, v, prefix_k, prefix_v, causal, scale)

@@ -65,7 +65,8 @@ def _run(attend, q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, causal, s
         keys, values = (x[:packing.total_keys] for x in (k, v))
     else:
         keys, values = _join(packing, prefix_k, k), _join(packing, prefix_v, v)
-    if not q.shape[0] or not packing.total_keys:   # nothing to compute, but a graph to keep
+    # Nothing to compute, but a graph to keep.
+    if not q.shape[0] or not packing.total_keys:
         out = q * 0 + keys.sum() * 0 + values.sum() * 0
     else:
         out = attend(q, keys, values, offsets, packing.key_offsets, packing.max_queries, packing.max_keys,

@@ -92,7 +92,8 @@ def keys_kernel(q_ptr, k_ptr, v_ptr, offsets, key_offsets, grad_ptr, lse_ptr, de
             lse = tl.load(lse_ptr + place, mask=i < stop, other=float("inf"))
             delta = tl.load(delta_ptr + place, mask=i < stop, other=0.0)
             scores = tl.dot(keys, tl.trans(q), input_precision="ieee") * scale_log2
-            weights = tl.exp2(scores - lse[None, :])  # a row behind `stop` has lse = inf, so 0
+            # A row behind `stop` has lse = inf, so 0
+            weights = tl.exp2(scores - lse[None, :])
             if CAUSAL:
                 weights = tl.where(j[:, None] <= i[None, :], weights, 0.0)
             dv = tl.dot(weights.to(grad.dtype), grad, dv, input_precision="ieee")

@@ -58,7 +58,8 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, offsets, prefix_k, prefix_v, prefix_offs
     if SUFFIX:
         stop = end
         whole = start + (end - start) // WALK * WALK
-        if CAUSAL:  # all of the keys before the tile's first row are seen by all of its rows
+        # All of the keys before the tile's first row are seen by all of its rows.
+        if CAUSAL:
             stop = tl.minimum(end, first + OWN)
             whole = start + (first - start) // WALK * WALK
         stop = tl.where(sample < num_samples, stop, start)
@@ -68,7 +69,8 @@ def forward_kernel(q_ptr, k_ptr, v_ptr, offsets, prefix_k, prefix_v, prefix_offs
         state = attend_to(state, q, i, k_ptr, v_ptr, whole, stop, end, key_head, scale_log2,
                           KEY_HEADS, E, WALK, True, CAUSAL)
     acc, peak, total = state
-    seen = total > 0  # a query without keys gives zeros
+    # A query without keys gives zeros.
+    seen = total > 0
     acc = acc / tl.where(seen, total, 1.0)[:, None]
     store_tile(out_ptr, acc, i, end, head, HEADS, E)
     lse = tl.where(seen, peak + tl.log2(tl.where(seen, total, 1.0)), 0.0)

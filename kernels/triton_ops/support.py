@@ -18,7 +18,8 @@ DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
 # Halves alone: in float32 attention and two of the row kernels spill, and nobody trains in it on a GPU.
 DTYPES = (torch.float32,) if INTERPRETED else (torch.bfloat16, torch.float16)
 
-NOTE = "not timed on a GPU yet"  # why these bodies are not first; see dispatch.py
+# Why these bodies are not first; see dispatch.py.
+NOTE = "not timed on a GPU yet"
 
 
 def why_not():

@@ -35,7 +35,8 @@ def both(dtype, every=False):
     shape = GeneratorConfig(width=64, num_heads=2, num_blocks=3, token_dim=vae.token_dim, condition_dim=mllm.width)
     parts, draw = [new_generator(shape, 0), QueryAdapter(adapter, mllm.width)], torch.Generator().manual_seed(0)
     parts[1].init_weights(0)
-    with torch.no_grad():                        # a fresh generator answers zero whatever it is told
+    # A fresh generator answers zero whatever it is told.
+    with torch.no_grad():
         for part in parts:
             for p in part.parameters():
                 p.add_(torch.randn(p.shape, generator=draw) * 0.05)
@@ -71,7 +72,8 @@ def assert_same(ours, loss, plain, expected):
     wanted = {f"generator.{name}": layout.to_ours(name, theirs.__getitem__) for name, _ in ours.generator.named_parameters()}
     wanted |= {f"adapter.{name}": p.grad for name, p in plain.adapter.named_parameters()}
     errors = {name: relative_error(p.grad, wanted[name]) for name, p in ours.named_parameters()
-              if name != "adapter.to_k.bias"}            # a bias of all keys cancels in the softmax: both are rounding
+              # A bias of all keys cancels in the softmax: both are rounding.
+              if name != "adapter.to_k.bias"}
     print(f"loss {abs(loss - expected) / expected:.1e}, gradients {max(errors.values()):.1e}")
     worst = max(errors, key=errors.get)
     assert abs(loss - expected) <= 1e-7 * expected

@@ -61,14 +61,18 @@ def test_demo_cpu_has_the_proportions_of_iomm_b():
 def test_counting_knows_views_writes_and_new_tensors():
     x, y = torch.ones(4, 8), torch.ones(8, 2)
     with counts.Count() as count:
-        x.view(8, 4).t()                     # views are free
-        x @ y                                # reads 128 + 64 bytes, writes 32
-        x.add_(1)                            # reads and writes itself
+        # Views are free
+        x.view(8, 4).t()
+        # reads 128 + 64 bytes, writes 32
+        x @ y
+        # Reads and writes itself.
+        x.add_(1)
     assert (count.calls, count.tensors) == (2, 1) and count.bytes == 128 + 64 + 32 + 128 + 128
     (value, gradient, first, second), step = torch.ones(4, 10), torch.ones(())
     for wanted, work in (
             (7 * 40 + 4, lambda: torch._fused_adamw_([value], [gradient], [first], [second], [], [step], lr=0.1, beta1=0.9, beta2=0.99,
-                                                     weight_decay=0.0, eps=1e-8, amsgrad=False, maximize=False)),      # 4: its step
+                                                     # 4: its step
+                                                     weight_decay=0.0, eps=1e-8, amsgrad=False, maximize=False)),
             (3 * 40, lambda: torch._foreach_lerp_([value], [first], 0.5)), (2 * 40, lambda: value.copy_(first))):
         with counts.Count() as count:
             work()

@@ -53,12 +53,14 @@ def test_intervals_are_those_of_the_literature():
     assert findings.newcombe(0.9, 0.3, 10) == pytest.approx((0.1705, 0.8090), abs=1e-4)
     mean, low, high = findings.interval(
         [0.1, 0.2, 0.3], 10**9
-    )  # so many pictures that Student's t decides
+    # So many pictures that Student's t decides.
+    )
     half = 4.303 * 0.1 / math.sqrt(3)
     assert (mean, low, high) == pytest.approx((0.2, max(0, 0.2 - half), 0.2 + half))
     agreeing = findings.interval(
         [0.2, 0.2, 0.2], 100
-    )  # the pictures decide where seeds agree by chance
+    # The pictures decide where seeds agree by chance.
+    )
     assert (
         agreeing[1:] == pytest.approx(findings.wilson(0.2, 300))
         and agreeing.low < 0.16 < 0.24 < agreeing.high
@@ -213,7 +215,8 @@ def test_cells_share_the_runs_that_they_have_in_common(tmp_path):
     assert len({first.dir for cells in made.values() for first, _ in cells}) == 2 + 4 + 3 + 4
     assert len({second.dir for cells in made.values() for _, second in cells}) == 6 + 4 + 3 + 4 + 4
     default = made["recipes"][0]
-    for name in EXPERIMENTS:  # the default cell comes first in all of them
+    # The default cell comes first in all of them.
+    for name in EXPERIMENTS:
         assert [run.dir for run in made[name][0]] == [run.dir for run in default], name
 
 
@@ -243,14 +246,16 @@ def test_stage_1_on_pairs_has_as_many_new_pairs_as_there_are_images(tmp_path, mo
     images, few = load_config("demo").data.num_images, load_config("demo-finetune").data.num_pairs
     assert len(of) == 4 * NIGHT.seeds and all(
         len(datasets) == 1 for datasets in of.values()
-    )  # alike in every cell
+    # Alike in every cell.
+    )
     numbers = {key: datasets.copy().pop()[0] for key, datasets in of.items()}
     assert all(
         number == (few if key[:2] == ("finetune", "pairs") else images)
         for key, number in numbers.items()
     )
     seeds = [datasets.copy().pop()[1] for datasets in of.values()]
-    assert len(set(seeds)) == len(seeds)  # no dataset is part of another
+    # No dataset is part of another.
+    assert len(set(seeds)) == len(seeds)
     pictures = [
         {scene(seed, i) for i in range(number)}
         for (number, seed) in (of["pretrain", "pairs", 0].pop(), of["finetune", "pairs", 0].pop())
@@ -269,7 +274,8 @@ def played(monkeypatch):
         steps = int(next(a for a in arguments if a.startswith("train.steps=")).partition("=")[2])
         run_dir = Path(next(a for a in arguments if a.startswith("run.dir=")).partition("=")[2])
         if len(told.launched) == told.dies_at:
-            raise KeyboardInterrupt  # the command is gone
+            # The command is gone.
+            raise KeyboardInterrupt
         told.launched.append((run_dir.name, *arguments))
         (run_dir / "machine.json").write_text(json.dumps({"commit": told.commit}))
         dies = len(told.launched) == told.dies_at
@@ -350,11 +356,13 @@ def test_a_night_does_the_default_cell_first_and_all_cells_before_the_next_seed(
         "0.5",
         "0.75",
         "0.95",
-    ]  # shown in order
+    # Shown in order
+    ]
     assert set(found["experiments"]["adapter"]["rqa"]) == {
         f"{way}, {split}" for way in ("image", "text") for split in SPLITS
     }
-    assert {seed for _, _, seed in played.drawn} == {0, 1}  # each seed has scenes of its own
+    # Each seed has scenes of its own.
+    assert {seed for _, _, seed in played.drawn} == {0, 1}
     assert set(found["rows"]) - set(found["of"]) == {
         row for row in found["rows"] if "real pictures" in row
     }
@@ -371,7 +379,8 @@ def test_a_killed_command_repeats_nothing_that_is_complete(tmp_path, played, die
     with pytest.raises(KeyboardInterrupt):
         results(tmp_path)
     written = tmp_path / "results/recipes-cpu-smoke.json"
-    if dies_at == 5:  # results are written after each cell
+    # Results are written after each cell.
+    if dies_at == 5:
         assert set(json.loads(written.read_text())["experiments"]["recipes"]) == {
             "image -> mix",
             "pair -> mix",
@@ -399,7 +408,8 @@ def test_a_run_that_is_still_training_is_waited_for(tmp_path):
         assert other.stdout.readline() == b"taken\n"
         wait_until_free(tmp_path)
         assert (tmp_path / "ended").exists()
-    wait_until_free(tmp_path)  # nor does the command keep the lock from the run that it starts
+    # Nor does the command keep the lock from the run that it starts.
+    wait_until_free(tmp_path)
 
 
 def test_status_runs_nothing_and_says_what_is_left(tmp_path, played, capsys):
@@ -416,13 +426,15 @@ def test_status_runs_nothing_and_says_what_is_left(tmp_path, played, capsys):
     results(tmp_path)
     assert said().count("1 of 1 seeds") == 6 and runs.hours_left(("recipes",))[0] == 0
     night = Runs(tmp_path / "night", NIGHT)
-    training = 9 * (START_S + NIGHT.pretrain * NIGHT.step_s)  # stage 1 of a seed
+    # stage 1 of a seed
+    training = 9 * (START_S + NIGHT.pretrain * NIGHT.step_s)
     training += 17 * (START_S + NIGHT.finetune * NIGHT.step_s)
     # of each stage 2, of the adapters after stage 1, and the edits of two
     scoring = (17 + 4 + 2) * 2 * NIGHT.per_kind * len(KINDS) * PICTURE_S
     expected = NIGHT.seeds * (training + scoring) / 3600 / NIGHT.jobs
     assert night.hours_left(NIGHT.experiments) == (pytest.approx(expected), NIGHT.step_s)
-    for name, steps in (("a", 0.2), ("b", 0.5)):  # the newest log, and of that the median
+    # The newest log, and of that the median.
+    for name, steps in (("a", 0.2), ("b", 0.5)):
         (tmp_path / f"night/{name}").mkdir(parents=True)
         (tmp_path / f"night/{name}/log.jsonl").write_text(
             "".join(json.dumps({"step_s": steps * i}) + "\n" for i in (1, 1, 9))
@@ -442,7 +454,8 @@ def test_runs_side_by_side_have_one_thread_each(tmp_path, played):
     )
     assert {name for name, *_ in played.launched[:8]} == {
         name for name, *_ in played.launched[8:]
-    }  # the same runs
+    # The same runs
+    }
     assert len(played.launched) == 16 and found["recipes-cpu-smoke.json"]["budget"]["jobs"] == 2
 
 
@@ -497,7 +510,8 @@ def test_seen_and_unseen_combinations_are_quoted_and_kept_beside_another_experim
     assert rows["all of the caption right, seen combinations"].count(" 0.50 (0.19 to 0.81)") == 6
     assert rows["all of the caption right, unseen combinations"].count(" 0.25 (") == 6
     launched, drawn = len(played.launched), len(played.drawn)
-    (both,) = results(tmp_path, "editing").values()  # of runs that are there: only drawn and scored
+    # Of runs that are there: only drawn and scored.
+    (both,) = results(tmp_path, "editing").values()
     assert (
         len(played.launched) == launched
         and played.drawn[drawn:] == [("edit", split, 0) for split in SPLITS] * 2
@@ -517,7 +531,8 @@ def test_rows_name_the_commits_of_their_runs(tmp_path, played):
         return {facts["commit"] for facts in found["of"].values()}
 
     assert commits() == {"a" * 40}
-    played.commit = "b" * 40  # results written later name the commits of what they sum up
+    # Results written later name the commits of what they sum up.
+    played.commit = "b" * 40
     assert commits() == {"a" * 40}
     sorted((tmp_path / "runs/cpu-smoke").glob("finetune-*"))[0].joinpath("machine.json").unlink()
     assert {*commits().pop().split(", ")} == {"a" * 40, "unknown"}
@@ -568,10 +583,12 @@ def test_kept_scores_are_whole_and_of_the_settings_asked_for(tmp_path, played, m
 
     path.write_text(
         json.dumps(wanted)[:40]
-    )  # a kill in the middle of a write that was none of ours
+    # A kill in the middle of a write that was none of ours.
+    )
     assert drawn(runs) == 2 and drawn(runs) == 0
     kept = path.read_text()
-    runs.score(run, ("edit",), 0)  # another way is added
+    # Another way is added.
+    runs.score(run, ("edit",), 0)
     assert runs.known(run, ("text", "edit")).keys() == {
         f"{way}, {split}" for way in ("text", "edit") for split in SPLITS
     }
@@ -589,7 +606,8 @@ def test_kept_scores_are_whole_and_of_the_settings_asked_for(tmp_path, played, m
     monkeypatch.setattr("os.replace", lambda *_: pytest.fail("killed"))
     with pytest.raises(pytest.fail.Exception, match="killed"):
         runs.score(run, ("image",), 0)
-    assert path.read_text() == kept  # what was there is there until the new is whole
+    # What was there is there until the new is whole.
+    assert path.read_text() == kept
 
 
 def test_the_night_scores_enough_pictures():
@@ -627,7 +645,8 @@ def test_the_smoke_budget_resumes_after_a_kill(tmp_path):
     assert set(found["recipes"]) == set(EXPERIMENTS["recipes"])
     assert found["recipes"]["image -> mix"] == first["image -> mix"]
     runs = list((tmp_path / "runs/cpu-smoke").glob("*/config.yaml"))
-    assert len(runs) == 2 + 6  # stage 1 is shared by the cells
+    # stage 1 is shared by the cells
+    assert len(runs) == 2 + 6
     logs = {run: (run.parent / "log.jsonl").read_text() for run in runs}
     # Of runs that are there: only sampled and scored, none is trained again.
     subprocess.run([*command, "editing"], check=True, timeout=3600)

@@ -117,7 +117,8 @@ def test_the_visit_of_a_gpu_is_planned(gib, against, micro_batch, monkeypatch, t
     args = SimpleNamespace(config="iomm-b-512", overrides=[], against="plain")
     config, _ = bench.prepare(args, "cuda", tmp_path)
     assert args.against == against and config.train.micro_batch == micro_batch
-    assert config.train.global_batch == 4 * micro_batch and config.data.heldout == 0          # 64 photographs are all there is
+    # 64 photographs are all there is
+    assert config.train.global_batch == 4 * micro_batch and config.data.heldout == 0
 
 
 @pytest.mark.parametrize("config", ["iomm-xl-512", "iomm-b-512-finetune", "demo"])

@@ -27,10 +27,12 @@ from iomm.mllm import RECONSTRUCT
 from iomm.model import IOMM, Recipe
 from iomm.vae import load_vae
 
-SIZE, ACCUMULATION, WARM_UP = 2, 2, 2        # DeepSpeed records the order of modules in the first micro-batch
+# DeepSpeed records the order of modules in the first micro-batch.
+SIZE, ACCUMULATION, WARM_UP = 2, 2, 2
 # Small enough that every rule acts on 1.2 M parameters: some persist, some are kept for the backward pass, some come ahead.
 SMALL = {"stage3_param_persistence_threshold": 500, "stage3_prefetch_bucket_size": 60_000, "reduce_bucket_size": 200_000}
-CASES = {        # name: (generator, overrides of the demo's config, DeepSpeed's settings)
+# name: (generator, overrides of the demo's config, DeepSpeed's settings)
+CASES = {
     "some kept": ("mmdit", [], {**SMALL, "stage3_max_reuse_distance": 250_000}),
     "muon, second copies": ("single_stream", ["precision=bf16", "optim.kind=muon"],
                             {**SMALL, "stage3_max_reuse_distance": 150_000, "zero_hpz_partition_size": 2}),
@@ -104,7 +106,8 @@ def worker(rank, port, folder, cases):
         model.prepare_blocks(recompute=2)
         sharded = zero.Sharded(model, lambda module: make_optimizer(module, config.optim), config=config, ranks=ranks,
                                leaves=model.leaves, micro_batch=1, accumulation=ACCUMULATION)
-        took = sharded.engine._config.zero_config            # and not a setting that it calls by another name
+        # And not a setting that it calls by another name.
+        took = sharded.engine._config.zero_config
         wanted = {**DEFAULTS, **with_settings(config, ranks.device, 1, 1)["zero_optimization"]}
         assert all(getattr(took, key.removeprefix("stage3_")) == wanted[key] for key in DEFAULTS)
         for step in range(WARM_UP + 1):
@@ -127,7 +130,8 @@ def measure(folder, cases):
                             attention_bias=True),
                 text=dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=80,
                           max_position_embeddings=256))
-    multiprocessing.set_forkserver_preload(["deepspeed", "transformers", "benchmarks.lib.traffic"])     # imported once
+    # Imported once
+    multiprocessing.set_forkserver_preload(["deepspeed", "transformers", "benchmarks.lib.traffic"])
     mp.start_processes(worker, (free_port(), str(folder), list(cases)), nprocs=SIZE, start_method="forkserver")
     one, other = (json.loads((folder / f"{rank}.json").read_text()) for rank in range(SIZE))
     return {case: tuple({kind: a.get(kind, 0) + b.get(kind, 0) for kind in {*a, *b}} for a, b in zip(one[case], other[case]))

@@ -13,8 +13,10 @@ from benchmarks.studies.demo import side_by_side
 from iomm.engine.observe.doctor import cpu_name
 
 LOSSES = Path(__file__).parent / "demo_losses.json"
-STEPS, RANKS = 30, 2           # ranks of one thread each: two of them even where there are more cores, so that losses compare
-LINEAR = math.pi / 2           # squared velocity error of the best prediction that is linear in each noisy latent, mean over t
+# Ranks of one thread each: two of them even where there are more cores, so that losses compare.
+STEPS, RANKS = 30, 2
+# Squared velocity error of the best prediction that is linear in each noisy latent, mean over t.
+LINEAR = math.pi / 2
 
 
 def machine():

@@ -66,7 +66,8 @@ def test_every_step_is_logged_with_every_key(golden):
                             "skipped_steps", "skipped_samples", "gpu_hours", "gpu_hours_left"}
         assert set(row["time_s"]) >= {"data", "vae", "vit", "prefix", "adapter", "suffix", "generator", "backward",
                                       "optimizer", "ema", "other"}
-        assert ("checkpoint" in row["time_s"]) == (row["step"] in (3, 5))       # of the time since the row before
+        # Of the time since the row before.
+        assert ("checkpoint" in row["time_s"]) == (row["step"] in (3, 5))
         assert sum(row["time_s"].values()) == pytest.approx(row["step_s"])
         assert row["tokens_per_s"] == pytest.approx(row["images_per_s"] * (64 + 16))
         assert row["loss"] > 0 and row["grad_norm"] > 0 and row["skipped_steps"] == 0
@@ -95,7 +96,8 @@ def assert_bitwise(run_dir, golden):
     ours, theirs = rows(run_dir / "log.jsonl"), rows(golden / "log.jsonl")
     assert [(r["step"], r["loss"], r["grad_norm"], r["lr"]) for r in ours] == [
         (r["step"], r["loss"], r["grad_norm"], r["lr"]) for r in theirs]
-    assert hashes(run_dir) == hashes(golden)     # masters, moments and EMA of both ranks, by SHA-256
+    # masters, moments and EMA of both ranks, by SHA-256
+    assert hashes(run_dir) == hashes(golden)
 
 
 def test_killed_resumed_and_evaluated_is_bitwise_the_quiet_run(golden, survivor):
@@ -154,7 +156,8 @@ def test_evaluation_is_of_the_average_and_of_samples_never_trained_on(survivor):
     found = {row["step"]: row for row in rows(run_dir / "log.jsonl") if "heldout_loss" in row}
     assert set(found) == {2, 4, 6} and all(Path(row["samples"]).is_file() for row in found.values())
     assert list(read_run(run_dir).grids) == [2, 4, 6] and (run_dir / "report.html").is_file()
-    assert Image.open(run_dir / "samples/progress.png").size == (5 * 102 - 6, 28 + 3 * 102 - 6)     # kills and resumes leave no gap
+    # Kills and resumes leave no gap.
+    assert Image.open(run_dir / "samples/progress.png").size == (5 * 102 - 6, 28 + 3 * 102 - 6)
     config, model, manifest = load_run(run_dir, device="cpu")
     device = torch.device("cpu")
     alone = SimpleNamespace(rank=0, size=1, device=device, all=lambda value: [value])
@@ -295,9 +298,11 @@ def test_the_six_recipes_and_a_larger_size_train(world, tmp_path, monkeypatch):
         losses = [row["loss"] for row in rows(tmp_path / name / "log.jsonl")]
         assert len(losses) == 2 and all(0 < loss < 10 for loss in losses), (name, losses)
         seen[name] = tuple(losses)
-    assert len(set(seen.values())) == len(seen)                       # no two recipes are one
+    # No two recipes are one.
+    assert len(set(seen.values())) == len(seen)
     for first in ("image", "pair"):
-        assert seen[f"{first}-{first}"][0] < seen[first][0]           # the same batch again, one step wiser
+        # The same batch again, one step wiser.
+        assert seen[f"{first}-{first}"][0] < seen[first][0]
     assert sorted(p.name for p in (tmp_path / "back/checkpoints").iterdir()) == ["abandoned-step-00000002", "step-00000001", "step-00000002"]
     monkeypatch.setitem(PRESETS, "demo", GeneratorConfig(width=64, num_heads=2, num_blocks=2))
     _, small, _ = load_run(tmp_path / "image", weights="raw")
@@ -444,7 +449,8 @@ def test_a_damaged_checkpoint_is_passed_over(golden, tmp_path):
 def test_sample_edit_and_export_read_the_run(golden, tmp_path, capsys):
     out = tmp_path / "grid.png"
     assert main(["sample", "--run", str(golden), "--num", "5", "--steps", "2", "--out", str(out)]) == 0
-    assert Image.open(out).size == (5 * 34 - 2, 3 * 34 - 2)      # originals, their visible parts, what is drawn
+    # originals, their visible parts, what is drawn
+    assert Image.open(out).size == (5 * 34 - 2, 3 * 34 - 2)
     assert Image.open(tmp_path / "grid/0004.png").text["prompt"] == "masked image 4 of the run"
     assert main(["sample", "--run", str(golden), "--num", "3", "--steps", "2", "--prompt", "a red circle", "--prompt", "zwölf",
                  "--out", str(out), "--guidance", "2", "--size", "48x16", "--seed", "5"]) == 0

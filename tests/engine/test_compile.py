@@ -15,7 +15,8 @@ from iomm.mllm import RECONSTRUCT
 from iomm.vae import FluxVAE
 
 Q = 7
-LAYERS = 6       # of the decoder: more than there are graphs of each half
+# Of the decoder: more than there are graphs of each half.
+LAYERS = 6
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +64,10 @@ def test_ragged_prefixes_and_other_layers_need_no_graphs_of_their_own(folder):
     for seed, wanted in enumerate(expected):
         assert all(torch.equal(a, b) for a, b in zip(read(mllm, 3, seed), wanted))
         assert graphs() == 1 + 4 + 3
-    read(mllm, 5, 4)                                  # a stage-2 batch holds any number of images:
-    read(mllm, 4, 5)                                  # the ViT layer is traced once more, for all of them
+    # A stage-2 batch holds any number of images:
+    read(mllm, 5, 4)
+    # the ViT layer is traced once more, for all of them
+    read(mllm, 4, 5)
     assert graphs() == 1 + 4 + 3 + 1 and not counters["graph_break"]
 
 
@@ -74,7 +77,8 @@ def test_the_vae_encoder_is_one_graph_whatever_the_bucket():
     for height, width in ((48, 32), (32, 48), (64, 32), (48, 48)):
         image = pixels(2, height, width)
         assert torch.equal(compiled.encode(image), vae.encode(image))
-    assert graphs() == 2 and not counters["graph_break"]        # the first size; then one for all others
+    # The first size; then one for all others.
+    assert graphs() == 2 and not counters["graph_break"]
 
 
 @pytest.mark.slow

@@ -106,7 +106,8 @@ def test_missing_file_lists_the_shipped_ones():
 
 def test_differences_name_keys_but_not_the_free_ones():
     config = RunConfig()
-    free = ["train.steps=7", "run.dir=x", "train.recompute=3", "train.compile=true"]       # the last two round elsewhere, no more
+    # The last two round elsewhere, no more.
+    free = ["train.steps=7", "run.dir=x", "train.recompute=3", "train.compile=true"]
     assert differences(parse("", overrides=free), config) == []
     assert differences(parse("", overrides=["optim.lr=0.5"]), config) == ["optim.lr: 0.0001 became 0.5"]
     assert set(flat(config)) == set(all_keys(RunConfig))

@@ -27,11 +27,14 @@ from iomm.engine.dry_run import (
 )
 from iomm.flops import flops_by_part
 
-PAPER = {   # generator's parameters, work of one sample in TFLOP (the method's table for B), millions of samples
+# generator's parameters, work of one sample in TFLOP (the method's table for B), millions of
+# samples
+PAPER = {
     "iomm-b-512": ((1.55e9, 1.65e9), (7.9, 8.2), 110),
     "iomm-l-512": ((2.65e9, 2.80e9), (10.5, 11.5), 110),
     "iomm-xl-512": ((5.7e9, 6.3e9), (48.0, 52.0), 110),
-    "iomm-b-512-finetune": ((1.55e9, 1.65e9), (7.6, 7.9), 4.2),      # 10 epochs over 210 k pairs, as many images
+    # 10 epochs over 210 k pairs, as many images
+    "iomm-b-512-finetune": ((1.55e9, 1.65e9), (7.6, 7.9), 4.2),
     "iomm-l-512-finetune": ((2.65e9, 2.80e9), (10.2, 11.1), 4.2),
     "iomm-xl-512-finetune": ((5.7e9, 6.3e9), (47.5, 51.0), 4.2),
     "iomm-b-1024-finetune": ((1.55e9, 1.65e9), (26.0, 29.0), 4.2),

@@ -52,12 +52,14 @@ def main():
     breaks(zero.Sharded, "backward", "backward", after_s=0.02)
     breaks(ShardedOptimizer, "step", "step")
     breaks(checkpoint_reader.Reader, "piece", "load")
-    breaks(checkpoint_writer, "write_safetensors", "save")          # before it is read back
+    # Before it is read back.
+    breaks(checkpoint_writer, "write_safetensors", "save")
     breaks(cpp_builder, "run_compile_cmd", "build", after_s=0.3)
     breaks(decode.Decoder, "_pipeline", "data")
     breaks(workers._Worker, "take", "index")
     breaks(watchdog.dist, "TCPStore", "bind")
-    breaks(dist, "new_group", "rendezvous")      # the store of the process group is bound, the others are waiting
+    # The store of the process group is bound, the others are waiting.
+    breaks(dist, "new_group", "rendezvous")
 
     restore, train_step, batches = run_state.restore, loop.train_step, ImageSource.__iter__
 

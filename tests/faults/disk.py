@@ -301,7 +301,8 @@ def retention(folder, num_saves, keep=3, permanent=10, seed=1):
                 dying = rng.randrange(2)
                 counts, _ = save_and_die(folder, step, dying, rng.randrange(1, (28, 11)[dying]), **settings)
                 killed += None in counts
-                checkpoint_writer.sweep(root)           # the next start
+                # The next start
+                checkpoint_writer.sweep(root)
             else:
                 save_all(folder, step, **settings)
             good, ordinary = intact(folder), [p.name for p in checkpoint_reader.steps(root) if checkpoint_reader.step_of(p) % permanent]

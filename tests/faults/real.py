@@ -122,7 +122,8 @@ def interrupted_starts(folder, num_trials):
     in /dev/shm and no descriptor of ours is left, and the next start, at the same port and with the same caches, trains."""
     starting, clean = [], 0
     for trial in range(num_trials):
-        base = Path(folder) / f"trial{trial}"        # with an index and caches of its own
+        # With an index and caches of its own.
+        base = Path(folder) / f"trial{trial}"
         place, rank = STARTS[trial % len(STARTS)], trial // len(STARTS) % 2 if trial % len(STARTS) in (0, 1) else 0
         line = [*world(base), *["train.compile=true"] * (place == "build")]
         caches = {"TORCHINDUCTOR_CACHE_DIR": str(base / "inductor"), "TORCH_EXTENSIONS_DIR": str(base / "extensions")}
@@ -159,7 +160,8 @@ def real_world_sizes(folder, paths=([1, 2], [2, 1], [2, 1, 2], [4, 2])):
         loads = 0
         for size, steps in zip(path, [10, 30, 60] if len(path) == 3 else [10, 60]):
             before, wanted = checkpoint_reader.newest(run_dir / "checkpoints"), None
-            if before is not None:               # now: it is not kept for ever
+            # now: it is not kept for ever
+            if before is not None:
                 reader = checkpoint_reader.Reader(before)
                 wanted = f"state {digest(reader.manifest['shapes'], reader.full)} after loading {before}\n"
             run = Run(run_dir, "--resume", "auto", *same, f"train.steps={steps}", size=size)

@@ -38,7 +38,8 @@ from iomm.engine.resilience.loss_guard import LossGuard
 from iomm.engine.resilience.preemption import REQUEUE
 from iomm.engine.resilience.watchdog import REFUSED, Watchdog, alive
 
-tqdm.set_lock(threading.RLock())                 # its own would be a semaphore that a killed process leaves behind
+# Its own would be a semaphore that a killed process leaves behind.
+tqdm.set_lock(threading.RLock())
 
 
 class Linear:
@@ -131,7 +132,8 @@ class Source:
     """Micro-batches in the order of the real loader: NUM_SAMPLES an epoch, in two shards. step_s passes before each step;
     with `record` every rank notes its samples as a line [step, micro-batch, [sample, ...]]."""
 
-    NUM_SAMPLES = 84             # no multiple of the batch: some epochs end in the midst of a step
+    # No multiple of the batch: some epochs end in the midst of a step.
+    NUM_SAMPLES = 84
 
     def __init__(self, ranks, config, options, trip):
         self.ranks, self.options, self.trip, self.start_step = ranks, options, trip, 0
@@ -205,7 +207,8 @@ def read_fifo():
 
 def keep_the_lock():
     import ctypes
-    ctypes.PyDLL(None).sleep(600)                # PyDLL does not let go of the interpreter lock
+    # PyDLL does not let go of the interpreter lock.
+    ctypes.PyDLL(None).sleep(600)
 
 
 def wait_for_a_dead_worker():
@@ -214,7 +217,8 @@ def wait_for_a_dead_worker():
 
 
 FAULTS = {
-    "stop": lambda: (os.kill(os.getpid(), signal.SIGSTOP), time.sleep(30)),      # the stop comes a moment later
+    # The stop comes a moment later.
+    "stop": lambda: (os.kill(os.getpid(), signal.SIGSTOP), time.sleep(30)),
     "lock": keep_the_lock,
     "fifo": read_fifo,
     "worker": wait_for_a_dead_worker,
@@ -259,7 +263,8 @@ def work(rank, size, run_dir, rendezvous, overrides, options, parent):
         return call
     write = checkpoint_writer.write_safetensors
     checkpoint_writer.write_safetensors = lambda *args: (time.sleep(options.get("disk_s", 0.0)), write(*args))[1]
-    checkpoint_writer.write_safetensors = tripping(checkpoint_writer.write_safetensors, "save")        # between writing and reading back
+    # Between writing and reading back.
+    checkpoint_writer.write_safetensors = tripping(checkpoint_writer.write_safetensors, "save")
     checkpoint_reader.Reader.piece = tripping(checkpoint_reader.Reader.piece, "load")
     try:
         with Watchdog(ranks, run_dir, config.guard.hang_s, parent) as watch:
@@ -316,7 +321,8 @@ def launcher(run_dir, rendezvous, size, overrides, options, tell):
 def serve():
     """Reads one start a line from stdin, forks a launcher for it, and writes that one's process id."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    Metrics.open_board = lambda self, start_step: None      # TensorBoard takes seconds to import
+    # TensorBoard takes seconds to import.
+    Metrics.open_board = lambda self, start_step: None
     for line in sys.stdin:
         request = json.loads(line)
         pid = os.fork()
@@ -327,7 +333,8 @@ def serve():
         print(pid, flush=True)
 
 
-ASKING = threading.Lock()        # tests run two chains of jobs at once
+# Tests run two chains of jobs at once.
+ASKING = threading.Lock()
 
 
 @functools.cache
@@ -376,7 +383,8 @@ class Job:
             time.sleep(0.01)
         late = any(map(alive, self.pids))
         self.kill(range(len(self.pids)))
-        line = self.answers.readline()           # empty when the launcher was killed
+        # Empty when the launcher was killed.
+        line = self.answers.readline()
         self.answers.close()
         self.rendezvous.unlink(missing_ok=True)
         return [None] * len(self.pids) if late or not line else json.loads(line)

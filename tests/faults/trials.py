@@ -82,7 +82,8 @@ def bitwise_resumes(folder, num_trials, seed=0):
     settings = ["train.steps=40", "checkpoint.every_steps=1", "checkpoint.keep=100", "train.micro_batch=2"]
     same = {"nan_steps": [7, 15], "record": True}
     assert Job(folder / "golden", *settings, **same).wait(120) == [0, 0]
-    edge = Source.NUM_SAMPLES // 8 + 1           # the step in which the first epoch ends
+    # The step in which the first epoch ends.
+    edge = Source.NUM_SAMPLES // 8 + 1
     steps = [8, 16, edge, edge + 1, edge // 2, *(rng.randint(2, 20) for _ in range(num_trials))][:num_trials]
     equal, wanted = 0, samples_of(folder / "golden")
     for trial, step in enumerate(steps):
@@ -144,7 +145,8 @@ def world_sizes(folder):
         for size, steps in zip(path, [10, 30, 60] if len(path) == 3 else [10, 60]):
             before = checkpoint_reader.newest(run_dir / "checkpoints") if steps > 10 else None
             for samples in run_dir.glob("samples-rank*.jsonl"):
-                samples.rename(run_dir / f"{samples.name}-{steps}")      # parts of a step come from one start only
+                # Parts of a step come from one start only.
+                samples.rename(run_dir / f"{samples.name}-{steps}")
             job = Job(run_dir, *same, f"train.steps={steps}", size=size, record=True)
             assert job.wait(90) == [0] * size
             now = samples_of(run_dir)
@@ -249,7 +251,8 @@ def deaths(folder, num_trials, seed=0):
         started = time.monotonic()
         last = [*line, f"train.steps={newest_step(run_dir) + 1}"]
         assert Job(run_dir, *last, width=width).wait(120) == [0, 0], place
-        starting.append(time.monotonic() - started)          # of the first step, its save and the end
+        # Of the first step, its save and the end.
+        starting.append(time.monotonic() - started)
         shutil.rmtree(run_dir)
     return {"trials": num_trials, "survivor_gone_within_5_s": sum(t <= 5 for t in leaving), "and_named_the_dead": named,
             "slowest_s": round(max(leaving), 2),

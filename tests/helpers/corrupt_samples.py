@@ -88,7 +88,8 @@ def images():
         "five_components": (with_bytes(jpeg, frame + 9, b"\x05"), "unsupported"),
         "lossless": (with_bytes(jpeg, frame + 1, b"\xc3"), "unsupported"),
         # 5
-        "no_dht": (without_segment(jpeg, b"\xff\xc4"), set()),      # libjpeg fills in the standard tables, as for MJPEG
+        # Libjpeg fills in the standard tables, as for MJPEG.
+        "no_dht": (without_segment(jpeg, b"\xff\xc4"), set()),
         "arithmetic": (with_bytes(jpeg, frame + 1, b"\xc9"), "unsupported"),
         # 6, 7, 8: too large, said or real
         "jpeg_bomb": (with_bytes(jpeg, frame + 5, struct.pack(">HH", 65500, 65500)), "too_large"),
@@ -210,7 +211,8 @@ def tars(num=20):
             setattr(info, key, value)
         return changed(0, info.tobuf(tarfile.GNU_FORMAT)[:512])
 
-    lost = {"bad_tar": 1, "incomplete": 1}      # its txt and json stay behind
+    # Its txt and json stay behind.
+    lost = {"bad_tar": 1, "incomplete": 1}
     odd = [("good.jpg", jpeg)]
     return {
         "none": (whole, num, {}),

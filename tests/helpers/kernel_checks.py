@@ -7,8 +7,10 @@ from iomm.kernels.triton_ops import support as triton_support
 
 ON_GPU = torch.cuda.is_available() and not triton_support.INTERPRETED
 DEVICE = "cuda" if ON_GPU else "cpu"
-HALF = torch.bfloat16 if ON_GPU else torch.float32     # bf16 products are garbage in Triton's interpreter
-SLACK = 2.0 if ON_GPU else 4.0    # in float32 a softmax by powers of 2 was off by 2.2 times what one by exp is
+# bf16 products are garbage in Triton's interpreter
+HALF = torch.bfloat16 if ON_GPU else torch.float32
+# In float32 a softmax by powers of 2 was off by 2.2 times what one by exp is.
+SLACK = 2.0 if ON_GPU else 4.0
 needs_triton = pytest.mark.skipif(
     triton_support.why_not() is not None or not (ON_GPU or triton_support.INTERPRETED),
     reason="runs on a GPU, or with TRITON_INTERPRET=1 as tests/kernels/test_interpreter.py does")

@@ -14,8 +14,10 @@ from iomm.engine.resilience import checkpoint_reader
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 240
-PIXELS = str(ROOT / "tests/helpers/pixels.yaml")      # a config of the engine's tests: no VAE, no alignment, one rank
-BUILDS = Path(tempfile.mkdtemp(prefix="iomm-test-"))     # where just-in-time builds would leave a lock
+# A config of the engine's tests: no VAE, no alignment, one rank.
+PIXELS = str(ROOT / "tests/helpers/pixels.yaml")
+# Where just-in-time builds would leave a lock.
+BUILDS = Path(tempfile.mkdtemp(prefix="iomm-test-"))
 
 
 def command(ranks, *arguments):
@@ -77,7 +79,8 @@ def rows(log):
         try:
             found.append(json.loads(line))
         except ValueError:
-            pass                                 # the line being written
+            # The line being written.
+            pass
     return found
 
 

@@ -13,7 +13,8 @@ class Compiled:
 
     ptx: str
     registers: int
-    stack_bytes: int        # spills and arrays that found no registers
+    # Spills and arrays that found no registers.
+    stack_bytes: int
     shared_bytes: int
 
 

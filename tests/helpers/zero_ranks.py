@@ -33,7 +33,8 @@ BATCH, STEPS, STAGES = 8, 4, (0, 1, 2, 3)
 # adamw: two or more micro-batches, clipped. muon: one or two, not clipped, so that nothing but sums over ranks can round.
 KINDS = {"adamw": (2, ["optim.clip=0.05", "optim.weight_decay=0.1"]), "muon": (4, ["optim.kind=muon", "optim.clip=0"])}
 CUT = ["adamw-bf16-3-cut", "muon-fp32-3-cut"]
-CONVERTED = ("muon-fp32", "adamw-bf16")      # both kinds of moments, and all four of DeepSpeed's optimizers and ours
+# Both kinds of moments, and all four of DeepSpeed's optimizers and ours.
+CONVERTED = ("muon-fp32", "adamw-bf16")
 
 
 @contextmanager
@@ -183,7 +184,8 @@ def wait_for(path):
 def main(folder):
     torch.set_num_threads(1)
     ranks = group.start(120)
-    gc.freeze()                                  # DeepSpeed collects garbage in every start of stage 3, half a second each
+    # DeepSpeed collects garbage in every start of stage 3, half a second each.
+    gc.freeze()
     folder, report, runs = Path(folder), {"runs": {}, "again": {}, "broken": {}, "converted": []}, {}
     mine, other = folder / str(ranks.size), folder / str(3 - ranks.size)
     names = [f"{kind}-{precision}-{stage}" for kind in KINDS for precision in ("fp32", "bf16") for stage in STAGES]
@@ -217,4 +219,5 @@ def main(folder):
 
 if __name__ == "__main__":
     main(sys.argv[1])
-    os._exit(0)                                  # DeepSpeed's engines take seconds to go
+    # DeepSpeed's engines take seconds to go.
+    os._exit(0)

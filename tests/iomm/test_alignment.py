@@ -54,7 +54,8 @@ def aligned(mllm, generator="mmdit", weight=0.5, share=1.0, **settings):
     model.alignment = AlignmentHead(align, 64, mllm)
     model.alignment.init_weights(0)
     draw = torch.Generator().manual_seed(1)
-    with torch.no_grad():  # blocks that start as the identity would hide one from the next
+    # Blocks that start as the identity would hide one from the next.
+    with torch.no_grad():
         for p in model.generator.parameters():
             p.add_(torch.randn(p.shape, generator=draw) * 0.05)
     model.recipe = replace(model.recipe, align=align, align_share=share)
@@ -114,7 +115,8 @@ def axis_matrix(length, side):
         if length <= side:
             first, last = i * side // length, -(-(i + 1) * side // length)
             weights[i, first:last] = 1 / (last - first)
-        else:  # centre of cell i among the centres of the tokens; the ends are held
+        else:
+            # centre of cell i among the centres of the tokens; the ends are held
             at = max((i + 0.5) * side / length - 0.5, 0.0)
             low = min(math.floor(at), side - 1)
             weights[i, low] += 1 - (at - low)
@@ -186,7 +188,8 @@ def test_both_targets_are_row_major_squares(mllm):
     patches = mllm.backbone.vision_tower.embeddings.patch_embeddings
     assert states.shape == (1, 64, mllm.vit_width)
     bright = torch.zeros(1, 3, 32, 32)
-    bright[..., 4:8, 24:28] = 1.0  # patch (1, 6)
+    # patch (1, 6)
+    bright[..., 4:8, 24:28] = 1.0
     seen = patches(bright)
     seen = (seen[0] if isinstance(seen, tuple) else seen).flatten(0, 1)
     assert int((seen - seen[0]).abs().sum(1).argmax()) == 1 * 8 + 6
@@ -243,7 +246,8 @@ def test_gradients_are_those_of_the_formula(mllm_folder, generator, block, targe
         {},
     )
     blocks = [*model.generator.blocks, *getattr(model.generator, "single_blocks", [])]
-    number = block or 2  # a third of 4 blocks, rounded up
+    # A third of 4 blocks, rounded up.
+    number = block or 2
 
     def hold(_, __, output):
         held["out"] = output[0] if isinstance(output, tuple) else output
@@ -255,7 +259,8 @@ def test_gradients_are_those_of_the_formula(mllm_folder, generator, block, targe
     latents = held["out"]
     if (
         latents.shape[1] > 64
-    ):  # the joint sequence: condition first in FLUX, latents first in Z-Image
+    # The joint sequence: condition first in FLUX, latents first in Z-Image.
+    ):
         latents = latents[:, -64:] if generator == "mmdit" else latents[:, :64]
     head = model.alignment
     hidden = torch.nn.functional.silu(latents @ head.linear_in.weight.T + head.linear_in.bias)
@@ -278,7 +283,8 @@ def test_gradients_are_those_of_the_formula(mllm_folder, generator, block, targe
     plain = gradients(model, *pixels(n_B), n_B)
     del ours[
         "adapter.to_k.bias"
-    ]  # a bias of all keys cancels in the softmax: its gradient is rounding alone
+    # A bias of all keys cancels in the softmax: its gradient is rounding alone.
+    ]
     for name, grad in ours.items():
         parts = [g for g in (theirs.get(name), plain.get(name)) if g is not None]
         # The adapter's gradient comes through Qwen2's norms, which compute in float32 always.
@@ -385,7 +391,8 @@ def test_pairs_alone_call_the_same_modules_and_give_the_head_zeros(mllm):
         module.register_forward_hook(lambda *_, name=name: called.append(name))
         if name.startswith(
             ("alignment", "generator.blocks")
-        ):  # what gets a gradient at its entrance
+        # What gets a gradient at its entrance.
+        ):
             module.register_full_backward_pre_hook(
                 lambda *_, name=name: called.append(f"back {name}")
             )
@@ -803,7 +810,8 @@ def test_a_run_trains_its_head_and_logs_both_losses(runs):
     assert (
         mix[0]["grad_norm"] > off[0]["grad_norm"] and mix[-1]["align_loss"] < mix[0]["align_loss"]
     )
-    for one, other in zip(mix, whole, strict=True):  # whatever the micro-batch
+    # Whatever the micro-batch
+    for one, other in zip(mix, whole, strict=True):
         for key in ("loss", "align_loss", "grad_norm"):
             assert one[key] == pytest.approx(other[key], rel=1e-4), key
     assert all(
@@ -860,7 +868,8 @@ def test_an_alignment_loss_that_is_not_finite_skips_the_step(runs):
     )
     assert (
         len(json.loads(f"[{line.partition('not finite: ')[2]}]")) == 2
-    )  # the two images of the step
+    # The two images of the step.
+    )
 
 
 @pytest.mark.slow

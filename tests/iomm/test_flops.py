@@ -51,7 +51,8 @@ def test_table_of_the_method(mllm):
     ours_mllm = sum(mllm.decoder_flops(TEXT + shown, QUERIES)) / T
     generator = empty_generator(generator_config("iomm-b", token_dim=64, condition_dim=mllm.width), device="meta")
     literal_dit, ours_dit = (3 * generator.flops_per_image((32, 32), c) / T for c in (LITERAL, QUERIES))
-    vae, vit = 1.118, mllm.vit_flops() / T               # the VAE's is counted in tests/iomm/test_vae.py
+    # the VAE's is counted in tests/iomm/test_vae.py
+    vae, vit = 1.118, mllm.vit_flops() / T
     rows = {"VAE encoder forward": (vae, vae), "ViT forward": (vit, vit), "MLLM": (literal_mllm, ours_mllm),
             "DiT forward + backward": (literal_dit, ours_dit)}
     rows["sum"] = tuple(map(sum, zip(*rows.values())))

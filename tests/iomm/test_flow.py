@@ -8,7 +8,8 @@ import torch
 from iomm.config import InputError
 from iomm.flow import loss_by_time, sample_time, shift_time, velocity_loss
 
-EVEN = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000  # quantiles of U(0, 1): no chance in these tests
+# Quantiles of U(0, 1): no chance in these tests.
+EVEN = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
 
 
 def test_uniform_times_are_the_numbers_themselves():
@@ -22,7 +23,8 @@ def test_logit_normal_times_have_that_mean_and_deviation(mean, std):
     logits = torch.logit(sample_time(EVEN, "logit_normal", mean=mean, std=std))
     assert (
         abs(logits.mean() - mean) < 1e-9 and abs(logits.std() / std - 1) < 1e-4
-    )  # 1e5 quantiles miss 3e-5 of the tails
+    # 1e5 quantiles miss 3e-5 of the tails
+    )
     assert math.isclose(logits.median(), mean, abs_tol=2e-5 * std)
 
 

@@ -47,7 +47,8 @@ def literal(mllm, texts, image_tokens, has_image, visible, queries_BQD, causal):
         if not causal:
             see[-Q:, -Q:] = True
         see &= torch.tensor(keep + [True] * Q)[None]
-        see |= torch.eye(length, dtype=torch.bool)            # a hidden row may look at itself: nobody looks at it
+        # A hidden row may look at itself: nobody looks at it.
+        see |= torch.eye(length, dtype=torch.bool)
         mask = torch.zeros(1, 1, length, length, dtype=x.dtype).masked_fill(~see, torch.finfo(x.dtype).min)
         out = mllm.backbone.language_model(inputs_embeds=x, attention_mask=mask, position_ids=torch.arange(length)[None],
                                            use_cache=False).last_hidden_state

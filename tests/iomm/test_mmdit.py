@@ -69,7 +69,8 @@ def test_outputs_and_all_gradients_equal_diffusers(config, grid, num_condition):
     for name, parameter in ours.named_parameters():
         errors[name] = relative_error(parameter.grad, layout.to_ours(name, their_gradients.__getitem__))
     worst = max(errors, key=errors.get)
-    assert all(error <= 1e-10 for error in errors.values()), f"{worst}: {errors[worst]:.1e}"  # measured: 2e-15
+    # measured: 2e-15
+    assert all(error <= 1e-10 for error in errors.values()), f"{worst}: {errors[worst]:.1e}"
 
 
 def test_what_only_theirs_has_is_dead():
@@ -154,7 +155,8 @@ def test_fresh_blocks_are_the_identity_and_the_fresh_velocity_is_zero():
     q, k, v = model.blocks[0].latent_stream.qkv.weight.chunk(3)
     assert all(
         abs(part.std() / (2 / 128) ** 0.5 - 1) < 0.05 for part in (q, k, v)
-    )  # Xavier of 64 x 64, not of 192 x 64
+    # Xavier of 64 x 64, not of 192 x 64
+    )
 
 
 def test_a_table_made_while_sampling_serves_training():
@@ -197,6 +199,7 @@ def test_a_larger_picture_has_the_positions_of_a_smaller_one_and_more():
         ids = FluxPipeline._prepare_latent_image_ids(1, side, side, "cpu", torch.float32)
         theirs = FluxPosEmbed(theta=10000, axes_dim=list(config.rope_axes))(ids)
         for mine, other in zip(ours, theirs):
-            assert torch.equal(mine, other[:, ::2]) and torch.equal(mine, other[:, 1::2])      # theirs says each angle twice
+            # Theirs says each angle twice.
+            assert torch.equal(mine, other[:, ::2]) and torch.equal(mine, other[:, 1::2])
     for small, large in zip(tables[32], tables[64]):
         assert torch.equal(large.unflatten(0, (64, 64))[:32, :32].flatten(0, 1), small)

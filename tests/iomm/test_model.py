@@ -121,7 +121,8 @@ def test_captions_are_dropped_by_sample_at_the_rate_asked_for(mllm):
     condition = model.condition(torch.empty(0, 3, 32, 32), n_B, ["a b c"] * 400, [False] * 400)
     empty = len(mllm.condition([""]).tokens_TD)
     dropped = condition.offsets.diff() == empty
-    assert 20 <= int(dropped.sum()) <= 60                  # 40 expected, 6 the standard deviation
+    # 40 expected, 6 the standard deviation
+    assert 20 <= int(dropped.sum()) <= 60
     half = model.condition(torch.empty(0, 3, 32, 32), n_B[200:], ["a b c"] * 200, [False] * 200)
     assert torch.equal(half.offsets.diff() == empty, dropped[200:])
 
@@ -143,7 +144,8 @@ def test_gradients_reach_all_that_trains_and_nothing_else(mllm):
     assert not any(name.startswith("frozen") for name, _ in model.named_parameters())
     model(*pixels(n_B), n_B)[0].backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for name, p in model.named_parameters()
-               if not name.endswith(("to_k.bias",)))        # a bias of all keys cancels in the softmax
+               # A bias of all keys cancels in the softmax.
+               if not name.endswith(("to_k.bias",)))
     assert all(p.grad is None for p in mllm.parameters())
 
 

@@ -33,7 +33,8 @@ def test_the_split_sums_to_the_step_and_what_is_nested_counts_once(ticks):
             ticks(32)
         split, beside = clock.read()
         assert split == {"other": 1 + 16 + 64, "generator": 10, "vae": 4, "data": 0} and beside == {}
-        with named("optimizer"):                 # a read in the middle of a part cuts it in two
+        # A read in the middle of a part cuts it in two.
+        with named("optimizer"):
             ticks(3)
             assert clock.read()[0]["optimizer"] == 3
             ticks(5)
@@ -99,7 +100,8 @@ def test_a_gpu_is_timed_by_events_and_other_streams_stand_beside(ticks, monkeypa
             waited.append(self)
 
         def elapsed_time(self, other):
-            return (other.at - self.at) * 1e3    # milliseconds, as CUDA's
+            # milliseconds, as CUDA's
+            return (other.at - self.at) * 1e3
 
     monkeypatch.setattr(profiling.torch.cuda, "Event", Event)
     monkeypatch.setattr(profiling.torch.cuda, "current_stream", lambda device=None: Stream(current[0]))

@@ -82,12 +82,14 @@ def test_outputs_and_all_gradients_equal_diffusers(config, grid, num_condition):
     unpadded = {"latent_pad_1D": grid[0] * grid[1] % 32 == 0, "condition_pad_1D": num_condition % 32 == 0}
     for name, parameter in ours.named_parameters():
         if unpadded.get(name):
-            assert not parameter.grad.any()  # zero and not None: no pad token anywhere
+            # Zero and not None: no pad token anywhere.
+            assert not parameter.grad.any()
             assert not their_gradients[layout.pieces[name][0][0]].any()
         else:
             errors[name] = relative_error(parameter.grad, layout.to_ours(name, their_gradients.__getitem__))
     worst = max(errors, key=errors.get)
-    assert all(error <= 1e-10 for error in errors.values()), f"{worst}: {errors[worst]:.1e}"  # measured: 4e-15
+    # measured: 4e-15
+    assert all(error <= 1e-10 for error in errors.values()), f"{worst}: {errors[worst]:.1e}"
 
 
 def test_float32_is_as_near_to_the_exact_result_as_diffusers():
@@ -105,7 +107,8 @@ def test_a_batch_is_its_samples():
     noisy, t, condition = inputs(SMALL, grid, 5, batch=3)
     together = model(noisy, t, condition, grid)
     alone = torch.cat([model(noisy[i : i + 1], t[i : i + 1], condition[i : i + 1], grid) for i in range(3)])
-    assert relative_error(together, alone) <= 1e-14  # measured: 1.4e-15; a batch sums in another order
+    # measured: 1.4e-15; a batch sums in another order
+    assert relative_error(together, alone) <= 1e-14
 
 
 def test_the_preset_has_6_billion_parameters():

@@ -55,7 +55,8 @@ def test_diffusers_computes_the_same_and_the_way_back_is_exact(config, max_shard
     arguments = *inputs(config, (3, 5), 7), (3, 5)
     assert (
         relative_error(back.double()(*arguments), run_diffusers(tmp_path, config, arguments)) <= 1e-14
-    )  # measured: 2.3e-15
+    # measured: 2.3e-15
+    )
 
 
 def test_shards_hold_what_they_may_and_an_index(tmp_path):
@@ -66,7 +67,8 @@ def test_shards_hold_what_they_may_and_an_index(tmp_path):
     sizes = [sum(tensor.nbytes for tensor in load_file(file).values()) for file in files]
     largest = max(tensor.nbytes for file in files for tensor in load_file(file).values())
     assert sum(sizes) == index["metadata"]["total_size"] and max(sizes) <= max(100_000, largest)
-    export_generator(random_model(DUAL), tmp_path)  # over the old one: nothing of it stays
+    # Over the old one: nothing of it stays.
+    export_generator(random_model(DUAL), tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
 
 

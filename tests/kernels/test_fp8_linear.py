@@ -19,7 +19,8 @@ from iomm.kernels.fp8_linear import BACKWARD, FORWARD, fp8_linear, fp8_linear_re
 from iomm.layers import TokenLinear, use_fp8
 
 BODIES = [fp8_linear_reference, fp8_linear_scaled]
-SHAPES = [(48, 64, 32), (33, 32, 80), (1, 16, 16)]      # rows, inputs, outputs
+# rows, inputs, outputs
+SHAPES = [(48, 64, 32), (33, 32, 80), (1, 16, 16)]
 
 
 def inputs(rows, ins, outs, dtype, spread=1.0):
@@ -88,7 +89,8 @@ def test_scaled_mm_is_the_reference(shape, dtype):
 @pytest.mark.parametrize("body", BODIES, ids=["reference", "scaled_mm"])
 def test_zeros_stay_zeros_and_what_is_not_finite_shows(body):
     x, weight, bias, grad = inputs(16, 32, 16, torch.bfloat16)
-    y, dx, dweight, _ = whole(body, x, weight, bias, torch.zeros_like(grad))      # closed gates at the start send these
+    # Closed gates at the start send these.
+    y, dx, dweight, _ = whole(body, x, weight, bias, torch.zeros_like(grad))
     assert y.isfinite().all() and not dx.any() and not dweight.any()
     for i, value in ((0, "nan"), (1, "inf"), (3, "nan"), (3, "-inf")):
         tensors = [t.detach().clone().requires_grad_(t.requires_grad) for t in (x, weight, bias, grad)]
@@ -136,7 +138,8 @@ def test_no_copy_of_a_weight_waits_for_the_backward_pass(compiled):
     PRESETS["demo"], replace(PRESETS["demo"], num_single_blocks=1), PRESETS["iomm-b"], PRESETS["iomm-xl"]], ids=str)
 def test_products_over_tokens_inside_blocks_are_fp8_and_nothing_else(config):
     model = empty_generator(config, device="meta")
-    model.odd = TokenLinear(24, 32, device="meta")        # a size that an fp8 product cannot have
+    # A size that an fp8 product cannot have.
+    model.odd = TokenLinear(24, 32, device="meta")
     use_fp8(model)
     chosen = {name for name, part in model.named_modules() if getattr(part, "fp8", False)}
     inside = {f"{name}.{inner}" for name, block in model.named_modules() if isinstance(block, model.block_classes)
@@ -179,7 +182,8 @@ def test_training_ends_as_near_to_bf16_as_other_starting_weights_do():
 @pytest.mark.slow
 def test_the_demo_in_fp8_follows_bf16(tmp_path, monkeypatch):
     """By the engine, under ZeRO-3: as near as two seeds are, and not the same curve."""
-    monkeypatch.setattr(sys, "path", list(sys.path))      # the script changes it
+    # The script changes it.
+    monkeypatch.setattr(sys, "path", list(sys.path))
     compare = runpy.run_path(str(Path(__file__).resolve().parents[2] / "benchmarks/studies/precision.py"))["compare"]
     result = compare(tmp_path, 40, ["train.threads=1"])
     bf16, fp8 = (result["runs"][name]["losses"] for name in ("bf16", "fp8"))

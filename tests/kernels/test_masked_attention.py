@@ -320,7 +320,8 @@ def test_triton_op_is_registered_soundly():
         arguments, prefix = inputs([3, 2], [4, 1], dim=32, suffix=with_suffix)
         tensors = cast([*arguments, *(prefix.values() if with_prefix else (None, None, None))])
         tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
-        if with_prefix and with_suffix:     # the long one once
+        # The long one once.
+        if with_prefix and with_suffix:
             tests.append("test_aot_dispatch_dynamic")
         torch.library.opcheck(torch.ops.iomm.masked_attention.default, (*tensors, True, 0.3), test_utils=tests)
 

@@ -74,7 +74,8 @@ def test_unpatch_undoes_patch_tokens(shape):
     tokens = patch_tokens(x, patch)
     assert all(torch.equal(tokens[b], token_order(x[b], patch)) for b in range(len(x)))
     assert torch.equal(unpatch(tokens, *shape[2:], patch), x)
-    assert torch.equal(unpatch(tokens.repeat(1, 1, 2)[..., : tokens.shape[2]], *shape[2:], patch), x)  # not contiguous
+    # Not contiguous
+    assert torch.equal(unpatch(tokens.repeat(1, 1, 2)[..., : tokens.shape[2]], *shape[2:], patch), x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -24,7 +24,8 @@ def needs(device):
     return pytest.mark.skipif(native.why_not(device) is not None, reason=str(native.why_not(device)))
 
 
-@pytest.mark.parametrize(("counter", "key", "words"), [  # the published vectors of philox4x32-10 (Random123)
+# The published vectors of philox4x32-10 (Random123)
+@pytest.mark.parametrize(("counter", "key", "words"), [
     ([0] * 4, [0] * 2, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
     ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
     ([0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], [0xA4093822, 0x299F31D0], "d16cfe09 94fdcceb 5001e420 24126ea1"),
@@ -32,7 +33,8 @@ def needs(device):
 def test_known_answers(counter, key, words, monkeypatch):
     block, stream, low, high = counter
     n = (high << 32 | low) - (high >> 31 << 64)
-    real = torch.arange  # which numbers the blocks: block 0 becomes `block`
+    # Which numbers the blocks: block 0 becomes `block`
+    real = torch.arange
     monkeypatch.setattr(torch, "arange", lambda *args, **kwargs: real(*args, **kwargs) + block)
     got = philox_words(key[1] << 32 | key[0], stream, torch.tensor([n]), 1).flatten()
     assert [f"{word:08x}" for word in got.tolist()] == words.split()
@@ -76,7 +78,8 @@ def test_normal_at_the_corners_of_its_words():
     b = torch.tensor([0, 0, top, 0, quarter, 2 * quarter, 3 * quarter])
     z = normal_from_words(torch.stack((a, b), -1))
     assert z.isfinite().all()
-    assert z[0, 0].item() == pytest.approx(5.768, abs=1e-3)  # the largest value there is
+    # The largest value there is.
+    assert z[0, 0].item() == pytest.approx(5.768, abs=1e-3)
     assert z[1].tolist() == [0, 0]
     r = z[3, 0].item()
     assert r == pytest.approx(1.17741, abs=1e-5)
@@ -93,7 +96,8 @@ def test_streams_seeds_and_samples_are_unrelated():
     n = torch.tensor([0, 1, 2**32])
     draws = torch.cat([uniform(seed, stream, n, 10_000) for seed in (0, 2**32) for stream in (0, 1)])
     correlation = torch.corrcoef(draws.double()) - torch.eye(12)
-    assert correlation.abs().max() < 0.05  # five standard deviations
+    # Five standard deviations
+    assert correlation.abs().max() < 0.05
 
 
 def test_moments():

@@ -27,7 +27,8 @@ def test_bodies_are_equal(num_tokens, ratio, fixed):
 @needs_cpp
 def test_threads_do_not_change_the_mask():
     n = torch.arange(400)
-    for threads in (1, 2, 3):                     # the fixture `poison` gives back the number there was
+    # The fixture `poison` gives back the number there was.
+    for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         for mine, specified in zip(visible_tokens(1, n, 256, 0.85), visible_tokens_reference(1, n, 256, 0.85, False, None)):
             assert torch.equal(mine, specified)
@@ -60,7 +61,8 @@ def test_fixed_keeps_the_largest(num_tokens, ratio, stay):
 
 def test_share_of_hidden_tokens():
     _, offsets, _ = visible_tokens(0, torch.arange(2000), 256, 0.85)
-    assert offsets[-1].item() / (2000 * 256) == pytest.approx(0.15, abs=0.0025)  # five standard deviations
+    # Five standard deviations
+    assert offsets[-1].item() / (2000 * 256) == pytest.approx(0.15, abs=0.0025)
 
 
 def test_no_samples():

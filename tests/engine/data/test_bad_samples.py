@@ -20,7 +20,8 @@ def lost(n, shard=0):
 
 def test_the_share_is_judged_over_ten_thousand_samples_and_counts_survive_a_checkpoint():
     skips = BadSamples(0.01, 5)
-    for step in range(100):      # 100 of 10,000
+    # 100 of 10,000
+    for step in range(100):
         skips.saw([lost(100 * step)], 100 * (step + 1))
     again = BadSamples(0.01, 5)
     again.restore(json.loads(json.dumps(skips.state())))
@@ -77,7 +78,8 @@ def settings(index_dir, run_dir, *more):
             "log.sample_images=0", "train.threads=1", *more]
 
 
-@pytest.mark.slow      # three launches of two ranks
+# Three launches of two ranks.
+@pytest.mark.slow
 def test_a_run_goes_on_and_its_count_is_exact_after_resuming(damaged_world, tmp_path):
     """Two ranks, two epochs: sample 7 is met twice, once before the resumed step and once behind it."""
     budget = "data.max_bad_fraction=0.01"

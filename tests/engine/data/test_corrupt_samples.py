@@ -61,7 +61,8 @@ def test_75_images_get_their_verdicts_and_every_batch_is_full(images, tmp_path):
     assert {note: count for note, count in load(folder).notes.items() if note != "no_caption"} == notes
     # in batches together, and all of a batch alike, on two ranks: no error, no replacement, the same samples as on one
     for copies in (1, 8):
-        for name in ([None] if copies == 1 else sorted(good)[::4]):      # every fourth of them: 2 s and not 8
+        # Every fourth of them: 2 s and not 8
+        for name in ([None] if copies == 1 else sorted(good)[::4]):
             if copies > 1:
                 data = images[name][0]
                 folder = build(write(tmp_path / "one.tar", corrupt_samples.tar_of([(f"{i}.jpg", data) for i in range(8)])),
@@ -93,7 +94,8 @@ def test_each_image_alone(images):
 def test_what_only_a_checksum_can_tell_is_replaced_after_indexing(tmp_path):
     whole, silent = corrupt_samples.silent()
     for name, damaged in silent.items():
-        assert len(damaged) == len(whole) and check_image(damaged, min_size_px=32, max_aspect=10)      # no decoder objects
+        # No decoder objects
+        assert len(damaged) == len(whole) and check_image(damaged, min_size_px=32, max_aspect=10)
     path = write(tmp_path / "a.tar", corrupt_samples.tar_of([(f"{i}.jpg", whole) for i in range(8)]))
     folder = build(path, tmp_path / "index", progress=False)
     some = source(folder, num_steps=1)
@@ -171,7 +173,8 @@ def mutated(seeds, number):
         elif kind == 3:
             data[at:at + 2] = random.bytes(2)
         else:
-            at = int(random.integers(0, min(len(data), 700)))      # lengths and sizes stand in the header
+            # Lengths and sizes stand in the header.
+            at = int(random.integers(0, min(len(data), 700)))
             data[at:at + 4] = int(random.choice([0, 1, 0xFFFF, 0xFFFFFFFF, 0x7FFFFFFF, 1 << 20])).to_bytes(4, "big")
     return bytes(data)
 

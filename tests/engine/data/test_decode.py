@@ -101,7 +101,8 @@ def test_png_and_webp_agree_with_pillow():
 @pytest.mark.parametrize("mode, kind", [("L", "JPEG"), ("CMYK", "JPEG"), ("L", "PNG"), ("P", "PNG"), ("1", "PNG")])
 def test_colour_modes_become_rgb(mode, kind):
     image = photograph(128, 160)
-    if mode == "1":      # no dither: on such noise Pillow's rounding between its two passes alone costs two levels
+    # No dither: on such noise Pillow's rounding between its two passes alone costs two levels.
+    if mode == "1":
         image = image.convert("L").point(lambda level: 255 * (level > 128))
     data = encode(image.convert(mode), kind)
     assert error(decode([data])[0][0], by_pillow(data, 96, 56)[0]) < 1.0
@@ -204,7 +205,8 @@ def test_bf16_is_the_rounded_float32_and_vae_pixels_may_be_left_out(resize):
     assert half.dtype == torch.bfloat16 and vit_half.dtype == torch.uint8
     assert torch.equal(half, pixels.bfloat16()) and torch.equal(vit_half, vit_pixels)
     (nothing, alone), = Decoder(3, 56, CPU, vae_pixels=False, resize=resize)([encoded])
-    assert nothing is None and torch.equal(alone, vit_pixels) and len(alone) == 2      # of the samples that the ViT sees
+    # Of the samples that the ViT sees.
+    assert nothing is None and torch.equal(alone, vit_pixels) and len(alone) == 2
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])

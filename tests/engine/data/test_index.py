@@ -289,7 +289,8 @@ def test_later_changes_are_noticed(tmp_path):
     path, data, at = ten(tmp_path)
     shards, _ = index(path, tmp_path / "index")
     status = path.stat()
-    data[at + 512 + len(JPEG) // 2] ^= 1       # one bit of the pixels: every decoder would take it
+    # One bit of the pixels: every decoder would take it.
+    data[at + 512 + len(JPEG) // 2] ^= 1
     path.write_bytes(data)
     with pytest.raises(InputError, match="a.tar has changed since it was indexed: run `iomm index` again"):
         load(tmp_path / "index")

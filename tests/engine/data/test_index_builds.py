@@ -197,7 +197,8 @@ def test_each_sample_once_per_epoch_whatever_is_killed(tmp_path):
     at, world_size, run = 0, 4, []
     for kill in sorted(random.integers(1, 97, 10).tolist()):
         run, at = run[:at] + list(steps(at, kill, world_size)), max(at, kill - int(random.integers(0, 3)))
-        world_size = 2 if kill > 40 else 4      # from the last checkpoint, on half the ranks
+        # From the last checkpoint, on half the ranks.
+        world_size = 2 if kill > 40 else 4
     run = run[:at] + list(steps(at, 97, 1))
     assert run == golden
     seen = Counter(numbers[k] for step in run for k in step)

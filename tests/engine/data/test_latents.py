@@ -151,7 +151,8 @@ def test_losses_agree_to_the_rounding_of_the_latents(world, mllm, vae, tmp_path)
             exact, _, _ = model(wanted.pixels_BCHW, wanted.vit_pixels_BHWC, wanted.n_B)
             rounded, _, _ = model(wanted.pixels_BCHW.bfloat16().float(), wanted.vit_pixels_BHWC, wanted.n_B)
         assert torch.equal(cached, rounded)
-        assert abs(cached - exact) < 2 * exact.sqrt() * 2**-9 + 2**-18      # |d(e^2)| <= 2 e d + d^2
+        # |d(e^2)| <= 2 e d + d^2
+        assert abs(cached - exact) < 2 * exact.sqrt() * 2**-9 + 2**-18
 
 
 def test_ranks_share_the_work_and_a_stopped_cache_goes_on(world, vae, tmp_path):
@@ -181,9 +182,11 @@ def test_damaged_latents_and_images_are_replaced(world, vae, tmp_path, monkeypat
     file = tmp_path / "cache" / "latents-00001.safetensors"
     data = bytearray(file.read_bytes())
     data[-3] ^= 4
-    file.write_bytes(data)      # of entry 15
+    # Of entry 15
+    file.write_bytes(data)
     with open(tmp_path / "cache" / "latents-00003.safetensors", "r+b") as f:
-        f.truncate(600)         # entries 24 to 29
+        # entries 24 to 29
+        f.truncate(600)
     cached = store(world, tmp_path / "cache")
     bad = {5, 15, *range(24, 30)}
     for k in range(30):

@@ -64,7 +64,8 @@ def test_each_bucket_visits_each_of_its_samples_once_per_epoch(shard_sizes, seed
     steps, home = run_of(plan, batch, epochs[3]), {}
     for step, entries in enumerate(steps):
         size = plan.size_px(step)
-        assert {home.setdefault(entry, size) for entry in entries.tolist()} == {size}      # one shape a batch, one a sample
+        # One shape a batch, one a sample.
+        assert {home.setdefault(entry, size) for entry in entries.tolist()} == {size}
     for epoch in (1, 2, 3):
         visits = Counter(steps[:epochs[epoch]].ravel().tolist())
         for size, total in zip(plan.sizes, plan.totals):
@@ -99,10 +100,12 @@ def test_random_access_needs_no_replay():
     sequential = run_of(BucketSampler(5, index, 8, bucket_sizes(512, 16)), 8, 800)
     fresh = BucketSampler(5, index, 8, bucket_sizes(512, 16))
     for step in (799, 3, 500, 0, 421):
-        for rank in range(4):      # each rank asks for its own part only
+        # Each rank asks for its own part only.
+        for rank in range(4):
             n = np.arange(step * 8 + 2 * rank, step * 8 + 2 * rank + 2)
             assert fresh(n).tolist() == sequential[step, 2 * rank:2 * rank + 2].tolist()
-    again = fresh(np.arange(400, 408), attempt=1)      # replacements stay in the bucket
+    # Replacements stay in the bucket.
+    again = fresh(np.arange(400, 408), attempt=1)
     assert {tuple(bucket_of(fresh, index, entry)) for entry in again} == {fresh.size_px(50)}
 
 
@@ -140,7 +143,8 @@ def test_a_mixture_holds_exactly_its_share_in_every_batch(batch, share, seed, st
     is_pair = plan.is_pair(n)
     assert (~is_pair).sum() == round(share * batch)
     assert ((plan(n) >= 64) == is_pair).all()
-    for m in {1, 2, 4, batch}:      # and evenly: any m neighbours hold their share to within one image
+    # And evenly: any m neighbours hold their share to within one image.
+    for m in {1, 2, 4, batch}:
         for start in range(0, batch - m + 1):
             assert abs((~is_pair[start:start + m]).sum() - m * round(share * batch) / batch) < 1 + 1e-9
     assert plan(n[::-1]).tolist() == plan(n)[::-1].tolist()
@@ -204,7 +208,8 @@ def test_a_mixture_in_buckets_has_one_shape_and_its_share_in_every_batch(seed, b
     never = {*held_out_entries([120, 0, 180], num_held_out), *(300 + held_out_entries([90, 50], num_held_out))}
     assert len(never) == 2 * num_held_out and not never & set(visits)
     assert {k for k in visits if k >= 300} | {k for k in never if k >= 300} == set(range(300, 440))
-    *_, fresh = make()      # from anywhere, by any rank
+    # From anywhere, by any rank.
+    *_, fresh = make()
     for step in (num_steps - 1, 0, num_steps // 2):
         for place in (0, batch - 1):
             assert fresh(np.array([step * batch + place])).tolist() == [entries[step, place]]
@@ -254,7 +259,8 @@ def test_a_mixed_batch_has_captions_for_pairs_and_vit_pixels_for_images(two_worl
         assert batch.captions == ["" if k < 20 else pairs.caption(k - 20) for k in batch.entry_B.tolist()]
         assert batch.pixels_BCHW.shape == (4, 3, 32, 32) and batch.vit_pixels_BHWC.shape == (sum(batch.has_image), 24, 24, 3)
     plain = batches_of(samples, plan)
-    for flipped, straight in zip(one, plain):      # what a caption calls left stays left
+    # What a caption calls left stays left.
+    for flipped, straight in zip(one, plain):
         for i, has_image in enumerate(flipped.has_image):
             assert has_image or (flipped.pixels_BCHW[i] == straight.pixels_BCHW[i]).all()
     two = [batch for rank in range(2) for batch in batches_of(samples, plan, rank, 2, flip=True)]

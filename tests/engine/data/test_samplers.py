@@ -49,7 +49,8 @@ def test_epochs_and_seeds_differ():
     rows = [order(n + epoch * order.total) for epoch in range(3)] + [EpochPermutation(seed, [50] * 20)(n) for seed in (8, -7)]
     for i, a in enumerate(rows):
         for b in rows[:i]:
-            assert (a == b).mean() < 0.01      # two random orders of 1,000 agree in one place on average
+            # Two random orders of 1,000 agree in one place on average.
+            assert (a == b).mean() < 0.01
 
 
 def test_the_order_is_these_numbers():
@@ -92,7 +93,8 @@ def test_no_visible_structure(total):
     assert abs(np.corrcoef(x, y)[0, 1]) < bound
     for lag in [1, 2, 3, 4, 8, 16, 31, 32, int(np.sqrt(total)), int(np.sqrt(total)) + 1]:
         assert abs(np.corrcoef(y[lag:], y[:-lag])[0, 1]) < bound, lag
-    steps = np.bincount(np.diff(y) % total, minlength=total)      # of a random order: Poisson with mean 1
+    # Of a random order: Poisson with mean 1
+    steps = np.bincount(np.diff(y) % total, minlength=total)
     assert steps.max() < 12
     assert abs((steps == 0).mean() - np.exp(-1)) < 0.03
 
@@ -102,7 +104,8 @@ def test_reads_stay_within_a_group_of_shards():
     shard = order(np.arange(order.total)) // 100
     for start in range(0, order.total, 400):
         assert len(np.unique(shard[start:start + 400])) == 4
-    assert len(np.unique(shard[::400] // 4)) > 4      # the groups are made of shuffled shards
+    # The groups are made of shuffled shards.
+    assert len(np.unique(shard[::400] // 4)) > 4
 
 
 def test_ten_million_samples_need_no_memory_per_sample():

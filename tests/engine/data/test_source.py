@@ -17,7 +17,8 @@ from iomm.engine.data.source import ImageSource
 from iomm.engine.shapes.dataset import write_dataset
 from iomm.kernels.philox import CROP, FLIP, uniform
 
-G, STEPS = 8, 9      # 72 samples of 30: three epochs, and no batch boundary falls on the end of one
+# 72 samples of 30: three epochs, and no batch boundary falls on the end of one
+G, STEPS = 8, 9
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,8 @@ def test_batches(index_dir, whole):
 @pytest.mark.parametrize("world_size, micro_batch", [(1, 8), (1, 1), (2, 4), (2, 2), (4, 1)])
 def test_any_number_of_ranks_sees_the_same_samples(index_dir, whole, world_size, micro_batch):
     ranks = [list(source(index_dir, rank, world_size, micro_batch)) for rank in range(world_size)]
-    for step in range(STEPS):      # equal in every global batch, hence in all
+    # Equal in every global batch, hence in all.
+    for step in range(STEPS):
         per_step = G // micro_batch // world_size
         parts = [batch for batches in ranks for batch in batches[step * per_step:(step + 1) * per_step]]
         assert_equal(joined(parts), joined(whole[2 * step:2 * step + 2]))
@@ -117,7 +119,8 @@ def test_a_damaged_sample_is_replaced_alike_on_any_number_of_ranks(tmp_path):
     folder = build(tars, tmp_path / "index", progress=False)
     before = joined(source(folder, num_steps=2))
     some = source(folder)
-    entries = [int(some.order(np.array([n]))[0]) for n in (5, 6)]      # neighbours: the first needs a second attempt
+    # neighbours: the first needs a second attempt
+    entries = [int(some.order(np.array([n]))[0]) for n in (5, 6)]
     for entry in entries:
         damage(tars[0], int(some.shards.index.records[entry]["image_offset"]) + 700)
     for world_size, micro_batch in ((1, 4), (2, 2), (4, 1)):
@@ -126,7 +129,8 @@ def test_a_damaged_sample_is_replaced_alike_on_any_number_of_ranks(tmp_path):
         after = joined(batches)
         assert after.keys() == before.keys()
         failures = sorted((failure for batch in batches for failure in batch.failures), key=lambda f: f.n)
-        hit = [n for n, (entry, _, _) in before.items() if entry in entries]      # once an epoch, of 12 samples
+        # Once an epoch, of 12 samples.
+        hit = [n for n, (entry, _, _) in before.items() if entry in entries]
         assert [failure.n for failure in failures] == hit == [f.n for f in failures if not f.fatal]
         for failure in failures:
             assert failure.shard == 0 and "its bytes are not those" in failure.problem
@@ -172,7 +176,8 @@ def test_a_shard_that_shrinks_or_vanishes_while_it_is_read_is_no_bus_error(tmp_p
     batches = iter(source(folder, num_steps=30))
     got = [next(batches)]
     os.truncate(tars[0], 30_000)
-    os.remove(tars[1])      # an open file stays readable
+    # An open file stays readable.
+    os.remove(tars[1])
     got += list(batches)
     failures = [failure for batch in got for failure in batch.failures]
     assert len(got) == 60 and failures and {failure.shard for failure in failures} == {0}

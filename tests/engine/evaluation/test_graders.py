@@ -86,7 +86,8 @@ def test_a_folder_holds_what_its_grader_wants_and_nothing_else(drawn, files, ben
     assert all(picture.shape == (side, side, 3) for picture in found.values())
     others = sorted(p.relative_to(drawn / bench).as_posix() for p in (drawn / bench).rglob("*") if p.is_file() and p.suffix != ".png")
     assert others == (["00000/metadata.jsonl", "00001/metadata.jsonl"] if bench == "geneval" else [])
-    assert sorted(p.name for p in drawn.iterdir()) == sorted(LAYOUTS)          # nothing left beside it
+    # Nothing left beside it.
+    assert sorted(p.name for p in drawn.iterdir()) == sorted(LAYOUTS)
     assert look(bench, files[0], drawn / bench) == 0
     assert f"the benchmark has {LAYOUTS[bench].num_prompts} prompts" in capsys.readouterr().out
 

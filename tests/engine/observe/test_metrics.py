@@ -76,7 +76,8 @@ def test_what_an_evaluation_found_stands_in_the_row_and_its_time_is_not_the_step
     one = make(tmp_path / "run")
     record(one, 1)
     row = record(one, 2)
-    assert json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[1]) == row       # it is there before the evaluation is
+    # It is there before the evaluation is.
+    assert json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[1]) == row
     before = one.gpu_hours
     with one.clock, named("checkpoint"):
         time.sleep(0.02)
@@ -93,7 +94,8 @@ def test_what_an_evaluation_found_stands_in_the_row_and_its_time_is_not_the_step
     assert "held-out image 0.5000" in line(row, STEPS) and "evaluation_s" not in after and after["time_s"]["checkpoint"] >= 0.02
     assert after["step_s"] == sum(after["time_s"].values()) and logged(tmp_path / "run") == [1, 2, 3]
     one.close()
-    again = make(tmp_path / "run", start_step=2, gpu_hours=before)       # the checkpoint of step 2 knows of no evaluation
+    # The checkpoint of step 2 knows of no evaluation.
+    again = make(tmp_path / "run", start_step=2, gpu_hours=before)
     assert again.gpu_hours == row["gpu_hours"] and logged(tmp_path / "run") == [1, 2]
     again.close()
     seen = EventAccumulator(str(tmp_path / "run/tb")).Reload()
@@ -158,14 +160,16 @@ def test_a_tensorboard_writer_that_fails(tmp_path, monkeypatch, capsys, where):
     one = make(tmp_path)
     if where == "add_scalar":
         monkeypatch.setattr(one.board, "add_scalar", fail)
-    if where == "thread":                        # where tensorboard really writes
+    # Where tensorboard really writes.
+    if where == "thread":
         monkeypatch.setattr(RecordWriter, "write", fail)
         monkeypatch.setattr("threading.excepthook", lambda _: None)
     if where == "close":
         monkeypatch.setattr(one.board, "close", fail)
     for step in range(1, STEPS + 1):
         record(one, step)
-        time.sleep(0.01)                         # lets the thread meet its error
+        # Lets the thread meet its error.
+        time.sleep(0.01)
     one.image("samples", tmp_path / "no.png", 1)
     one.close()
     assert logged(tmp_path) == list(range(1, STEPS + 1))
@@ -195,7 +199,8 @@ def test_wandb_is_asked_for_and_found_before_anything_starts(tmp_path, monkeypat
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and "log.wandb=true needs the package wandb: pip install wandb" in said[0]
     monkeypatch.undo()
-    (tmp_path / "wandb").mkdir()                 # what a run of it leaves in the folder where it was started
+    # What a run of it leaves in the folder where it was started.
+    (tmp_path / "wandb").mkdir()
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(InputError):
         check_wandb()

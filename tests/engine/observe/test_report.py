@@ -21,8 +21,10 @@ from iomm.engine.evaluation.sample import save_grid
 from iomm.engine.observe import report
 from iomm.engine.observe.metrics import Metrics
 
-SIDE = 48  # of a picture; a sheet shows it twice as large
-CELL = 2 * SIDE + 6  # with the gap
+# Of a picture; a sheet shows it twice as large.
+SIDE = 48
+# With the gap
+CELL = 2 * SIDE + 6
 
 
 def colour(step, i, row="drawn"):
@@ -209,7 +211,8 @@ def test_the_page_of_a_run_shows_all_of_it_in_one_file(tmp_path):
         "Learning rate",
         "Peak memory, GiB",
     ):
-        assert words in page.texts, words  # text of the curves, not paths
+        # Text of the curves, not paths.
+        assert words in page.texts, words
     assert "Alignment loss" not in page.text and "damaged" not in page.text
     progress, *grids = page.images()
     assert (
@@ -219,7 +222,8 @@ def test_the_page_of_a_run_shows_all_of_it_in_one_file(tmp_path):
     assert Image.open(run / "samples/curves.png").size == (
         1380,
         336,
-    )  # loss, scores and the hook's metric in a row
+    # loss, scores and the hook's metric in a row
+    )
     assert not list(run.rglob(".*.partial"))
 
 
@@ -252,7 +256,8 @@ def test_prompts_stand_beside_their_pictures_and_the_last_step_is_among_the_colu
     left = np.asarray(sheet.convert("L"))[28:, :170]
     assert all(
         (left[row * CELL : row * CELL + 2 * SIDE] < 128).any() for row in range(6)
-    )  # a text before each row
+    # A text before each row.
+    )
     assert report.few(["a", "b", "a (2)", "c", "b (2)", "d", "e", "f"]) == [
         "a",
         "b",
@@ -470,7 +475,8 @@ def test_several_runs_lie_side_by_side(tmp_path, capsys):
         colour(20, 1),
         colour(30, 1),
     ]
-    assert len(page.images()) == 5  # beside one another, over steps and the last whole grid of each
+    # Beside one another, over steps and the last whole grid of each.
+    assert len(page.images()) == 5
     out = tmp_path / "elsewhere/page.html"
     assert (
         main(["report", str(one), str(one), str(tmp_path / "runs/../runs/two"), "--out", str(out)])
@@ -519,7 +525,8 @@ def test_a_report_that_fails_costs_the_run_nothing(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(Metrics, "open_board", lambda *_: None)
     ranks = SimpleNamespace(size=1, device=torch.device("cpu"))
     metrics = Metrics(tmp_path, flops_per_image=1, global_batch=1, num_steps=1, ranks=ranks)
-    assert metrics.report() == tmp_path / "report.html"  # of a log without a row yet
+    # Of a log without a row yet.
+    assert metrics.report() == tmp_path / "report.html"
 
     def fails(_):
         raise MemoryError("no room")
@@ -578,9 +585,11 @@ def test_a_browser_shows_it(tmp_path):
     seen = {pixel for _, pixel in image.getcolors(image.width * image.height)}
     assert (
         image.size == (1280, 1400) and {(9, 105, 218), (209, 87, 11)} <= seen
-    )  # the first two colours of the curves
+    # The first two colours of the curves.
+    )
     assert colour(30, 1) in seen and colour(0, 1, "visible") in seen
 
 
-if __name__ == "__main__":  # python tests/engine/observe/test_report.py FOLDER: a run folder to look at
+# Python tests/engine/observe/test_report.py FOLDER: a run folder to look at.
+if __name__ == "__main__":
     print(report.write_run(make_run(Path(sys.argv[1]), steps=300, every=50)))

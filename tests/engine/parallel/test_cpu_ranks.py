@@ -47,7 +47,8 @@ class Job:
                 parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
                 if parent == self.rank_0.pid and b"\0RANK=1\0" in b"\0" + (path / "environ").read_bytes():
                     found.append(int(path.name))
-            except OSError:                      # it has ended
+            except OSError:
+                # it has ended
                 pass
         return found
 

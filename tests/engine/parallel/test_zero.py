@@ -136,7 +136,8 @@ def test_every_key_of_zero_reaches_deepspeed():
                                   "zero.param_persistence_threshold=14", "zero.max_live_parameters=15"])
     made = zero.deepspeed_config(config, torch.device("cpu"), 4, 2)
     assert made["communication_data_type"] == "fp32" and made["data_types"] == {"grad_accum_dtype": "fp32"}
-    timers = pytest.importorskip("deepspeed.utils.config").get_timers_config     # as DeepSpeed reads it
+    # as DeepSpeed reads it
+    timers = pytest.importorskip("deepspeed.utils.config").get_timers_config
     assert not timers(made).enabled and timers({}).enabled
     assert (made["gradient_clipping"], made["train_micro_batch_size_per_gpu"], made["gradient_accumulation_steps"]) == (0.25, 4, 2)
     assert made["zero_optimization"] == {

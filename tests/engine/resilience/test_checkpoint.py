@@ -372,7 +372,8 @@ def test_what_is_known_of_data_is_what_decides_their_order(tmp_path):
     assert data_facts(a) == data_facts(b) == json.loads(json.dumps(data_facts(a))) and data_facts(a)["images"][0] == 8
     assert len({data_facts(its)["images"][1] for its in (a, more, divided)}) == 3
     assert data_facts(Joined(None, a)) == {"pairs": data_facts(a)["images"]} and set(data_facts(Joined(a, more))) == {"images", "pairs"}
-    divided.shard_sizes = [8, 0]                 # a shard without a good sample shuffles the others too
+    # A shard without a good sample shuffles the others too.
+    divided.shard_sizes = [8, 0]
     assert data_facts(divided)["images"][1] != data_facts(Shards(tmp_path / "divided-index"))["images"][1]
 
 

@@ -28,7 +28,8 @@ def test_every_cut_of_a_library_shows(built):
         for length in (0, 1, 63, 64, 100, len(whole) // 2, len(whole) - 1):
             (built / "cut").write_bytes(whole[:length])
             assert not is_whole(built / "cut"), (name, length)
-        (built / "cut").write_bytes(bytes(len(whole)))         # a hole: its size is right, nothing was written
+        # A hole: its size is right, nothing was written.
+        (built / "cut").write_bytes(bytes(len(whole)))
         assert not is_whole(built / "cut")
 
 
@@ -40,7 +41,8 @@ def test_a_start_removes_what_is_cut_and_nobody_writes(built, tmp_path):
     (cache / "cut.so").write_bytes(whole[:-1])
     (cache / "cut.o").write_bytes(b"")
     (cache / "kernel.py").write_text("")
-    with open(cache / "growing.so", "wb") as growing:          # a compiler that is alive
+    # A compiler that is alive.
+    with open(cache / "growing.so", "wb") as growing:
         growing.write(whole[:100])
         growing.flush()
         assert {path.name for path in remove_half_compiled(tmp_path / "inductor")} == {"cut.so", "cut.o"}

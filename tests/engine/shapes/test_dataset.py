@@ -85,7 +85,8 @@ def test_shapes_stay_inside_and_apart(pictures):
     for picture in pictures["train"][:60] + pictures["test"][:60]:
         pixels = np.asarray(draw(picture, 96), dtype=int)
         edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-        assert np.abs(edge - picture.background_rgb).max() < 25      # light 10, noise 8
+        # light 10, noise 8
+        assert np.abs(edge - picture.background_rgb).max() < 25
         background = np.abs(pixels - np.array(picture.background_rgb)).max(-1) < 25
         assert _num_islands(~background) == len(picture.shapes)
 
@@ -109,7 +110,8 @@ def test_a_picture_is_a_pure_function_of_seed_and_number():
     assert scene(3, 17) != scene(3, 18) and scene(3, 17, "test") != scene(3, 17)
     assert scene(3, 17, kind="counting").kind == "counting"
     assert draw(scene(3, 17), 64).tobytes() == draw(scene(3, 17), 64).tobytes()
-    assert [scene(0, i).caption for i in range(4)] == PINNED      # a change here is a change of VERSION
+    # A change here is a change of VERSION.
+    assert [scene(0, i).caption for i in range(4)] == PINNED
 
 
 PINNED = ["a purple circle and a yellow triangle", "a white circle below an orange square",
@@ -134,10 +136,12 @@ def test_write_world(tmp_path):
     times = [path.stat().st_mtime_ns for path in paths]
     before = [path.read_bytes() for path in paths]
     write_dataset(tmp_path / "world", num_images=10, size_px=48, seed=1, shard_size=4)
-    assert [path.stat().st_mtime_ns for path in paths] == times      # complete: left alone
+    # complete: left alone
+    assert [path.stat().st_mtime_ns for path in paths] == times
     paths[1].write_bytes(b"cut")
     write_dataset(tmp_path / "world", num_images=10, size_px=48, seed=1, shard_size=4)
-    assert [path.read_bytes() for path in paths] == before           # damaged: the same bytes again
+    # damaged: the same bytes again
+    assert [path.read_bytes() for path in paths] == before
     assert len(write_dataset(tmp_path / "world", num_images=3, size_px=48, seed=1, shard_size=4)) == 1
     assert sorted(os.listdir(tmp_path)) == ["world"]
     assert sorted(os.listdir(tmp_path / "world")) == ["00000.tar", "manifest.json"]

@@ -79,7 +79,8 @@ def test_real_pictures_fit_their_captions_and_no_others(px, num):
     pictures = [rendered(i, ("train", "test")[i % 2], kind, px) for kind in KINDS for i in range(num)]
     for kind in KINDS:
         right = [score(image, picture.caption)["fits"] for picture, image in pictures if picture.kind == kind]
-        assert sum(right) >= 0.99 * len(right) - (num < 100), kind            # of 12, one may be wrong
+        # of 12, one may be wrong
+        assert sum(right) >= 0.99 * len(right) - (num < 100), kind
     captions = [picture.caption for picture, _ in pictures]
     random.Random(0).shuffle(captions)
     others = [(image, caption) for (picture, image), caption in zip(pictures, captions) if caption != picture.caption]
@@ -105,22 +106,26 @@ def test_each_part_of_a_caption_is_judged_by_itself():
     assert score(canvas, "a blue circle and a red square") == {**verdict, "fits": False, "relation": None}
     assert score(canvas, "a red circle above a green square") == {**verdict, "fits": False, "colours": False, "relation": False}
     assert score(canvas, "a red circle") == {"fits": False, "number": False, "colours": False, "shapes": False, "relation": None}
-    pen.polygon(((32, 4), (60, 4), (32, 10)), fill=(20, 150, 40))              # green, and no shape of the world
+    # green, and no shape of the world
+    pen.polygon(((32, 4), (60, 4), (32, 10)), fill=(20, 150, 40))
     assert {(piece.colour, piece.shape) for piece in look(canvas)} == {("red", "circle"), ("blue", "square"), ("green", None)}
     noise = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy()
     assert not any(score(noise, f"a {colour} {shape}")["fits"] for colour in COLOURS for shape in SHAPES)
 
 
 GLUED = [("a red circle", "blue", (33, 26, 45, 38)), ("a red square", "blue", "circle over its corner"),
-         ("a red square", "green", (35, 21, 53, 39)),              # 80 % of its area
-         ("a white circle", "black", (33, 26, 45, 38)), ("a red circle", "orange", (19, 25, 31, 37))]     # the last on top of it
+         # 80 % of its area
+         ("a red square", "green", (35, 21, 53, 39)),
+         # The last on top of it.
+         ("a white circle", "black", (33, 26, 45, 38)), ("a red circle", "orange", (19, 25, 31, 37))]
 
 
 @pytest.mark.parametrize("caption, colour, where", GLUED)
 def test_a_colour_that_touches_another_is_an_object_of_its_own(caption, colour, where):
     rgb = {"red": (230, 10, 10), "blue": (20, 40, 230), "green": (20, 150, 40), "white": (250, 250, 250), "black": (10, 10, 10),
            "orange": (240, 115, 10)}
-    canvas = Image.new("RGB", (256, 256), (140, 140, 140))           # reduced by 4, as the world is drawn
+    # Reduced by 4, as the world is drawn.
+    canvas = Image.new("RGB", (256, 256), (140, 140, 140))
     pen, (_, its_colour, its_shape) = ImageDraw.Draw(canvas), caption.split()
     {"circle": pen.ellipse, "square": pen.rectangle}[its_shape]((56, 80, 136, 160), fill=rgb[its_colour])
     assert score(canvas.reduce(4), caption)["fits"]
@@ -223,7 +228,8 @@ def test_what_an_edit_may_not_change_is_judged_by_itself():
 
     def judged(instruction, *shapes, background=(140, 140, 140)):
         return kept(draw(replace(before, shapes=shapes, background_rgb=background)), before, instruction)
-    assert judged("make it blue", blue) == whole and judged("make it blue", circle) == whole       # its colour is for score()
+    # Its colour is for score()
+    assert judged("make it blue", blue) == whole and judged("make it blue", circle) == whole
     small = replace(blue, shape="square", x=0.15, y=0.15, radius=0.09)
     missing = {"object": False, "place": False, "size": False, "kept": False}
     for shapes in ((), (blue, small)):
@@ -231,7 +237,8 @@ def test_what_an_edit_may_not_change_is_judged_by_itself():
     assert judged("make it blue", replace(blue, shape="square", radius=0.201)) == whole | {"object": False, "kept": False}
     for moved in (replace(blue, x=0.5 + 1.5 * KEPT_DISTANCE), replace(blue, y=0.4 - 1.5 * KEPT_DISTANCE)):
         assert judged("make it blue", moved) == whole | {"place": False, "kept": False}
-    for factor in (KEPT_AREA**0.6, KEPT_AREA**-0.6):                   # of the radius: 1.2 times the bound
+    # Of the radius: 1.2 times the bound.
+    for factor in (KEPT_AREA**0.6, KEPT_AREA**-0.6):
         assert judged("make it blue", replace(blue, radius=0.2 * factor)) == whole | {"size": False, "kept": False}
     lighter = (round(140 + 1.2 * KEPT_LEVELS),) * 3
     assert judged("make it blue", blue, background=lighter) == whole | {"background": False, "kept": False}
@@ -239,8 +246,10 @@ def test_what_an_edit_may_not_change_is_judged_by_itself():
     asked = "add a blue square to the left"
     added, there = replace(small, x=0.2, y=0.5, radius=0.17), replace(circle, x=0.7, y=0.5, radius=0.12)
     beside = whole | {"place": None, "size": None}
-    assert judged(asked, added, there) == beside                        # the dataset's pairs have sizes of their own
-    assert judged(asked, circle) == beside                              # that nothing was added is for score()
+    # The dataset's pairs have sizes of their own.
+    assert judged(asked, added, there) == beside
+    # That nothing was added is for score()
+    assert judged(asked, circle) == beside
     for gone in ((added,), (added, replace(there, shape="square")), (added, replace(there, colour="blue", rgb=blue.rgb))):
         assert judged(asked, *gone) == beside | {"object": False, "kept": False}
     third = replace(added, y=0.85, radius=0.09)
@@ -290,8 +299,10 @@ def test_a_grade_is_a_function_of_model_and_seed(model, way):
         "single_object": 1, "two_object": 1, "counting": 1, "colors": 1, "position": 1, "color_attr": 1})
     assert all(row.keys() == {*(ASKED_OF_EDITS if way == "edit" else ASKED), "pictures"} for row in table.values())
     assert drawn.shape == (6, 32, 32, 3) and drawn.float().std() > 20
-    assert again == table and (in_fours - drawn).abs().max() <= 1         # sums of another order may round to the next level
-    for how in ({"seed": 1}, {"split": "test"}):                          # another noise; of the same noise another condition
+    # Sums of another order may round to the next level.
+    assert again == table and (in_fours - drawn).abs().max() <= 1
+    # Another noise; of the same noise another condition.
+    for how in ({"seed": 1}, {"split": "test"}):
         assert ((levels(**how)[1] - drawn).abs().amax(dim=(1, 2, 3)) > 1).all(), how
     assert "fits" in describe(table) and overall(table) == sum(row["fits"] * row["pictures"] for row in table.values()) / len(drawn)
 
@@ -304,7 +315,8 @@ def test_the_vit_is_shown_what_the_loader_of_a_run_shows_it(tmp_path, size_px):
     shown = torch.stack([vit_pixels(draw(scene(4, k)), 32, size_px) for k in batch.entry_B.tolist()])
     wanted = normalised(batch.vit_pixels_BHWC, IMAGE_MEAN, IMAGE_STD)
     levels_BCHW = (shown - wanted).abs() * 255 * torch.tensor(IMAGE_STD)[:, None, None]
-    assert levels_BCHW.max() < 1.01          # here 0; another JPEG decoder may be a level off. Sharp pictures are 70 off at 16 px
+    # here 0; another JPEG decoder may be a level off. Sharp pictures are 70 off at 16 px
+    assert levels_BCHW.max() < 1.01
 
 
 MINIATURE = dict(legs=(Leg(steps=3, batch=16, lr=1e-3, images=40), Leg(steps=2, batch=16, lr=5e-4, images=48)), num_judged=20,
@@ -341,7 +353,8 @@ def test_a_tiny_mllm_is_trained_and_loaded_and_a_killed_one_ends_alike(tmp_path)
     assert torch.load(unfinished / STATE, weights_only=True)["step"] == 2
     with pytest.raises(InputError, match="an unfinished run with other settings"):
         train(tmp_path / "again", seed=1, **MINIATURE)
-    killed_at("leg 2", 2)                                               # judged, the state not yet written
+    # judged, the state not yet written
+    killed_at("leg 2", 2)
     assert torch.load(unfinished / STATE, weights_only=True)["leg"] == 1
     lines.clear()
     assert train(tmp_path / "again", say=lines.append, **MINIATURE) == found and not unfinished.exists()

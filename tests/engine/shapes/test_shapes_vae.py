@@ -56,7 +56,8 @@ def test_training_is_a_function_of_its_legs_and_continues_at_one(tmp_path):
     a, b = (load_vae(str(tmp_path / name)) for name in ("whole", "parts"))
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
     latents = a.encode(shapes_vae.normalised(shapes_vae.render(0, range(100))))
-    assert abs(latents.mean()) < 0.02 and abs(latents.std() - 1) < 0.02      # bfloat16 weights keep 1 part in 256
+    # bfloat16 weights keep 1 part in 256
+    assert abs(latents.mean()) < 0.02 and abs(latents.std() - 1) < 0.02
     with pytest.raises(InputError, match="was trained with another lr, steps: give another folder, or remove it"):
         shapes_vae.train(tmp_path / "whole", [shapes_vae.Leg(steps=3, batch=4, lr=2e-3, num_images=100, kl_weight=2e-6)], **settings)
 

@@ -24,8 +24,18 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 
-CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=off", "-fno-math-errno",
-             "-Wall", "-Wextra", "-Werror=vla"]
+CXX_FLAGS = [
+    "-O3",
+    "-std=c++17",
+    "-fPIC",
+    "-shared",
+    "-fopenmp",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-Wall",
+    "-Wextra",
+    "-Werror=vla",
+]
 # Files and archs side by side.
 NVCC_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "-Xcompiler", "-fPIC,-Wall", "--threads", "0"]
 # H100 and H200 are 9.0 and run sm_90a code; the PTX is what Blackwell and later compile for themselves.
@@ -70,7 +80,10 @@ def compile_library(command, target):
     if done.returncode:
         unfinished.unlink(missing_ok=True)
         said = (done.stderr or done.stdout).strip().splitlines()
-        error = next((line for line in said if "error" in line), said[-1] if said else f"exit status {done.returncode}")
+        error = next(
+            (line for line in said if "error" in line),
+            said[-1] if said else f"exit status {done.returncode}",
+        )
         raise BuildError(f"{Path(command[0]).name}: {error.strip()}")
     os.replace(unfinished, target)
 
@@ -87,22 +100,40 @@ def build_native(folder):
     if platform.machine() in ("x86_64", "AMD64"):
         names["libiomm_cpu_v3.so"] = ["-march=x86-64-v3"]
     if cxx is None:
-        missing["libiomm_cpu.so"] = f"no {os.environ.get('CXX') or 'g++'} found: install g++ and repeat"
+        missing["libiomm_cpu.so"] = (
+            f"no {os.environ.get('CXX') or 'g++'} found: install g++ and repeat"
+        )
         names = {}
     for name, flags in names.items():
-        compile_library([cxx, *CXX_FLAGS, *flags, define, *map(str, sorted(CSRC.glob("*.cpp")))], folder / name)
+        compile_library(
+            [cxx, *CXX_FLAGS, *flags, define, *map(str, sorted(CSRC.glob("*.cpp")))], folder / name
+        )
         arch = flags[0].removeprefix("-march=") if flags else "baseline"
         built[name] = {"compiler": compiler_version(cxx), "arch": arch}
 
     nvcc = find_nvcc()
     if nvcc is None:
-        missing["libiomm_cuda.so"] = "no nvcc found (CUDA toolkit); it is needed only to train on a GPU"
+        missing["libiomm_cuda.so"] = (
+            "no nvcc found (CUDA toolkit); it is needed only to train on a GPU"
+        )
     else:
         archs = [flag for flags in CUDA_ARCHS.values() for flag in flags]
         try:
-            compile_library([nvcc, *NVCC_FLAGS, *archs, "-shared", define, *map(str, sorted(CSRC.glob("*.cu")))],
-                            folder / "libiomm_cuda.so")
-            built["libiomm_cuda.so"] = {"compiler": compiler_version(nvcc), "arch": " ".join(CUDA_ARCHS)}
+            compile_library(
+                [
+                    nvcc,
+                    *NVCC_FLAGS,
+                    *archs,
+                    "-shared",
+                    define,
+                    *map(str, sorted(CSRC.glob("*.cu"))),
+                ],
+                folder / "libiomm_cuda.so",
+            )
+            built["libiomm_cuda.so"] = {
+                "compiler": compiler_version(nvcc),
+                "arch": " ".join(CUDA_ARCHS),
+            }
         except BuildError as error:
             missing["libiomm_cuda.so"] = str(error)
 
@@ -116,9 +147,13 @@ def build_native(folder):
 
 def summary(facts):
     """One line: what was built and what was left out and why."""
-    built = [f"{name} ({fact['arch']}; {fact['compiler']})" for name, fact in facts["built"].items()]
+    built = [
+        f"{name} ({fact['arch']}; {fact['compiler']})" for name, fact in facts["built"].items()
+    ]
     left_out = [f"{name} ({reason})" for name, reason in facts["missing"].items()]
-    return f"iomm: built {', '.join(built) or 'nothing'}; left out {', '.join(left_out) or 'nothing'}"
+    return (
+        f"iomm: built {', '.join(built) or 'nothing'}; left out {', '.join(left_out) or 'nothing'}"
+    )
 
 
 class NativeBuild(build_ext):
@@ -142,7 +177,11 @@ class NativeBuild(build_ext):
             pass
 
     def get_outputs(self):
-        return [] if self.inplace or self.editable_mode else [str(path) for path in self.folder().glob("*")]
+        return (
+            []
+            if self.inplace or self.editable_mode
+            else [str(path) for path in self.folder().glob("*")]
+        )
 
     def get_output_mapping(self):
         return {}
@@ -162,9 +201,14 @@ def packages():
     """Package name -> folder, for every folder of the three trees that holds code or data."""
     found = {}
     for name, top in (("iomm", "iomm"), ("iomm.kernels", "kernels"), ("iomm.engine", "engine")):
-        for folder in [ROOT / top, *sorted(path for path in (ROOT / top).rglob("*") if path.is_dir())]:
+        for folder in [
+            ROOT / top,
+            *sorted(path for path in (ROOT / top).rglob("*") if path.is_dir()),
+        ]:
             parts = folder.relative_to(ROOT / top).parts
-            if folder != ROOT / top and ("lib" in parts or "__pycache__" in parts or not any(folder.glob("*.*"))):
+            if folder != ROOT / top and (
+                "lib" in parts or "__pycache__" in parts or not any(folder.glob("*.*"))
+            ):
                 continue
             found[".".join((name, *parts))] = str(folder.relative_to(ROOT))
     return found
@@ -203,7 +247,12 @@ if __name__ == "__main__":
             "tqdm>=4.66",
         ],
         extras_require={
-            "test": ["pytest>=8.3", "pytest-xdist>=3.6", "pytest-benchmark>=5", "hypothesis>=6.100"],
+            "test": [
+                "pytest>=8.3",
+                "pytest-xdist>=3.6",
+                "pytest-benchmark>=5",
+                "hypothesis>=6.100",
+            ],
             "bench": ["pytest-benchmark>=5"],
             "gpu": ["flash-attn>=2.8"],
             # For log.wandb=true

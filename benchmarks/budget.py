@@ -29,19 +29,49 @@ from iomm.flops import attention_flops
 
 # Everything that is not counted, each with its source. "Ours": chosen by us with no measurement behind it yet.
 ASSUMED = {
-    "share of the matmul rate, transformer products": (0.80, "ours: 1536 to 10240 wide products against 8192^3, tiles apart"),
-    "share of the matmul rate, VAE convolutions": (0.50, "ours: channels-last bf16, 128 to 512 channels, 3 x 3"),
-    "attention forward, FLOP/s": (590e12, "FlashAttention-3 paper (arXiv 2407.08608), H100, head dim 128, 1k to 2k tokens"),
-    "attention backward, FLOP/s": (435e12, "cuDNN in the same tables, which count 2.5 x the forward FLOPs"),
+    "share of the matmul rate, transformer products": (
+        0.80,
+        "ours: 1536 to 10240 wide products against 8192^3, tiles apart",
+    ),
+    "share of the matmul rate, VAE convolutions": (
+        0.50,
+        "ours: channels-last bf16, 128 to 512 channels, 3 x 3",
+    ),
+    "attention forward, FLOP/s": (
+        590e12,
+        "FlashAttention-3 paper (arXiv 2407.08608), H100, head dim 128, 1k to 2k tokens",
+    ),
+    "attention backward, FLOP/s": (
+        435e12,
+        "cuDNN in the same tables, which count 2.5 x the forward FLOPs",
+    ),
     "share of the copy rate, row kernels": (0.80, "ours: the predictions of LOG.md, 78 to 87 %"),
-    "share of a GPU's time lost between kernels": (0.05, "ours: ragged prefixes make the host wait for the GPU twice a pass"),
-    "host seconds a launch": (5e-6, "ours: the usual cost of one CUDA launch from PyTorch; CUDA graphs are not used"),
-    "launches a block and pass": (25, "ours: a compiled block, decoder or ViT layer; backward twice that"),
+    "share of a GPU's time lost between kernels": (
+        0.05,
+        "ours: ragged prefixes make the host wait for the GPU twice a pass",
+    ),
+    "host seconds a launch": (
+        5e-6,
+        "ours: the usual cost of one CUDA launch from PyTorch; CUDA graphs are not used",
+    ),
+    "launches a block and pass": (
+        25,
+        "ours: a compiled block, decoder or ViT layer; backward twice that",
+    ),
     "host seconds a ZeRO-3 visit": (2e-4, "ours: Python of DeepSpeed's hooks around one module"),
-    "share of link rates": (0.80, "DeepSeek-V3 (arXiv 2412.19437, 3.2): 160 of an H800's 200 GB/s NVLink"),
+    "share of link rates": (
+        0.80,
+        "DeepSeek-V3 (arXiv 2412.19437, 3.2): 160 of an H800's 200 GB/s NVLink",
+    ),
     "to pinned memory, B/s": (40e9, "ours: PCIe 5 x16 carries 64 GB/s"),
-    "checkpoint to disk, B/s": (5e9, "ours: one shared file system, all ranks together, and back for the check"),
-    "share of memory that a run may fill": (0.95, "ours: a context and the allocator's gaps, as benchmarks/lib/harness.py takes it"),
+    "checkpoint to disk, B/s": (
+        5e9,
+        "ours: one shared file system, all ranks together, and back for the check",
+    ),
+    "share of memory that a run may fill": (
+        0.95,
+        "ours: a context and the allocator's gaps, as benchmarks/lib/harness.py takes it",
+    ),
     "CPU cores a GPU": (12, "ours: 96 cores beside 8 GPUs; data.threads of them decode"),
 }
 # Matmul and copy rates: measured on an H200 (769 to 798 TFLOP/s, the lower taken; 4.3 TB/s read + write, of 4.8). H100 and H800
@@ -50,14 +80,36 @@ ASSUMED = {
 # nvidia-smi says of such cards.
 GIB = 2**30
 MACHINES = {
-    "H200": {"matmul": 769e12, "copy": 4.3e12, "nvlink": 450e9, "network": 50e9, "memory": 140 * GIB},
-    "H100": {"matmul": 769e12, "copy": 3.0e12, "nvlink": 450e9, "network": 50e9, "memory": 79 * GIB},
-    "H800": {"matmul": 769e12, "copy": 3.0e12, "nvlink": 200e9, "network": 50e9, "memory": 79 * GIB},
+    "H200": {
+        "matmul": 769e12,
+        "copy": 4.3e12,
+        "nvlink": 450e9,
+        "network": 50e9,
+        "memory": 140 * GIB,
+    },
+    "H100": {
+        "matmul": 769e12,
+        "copy": 3.0e12,
+        "nvlink": 450e9,
+        "network": 50e9,
+        "memory": 79 * GIB,
+    },
+    "H800": {
+        "matmul": 769e12,
+        "copy": 3.0e12,
+        "nvlink": 200e9,
+        "network": 50e9,
+        "memory": 79 * GIB,
+    },
 }
 NODE = 8
 # NCCL's own model of a ring (src/graph/tuning.cc, 2.18 and later): microseconds at the start, a hop over NVLink, a hop over
 # the network; share of the bandwidth. It takes the fastest of three protocols.
-PROTOCOLS = {"LL": (6.6, 0.6 * 1.8, 2.7, 0.25), "LL128": (14.0, 1.9, 4.0, 0.92), "Simple": (8.4, 3.4, 14.0, 1.0)}
+PROTOCOLS = {
+    "LL": (6.6, 0.6 * 1.8, 2.7, 0.25),
+    "LL128": (14.0, 1.9, 4.0, 0.92),
+    "Simple": (8.4, 3.4, 14.0, 1.0),
+}
 # Multiprocessors of the chip; a product is cut into tiles of 128 x 128
 SMS, TILE = 132, 128
 CONFIGS, GPUS = ("iomm-b-512", "iomm-l-512", "iomm-xl-512"), (1, 8, 16, 32, 64, 128, 256, 512)
@@ -76,11 +128,19 @@ def link_s(message, machine):
     group, nodes = message.group, math.ceil(message.group / NODE)
     if group == 1:
         return 0.0
-    rate = min(machine["nvlink"], machine["network"] * (NODE if message.kind != "all_to_all" else 1) if nodes > 1 else math.inf)
+    rate = min(
+        machine["nvlink"],
+        machine["network"] * (NODE if message.kind != "all_to_all" else 1)
+        if nodes > 1
+        else math.inf,
+    )
     turns = 2 if message.kind == "all_reduce" else 1
     hops, over = turns * (group - nodes), turns * (nodes - 1)
-    return min((start + hops * near + over * far) * 1e-6 + message.sent_bytes / (rate * assumed("share of link rates") * share)
-               for start, near, far, share in PROTOCOLS.values())
+    return min(
+        (start + hops * near + over * far) * 1e-6
+        + message.sent_bytes / (rate * assumed("share of link rates") * share)
+        for start, near, far, share in PROTOCOLS.values()
+    )
 
 
 def filled(rows, width):
@@ -98,7 +158,11 @@ def parts(name):
 
 def configured(name, ranks, tuned):
     config = parts(name)[0]
-    settings = {key: value for key, value in TUNED.items() if ranks > NODE or key != "hpz_partition_size"} if tuned else {}
+    settings = (
+        {key: value for key, value in TUNED.items() if ranks > NODE or key != "hpz_partition_size"}
+        if tuned
+        else {}
+    )
     return replace(config, zero=replace(config.zero, **settings))
 
 
@@ -123,49 +187,83 @@ def micro_batch_s(name, micro_batch, machine, latents=False):
     blocks = [m for m in generator.modules() if isinstance(m, generator.block_classes)]
     # FLUX's last block has a fifth less: 0.1 % of the sum.
     attention = len(blocks) * attention_flops(tokens, tokens, width)
-    products, rate = flops["generator"] / 3 - attention, machine["matmul"] * assumed("share of the matmul rate, transformer products")
-    linears = [(micro_batch * rows.get(path.partition(".")[0], tokens), m) for path, m in blocks[0].named_modules()
-               if isinstance(m, nn.Linear) and "modulation" not in path]
-    busy = sum(n * m.weight.numel() for n, m in linears) / sum(n * m.weight.numel() / filled(n, m.out_features) for n, m in linears)
-    moved = {part: [n / (machine["copy"] * assumed("share of the copy rate, row kernels")) for n in pair]
-             for part, pair in row_bytes(model, config).items()}
-    once = products / (rate * busy) + attention / assumed("attention forward, FLOP/s") + moved["generator"][0]
-    again = 2 * products / (rate * busy) + 2.5 * attention / assumed("attention backward, FLOP/s") + moved["generator"][1]
+    products, rate = (
+        flops["generator"] / 3 - attention,
+        machine["matmul"] * assumed("share of the matmul rate, transformer products"),
+    )
+    linears = [
+        (micro_batch * rows.get(path.partition(".")[0], tokens), m)
+        for path, m in blocks[0].named_modules()
+        if isinstance(m, nn.Linear) and "modulation" not in path
+    ]
+    busy = sum(n * m.weight.numel() for n, m in linears) / sum(
+        n * m.weight.numel() / filled(n, m.out_features) for n, m in linears
+    )
+    moved = {
+        part: [n / (machine["copy"] * assumed("share of the copy rate, row kernels")) for n in pair]
+        for part, pair in row_bytes(model, config).items()
+    }
+    once = (
+        products / (rate * busy)
+        + attention / assumed("attention forward, FLOP/s")
+        + moved["generator"][0]
+    )
+    again = (
+        2 * products / (rate * busy)
+        + 2.5 * attention / assumed("attention backward, FLOP/s")
+        + moved["generator"][1]
+    )
     again += once * min(config.train.recompute, len(blocks)) / len(blocks)
     # Queries forward and backward are alike; the prefix is small.
     mllm = (flops["MLLM"] + flops["adapter"]) / 2
     frozen = (flops["ViT"] + mllm) / rate + sum(moved[part][0] for part in ("ViT", "MLLM"))
     if not latents:
-        frozen += flops["VAE"] / (machine["matmul"] * assumed("share of the matmul rate, VAE convolutions")) + moved["VAE"][0]
+        frozen += (
+            flops["VAE"]
+            / (machine["matmul"] * assumed("share of the matmul rate, VAE convolutions"))
+            + moved["VAE"][0]
+        )
     seconds = frozen, once, mllm / rate + moved["MLLM"][1], again
-    return [micro_batch * s / (1 - assumed("share of a GPU's time lost between kernels")) for s in seconds]
+    return [
+        micro_batch * s / (1 - assumed("share of a GPU's time lost between kernels"))
+        for s in seconds
+    ]
 
 
 def host_s(name, visits):
     """Seconds that the host needs to issue one micro-batch."""
     _, model, _ = parts(name)
-    text, vision = (getattr(model.frozen[0].backbone.config, part) for part in ("text_config", "vision_config"))
+    text, vision = (
+        getattr(model.frozen[0].backbone.config, part) for part in ("text_config", "vision_config")
+    )
     blocks = sum(isinstance(m, model.leaves) for m in model.modules())
     passes = 3 * blocks + (1 + 3) * text.num_hidden_layers + vision.num_hidden_layers
-    return (passes * assumed("launches a block and pass") * assumed("host seconds a launch")
-            + len(visits) * assumed("host seconds a ZeRO-3 visit"))
+    return passes * assumed("launches a block and pass") * assumed("host seconds a launch") + len(
+        visits
+    ) * assumed("host seconds a ZeRO-3 visit")
 
 
 def pass_s(traffic, messages, seconds, machine):
     """Seconds of one micro-batch with its messages. One link, one message at a time; a message starts when the module that
     issues it does (gathers) or ends (gradients), and a module waits for its weights. Conservative: no host runs ahead."""
     frozen, once, frozen_again, again = seconds
-    total = {backward: sum(n for b, n in traffic.visits if b == backward) for backward in (False, True)}
+    total = {
+        backward: sum(n for b, n in traffic.visits if b == backward) for backward in (False, True)
+    }
     clock = link = 0.0
     arrives, gathers, scatters = {}, {}, {}
     for message in messages:
-        (gathers if message.kind == "all_gather" else scatters).setdefault(message.issued, []).append(message)
+        (gathers if message.kind == "all_gather" else scatters).setdefault(
+            message.issued, []
+        ).append(message)
     for i, (backward, values) in enumerate(traffic.visits):
         for message in sorted(gathers.get(i, []), key=lambda message: message.needed):
             link = max(link, clock) + link_s(message, machine)
             arrives[message.needed] = max(link, arrives.get(message.needed, 0))
             clock = max(clock, arrives[i]) if message.needed == i else clock
-        clock = max(clock, arrives.get(i, 0)) + (again if backward else once) * values / total[backward]
+        clock = (
+            max(clock, arrives.get(i, 0)) + (again if backward else once) * values / total[backward]
+        )
         clock += frozen if i == 0 else frozen_again if i == len(traffic.visits) - 1 else 0
         for message in scatters.get(i, []):
             link = max(link, clock) + link_s(message, machine)
@@ -179,90 +277,172 @@ def update_s(name, ranks, accumulation, machine):
     values = sum(p.numel() for p in model.parameters()) / ranks
     moved = values * (10 * accumulation + 66 + (12 if config.ema.decay else 0))
     # Newton-Schulz; fused parts taken as one.
-    costs = [5 * (4 * min(p.shape)**2 * max(p.shape) + 2 * min(p.shape)**3)
-             for group in make_optimizer(model, config.optim).param_groups if group["kind"] == "muon" for p in group["params"]]
+    costs = [
+        5 * (4 * min(p.shape) ** 2 * max(p.shape) + 2 * min(p.shape) ** 3)
+        for group in make_optimizer(model, config.optim).param_groups
+        if group["kind"] == "muon"
+        for p in group["params"]
+    ]
     owners, load = spread(costs, ranks), [0.0] * ranks
     for cost, owner in zip(costs, owners):
         load[owner] += cost
-    return (moved / (machine["copy"] * assumed("share of the copy rate, row kernels"))
-            + max(load) / (machine["matmul"] * assumed("share of the matmul rate, transformer products")))
+    return moved / (machine["copy"] * assumed("share of the copy rate, row kernels")) + max(
+        load
+    ) / (machine["matmul"] * assumed("share of the matmul rate, transformer products"))
 
 
-def estimate(name, gpu, ranks, tuned=False, latents=False, batch=None, micro_batch=None, **measured):
+def estimate(
+    name, gpu, ranks, tuned=False, latents=False, batch=None, micro_batch=None, **measured
+):
     """One run -> dict of seconds a step by part, images/s a GPU, GPU-hours of stage 1, checkpoint and loader; None where not
     one image fits into memory. batch: defaults to the config's; micro_batch: to the config's, halved until it fits;
     measured: rates that replace those of MACHINES."""
     (config, model, flops), traffic = parts(name), messages_of(name, ranks, tuned)
     kind, batch = {**MACHINES[gpu], **measured}, batch or config.train.global_batch
     if micro_batch is None:
-        micro_batch = largest(min(config.train.micro_batch, batch // ranks), lambda num: memory_of(name, ranks, tuned, num),
-                              assumed("share of memory that a run may fill") * kind["memory"])
+        micro_batch = largest(
+            min(config.train.micro_batch, batch // ranks),
+            lambda num: memory_of(name, ranks, tuned, num),
+            assumed("share of memory that a run may fill") * kind["memory"],
+        )
         if not micro_batch:
             return None
     accumulation = batch // (micro_batch * ranks)
     seconds = micro_batch_s(name, micro_batch, kind, latents)
-    passes = [pass_s(traffic, messages, seconds, kind) for messages in (traffic.first, traffic.later)]
+    passes = [
+        pass_s(traffic, messages, seconds, kind) for messages in (traffic.first, traffic.later)
+    ]
     host, compute = host_s(name, traffic.visits), sum(seconds)
     issued = [max(s, host) for s in passes]
-    after, update = sum(link_s(message, kind) for message in traffic.step), update_s(name, ranks, accumulation, kind)
+    after, update = (
+        sum(link_s(message, kind) for message in traffic.step),
+        update_s(name, ranks, accumulation, kind),
+    )
     step = issued[0] + (accumulation - 1) * issued[1] + after + update
-    state = sum(p.numel() for p in model.parameters()) * (4 + {"adamw": 8, "muon": 4}[config.optim.kind] + 4 * bool(config.ema.decay))
-    stall, write = state / ranks / assumed("to pinned memory, B/s"), 2 * state / assumed("checkpoint to disk, B/s")
-    saves = checkpoint_plan(num_gpus=ranks, stall_s=stall, write_s=write, mtbf_gpu_hours=config.checkpoint.mtbf_gpu_hours)
+    state = sum(p.numel() for p in model.parameters()) * (
+        4 + {"adamw": 8, "muon": 4}[config.optim.kind] + 4 * bool(config.ema.decay)
+    )
+    stall, write = (
+        state / ranks / assumed("to pinned memory, B/s"),
+        2 * state / assumed("checkpoint to disk, B/s"),
+    )
+    saves = checkpoint_plan(
+        num_gpus=ranks,
+        stall_s=stall,
+        write_s=write,
+        mtbf_gpu_hours=config.checkpoint.mtbf_gpu_hours,
+    )
     lost = max(stall, write - config.checkpoint.every_steps * step) / config.checkpoint.every_steps
     rate = batch / (step + lost) / ranks
     exposed = max(0.0, passes[0] + (accumulation - 1) * passes[1] - accumulation * compute)
-    return {"gpus": ranks, "micro_batch": micro_batch, "accumulation": accumulation, "step_s": step + lost,
-            "compute_s": accumulation * compute, "exposed_s": exposed, "host_s": step - after - update - accumulation * compute - exposed,
-            "host_needed_s": accumulation * host, "after_s": after, "update_s": update, "checkpoint_s": lost, "checkpoint_write_s": write,
-            "checkpoint_interval_s": saves.interval_s, "images_per_s": rate,
-            "of_matmul_rate": (sum(flops.values()) - latents * flops["VAE"]) * rate / kind["matmul"],
-            "memory_gib": memory_of(name, ranks, tuned, micro_batch) / GIB,
-            "gpu_hours": config.train.steps * batch / rate / 3600, "sent_bytes": traffic.sent_bytes(accumulation),
-            "cores_per_gpu": rate * loader()["ours_cpu_ms_per_image"] / 1000,
-            "read_bytes_per_s": rate * ranks * 1000 * loader()["data"]["mean_kb"]}
+    return {
+        "gpus": ranks,
+        "micro_batch": micro_batch,
+        "accumulation": accumulation,
+        "step_s": step + lost,
+        "compute_s": accumulation * compute,
+        "exposed_s": exposed,
+        "host_s": step - after - update - accumulation * compute - exposed,
+        "host_needed_s": accumulation * host,
+        "after_s": after,
+        "update_s": update,
+        "checkpoint_s": lost,
+        "checkpoint_write_s": write,
+        "checkpoint_interval_s": saves.interval_s,
+        "images_per_s": rate,
+        "of_matmul_rate": (sum(flops.values()) - latents * flops["VAE"]) * rate / kind["matmul"],
+        "memory_gib": memory_of(name, ranks, tuned, micro_batch) / GIB,
+        "gpu_hours": config.train.steps * batch / rate / 3600,
+        "sent_bytes": traffic.sent_bytes(accumulation),
+        "cores_per_gpu": rate * loader()["ours_cpu_ms_per_image"] / 1000,
+        "read_bytes_per_s": rate * ranks * 1000 * loader()["data"]["mean_kb"],
+    }
 
 
 @cache
 def loader():
     """The newest measurement of benchmarks/loader.py on a CPU: decoding there, not on the GPU."""
-    return json.loads(sorted((ROOT / "benchmarks/results").glob("loader-cpu-*.json"))[-1].read_text())
+    return json.loads(
+        sorted((ROOT / "benchmarks/results").glob("loader-cpu-*.json"))[-1].read_text()
+    )
 
 
 def breaks(name, gpu, runs):
     """Where the budget breaks, in sentences; runs: estimates as configured, by number of GPUs."""
-    config, small = parts(name)[0], sum(message.kind == "all_gather" for message in messages_of(name, NODE).step)
+    config, small = (
+        parts(name)[0],
+        sum(message.kind == "all_gather" for message in messages_of(name, NODE).step),
+    )
     limits = {
-        "weights and gradients that compute does not hide cost over 5 % of a step": lambda r: r["exposed_s"] > 0.05 * r["step_s"],
-        **({f"gathering the {small} parameters that stay whole, one message each after a step, costs over 5 %":
-            lambda r: r["after_s"] > 0.05 * r["step_s"]} if small else {}),
-        "the host issues work more slowly than the GPU does it": lambda r: r["host_needed_s"] > r["compute_s"] + r["exposed_s"],
-        f"the global batch of {config.train.global_batch} leaves micro-batches below {config.train.micro_batch}":
-            lambda r: config.train.global_batch < config.train.micro_batch * r["gpus"],
-        f"a checkpoint every {config.checkpoint.every_steps} steps is not on the disk before the next":
-            lambda r: r["checkpoint_write_s"] > config.checkpoint.every_steps * r["step_s"]}
+        "weights and gradients that compute does not hide cost over 5 % of a step": lambda r: (
+            r["exposed_s"] > 0.05 * r["step_s"]
+        ),
+        **(
+            {
+                f"gathering the {small} parameters that stay whole, one message each after a step, costs over 5 %": lambda r: (
+                    r["after_s"] > 0.05 * r["step_s"]
+                )
+            }
+            if small
+            else {}
+        ),
+        "the host issues work more slowly than the GPU does it": lambda r: (
+            r["host_needed_s"] > r["compute_s"] + r["exposed_s"]
+        ),
+        f"the global batch of {config.train.global_batch} leaves micro-batches below {config.train.micro_batch}": lambda r: (
+            config.train.global_batch < config.train.micro_batch * r["gpus"]
+        ),
+        f"a checkpoint every {config.checkpoint.every_steps} steps is not on the disk before the next": lambda r: (
+            r["checkpoint_write_s"] > config.checkpoint.every_steps * r["step_s"]
+        ),
+    }
     said = []
     for what, holds in limits.items():
         at = next((run["gpus"] for run in runs if holds(run)), None)
-        said.append(f"{what}: " + (f"from {at} GPUs on" if at else f"nowhere up to {runs[-1]['gpus']} GPUs"))
-    small = [run["gpus"] for run in runs if run["micro_batch"] < min(config.train.micro_batch, config.train.global_batch // run["gpus"])]
+        said.append(
+            f"{what}: " + (f"from {at} GPUs on" if at else f"nowhere up to {runs[-1]['gpus']} GPUs")
+        )
+    small = [
+        run["gpus"]
+        for run in runs
+        if run["micro_batch"]
+        < min(config.train.micro_batch, config.train.global_batch // run["gpus"])
+    ]
     missing = sorted(set(GPUS) - {run["gpus"] for run in runs})
-    said.append(f"micro-batches of {config.train.micro_batch} need more memory than that many GPUs have: " + (
-        f"{'with ' + ', '.join(map(str, missing)) + ' not even one image fits, ' if missing else ''}"
-        f"halved until they fit with {', '.join(map(str, small))}" if small or missing else "nowhere"))
-    cores, most = max(r["cores_per_gpu"] for r in runs), max(runs, key=lambda r: r["read_bytes_per_s"])
-    said.append(f"decoding on the CPU takes {cores:.2f} cores a GPU of {assumed('CPU cores a GPU')}, storage gives at most "
-                f"{most['read_bytes_per_s'] / 1e9:.1f} GB/s (at {most['gpus']} GPUs): the loader is not the limit")
+    said.append(
+        f"micro-batches of {config.train.micro_batch} need more memory than that many GPUs have: "
+        + (
+            f"{'with ' + ', '.join(map(str, missing)) + ' not even one image fits, ' if missing else ''}"
+            f"halved until they fit with {', '.join(map(str, small))}"
+            if small or missing
+            else "nowhere"
+        )
+    )
+    cores, most = (
+        max(r["cores_per_gpu"] for r in runs),
+        max(runs, key=lambda r: r["read_bytes_per_s"]),
+    )
+    said.append(
+        f"decoding on the CPU takes {cores:.2f} cores a GPU of {assumed('CPU cores a GPU')}, storage gives at most "
+        f"{most['read_bytes_per_s'] / 1e9:.1f} GB/s (at {most['gpus']} GPUs): the loader is not the limit"
+    )
     assert cores < assumed("CPU cores a GPU")
     return [f"{config.model.preset} on {gpu}: {sentence}" for sentence in said]
 
 
 def table(runs):
-    lines = ["GPUs  micro x acc   step s  compute  exposed  host   after  update  images/s/GPU  of matmul  GPU-hours  GiB"]
+    lines = [
+        "GPUs  micro x acc   step s  compute  exposed  host   after  update  images/s/GPU  of matmul  GPU-hours  GiB"
+    ]
     for r in runs:
-        shares = "".join(f"{r[key] / r['step_s']:>8.1%}" for key in ("compute_s", "exposed_s", "host_s", "after_s", "update_s"))
-        lines.append(f"{r['gpus']:>4}  {r['micro_batch']:>5} x {r['accumulation']:<4}{r['step_s']:>8.3f} {shares}"
-                     f"{r['images_per_s']:>12.1f}{r['of_matmul_rate']:>11.1%}{r['gpu_hours']:>11,.0f}{r['memory_gib']:>6.0f}")
+        shares = "".join(
+            f"{r[key] / r['step_s']:>8.1%}"
+            for key in ("compute_s", "exposed_s", "host_s", "after_s", "update_s")
+        )
+        lines.append(
+            f"{r['gpus']:>4}  {r['micro_batch']:>5} x {r['accumulation']:<4}{r['step_s']:>8.3f} {shares}"
+            f"{r['images_per_s']:>12.1f}{r['of_matmul_rate']:>11.1%}{r['gpu_hours']:>11,.0f}{r['memory_gib']:>6.0f}"
+        )
     return "\n".join(lines)
 
 
@@ -270,23 +450,52 @@ def draw(results, path):
     """GPU-hours and efficiency against GPUs, a column a model; dashed: tuned."""
     if (plt := pyplot()) is None:
         return
-    figure, axes = plt.subplots(2, len(CONFIGS), figsize=(13, 7), sharex=True, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        2, len(CONFIGS), figsize=(13, 7), sharex=True, squeeze=False, layout="constrained"
+    )
     colours = {"H200": "tab:green", "H100": "tab:blue", "H800": "tab:red"}
     for column, name in enumerate(CONFIGS):
         top, bottom = axes[:, column]
         for gpu, hows in results[name].items():
             for (how, runs), style in zip(hows.items(), ("-", "--")):
                 x = [r["gpus"] for r in runs]
-                top.plot(x, [r["gpu_hours"] for r in runs], style, color=colours[gpu], marker=".", label=f"{gpu}, {how}")
-                bottom.plot(x, [r["images_per_s"] / runs[0]["images_per_s"] for r in runs], style, color=colours[gpu], marker=".")
+                top.plot(
+                    x,
+                    [r["gpu_hours"] for r in runs],
+                    style,
+                    color=colours[gpu],
+                    marker=".",
+                    label=f"{gpu}, {how}",
+                )
+                bottom.plot(
+                    x,
+                    [r["images_per_s"] / runs[0]["images_per_s"] for r in runs],
+                    style,
+                    color=colours[gpu],
+                    marker=".",
+                )
         if name == CONFIGS[0]:
             top.axhline(PAPER_HOURS, color="black", linestyle=":")
             top.text(1, PAPER_HOURS * 1.04, f"paper: {PAPER_HOURS} H800 GPU-hours", fontsize=8)
-        top.set(title=f"{name}: stage 1, 110 M images", xscale="log", yscale="log", ylabel="GPU-hours" if not column else None)
+        top.set(
+            title=f"{name}: stage 1, 110 M images",
+            xscale="log",
+            yscale="log",
+            ylabel="GPU-hours" if not column else None,
+        )
         low, high = top.get_ylim()
-        ticks = [tick for tick in (600, 800, 1000, 2000, 3000, 4000, 5000, 7000, 10_000) if low <= tick <= high]
+        ticks = [
+            tick
+            for tick in (600, 800, 1000, 2000, 3000, 4000, 5000, 7000, 10_000)
+            if low <= tick <= high
+        ]
         top.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
-        bottom.set(xscale="log", xlabel="GPUs", ylim=(0, 1.1), ylabel="images/s a GPU, share of that on the fewest" if not column else None)
+        bottom.set(
+            xscale="log",
+            xlabel="GPUs",
+            ylim=(0, 1.1),
+            ylabel="images/s a GPU, share of that on the fewest" if not column else None,
+        )
         bottom.set_xticks(GPUS, [str(n) for n in GPUS])
         for axis in (top, bottom):
             axis.minorticks_off()
@@ -296,7 +505,9 @@ def draw(results, path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, help="folder to write budget.json and budget.png into")
     args = parser.parse_args(argv)
     print("Assumed, not counted:")
@@ -304,8 +515,16 @@ def main(argv=None):
         print(f"  {what:<48}{value:>9.3g}   {source}")
     for gpu, rates in MACHINES.items():
         print(f"  {gpu}: " + ", ".join(f"{what} {rate:.3g}" for what, rate in rates.items()))
-    results = {name: {gpu: {how: [run for n in GPUS if (run := estimate(name, gpu, n, how == "tuned"))] for how in ("as configured", "tuned")}
-                      for gpu in MACHINES} for name in CONFIGS}
+    results = {
+        name: {
+            gpu: {
+                how: [run for n in GPUS if (run := estimate(name, gpu, n, how == "tuned"))]
+                for how in ("as configured", "tuned")
+            }
+            for gpu in MACHINES
+        }
+        for name in CONFIGS
+    }
     words = []
     for name, by_gpu in results.items():
         for gpu, runs in by_gpu.items():
@@ -314,15 +533,33 @@ def main(argv=None):
         words += breaks(name, "H800", by_gpu["H800"]["as configured"])
     one = {gpu: results[CONFIGS[0]][gpu]["as configured"][0]["images_per_s"] for gpu in MACHINES}
     cached = {gpu: estimate(CONFIGS[0], gpu, 1, latents=True)["images_per_s"] for gpu in MACHINES}
-    words.append(f"{CONFIGS[0]} on one GPU: " + ", ".join(f"{gpu} {one[gpu]:.1f} images/s online and {cached[gpu]:.1f} with cached latents"
-                 for gpu in MACHINES) + f"; the paper's {PAPER_HOURS} H800 GPU-hours mean {PAPER_RATE}, our aims are {AIMS[0]} online and "
-                 f"{AIMS[1]} with latents")
+    words.append(
+        f"{CONFIGS[0]} on one GPU: "
+        + ", ".join(
+            f"{gpu} {one[gpu]:.1f} images/s online and {cached[gpu]:.1f} with cached latents"
+            for gpu in MACHINES
+        )
+        + f"; the paper's {PAPER_HOURS} H800 GPU-hours mean {PAPER_RATE}, our aims are {AIMS[0]} online and "
+        f"{AIMS[1]} with latents"
+    )
     print("\nWhere the budget breaks\n" + "\n".join(f"  {sentence}" for sentence in words))
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "budget.json").write_text(json.dumps(
-            {"machine": machine(), "assumed": ASSUMED, "machines": MACHINES, "protocols": PROTOCOLS, "tuned": TUNED,
-             "breaks": words, "results": results}, indent=1) + "\n")
+        (args.out / "budget.json").write_text(
+            json.dumps(
+                {
+                    "machine": machine(),
+                    "assumed": ASSUMED,
+                    "machines": MACHINES,
+                    "protocols": PROTOCOLS,
+                    "tuned": TUNED,
+                    "breaks": words,
+                    "results": results,
+                },
+                indent=1,
+            )
+            + "\n"
+        )
         draw(results, args.out / "budget.png")
 
 

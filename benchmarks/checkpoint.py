@@ -53,7 +53,10 @@ def measure(folder, *, parameters, step_s, num_saves):
     """Figures of num_saves saves into folder, the first left out of the medians, and what engine/resilience/checkpoint_interval.py makes of them."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(1)
-    state = {f"{slot}/w": torch.randn(int(parameters), device=device) for slot in ("master", "exp_avg", "exp_avg_sq", "ema")}
+    state = {
+        f"{slot}/w": torch.randn(int(parameters), device=device)
+        for slot in ("master", "exp_avg", "exp_avg_sq", "ema")
+    }
     facts = {"shapes": {"w": [int(parameters)]}, "config": "", "ema": True}
     quiet = statistics.median(step(step_s, device) for _ in range(5))
     stalls, writes, slow = [], [], []
@@ -72,23 +75,41 @@ def measure(folder, *, parameters, step_s, num_saves):
     read = time.perf_counter()
     stall, write = statistics.median(stalls[1:]), statistics.median(writes[1:])
     return {
-        "parameters": int(parameters), "bytes": saver.bytes, "saves": num_saves, "first_stall_s": stalls[0], "stall_s": stall,
-        "stall_share_of_a_step": stall / step_s, "slowing_of_steps_meanwhile": statistics.median(slow[1:]) / quiet - 1,
-        "commit_s": write, "verify_s": verified - started, "read_s": read - verified,
-        "planned": {str(n): vars(plan(num_gpus=n, stall_s=stall, write_s=write, mtbf_gpu_hours=20_000)) for n in (8, 64, 256)}}
+        "parameters": int(parameters),
+        "bytes": saver.bytes,
+        "saves": num_saves,
+        "first_stall_s": stalls[0],
+        "stall_s": stall,
+        "stall_share_of_a_step": stall / step_s,
+        "slowing_of_steps_meanwhile": statistics.median(slow[1:]) / quiet - 1,
+        "commit_s": write,
+        "verify_s": verified - started,
+        "read_s": read - verified,
+        "planned": {
+            str(n): vars(plan(num_gpus=n, stall_s=stall, write_s=write, mtbf_gpu_hours=20_000))
+            for n in (8, 64, 256)
+        },
+    }
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--parameters", type=above_0(float), default=5.5e6)
     parser.add_argument("--step-s", type=above_0(float), default=0.65)
     parser.add_argument("--saves", type=above_0(int), default=10)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=ROOT) as folder:
-        figures = measure(folder, parameters=args.parameters, step_s=args.step_s, num_saves=args.saves)
+        figures = measure(
+            folder, parameters=args.parameters, step_s=args.step_s, num_saves=args.saves
+        )
     facts = machine()
     result = {"machine": facts | {"load": os.getloadavg()[0]}, **figures}
-    path = ROOT / f"benchmarks/results/checkpoint-{'cuda' if facts['gpu'] else 'cpu'}-{facts['date']}.json"
+    path = (
+        ROOT
+        / f"benchmarks/results/checkpoint-{'cuda' if facts['gpu'] else 'cpu'}-{facts['date']}.json"
+    )
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 

@@ -81,9 +81,21 @@ def tensor(image, mean, std):
 
 def ours(index_dir, device="cpu", num_threads=NUM_CORES, dtype=torch.float32, resize="dali"):
     """Batches without end."""
-    return ImageSource(Shards(index_dir), seed=0, global_batch=BATCH, micro_batch=BATCH, rank=0, world_size=1, size_px=SIZE_PX,
-                       vit_px=VIT_PX, device=device, num_steps=1 << 30, num_threads=num_threads, dtype=dtype,
-                       resize=resize)
+    return ImageSource(
+        Shards(index_dir),
+        seed=0,
+        global_batch=BATCH,
+        micro_batch=BATCH,
+        rank=0,
+        world_size=1,
+        size_px=SIZE_PX,
+        vit_px=VIT_PX,
+        device=device,
+        num_steps=1 << 30,
+        num_threads=num_threads,
+        dtype=dtype,
+        resize=resize,
+    )
 
 
 def check(index_dir, resize):
@@ -92,13 +104,17 @@ def check(index_dir, resize):
     batches = iter(ours(index_dir, resize=resize))
     for batch in (next(batches) for _ in range(3)):
         vit_pixels_BCHW = normalised(batch.vit_pixels_BHWC, IMAGE_MEAN, IMAGE_STD)
-        for k, pixels, vit_pixels in zip(batch.entry_B.tolist(), batch.pixels_BCHW, vit_pixels_BCHW):
+        for k, pixels, vit_pixels in zip(
+            batch.entry_B.tolist(), batch.pixels_BCHW, vit_pixels_BCHW
+        ):
             wanted, vit_wanted = by_pillow(shards.image_bytes(k))
             std = torch.tensor(IMAGE_STD).view(3, 1, 1)
             worst[0] = max(worst[0], float((pixels - wanted).abs().mean() * 127.5))
             worst[1] = max(worst[1], float(((vit_pixels - vit_wanted) * std).abs().mean() * 255))
     batches.close()
-    assert max(worst) < 1, f"pixels differ from Pillow's by {worst} levels on average: nothing is timed"
+    assert max(worst) < 1, (
+        f"pixels differ from Pillow's by {worst} levels on average: nothing is timed"
+    )
     return worst
 
 
@@ -123,8 +139,16 @@ def against_pillow(index_dir):
     takes WARM_UP batches that do not count."""
     shards = Shards(index_dir)
     loader = torch.utils.data.DataLoader(
-        ByPillow(index_dir, EpochPermutation(0, shards.shard_sizes)), batch_size=BATCH, num_workers=NUM_CORES, prefetch_factor=2)
-    sides = {"pillow": iter(loader), "ours": iter(ours(index_dir, resize="torch")), "ours_dali": iter(ours(index_dir))}
+        ByPillow(index_dir, EpochPermutation(0, shards.shard_sizes)),
+        batch_size=BATCH,
+        num_workers=NUM_CORES,
+        prefetch_factor=2,
+    )
+    sides = {
+        "pillow": iter(loader),
+        "ours": iter(ours(index_dir, resize="torch")),
+        "ours_dali": iter(ours(index_dir)),
+    }
     rate, cpu_ms = {name: [] for name in sides}, {name: [] for name in sides}
     for _ in range(ROUNDS):
         for name, batches in sides.items():
@@ -138,11 +162,19 @@ def against_pillow(index_dir):
         sides[name].close()
     report = {"rounds": ROUNDS}
     for name in sides:
-        report |= {f"{name}_images_per_s": statistics.median(rate[name]), f"{name}_cpu_ms_per_image": statistics.median(cpu_ms[name])}
+        report |= {
+            f"{name}_images_per_s": statistics.median(rate[name]),
+            f"{name}_cpu_ms_per_image": statistics.median(cpu_ms[name]),
+        }
     for name in ("ours", "ours_dali"):
-        for unit, found in (("wall", [a / b for a, b in zip(rate[name], rate["pillow"])]),
-                            ("cpu", [b / a for a, b in zip(cpu_ms[name], cpu_ms["pillow"])])):
-            report |= {f"{name}_{unit}_ratio": statistics.median(found), f"{name}_{unit}_ratio_range": [min(found), max(found)]}
+        for unit, found in (
+            ("wall", [a / b for a, b in zip(rate[name], rate["pillow"])]),
+            ("cpu", [b / a for a, b in zip(cpu_ms[name], cpu_ms["pillow"])]),
+        ):
+            report |= {
+                f"{name}_{unit}_ratio": statistics.median(found),
+                f"{name}_{unit}_ratio_range": [min(found), max(found)],
+            }
     return report
 
 
@@ -154,14 +186,19 @@ def readers(index_dir):
         for k in range(len(shards)):
             shards.decodable_bytes(k)
         seconds.append((time.thread_time() - started) / len(shards))
-    return {"reader_ms_per_image": 1e3 * statistics.median(seconds), "reader_core_share_at_100_images_per_s":
-            100 * statistics.median(seconds)}
+    return {
+        "reader_ms_per_image": 1e3 * statistics.median(seconds),
+        "reader_core_share_at_100_images_per_s": 100 * statistics.median(seconds),
+    }
 
 
 def ten_million(index_dir, folder):
     """Seconds from nothing open to the first batch of 32, and to a plan of buckets, with 10 M samples in 1,000 shards."""
     index = Shards(index_dir).index
-    shard, records = dict(index.shards[0]), np.asarray(index.records[:index.shards[0]["num_samples"]])
+    shard, records = (
+        dict(index.shards[0]),
+        np.asarray(index.records[: index.shards[0]["num_samples"]]),
+    )
     header = json.loads((Path(index_dir) / "index.json").read_text())
     header |= {"num_samples": 10_000_000, "shards": []}
     for i in range(1000):
@@ -185,12 +222,17 @@ def ten_million(index_dir, folder):
         first_cpu.append(time.process_time() - started_cpu)
         batches.close()
         started = time.perf_counter()
-        BucketSampler(0, Shards(many).index, 1024, bucket_sizes(SIZE_PX, 16))(np.arange(10**9, 10**9 + 1024))
+        BucketSampler(0, Shards(many).index, 1024, bucket_sizes(SIZE_PX, 16))(
+            np.arange(10**9, 10**9 + 1024)
+        )
         planned.append(time.perf_counter() - started)
     num_bytes = sum(file.stat().st_size for file in many.iterdir())
-    return {"index_mb_at_10m": num_bytes / 1e6, "first_batch_s_at_10m": statistics.median(first),
-            "first_batch_cpu_s_at_10m": statistics.median(first_cpu),
-            "bucket_plan_s_at_10m": statistics.median(planned)}
+    return {
+        "index_mb_at_10m": num_bytes / 1e6,
+        "first_batch_s_at_10m": statistics.median(first),
+        "first_batch_cpu_s_at_10m": statistics.median(first_cpu),
+        "bucket_plan_s_at_10m": statistics.median(planned),
+    }
 
 
 def on_gpu(index_dir):
@@ -225,15 +267,22 @@ def draw_photographs(folder, num=128):
             for i in range(num // 2):
                 random = np.random.default_rng(1000 * shard + i)
                 width, height = random.integers(650, 900, 2).tolist()
-                pixels = np.asarray(Image.fromarray(random.integers(0, 256, (9, 9, 3), dtype=np.uint8)).resize(
-                    (width, height), Image.BICUBIC), dtype=np.float32)
+                pixels = np.asarray(
+                    Image.fromarray(random.integers(0, 256, (9, 9, 3), dtype=np.uint8)).resize(
+                        (width, height), Image.BICUBIC
+                    ),
+                    dtype=np.float32,
+                )
                 y, x = np.mgrid[:height, :width]
                 pixels[(x * 0.3 + y) % 90 < 30] *= 0.6
-                grain = Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8)).filter(
-                    ImageFilter.GaussianBlur(1))
+                grain = Image.fromarray(
+                    random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+                ).filter(ImageFilter.GaussianBlur(1))
                 pixels += 0.3 * (np.asarray(grain, dtype=np.float32) - 128)
                 out = io.BytesIO()
-                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=88, progressive=i % 6 == 0)
+                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(
+                    out, "JPEG", quality=88, progressive=i % 6 == 0
+                )
                 info = tarfile.TarInfo(f"{i:06d}.jpg")
                 info.size = len(out.getvalue())
                 tar.addfile(info, io.BytesIO(out.getvalue()))
@@ -258,16 +307,34 @@ def main():
         shards = args.shards or draw_photographs(folder / "photos")
         index_dir = build(shards, folder / "index", progress=False)
         records = Shards(index_dir).index.records
-        data = {"images": len(records), "kind": "photographs" if args.shards else "drawn",
-                "mean_kb": float(records["image_bytes"].mean()) / 1e3,
-                "median_px": [int(np.median(records["width"])), int(np.median(records["height"]))]}
-        report = {"machine": facts_of(), "data": data, "size_px": SIZE_PX, "vit_px": VIT_PX, "batch": BATCH}
+        data = {
+            "images": len(records),
+            "kind": "photographs" if args.shards else "drawn",
+            "mean_kb": float(records["image_bytes"].mean()) / 1e3,
+            "median_px": [int(np.median(records["width"])), int(np.median(records["height"]))],
+        }
+        report = {
+            "machine": facts_of(),
+            "data": data,
+            "size_px": SIZE_PX,
+            "vit_px": VIT_PX,
+            "batch": BATCH,
+        }
         if args.gpu:
             report |= on_gpu(index_dir)
         else:
-            report["mean_difference_levels"] = {resize: check(index_dir, resize) for resize in ("dali", "torch")}
-            report |= against_pillow(index_dir) | readers(index_dir) | ten_million(index_dir, folder)
-    path = ROOT / "benchmarks" / "results" / f"loader-{'gpu' if args.gpu else 'cpu'}-{report['machine']['date']}.json"
+            report["mean_difference_levels"] = {
+                resize: check(index_dir, resize) for resize in ("dali", "torch")
+            }
+            report |= (
+                against_pillow(index_dir) | readers(index_dir) | ten_million(index_dir, folder)
+            )
+    path = (
+        ROOT
+        / "benchmarks"
+        / "results"
+        / f"loader-{'gpu' if args.gpu else 'cpu'}-{report['machine']['date']}.json"
+    )
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))

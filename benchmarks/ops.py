@@ -69,13 +69,26 @@ def check(case, body, device, dtype):
 
     # Anew for each: an optimizer's step is in place.
     def cast():
-        return [x.detach().to(device, dtype if x.dtype == torch.float64 else x.dtype, copy=True).requires_grad_(x.requires_grad)
-                if isinstance(x, torch.Tensor) else x for x in exact_inputs]
+        return [
+            x.detach()
+            .to(device, dtype if x.dtype == torch.float64 else x.dtype, copy=True)
+            .requires_grad_(x.requires_grad)
+            if isinstance(x, torch.Tensor)
+            else x
+            for x in exact_inputs
+        ]
+
     got, same_dtype = run_whole(body, cast()), run_whole(case.reference, cast())
     if case.exact:
-        return 0.0 if all(torch.equal(a, b) for a, b in zip(got, same_dtype, strict=True)) else float("inf")
+        return (
+            0.0
+            if all(torch.equal(a, b) for a, b in zip(got, same_dtype, strict=True))
+            else float("inf")
+        )
     worst = 0.0
-    for mine, theirs, wanted in zip(got, same_dtype, run_whole(case.reference, exact_inputs), strict=True):
+    for mine, theirs, wanted in zip(
+        got, same_dtype, run_whole(case.reference, exact_inputs), strict=True
+    ):
         if wanted.numel():
             mine, theirs, wanted = (x.detach().double().cpu() for x in (mine, theirs, wanted))
             budget = 2 * (theirs - wanted).abs().max() + torch.finfo(dtype).eps * wanted.abs().max()
@@ -150,12 +163,25 @@ def build():
 
 def sanitize():
     """{tool: verdict} of compute-sanitizer on the CUDA ops at odd sizes. What it finds is said, and stands in the result."""
-    tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    tool = shutil.which("compute-sanitizer") or shutil.which(
+        "/usr/local/cuda/bin/compute-sanitizer"
+    )
     if tool is None:
         return {"compute-sanitizer": "not installed"}
     verdicts = {}
     for kind in ("memcheck", "racecheck"):
-        command = [tool, "--tool", kind, "--error-exitcode", "9", "--report-api-errors", "no", sys.executable, __file__, "--cuda-ops-once"]
+        command = [
+            tool,
+            "--tool",
+            kind,
+            "--error-exitcode",
+            "9",
+            "--report-api-errors",
+            "no",
+            sys.executable,
+            __file__,
+            "--cuda-ops-once",
+        ]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         except subprocess.TimeoutExpired:
@@ -163,7 +189,9 @@ def sanitize():
             verdicts[kind] = "no verdict within 120 s"
             continue
         lines = [line for line in done.stdout.splitlines() if "SUMMARY" in line]
-        verdicts[kind] = lines[-1].strip("= ") if lines else f"exit {done.returncode}: {done.stderr[-200:]}"
+        verdicts[kind] = (
+            lines[-1].strip("= ") if lines else f"exit {done.returncode}: {done.stderr[-200:]}"
+        )
         print(f"compute-sanitizer {kind}: {verdicts[kind]}")
         if done.returncode:
             verdicts[kind] += f" (exit {done.returncode})"
@@ -174,20 +202,27 @@ def sanitize():
 def cuda_ops_once():
     """The ops of csrc/ at the sizes of the checks, against the specification on the CPU: few other kernels run."""
     from iomm.kernels.philox import philox_compiled, philox_reference
+
     n = torch.tensor([0, 5, 2**40])
     for kind in ("uniform", "normal"):
         got = philox_compiled(kind, 7, 2, n.cuda(), 1003).cpu()
-        torch.testing.assert_close(got, philox_reference(kind, 7, 2, n, 1003), rtol=3e-7, atol=1e-10)
+        torch.testing.assert_close(
+            got, philox_reference(kind, 7, 2, n, 1003), rtol=3e-7, atol=1e-10
+        )
     for dtype in (torch.bfloat16, torch.float32):
         for case in token_cases("cuda", dtype):
             if "cuda" in case.bodies:
-                inputs = [x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype == torch.float64 else x
-                          for x in case.check()]
+                inputs = [
+                    x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype == torch.float64 else x
+                    for x in case.check()
+                ]
                 moved = [x.cuda() if isinstance(x, torch.Tensor) else x for x in inputs]
                 tolerance = 0 if case.exact else torch.finfo(dtype).eps
                 outputs = run_whole(case.bodies["cuda"], moved)
                 for got, wanted in zip(outputs, run_whole(case.reference, inputs), strict=True):
-                    torch.testing.assert_close(got.cpu(), wanted, rtol=tolerance, atol=tolerance and 1e-6)
+                    torch.testing.assert_close(
+                        got.cpu(), wanted, rtol=tolerance, atol=tolerance and 1e-6
+                    )
     torch.cuda.synchronize()
 
 
@@ -201,12 +236,26 @@ def measure(device, dtype, timer, save):
                 ratio = check(case, body, device, dtype)
             except Exception as error:
                 # a library that refuses: said below, and only ours must run
-                print(f"{case.op} {case.name} {name} fails: {type(error).__name__}: {str(error).strip()[:300]}")
+                print(
+                    f"{case.op} {case.name} {name} fails: {type(error).__name__}: {str(error).strip()[:300]}"
+                )
                 ratio = float("inf")
             if not ratio <= 1:
-                failed.append((name == case.ours, f"{case.op} {case.name} {name}: error is {ratio:.2f} of its budget"))
+                failed.append(
+                    (
+                        name == case.ours,
+                        f"{case.op} {case.name} {name}: error is {ratio:.2f} of its budget",
+                    )
+                )
             if ratio < float("inf"):
-                rows.append({"op": case.op, "case": case.name, "body": name, "error_over_budget": round(ratio, 3)})
+                rows.append(
+                    {
+                        "op": case.op,
+                        "case": case.name,
+                        "body": name,
+                        "error_over_budget": round(ratio, 3),
+                    }
+                )
     _drawn.cache_clear(), _weight.cache_clear()
     for _, line in failed:
         print(line)
@@ -221,7 +270,9 @@ def measure(device, dtype, timer, save):
                 time_row(row, case, inputs, timer)
             except Exception as error:
                 # at its true size; the others' times are not lost by it
-                print(f"{case.op} {case.name} {row['body']} fails: {type(error).__name__}: {str(error).strip()[:300]}")
+                print(
+                    f"{case.op} {case.name} {row['body']} fails: {type(error).__name__}: {str(error).strip()[:300]}"
+                )
                 rows.remove(row)
         del inputs
         save([row for row in rows if "ms" in row])
@@ -237,7 +288,9 @@ def time_row(row, case, inputs, timer):
 
 def report(ready, rows, bandwidth, rate):
     """Prints the table: ms, share of the ceiling, and how often faster ours is than the others, with the target."""
-    print(f"\n{'op':<17} {'case':<28} {'body':<10} {'ms':>8} {'share':>6}   the others' time over ours, wanted")
+    print(
+        f"\n{'op':<17} {'case':<28} {'body':<10} {'ms':>8} {'share':>6}   the others' time over ours, wanted"
+    )
     for case in ready:
         of_case = {r["body"]: r for r in rows if (r["op"], r["case"]) == (case.op, case.name)}
         for name, row in of_case.items():
@@ -247,14 +300,28 @@ def report(ready, rows, bandwidth, rate):
             text = ""
             if name == case.ours:
                 # An eager call's gaps are no work of the op: it is compared with calls alone, a graph with graphs.
-                others = {other: r["ms"] for other, r in of_case.items() if other != name and r["timed"] == row["timed"]}
+                others = {
+                    other: r["ms"]
+                    for other, r in of_case.items()
+                    if other != name and r["timed"] == row["timed"]
+                }
                 row["speedups"] = {other: round(ms / row["ms"], 2) for other, ms in others.items()}
-                parts = [f"{other} {ratio}" + (f" (>= {case.targets[other]})" if other in case.targets else "")
-                         for other, ratio in row["speedups"].items()]
-                row["met"] = all(row["speedups"].get(other, 0) >= goal for other, goal in case.targets.items()
-                                 if other in others or other not in of_case)
-                row["met"] &= not (case.share and row["share"] is not None and row["share"] < case.share)
-                text = ", ".join(parts) + (f", share >= {case.share}" if case.share and row["share"] else "")
+                parts = [
+                    f"{other} {ratio}"
+                    + (f" (>= {case.targets[other]})" if other in case.targets else "")
+                    for other, ratio in row["speedups"].items()
+                ]
+                row["met"] = all(
+                    row["speedups"].get(other, 0) >= goal
+                    for other, goal in case.targets.items()
+                    if other in others or other not in of_case
+                )
+                row["met"] &= not (
+                    case.share and row["share"] is not None and row["share"] < case.share
+                )
+                text = ", ".join(parts) + (
+                    f", share >= {case.share}" if case.share and row["share"] else ""
+                )
                 text += "" if row["met"] else "   MISSED"
             share = "" if row["share"] is None else f"{row['share']:.2f}"
             print(f"{case.op:<17} {case.name:<28} {name:<10} {row['ms']:8.3f} {share:>6}   {text}")
@@ -263,6 +330,7 @@ def report(ready, rows, bandwidth, rate):
 def time_tiles(deadline):
     """Times every candidate tile of masked_attention at head dim 128 on the query pass; prints ms, best first."""
     from iomm.kernels.triton_ops import tiles
+
     arch = 90 if torch.cuda.get_device_capability() >= (9, 0) else 80
     case = next(iter(cases("cuda", torch.bfloat16)))
     inputs = case.time()
@@ -272,7 +340,9 @@ def time_tiles(deadline):
         for tile in kept:
             if time.monotonic() < deadline:
                 tiles.CANDIDATES[key] = [tile]
-                found.append((median_gpu(lambda: run_whole(case.bodies["triton"], inputs))[0], tile))
+                found.append(
+                    (median_gpu(lambda: run_whole(case.bodies["triton"], inputs))[0], tile)
+                )
         tiles.CANDIDATES[key] = kept
         found.sort(key=lambda pair: pair[0])
         print(f"tiles of {kernel}: " + "; ".join(f"{ms:.3f} ms {tile}" for ms, tile in found))
@@ -280,9 +350,15 @@ def time_tiles(deadline):
 
 def pytest_generate_tests(metafunc):
     """Rows of pytest-benchmark: one per op, size and body."""
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    device, dtype = (
+        ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    )
     rows = [(case, body, device, dtype) for case in cases(device, dtype) for body in case.bodies]
-    metafunc.parametrize("case, body, device, dtype", rows, ids=[f"{case.op}-{case.name}-{body}" for case, body, *_ in rows])
+    metafunc.parametrize(
+        "case, body, device, dtype",
+        rows,
+        ids=[f"{case.op}-{case.name}-{body}" for case, body, *_ in rows],
+    )
 
 
 def test_body(case, body, device, dtype, benchmark):
@@ -293,19 +369,32 @@ def test_body(case, body, device, dtype, benchmark):
         run_whole(run, inputs)
         if device == "cuda":
             torch.cuda.synchronize()
+
     benchmark(whole)
 
 
 def facts_of(threads):
     """What a number depends on."""
-    return machine() | {"threads": threads, "load": os.getloadavg()[0], "libraries": native.build_facts()["built"]}
+    return machine() | {
+        "threads": threads,
+        "load": os.getloadavg()[0],
+        "libraries": native.build_facts()["built"],
+    }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--gpu", action="store_true", help="build, check, sanitize and time on the GPU")
-    parser.add_argument("--tiles", action="store_true", help="with --gpu: time all candidate tiles of masked_attention")
-    parser.add_argument("--threads", type=int, help="of the CPU's bodies; 1 where others share the machine")
+    parser.add_argument(
+        "--gpu", action="store_true", help="build, check, sanitize and time on the GPU"
+    )
+    parser.add_argument(
+        "--tiles",
+        action="store_true",
+        help="with --gpu: time all candidate tiles of masked_attention",
+    )
+    parser.add_argument(
+        "--threads", type=int, help="of the CPU's bodies; 1 where others share the machine"
+    )
     parser.add_argument("--cuda-ops-once", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     begun = time.monotonic()
@@ -316,16 +405,28 @@ def main():
     if args.cuda_ops_once:
         return cuda_ops_once()
     facts = {"device": "cuda" if args.gpu else "cpu", "machine": facts_of(torch.get_num_threads())}
-    target = ROOT / "benchmarks" / "results" / f"ops-{facts['device']}-{facts['machine']['date']}.json"
+    target = (
+        ROOT / "benchmarks" / "results" / f"ops-{facts['device']}-{facts['machine']['date']}.json"
+    )
 
     def save(rows):
         target.parent.mkdir(exist_ok=True)
-        target.write_text(json.dumps(facts | {"wall_s": round(time.monotonic() - begun, 1), "rows": rows}, indent=1) + "\n")
+        target.write_text(
+            json.dumps(
+                facts | {"wall_s": round(time.monotonic() - begun, 1), "rows": rows}, indent=1
+            )
+            + "\n"
+        )
+
     if args.gpu:
         build()
         facts["sanitizer"] = sanitize()
         bandwidth, rate = ceilings()
-        facts |= {"machine": facts_of(torch.get_num_threads()), "copy_bytes_per_s": bandwidth, "product_flop_per_s": rate}
+        facts |= {
+            "machine": facts_of(torch.get_num_threads()),
+            "copy_bytes_per_s": bandwidth,
+            "product_flop_per_s": rate,
+        }
         print(f"copy {bandwidth / 1e12:.2f} TB/s, bf16 product {rate / 1e12:.0f} TFLOP/s")
         ready, rows = measure("cuda", torch.bfloat16, median_gpu, save)
     else:

@@ -34,15 +34,31 @@ def sampling_rate(pipeline, *, steps=20, guidance=4.0, size=None, batches=3, com
         pipeline(texts, steps=steps, seed=i, **settings)
         seconds.append(time.perf_counter() - started)
     rate = num / statistics.median(seconds)
-    flops = steps * (1 if guidance == 1.0 else 2) * model.generator.flops_per_image(vae.grid(*size), num_condition)
-    return {"images_per_s": rate, "batch_s": seconds, "batch": num, "size_px": size, "steps": steps, "guidance": guidance,
-            "compiled": compiled, "dtype": str(model.dtype).removeprefix("torch."), "num_condition": num_condition,
-            "parameters": sum(p.numel() for p in model.generator.parameters()), "generator_tflop_per_image": flops / 1e12,
-            "generator_tflops": flops * rate / 1e12}
+    flops = (
+        steps
+        * (1 if guidance == 1.0 else 2)
+        * model.generator.flops_per_image(vae.grid(*size), num_condition)
+    )
+    return {
+        "images_per_s": rate,
+        "batch_s": seconds,
+        "batch": num,
+        "size_px": size,
+        "steps": steps,
+        "guidance": guidance,
+        "compiled": compiled,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "num_condition": num_condition,
+        "parameters": sum(p.numel() for p in model.generator.parameters()),
+        "generator_tflop_per_image": flops / 1e12,
+        "generator_tflops": flops * rate / 1e12,
+    }
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run", required=True, help="folder of a run, or an exported one")
     parser.add_argument("--batch", type=above_0(int), default=16)
     parser.add_argument("--steps", type=above_0(int), default=20)
@@ -55,10 +71,16 @@ def main():
 
     from iomm.engine.evaluation.sample import open_pipeline, parse_size
     from iomm.engine.observe.doctor import machine
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe, _ = open_pipeline(args.run, device=device)
     pipe.batch = args.batch
-    settings = dict(steps=args.steps, guidance=args.guidance, size=parse_size(args.size) if args.size else None, batches=args.batches)
+    settings = dict(
+        steps=args.steps,
+        guidance=args.guidance,
+        size=parse_size(args.size) if args.size else None,
+        batches=args.batches,
+    )
     rows = [sampling_rate(pipe, **settings)]
     if args.compile:
         rows.append(sampling_rate(pipe.compile(), compiled=True, **settings))

@@ -35,6 +35,7 @@ def start(config_name, overrides):
 
     from iomm.engine import launch, loop
     from iomm.engine.config import load_config
+
     done("import")
     config = load_config(config_name, overrides)
     ranks = group.start(600)
@@ -61,20 +62,45 @@ def main():
     if args.once:
         return start(args.config, args.overrides)
     from iomm.engine.observe.doctor import machine
+
     runs = []
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, "--once", "--config", args.config, *args.overrides, f"run.dir={folder}/run"]
+        command = [
+            sys.executable,
+            __file__,
+            "--once",
+            "--config",
+            args.config,
+            *args.overrides,
+            f"run.dir={folder}/run",
+        ]
         for _ in range(args.runs + 1):
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
             if done.returncode:
-                raise InputError((done.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("iomm: "))
+                raise InputError(
+                    (done.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("iomm: ")
+                )
             runs.append(json.loads(done.stdout.splitlines()[-1]))
     facts = machine()
-    result = {"machine": facts, "config": args.config, "overrides": args.overrides, "runs": runs[1:],
-              **{key: statistics.median(run[key] for run in runs[1:]) for key in runs[0]}}
-    path = ROOT / "benchmarks/results" / f"startup-{'cuda' if facts['gpu'] else 'cpu'}-{facts['date']}.json"
+    result = {
+        "machine": facts,
+        "config": args.config,
+        "overrides": args.overrides,
+        "runs": runs[1:],
+        **{key: statistics.median(run[key] for run in runs[1:]) for key in runs[0]},
+    }
+    path = (
+        ROOT
+        / "benchmarks/results"
+        / f"startup-{'cuda' if facts['gpu'] else 'cpu'}-{facts['date']}.json"
+    )
     path.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({key: value for key, value in result.items() if key not in ("machine", "runs")}, indent=1))
+    print(
+        json.dumps(
+            {key: value for key, value in result.items() if key not in ("machine", "runs")},
+            indent=1,
+        )
+    )
     print(path)
 
 

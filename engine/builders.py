@@ -46,12 +46,20 @@ def prepare_data(config, progress=True, pairs=False):
     if not shards:
         raise InputError("data.pairs names no text-image pairs: give tars, globs or folders")
     if shards == "shapes":
-        number, seed = (data.num_pairs, config.run.seed + 1000) if pairs else (data.num_images, config.run.seed)
+        number, seed = (
+            (data.num_pairs, config.run.seed + 1000)
+            if pairs
+            else (data.num_images, config.run.seed)
+        )
         folder = cache / f"shapes-{number}-seed{seed}"
         write_dataset(folder, num_images=number, seed=seed)
         shards = str(folder)
-    rules = Rules(min_size_px=data.min_size_px, max_aspect=data.max_aspect, max_pixels=data.max_pixels,
-                  captions="required" if pairs else "optional")
+    rules = Rules(
+        min_size_px=data.min_size_px,
+        max_aspect=data.max_aspect,
+        max_pixels=data.max_pixels,
+        captions="required" if pairs else "optional",
+    )
     index_dir = ensure_index(shards, cache / "index", rules=rules, progress=progress)
     if progress:
         for line in warnings_on(load(index_dir)):
@@ -66,16 +74,35 @@ def open_source(config, ranks, mllm, vae, *, index_dir=None, pairs_dir=None):
     shards = images if pairs is None else Joined(images, pairs)
     latents = None
     if data.latents == "memory":
-        latents = EncodedSamples(shards, mllm, vae, size_px=data.size_px, ranks=ranks, num_threads=data.threads)
+        latents = EncodedSamples(
+            shards, mllm, vae, size_px=data.size_px, ranks=ranks, num_threads=data.threads
+        )
     elif data.latents:
-        latents = LatentStore(data.latents, images.index, vae=config.model.vae, size_px=data.size_px)
+        latents = LatentStore(
+            data.latents, images.index, vae=config.model.vae, size_px=data.size_px
+        )
     return ImageSource(
-        shards, seed=config.run.seed, global_batch=batch,
-        micro_batch=config.train.micro_batch or max(1, batch // ranks.size), rank=ranks.rank, world_size=ranks.size,
-        size_px=data.size_px, vit_px=mllm.vit_px, device=ranks.device, start_step=0, num_steps=config.train.steps,
-        flip=data.flip, num_threads=data.threads, crop=data.crop, plan=make_order(config, images, pairs, vae), latents=latents,
-        dtype=torch.bfloat16 if data.precision == "bf16" else torch.float32, hw_decoder_load=data.hw_decoder_load,
-        resize=data.resize, look_at_pairs=config.align.weight > 0 and config.align.pairs)
+        shards,
+        seed=config.run.seed,
+        global_batch=batch,
+        micro_batch=config.train.micro_batch or max(1, batch // ranks.size),
+        rank=ranks.rank,
+        world_size=ranks.size,
+        size_px=data.size_px,
+        vit_px=mllm.vit_px,
+        device=ranks.device,
+        start_step=0,
+        num_steps=config.train.steps,
+        flip=data.flip,
+        num_threads=data.threads,
+        crop=data.crop,
+        plan=make_order(config, images, pairs, vae),
+        latents=latents,
+        dtype=torch.bfloat16 if data.precision == "bf16" else torch.float32,
+        hw_decoder_load=data.hw_decoder_load,
+        resize=data.resize,
+        look_at_pairs=config.align.weight > 0 and config.align.pairs,
+    )
 
 
 def make_order(config, images, pairs, vae):
@@ -88,14 +115,24 @@ def make_order(config, images, pairs, vae):
             return None
         kept = held_out(shards.shard_sizes, data.heldout)
         if data.buckets:
-            return BucketSampler(seed, shards.index, num, bucket_sizes(data.size_px, vae.factor * vae.patch), held_out=kept)
-        return FixedSizeSampler(EpochPermutation(seed, shards.shard_sizes, held_out=kept), data.size_px)
+            return BucketSampler(
+                seed,
+                shards.index,
+                num,
+                bucket_sizes(data.size_px, vae.factor * vae.patch),
+                held_out=kept,
+            )
+        return FixedSizeSampler(
+            EpochPermutation(seed, shards.shard_sizes, held_out=kept), data.size_px
+        )
 
     if pairs is None:
         plan = alone(images, batch)
         if plan.total < batch:
-            raise InputError(f"train.global_batch is {batch}, but there are only {plan.total} samples to train on: lower it or "
-                             "add data")
+            raise InputError(
+                f"train.global_batch is {batch}, but there are only {plan.total} samples to train on: lower it or "
+                "add data"
+            )
         return plan
     num_images = images_of(data.mix, batch) if images is not None else 0
     plans = alone(images, num_images), alone(pairs, batch - num_images)
@@ -107,9 +144,19 @@ def make_order(config, images, pairs, vae):
 def data_facts(shards):
     """What decides the order of a run's samples, by kind: [how many, CRC-32 of their records and of the sizes of shards]. Plain
     values for a checkpoint, which goes on with no others."""
-    kinds = {"images": shards.images, "pairs": shards.pairs} if isinstance(shards, Joined) else {"images": shards}
-    return {kind: [len(its), zlib.crc32(np.asarray(its.shard_sizes, "<i8").tobytes(), records_crc32(its.index))]
-            for kind, its in kinds.items() if its is not None}
+    kinds = (
+        {"images": shards.images, "pairs": shards.pairs}
+        if isinstance(shards, Joined)
+        else {"images": shards}
+    )
+    return {
+        kind: [
+            len(its),
+            zlib.crc32(np.asarray(its.shard_sizes, "<i8").tobytes(), records_crc32(its.index)),
+        ]
+        for kind, its in kinds.items()
+        if its is not None
+    }
 
 
 def share(rank=None, num_ranks=None):
@@ -134,10 +181,26 @@ def write_latents(config, out, *, dtype, batch, rank=None, num_ranks=None):
     shards = Shards(prepare_data(config, progress=rank == 0))
     # as training loads it, so that the latents are those that training would compute
     vae = new_vae(config, device)
-    with tqdm(total=-(-len(shards) // num_ranks), unit="image", desc="cache", disable=None if rank == 0 else True) as bar:
-        num = write_cache(shards, out, vae, vae_name=config.model.vae, size_px=config.data.size_px, dtype=dtype,
-                          device=device, batch=batch, num_threads=config.data.threads, rank=rank, num_ranks=num_ranks,
-                          progress=bar.update)
+    with tqdm(
+        total=-(-len(shards) // num_ranks),
+        unit="image",
+        desc="cache",
+        disable=None if rank == 0 else True,
+    ) as bar:
+        num = write_cache(
+            shards,
+            out,
+            vae,
+            vae_name=config.model.vae,
+            size_px=config.data.size_px,
+            dtype=dtype,
+            device=device,
+            batch=batch,
+            num_threads=config.data.threads,
+            rank=rank,
+            num_ranks=num_ranks,
+            progress=bar.update,
+        )
     return f"rank {rank} of {num_ranks}: {num:,} of {len(shards):,} latents written to {out}; train with data.latents={out}"
 
 
@@ -161,12 +224,18 @@ def vae_name(config):
 
 def foreign_data(config):
     """Return one sentence for each part that was trained on the shapes dataset but is about to see other data."""
-    wanted = {"image": ("shards",), "pair": ("pairs",), "mix": ("shards", "pairs")}[config.train.data]
+    wanted = {"image": ("shards",), "pair": ("pairs",), "mix": ("shards", "pairs")}[
+        config.train.data
+    ]
     other = [f"data.{key}" for key in wanted if getattr(config.data, key) != "shapes"]
     shipped_parts = [part for part in ("vae", "mllm") if getattr(config.model, part) == "shapes"]
     advice = {"vae": "an AutoencoderKL trained on photographs", "mllm": "an InternVL checkpoint"}
-    return [f"warning: model.{part}=shapes was trained on the shapes dataset alone, but {' and '.join(other)} is something "
-            f"else: set model.{part} to {advice[part]}" for part in shipped_parts if other]
+    return [
+        f"warning: model.{part}=shapes was trained on the shapes dataset alone, but {' and '.join(other)} is something "
+        f"else: set model.{part} to {advice[part]}"
+        for part in shipped_parts
+        if other
+    ]
 
 
 def new_vae(config, device):
@@ -176,14 +245,24 @@ def new_vae(config, device):
 
 def make_recipe(config):
     """RunConfig -> Recipe."""
-    return Recipe(seed=config.run.seed, mask=config.mask, adapter=config.adapter, time=asdict(config.time),
-                  sample_latents=config.model.vae_sample, caption_drop=config.train.caption_drop,
-                  noise_draws=config.train.noise_draws, align=config.align, align_share=config.align_share)
+    return Recipe(
+        seed=config.run.seed,
+        mask=config.mask,
+        adapter=config.adapter,
+        time=asdict(config.time),
+        sample_latents=config.model.vae_sample,
+        caption_drop=config.train.caption_drop,
+        noise_draws=config.train.noise_draws,
+        align=config.align,
+        align_share=config.align_share,
+    )
 
 
 def build_model(config, device):
     """Frozen parts on `device`, trained parts drawn from run.seed on the CPU -> IOMM."""
-    mllm = load_mllm(mllm_name(config), revision=config.model.mllm_revision, dtype=config.dtype, device=device)
+    mllm = load_mllm(
+        mllm_name(config), revision=config.model.mllm_revision, dtype=config.dtype, device=device
+    )
     return assemble(config, mllm, new_vae(config, device))
 
 
@@ -215,10 +294,14 @@ def read_run(run_dir, ranks=None):
     all of them, which check a share each and choose alike."""
     path = Path(run_dir) / "config.yaml"
     if not path.is_file():
-        raise InputError(f"{run_dir} is not a run folder: no config.yaml in it; give the run.dir of a training run")
+        raise InputError(
+            f"{run_dir} is not a run folder: no config.yaml in it; give the run.dir of a training run"
+        )
     folder = checkpoint_reader.newest(Path(run_dir) / "checkpoints", ranks)
     if folder is None:
-        raise InputError(f"{run_dir} has no intact checkpoint: train first, or wait for checkpoint.every_steps")
+        raise InputError(
+            f"{run_dir} has no intact checkpoint: train first, or wait for checkpoint.every_steps"
+        )
     return load_config(str(path)), folder
 
 
@@ -246,7 +329,9 @@ def load_weights(model, folder, weights="ema"):
     parameters, shapes = dict(model.named_parameters()), reader.manifest["shapes"]
     wanted, found = set(without_head(parameters)), set(without_head(shapes))
     if wanted != found:
-        raise InputError(f"{folder} is of another model: missing {sorted(wanted - found)[:3]}, unknown {sorted(found - wanted)[:3]}")
+        raise InputError(
+            f"{folder} is of another model: missing {sorted(wanted - found)[:3]}, unknown {sorted(found - wanted)[:3]}"
+        )
     for name, parameter in parameters.items():
         if name in wanted or shapes.get(name) == list(parameter.shape):
             parameter.copy_(reader.full(slot, name))

@@ -13,7 +13,16 @@ from iomm.engine.config_parser import all_keys, read
 from iomm.flow import TIME_KINDS
 from iomm.kernels.dispatch import cpu_has_bf16
 
-__all__ = ["CONFIGS", "FREE_KEYS", "RunConfig", "all_keys", "differences", "flat", "load_config", "parse"]
+__all__ = [
+    "CONFIGS",
+    "FREE_KEYS",
+    "RunConfig",
+    "all_keys",
+    "differences",
+    "flat",
+    "load_config",
+    "parse",
+]
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -121,11 +130,15 @@ class DataSection:
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"data.{name} must be between 0 and 1, got {getattr(self, name)}")
         if self.latents and (self.flip or self.crop != "center" or self.buckets):
-            raise InputError("data.latents are those of centre crops as they are: set data.flip=false, data.crop=center and "
-                             "data.buckets=false, or leave data.latents out")
+            raise InputError(
+                "data.latents are those of centre crops as they are: set data.flip=false, data.crop=center and "
+                "data.buckets=false, or leave data.latents out"
+            )
         if self.latents not in (None, "memory") and self.pairs:
-            raise InputError("data.latents of `iomm cache` are of one set of images: set data.latents=memory, no data.pairs, or "
-                             "leave data.latents out")
+            raise InputError(
+                "data.latents of `iomm cache` are of one set of images: set data.latents=memory, no data.pairs, or "
+                "leave data.latents out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +203,9 @@ class TimeSection:
     def __post_init__(self):
         choice("time.kind", self.kind, TIME_KINDS)
         if not (self.std > 0 and self.shift > 0):
-            raise InputError(f"time.std and time.shift must be > 0, got {self.std} and {self.shift}")
+            raise InputError(
+                f"time.std and time.shift must be > 0, got {self.std} and {self.shift}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,7 +242,9 @@ class OptimSection:
         choice("optim.adamw", self.adamw, ("torch", "apex"))
         choice("optim.schedule", self.schedule, ("constant", "cosine"))
         if not all(0 <= value < 1 for value in (*self.betas, self.momentum)):
-            raise InputError(f"optim.betas and optim.momentum must be in [0, 1), got {self.betas} and {self.momentum}")
+            raise InputError(
+                f"optim.betas and optim.momentum must be in [0, 1), got {self.betas} and {self.momentum}"
+            )
         positive("optim.newton_schulz_steps", self.newton_schulz_steps)
         positive("optim.warmup_steps", self.warmup_steps, 0)
         positive("optim.clip", self.clip, 0)
@@ -290,15 +307,21 @@ class ZeroSection:
             positive(f"zero.{name}", getattr(self, name), 0)
         positive("zero.hpz_partition_size", self.hpz_partition_size)
         if self.allgather_bucket_size % 2:
-            raise InputError(f"zero.allgather_bucket_size must be even, got {self.allgather_bucket_size}")
+            raise InputError(
+                f"zero.allgather_bucket_size must be even, got {self.allgather_bucket_size}"
+            )
         if self.hpz_partition_size > 1 and self.stage != 3:
-            raise InputError(f"zero.hpz_partition_size is for zero.stage 3 alone, got stage {self.stage}: leave it out")
+            raise InputError(
+                f"zero.hpz_partition_size is for zero.stage 3 alone, got stage {self.stage}: leave it out"
+            )
 
     def check_ranks(self, ranks):
         """Raises InputError if the weights' second copies cannot be shared out to so many ranks."""
         if ranks % self.hpz_partition_size:
-            raise InputError(f"zero.hpz_partition_size must divide the number of ranks, got {self.hpz_partition_size} and "
-                             f"{ranks}: give the number of GPUs of one machine, or leave it out")
+            raise InputError(
+                f"zero.hpz_partition_size must divide the number of ranks, got {self.hpz_partition_size} and "
+                f"{ranks}: give the number of GPUs of one machine, or leave it out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -419,24 +442,34 @@ class RunConfig:
     def __post_init__(self):
         choice("precision", self.precision, ("auto", "bf16", "fp32", "fp8"))
         if self.data.latents and self.model.vae_sample:
-            raise InputError("data.latents hold the VAE's mean: set model.vae_sample=false, or leave data.latents out")
+            raise InputError(
+                "data.latents hold the VAE's mean: set model.vae_sample=false, or leave data.latents out"
+            )
         if self.data.latents not in (None, "memory") and self.train.data != "image":
-            raise InputError(f"data.latents are of images, train.data is {self.train.data}: set train.data=image or "
-                             "data.latents=memory, or leave data.latents out")
+            raise InputError(
+                f"data.latents are of images, train.data is {self.train.data}: set train.data=image or "
+                "data.latents=memory, or leave data.latents out"
+            )
         if self.align.weight:
             self.align.block_in(PRESETS[self.model.preset].depth)
             if not self.align_share:
-                raise InputError(f"align.weight is {self.align.weight:g}, but no sample of this run is conditioned on "
-                                 "its image: set align.pairs=true to align pairs, or align.weight=0")
+                raise InputError(
+                    f"align.weight is {self.align.weight:g}, but no sample of this run is conditioned on "
+                    "its image: set align.pairs=true to align pairs, or align.weight=0"
+                )
             if self.data.latents == "memory" and (self.align.target == "vit" or self.align.pairs):
-                raise InputError("data.latents=memory keeps the image tokens of images alone: set align.target=projector and "
-                                 "align.pairs=false, or leave data.latents out")
+                raise InputError(
+                    "data.latents=memory keeps the image tokens of images alone: set align.target=projector and "
+                    "align.pairs=false, or leave data.latents out"
+                )
 
     @property
     def image_share(self) -> float:
         """Share of a global batch's samples that are conditioned on their image, as engine/data/mixture.py fills it."""
         batch = self.train.global_batch
-        return {"image": 1.0, "pair": 0.0, "mix": round(self.data.mix * batch) / batch}[self.train.data]
+        return {"image": 1.0, "pair": 0.0, "mix": round(self.data.mix * batch) / batch}[
+            self.train.data
+        ]
 
     @property
     def align_share(self) -> float:
@@ -453,15 +486,50 @@ class RunConfig:
 
 
 # A resumed run may change these: none of them changes what is computed in a step, rounding apart.
-FREE_KEYS = ("run.dir", "optim.adamw", "zero.stage", "zero.reduce_precision", "zero.overlap_comm", "zero.reduce_bucket_size",
-             "zero.allgather_bucket_size", "zero.prefetch_bucket_size", "zero.param_persistence_threshold",
-             "zero.max_live_parameters", "zero.hpz_partition_size", "train.steps", "train.micro_batch",
-             "train.overlap", "train.threads", "train.cpu_ranks", "train.compile", "train.recompute", "train.timeout_s",
-             "data.threads", "data.hw_decoder_load", "data.max_bad_fraction",
-             "data.max_bad_shards", "checkpoint.every_steps", "checkpoint.keep", "checkpoint.keep_every_steps",
-             "checkpoint.background", "checkpoint.mtbf_gpu_hours", "log.every_steps", "log.sample_images", "log.sample_steps", "log.wandb",
-             "evaluate.every_steps", "evaluate.micro_batch", "evaluate.num_images", "evaluate.steps", "evaluate.guidance",
-             "evaluate.prompts", "guard.max_skips", "guard.hang_s", "profile.start_step", "profile.num_steps")
+FREE_KEYS = (
+    "run.dir",
+    "optim.adamw",
+    "zero.stage",
+    "zero.reduce_precision",
+    "zero.overlap_comm",
+    "zero.reduce_bucket_size",
+    "zero.allgather_bucket_size",
+    "zero.prefetch_bucket_size",
+    "zero.param_persistence_threshold",
+    "zero.max_live_parameters",
+    "zero.hpz_partition_size",
+    "train.steps",
+    "train.micro_batch",
+    "train.overlap",
+    "train.threads",
+    "train.cpu_ranks",
+    "train.compile",
+    "train.recompute",
+    "train.timeout_s",
+    "data.threads",
+    "data.hw_decoder_load",
+    "data.max_bad_fraction",
+    "data.max_bad_shards",
+    "checkpoint.every_steps",
+    "checkpoint.keep",
+    "checkpoint.keep_every_steps",
+    "checkpoint.background",
+    "checkpoint.mtbf_gpu_hours",
+    "log.every_steps",
+    "log.sample_images",
+    "log.sample_steps",
+    "log.wandb",
+    "evaluate.every_steps",
+    "evaluate.micro_batch",
+    "evaluate.num_images",
+    "evaluate.steps",
+    "evaluate.guidance",
+    "evaluate.prompts",
+    "guard.max_skips",
+    "guard.hang_s",
+    "profile.start_step",
+    "profile.num_steps",
+)
 
 
 def load_config(name, overrides=()):
@@ -469,11 +537,13 @@ def load_config(name, overrides=()):
     path = Path(name) if name.endswith((".yaml", ".yml")) else CONFIGS / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yaml")))
-        raise InputError(f"--config {name}: no such file; give a path ending in .yaml or one of: {known}")
+        raise InputError(
+            f"--config {name}: no such file; give a path ending in .yaml or one of: {known}"
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        line = error.object[:error.start].count(b"\n") + 1
+        line = error.object[: error.start].count(b"\n") + 1
         raise InputError(f"{path}:{line}: not UTF-8 text") from None
     return parse(text, str(path), overrides)
 
@@ -483,7 +553,9 @@ def parse(text, source="config", overrides=()):
     config = read(RunConfig, text, source, overrides)
     if config.precision != "auto":
         return config
-    return replace(config, precision="bf16" if torch.cuda.is_available() or cpu_has_bf16() else "fp32")
+    return replace(
+        config, precision="bf16" if torch.cuda.is_available() or cpu_has_bf16() else "fp32"
+    )
 
 
 def as_plain(value):
@@ -498,7 +570,10 @@ def flat(config):
 
     def walk(value, prefix):
         for key, item in value.items():
-            walk(item, f"{prefix}{key}.") if isinstance(item, dict) else rows.update({prefix + key: item})
+            walk(item, f"{prefix}{key}.") if isinstance(item, dict) else rows.update(
+                {prefix + key: item}
+            )
+
     walk(asdict(config), "")
     return rows
 
@@ -508,5 +583,8 @@ def differences(config, other):
     mine, theirs = flat(config), flat(other)
     # There the last step shapes every step.
     bound = {"train.steps"} if config.optim.schedule == "cosine" else set()
-    return [f"{key}: {theirs[key]} became {mine[key]}" for key in mine
-            if mine[key] != theirs[key] and (key not in FREE_KEYS or key in bound)]
+    return [
+        f"{key}: {theirs[key]} became {mine[key]}"
+        for key in mine
+        if mine[key] != theirs[key] and (key not in FREE_KEYS or key in bound)
+    ]

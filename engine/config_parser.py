@@ -27,17 +27,25 @@ def read(cls, text, source="config", overrides=()):
     try:
         depth = 0
         for event in yaml.parse(text, yaml.SafeLoader):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(
+                event, yaml.CollectionEndEvent
+            )
             # 100,000 brackets keep PyYAML busy for minutes
             if depth > 10:
-                raise InputError(f"{source}:{event.start_mark.line + 1}: nested deeper than any config is")
+                raise InputError(
+                    f"{source}:{event.start_mark.line + 1}: nested deeper than any config is"
+                )
             if isinstance(event, yaml.AliasEvent):
-                raise InputError(f"{source}:{event.start_mark.line + 1}: YAML aliases (*name) are not allowed; write the value out")
+                raise InputError(
+                    f"{source}:{event.start_mark.line + 1}: YAML aliases (*name) are not allowed; write the value out"
+                )
         node = yaml.compose(text, yaml.SafeLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise InputError(f"{source}{line}: not valid YAML: {getattr(error, 'problem', error)}") from error
+        raise InputError(
+            f"{source}{line}: not valid YAML: {getattr(error, 'problem', error)}"
+        ) from error
     values, where = {}, {}
     if node is not None:
         read_section(cls, node, source, (), values, where)
@@ -48,8 +56,10 @@ def read(cls, text, source="config", overrides=()):
         names = tuple(key.split("."))
         kind = field_type(cls, names, "command line")
         if is_dataclass(kind):
-            raise InputError(f"command line: {key} is a section; set one of its keys: "
-                             + ", ".join(f"{key}.{f.name}" for f in fields(kind)))
+            raise InputError(
+                f"command line: {key} is a section; set one of its keys: "
+                + ", ".join(f"{key}.{f.name}" for f in fields(kind))
+            )
         values[names], where[names] = scalar(kind, value, f"command line: {key}"), "command line"
     try:
         return build(cls, (), values)
@@ -61,7 +71,9 @@ def read(cls, text, source="config", overrides=()):
 
 def read_section(cls, node, source, path, values, places):
     if not isinstance(node, yaml.MappingNode):
-        raise InputError(f"{source}:{node.start_mark.line + 1}: {'.'.join(path) or 'the file'} must be a section of keys")
+        raise InputError(
+            f"{source}:{node.start_mark.line + 1}: {'.'.join(path) or 'the file'} must be a section of keys"
+        )
     for key_node, value_node in node.value:
         where = f"{source}:{key_node.start_mark.line + 1}"
         names = (*path, str(key_node.value))
@@ -71,7 +83,10 @@ def read_section(cls, node, source, path, values, places):
             continue
         if names in values:
             raise InputError(f"{where}: {'.'.join(names)} is given twice")
-        values[names], places[names] = value_of(kind, value_node, f"{where}: {'.'.join(names)}"), where
+        values[names], places[names] = (
+            value_of(kind, value_node, f"{where}: {'.'.join(names)}"),
+            where,
+        )
 
 
 def field_type(cls, names, where):
@@ -184,7 +199,13 @@ def spell(kind):
         return " or ".join(spell(k) for k in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
         return f"{len(typing.get_args(kind))} numbers separated by commas"
-    return {bool: "true or false", int: "a whole number", float: "a number", str: "text", types.NoneType: "null"}[kind]
+    return {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        types.NoneType: "null",
+    }[kind]
 
 
 def build(cls, path, values):

@@ -70,12 +70,19 @@ def main(argv=None, start_peers=False):
         choice("--profile", args.profile, ("none", "nsys", "torch"))
         for name in ("config", "init", "hook", "resume"):
             if getattr(args, name) == "":
-                raise InputError(f"--{name} is empty: give a value (a variable of the shell that is not set?), or leave it out")
+                raise InputError(
+                    f"--{name} is empty: give a value (a variable of the shell that is not set?), or leave it out"
+                )
         if args.dry_run is not None and args.dry_run < 1:
             raise InputError(f"--dry-run must be a number of GPUs, 1 or more, got {args.dry_run}")
-        config = load_config(args.config or STAGES[args.stage], args.overrides + [f"run.init={args.init}"] * bool(args.init))
+        config = load_config(
+            args.config or STAGES[args.stage],
+            args.overrides + [f"run.init={args.init}"] * bool(args.init),
+        )
         if args.stage == "finetune" and config.run.init is None:
-            raise InputError("--stage finetune starts from a run of stage 1: give --init RUN, the run.dir of that run")
+            raise InputError(
+                "--stage finetune starts from a run of stage 1: give --init RUN, the run.dir of that run"
+            )
         _, device = group.take_device(args.local_rank)
         check_kernels(config.precision)
         if config.log.wandb:
@@ -85,9 +92,14 @@ def main(argv=None, start_peers=False):
                 print(dry_run.describe(dry_run.make_plan(config, args.dry_run), config))
             return 0
         size = cpu_ranks.num_ranks(config.train, device.type) if start_peers else 1
-        with cpu_ranks.Peers(size, cpu_ranks.num_threads(config.train, size)), RankLog(config.run.dir):
+        with (
+            cpu_ranks.Peers(size, cpu_ranks.num_threads(config.train, size)),
+            RankLog(config.run.dir),
+        ):
             ranks = group.start(config.train.timeout_s, args.local_rank)
-            with Watchdog(ranks, config.run.dir, config.guard.hang_s, int(os.environ.get("IOMM_PARENT", 0))) as watch:
+            with Watchdog(
+                ranks, config.run.dir, config.guard.hang_s, int(os.environ.get("IOMM_PARENT", 0))
+            ) as watch:
                 # The watch does
                 speaks = False
                 return 0 if run(config, args, ranks, watch) else REQUEUE
@@ -105,17 +117,42 @@ def main(argv=None, start_peers=False):
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--stage", default="pretrain", help=f"one of: {', '.join(STAGES)}")
-    parser.add_argument("--config", help="name of a file in engine/configs, or a path ending in .yaml; default: the stage's demo")
-    parser.add_argument("--init", help="run folder to start from: its newest weights (run.init_weights), all else fresh")
-    parser.add_argument("--resume", default="none", help="none, auto (newest intact checkpoint of run.dir, if any), or a checkpoint folder")
-    parser.add_argument("--profile", default="none", help="none, nsys, or torch: trace profile.num_steps from profile.start_step on")
-    parser.add_argument("--hook", metavar="package.module:function",
-                        help="called on rank 0 after each evaluation with (config, step, images, prompts); the numbers that it "
-                        "returns by name are logged")
-    parser.add_argument("--dry-run", type=int, nargs="?", const=8, metavar="GPUS",
-                        help="check config and paths, print parameters, memory and work for so many GPUs (default 8), and stop")
+    parser.add_argument(
+        "--config",
+        help="name of a file in engine/configs, or a path ending in .yaml; default: the stage's demo",
+    )
+    parser.add_argument(
+        "--init",
+        help="run folder to start from: its newest weights (run.init_weights), all else fresh",
+    )
+    parser.add_argument(
+        "--resume",
+        default="none",
+        help="none, auto (newest intact checkpoint of run.dir, if any), or a checkpoint folder",
+    )
+    parser.add_argument(
+        "--profile",
+        default="none",
+        help="none, nsys, or torch: trace profile.num_steps from profile.start_step on",
+    )
+    parser.add_argument(
+        "--hook",
+        metavar="package.module:function",
+        help="called on rank 0 after each evaluation with (config, step, images, prompts); the numbers that it "
+        "returns by name are logged",
+    )
+    parser.add_argument(
+        "--dry-run",
+        type=int,
+        nargs="?",
+        const=8,
+        metavar="GPUS",
+        help="check config and paths, print parameters, memory and work for so many GPUs (default 8), and stop",
+    )
     # The launcher adds it.
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -126,7 +163,9 @@ def parse_args(argv):
 def check_kernels(precision):
     """Raises InputError if IOMM_KERNELS asks for a body that is unknown or cannot run here, or precision for a GPU's fp8."""
     if precision == "fp8" and (reason := fp8_linear.why_not()):
-        raise InputError(f"precision fp8 on this GPU ({torch.cuda.get_device_name()}) {reason}: set precision=bf16")
+        raise InputError(
+            f"precision fp8 on this GPU ({torch.cuda.get_device_name()}) {reason}: set precision=bf16"
+        )
     try:
         dispatch.table("cuda" if torch.cuda.is_available() else "cpu")
     except ValueError as error:
@@ -144,16 +183,41 @@ def run(config, args, ranks, watch):
     state, source, flops = build(config, ranks, folder, say)
     # It may be an earlier one of this very run.
     if args.resume not in ("none", "auto"):
-        ranks.on_first(lambda: checkpoint_writer.set_aside(Path(config.run.dir) / "checkpoints", state.step))
-    metrics = Metrics(config.run.dir, flops_per_image=flops, global_batch=config.train.global_batch,
-                      num_steps=config.train.steps, ranks=ranks, start_step=state.step, gpu_hours=state.gpu_hours,
-                      tokens_per_image=dry_run.tokens(state.sharded.engine.module, config), wandb=config.log.wandb,
-                      settings=flat(config)) if ranks.first else None
+        ranks.on_first(
+            lambda: checkpoint_writer.set_aside(Path(config.run.dir) / "checkpoints", state.step)
+        )
+    metrics = (
+        Metrics(
+            config.run.dir,
+            flops_per_image=flops,
+            global_batch=config.train.global_batch,
+            num_steps=config.train.steps,
+            ranks=ranks,
+            start_step=state.step,
+            gpu_hours=state.gpu_hours,
+            tokens_per_image=dry_run.tokens(state.sharded.engine.module, config),
+            wandb=config.log.wandb,
+            settings=flat(config),
+        )
+        if ranks.first
+        else None
+    )
     if metrics is not None:
         metrics.careful("machine.json", write_machine, config.run.dir, ranks.size)
-    window = Window(args.profile, state.step + config.profile.start_step, config.profile.num_steps, config.run.dir, ranks)
-    saver = checkpoint_writer.Saver(Path(config.run.dir) / "checkpoints", ranks.apart(), keep=config.checkpoint.keep,
-                             keep_every_steps=config.checkpoint.keep_every_steps, background=config.checkpoint.background)
+    window = Window(
+        args.profile,
+        state.step + config.profile.start_step,
+        config.profile.num_steps,
+        config.run.dir,
+        ranks,
+    )
+    saver = checkpoint_writer.Saver(
+        Path(config.run.dir) / "checkpoints",
+        ranks.apart(),
+        keep=config.checkpoint.keep,
+        keep_every_steps=config.checkpoint.keep_every_steps,
+        background=config.checkpoint.background,
+    )
     evaluation = Evaluation(config, source, ranks, hook) if config.evaluate.every_steps else None
     if loop.train(state, source, config, saver, watch, metrics, window, evaluation):
         # The other ranks of this machine wait.
@@ -188,33 +252,61 @@ def build(config, ranks, folder=None, say=print):
         say(line)
     model = builders.build_model(config, ranks.device)
     mllm, vae = model.frozen
-    source = builders.open_source(config, ranks, mllm, vae, index_dir=index_dir, pairs_dir=pairs_dir)
+    source = builders.open_source(
+        config, ranks, mllm, vae, index_dir=index_dir, pairs_dir=pairs_dir
+    )
     if ranks.first:
         threads = torch.get_num_threads()
-        say(f"{len(source.shards)} images, {ranks.size} rank{'s' * (ranks.size > 1)} on {ranks.device.type}, {threads} thread"
+        say(
+            f"{len(source.shards)} images, {ranks.size} rank{'s' * (ranks.size > 1)} on {ranks.device.type}, {threads} thread"
             f"{'s' * (threads > 1)} each, {config.precision}, ZeRO-{config.zero.stage}; "
-            f"trained parameters {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M")
+            f"trained parameters {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M"
+        )
         say(dispatch.format_table(ranks.device.type))
-        say("\n".join(dry_run.memory_table(dry_run.memory(model, config, ranks.size, source.micro_batch))))
+        say(
+            "\n".join(
+                dry_run.memory_table(dry_run.memory(model, config, ranks.size, source.micro_batch))
+            )
+        )
     if config.run.init is not None and folder is None:
         say(start_from(config, model, ranks))
     if config.precision == "fp8":
-        say("precision fp8 has not been compared on a GPU yet: no record says that its loss follows bf16's "
-            "(python benchmarks/studies/precision.py makes one)")
+        say(
+            "precision fp8 has not been compared on a GPU yet: no record says that its loss follows bf16's "
+            "(python benchmarks/studies/precision.py makes one)"
+        )
     flops = sum(dry_run.work(model, config).values())
     compiled = config.train.compiled(ranks.device)
     if compiled:
         from torch._inductor.runtime.cache_dir_utils import cache_dir
+
         # And nobody compiles before.
         ranks.all(remove_half_compiled(cache_dir()) if ranks.local_rank == 0 else None)
-    model.prepare_blocks(compiled=compiled, recompute=config.train.recompute, fp8=config.precision == "fp8")
+    model.prepare_blocks(
+        compiled=compiled, recompute=config.train.recompute, fp8=config.precision == "fp8"
+    )
     sharded = zero.Sharded(
-        model.to(ranks.device), lambda module: make_optimizer(module, config.optim, adamw), config=config, ranks=ranks,
-        leaves=model.leaves, micro_batch=source.micro_batch, accumulation=source.accumulation_steps)
-    skips = BadSamples(config.data.max_bad_fraction, config.data.max_bad_shards,
-                  Path(config.run.dir) / "skipped.jsonl" if ranks.first else None)
-    state = run_state.State(sharded, Ema(sharded.masters, config.ema.decay), make_guard(config, say), skips, ranks,
-                       ranks.on_first(lambda: builders.data_facts(source.shards)))
+        model.to(ranks.device),
+        lambda module: make_optimizer(module, config.optim, adamw),
+        config=config,
+        ranks=ranks,
+        leaves=model.leaves,
+        micro_batch=source.micro_batch,
+        accumulation=source.accumulation_steps,
+    )
+    skips = BadSamples(
+        config.data.max_bad_fraction,
+        config.data.max_bad_shards,
+        Path(config.run.dir) / "skipped.jsonl" if ranks.first else None,
+    )
+    state = run_state.State(
+        sharded,
+        Ema(sharded.masters, config.ema.decay),
+        make_guard(config, say),
+        skips,
+        ranks,
+        ranks.on_first(lambda: builders.data_facts(source.shards)),
+    )
     if folder is not None:
         run_state.restore(state, folder)
         say(f"resumed from {folder}: step {state.step} of {config.train.steps}")
@@ -230,7 +322,9 @@ def start_from(config, model, ranks):
 
 
 def make_guard(config, say):
-    return LossGuard(config.guard.max_skips, config.guard.spike_sigmas, config.guard.skip_spikes, say)
+    return LossGuard(
+        config.guard.max_skips, config.guard.spike_sigmas, config.guard.skip_spikes, say
+    )
 
 
 def open_run_dir(config, args):
@@ -239,11 +333,15 @@ def open_run_dir(config, args):
     if (run_dir / "config.yaml").is_file():
         changed = differences(config, load_config(str(run_dir / "config.yaml")))
         if changed:
-            raise InputError(f"{run_dir} is the run of another config ({'; '.join(changed)}): "
-                             "give the same values to resume it, or choose another run.dir, there with --resume "
-                             f"{run_dir}/checkpoints/step-N to go on from one of its checkpoints")
+            raise InputError(
+                f"{run_dir} is the run of another config ({'; '.join(changed)}): "
+                "give the same values to resume it, or choose another run.dir, there with --resume "
+                f"{run_dir}/checkpoints/step-N to go on from one of its checkpoints"
+            )
     if args.resume == "none" and checkpoint_reader.steps(run_dir / "checkpoints"):
-        raise InputError(f"{run_dir} already holds a run: add --resume auto to go on with it, or choose another run.dir")
+        raise InputError(
+            f"{run_dir} already holds a run: add --resume auto to go on with it, or choose another run.dir"
+        )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         checkpoint_writer.take(run_dir)
@@ -264,7 +362,9 @@ def choose_checkpoint(config, args, ranks):
     folder = checkpoint_reader.newest(checkpoints, ranks)
     if folder is None:
         if ranks.on_first(lambda: bool(checkpoint_reader.steps(checkpoints))):
-            raise InputError(f"no checkpoint under {checkpoints} is intact: choose another run.dir to start anew")
+            raise InputError(
+                f"no checkpoint under {checkpoints} is intact: choose another run.dir to start anew"
+            )
         if ranks.first:
             print(f"no checkpoint under {checkpoints} yet: starting at step 0")
     return folder
@@ -285,29 +385,54 @@ def finish(config, args, metrics, saver, ranks):
     run_dir = config.run.dir
     try:
         if config.log.sample_images:
-            path = draw_run(run_dir, num=config.log.sample_images, steps=config.log.sample_steps, device=ranks.device)
+            path = draw_run(
+                run_dir,
+                num=config.log.sample_images,
+                steps=config.log.sample_steps,
+                device=ranks.device,
+            )
             metrics.image("samples", path, config.train.steps)
             print(f"samples     {path}")
             if config.data.shards == config.model.mllm == "shapes":
                 print(grade_run(run_dir, steps=config.log.sample_steps, device=ranks.device))
     except Exception as error:
         # of whatever kind: too little memory, no room on the disk
-        print(f"samples     not drawn or not scored: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        print(
+            f"samples     not drawn or not scored: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        )
     if report := metrics.report():
         print(f"report      {report}")
     metrics.close()
-    again = [f"--{name} {shlex.quote(value)}" for name in ("config", "init", "hook") if (value := getattr(args, name))]
+    again = [
+        f"--{name} {shlex.quote(value)}"
+        for name in ("config", "init", "hook")
+        if (value := getattr(args, name))
+    ]
     again += [shlex.quote(o) for o in args.overrides if not o.startswith("train.steps=")]
     stage_1 = args.stage == "pretrain"
     if saver.folder is not None:
-        print(f"checkpoint  {saver.folder}: {saver.bytes / 2**20:.0f} MiB in {saver.write_s:.1f} s, training waited "
-              f"{saver.stall_s:.2f} s\n            {advice(config, metrics, saver, ranks.size)}")
-    print(f"log         {run_dir}/log.jsonl, {run_dir}/tb (tensorboard --logdir {run_dir}/tb)\n"
-          f"GPU-hours   {metrics.gpu_hours:.3f}\n"
-          f"next        iomm sample --run {run_dir} --num 16\n"
-          + (f"            deepspeed engine/launch.py --stage finetune --init {run_dir}   # stage 2\n" if stage_1 else "")
-          + (f"            deepspeed engine/launch.py --stage {args.stage} --resume auto {' '.join(again)} "
-             f"train.steps={2 * config.train.steps}   # train on\n" if config.optim.schedule != "cosine" else ""), end="", flush=True)
+        print(
+            f"checkpoint  {saver.folder}: {saver.bytes / 2**20:.0f} MiB in {saver.write_s:.1f} s, training waited "
+            f"{saver.stall_s:.2f} s\n            {advice(config, metrics, saver, ranks.size)}"
+        )
+    print(
+        f"log         {run_dir}/log.jsonl, {run_dir}/tb (tensorboard --logdir {run_dir}/tb)\n"
+        f"GPU-hours   {metrics.gpu_hours:.3f}\n"
+        f"next        iomm sample --run {run_dir} --num 16\n"
+        + (
+            f"            deepspeed engine/launch.py --stage finetune --init {run_dir}   # stage 2\n"
+            if stage_1
+            else ""
+        )
+        + (
+            f"            deepspeed engine/launch.py --stage {args.stage} --resume auto {' '.join(again)} "
+            f"train.steps={2 * config.train.steps}   # train on\n"
+            if config.optim.schedule != "cosine"
+            else ""
+        ),
+        end="",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -62,7 +62,12 @@ def train(state, source, config, saver, watch, metrics=None, window=None, evalua
         batches = Prefetcher(batches, sharded.module.prepare, ranks.device)
         look_ahead = batches.fetch
     factor = (lambda loss: spike_factor(loss, guard, ranks)) if guard.skip_spikes else None
-    bar = tqdm(total=config.train.steps, initial=state.step, disable=None if ranks.first else True, unit="step")
+    bar = tqdm(
+        total=config.train.steps,
+        initial=state.step,
+        disable=None if ranks.first else True,
+        unit="step",
+    )
     start, asked = state.step, False
     with Stop() as stop, nullcontext() if metrics is None else metrics.clock:
         while state.step < config.train.steps and not asked:
@@ -72,17 +77,24 @@ def train(state, source, config, saver, watch, metrics=None, window=None, evalua
             if window is not None:
                 window.before(state.step + 1)
             loss, by_time, applied, wait_s, failures, seen, aligned = train_step(
-                sharded, islice(batches, source.accumulation_steps), factor, look_ahead)
+                sharded, islice(batches, source.accumulation_steps), factor, look_ahead
+            )
             if applied:
                 with named("ema"):
                     ema.update(state.step)
             state.step += 1
-            sums = torch.cat((loss[None] / ranks.size, by_time.flatten(), aligned,
-                              loss.new_tensor([len(failures), stop.asked])))
+            sums = torch.cat(
+                (
+                    loss[None] / ranks.size,
+                    by_time.flatten(),
+                    aligned,
+                    loss.new_tensor([len(failures), stop.asked]),
+                )
+            )
             # One message: losses, sums and counts by time, replaced samples, stop.
             dist.all_reduce(sums)
             loss, *parts, failed, asked = sums.tolist()
-            by_time, aligned = parts[:by_time.numel()], parts[by_time.numel():]
+            by_time, aligned = parts[: by_time.numel()], parts[by_time.numel() :]
             align_loss = aligned[0] / aligned[1] if any(aligned[1:]) else None
             words = f"samples {(state.step - 1) * batch} to {state.step * batch - 1}"
             words = words if applied else words + suspects(seen, ranks)
@@ -101,11 +113,23 @@ def train(state, source, config, saver, watch, metrics=None, window=None, evalua
             row = None
             if metrics is not None:
                 row = metrics.record(
-                    step=state.step, loss=loss, align_loss=align_loss, by_time=by_time,
-                    grad_norm=sharded.grad_norm() if applied else None, lr=lr, data_wait_s=wait_s,
-                    skipped_steps=guard.total, skipped_samples=state.skips.total)
+                    step=state.step,
+                    loss=loss,
+                    align_loss=align_loss,
+                    by_time=by_time,
+                    grad_norm=sharded.grad_norm() if applied else None,
+                    lr=lr,
+                    data_wait_s=wait_s,
+                    skipped_steps=guard.total,
+                    skipped_samples=state.skips.total,
+                )
                 state.gpu_hours = row["gpu_hours"]
-            if asked or mistake or state.step % config.checkpoint.every_steps == 0 or state.step == config.train.steps:
+            if (
+                asked
+                or mistake
+                or state.step % config.checkpoint.every_steps == 0
+                or state.step == config.train.steps
+            ):
                 if any(ranks.all(saver.waits)):
                     # A disk may take longer than a step.
                     watch.rest()
@@ -121,7 +145,9 @@ def train(state, source, config, saver, watch, metrics=None, window=None, evalua
                 if metrics is not None:
                     state.gpu_hours = metrics.add(row, evaluated)["gpu_hours"]
                     metrics.report()
-            if metrics is not None and (state.step % config.log.every_steps == 0 or state.step == 1 or evaluated):
+            if metrics is not None and (
+                state.step % config.log.every_steps == 0 or state.step == 1 or evaluated
+            ):
                 bar.write(line(row, config.train.steps))
             bar.update()
             if window is not None:
@@ -130,7 +156,9 @@ def train(state, source, config, saver, watch, metrics=None, window=None, evalua
         folder = saver.wait()
     bar.close()
     if folder is None and state.step > start:
-        raise InputError(f"the last checkpoint, of step {state.step}, could not be written: make room, then --resume auto")
+        raise InputError(
+            f"the last checkpoint, of step {state.step}, could not be written: make room, then --resume auto"
+        )
     return state.step == config.train.steps
 
 
@@ -157,4 +185,8 @@ def suspects(seen, ranks):
     """Which samples of a skipped step had a loss, of either kind, that is not finite, in words. All ranks together."""
     mine = [int(n) for n_B, loss_B in seen for n in n_B[~loss_B.isfinite().cpu()].tolist()]
     bad = sorted(set(sum(ranks.all(mine), [])))
-    return f"; not finite: {', '.join(map(str, bad[:16]))}{' ...' * (len(bad) > 16)}" if bad else "; the loss of each is finite"
+    return (
+        f"; not finite: {', '.join(map(str, bad[:16]))}{' ...' * (len(bad) > 16)}"
+        if bad
+        else "; the loss of each is finite"
+    )

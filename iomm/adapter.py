@@ -21,7 +21,9 @@ class QueryAdapter(nn.Module):
     def __init__(self, config, width):
         super().__init__()
         if width % config.head_dim:
-            raise InputError(f"adapter.head_dim must divide the MLLM's width {width}, got {config.head_dim}")
+            raise InputError(
+                f"adapter.head_dim must divide the MLLM's width {width}, got {config.head_dim}"
+            )
         self.kind, self.head_dim = config.kind, config.head_dim
         self.queries_QD = nn.Parameter(torch.empty(config.num_queries, width))
         if config.kind == "rqa":
@@ -36,7 +38,7 @@ class QueryAdapter(nn.Module):
         """Draws the weights on the CPU from `seed` alone."""
         generator = torch.Generator().manual_seed(seed)
         width = self.queries_QD.shape[1]
-        self.queries_QD.normal_(std=width ** -0.5, generator=generator)
+        self.queries_QD.normal_(std=width**-0.5, generator=generator)
         init_linears(self, generator)
         if self.kind == "rqa":
             nn.init.zeros_(self.to_out.weight)
@@ -50,11 +52,16 @@ class QueryAdapter(nn.Module):
             return x_BQD
         q, k, v = (
             linear(tokens).unflatten(-1, (-1, self.head_dim))
-            for linear, tokens in self._inputs(condition))
+            for linear, tokens in self._inputs(condition)
+        )
         # The same queries for every sample: projected once.
         q = q.expand(condition.batch, *q.shape).flatten(0, 1)
-        offsets = torch.arange(0, condition.batch * num + 1, num, dtype=torch.int32, device=q.device)
-        read = masked_attention(q, None, None, offsets, prefix_k=k, prefix_v=v, prefix_offsets=condition.offsets)
+        offsets = torch.arange(
+            0, condition.batch * num + 1, num, dtype=torch.int32, device=q.device
+        )
+        read = masked_attention(
+            q, None, None, offsets, prefix_k=k, prefix_v=v, prefix_offsets=condition.offsets
+        )
         x_BQD = x_BQD + self.to_out(read.flatten(-2)).view_as(x_BQD)
         return x_BQD + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x_BQD)), approximate="tanh"))
 
@@ -83,7 +90,9 @@ class ConnectorLayer(nn.Module):
         self.mlp_in, self.mlp_out = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x_BCD, shown_BC=None):
-        q, k, v = self.qkv(self.attention_norm(x_BCD)).unflatten(-1, (3, -1, self.head_dim)).unbind(2)
+        q, k, v = (
+            self.qkv(self.attention_norm(x_BCD)).unflatten(-1, (3, -1, self.head_dim)).unbind(2)
+        )
         x_BCD = x_BCD + self.out(attend(q, k, v, shown_BC))
         return x_BCD + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x_BCD)), approximate="tanh"))
 
@@ -96,8 +105,12 @@ class Connector(nn.Module):
     def __init__(self, config, width):
         super().__init__()
         if width % config.head_dim:
-            raise InputError(f"adapter.head_dim must divide the MLLM's width {width}, got {config.head_dim}")
-        self.blocks = nn.ModuleList(ConnectorLayer(width, config.head_dim) for _ in range(config.connector_layers))
+            raise InputError(
+                f"adapter.head_dim must divide the MLLM's width {width}, got {config.head_dim}"
+            )
+        self.blocks = nn.ModuleList(
+            ConnectorLayer(width, config.head_dim) for _ in range(config.connector_layers)
+        )
 
     @torch.no_grad()
     def init_weights(self, seed):
@@ -118,8 +131,11 @@ class Connector(nn.Module):
 
     def flops(self, num_tokens):
         """Forward FLOPs of one image: 2 m n k of every matrix product."""
-        return sum(linear_flops(layer, num_tokens) + attention_flops(num_tokens, num_tokens, layer.out.in_features)
-                   for layer in self.blocks)
+        return sum(
+            linear_flops(layer, num_tokens)
+            + attention_flops(num_tokens, num_tokens, layer.out.in_features)
+            for layer in self.blocks
+        )
 
 
 def init_linears(module, generator):

@@ -13,11 +13,15 @@ def enter(script):
     place, so that `benchmarks` and `tests` can be imported. Exits with a sentence if `iomm` comes from another checkout:
     half of what the script measures would be that one's."""
     script = Path(script).resolve()
-    root = next((folder for folder in script.parents if (folder / "iomm" / "__init__.py").is_file()), None)
+    root = next(
+        (folder for folder in script.parents if (folder / "iomm" / "__init__.py").is_file()), None
+    )
     if sys.path and Path(sys.path[0] or ".").resolve() == script.parent:
         here, there = root and (root / "iomm").resolve(), Path(iomm.__file__).resolve().parent
         if here != there:
-            raise SystemExit(f"{script} is of {root}, but Python imports {there}: run `pip install -e .` in {root}, or set "
-                             f"PYTHONPATH={root}")
+            raise SystemExit(
+                f"{script} is of {root}, but Python imports {there}: run `pip install -e .` in {root}, or set "
+                f"PYTHONPATH={root}"
+            )
         sys.path[0] = str(root)
     return root

@@ -51,14 +51,22 @@ class GeneratorConfig:
         if min(self.width, self.num_heads, self.num_blocks, self.token_dim, self.condition_dim) < 1:
             raise InputError(f"generator sizes must be >= 1, got {self}")
         if self.width % self.num_heads:
-            raise InputError(f"generator.width must be a multiple of num_heads, got {self.width} and {self.num_heads}")
+            raise InputError(
+                f"generator.width must be a multiple of num_heads, got {self.width} and {self.num_heads}"
+            )
         if self.kind == "single_stream" and self.num_single_blocks:
-            raise InputError("generator.num_single_blocks is for kind mmdit; a single_stream's layers are num_blocks")
+            raise InputError(
+                "generator.num_single_blocks is for kind mmdit; a single_stream's layers are num_blocks"
+            )
         if self.kind == "mmdit" and (self.num_refiner_blocks or not self.norm_affine):
-            raise InputError("generator.num_refiner_blocks and norm_affine are for kind single_stream")
+            raise InputError(
+                "generator.num_refiner_blocks and norm_affine are for kind single_stream"
+            )
         if any(dim % 2 for dim in self.rope_axes) or sum(self.rope_axes) != self.head_dim:
             multiple = 32 if self.kind == "mmdit" else 16
-            raise InputError(f"generator head dim must be a multiple of {multiple} (rotary axes), got {self.head_dim}")
+            raise InputError(
+                f"generator head dim must be a multiple of {multiple} (rotary axes), got {self.head_dim}"
+            )
 
     @property
     def head_dim(self):
@@ -83,7 +91,13 @@ PRESETS = {
     "iomm-b": GeneratorConfig(width=1536, num_heads=12, num_blocks=19),
     "iomm-l": GeneratorConfig(width=2048, num_heads=16, num_blocks=18),
     "iomm-xl": GeneratorConfig(
-        kind="single_stream", width=3840, num_heads=30, num_blocks=30, num_refiner_blocks=2, rope_theta=256.0),
+        kind="single_stream",
+        width=3840,
+        num_heads=30,
+        num_blocks=30,
+        num_refiner_blocks=2,
+        rope_theta=256.0,
+    ),
 }
 
 
@@ -166,6 +180,8 @@ class AlignConfig:
     def block_in(self, depth: int) -> int:
         """Return the block's number in a generator of `depth` blocks. Raises InputError beyond the last."""
         if self.block > depth:
-            raise InputError(f"align.block must be at most {depth}, the generator's number of blocks, "
-                             f"got {self.block}")
+            raise InputError(
+                f"align.block must be at most {depth}, the generator's number of blocks, "
+                f"got {self.block}"
+            )
         return self.block or -(-depth // 3)

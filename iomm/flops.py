@@ -46,22 +46,32 @@ def flops_by_part(model, size_px, num_text=None, *, image=True, cached=False, to
     projected = image or recipe.align.target == "projector"
     vit = mllm.vit_flops(projector=projected) if (image or aligned) and not tokens_cached else 0
     grid = vae.grid(size_px, size_px)
-    parts = {"VAE": 0 if cached else vae.flops_per_image(size_px), "ViT": vit,
-             "MLLM": sum(mllm.decoder_flops(num_prefix, num_queries, outputs=recipe.adapter.conditions == "all")),
-             "generator": 3 * recipe.noise_draws * model.generator.flops_per_image(grid, num_condition)}
+    parts = {
+        "VAE": 0 if cached else vae.flops_per_image(size_px),
+        "ViT": vit,
+        "MLLM": sum(
+            mllm.decoder_flops(num_prefix, num_queries, outputs=recipe.adapter.conditions == "all")
+        ),
+        "generator": 3 * recipe.noise_draws * model.generator.flops_per_image(grid, num_condition),
+    }
     if model.adapter is not None:
         parts["adapter"] = 3 * model.adapter.flops(num_prefix)
     if model.connector is not None:
         parts["connector"] = 3 * model.connector.flops(num_condition)
     if model.alignment is not None:
-        parts["align"] = 3 * recipe.noise_draws * model.alignment.flops(math.prod(grid)) if aligned else 0
+        parts["align"] = (
+            3 * recipe.noise_draws * model.alignment.flops(math.prod(grid)) if aligned else 0
+        )
     return parts
 
 
 def tokens_per_image(model, size_px, num_text=None, *, image=True):
     """Return the tokens that the generator reads of one sample: latent tokens N + condition tokens C, the latter in the
     mean over masks, in each of its noise draws. num_text and image as in flops_by_part."""
-    once = math.prod(model.frozen[1].grid(size_px, size_px)) + condition_tokens(model, num_text, image)[1]
+    once = (
+        math.prod(model.frozen[1].grid(size_px, size_px))
+        + condition_tokens(model, num_text, image)[1]
+    )
     return model.recipe.noise_draws * once
 
 
@@ -69,7 +79,13 @@ def condition_tokens(model, num_text=None, image=True):
     """Return (tokens before the queries, C): what the MLLM reads of a sample and what the generator reads of the MLLM, in
     the mean over masks."""
     mllm, mask = model.frozen[0], model.recipe.mask
-    text = len(mllm.token_ids("".join(TURN) + "".join(IMAGE) + RECONSTRUCT)) if num_text is None else num_text
+    text = (
+        len(mllm.token_ids("".join(TURN) + "".join(IMAGE) + RECONSTRUCT))
+        if num_text is None
+        else num_text
+    )
     shown = mllm.num_image_tokens * (1 if mask.mode == "zero" else 1 - mask.ratio) if image else 0
     num_queries = 0 if model.adapter is None else model.recipe.adapter.num_queries
-    return text + shown, num_queries + (text + shown if model.recipe.adapter.conditions == "all" else 0)
+    return text + shown, num_queries + (
+        text + shown if model.recipe.adapter.conditions == "all" else 0
+    )

@@ -44,8 +44,10 @@ def velocity_loss(velocity_BNK, target_BNK):
 
     Raises ValueError unless both have one shape (B, N, K): broadcasting would give a wrong loss."""
     if velocity_BNK.dim() != 3 or velocity_BNK.shape != target_BNK.shape:
-        raise ValueError(f"velocity and target must be (B, N, K) alike, "
-                         f"got {tuple(velocity_BNK.shape)} and {tuple(target_BNK.shape)}")
+        raise ValueError(
+            f"velocity and target must be (B, N, K) alike, "
+            f"got {tuple(velocity_BNK.shape)} and {tuple(target_BNK.shape)}"
+        )
     dtype = torch.promote_types(velocity_BNK.dtype, torch.float32)
     loss_B = (velocity_BNK.to(dtype) - target_BNK.to(dtype)).square().mean(dim=(1, 2))
     return loss_B.mean(), loss_B
@@ -56,5 +58,7 @@ def loss_by_time(loss_B, t_B, num_buckets=4):
 
     Sums, not means, so that ranks and steps add up; divide where a bucket is not empty."""
     bucket_B = (t_B * num_buckets).long().clamp(0, num_buckets - 1)
-    sums = torch.zeros(num_buckets, dtype=loss_B.dtype, device=loss_B.device).index_add(0, bucket_B, loss_B)
+    sums = torch.zeros(num_buckets, dtype=loss_B.dtype, device=loss_B.device).index_add(
+        0, bucket_B, loss_B
+    )
     return sums, torch.bincount(bucket_B, minlength=num_buckets)

@@ -82,7 +82,8 @@ def rope_tables(positions_LX, axes, theta, device, dtype):
     The angles are float64 and only the results are rounded to `dtype`."""
     angles_LF = torch.cat(
         [
-            positions_LX[:, axis, None] * theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+            positions_LX[:, axis, None]
+            * theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
             for axis, dim in enumerate(axes)
         ],
         dim=1,

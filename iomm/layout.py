@@ -66,7 +66,9 @@ POOLED_DIM = 768
 def under(ours, theirs, names):
     """The table `names` with prefixes on both sides."""
     return {
-        f"{ours}.{our}": tuple(f"{theirs}.{their}" for their in ([value] if isinstance(value, str) else value))
+        f"{ours}.{our}": tuple(
+            f"{theirs}.{their}" for their in ([value] if isinstance(value, str) else value)
+        )
         for our, value in names.items()
     }
 
@@ -76,10 +78,18 @@ def module_names(config, patch):
     if config.kind == "mmdit":
         names = {ours: (theirs,) for ours, theirs in FLUX.items()}
         for index in range(config.num_blocks):
-            names |= under(f"blocks.{index}.latent_stream", f"transformer_blocks.{index}", FLUX_LATENT_STREAM)
-            names |= under(f"blocks.{index}.condition_stream", f"transformer_blocks.{index}", FLUX_CONDITION_STREAM)
+            names |= under(
+                f"blocks.{index}.latent_stream", f"transformer_blocks.{index}", FLUX_LATENT_STREAM
+            )
+            names |= under(
+                f"blocks.{index}.condition_stream",
+                f"transformer_blocks.{index}",
+                FLUX_CONDITION_STREAM,
+            )
         for index in range(config.num_single_blocks):
-            names |= under(f"single_blocks.{index}", f"single_transformer_blocks.{index}", FLUX_SINGLE)
+            names |= under(
+                f"single_blocks.{index}", f"single_transformer_blocks.{index}", FLUX_SINGLE
+            )
         return names
     names = {
         "latents_in": (f"all_x_embedder.{patch}-1",),
@@ -119,30 +129,52 @@ class Layout:
         for module_name, module in empty_generator(config, device="meta").named_modules():
             for kind, parameter in module.named_parameters(recurse=False):
                 name = f"{module_name}.{kind}" if module_name else kind
-                theirs = tuple(f"{their}.{kind}" for their in names[module_name]) if module_name else (PADS[kind],)
+                theirs = (
+                    tuple(f"{their}.{kind}" for their in names[module_name])
+                    if module_name
+                    else (PADS[kind],)
+                )
                 rows = getattr(module, "parts", (len(parameter),))
                 self.model_shapes[name] = tuple(parameter.shape)
                 self.pieces[name] = list(zip(theirs, rows, strict=True))
-                self.shapes |= {their: (count, *parameter.shape[1:]) for their, count in self.pieces[name]}
+                self.shapes |= {
+                    their: (count, *parameter.shape[1:]) for their, count in self.pieces[name]
+                }
             present.add(module_name)
         self.fillers = (
             flux_fillers(config)
             if config.kind == "mmdit"
-            else {f"{theirs}.weight": ((width,), 1.0) for theirs, width in norms(config, names, present)}
+            else {
+                f"{theirs}.weight": ((width,), 1.0)
+                for theirs, width in norms(config, names, present)
+            }
         )
         self.shapes |= {their: shape for their, (shape, _) in self.fillers.items()}
 
     def reorder(self, name, tensor, back=False):
         """A latent token's numbers are (channel, row, column) in ours and FLUX, (row, column, channel) in Z-Image."""
-        if self.config.kind == "mmdit" or name not in ("latents_in.weight", "final.weight", "final.bias"):
+        if self.config.kind == "mmdit" or name not in (
+            "latents_in.weight",
+            "final.weight",
+            "final.bias",
+        ):
             return tensor
-        order = torch.arange(self.config.token_dim).view(-1, self.patch, self.patch).permute(1, 2, 0).flatten()
+        order = (
+            torch.arange(self.config.token_dim)
+            .view(-1, self.patch, self.patch)
+            .permute(1, 2, 0)
+            .flatten()
+        )
         order = (order.argsort() if back else order).to(tensor.device)
         return tensor[:, order] if name == "latents_in.weight" else tensor[order]
 
     def to_theirs(self, state):
         """Our state dict -> theirs."""
-        check_tensors("generator", {name: tuple(tensor.shape) for name, tensor in state.items()}, self.model_shapes)
+        check_tensors(
+            "generator",
+            {name: tuple(tensor.shape) for name, tensor in state.items()},
+            self.model_shapes,
+        )
         theirs = {}
         for name, pieces in self.pieces.items():
             tensors = self.reorder(name, state[name]).split([rows for _, rows in pieces])
@@ -155,7 +187,9 @@ class Layout:
 
     def to_ours(self, name, read):
         """Our parameter `name` from `read(their name)`."""
-        return self.reorder(name, torch.cat([read(their)[:rows] for their, rows in self.pieces[name]]), back=True)
+        return self.reorder(
+            name, torch.cat([read(their)[:rows] for their, rows in self.pieces[name]]), back=True
+        )
 
 
 def flux_fillers(config):
@@ -186,7 +220,11 @@ def norms(config, names, present):
     """[(their norm, width)] of the norms that a parameter-free SingleStream has without a scale."""
     if config.norm_affine:
         return []
-    sizes = {"condition_norm": config.condition_dim, "q_norm": config.head_dim, "k_norm": config.head_dim}
+    sizes = {
+        "condition_norm": config.condition_dim,
+        "q_norm": config.head_dim,
+        "k_norm": config.head_dim,
+    }
     return [
         (names[name][0], sizes.get(name.split(".")[-1], config.width))
         for name in present
@@ -283,7 +321,9 @@ def understand(description, where):
     if read.get("out_channels") not in (None, read.get("in_channels")):
         wrong.append(f"out_channels={read['out_channels']!r} (wanted in_channels)")
     if wrong:
-        raise InputError(f"{where} describes a shape that this engine does not have: {', '.join(wrong)}")
+        raise InputError(
+            f"{where} describes a shape that this engine does not have: {', '.join(wrong)}"
+        )
     return config, patch
 
 

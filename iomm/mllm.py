@@ -62,10 +62,14 @@ class MLLM(Frozen):
         super().__init__(internvl)
         config = internvl.config
         if config.text_config.model_type not in ("qwen2", "qwen3"):
-            raise InputError(f"model.mllm: the decoder must be qwen2 or qwen3, got {config.text_config.model_type}")
+            raise InputError(
+                f"model.mllm: the decoder must be qwen2 or qwen3, got {config.text_config.model_type}"
+            )
         if config.vision_feature_layer != -1 or config.vision_feature_select_strategy != "default":
-            raise InputError("model.mllm: its image tokens must be those of the ViT's last layer without the class token, got "
-                             f"layer {config.vision_feature_layer}, strategy {config.vision_feature_select_strategy}")
+            raise InputError(
+                "model.mllm: its image tokens must be those of the ViT's last layer without the class token, got "
+                f"layer {config.vision_feature_layer}, strategy {config.vision_feature_select_strategy}"
+            )
         self.tokenizer = tokenizer
         self.width = config.text_config.hidden_size
         self.vit_px = config.vision_config.image_size[0]
@@ -80,7 +84,10 @@ class MLLM(Frozen):
         Prefixes are ragged, so the halves are compiled for any number of tokens."""
         for layer in self.backbone.vision_tower.encoder.layer:
             layer.forward = torch.compile(layer.forward, fullgraph=True, backend=backend)
-        self.heads, self.finish = (torch.compile(part, dynamic=True, fullgraph=True, backend=backend) for part in (heads, finish))
+        self.heads, self.finish = (
+            torch.compile(part, dynamic=True, fullgraph=True, backend=backend)
+            for part in (heads, finish)
+        )
 
     @property
     def dtype(self):
@@ -109,7 +116,9 @@ class MLLM(Frozen):
             embedded = self.embedded_rows(vit_pixels)
         # On a CPU one product is no faster (LOG.md, 2026-11-30), and rounds otherwise than the convolution of earlier runs.
         else:
-            embedded = tower.embeddings(normalised(vit_pixels, IMAGE_MEAN, IMAGE_STD).to(self.dtype))
+            embedded = tower.embeddings(
+                normalised(vit_pixels, IMAGE_MEAN, IMAGE_STD).to(self.dtype)
+            )
         return tower.layernorm(tower.encoder(embedded).last_hidden_state)[:, 1:]
 
     def embedded_rows(self, pixels_BHWC):
@@ -117,16 +126,29 @@ class MLLM(Frozen):
         embeddings = self.backbone.vision_tower.embeddings
         projection = embeddings.patch_embeddings.projection
         rows_BNK = image_patches(
-            pixels_BHWC, projection.kernel_size[0], mean=IMAGE_MEAN, std=IMAGE_STD, dtype=projection.weight.dtype)
+            pixels_BHWC,
+            projection.kernel_size[0],
+            mean=IMAGE_MEAN,
+            std=IMAGE_STD,
+            dtype=projection.weight.dtype,
+        )
         patches_BNW = F.linear(rows_BNK, projection.weight.flatten(1), projection.bias)
-        tokens_BNW = torch.cat((embeddings.cls_token.expand(len(patches_BNW), -1, -1), patches_BNW), dim=1)
-        return tokens_BNW if embeddings.position_embeddings is None else tokens_BNW + embeddings.position_embeddings
+        tokens_BNW = torch.cat(
+            (embeddings.cls_token.expand(len(patches_BNW), -1, -1), patches_BNW), dim=1
+        )
+        return (
+            tokens_BNW
+            if embeddings.position_embeddings is None
+            else tokens_BNW + embeddings.position_embeddings
+        )
 
     @torch.no_grad()
     def project(self, states_BNW):
         """Return the image tokens (B, P, D) made of `vit_states`: a row-major square, each token of 2 x 2 patches."""
         side, ratio = math.isqrt(states_BNW.shape[1]), self.backbone.config.downsample_ratio
-        shuffled = self.backbone.pixel_shuffle(states_BNW.unflatten(1, (side, side)), scale_factor=ratio)
+        shuffled = self.backbone.pixel_shuffle(
+            states_BNW.unflatten(1, (side, side)), scale_factor=ratio
+        )
         return self.backbone.multi_modal_projector(shuffled.flatten(1, 2))
 
     def token_ids(self, text):
@@ -138,10 +160,16 @@ class MLLM(Frozen):
         vision, width = self.backbone.config.vision_config, self.width
         patches = (vision.image_size[0] // vision.patch_size[0]) ** 2
         tokens, inner = patches + 1, vision.hidden_size
-        layer = tokens * (8 * inner**2 + 4 * inner * vision.intermediate_size) + 4 * tokens**2 * inner
+        layer = (
+            tokens * (8 * inner**2 + 4 * inner * vision.intermediate_size) + 4 * tokens**2 * inner
+        )
         shuffled = inner * patches // self.num_image_tokens
         projected = 2 * self.num_image_tokens * (shuffled * width + width**2) if projector else 0
-        return 2 * patches * 3 * vision.patch_size[0]**2 * inner + vision.num_hidden_layers * layer + projected
+        return (
+            2 * patches * 3 * vision.patch_size[0] ** 2 * inner
+            + vision.num_hidden_layers * layer
+            + projected
+        )
 
     def decoder_flops(self, num_prefix, num_queries, outputs=False):
         """(prefix, queries forward, queries backward) FLOPs of one image with the prefix split.
@@ -150,7 +178,10 @@ class MLLM(Frozen):
         counts its whole rectangle, causal or not, as FlopCounterMode does."""
         text = self.backbone.config.text_config
         layers, heads = text.num_hidden_layers, text.num_attention_heads
-        width, head_dim = text.hidden_size, getattr(text, "head_dim", None) or text.hidden_size // heads
+        width, head_dim = (
+            text.hidden_size,
+            getattr(text, "head_dim", None) or text.hidden_size // heads,
+        )
         keys = 4 * width * text.num_key_value_heads * head_dim
         rest = 4 * width * heads * head_dim + 6 * width * text.intermediate_size
         pair = 4 * heads * head_dim
@@ -164,7 +195,9 @@ class MLLM(Frozen):
         """How many numbers one image's condition is: its tokens, and the keys and values that `prefix` keeps of them."""
         text = self.backbone.config.text_config
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        return num_prefix * (self.width + 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim)
+        return num_prefix * (
+            self.width + 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim
+        )
 
     @property
     def num_layers(self):
@@ -179,10 +212,21 @@ class MLLM(Frozen):
             layer = type(decoder.layers[0])(decoder.config, 0).to(dtype).requires_grad_(False)
             x_SD = torch.empty(num_queries, self.width, dtype=dtype, requires_grad=True)
             rotary = (torch.empty(1, num_queries, layer.self_attn.head_dim, dtype=dtype),) * 2
-        return (lambda: finish(layer, x_SD, attention(*heads(layer, x_SD, rotary)))), layer.parameters()
+        return (
+            lambda: finish(layer, x_SD, attention(*heads(layer, x_SD, rotary)))
+        ), layer.parameters()
 
     @torch.no_grad()
-    def condition(self, texts, image_tokens_IPD=None, *, has_image=None, visible=None, mode="drop", positions="original"):
+    def condition(
+        self,
+        texts,
+        image_tokens_IPD=None,
+        *,
+        has_image=None,
+        visible=None,
+        mode="drop",
+        positions="original",
+    ):
         """Packs the user turn [text, visible image tokens] of each sample. No gradient.
 
         texts: B strings ("" is legal: the unconditional). image_tokens_IPD: tokens of the I samples with an image, in
@@ -201,8 +245,10 @@ class MLLM(Frozen):
             is_image += [False] * len(before) + [True] * middle + [False] * len(after)
             lengths.append(len(before) + middle + len(after))
             if lengths[-1] > self.max_positions:
-                raise InputError(f"a prompt of {lengths[-1]} tokens exceeds the MLLM's context of {self.max_positions}: "
-                                 "shorten it")
+                raise InputError(
+                    f"a prompt of {lengths[-1]} tokens exceeds the MLLM's context of {self.max_positions}: "
+                    "shorten it"
+                )
         lengths_B = torch.tensor(lengths, device=device)
         starts_B = lengths_B.cumsum(0) - lengths_B
         sample_T = torch.repeat_interleave(torch.arange(len(texts), device=device), lengths_B)
@@ -219,12 +265,21 @@ class MLLM(Frozen):
                 keep_T = torch.ones_like(image_T).masked_scatter(image_T, visible)
                 rows = keep_T.nonzero().squeeze(1)
                 lengths_B = torch.zeros_like(lengths_B).index_add(0, sample_T, keep_T.long())
-                tokens_TD, sample_T, positions_T = tokens_TD[rows], sample_T[rows], positions_T[rows]
+                tokens_TD, sample_T, positions_T = (
+                    tokens_TD[rows],
+                    sample_T[rows],
+                    positions_T[rows],
+                )
                 if positions == "compact":
-                    positions_T = torch.arange(len(rows), device=device) - (lengths_B.cumsum(0) - lengths_B)[sample_T]
+                    positions_T = (
+                        torch.arange(len(rows), device=device)
+                        - (lengths_B.cumsum(0) - lengths_B)[sample_T]
+                    )
                     end_B, end = lengths_B, int(lengths_B.max())
         offsets = torch.nn.functional.pad(lengths_B.cumsum(0), (1, 0)).int()
-        return Condition(tokens_TD=tokens_TD, positions_T=positions_T, offsets=offsets, end_B=end_B, end=end)
+        return Condition(
+            tokens_TD=tokens_TD, positions_T=positions_T, offsets=offsets, end_B=end_B, end=end
+        )
 
     @torch.no_grad()
     def prefix(self, condition, outputs=False):
@@ -240,7 +295,9 @@ class MLLM(Frozen):
             q, k, v = self.heads(layer, x_TD, rotary, with_query=whole)
             cache.append((k, v))
             if whole:
-                x_TD = self.finish(layer, x_TD, masked_attention(q, k, v, condition.offsets, causal=True))
+                x_TD = self.finish(
+                    layer, x_TD, masked_attention(q, k, v, condition.offsets, causal=True)
+                )
         return cache, decoder.norm(x_TD) if outputs else None
 
     def queries(self, queries_BQD, condition, cache, *, causal=True):
@@ -250,15 +307,27 @@ class MLLM(Frozen):
         decoder = self.backbone.language_model
         batch, num, width = queries_BQD.shape
         if condition.end + num > self.max_positions:
-            raise InputError(f"prompt and {num} queries exceed the MLLM's context of {self.max_positions}: shorten it")
+            raise InputError(
+                f"prompt and {num} queries exceed the MLLM's context of {self.max_positions}: shorten it"
+            )
         positions = condition.end_B[:, None] + torch.arange(num, device=queries_BQD.device)
         x_SD = queries_BQD.flatten(0, 1)
         rotary = decoder.rotary_emb(x_SD, positions.flatten()[None])
-        offsets = torch.arange(0, batch * num + 1, num, dtype=torch.int32, device=queries_BQD.device)
+        offsets = torch.arange(
+            0, batch * num + 1, num, dtype=torch.int32, device=queries_BQD.device
+        )
         for layer, (prefix_k, prefix_v) in zip(decoder.layers, cache, strict=True):
             q, k, v = self.heads(layer, x_SD, rotary)
-            mixed = masked_attention(q, k, v, offsets, prefix_k=prefix_k, prefix_v=prefix_v,
-                                     prefix_offsets=condition.offsets, causal=causal)
+            mixed = masked_attention(
+                q,
+                k,
+                v,
+                offsets,
+                prefix_k=prefix_k,
+                prefix_v=prefix_v,
+                prefix_offsets=condition.offsets,
+                causal=causal,
+            )
             x_SD = self.finish(layer, x_SD, mixed)
         return decoder.norm(x_SD).view(batch, num, width)
 
@@ -275,7 +344,11 @@ def heads(layer, x_TD, rotary, with_query=True):
         return rotate(y if norm is None else norm(y), rotary)
 
     q = project(attention.q_proj, "q_norm") if with_query else None
-    return q, project(attention.k_proj, "k_norm"), attention.v_proj(x_TD).unflatten(-1, (-1, attention.head_dim))
+    return (
+        q,
+        project(attention.k_proj, "k_norm"),
+        attention.v_proj(x_TD).unflatten(-1, (-1, attention.head_dim)),
+    )
 
 
 def finish(layer, x_TD, mixed_TAE):

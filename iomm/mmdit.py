@@ -46,14 +46,18 @@ class Stream(nn.Module):
     def open(self, x_BLD, time_BD):
         """-> (qkv (B, L, 3, A, E), weights of the norms of q and k), and what `close` needs of the modulation."""
         shift, scale, *rest = self.modulation(time_BD).chunk(6, dim=-1)
-        qkv = self.qkv(norm_modulate(x_BLD, shift, scale, eps=EPS)).unflatten(-1, (3, self.num_heads, -1))
+        qkv = self.qkv(norm_modulate(x_BLD, shift, scale, eps=EPS)).unflatten(
+            -1, (3, self.num_heads, -1)
+        )
         return (qkv, self.q_norm.weight, self.k_norm.weight), rest
 
     def close(self, x_BLD, attended_BLD, rest):
         """Adds the gated attention and the gated MLP to the residual stream."""
         gate, mlp_shift, mlp_scale, mlp_gate = rest
         x_BLD = gate_residual(x_BLD, gate, self.out(attended_BLD))
-        hidden = F.gelu(self.mlp_in(norm_modulate(x_BLD, mlp_shift, mlp_scale, eps=EPS)), approximate="tanh")
+        hidden = F.gelu(
+            self.mlp_in(norm_modulate(x_BLD, mlp_shift, mlp_scale, eps=EPS)), approximate="tanh"
+        )
         return gate_residual(x_BLD, mlp_gate, self.mlp_out(hidden))
 
 
@@ -70,7 +74,9 @@ class ReadStream(nn.Module):
     def open(self, x_BLD, time_BD):
         """-> (kv (B, L, 2, A, E), no weight for queries, that of k), and nothing for a `close`."""
         shift, scale = self.modulation(time_BD).chunk(2, dim=-1)
-        kv = self.kv(norm_modulate(x_BLD, shift, scale, eps=EPS)).unflatten(-1, (2, self.num_heads, -1))
+        kv = self.kv(norm_modulate(x_BLD, shift, scale, eps=EPS)).unflatten(
+            -1, (2, self.num_heads, -1)
+        )
         return (kv, None, self.k_norm.weight), None
 
 
@@ -95,8 +101,12 @@ class DualBlock(nn.Module):
         if self.last:
             return self.latent_stream.close(latents_BND, attended, rest), None
         num_condition = condition_BCD.shape[1]
-        condition_BCD = self.condition_stream.close(condition_BCD, attended[:, :num_condition], condition_rest)
-        return self.latent_stream.close(latents_BND, attended[:, num_condition:], rest), condition_BCD
+        condition_BCD = self.condition_stream.close(
+            condition_BCD, attended[:, :num_condition], condition_rest
+        )
+        return self.latent_stream.close(
+            latents_BND, attended[:, num_condition:], rest
+        ), condition_BCD
 
 
 class SingleBlock(nn.Module):
@@ -116,8 +126,14 @@ class SingleBlock(nn.Module):
         *widths, mlp = self.linear_in.parts
         joined = self.linear_in(norm_modulate(joint_BLD, shift, scale, eps=EPS))
         qkv, hidden = joined.split((sum(widths), mlp), dim=-1)
-        q, k, v = qk_norm_rope(qkv.unflatten(-1, (3, self.num_heads, -1)), self.q_norm.weight, self.k_norm.weight,
-                               cos_LF, sin_LF, eps=EPS)
+        q, k, v = qk_norm_rope(
+            qkv.unflatten(-1, (3, self.num_heads, -1)),
+            self.q_norm.weight,
+            self.k_norm.weight,
+            cos_LF,
+            sin_LF,
+            eps=EPS,
+        )
         both = torch.cat((attend(q, k, v, shown_BL), F.gelu(hidden, approximate="tanh")), dim=-1)
         return gate_residual(joint_BLD, gate, self.linear_out(both))
 
@@ -147,7 +163,11 @@ class MMDiT(nn.Module):
         self.condition_in = nn.Linear(config.condition_dim, width)
         self.time_in = TimeEmbedding(width, width)
         self.blocks = nn.ModuleList(
-            DualBlock(width, config.num_heads, last=index == config.num_blocks - 1 and not config.num_single_blocks)
+            DualBlock(
+                width,
+                config.num_heads,
+                last=index == config.num_blocks - 1 and not config.num_single_blocks,
+            )
             for index in range(config.num_blocks)
         )
         self.single_blocks = nn.ModuleList(
@@ -173,8 +193,11 @@ class MMDiT(nn.Module):
         )
         shown_BL = None
         if lengths_B is not None:
-            shown_BL = F.pad(torch.arange(num_condition, device=lengths_B.device) < lengths_B[:, None],
-                             (0, rows * columns), value=True)
+            shown_BL = F.pad(
+                torch.arange(num_condition, device=lengths_B.device) < lengths_B[:, None],
+                (0, rows * columns),
+                value=True,
+            )
         tapped_BND = None
         for number, block in enumerate(self.blocks, 1):
             latents, condition = block(latents, condition, time_BD, cos, sin, shown_BL)
@@ -182,7 +205,10 @@ class MMDiT(nn.Module):
                 tapped_BND = latents
         if self.single_blocks:
             joint = torch.cat((condition, latents), dim=1)
-            cos, sin = F.pad(cos, (0, 0, num_condition, 0), value=1.0), F.pad(sin, (0, 0, num_condition, 0))
+            cos, sin = (
+                F.pad(cos, (0, 0, num_condition, 0), value=1.0),
+                F.pad(sin, (0, 0, num_condition, 0)),
+            )
             for number, block in enumerate(self.single_blocks, len(self.blocks) + 1):
                 joint = block(joint, time_BD, cos, sin, shown_BL)
                 if number == tap:
@@ -204,8 +230,13 @@ class MMDiT(nn.Module):
         total += linear_flops(self.condition_in, num_condition)
         total += linear_flops(self.latents_in, num_latents) + linear_flops(self.final, num_latents)
         for block in self.blocks:
-            for stream, num_tokens in ((block.latent_stream, num_latents), (block.condition_stream, num_condition)):
-                total += linear_flops(stream, num_tokens) - linear_flops(stream.modulation, num_tokens - 1)
+            for stream, num_tokens in (
+                (block.latent_stream, num_latents),
+                (block.condition_stream, num_condition),
+            ):
+                total += linear_flops(stream, num_tokens) - linear_flops(
+                    stream.modulation, num_tokens - 1
+                )
             total += attention_flops(num_latents if block.last else num_joint, num_joint, width)
         for block in self.single_blocks:
             total += linear_flops(block, num_joint) - linear_flops(block.modulation, num_joint - 1)

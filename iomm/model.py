@@ -59,8 +59,16 @@ class Prepared:
     def tensors(self):
         """All of them, for whoever hands them from one CUDA stream to another."""
         cache, outputs_TD = self.prefix
-        held = (self.noisy_RNK, self.target_RNK, self.t_R, *vars(self.condition).values(), *chain(*cache), outputs_TD,
-                self.align_IND, self.aligned_I)
+        held = (
+            self.noisy_RNK,
+            self.target_RNK,
+            self.t_R,
+            *vars(self.condition).values(),
+            *chain(*cache),
+            outputs_TD,
+            self.align_IND,
+            self.aligned_I,
+        )
         return [tensor for tensor in held if isinstance(tensor, torch.Tensor)]
 
 
@@ -71,13 +79,26 @@ class IOMM(nn.Module):
     def __init__(self, generator, adapter, mllm, vae, recipe, connector=None, alignment=None):
         """adapter: None for adapter.kind "none"; connector, alignment (AlignmentHead): None without one."""
         super().__init__()
-        self.generator, self.adapter, self.connector, self.alignment = generator, adapter, connector, alignment
+        self.generator, self.adapter, self.connector, self.alignment = (
+            generator,
+            adapter,
+            connector,
+            alignment,
+        )
         self.frozen = (mllm, vae)
         self.recipe = recipe
 
     @torch.no_grad()
-    def prepare(self, pixels_BCHW, vit_pixels_I, n_B, latents_BCHW=None, captions=None, has_image=None,
-                image_tokens_IPD=None):
+    def prepare(
+        self,
+        pixels_BCHW,
+        vit_pixels_I,
+        n_B,
+        latents_BCHW=None,
+        captions=None,
+        has_image=None,
+        image_tokens_IPD=None,
+    ):
         """VAE pixels in [-1, 1], ViT pixels as MLLM.vit_states takes them, sample numbers -> Prepared, on which `forward` goes
         on. No trained weight takes part, so it may run while the generator still works on the batch before.
 
@@ -100,9 +121,16 @@ class IOMM(nn.Module):
             tokens_IPD, aligned = self.look(vit_pixels_I, tokens_IPD, has_image, shape)
         # steps 3, 4, 5
         condition = self.condition(vit_pixels_I, n_B, captions, has_image, tokens_IPD)
-        return Prepared(noisy_RNK=noisy_RNK, target_RNK=target_RNK, t_R=t_R, grid=shape, condition=condition,
-                        # Of step 7, what sees no query.
-                        prefix=self.prefix(condition), **aligned)
+        return Prepared(
+            noisy_RNK=noisy_RNK,
+            target_RNK=target_RNK,
+            t_R=t_R,
+            grid=shape,
+            condition=condition,
+            # Of step 7, what sees no query.
+            prefix=self.prefix(condition),
+            **aligned,
+        )
 
     def forward(self, *sample):
         """The arguments of `prepare`, or what it made of them -> (mean loss, loss_R, t_R); R = B x noise draws.
@@ -120,20 +148,32 @@ class IOMM(nn.Module):
             loss, loss_R = velocity_loss(self.velocity(*inputs), given.target_RNK)
             return loss, loss_R.detach(), given.t_R
         align = self.recipe.align
-        velocity_RNK, latents_RND = self.velocity(*inputs, tap=align.block_in(self.generator.config.depth))
+        velocity_RNK, latents_RND = self.velocity(
+            *inputs, tap=align.block_in(self.generator.config.depth)
+        )
         loss, loss_R = velocity_loss(velocity_RNK, given.target_RNK)
         align_I = self.align(latents_RND, given)
-        loss = loss + align.weight / (self.recipe.align_share * given.condition.batch) * align_I.sum()
+        loss = (
+            loss + align.weight / (self.recipe.align_share * given.condition.batch) * align_I.sum()
+        )
         return loss, loss_R.detach(), given.t_R, align_I.detach()
 
     def drawn_numbers(self, n_B):
         """Return the numbers (R,) by which the draws of the samples n_B get their times and noises: n x draws + k."""
         draws = self.recipe.noise_draws
-        return n_B if draws == 1 else (n_B[:, None] * draws + torch.arange(draws, device=n_B.device)).flatten()
+        return (
+            n_B
+            if draws == 1
+            else (n_B[:, None] * draws + torch.arange(draws, device=n_B.device)).flatten()
+        )
 
     def for_each_draw(self, x_B):
         """Return a tensor (B, ...), or None, with its rows repeated for each draw: (R, ...)."""
-        return x_B if x_B is None or self.recipe.noise_draws == 1 else x_B.repeat_interleave(self.recipe.noise_draws, 0)
+        return (
+            x_B
+            if x_B is None or self.recipe.noise_draws == 1
+            else x_B.repeat_interleave(self.recipe.noise_draws, 0)
+        )
 
     def align(self, latents_RND, given):
         """Return the alignment loss (I,) of the latents after the aligned block, the mean over a sample's draws.
@@ -142,7 +182,9 @@ class IOMM(nn.Module):
         with named("align"):
             if given.aligned_I is not None:
                 latents_RND = latents_RND.index_select(0, self.drawn_numbers(given.aligned_I))
-            loss_R = alignment_loss(self.alignment(latents_RND), self.for_each_draw(given.align_IND))
+            loss_R = alignment_loss(
+                self.alignment(latents_RND), self.for_each_draw(given.align_IND)
+            )
             return loss_R.unflatten(0, (-1, self.recipe.noise_draws)).mean(1)
 
     def look(self, vit_pixels_I, tokens_IPD, has_image, latent_grid):
@@ -158,7 +200,10 @@ class IOMM(nn.Module):
         aligned_I = None if align.pairs else rows_I
         # Read from memory, and config allows this target alone.
         if tokens_IPD is not None and len(tokens_IPD):
-            return tokens_IPD, {"align_IND": on_grid(tokens_IPD, latent_grid), "aligned_I": aligned_I}
+            return tokens_IPD, {
+                "align_IND": on_grid(tokens_IPD, latent_grid),
+                "aligned_I": aligned_I,
+            }
         # Pairs alone, for which no ViT need run.
         if tokens_IPD is not None or not len(vit_pixels_I):
             shape = 0, math.prod(latent_grid), self.alignment.target_width
@@ -178,9 +223,13 @@ class IOMM(nn.Module):
         mllm, _ = self.frozen
         mask, texts, image_n = self.recipe.mask, [RECONSTRUCT] * len(n_B), n_B
         if has_image is not None and not all(has_image):
-            dropped = (uniform(self.recipe.seed, CAPTION_DROP, n_B, 1)[:, 0] < self.recipe.caption_drop).tolist()
-            texts = [RECONSTRUCT if image else "" if drop else caption
-                     for image, drop, caption in zip(has_image, dropped, captions, strict=True)]
+            dropped = (
+                uniform(self.recipe.seed, CAPTION_DROP, n_B, 1)[:, 0] < self.recipe.caption_drop
+            ).tolist()
+            texts = [
+                RECONSTRUCT if image else "" if drop else caption
+                for image, drop, caption in zip(has_image, dropped, captions, strict=True)
+            ]
             image_n = n_B[torch.tensor(has_image, device=n_B.device)]
         else:
             has_image = [True] * len(n_B)
@@ -192,7 +241,14 @@ class IOMM(nn.Module):
                 with named("vit"):
                     tokens_IPD = mllm.image_tokens(vit_pixels_I)
             visible = visible_mask(mask, self.recipe.seed, image_n, mllm.num_image_tokens)
-        return mllm.condition(texts, tokens_IPD, has_image=has_image, visible=visible, mode=mask.mode, positions=mask.positions)
+        return mllm.condition(
+            texts,
+            tokens_IPD,
+            has_image=has_image,
+            visible=visible,
+            mode=mask.mode,
+            positions=mask.positions,
+        )
 
     def encode(self, pixels_BCHW, n_B):
         """Pixels -> latents (B, channels, H / factor, W / factor); a posterior's noise belongs to (seed, n) too."""
@@ -224,8 +280,12 @@ class IOMM(nn.Module):
         cache, outputs_TD = self.prefix(condition) if prefix is None else prefix
         if queries_BQD is not None:
             with named("suffix"):
-                hidden_BCD = mllm.queries(queries_BQD.to(mllm.dtype), condition, cache,
-                                          causal=self.recipe.adapter.attention == "causal")
+                hidden_BCD = mllm.queries(
+                    queries_BQD.to(mllm.dtype),
+                    condition,
+                    cache,
+                    causal=self.recipe.adapter.attention == "causal",
+                )
         if every:
             hidden_BCD, lengths_B = joined(outputs_TD, condition.offsets, hidden_BCD)
         if self.connector is not None:
@@ -236,7 +296,10 @@ class IOMM(nn.Module):
     @property
     def leaves(self):
         """Classes of the blocks that ZeRO-3 gathers whole; only those that the model has."""
-        classes = (*self.generator.block_classes, *(() if self.connector is None else self.connector.block_classes))
+        classes = (
+            *self.generator.block_classes,
+            *(() if self.connector is None else self.connector.block_classes),
+        )
         return tuple(c for c in classes if any(isinstance(module, c) for module in self.modules()))
 
     def prepare_blocks(self, *, compiled=False, recompute=0, fp8=False):
@@ -252,7 +315,9 @@ class IOMM(nn.Module):
         blocks = [module for module in self.modules() if isinstance(module, self.leaves)]
         for i, block in enumerate(blocks):
             forward = torch.compile(block.forward, fullgraph=True) if compiled else block.forward
-            block.forward = partial(checkpoint, forward, use_reentrant=False) if i < recompute else forward
+            block.forward = (
+                partial(checkpoint, forward, use_reentrant=False) if i < recompute else forward
+            )
         if compiled:
             for part in self.frozen:
                 part.compile_parts()
@@ -265,7 +330,9 @@ class IOMM(nn.Module):
     def velocity(self, noisy_BNK, t_B, condition_BCD, lengths_B, grid, tap=0):
         """The generator's velocity, in whatever dtype its weights are; with `tap` the latents after that block too."""
         with named("generator"):
-            return self.generator(noisy_BNK.to(self.dtype), t_B, condition_BCD.to(self.dtype), grid, lengths_B, tap)
+            return self.generator(
+                noisy_BNK.to(self.dtype), t_B, condition_BCD.to(self.dtype), grid, lengths_B, tap
+            )
 
 
 def joined(outputs_TD, offsets, hidden_BQD):
@@ -276,8 +343,10 @@ def joined(outputs_TD, offsets, hidden_BQD):
         rows = [torch.cat((row, hidden)) for row, hidden in zip(rows, hidden_BQD)]
     lengths = [len(row) for row in rows]
     ragged = len(set(lengths)) > 1
-    return (torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
-            torch.tensor(lengths, device=outputs_TD.device) if ragged else None)
+    return (
+        torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
+        torch.tensor(lengths, device=outputs_TD.device) if ragged else None,
+    )
 
 
 def grid(latents_BCHW, patch):

@@ -98,13 +98,17 @@ class Clock:
         split, beside = self.summed(spans), self.summed(pairs)
         # An event is made once and recorded again and again.
         if self.cuda:
-            self.free += [start for _, start, _ in spans] + [event for _, *events in pairs for event in events]
+            self.free += [start for _, start, _ in spans] + [
+                event for _, *events in pairs for event in events
+            ]
         return split, beside
 
     def summed(self, spans):
         total = {}
         for name, start, stop in spans:
-            total[name] = total.get(name, 0.0) + (start.elapsed_time(stop) / 1e3 if self.cuda else stop - start)
+            total[name] = total.get(name, 0.0) + (
+                start.elapsed_time(stop) / 1e3 if self.cuda else stop - start
+            )
         return total
 
     def now(self):

@@ -13,7 +13,9 @@ METHODS = ("euler", "heun")
 
 def image_noise(seed, image_B, num_tokens, token_dim):
     """Standard normal (B, N, K) float32 for the images numbered `image_B` (int64), each by seed and number alone."""
-    return normal(seed, SAMPLER, image_B, num_tokens * token_dim).unflatten(1, (num_tokens, token_dim))
+    return normal(seed, SAMPLER, image_B, num_tokens * token_dim).unflatten(
+        1, (num_tokens, token_dim)
+    )
 
 
 def step_times(steps, shift=1.0):
@@ -30,14 +32,21 @@ def guided(velocity_fn, condition_BCD, uncondition_BCD, guidance):
     if guidance == 1.0:
         return lambda x, t_B: velocity_fn(x, t_B, condition_BCD)
     if uncondition_BCD is None:
-        raise InputError(f"guidance {guidance} needs an unconditional condition; give one or set guidance to 1")
+        raise InputError(
+            f"guidance {guidance} needs an unconditional condition; give one or set guidance to 1"
+        )
 
     def velocity(x, t_B):
         if condition_BCD.shape == uncondition_BCD.shape:
             both = torch.cat((condition_BCD, uncondition_BCD))
-            conditioned, unconditioned = velocity_fn(torch.cat((x, x)), torch.cat((t_B, t_B)), both).chunk(2)
+            conditioned, unconditioned = velocity_fn(
+                torch.cat((x, x)), torch.cat((t_B, t_B)), both
+            ).chunk(2)
         else:
-            conditioned, unconditioned = velocity_fn(x, t_B, condition_BCD), velocity_fn(x, t_B, uncondition_BCD)
+            conditioned, unconditioned = (
+                velocity_fn(x, t_B, condition_BCD),
+                velocity_fn(x, t_B, uncondition_BCD),
+            )
         unconditioned = unconditioned.to(x.dtype)
         return unconditioned + guidance * (conditioned.to(x.dtype) - unconditioned)
 
@@ -46,7 +55,15 @@ def guided(velocity_fn, condition_BCD, uncondition_BCD, guidance):
 
 @torch.no_grad()
 def sample(
-    velocity_fn, noise_BNK, condition_BCD, uncondition_BCD=None, *, steps, method="euler", shift=1.0, guidance=1.0
+    velocity_fn,
+    noise_BNK,
+    condition_BCD,
+    uncondition_BCD=None,
+    *,
+    steps,
+    method="euler",
+    shift=1.0,
+    guidance=1.0,
 ):
     """Noise -> image tokens (B, N, K) in the noise's dtype, at least float32, whatever dtype the velocity comes in.
 
@@ -60,6 +77,8 @@ def sample(
         slope = velocity(x, torch.full((len(x),), t, device=x.device)).to(x.dtype)
         if method == "heun":
             ahead = x + (t_next - t) * slope
-            slope = (slope + velocity(ahead, torch.full((len(x),), t_next, device=x.device)).to(x.dtype)) / 2
+            slope = (
+                slope + velocity(ahead, torch.full((len(x),), t_next, device=x.device)).to(x.dtype)
+            ) / 2
         x = x + (t_next - t) * slope
     return x

@@ -81,7 +81,11 @@ class Layer(nn.Module):
 
     def attention(self, x_BLD, cos_LF, sin_LF):
         qkv = self.qkv(x_BLD).unflatten(-1, (3, self.num_heads, -1))
-        return self.out(attend(*qk_norm_rope(qkv, self.q_norm.weight, self.k_norm.weight, cos_LF, sin_LF, eps=EPS)))
+        return self.out(
+            attend(
+                *qk_norm_rope(qkv, self.q_norm.weight, self.k_norm.weight, cos_LF, sin_LF, eps=EPS)
+            )
+        )
 
     def flops(self, num_tokens):
         """Forward FLOPs on one sequence."""
@@ -100,7 +104,9 @@ def fill_up(x_BLD, pad_1D):
     """Appends the pad token until the length is a multiple of 32. Where none is missing it is in the graph all the same: a
     parameter without a gradient is one that ZeRO-3 gives that of the step before."""
     batch, length, width = x_BLD.shape
-    return torch.cat((x_BLD, pad_1D.to(x_BLD.dtype).expand(batch, padded(length) - length, width)), dim=1)
+    return torch.cat(
+        (x_BLD, pad_1D.to(x_BLD.dtype).expand(batch, padded(length) - length, width)), dim=1
+    )
 
 
 @lru_cache(maxsize=64)
@@ -130,12 +136,16 @@ class SingleStream(nn.Module):
         width = config.width
         self.config = config
         self.latents_in = nn.Linear(config.token_dim, width)
-        self.condition_norm = nn.RMSNorm(config.condition_dim, eps=EPS, elementwise_affine=config.norm_affine)
+        self.condition_norm = nn.RMSNorm(
+            config.condition_dim, eps=EPS, elementwise_affine=config.norm_affine
+        )
         self.condition_in = nn.Linear(config.condition_dim, width)
         self.latent_pad_1D = nn.Parameter(torch.empty(1, width))
         self.condition_pad_1D = nn.Parameter(torch.empty(1, width))
         self.time_in = TimeEmbedding(TIME_HIDDEN, time_width(width))
-        self.latent_refiners = nn.ModuleList(Layer(config) for _ in range(config.num_refiner_blocks))
+        self.latent_refiners = nn.ModuleList(
+            Layer(config) for _ in range(config.num_refiner_blocks)
+        )
         self.condition_refiners = nn.ModuleList(
             Layer(config, modulated=False) for _ in range(config.num_refiner_blocks)
         )
@@ -145,12 +155,16 @@ class SingleStream(nn.Module):
 
     def forward(self, noisy_BNK, t_B, condition_BCD, grid, lengths_B=None, tap=0):
         num_latents, (rows, columns) = noisy_BNK.shape[1], grid
-        assert num_latents == rows * columns, f"{num_latents} latent tokens do not fill a grid of {rows} x {columns}"
+        assert num_latents == rows * columns, (
+            f"{num_latents} latent tokens do not fill a grid of {rows} x {columns}"
+        )
         latents = fill_up(self.latents_in(noisy_BNK), self.latent_pad_1D)
         condition = self.condition_in(self.condition_norm(condition_BCD))
         if lengths_B is not None:
             own_BC = torch.arange(condition.shape[1], device=lengths_B.device) < lengths_B[:, None]
-            condition = torch.where(own_BC[..., None], condition, self.condition_pad_1D.to(condition.dtype))
+            condition = torch.where(
+                own_BC[..., None], condition, self.condition_pad_1D.to(condition.dtype)
+            )
         condition = fill_up(condition, self.condition_pad_1D)
         config = self.config
         cos, sin = joint_tables(
@@ -174,7 +188,9 @@ class SingleStream(nn.Module):
             if number == tap:
                 tapped_BND = joint[:, :num_latents]
         scale = 1 + self.final_modulation(F.silu(time_BW))
-        latents = F.layer_norm(joint[:, :num_latents], joint.shape[-1:], eps=FINAL_EPS) * scale[:, None]
+        latents = (
+            F.layer_norm(joint[:, :num_latents], joint.shape[-1:], eps=FINAL_EPS) * scale[:, None]
+        )
         velocity_BNK = -self.final(latents)
         return (velocity_BNK, tapped_BND) if tap else velocity_BNK
 
@@ -187,7 +203,9 @@ class SingleStream(nn.Module):
         init_weights(self, seed)
         for name in ("latent_pad_1D", "condition_pad_1D"):
             pad_1D = getattr(self, name)
-            pad_1D.copy_(torch.empty(pad_1D.shape).normal_(std=0.02, generator=generator_for(seed, name)))
+            pad_1D.copy_(
+                torch.empty(pad_1D.shape).normal_(std=0.02, generator=generator_for(seed, name))
+            )
 
     def flops_per_image(self, grid, num_condition):
         """Forward FLOPs of one image: 2 m n k of every matrix product, pad tokens included, nothing else."""

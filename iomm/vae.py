@@ -24,7 +24,9 @@ class Latents:
         """Image size -> (rows, columns) of latent tokens. Raises InputError unless factor x patch divides both."""
         side = self.factor * self.patch
         if height_px % side or width_px % side or min(height_px, width_px) < side:
-            raise InputError(f"image size must be a positive multiple of {side} px, got {height_px} x {width_px}")
+            raise InputError(
+                f"image size must be a positive multiple of {side} px, got {height_px} x {width_px}"
+            )
         return height_px // side, width_px // side
 
 
@@ -61,7 +63,10 @@ class FluxVAE(Latents, Frozen):
         super().__init__(autoencoder.to(memory_format=torch.channels_last))
         config = autoencoder.config
         self.patch = patch
-        self.channels, self.factor = config.latent_channels, 2 ** (len(config.block_out_channels) - 1)
+        self.channels, self.factor = (
+            config.latent_channels,
+            2 ** (len(config.block_out_channels) - 1),
+        )
         self.scale, self.shift = config.scaling_factor, config.shift_factor or 0.0
         if tiling:
             autoencoder.enable_tiling()
@@ -94,7 +99,11 @@ class FluxVAE(Latents, Frozen):
 
     def flops_per_image(self, size_px, decode=False):
         """Forward FLOPs of encoding (or decoding) one square image untiled: 2 m n k of every matrix product."""
-        coder, side = (self.backbone.decoder, size_px // self.factor) if decode else (self.backbone.encoder, size_px)
+        coder, side = (
+            (self.backbone.decoder, size_px // self.factor)
+            if decode
+            else (self.backbone.encoder, size_px)
+        )
         quant_conv = self.backbone.post_quant_conv if decode else self.backbone.quant_conv
         total = 0 if quant_conv is None else products(quant_conv, size_px // self.factor)
         if decode:
@@ -128,14 +137,27 @@ def products(module, side):
 
 # The autoencoder of FLUX.1, dev and schnell alike.
 FLUX_AUTOENCODER = dict(
-    in_channels=3, out_channels=3, latent_channels=16, block_out_channels=(128, 256, 512, 512), layers_per_block=2,
-    down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=32, act_fn="silu",
-    sample_size=1024, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False,
+    in_channels=3,
+    out_channels=3,
+    latent_channels=16,
+    block_out_channels=(128, 256, 512, 512),
+    layers_per_block=2,
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
+    norm_num_groups=32,
+    act_fn="silu",
+    sample_size=1024,
+    scaling_factor=0.3611,
+    shift_factor=0.1159,
+    use_quant_conv=False,
+    use_post_quant_conv=False,
 )
 
 
 # An eighth to a fifth of its widths, half of its residual blocks: 13 % of the work of demo-cpu, 14 % of IOMM-B's is FLUX's.
-FLUX_QUARTER = FLUX_AUTOENCODER | dict(block_out_channels=(24, 32, 64, 64), layers_per_block=1, norm_num_groups=8, sample_size=256)
+FLUX_QUARTER = FLUX_AUTOENCODER | dict(
+    block_out_channels=(24, 32, 64, 64), layers_per_block=1, norm_num_groups=8, sample_size=256
+)
 RANDOM = {"flux": FLUX_AUTOENCODER, "flux-quarter": FLUX_QUARTER}
 
 
@@ -146,6 +168,7 @@ def vae_without_weights(name, patch=2):
     if name.startswith("random:"):
         return load_vae(name, patch=patch, device="meta")
     from diffusers import AutoencoderKL
+
     config = FLUX_AUTOENCODER
     if Path(name).is_dir():
         config = json.loads((Path(find_autoencoder(Path(name))) / "config.json").read_text())
@@ -172,7 +195,10 @@ def load_vae(name, *, patch=2, revision=None, dtype=torch.float32, device="cpu",
         return PixelVAE(int(value)).to(device)
     folder = Path(name)
     if folder.is_dir():
-        options = {"pretrained_model_name_or_path": find_autoencoder(folder), "local_files_only": True}
+        options = {
+            "pretrained_model_name_or_path": find_autoencoder(folder),
+            "local_files_only": True,
+        }
     else:
         owner, *repository = name.split("/", 2)
         if not repository or name.startswith((".", "/", "~")) or not all((owner, *repository)):
@@ -180,21 +206,30 @@ def load_vae(name, *, patch=2, revision=None, dtype=torch.float32, device="cpu",
                 f"model.vae: no folder {name}; give a folder, pixel:<patch>, or a hub id such as "
                 "black-forest-labs/FLUX.1-dev/vae"
             )
-        options = {"pretrained_model_name_or_path": f"{owner}/{repository[0]}", "revision": revision}
+        options = {
+            "pretrained_model_name_or_path": f"{owner}/{repository[0]}",
+            "revision": revision,
+        }
         options |= {"subfolder": repository[1]} if repository[1:] else {}
     # Seconds to import, and a demo needs none of it.
     from diffusers import AutoencoderKL
 
     try:
         autoencoder, report = AutoencoderKL.from_pretrained(
-            **options, use_safetensors=True, torch_dtype=dtype, low_cpu_mem_usage=False, output_loading_info=True
+            **options,
+            use_safetensors=True,
+            torch_dtype=dtype,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"model.vae: cannot load {name}: {reason}") from error
     # Diffusers would go on with random numbers.
     if report["missing_keys"]:
-        raise InputError(f"model.vae: {name} lacks the weights {', '.join(sorted(report['missing_keys']))}")
+        raise InputError(
+            f"model.vae: {name} lacks the weights {', '.join(sorted(report['missing_keys']))}"
+        )
     return FluxVAE(autoencoder, patch, tiling=tiling).to(device)
 
 
@@ -209,20 +244,29 @@ def random_vae(config, dtype, device, patch=2, seed=0):
 def new_autoencoder(config: dict) -> nn.Module:
     """Return an AutoencoderKL of diffusers to be trained, its weights drawn from torch's global generator."""
     from diffusers import AutoencoderKL
+
     return AutoencoderKL.from_config(config)
 
 
 def find_autoencoder(folder):
     """The folder or its `vae/`, whichever is an AutoencoderKL in safetensors. Raises InputError if neither is."""
-    here = next((place for place in (folder, folder / "vae") if (place / "config.json").is_file()), None)
+    here = next(
+        (place for place in (folder, folder / "vae") if (place / "config.json").is_file()), None
+    )
     if here is None:
-        raise InputError(f"model.vae: {folder} has no config.json; wanted an AutoencoderKL as diffusers saves it")
+        raise InputError(
+            f"model.vae: {folder} has no config.json; wanted an AutoencoderKL as diffusers saves it"
+        )
     try:
         architecture = json.loads((here / "config.json").read_text()).get("_class_name")
     except (ValueError, AttributeError) as error:
         raise InputError(f"model.vae: {here / 'config.json'} is not a JSON object") from error
     if architecture != "AutoencoderKL":
-        raise InputError(f"model.vae: {here} holds {architecture or 'no diffusers model'}; wanted AutoencoderKL")
+        raise InputError(
+            f"model.vae: {here} holds {architecture or 'no diffusers model'}; wanted AutoencoderKL"
+        )
     if not any(here.glob("*.safetensors")):
-        raise InputError(f"model.vae: {here} has no .safetensors file; other formats are not loaded")
+        raise InputError(
+            f"model.vae: {here} has no .safetensors file; other formats are not loaded"
+        )
     return str(here)

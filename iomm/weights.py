@@ -18,7 +18,9 @@ INDEX = f"{STEM}.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
 
 
-def export_generator(model, folder, *, patch=2, state=None, dtype=None, max_shard_bytes=MAX_SHARD_BYTES):
+def export_generator(
+    model, folder, *, patch=2, state=None, dtype=None, max_shard_bytes=MAX_SHARD_BYTES
+):
     """Writes `model` as a folder for diffusers' from_pretrained: config.json and safetensors, sharded above 5 GB.
 
     `state`: another state dict of the same names, such as the EMA's. `dtype`: of the file, the weights' own by default.
@@ -39,12 +41,18 @@ def export_generator(model, folder, *, patch=2, state=None, dtype=None, max_shar
         room -= size
     weight_map = {}
     for number, names in enumerate(shards, 1):
-        file = f"{STEM}.safetensors" if len(shards) == 1 else f"{STEM}-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = (
+            f"{STEM}.safetensors"
+            if len(shards) == 1
+            else f"{STEM}-{number:05d}-of-{len(shards):05d}.safetensors"
+        )
         write_tensors({name: theirs[name] for name in names}, folder / file, dtype)
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         total = sum(tensor.numel() * (dtype or tensor.dtype).itemsize for tensor in theirs.values())
-        (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
+        (folder / INDEX).write_text(
+            json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+        )
     (folder / CONFIG).write_text(json.dumps(description, indent=2) + "\n")
 
 
@@ -65,12 +73,20 @@ def load_generator(folder, *, device="cpu", dtype=None):
     for file in files:
         tensors |= read_tensors(folder / file)
     pooled = [name for name in tensors if name.startswith(TEXT_EMBEDDER)]
-    layout_shapes = layout.shapes | {name: tuple(tensors[name].shape) for name in pooled if name in layout.shapes}
-    check_tensors(folder, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, layout_shapes)
+    layout_shapes = layout.shapes | {
+        name: tuple(tensors[name].shape) for name in pooled if name in layout.shapes
+    }
+    check_tensors(
+        folder, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, layout_shapes
+    )
     if any(tensors[name].any() for name in pooled):
-        raise InputError(f"{folder} uses a pooled text vector ({TEXT_EMBEDDER} is not zero); this engine has none")
+        raise InputError(
+            f"{folder} uses a pooled text vector ({TEXT_EMBEDDER} is not zero); this engine has none"
+        )
     model = empty_generator(
-        config, device=device, dtype=dtype or tensors[layout.pieces["latents_in.weight"][0][0]].dtype
+        config,
+        device=device,
+        dtype=dtype or tensors[layout.pieces["latents_in.weight"][0][0]].dtype,
     )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -88,7 +104,13 @@ def save_module(module, path, *, state=None, dtype=None):
 def load_module(module, path):
     """Fills `module` from a file of save_module. Raises InputError that lists misfits; then nothing changes."""
     tensors, own = read_tensors(Path(path)), module.state_dict()
-    check_tensors(path, *({name: tuple(tensor.shape) for name, tensor in state.items()} for state in (tensors, own)))
+    check_tensors(
+        path,
+        *(
+            {name: tuple(tensor.shape) for name, tensor in state.items()}
+            for state in (tensors, own)
+        ),
+    )
     for name, tensor in own.items():
         tensor.copy_(tensors[name])
 

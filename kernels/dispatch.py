@@ -64,7 +64,9 @@ def register(op, name, fn, *, devices=(), dtypes=(), why_not=None, note=""):
 def ops():
     """Names of all ops: the modules and packages beside this file, its helpers excepted."""
     here = Path(__file__).resolve().parent
-    names = {path.stem for path in here.glob("*.py")} | {path.parent.name for path in here.glob("*/__init__.py")}
+    names = {path.stem for path in here.glob("*.py")} | {
+        path.parent.name for path in here.glob("*/__init__.py")
+    }
     return sorted(names - {"dispatch", "native", "triton_ops"})
 
 
@@ -76,7 +78,9 @@ def overrides():
         if not (op and colon and body):
             raise ValueError(f"IOMM_KERNELS must read op:body[,op:body], got {item!r}")
         if op not in ops():
-            raise ValueError(f"IOMM_KERNELS names the unknown op {op!r}; ops are {', '.join(ops())}")
+            raise ValueError(
+                f"IOMM_KERNELS names the unknown op {op!r}; ops are {', '.join(ops())}"
+            )
         chosen[op] = body
     return chosen
 
@@ -88,9 +92,13 @@ def _choose(op, device, dtype=None):
         body = next((body for body in bodies if body.name == forced), None)
         if body is None:
             names = ", ".join(body.name for body in bodies)
-            raise ValueError(f"IOMM_KERNELS names the unknown body {forced!r} of {op}; bodies are {names}")
+            raise ValueError(
+                f"IOMM_KERNELS names the unknown body {forced!r} of {op}; bodies are {names}"
+            )
         if refusal := body.refusal(device, dtype):
-            raise ValueError(f"IOMM_KERNELS asks for {op}:{forced}, which cannot run on {device}: {refusal}")
+            raise ValueError(
+                f"IOMM_KERNELS asks for {op}:{forced}, which cannot run on {device}: {refusal}"
+            )
         return body
     for body in bodies:
         if body.refusal(device, dtype) is None:
@@ -137,5 +145,7 @@ def format_table(device="cpu"):
     lines = []
     for op, device_type, picked, others in table(device):
         reasons = "; ".join(f"{name} ({reason})" for name, reason in others)
-        lines.append(f"{op:<18} {device_type:<5} {picked:<10} {'not ' + reasons if reasons else ''}".rstrip())
+        lines.append(
+            f"{op:<18} {device_type:<5} {picked:<10} {'not ' + reasons if reasons else ''}".rstrip()
+        )
     return "\n".join(lines)

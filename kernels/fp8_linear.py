@@ -13,12 +13,20 @@ from iomm.kernels.dispatch import pick, register
 def fp8_linear(x, weight_OI, bias_O=None):
     """(..., I) -> (..., O) in x's dtype: x W^T + b, differentiable in all three. Values that are not finite make every
     result NaN. Raises ValueError on shapes or dtypes that do not fit."""
-    if weight_OI.dim() != 2 or x.shape[-1] != weight_OI.shape[1] or (bias_O is not None and len(bias_O) != len(weight_OI)):
-        raise ValueError(f"x must be (..., I), the weight (O, I) and the bias (O,), got {tuple(x.shape)}, "
-                         f"{tuple(weight_OI.shape)} and {None if bias_O is None else tuple(bias_O.shape)}")
+    if (
+        weight_OI.dim() != 2
+        or x.shape[-1] != weight_OI.shape[1]
+        or (bias_O is not None and len(bias_O) != len(weight_OI))
+    ):
+        raise ValueError(
+            f"x must be (..., I), the weight (O, I) and the bias (O,), got {tuple(x.shape)}, "
+            f"{tuple(weight_OI.shape)} and {None if bias_O is None else tuple(bias_O.shape)}"
+        )
     if x.dtype != weight_OI.dtype or (bias_O is not None and bias_O.dtype != x.dtype):
-        raise ValueError(f"x, weight and bias must share a dtype, got {x.dtype}, {weight_OI.dtype} and "
-                         f"{None if bias_O is None else bias_O.dtype}")
+        raise ValueError(
+            f"x, weight and bias must share a dtype, got {x.dtype}, {weight_OI.dtype} and "
+            f"{None if bias_O is None else bias_O.dtype}"
+        )
     y_MO = pick("fp8_linear", x.device, x.dtype)(x.reshape(-1, x.shape[-1]), weight_OI, bias_O)
     return y_MO.view(*x.shape[:-1], len(weight_OI))
 
@@ -53,7 +61,11 @@ class _Reference(torch.autograd.Function):
         x_MI, weight_OI = ctx.saved_tensors
         g_MO = rounded(grad_MO, BACKWARD)
         dx_MI, dweight_OI = g_MO @ rounded(weight_OI, FORWARD), g_MO.T @ rounded(x_MI, FORWARD)
-        return dx_MI.to(x_MI.dtype), dweight_OI.to(weight_OI.dtype), grad_MO.sum(0) if ctx.needs_input_grad[2] else None
+        return (
+            dx_MI.to(x_MI.dtype),
+            dweight_OI.to(weight_OI.dtype),
+            grad_MO.sum(0) if ctx.needs_input_grad[2] else None,
+        )
 
 
 def fp8_linear_reference(x_MI, weight_OI, bias_O):
@@ -77,7 +89,9 @@ def why_not():
 def product(a_MK, b_NK, scale, bias_N, dtype):
     """a b^T scale + bias. Both lie with K inmost, as Hopper's fp8 tensor cores read them; no use of their fast
     accumulation, which has about 14 bits (arXiv 2412.19437, section 3.3.2)."""
-    return torch._scaled_mm(a_MK, b_NK.t(), *scale, bias=bias_N, out_dtype=dtype, use_fast_accum=False)
+    return torch._scaled_mm(
+        a_MK, b_NK.t(), *scale, bias=bias_N, out_dtype=dtype, use_fast_accum=False
+    )
 
 
 class _Scaled(torch.autograd.Function):
@@ -98,7 +112,9 @@ class _Scaled(torch.autograd.Function):
         g8_MO, g_scale = quantised(grad_MO, BACKWARD)
         w8_IO, w_scale = quantised(weight_OI.t().contiguous(), FORWARD)
         dx_MI = product(g8_MO, w8_IO, (g_scale, w_scale), None, grad_MO.dtype)
-        dweight_OI = product(g8_MO.t().contiguous(), x8_MI.t().contiguous(), (g_scale, x_scale), None, grad_MO.dtype)
+        dweight_OI = product(
+            g8_MO.t().contiguous(), x8_MI.t().contiguous(), (g_scale, x_scale), None, grad_MO.dtype
+        )
         return dx_MI, dweight_OI, grad_MO.sum(0) if ctx.needs_input_grad[2] else None
 
 
@@ -106,7 +122,9 @@ def fp8_linear_scaled(x_MI, weight_OI, bias_O):
     """(M, O) as `fp8_linear` describes it; I and O are multiples of 16. Other numbers of rows are filled up with zeros, as
     the gradient of the weight sums over them."""
     if any(size % MULTIPLE for size in weight_OI.shape):
-        raise ValueError(f"sizes of an fp8 product must be multiples of {MULTIPLE}, got a weight of {tuple(weight_OI.shape)}")
+        raise ValueError(
+            f"sizes of an fp8 product must be multiples of {MULTIPLE}, got a weight of {tuple(weight_OI.shape)}"
+        )
     num_rows = len(x_MI)
     if num_rows % MULTIPLE == 0:
         return _Scaled.apply(x_MI, weight_OI, bias_O)

@@ -13,15 +13,21 @@ def image_patches(pixels_BHWC, patch, *, mean, std, dtype):
     `normalised`: a linear layer on them is the ViT's patch embedding. All backends give the same bits. Raises ValueError
     on shapes, dtypes or sides that are no multiple of `patch`."""
     if pixels_BHWC.dtype != torch.uint8 or pixels_BHWC.dim() != 4 or pixels_BHWC.shape[3] != 3:
-        raise ValueError(f"pixels must be uint8 (B, H, W, 3), got {pixels_BHWC.dtype} {tuple(pixels_BHWC.shape)}")
+        raise ValueError(
+            f"pixels must be uint8 (B, H, W, 3), got {pixels_BHWC.dtype} {tuple(pixels_BHWC.shape)}"
+        )
     height, width = pixels_BHWC.shape[1:3]
     if not 1 <= patch <= 128 or height % patch or width % patch:
-        raise ValueError(f"images of {height} x {width} cannot be cut into patches of {patch}: "
-                         f"both sides must be multiples of it, and it of 1 to 128")
+        raise ValueError(
+            f"images of {height} x {width} cannot be cut into patches of {patch}: "
+            f"both sides must be multiples of it, and it of 1 to 128"
+        )
     if not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating one, got {dtype}")
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise ValueError(f"mean and std must be three numbers each, std above 0, got {mean} and {std}")
+        raise ValueError(
+            f"mean and std must be three numbers each, std above 0, got {mean} and {std}"
+        )
     run = pick("image_patches", pixels_BHWC.device, dtype)
     return run(pixels_BHWC.contiguous(), patch, list(mean), list(std), dtype)
 
@@ -32,7 +38,9 @@ def normalised(pixels_BHWC, mean, std):
     Computed as (value - 255 mean) x 1 / (255 std), each rounded to float32."""
     subtracted = torch.tensor([255 * m for m in mean], device=pixels_BHWC.device)[:, None, None]
     factor = torch.tensor([1 / (255 * s) for s in std], device=pixels_BHWC.device)[:, None, None]
-    values_BCHW = pixels_BHWC.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    values_BCHW = pixels_BHWC.permute(0, 3, 1, 2).to(
+        torch.float32, memory_format=torch.contiguous_format
+    )
     return (values_BCHW - subtracted) * factor
 
 
@@ -51,20 +59,45 @@ def image_patches_compiled(
     batch, height, width, _ = pixels_BHWC.shape
     shape = batch, (height // patch) * (width // patch), 3 * patch * patch
     patches = torch.empty(shape, dtype=dtype, device=pixels_BHWC.device)
-    native.launch(pixels_BHWC.device, "iomm_image_patches", pixels_BHWC, batch, height, width, patch,
-                  *(255.0 * m for m in mean), *(1 / (255.0 * s) for s in std), int(dtype == torch.bfloat16), patches)
+    native.launch(
+        pixels_BHWC.device,
+        "iomm_image_patches",
+        pixels_BHWC,
+        batch,
+        height,
+        width,
+        patch,
+        *(255.0 * m for m in mean),
+        *(1 / (255.0 * s) for s in std),
+        int(dtype == torch.bfloat16),
+        patches,
+    )
     return patches
 
 
 @image_patches_compiled.register_fake
 def _(pixels_BHWC, patch, mean, std, dtype):
     batch, height, width, _ = pixels_BHWC.shape
-    return pixels_BHWC.new_empty(batch, (height // patch) * (width // patch), 3 * patch * patch, dtype=dtype)
+    return pixels_BHWC.new_empty(
+        batch, (height // patch) * (width // patch), 3 * patch * patch, dtype=dtype
+    )
 
 
 _NATIVE_DTYPES = torch.float32, torch.bfloat16
-register("image_patches", "cpp", image_patches_compiled, devices=("cpu",), dtypes=_NATIVE_DTYPES,
-         why_not=lambda: native.why_not("cpu"))
-register("image_patches", "cuda", image_patches_compiled, devices=("cuda",), dtypes=_NATIVE_DTYPES,
-         why_not=lambda: native.why_not("cuda"))
+register(
+    "image_patches",
+    "cpp",
+    image_patches_compiled,
+    devices=("cpu",),
+    dtypes=_NATIVE_DTYPES,
+    why_not=lambda: native.why_not("cpu"),
+)
+register(
+    "image_patches",
+    "cuda",
+    image_patches_compiled,
+    devices=("cuda",),
+    dtypes=_NATIVE_DTYPES,
+    why_not=lambda: native.why_not("cuda"),
+)
 register("image_patches", "reference", image_patches_reference)

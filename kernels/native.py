@@ -41,10 +41,14 @@ def cpu_library_name():
     """The build for this CPU: v3 needs AVX2, FMA, BMI and MOVBE; Intel has had them since 2013, AMD since 2015."""
     if platform.machine() in ("x86_64", "AMD64"):
         try:
-            flags = set(Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split())
+            flags = set(
+                Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()
+            )
         except OSError:
             flags = set()
-        if {"avx2", "fma", "bmi1", "bmi2", "movbe", "f16c", "abm"} <= flags and (FOLDER / "libiomm_cpu_v3.so").exists():
+        if {"avx2", "fma", "bmi1", "bmi2", "movbe", "f16c", "abm"} <= flags and (
+            FOLDER / "libiomm_cpu_v3.so"
+        ).exists():
             return "libiomm_cpu_v3.so"
     return "libiomm_cpu.so"
 
@@ -91,7 +95,11 @@ def launch(device, entry, *arguments):
         elif argument is None:
             values.append(ctypes.c_void_p())
         else:
-            values.append(ctypes.c_double(argument) if isinstance(argument, float) else ctypes.c_int64(argument))
+            values.append(
+                ctypes.c_double(argument)
+                if isinstance(argument, float)
+                else ctypes.c_int64(argument)
+            )
     function = getattr(library, f"{entry}_{device.type}")
     if device.type == "cpu":
         code = function(*values, ctypes.c_int64(torch.get_num_threads()))
@@ -99,5 +107,7 @@ def launch(device, entry, *arguments):
         with torch.cuda.device(device):
             code = function(*values, ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream))
     if code:
-        reason = library.iomm_error_string(code).decode() if device.type == "cuda" else f"code {code}"
+        reason = (
+            library.iomm_error_string(code).decode() if device.type == "cuda" else f"code {code}"
+        )
         raise RuntimeError(f"{entry}_{device.type} failed: {reason}")

@@ -12,12 +12,16 @@ from iomm.kernels.philox import NOISE, checked_seed, philox_reference
 
 def _check_latents(latents_BCHW, patch):
     if latents_BCHW.dim() != 4 or not latents_BCHW.is_floating_point():
-        raise ValueError(f"latents must be a float tensor (B, C, H, W), "
-                         f"got {latents_BCHW.dtype} of shape {tuple(latents_BCHW.shape)}")
+        raise ValueError(
+            f"latents must be a float tensor (B, C, H, W), "
+            f"got {latents_BCHW.dtype} of shape {tuple(latents_BCHW.shape)}"
+        )
     height, width = latents_BCHW.shape[2:]
     if patch < 1 or height % patch or width % patch:
-        raise ValueError(f"latents of {height} x {width} cannot be cut into patches of {patch}: "
-                         f"both sides must be multiples of {patch}")
+        raise ValueError(
+            f"latents of {height} x {width} cannot be cut into patches of {patch}: "
+            f"both sides must be multiples of {patch}"
+        )
 
 
 def noisy_tokens(latents_BCHW, t_B, seed, n_B, patch=2):
@@ -29,13 +33,19 @@ def noisy_tokens(latents_BCHW, t_B, seed, n_B, patch=2):
     seed = checked_seed(seed, n_B)
     num_samples = latents_BCHW.shape[0]
     if t_B.shape != (num_samples,) or n_B.shape != (num_samples,):
-        raise ValueError(f"t and n must have shape ({num_samples},), as many as there are latents, "
-                         f"got {tuple(t_B.shape)} and {tuple(n_B.shape)}")
+        raise ValueError(
+            f"t and n must have shape ({num_samples},), as many as there are latents, "
+            f"got {tuple(t_B.shape)} and {tuple(n_B.shape)}"
+        )
     if not t_B.device == n_B.device == latents_BCHW.device:
-        raise ValueError(f"latents, t and n must be on one device, "
-                         f"got {latents_BCHW.device}, {t_B.device} and {n_B.device}")
+        raise ValueError(
+            f"latents, t and n must be on one device, "
+            f"got {latents_BCHW.device}, {t_B.device} and {n_B.device}"
+        )
     run = pick("noisy_tokens", latents_BCHW.device, latents_BCHW.dtype)
-    return run(latents_BCHW.detach().contiguous(), t_B.detach().contiguous(), seed, n_B.contiguous(), patch)
+    return run(
+        latents_BCHW.detach().contiguous(), t_B.detach().contiguous(), seed, n_B.contiguous(), patch
+    )
 
 
 def patch_tokens(latents_BCHW, patch=2):
@@ -53,8 +63,10 @@ def unpatch(tokens_BNK, height, width, patch=2):
     num_samples, num_tokens, token_dim = tokens_BNK.shape
     rows, columns = height // patch, width // patch
     if height % patch or width % patch or num_tokens != rows * columns or token_dim % patch**2:
-        raise ValueError(f"{num_tokens} tokens of {token_dim} values do not make latents of {height} x {width} "
-                         f"with patches of {patch}")
+        raise ValueError(
+            f"{num_tokens} tokens of {token_dim} values do not make latents of {height} x {width} "
+            f"with patches of {patch}"
+        )
     channels = token_dim // patch**2
     tokens = tokens_BNK.reshape(num_samples, rows, columns, channels, patch, patch)
     return tokens.permute(0, 3, 1, 4, 2, 5).reshape(num_samples, channels, height, width)
@@ -65,7 +77,9 @@ def patch_tokens_reference(latents_BCHW, patch):
     num_samples, channels, height, width = latents_BCHW.shape
     rows, columns = height // patch, width // patch
     cut = latents_BCHW.reshape(num_samples, channels, rows, patch, columns, patch)
-    return cut.permute(0, 2, 4, 1, 3, 5).reshape(num_samples, rows * columns, channels * patch * patch)
+    return cut.permute(0, 2, 4, 1, 3, 5).reshape(
+        num_samples, rows * columns, channels * patch * patch
+    )
 
 
 def noisy_tokens_reference(latents_BCHW, t_B, seed, n_B, patch):
@@ -87,21 +101,49 @@ def noisy_tokens_compiled(
     shape = num_samples, (height // patch) * (width // patch), channels * patch * patch
     noisy_BNK = torch.empty(shape, dtype=latents_BCHW.dtype, device=latents_BCHW.device)
     target_BNK = torch.empty_like(noisy_BNK)
-    native.launch(latents_BCHW.device, "iomm_noisy_tokens", latents_BCHW, t_B.float(), seed, n_B, num_samples, channels,
-                  height, width, patch, int(latents_BCHW.dtype == torch.bfloat16), noisy_BNK, target_BNK)
+    native.launch(
+        latents_BCHW.device,
+        "iomm_noisy_tokens",
+        latents_BCHW,
+        t_B.float(),
+        seed,
+        n_B,
+        num_samples,
+        channels,
+        height,
+        width,
+        patch,
+        int(latents_BCHW.dtype == torch.bfloat16),
+        noisy_BNK,
+        target_BNK,
+    )
     return noisy_BNK, target_BNK
 
 
 @noisy_tokens_compiled.register_fake
 def _(latents_BCHW, t_B, seed, n_B, patch):
     num_samples, channels, height, width = latents_BCHW.shape
-    noisy_BNK = latents_BCHW.new_empty(num_samples, (height // patch) * (width // patch), channels * patch * patch)
+    noisy_BNK = latents_BCHW.new_empty(
+        num_samples, (height // patch) * (width // patch), channels * patch * patch
+    )
     return noisy_BNK, torch.empty_like(noisy_BNK)
 
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16)
-register("noisy_tokens", "cpp", noisy_tokens_compiled, devices=("cpu",), dtypes=_NATIVE_DTYPES,
-         why_not=lambda: native.why_not("cpu"))
-register("noisy_tokens", "cuda", noisy_tokens_compiled, devices=("cuda",), dtypes=_NATIVE_DTYPES,
-         why_not=lambda: native.why_not("cuda"))
+register(
+    "noisy_tokens",
+    "cpp",
+    noisy_tokens_compiled,
+    devices=("cpu",),
+    dtypes=_NATIVE_DTYPES,
+    why_not=lambda: native.why_not("cpu"),
+)
+register(
+    "noisy_tokens",
+    "cuda",
+    noisy_tokens_compiled,
+    devices=("cuda",),
+    dtypes=_NATIVE_DTYPES,
+    why_not=lambda: native.why_not("cuda"),
+)
 register("noisy_tokens", "reference", noisy_tokens_reference)

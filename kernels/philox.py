@@ -38,7 +38,9 @@ def checked_seed(seed, n_B):
     if not isinstance(seed, int) or not 0 <= seed < 2**64:
         raise ValueError(f"seed must be an int in [0, 2^64), got {seed!r}")
     if n_B.dtype != torch.int64 or n_B.dim() != 1:
-        raise ValueError(f"n must be a one-dimensional int64 tensor, got {n_B.dtype} of shape {tuple(n_B.shape)}")
+        raise ValueError(
+            f"n must be a one-dimensional int64 tensor, got {n_B.dtype} of shape {tuple(n_B.shape)}"
+        )
     return seed - (seed >> 63 << 64)
 
 
@@ -77,7 +79,12 @@ def philox_words(seed, stream, n_B, num_blocks):
     k0, k1 = seed & WORD, (seed >> 32) & WORD
     for _ in range(10):
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = ((p1 >> 32) & WORD) ^ c1 ^ k0, p1 & WORD, ((p0 >> 32) & WORD) ^ c3 ^ k1, p0 & WORD
+        c0, c1, c2, c3 = (
+            ((p1 >> 32) & WORD) ^ c1 ^ k0,
+            p1 & WORD,
+            ((p0 >> 32) & WORD) ^ c3 ^ k1,
+            p0 & WORD,
+        )
         k0, k1 = (k0 + 0x9E3779B9) & WORD, (k1 + 0xBB67AE85) & WORD
     return torch.stack((c0, c1, c2, c3), dim=-1)
 
@@ -98,14 +105,20 @@ def normal_from_words(words):
 def philox_reference(distribution, seed, stream, n_B, count):
     """(B, count) float32 of `distribution` "uniform" or "normal"; seed as a signed or unsigned 64-bit int."""
     words = philox_words(seed, stream, n_B, -(-count // 4))
-    values = (words >> 8).float() * 2.0**-24 if distribution == "uniform" else normal_from_words(words)
+    values = (
+        (words >> 8).float() * 2.0**-24 if distribution == "uniform" else normal_from_words(words)
+    )
     return values.flatten(1)[:, :count].contiguous()
 
 
 @torch.library.custom_op("iomm::philox", mutates_args=(), device_types=("cpu", "cuda"))
-def philox_compiled(distribution: str, seed: int, stream: int, n_B: torch.Tensor, count: int) -> torch.Tensor:
+def philox_compiled(
+    distribution: str, seed: int, stream: int, n_B: torch.Tensor, count: int
+) -> torch.Tensor:
     out = torch.empty(len(n_B), count, dtype=torch.float32, device=n_B.device)
-    native.launch(n_B.device, f"iomm_philox_{distribution}", seed, stream, n_B, len(n_B), count, out)
+    native.launch(
+        n_B.device, f"iomm_philox_{distribution}", seed, stream, n_B, len(n_B), count, out
+    )
     return out
 
 
@@ -115,5 +128,7 @@ def _(distribution, seed, stream, n_B, count):
 
 
 register("philox", "cpp", philox_compiled, devices=("cpu",), why_not=lambda: native.why_not("cpu"))
-register("philox", "cuda", philox_compiled, devices=("cuda",), why_not=lambda: native.why_not("cuda"))
+register(
+    "philox", "cuda", philox_compiled, devices=("cuda",), why_not=lambda: native.why_not("cuda")
+)
 register("philox", "reference", philox_reference)

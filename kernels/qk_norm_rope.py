@@ -22,13 +22,21 @@ def qk_norm_rope(qkv_BNPAE, q_weight_E, k_weight_E, cos_NF, sin_NF, *, condition
         raise ValueError(f"qkv must be (B, N, 3, A, E), got {tuple(qkv_BNPAE.shape)}")
     batch, length, _, heads, dim = qkv_BNPAE.shape
     if cos_NF.shape != (length, dim // 2) or sin_NF.shape != cos_NF.shape or dim % 2:
-        raise ValueError(f"cos and sin must be ({length}, {dim // 2}), "
-                         f"got {tuple(cos_NF.shape)} and {tuple(sin_NF.shape)}")
+        raise ValueError(
+            f"cos and sin must be ({length}, {dim // 2}), "
+            f"got {tuple(cos_NF.shape)} and {tuple(sin_NF.shape)}"
+        )
     parts, q_weight, k_weight = condition or (None, None, None)
-    if parts is not None and (parts.dim() != 5 or parts.shape[2] not in (2, 3) or parts.dtype != qkv_BNPAE.dtype
-                              or (parts.shape[0], *parts.shape[3:]) != (batch, heads, dim)):
-        raise ValueError(f"the condition must be (B, C, 2 or 3, A, E) like qkv {tuple(qkv_BNPAE.shape)} in "
-                         f"{qkv_BNPAE.dtype}, got {tuple(parts.shape)} in {parts.dtype}")
+    if parts is not None and (
+        parts.dim() != 5
+        or parts.shape[2] not in (2, 3)
+        or parts.dtype != qkv_BNPAE.dtype
+        or (parts.shape[0], *parts.shape[3:]) != (batch, heads, dim)
+    ):
+        raise ValueError(
+            f"the condition must be (B, C, 2 or 3, A, E) like qkv {tuple(qkv_BNPAE.shape)} in "
+            f"{qkv_BNPAE.dtype}, got {tuple(parts.shape)} in {parts.dtype}"
+        )
     for weight in (q_weight_E, k_weight_E, q_weight, k_weight):
         if weight is not None and weight.shape != (dim,):
             raise ValueError(f"weights must be ({dim},), got {tuple(weight.shape)}")
@@ -36,22 +44,35 @@ def qk_norm_rope(qkv_BNPAE, q_weight_E, k_weight_E, cos_NF, sin_NF, *, condition
     return run(qkv_BNPAE, q_weight_E, k_weight_E, cos_NF, sin_NF, parts, q_weight, k_weight, eps)
 
 
-def _joint(norm, qkv, q_weight, k_weight, cos, sin, condition, condition_q_weight, condition_k_weight):
+def _joint(
+    norm, qkv, q_weight, k_weight, cos, sin, condition, condition_q_weight, condition_k_weight
+):
     q, k, v = qkv.unbind(2)
     q, k = rotate(norm(q, q_weight), cos, sin), rotate(norm(k, k_weight), cos, sin)
     if condition is not None:
         *first_q, first_k, first_v = condition.unbind(2)
         if first_q:
             q = torch.cat((norm(first_q[0], condition_q_weight), q), dim=1)
-        k, v = torch.cat((norm(first_k, condition_k_weight), k), dim=1), torch.cat((first_v, v), dim=1)
+        k, v = (
+            torch.cat((norm(first_k, condition_k_weight), k), dim=1),
+            torch.cat((first_v, v), dim=1),
+        )
     return q, k, v
 
 
 def rotate(x_BLAE, cos_LF, sin_LF):
     """Turns the pairs (2f, 2f + 1) of every head by the angle of its position; at least float32, rounded once."""
-    even, odd = x_BLAE.to(torch.promote_types(x_BLAE.dtype, torch.float32)).unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = (
+        x_BLAE.to(torch.promote_types(x_BLAE.dtype, torch.float32))
+        .unflatten(-1, (-1, 2))
+        .unbind(-1)
+    )
     cos, sin = cos_LF[:, None], sin_LF[:, None]
-    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x_BLAE.dtype)
+    return (
+        torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
+        .flatten(-2)
+        .to(x_BLAE.dtype)
+    )
 
 
 def qk_norm_rope_reference(*arguments):
@@ -83,8 +104,10 @@ def qk_norm_rope_triton(*arguments):
     *tensors, eps = arguments
     dim = tensors[0].shape[-1]
     if dim < 16 or dim & dim - 1:
-        raise ValueError(f"qk_norm_rope:triton wants a head dim of 16, 32, 64, 128 or 256, got {dim}: "
-                         "choose another body")
+        raise ValueError(
+            f"qk_norm_rope:triton wants a head dim of 16, 32, 64, 128 or 256, got {dim}: "
+            "choose another body"
+        )
     tensors[3:5] = (x.float() for x in tensors[3:5])
     return _forward(*(None if x is None else x.contiguous() for x in tensors), eps)
 
@@ -104,70 +127,152 @@ def _grid(x):
 
 
 def _constants(x, q_weight, k_weight, cos):
-    return {"HEADS": x.shape[3], "E": x.shape[4], "PARTS": x.shape[2], "ROWS": ROWS, "num_warps": WARPS,
-            "Q_WEIGHT": q_weight is not None and x.shape[2] == 3, "K_WEIGHT": k_weight is not None,
-            "ROTATE": cos is not None}
+    return {
+        "HEADS": x.shape[3],
+        "E": x.shape[4],
+        "PARTS": x.shape[2],
+        "ROWS": ROWS,
+        "num_warps": WARPS,
+        "Q_WEIGHT": q_weight is not None and x.shape[2] == 3,
+        "K_WEIGHT": k_weight is not None,
+        "ROTATE": cos is not None,
+    }
 
 
 @torch.library.custom_op("iomm::qk_norm_rope", mutates_args=(), device_types=("cpu", "cuda"))
 def _forward(
-    qkv: torch.Tensor, q_weight: torch.Tensor | None, k_weight: torch.Tensor | None, cos: torch.Tensor,
-    sin: torch.Tensor, condition: torch.Tensor | None, condition_q_weight: torch.Tensor | None,
-    condition_k_weight: torch.Tensor | None, eps: float,
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    condition: torch.Tensor | None,
+    condition_q_weight: torch.Tensor | None,
+    condition_k_weight: torch.Tensor | None,
+    eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from iomm.kernels.triton_ops.qk_norm_rope import forward_kernel
+
     streams, num_queries, num_joint = _streams(
-        qkv, q_weight, k_weight, cos, sin, condition, condition_q_weight, condition_k_weight)
-    q, k, v = (torch.empty(qkv.shape[0], rows, *qkv.shape[3:], dtype=qkv.dtype, device=qkv.device)
-               for rows in (num_queries, num_joint, num_joint))
+        qkv, q_weight, k_weight, cos, sin, condition, condition_q_weight, condition_k_weight
+    )
+    q, k, v = (
+        torch.empty(qkv.shape[0], rows, *qkv.shape[3:], dtype=qkv.dtype, device=qkv.device)
+        for rows in (num_queries, num_joint, num_joint)
+    )
     for x, q_norm, k_norm, cos_x, sin_x, first_query, first in streams:
         if x.numel():
             forward_kernel[_grid(x)](
-                x, q_norm, k_norm, cos_x, sin_x, q, k, v, x.shape[1], num_queries, num_joint, first_query, first, eps,
-                **_constants(x, q_norm, k_norm, cos_x))
+                x,
+                q_norm,
+                k_norm,
+                cos_x,
+                sin_x,
+                q,
+                k,
+                v,
+                x.shape[1],
+                num_queries,
+                num_joint,
+                first_query,
+                first,
+                eps,
+                **_constants(x, q_norm, k_norm, cos_x),
+            )
     return q, k, v
 
 
 @_forward.register_fake
 def _(qkv, q_weight, k_weight, cos, sin, condition, condition_q_weight, condition_k_weight, eps):
     _, num_queries, num_joint = _streams(qkv, None, None, None, None, condition, None, None)
-    return tuple(qkv.new_empty(qkv.shape[0], rows, *qkv.shape[3:]) for rows in (num_queries, num_joint, num_joint))
+    return tuple(
+        qkv.new_empty(qkv.shape[0], rows, *qkv.shape[3:])
+        for rows in (num_queries, num_joint, num_joint)
+    )
 
 
-@torch.library.custom_op("iomm::qk_norm_rope_backward", mutates_args=(), device_types=("cpu", "cuda"))
+@torch.library.custom_op(
+    "iomm::qk_norm_rope_backward", mutates_args=(), device_types=("cpu", "cuda")
+)
 def _backward(
-    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, qkv: torch.Tensor, q_weight: torch.Tensor | None,
-    k_weight: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, condition: torch.Tensor | None,
-    condition_q_weight: torch.Tensor | None, condition_k_weight: torch.Tensor | None, eps: float,
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    condition: torch.Tensor | None,
+    condition_q_weight: torch.Tensor | None,
+    condition_k_weight: torch.Tensor | None,
+    eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of both projections and of their weights; empty tensors for what is not there."""
     from iomm.kernels.triton_ops.qk_norm_rope import backward_kernel
+
     streams, num_queries, num_joint = _streams(
-        qkv, q_weight, k_weight, cos, sin, condition, condition_q_weight, condition_k_weight)
+        qkv, q_weight, k_weight, cos, sin, condition, condition_q_weight, condition_k_weight
+    )
     gradients = []
     for x, q_norm, k_norm, cos_x, sin_x, first_query, first in streams:
         dx = torch.empty_like(x)
         programs, samples = _grid(x)
         size = samples * programs, 2, x.shape[4] // 2
-        sums = [None if weight is None else torch.empty(size, dtype=torch.float32, device=x.device)
-                for weight in (q_norm, k_norm)]
+        sums = [
+            None if weight is None else torch.empty(size, dtype=torch.float32, device=x.device)
+            for weight in (q_norm, k_norm)
+        ]
         if x.shape[2] == 2 and sums[0] is not None:
             # A weight for queries that are not there.
             sums[0].zero_()
         if x.numel():
             backward_kernel[programs, samples](
-                x, q_norm, k_norm, cos_x, sin_x, dq, dk, dv, dx, *sums, x.shape[1], num_queries, num_joint, first_query,
-                first, eps, **_constants(x, q_norm, k_norm, cos_x))
+                x,
+                q_norm,
+                k_norm,
+                cos_x,
+                sin_x,
+                dq,
+                dk,
+                dv,
+                dx,
+                *sums,
+                x.shape[1],
+                num_queries,
+                num_joint,
+                first_query,
+                first,
+                eps,
+                **_constants(x, q_norm, k_norm, cos_x),
+            )
         gradients.append(dx)
-        gradients += [x.new_empty(0) if total is None else total.sum(0).T.reshape(-1).to(weight.dtype)
-                      for total, weight in zip(sums, (q_norm, k_norm))]
+        gradients += [
+            x.new_empty(0) if total is None else total.sum(0).T.reshape(-1).to(weight.dtype)
+            for total, weight in zip(sums, (q_norm, k_norm))
+        ]
     return tuple(gradients + [qkv.new_empty(0) for _ in range(6 - len(gradients))])
 
 
 @_backward.register_fake
-def _(dq, dk, dv, qkv, q_weight, k_weight, cos, sin, condition, condition_q_weight, condition_k_weight, eps):
-    return tuple(qkv.new_empty(0) if x is None else torch.empty_like(x) for x in (
-        qkv, q_weight, k_weight, condition, condition_q_weight, condition_k_weight))
+def _(
+    dq,
+    dk,
+    dv,
+    qkv,
+    q_weight,
+    k_weight,
+    cos,
+    sin,
+    condition,
+    condition_q_weight,
+    condition_k_weight,
+    eps,
+):
+    return tuple(
+        qkv.new_empty(0) if x is None else torch.empty_like(x)
+        for x in (qkv, q_weight, k_weight, condition, condition_q_weight, condition_k_weight)
+    )
 
 
 def _save(ctx, inputs, output):
@@ -179,7 +284,13 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, dq, dk, dv):
     got = _backward(dq.contiguous(), dk.contiguous(), dv.contiguous(), *ctx.saved_tensors, ctx.eps)
     got = (*got[:3], None, None, *got[3:])
-    return (*(x if here and needed else None for x, here, needed in zip(got, ctx.present, ctx.needs_input_grad)), None)
+    return (
+        *(
+            x if here and needed else None
+            for x, here, needed in zip(got, ctx.present, ctx.needs_input_grad)
+        ),
+        None,
+    )
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -187,6 +298,13 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 # PyTorch's body comes first: torch.compile fuses it with what surrounds it, and no GPU has timed the other one yet.
 register("qk_norm_rope", "torch", qk_norm_rope_torch)
-register("qk_norm_rope", "triton", qk_norm_rope_triton, devices=support.DEVICES,
-         dtypes=support.DTYPES, why_not=support.why_not, note=support.NOTE)
+register(
+    "qk_norm_rope",
+    "triton",
+    qk_norm_rope_triton,
+    devices=support.DEVICES,
+    dtypes=support.DTYPES,
+    why_not=support.why_not,
+    note=support.NOTE,
+)
 register("qk_norm_rope", "reference", qk_norm_rope_reference)

@@ -17,7 +17,9 @@ def _checked(seed, n_B, num_tokens, ratio, count):
     """The seed as signed 64-bit int. Raises ValueError on bad input."""
     seed = checked_seed(seed, n_B)
     if not 1 <= num_tokens < 2**31 or len(n_B) * num_tokens >= 2**31:
-        raise ValueError(f"num_tokens must be at least 1, and B times it below 2^31, got {num_tokens} and B {len(n_B)}")
+        raise ValueError(
+            f"num_tokens must be at least 1, and B times it below 2^31, got {num_tokens} and B {len(n_B)}"
+        )
     if not 0.0 <= ratio <= 1.0:
         raise ValueError(f"ratio must be between 0 and 1, got {ratio}")
     if count not in ("bernoulli", "fixed"):
@@ -64,7 +66,9 @@ def visible_tokens_packed(seed, n_B, num_tokens, ratio, count="bernoulli", capac
     seed = _checked(seed, n_B, num_tokens, ratio, count)
     capacity = packed_capacity(len(n_B), num_tokens, ratio, count) if capacity is None else capacity
     if not 0 <= capacity <= len(n_B) * num_tokens:
-        raise ValueError(f"capacity must be between 0 and B times P, got {capacity} for {len(n_B)} times {num_tokens}")
+        raise ValueError(
+            f"capacity must be between 0 and B times P, got {capacity} for {len(n_B)} times {num_tokens}"
+        )
     run = pick("visible_tokens", n_B.device)
     return run(seed, n_B.contiguous(), num_tokens, float(ratio), count == "fixed", capacity)
 
@@ -74,7 +78,9 @@ def visible_tokens_reference(seed, n_B, num_tokens, ratio, fixed, capacity):
     are, and overflow None."""
     draw = philox_reference("uniform", seed, MASK, n_B, num_tokens).double()
     if fixed:
-        best = draw.sort(dim=1, descending=True, stable=True).indices[:, : round((1 - ratio) * num_tokens)]
+        best = draw.sort(dim=1, descending=True, stable=True).indices[
+            :, : round((1 - ratio) * num_tokens)
+        ]
         visible = torch.zeros_like(draw, dtype=torch.bool).scatter_(1, best, True)
     else:
         visible = draw >= ratio
@@ -97,7 +103,9 @@ def visible_tokens_compiled(seed, n_B, num_tokens, ratio, fixed, capacity):
     return (*_counted(seed, n_B, num_tokens, ratio, fixed), None)
 
 
-@torch.library.custom_op("iomm::visible_tokens_packed", mutates_args=(), device_types=("cpu", "cuda"))
+@torch.library.custom_op(
+    "iomm::visible_tokens_packed", mutates_args=(), device_types=("cpu", "cuda")
+)
 def _packed(
     seed: int, n_B: torch.Tensor, num_tokens: int, ratio: float, fixed: bool, capacity: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -109,22 +117,42 @@ def _packed(
     position = torch.empty(capacity, dtype=torch.int64, device=device)
     offsets = torch.empty(num_samples + 1, dtype=torch.int32, device=device)
     overflow = torch.empty(1, dtype=torch.int64, device=device)
-    native.launch(device, "iomm_visible_tokens", seed, n_B, num_samples, num_tokens, threshold, num_visible, capacity,
-                  index, offsets, position, overflow)
+    native.launch(
+        device,
+        "iomm_visible_tokens",
+        seed,
+        n_B,
+        num_samples,
+        num_tokens,
+        threshold,
+        num_visible,
+        capacity,
+        index,
+        offsets,
+        position,
+        overflow,
+    )
     return index, offsets, position, overflow
 
 
 @_packed.register_fake
 def _(seed, n_B, num_tokens, ratio, fixed, capacity):
     index = n_B.new_empty(capacity)
-    return index, n_B.new_empty(n_B.shape[0] + 1, dtype=torch.int32), torch.empty_like(index), n_B.new_empty(1)
+    return (
+        index,
+        n_B.new_empty(n_B.shape[0] + 1, dtype=torch.int32),
+        torch.empty_like(index),
+        n_B.new_empty(1),
+    )
 
 
 @torch.library.custom_op("iomm::visible_tokens", mutates_args=(), device_types=("cpu", "cuda"))
 def _counted(
     seed: int, n_B: torch.Tensor, num_tokens: int, ratio: float, fixed: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    index, offsets, position, _ = _packed(seed, n_B, num_tokens, ratio, fixed, len(n_B) * num_tokens)
+    index, offsets, position, _ = _packed(
+        seed, n_B, num_tokens, ratio, fixed, len(n_B) * num_tokens
+    )
     total = int(offsets[-1])
     # Copies, so that the B * P buffers are not kept alive by a tenth of them.
     return index[:total].clone(), offsets, position[:total].clone()
@@ -137,6 +165,18 @@ def _(seed, n_B, num_tokens, ratio, fixed):
     return index, n_B.new_empty(n_B.shape[0] + 1, dtype=torch.int32), torch.empty_like(index)
 
 
-register("visible_tokens", "cpp", visible_tokens_compiled, devices=("cpu",), why_not=lambda: native.why_not("cpu"))
-register("visible_tokens", "cuda", visible_tokens_compiled, devices=("cuda",), why_not=lambda: native.why_not("cuda"))
+register(
+    "visible_tokens",
+    "cpp",
+    visible_tokens_compiled,
+    devices=("cpu",),
+    why_not=lambda: native.why_not("cpu"),
+)
+register(
+    "visible_tokens",
+    "cuda",
+    visible_tokens_compiled,
+    devices=("cuda",),
+    why_not=lambda: native.why_not("cuda"),
+)
 register("visible_tokens", "reference", visible_tokens_reference)

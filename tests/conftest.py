@@ -11,8 +11,22 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 # The files that take longest, so that no worker is left alone with one at the end; the second goes with the third.
-FIRST = ("test_run.py", "test_interpreter.py", "test_profiling.py", "test_demo.py", "test_bad_samples.py", "test_checkpoint.py", "test_failures.py",
-         "test_zero.py", "test_build.py", "test_resume_positions.py", "test_traffic.py", "test_shapes.py", "test_counts.py", "test_optim.py")
+FIRST = (
+    "test_run.py",
+    "test_interpreter.py",
+    "test_profiling.py",
+    "test_demo.py",
+    "test_bad_samples.py",
+    "test_checkpoint.py",
+    "test_failures.py",
+    "test_zero.py",
+    "test_build.py",
+    "test_resume_positions.py",
+    "test_traffic.py",
+    "test_shapes.py",
+    "test_counts.py",
+    "test_optim.py",
+)
 # Torch remembers once which functions make tensors: before any of them is poisoned below.
 with torch.device("meta"):
     torch.empty(0)
@@ -27,7 +41,12 @@ def mllm_folder(tmp_path_factory):
     from iomm.engine.shapes.mllm import create_mllm
     from iomm.mllm import RECONSTRUCT
 
-    return create_mllm(tmp_path_factory.mktemp("mllm") / "tiny", texts=[RECONSTRUCT], vision=VISION, text={**TEXT, "hidden_size": 64})
+    return create_mllm(
+        tmp_path_factory.mktemp("mllm") / "tiny",
+        texts=[RECONSTRUCT],
+        vision=VISION,
+        text={**TEXT, "hidden_size": 64},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +66,10 @@ def poison(monkeypatch):
     def poisoned(real):
         def make(*args, **kwargs):
             out = real(*args, **kwargs)
-            return out.fill_(float("nan") if out.is_floating_point() else torch.iinfo(out.dtype).min)
+            return out.fill_(
+                float("nan") if out.is_floating_point() else torch.iinfo(out.dtype).min
+            )
+
         return make
 
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
@@ -57,4 +79,6 @@ def poison(monkeypatch):
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
+    items.sort(
+        key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST)
+    )

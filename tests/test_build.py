@@ -32,7 +32,10 @@ def test_a_compiler_that_fails(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(recipe, "CXX_FLAGS", [*recipe.CXX_FLAGS, "-O0"])
     facts = recipe.build_native(tmp_path)
     assert json.loads((tmp_path / "build.json").read_text()) == facts
-    assert "libiomm_cpu.so" in facts["built"] and facts["missing"]["libiomm_cuda.so"] == "false: exit status 1"
+    assert (
+        "libiomm_cpu.so" in facts["built"]
+        and facts["missing"]["libiomm_cuda.so"] == "false: exit status 1"
+    )
     line = recipe.summary(facts)
     assert "\n" not in line and "libiomm_cpu.so" in line and "libiomm_cuda.so" in line
     for name in facts["built"]:
@@ -57,8 +60,12 @@ def test_without_compilers_it_says_so(recipe, tmp_path, monkeypatch):
 
 def test_every_package_is_listed(recipe):
     listed = recipe.packages()
-    for path in [*ROOT.glob("iomm/**/*.py"), *ROOT.glob("kernels/**/*.py"), *ROOT.glob("engine/**/*.py"),
-                 *ROOT.glob("engine/configs/*.yaml")]:
+    for path in [
+        *ROOT.glob("iomm/**/*.py"),
+        *ROOT.glob("kernels/**/*.py"),
+        *ROOT.glob("engine/**/*.py"),
+        *ROOT.glob("engine/configs/*.yaml"),
+    ]:
         assert str(path.parent.relative_to(ROOT)) in listed.values(), path
     assert listed["iomm.kernels"] == "kernels" and listed["iomm.engine"] == "engine"
     assert not any("lib" in name.split(".") for name in listed)
@@ -75,23 +82,48 @@ def test_cuda_kernels_neither_spill_nor_warn(recipe, source, tmp_path):
     if nvcc is None:
         pytest.skip("no nvcc")
     archs = [*recipe.CUDA_ARCHS["sm_80"], *recipe.CUDA_ARCHS["sm_90a"]]
-    command = [nvcc, *recipe.NVCC_FLAGS, *archs, "-DIOMM_SOURCE_HASH=test", "-Xptxas", "-v",
-               "-c", str(ROOT / "csrc" / source), "-o", str(tmp_path / "out.o")]
+    command = [
+        nvcc,
+        *recipe.NVCC_FLAGS,
+        *archs,
+        "-DIOMM_SOURCE_HASH=test",
+        "-Xptxas",
+        "-v",
+        "-c",
+        str(ROOT / "csrc" / source),
+        "-o",
+        str(tmp_path / "out.o"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
     assert "warning" not in said, said
     assert all(f"for '{arch}'" in said for arch in ("sm_80", "sm_90a"))
-    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    spills = re.findall(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said
+    )
     assert spills and set(spills) == {("0", "0", "0")}, said
 
 
 def test_doctor_names_every_part(monkeypatch, tmp_path, capsys):
     rows = doctor.rows()
-    assert {"torch", "CUDA device", "DeepSpeed", "DALI", "Triton", "flash-attn", "NVIDIA apex", "nvcc", "g++",
-            "C++ ops", "CUDA ops"} <= {row[0] for row in rows}
+    assert {
+        "torch",
+        "CUDA device",
+        "DeepSpeed",
+        "DALI",
+        "Triton",
+        "flash-attn",
+        "NVIDIA apex",
+        "nvcc",
+        "g++",
+        "C++ ops",
+        "CUDA ops",
+    } <= {row[0] for row in rows}
     for _, version, state, note in rows:
-        assert version and state in ("present", "absent", "problem") and (note or state == "present")
+        assert (
+            version and state in ("present", "absent", "problem") and (note or state == "present")
+        )
     doctor.print_report()
     assert "NVIDIA apex" in capsys.readouterr().out
 

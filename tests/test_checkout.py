@@ -20,8 +20,13 @@ print(root, sys.path[0])
 
 
 def run(script, cwd, *path):
-    return subprocess.run([sys.executable, str(script)], cwd=cwd, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))})
+    return subprocess.run(
+        [sys.executable, str(script)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))},
+    )
 
 
 def checkout(folder):
@@ -50,7 +55,11 @@ def test_another_checkouts_iomm_is_refused(tmp_path):
     (tmp_path / "here" / "iomm").mkdir()
     (tmp_path / "here" / "iomm" / "__init__.py").touch()
     done = run(script, tmp_path, ROOT)
-    assert done.returncode == 1 and "pip install -e ." in done.stderr and str(ROOT / "iomm") in done.stderr
+    assert (
+        done.returncode == 1
+        and "pip install -e ." in done.stderr
+        and str(ROOT / "iomm") in done.stderr
+    )
 
 
 def test_what_is_imported_changes_no_path(monkeypatch):

@@ -19,8 +19,22 @@ MAY_IMPORT = {
     "tests": {"kernels", "iomm", "engine", "benchmarks", "tests"},
 }
 # The layers of engine/, lowest first: top-level files and folders. A layer imports from those before it and from itself.
-LAYERS = ("config_parser", "config", "data", "shapes", "resilience", "parallel", "observe", "builders", "evaluation", "dry_run", "state",
-          "loop", "launch", "cli")
+LAYERS = (
+    "config_parser",
+    "config",
+    "data",
+    "shapes",
+    "resilience",
+    "parallel",
+    "observe",
+    "builders",
+    "evaluation",
+    "dry_run",
+    "state",
+    "loop",
+    "launch",
+    "cli",
+)
 # Where each third party may be imported: files, or folders with a slash.
 DOORS = {
     "transformers": ("iomm/internvl.py", "engine/shapes/mllm.py"),
@@ -32,9 +46,36 @@ DOORS = {
     "matplotlib": ("engine/observe/report.py", "benchmarks/"),
 }
 # Modules that programs import and that a script's own folder, first on sys.path, must not hide.
-WELL_KNOWN = {"kernels", "evaluate", "datasets", "data", "torch", "numpy", "triton", "transformers", "diffusers",
-              "deepspeed", "apex", "yaml", "tqdm", "PIL", "accelerate", "peft", "packaging", "requests", "regex", "attr",
-              "attrs", "six", "setup", "conftest", "wheel", "pip", "models", "utils"}
+WELL_KNOWN = {
+    "kernels",
+    "evaluate",
+    "datasets",
+    "data",
+    "torch",
+    "numpy",
+    "triton",
+    "transformers",
+    "diffusers",
+    "deepspeed",
+    "apex",
+    "yaml",
+    "tqdm",
+    "PIL",
+    "accelerate",
+    "peft",
+    "packaging",
+    "requests",
+    "regex",
+    "attr",
+    "attrs",
+    "six",
+    "setup",
+    "conftest",
+    "wheel",
+    "pip",
+    "models",
+    "utils",
+}
 
 
 def sources():
@@ -47,7 +88,9 @@ def imports(path):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path.relative_to(ROOT)}:{node.lineno}: relative import; write it out from iomm"
+            assert node.level == 0, (
+                f"{path.relative_to(ROOT)}:{node.lineno}: relative import; write it out from iomm"
+            )
             yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
 
 
@@ -91,14 +134,20 @@ def test_every_third_party_has_one_door():
         name = path.relative_to(ROOT).as_posix()
         for line, module in imports(path):
             doors = DOORS.get(module.split(".")[0])
-            if doors and not any(name.startswith(door) if door.endswith("/") else name == door for door in doors):
+            if doors and not any(
+                name.startswith(door) if door.endswith("/") else name == door for door in doors
+            ):
                 wrong.append(f"{name}:{line} imports {module}; its door is {', '.join(doors)}")
     assert not wrong, "\n".join(wrong)
 
 
 def test_our_trees_are_imported_under_one_name():
-    wrong = [f"{path.relative_to(ROOT)}:{line} imports {module}" for path in sources()
-             for line, module in imports(path) if module.split(".")[0] in ("kernels", "engine")]
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {module}"
+        for path in sources()
+        for line, module in imports(path)
+        if module.split(".")[0] in ("kernels", "engine")
+    ]
     assert not wrong, "\n".join(wrong)
 
 
@@ -108,14 +157,20 @@ def test_no_init_at_the_roots():
         assert not (ROOT / tree / "__init__.py").exists()
         for folder in (ROOT / tree).iterdir():
             if folder.is_dir() and any(folder.glob("*.py")):
-                assert (folder / "__init__.py").exists(), f"{folder.relative_to(ROOT)} needs an __init__.py"
+                assert (folder / "__init__.py").exists(), (
+                    f"{folder.relative_to(ROOT)} needs an __init__.py"
+                )
 
 
 def test_no_file_hides_a_module():
     for folder in ("engine", "benchmarks", "benchmarks/lib", "benchmarks/studies"):
         for path in (ROOT / folder).glob("*.py"):
-            assert path.stem not in sys.stdlib_module_names, f"{path.relative_to(ROOT)} hides a module of Python"
-            assert path.stem not in WELL_KNOWN, f"{path.relative_to(ROOT)} hides a well known module"
+            assert path.stem not in sys.stdlib_module_names, (
+                f"{path.relative_to(ROOT)} hides a module of Python"
+            )
+            assert path.stem not in WELL_KNOWN, (
+                f"{path.relative_to(ROOT)} hides a well known module"
+            )
 
 
 @pytest.fixture
@@ -136,14 +191,22 @@ def hugging_face_kernels(tmp_path):
 
 
 def test_hugging_face_kernels_and_ours_live_together(hugging_face_kernels):
-    code = ("import kernels, transformers; from transformers.integrations import hub_kernels;"
-            "from transformers.utils.import_utils import is_kernels_available;"
-            "import iomm.kernels.dispatch, iomm.kernels.philox;"
-            "assert kernels.MARK == 'hugging face' and is_kernels_available();"
-            "print(iomm.kernels.dispatch.__file__)")
+    code = (
+        "import kernels, transformers; from transformers.integrations import hub_kernels;"
+        "from transformers.utils.import_utils import is_kernels_available;"
+        "import iomm.kernels.dispatch, iomm.kernels.philox;"
+        "assert kernels.MARK == 'hugging face' and is_kernels_available();"
+        "print(iomm.kernels.dispatch.__file__)"
+    )
     # As a script in the checkout sees it: the root of the repository is first on sys.path, before site-packages.
     path = os.pathsep.join([str(ROOT), str(hugging_face_kernels)])
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "PYTHONPATH": path})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": path},
+    )
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip()).samefile(ROOT / "kernels" / "dispatch.py")

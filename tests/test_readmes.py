@@ -23,8 +23,14 @@ from iomm.engine.observe.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("engine", "iomm", "kernels", "csrc", "benchmarks", "tests", ".ci", ".github")
-READMES = ["README.md", ".github/CONTRIBUTING.md", *(
-    f"{folder}/README.md" for folder in ("engine", "engine/data", "iomm", "kernels", "benchmarks", "tests"))]
+READMES = [
+    "README.md",
+    ".github/CONTRIBUTING.md",
+    *(
+        f"{folder}/README.md"
+        for folder in ("engine", "engine/data", "iomm", "kernels", "benchmarks", "tests")
+    ),
+]
 # Programs whose lines are not ours to check.
 FOREIGN = {"ruff", "srun", "tensorboard", "python3", ".", "git"}
 SOURCE = re.compile(r"[\w./-]*\w\.(?:py|cpp|cu|h|toml|md)")
@@ -65,8 +71,11 @@ def commands(text: str) -> list[list[str]]:
 
 def declared(path: Path) -> set[str]:
     """Return the options that a script's source gives to add_argument."""
-    calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)
-             and getattr(node.func, "attr", "") == "add_argument")
+    calls = (
+        node
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument"
+    )
     return {name.value for call in calls for name in call.args if isinstance(name, ast.Constant)}
 
 
@@ -96,7 +105,9 @@ def check_script(path: Path, arguments: list[str]) -> None:
     """Check a script's options against those that its source declares, and its settings against the config keys."""
     assert path.is_file(), f"no script {path}"
     options = [word.partition("=")[0] for word in arguments if word.startswith("--")]
-    assert set(options) <= declared(path) | {"--help"}, f"{path.name} declares {sorted(declared(path))}"
+    assert set(options) <= declared(path) | {"--help"}, (
+        f"{path.name} declares {sorted(declared(path))}"
+    )
     settings = [word for word in arguments if "=" in word and not word.startswith("--")]
     parse("", overrides=settings)
 
@@ -104,21 +115,29 @@ def check_script(path: Path, arguments: list[str]) -> None:
 def check_command(words: list[str], monkeypatch) -> None:
     program, *arguments = words
     if program == "deepspeed" and "engine/launch.py" not in words:
-        assert all(word.startswith("-") for word in arguments), "an option of DeepSpeed's launcher is all that may stand alone"
+        assert all(word.startswith("-") for word in arguments), (
+            "an option of DeepSpeed's launcher is all that may stand alone"
+        )
     elif "engine/launch.py" in words:
-        check_engine(words[words.index("engine/launch.py") + 1:])
+        check_engine(words[words.index("engine/launch.py") + 1 :])
     elif program == "iomm":
         check_console(arguments, monkeypatch)
     elif program == "python" and arguments[:1] == ["-m"]:
-        check_script(ROOT / f"{arguments[1].replace('iomm.', '', 1).replace('.', '/')}.py", arguments[2:])
+        check_script(
+            ROOT / f"{arguments[1].replace('iomm.', '', 1).replace('.', '/')}.py", arguments[2:]
+        )
     elif program == "python":
         check_script(ROOT / arguments[0], arguments[1:])
     elif program == "pytest":
-        missing = [word for word in arguments if word.startswith("tests/") and not (ROOT / word).exists()]
+        missing = [
+            word for word in arguments if word.startswith("tests/") and not (ROOT / word).exists()
+        ]
         assert not missing, f"no {missing[0]}"
     elif program == "pip":
         extras = re.findall(r"\.\[(\w+)\]", " ".join(arguments))
-        assert all(f'"{extra}": [' in read("setup.py") for extra in extras), "setup.py has no such extra"
+        assert all(f'"{extra}": [' in read("setup.py") for extra in extras), (
+            "setup.py has no such extra"
+        )
     else:
         assert program in FOREIGN, f"how is a line of {program} to be checked?"
 
@@ -126,7 +145,9 @@ def check_command(words: list[str], monkeypatch) -> None:
 def test_the_readme_is_read_in_three_minutes():
     lines = read("README.md").splitlines()
     assert len(lines) <= 150
-    assert [f"{number}: {len(line)}" for number, line in enumerate(lines, 1) if len(line) > 160] == []
+    assert [
+        f"{number}: {len(line)}" for number, line in enumerate(lines, 1) if len(line) > 160
+    ] == []
 
 
 @pytest.mark.parametrize("name", READMES)
@@ -137,20 +158,32 @@ def test_nothing_is_left_open(name):
 @pytest.mark.parametrize("name", READMES)
 def test_nothing_is_cited_that_a_reader_does_not_have(name):
     text = read(name)
-    found = re.findall(r"\b(?:METHOD|RELIABILITY|DESIGN|STYLE|FACTS)\b(?:\.md)?|\bissue \d+|/work/\S+", text)
+    found = re.findall(
+        r"\b(?:METHOD|RELIABILITY|DESIGN|STYLE|FACTS)\b(?:\.md)?|\bissue \d+|/work/\S+", text
+    )
     assert found == []
     if name != "benchmarks/README.md":
-        assert re.findall(r"\b[CFHDSNO][1-9]\d?\b", prose(text)) == [], "a code of the reliability table, without its meaning"
+        assert re.findall(r"\b[CFHDSNO][1-9]\d?\b", prose(text)) == [], (
+            "a code of the reliability table, without its meaning"
+        )
 
 
 def test_every_code_is_explained():
     text = read("benchmarks/README.md")
     explained = set(re.findall(r"^\| ([A-Z]\d+)(?: to [A-Z]\d+)? \|", text, re.MULTILINE))
     explained |= {f"D{i}" for i in range(1, 9)} if "D1" in explained else set()
-    used = {code for table in (report.table("reliability"),) for code in re.findall(r"^\| ([A-Z]\d+)\b", table, re.MULTILINE)}
+    used = {
+        code
+        for table in (report.table("reliability"),)
+        for code in re.findall(r"^\| ([A-Z]\d+)\b", table, re.MULTILINE)
+    }
     assert used <= explained
-    trials = re.findall(r'^    "(\w+)": \("([A-Z]\d+) ', read("tests/faults/survival.py"), re.MULTILINE)
-    assert {name: code for name, code in trials} == {name: what[:3].rstrip(": ") for name, (what, _) in report.PROMISES.items()}
+    trials = re.findall(
+        r'^    "(\w+)": \("([A-Z]\d+) ', read("tests/faults/survival.py"), re.MULTILINE
+    )
+    assert {name: code for name, code in trials} == {
+        name: what[:3].rstrip(": ") for name, (what, _) in report.PROMISES.items()
+    }
 
 
 @pytest.mark.parametrize("name", READMES)
@@ -165,21 +198,30 @@ def test_links_lead_somewhere(name):
             broken.append(target)
         elif anchor and anchor not in anchors(file.read_text(encoding="utf-8")):
             broken.append(target)
-        elif file.suffix == ".py" and (symbol := re.fullmatch(r"`([\w.]+)`", words)) and file.stem != symbol[1]:
+        elif (
+            file.suffix == ".py"
+            and (symbol := re.fullmatch(r"`([\w.]+)`", words))
+            and file.stem != symbol[1]
+        ):
             broken += [] if defines(file, symbol[1]) else [f"{symbol[1]} in {target}"]
     assert broken == []
 
 
 def anchors(text: str) -> set[str]:
     """Return the anchors that GitHub gives to the headings of a Markdown text."""
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
+    return {
+        re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    }
 
 
 def defines(file: Path, symbol: str) -> bool:
     """Whether a module defines or imports a name, or is the folder of an op of that name; of "Class.method" both."""
     text = file.read_text(encoding="utf-8")
     return file.parent.name == symbol or all(
-        re.search(rf"^\s*(?:def|class) {part}\b|^from .* import .*\b{part}\b", text, re.MULTILINE) for part in symbol.split("."))
+        re.search(rf"^\s*(?:def|class) {part}\b|^from .* import .*\b{part}\b", text, re.MULTILINE)
+        for part in symbol.split(".")
+    )
 
 
 @pytest.mark.parametrize("name", READMES)
@@ -187,12 +229,19 @@ def test_paths_exist(name):
     """Paths of the project in code spans and listings: by folder, or by the suffix of a source file, from here or from the root."""
     here, missing = (ROOT / name).parent, []
     spans = re.findall(r"`([^`\n]+)`", prose(read(name))) + [
-        line.split()[0] for block in blocks(read(name), "") for line in block.splitlines() if line and not line[0].isspace()]
+        line.split()[0]
+        for block in blocks(read(name), "")
+        for line in block.splitlines()
+        if line and not line[0].isspace()
+    ]
     for span in spans:
         for path in span.split() if span.startswith(("python ", "pytest ")) else [span]:
             ours = path.split("/")[0] in FOLDERS and re.fullmatch(r"[\w./-]+", path)
-            if (ours or SOURCE.fullmatch(path)) and path not in (".cpp", ".cu") and not any(
-                    (folder / path).exists() for folder in (here, ROOT)):
+            if (
+                (ours or SOURCE.fullmatch(path))
+                and path not in (".cpp", ".cu")
+                and not any((folder / path).exists() for folder in (here, ROOT))
+            ):
                 missing.append(path)
     assert missing == []
 
@@ -221,7 +270,9 @@ def test_generated_parts_are_up_to_date():
     for name, generated in report.parts().items():
         text = read(name)
         for part, markdown in generated.items():
-            assert report.written(text, part, markdown) == text, f"{name}, {part}: run python benchmarks/report.py"
+            assert report.written(text, part, markdown) == text, (
+                f"{name}, {part}: run python benchmarks/report.py"
+            )
     with pytest.raises(ValueError, match="once"):
         report.written(text.replace(report.END, ""), part, markdown)
 
@@ -232,24 +283,46 @@ def test_every_key_has_a_meaning():
     assert [row.key for row in rows if not row.meaning] == []
     assert {row.key: row.default for row in rows}["zero.stage"] == 3
     meanings = {row.key: row.meaning for row in rows}
-    assert meanings["zero.stage"].startswith("0 splits nothing") and meanings["zero.reduce_precision"].startswith("bf16 | fp32: ")
+    assert meanings["zero.stage"].startswith("0 splits nothing") and meanings[
+        "zero.reduce_precision"
+    ].startswith("bf16 | fp32: ")
 
 
 def test_tables_name_what_the_code_has():
     """Reasons of rejection and keys of log.jsonl, as the code writes them."""
     source = "".join(path.read_text() for path in (ROOT / "engine/data").glob("*.py"))
-    reasons = set(re.findall(r'(?:Rejected\(|reject\([^,\n]+, |report\(|replaced\()"(\w+)"', source))
+    reasons = set(
+        re.findall(r'(?:Rejected\(|reject\([^,\n]+, |report\(|replaced\()"(\w+)"', source)
+    )
     table = read("engine/data/README.md").partition("## Reasons")[2].partition("\n## ")[0]
-    assert reasons == set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE))))
-    keys = {key.value for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(Metrics.record))))
-            if isinstance(node, ast.Dict) for key in node.keys}
+    assert reasons == set(
+        re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE)))
+    )
+    keys = {
+        key.value
+        for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(Metrics.record))))
+        if isinstance(node, ast.Dict)
+        for key in node.keys
+    }
     table = read("engine/README.md").partition("## Log keys")[2].partition("\n## ")[0]
     assert {"step", "loss", "mfu", "gpu_hours_left"} <= keys <= set(re.findall(r"`(\w+)`", table))
 
 
 def test_all_readmes_are_here():
-    listed = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard", "*README.md", "*CONTRIBUTING.md"], cwd=ROOT,
-                            capture_output=True, text=True)
+    listed = subprocess.run(
+        [
+            "git",
+            "ls-files",
+            "--cached",
+            "--others",
+            "--exclude-standard",
+            "*README.md",
+            "*CONTRIBUTING.md",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     if listed.returncode:
         pytest.skip("not a git checkout")
     assert sorted(listed.stdout.split()) == sorted(READMES)

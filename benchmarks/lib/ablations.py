@@ -75,12 +75,24 @@ def ablations(bench):
     torch.compile makes new graphs for come last. The Triton bodies of row kernels have no row: compiled blocks have chosen
     theirs (benchmarks/ops.py --gpu times them)."""
     model, mllm, recipe = bench.model, bench.model.frozen[0], bench.model.recipe
-    rows = {"hidden tokens enter as zeros (mask.mode=zero)": lambda: [
-                swapped(model, recipe=replace(recipe, mask=replace(recipe.mask, mode="zero")))],
-            "no prefix split": lambda: [swapped(mllm, prefix=lambda condition, outputs=False: (None, None),
-                                                queries=lambda *args, **kind: whole_pass(mllm, *args, **kind))]}
+    rows = {
+        "hidden tokens enter as zeros (mask.mode=zero)": lambda: [
+            swapped(model, recipe=replace(recipe, mask=replace(recipe.mask, mode="zero")))
+        ],
+        "no prefix split": lambda: [
+            swapped(
+                mllm,
+                prefix=lambda condition, outputs=False: (None, None),
+                queries=lambda *args, **kind: whole_pass(mllm, *args, **kind),
+            )
+        ],
+    }
     late = {}
-    own = [f"{op}:reference" for op, _, body, _ in dispatch.table(bench.device) if body in ("cpp", "cuda")]
+    own = [
+        f"{op}:reference"
+        for op, _, body, _ in dispatch.table(bench.device)
+        if body in ("cpp", "cuda")
+    ]
     if own:
         rows["no compiled ops of ours"] = lambda: [bodies(",".join(own))]
     else:
@@ -90,12 +102,17 @@ def ablations(bench):
     if bench.device.type == "cuda":
         for body in ("triton", "varlen"):
             if dict(refusals("masked_attention", bench.device)).get(body, "unknown") is None:
-                late[f"masked_attention by {body}"] = lambda body=body: [bodies(f"masked_attention:{body}")]
+                late[f"masked_attention by {body}"] = lambda body=body: [
+                    bodies(f"masked_attention:{body}")
+                ]
         if fp8_linear.why_not() is None and bench.config.precision != "fp8":
-            late["fp8 in the generator's blocks (precision=fp8)"] = lambda: [in_fp8(model.generator)]
+            late["fp8 in the generator's blocks (precision=fp8)"] = lambda: [
+                in_fp8(model.generator)
+            ]
     # Last of all: its lengths make graphs for any length, which from then on are taken for one length too.
     late["all outputs condition (adapter.conditions=all)"] = lambda: [
-        swapped(model, recipe=replace(recipe, adapter=replace(recipe.adapter, conditions="all")))]
+        swapped(model, recipe=replace(recipe, adapter=replace(recipe.adapter, conditions="all")))
+    ]
 
     def inside(contexts):
         def run():
@@ -103,16 +120,25 @@ def ablations(bench):
                 for context in contexts():
                     stack.enter_context(context)
                 return bench.step()
+
         return run
+
     steps = {name: inside(contexts) for name, contexts in rows.items()}
     held = bench.next()
-    ready = [replace(batch, latents_BCHW=model.encode(batch.pixels_BCHW, batch.n_B.to(bench.device)).float(), pixels_BCHW=None)
-             for batch in held]
+    ready = [
+        replace(
+            batch,
+            latents_BCHW=model.encode(batch.pixels_BCHW, batch.n_B.to(bench.device)).float(),
+            pixels_BCHW=None,
+        )
+        for batch in held
+    ]
     steps["latents at hand (data.latents, without its reads)"] = lambda: bench.step(ready)
     if bench.device.type == "cuda":
         ahead = Prefetcher(bench.batches, model.prepare, bench.device)
         steps["encoded ahead on a stream of its own (train.overlap)"] = lambda: bench.step(
-            islice(ahead, bench.source.accumulation_steps), ahead.fetch)
+            islice(ahead, bench.source.accumulation_steps), ahead.fetch
+        )
     return steps | {name: inside(contexts) for name, contexts in late.items()}
 
 

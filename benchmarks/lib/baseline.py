@@ -35,7 +35,9 @@ class Adapter(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.queries_QD = nn.Parameter(torch.randn(num_queries, width) * width**-0.5)
-        self.query_norm, self.condition_norm, self.mlp_norm = (nn.LayerNorm(width) for _ in range(3))
+        self.query_norm, self.condition_norm, self.mlp_norm = (
+            nn.LayerNorm(width) for _ in range(3)
+        )
         self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(width, width) for _ in range(4))
         self.mlp_in, self.mlp_out = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
@@ -43,8 +45,10 @@ class Adapter(nn.Module):
         """shown_BC: bool, condition tokens that may be seen; None for all."""
         x_BQD = self.queries_QD.expand(len(condition_BCD), -1, -1)
         seen_BCD = self.condition_norm(condition_BCD)
-        q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (
-            self.to_q(self.query_norm(x_BQD)), self.to_k(seen_BCD), self.to_v(seen_BCD)))
+        q, k, v = (
+            y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for y in (self.to_q(self.query_norm(x_BQD)), self.to_k(seen_BCD), self.to_v(seen_BCD))
+        )
         mask = None if shown_BC is None else shown_BC[:, None, None]
         read = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
         x_BQD = x_BQD + self.to_out(read)
@@ -101,27 +105,41 @@ class BaselineModel(nn.Module):
         self.patch, self.num_image = vae.patch, mllm.num_image_tokens
         self.before = mllm.token_ids(TURN[0] + RECONSTRUCT + IMAGE[0])
         self.after = mllm.token_ids(IMAGE[1] + TURN[1])
-        self.generator = FluxTransformer2DModel(**{k: v for k, v in describe(shape, vae.patch).items() if k != "_class_name"})
+        self.generator = FluxTransformer2DModel(
+            **{k: v for k, v in describe(shape, vae.patch).items() if k != "_class_name"}
+        )
         self.adapter = Adapter(adapter.num_queries, mllm.width, mllm.width // adapter.head_dim)
 
     @torch.no_grad()
     def load(self, state):
         """Takes the weights of an IOMM without a connector: name -> tensor, as its state_dict has them."""
-        parts = {part: {name.removeprefix(f"{part}."): tensor for name, tensor in state.items() if name.startswith(part)}
-                 for part in ("generator", "adapter")}
+        parts = {
+            part: {
+                name.removeprefix(f"{part}."): tensor
+                for name, tensor in state.items()
+                if name.startswith(part)
+            }
+            for part in ("generator", "adapter")
+        }
         self.generator.load_state_dict(Layout(self.shape, self.patch).to_theirs(parts["generator"]))
         self.adapter.load_state_dict(parts["adapter"])
 
     def compile_blocks(self):
         """Every block one graph; ViT and VAE are compiled by their owner."""
-        for block in (*self.generator.transformer_blocks, *self.frozen[0].backbone.language_model.layers):
+        for block in (
+            *self.generator.transformer_blocks,
+            *self.frozen[0].backbone.language_model.layers,
+        ):
             # A graph for lengths in general would take the place of those for one length.
             block.compile(dynamic=False)
 
     def draw(self, batch, latents_BCHW):
         device = latents_BCHW.device
-        return Draws(visible_BP=torch.rand(batch, self.num_image, device=device) >= self.ratio,
-                     t_B=torch.rand(batch, device=device), noise_BCHW=torch.randn_like(latents_BCHW))
+        return Draws(
+            visible_BP=torch.rand(batch, self.num_image, device=device) >= self.ratio,
+            t_B=torch.rand(batch, device=device),
+            noise_BCHW=torch.randn_like(latents_BCHW),
+        )
 
     def loss(self, pixels_BCHW, vit_pixels_ICHW, draws=None, texts=None):
         """Mean squared error of the velocity; `draws` default to fresh ones.
@@ -137,10 +155,16 @@ class BaselineModel(nn.Module):
             t = draws.t_B.to(latents_BCHW.dtype)[:, None, None, None]
             noisy_BCHW = (1 - t) * latents_BCHW + t * draws.noise_BCHW
             velocity_BNK = self.velocity(noisy_BCHW, condition_BCD, draws.t_B)
-        return F.mse_loss(velocity_BNK.to(latents_BCHW.dtype), self.tokens(draws.noise_BCHW - latents_BCHW))
+        return F.mse_loss(
+            velocity_BNK.to(latents_BCHW.dtype), self.tokens(draws.noise_BCHW - latents_BCHW)
+        )
 
     def arithmetic(self, device):
-        return torch.autocast(device.type, torch.bfloat16) if self.autocast else contextlib.nullcontext()
+        return (
+            torch.autocast(device.type, torch.bfloat16)
+            if self.autocast
+            else contextlib.nullcontext()
+        )
 
     def condition(self, image_IPD, visible_BP, texts=None):
         """[prompt, image tokens, prompt, RQA's queries] through the whole MLLM -> what conditions the generator (B, C, D); with
@@ -151,26 +175,43 @@ class BaselineModel(nn.Module):
             if texts is not None:
                 condition_BCD, shown_BC, end_B = self.mixed(image_IPD, visible_BP, texts)
                 where_BC = torch.arange(shown_BC.shape[1], device=device).expand(batch, -1)
-                after_BQ = end_B[:, None] + torch.arange(len(self.adapter.queries_QD), device=device)
+                after_BQ = end_B[:, None] + torch.arange(
+                    len(self.adapter.queries_QD), device=device
+                )
                 positions_BL = torch.cat((where_BC, after_BQ), dim=1)
             else:
-                before, after = (mllm.get_input_embeddings()(torch.tensor(ids, device=device)).expand(batch, -1, -1)
-                                 for ids in (self.before, self.after))
+                before, after = (
+                    mllm.get_input_embeddings()(torch.tensor(ids, device=device)).expand(
+                        batch, -1, -1
+                    )
+                    for ids in (self.before, self.after)
+                )
                 if self.every:
                     image_IPD = image_IPD * visible_BP[..., None]
                 condition_BCD = torch.cat((before, image_IPD, after), dim=1)
-                shown_BC = None if self.every else F.pad(visible_BP, (len(self.before), len(self.after)), value=True)
+                shown_BC = (
+                    None
+                    if self.every
+                    else F.pad(visible_BP, (len(self.before), len(self.after)), value=True)
+                )
         queries_BQD = self.adapter(condition_BCD, shown_BC)
         whole_BLD = torch.cat((condition_BCD, queries_BQD.to(condition_BCD.dtype)), dim=1)
         mask = None
         if not self.every:
             shown_BL = F.pad(shown_BC, (0, queries_BQD.shape[1]), value=True)
             length = shown_BL.shape[1]
-            mask = shown_BL[:, None, None] & torch.ones(length, length, dtype=torch.bool, device=device).tril()
+            mask = (
+                shown_BL[:, None, None]
+                & torch.ones(length, length, dtype=torch.bool, device=device).tril()
+            )
         # As a dict transformers takes a mask as it is; None is causal. Otherwise it would look at positions on the host.
-        hidden_BLD = mllm.language_model(inputs_embeds=whole_BLD, attention_mask={"full_attention": mask},
-                                         position_ids=positions_BL, use_cache=False).last_hidden_state
-        return hidden_BLD if self.every else hidden_BLD[:, -queries_BQD.shape[1]:]
+        hidden_BLD = mllm.language_model(
+            inputs_embeds=whole_BLD,
+            attention_mask={"full_attention": mask},
+            position_ids=positions_BL,
+            use_cache=False,
+        ).last_hidden_state
+        return hidden_BLD if self.every else hidden_BLD[:, -queries_BQD.shape[1] :]
 
     def mixed(
         self, image_IPD: Tensor | None, visible_BP: Tensor, texts: list
@@ -201,10 +242,19 @@ class BaselineModel(nn.Module):
     def velocity(self, noisy_BCHW, condition_BCD, t_B):
         rows, columns = (side // self.patch for side in noisy_BCHW.shape[-2:])
         device = noisy_BCHW.device
-        places = torch.cartesian_prod(torch.arange(1.0), torch.arange(float(rows)), torch.arange(float(columns))).to(device)
+        places = torch.cartesian_prod(
+            torch.arange(1.0), torch.arange(float(rows)), torch.arange(float(columns))
+        ).to(device)
         pooled = noisy_BCHW.new_zeros(len(noisy_BCHW), self.generator.config.pooled_projection_dim)
-        return self.generator(self.tokens(noisy_BCHW), condition_BCD, pooled, t_B, places,
-                              torch.zeros(condition_BCD.shape[1], 3, device=device), return_dict=False)[0]
+        return self.generator(
+            self.tokens(noisy_BCHW),
+            condition_BCD,
+            pooled,
+            t_B,
+            places,
+            torch.zeros(condition_BCD.shape[1], 3, device=device),
+            return_dict=False,
+        )[0]
 
     def tokens(self, x_BCHW):
         """2 x 2 latents -> one token, FLUX's order."""
@@ -218,9 +268,20 @@ class Muon(torch.optim.Optimizer):
     Orthogonalised by the engine's own function, in its stacks of matrices of one shape (as
     engine/parallel/optim.py), so that neither side gains by it."""
 
-    def __init__(self, matrices: list, *, lr: float, momentum: float, weight_decay: float, newton_schulz_steps: int):
+    def __init__(
+        self,
+        matrices: list,
+        *,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        newton_schulz_steps: int,
+    ):
         super().__init__(matrices, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-        self.stacks, self.newton_schulz_steps = stacks_of(matrices, STACK_BYTES[matrices[0].device.type]), newton_schulz_steps
+        self.stacks, self.newton_schulz_steps = (
+            stacks_of(matrices, STACK_BYTES[matrices[0].device.type]),
+            newton_schulz_steps,
+        )
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -234,7 +295,10 @@ class Muon(torch.optim.Optimizer):
                     state["momentum_buffer"] = torch.zeros_like(p)
                 buffer = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
                 updates.append(p.grad.lerp(buffer, group["momentum"]))
-            for p, update in zip(with_gradient, orthogonal_stack(updates, self.newton_schulz_steps) if updates else []):
+            for p, update in zip(
+                with_gradient,
+                orthogonal_stack(updates, self.newton_schulz_steps) if updates else [],
+            ):
                 if group["weight_decay"]:
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update.view_as(p), alpha=-group["lr"])
@@ -247,16 +311,35 @@ class Trainer:
         """optim: OptimSection, whose kind muon means the matrices of blocks and adapter; decay: of the average, 0 for none."""
         self.plain, self.clip, self.decay, self.steps = plain, optim.clip, decay, 0
         self.parameters = [p for p in plain.parameters() if p.requires_grad]
-        layers = {id(part.weight) for name, part in plain.named_modules() if isinstance(part, nn.Linear)
-                  and any(where in name for where in ("transformer_blocks.", "adapter.")) and "norm" not in name}
+        layers = {
+            id(part.weight)
+            for name, part in plain.named_modules()
+            if isinstance(part, nn.Linear)
+            and any(where in name for where in ("transformer_blocks.", "adapter."))
+            and "norm" not in name
+        }
         matrices = [p for p in self.parameters if id(p) in layers] if optim.kind == "muon" else []
         others = [p for p in self.parameters if optim.kind != "muon" or id(p) not in layers]
-        self.optimizers = [torch.optim.AdamW(others, lr=optim.lr, betas=optim.betas, eps=optim.eps,
-                                             weight_decay=optim.weight_decay, fused=True)]
+        self.optimizers = [
+            torch.optim.AdamW(
+                others,
+                lr=optim.lr,
+                betas=optim.betas,
+                eps=optim.eps,
+                weight_decay=optim.weight_decay,
+                fused=True,
+            )
+        ]
         if matrices:
             self.optimizers.append(
-                Muon(matrices, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay,
-                     newton_schulz_steps=optim.newton_schulz_steps))
+                Muon(
+                    matrices,
+                    lr=optim.lr,
+                    momentum=optim.momentum,
+                    weight_decay=optim.weight_decay,
+                    newton_schulz_steps=optim.newton_schulz_steps,
+                )
+            )
         self.average = [p.detach().clone() for p in self.parameters] if decay else []
 
     def set_lr(self, lr: float) -> None:

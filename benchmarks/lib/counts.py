@@ -7,7 +7,6 @@
 benchmarks/lib/counts.json holds them; tests/benchmarks/test_counts.py compares exactly, and --write makes the file anew: a change that
 moves them commits the new numbers. Those of a step hold for one version of torch, which the file names."""
 
-
 from iomm.checkout import enter
 
 ROOT = enter(__file__)
@@ -54,8 +53,11 @@ class Count(TorchDispatchMode):
         # Gradients count as read alone: AdamW scales them in place only when asked to.
         if writes:
             kinds = {**dict(zip((a.name for a in func._schema.arguments), args)), **(kwargs or {})}
-            written = [kinds.get(a.name) for a in func._schema.arguments
-                       if a.alias_info is not None and a.alias_info.is_write and a.name != "grads"]
+            written = [
+                kinds.get(a.name)
+                for a in func._schema.arguments
+                if a.alias_info is not None and a.alias_info.is_write and a.name != "grads"
+            ]
         if new or writes or not made:
             self.calls += 1
             self.tensors += len(new)
@@ -66,32 +68,50 @@ class Count(TorchDispatchMode):
 
 def size(tree):
     """Bytes of all tensors in it."""
-    return sum(x.numel() * x.element_size() for x in tree_leaves(tree) if isinstance(x, torch.Tensor))
+    return sum(
+        x.numel() * x.element_size() for x in tree_leaves(tree) if isinstance(x, torch.Tensor)
+    )
 
 
 def plain_flops(config, every=False):
     """FLOPs of one image in benchmarks/lib/baseline.py, forward and backward, counted on the meta device."""
-    mllm, vae = mllm_without_weights(mllm_name(config)), vae_without_weights(vae_name(config), config.model.patch)
+    mllm, vae = (
+        mllm_without_weights(mllm_name(config)),
+        vae_without_weights(vae_name(config), config.model.patch),
+    )
     mllm.tokenizer = prompt_tokenizer()
     shape = generator_config(config.model.preset, token_dim=vae.token_dim, condition_dim=mllm.width)
     size = config.data.size_px
     with torch.device("meta"):
-        plain = BaselineModel(shape, config.adapter, mllm, vae, ratio=config.mask.ratio, every=every)
+        plain = BaselineModel(
+            shape, config.adapter, mllm, vae, ratio=config.mask.ratio, every=every
+        )
         # the fused attention of some devices is unknown to the counter; the plain one is two products
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            plain.loss(torch.empty(1, 3, size, size), torch.empty(1, 3, mllm.vit_px, mllm.vit_px)).backward()
+            plain.loss(
+                torch.empty(1, 3, size, size), torch.empty(1, 3, mllm.vit_px, mllm.vit_px)
+            ).backward()
     return counter.get_total_flops()
 
 
 def part_flops(model, size_px):
     """IOMM with a tokenizer -> {part: FLOPs of one image}, forward and, where there is one, backward."""
     mllm, vae = model.frozen
-    adapter, text = model.recipe.adapter, len(mllm.token_ids("".join(TURN) + "".join(IMAGE) + RECONSTRUCT))
+    adapter, text = (
+        model.recipe.adapter,
+        len(mllm.token_ids("".join(TURN) + "".join(IMAGE) + RECONSTRUCT)),
+    )
     num_prefix = text + mllm.num_image_tokens * (1 - model.recipe.mask.ratio)
     prefix, forward, backward = mllm.decoder_flops(num_prefix, adapter.num_queries)
     generator = model.generator.flops_per_image(vae.grid(size_px, size_px), adapter.num_queries)
-    return {"vae": vae.flops_per_image(size_px), "vit": mllm.vit_flops(), "adapter": 3 * model.adapter.flops(num_prefix),
-            "prefix": prefix, "suffix": forward + backward, "generator": 3 * generator}
+    return {
+        "vae": vae.flops_per_image(size_px),
+        "vit": mllm.vit_flops(),
+        "adapter": 3 * model.adapter.flops(num_prefix),
+        "prefix": prefix,
+        "suffix": forward + backward,
+        "generator": 3 * generator,
+    }
 
 
 def counted(name):
@@ -105,8 +125,12 @@ def work(name):
     model = dry_run.build_without_weights(config)
     model.frozen[0].tokenizer = prompt_tokenizer()
     ours = flops_per_image(model, config.data.size_px)
-    found = {"flops": {part: round(flops) for part, flops in part_flops(model, config.data.size_px).items()},
-             "activation_bytes": dry_run.activation_bytes(model, config, 1)}
+    found = {
+        "flops": {
+            part: round(flops) for part, flops in part_flops(model, config.data.size_px).items()
+        },
+        "activation_bytes": dry_run.activation_bytes(model, config, 1),
+    }
     for row, every in (("plain", False), ("plain, all outputs", True)):
         found[row] = {"flops": plain_flops(config, every)}
         found[row]["ratio"] = round(found[row]["flops"] / ours, 4)
@@ -117,13 +141,17 @@ def step_counts():
     """Of one step of demo-cpu on two images, without loader and ranks: by part, in eager mode."""
     from iomm.engine import builders
     from iomm.engine.parallel.optim import make_optimizer
+
     config = counted("demo-cpu")
     model = builders.build_model(config, "cpu")
     mllm, vae = model.frozen
     draw = torch.Generator().manual_seed(0)
     size, batch = config.data.size_px, 2
     pixels = torch.rand(batch, 3, size, size, generator=draw) * 2 - 1
-    vit_pixels, n_B = torch.randn(batch, 3, mllm.vit_px, mllm.vit_px, generator=draw), torch.arange(batch)
+    vit_pixels, n_B = (
+        torch.randn(batch, 3, mllm.vit_px, mllm.vit_px, generator=draw),
+        torch.arange(batch),
+    )
     optimizer = make_optimizer(model, config.optim)
     found = {}
 
@@ -154,7 +182,10 @@ def graph_breaks():
 
     from iomm.config import GeneratorConfig
     from iomm.generator import new_generator
-    generator = new_generator(GeneratorConfig(width=64, num_heads=2, num_blocks=2, token_dim=16, condition_dim=32), 0)
+
+    generator = new_generator(
+        GeneratorConfig(width=64, num_heads=2, num_blocks=2, token_dim=16, condition_dim=32), 0
+    )
     counters.clear()
     for block in generator.blocks:
         block.forward = torch.compile(block.forward, fullgraph=True, backend="aot_eager")
@@ -166,8 +197,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--write", action="store_true", help=f"rewrite {FILE.relative_to(ROOT)}")
     args = parser.parse_args()
-    found = {"work": {name: work(name) for name in ("demo-cpu", "iomm-b-512")},
-             "step": {"torch": torch.__version__.partition("+")[0], "demo-cpu": step_counts(), "graph_breaks": graph_breaks()}}
+    found = {
+        "work": {name: work(name) for name in ("demo-cpu", "iomm-b-512")},
+        "step": {
+            "torch": torch.__version__.partition("+")[0],
+            "demo-cpu": step_counts(),
+            "graph_breaks": graph_breaks(),
+        },
+    }
     text = json.dumps(found, indent=1) + "\n"
     if args.write:
         FILE.write_text(text)

@@ -16,7 +16,10 @@ from iomm.engine.dry_run import build_without_weights, largest, memory, size
 from iomm.engine.parallel.optim import learning_rate
 from iomm.profiling import Clock, named
 
-STAND_INS = {"OpenGVLab/InternVL3-2B-hf": "random:internvl3-2b", "black-forest-labs/FLUX.1-schnell/vae": "random:flux"}
+STAND_INS = {
+    "OpenGVLab/InternVL3-2B-hf": "random:internvl3-2b",
+    "black-forest-labs/FLUX.1-schnell/vae": "random:flux",
+}
 # Rounds of every row that do not count: compiling, attention plans, allocator.
 WARM_UP = {"cpu": 1, "cuda": 3}
 # micro-batches a step: one rank of many updates a small share, one GPU alone everything
@@ -26,14 +29,32 @@ PASSES = {"cpu": 1, "cuda": 4}
 def prepare(args, device, folder):
     """(RunConfig as it is measured, [what was changed]). Raises InputError: it does not fit, or plain is no rival for it."""
     config = load_config(args.config, args.overrides)
-    if args.against and (PRESETS[config.model.preset].kind != "mmdit" or config.adapter.kind != "rqa" or config.adapter.connector_layers
-                         or config.train.data != "image" or config.train.noise_draws != 1):
-        raise InputError("--against plain is Algorithm 1 on images with the RQA, no connector, FLUX's blocks and train.noise_draws=1: leave it "
-                         "out, or give a config of these")
-    changes = [f"run.dir={folder / 'run'}", "train.steps=1000000", "data.max_bad_fraction=0", "data.heldout=0", "evaluate.every_steps=0"]
-    changes += [f"model.{key}={STAND_INS[name]}" for key in ("mllm", "vae")
-                if (name := getattr(config.model, key)) in STAND_INS]
-    if config.data.shards != "shapes" and not any(item.startswith("data.shards=") for item in args.overrides):
+    if args.against and (
+        PRESETS[config.model.preset].kind != "mmdit"
+        or config.adapter.kind != "rqa"
+        or config.adapter.connector_layers
+        or config.train.data != "image"
+        or config.train.noise_draws != 1
+    ):
+        raise InputError(
+            "--against plain is Algorithm 1 on images with the RQA, no connector, FLUX's blocks and train.noise_draws=1: leave it "
+            "out, or give a config of these"
+        )
+    changes = [
+        f"run.dir={folder / 'run'}",
+        "train.steps=1000000",
+        "data.max_bad_fraction=0",
+        "data.heldout=0",
+        "evaluate.every_steps=0",
+    ]
+    changes += [
+        f"model.{key}={STAND_INS[name]}"
+        for key in ("mllm", "vae")
+        if (name := getattr(config.model, key)) in STAND_INS
+    ]
+    if config.data.shards != "shapes" and not any(
+        item.startswith("data.shards=") for item in args.overrides
+    ):
         changes.append(f"data.shards={draw_photographs(folder / 'photographs', 64)}")
     config = load_config(args.config, [*args.overrides, *changes])
     micro_batch = config.train.micro_batch or config.train.global_batch
@@ -43,17 +64,27 @@ def prepare(args, device, folder):
         model = build_without_weights(config)
         micro_batch = largest(wanted, lambda num: needed(model, config, num, args.against), room)
         if not micro_batch and args.against:
-            print(f"no comparison: plain beside ours needs {needed(model, config, 1, args.against) / 2**30:.0f} GiB at one image, this GPU has "
-                  f"{room / 2**30:.0f}")
+            print(
+                f"no comparison: plain beside ours needs {needed(model, config, 1, args.against) / 2**30:.0f} GiB at one image, this GPU has "
+                f"{room / 2**30:.0f}"
+            )
             args.against = None
             micro_batch = largest(wanted, lambda num: needed(model, config, num, None), room)
         if not micro_batch:
-            raise InputError(f"one image a pass needs {needed(model, config, 1, None) / 2**30:.0f} GiB, this GPU has {room / 2**30:.0f}: give a "
-                             "smaller model")
+            raise InputError(
+                f"one image a pass needs {needed(model, config, 1, None) / 2**30:.0f} GiB, this GPU has {room / 2**30:.0f}: give a "
+                "smaller model"
+            )
         if micro_batch < wanted:
-            print(f"micro-batch {micro_batch} and not {wanted}: {needed(model, config, wanted, args.against) / 2**30:.0f} GiB do not "
-                  f"fit into {room / 2**30:.0f}", flush=True)
-    changes += [f"train.micro_batch={micro_batch}", f"train.global_batch={micro_batch * PASSES[device]}"]
+            print(
+                f"micro-batch {micro_batch} and not {wanted}: {needed(model, config, wanted, args.against) / 2**30:.0f} GiB do not "
+                f"fit into {room / 2**30:.0f}",
+                flush=True,
+            )
+    changes += [
+        f"train.micro_batch={micro_batch}",
+        f"train.global_batch={micro_batch * PASSES[device]}",
+    ]
     return load_config(args.config, [*args.overrides, *changes]), changes
 
 
@@ -97,14 +128,20 @@ class Bench:
         """Name -> whole fp32 tensor of what trains, of the masters or of `flats` shaped like them; one rank holds them all."""
         sharded = self.state.sharded
         flats = flats or sharded.masters
-        return {name: flats[place.group].detach()[place.offset:place.offset + place.numel].view(sharded.shapes[name])
-                for name, place in sharded.places.items()}
+        return {
+            name: flats[place.group]
+            .detach()[place.offset : place.offset + place.numel]
+            .view(sharded.shapes[name])
+            for name, place in sharded.places.items()
+        }
 
     def step(self, batches=None, look_ahead=None):
         """What engine/loop.py does in a step, its log, guard and checkpoints aside."""
         state, config = self.state, self.config
         state.sharded.set_lr(learning_rate(state.step, config.optim, config.train.steps))
-        batches = islice(self.batches, self.source.accumulation_steps) if batches is None else batches
+        batches = (
+            islice(self.batches, self.source.accumulation_steps) if batches is None else batches
+        )
         loss, by_time, applied, *_ = loop.train_step(state.sharded, batches, look_ahead=look_ahead)
         assert applied, "a step was skipped: its gradient is not finite"
         with named("ema"):
@@ -133,7 +170,7 @@ class Bench:
         for r in range(warm_up + rounds):
             if r >= warm_up + 3 and time.monotonic() > deadline:
                 break
-            for name in names[r % len(names):] + names[:r % len(names)]:
+            for name in names[r % len(names) :] + names[: r % len(names)]:
                 self.wait()
                 started, started_cpu = time.perf_counter(), time.process_time()
                 rows[name]()
@@ -150,19 +187,30 @@ class Bench:
             for _ in range(num_steps):
                 self.step()
                 found.append(clock.read()[0])
-        return {part: statistics.median(row.get(part, 0.0) for row in found) for part in sorted(set().union(*found))}
+        return {
+            part: statistics.median(row.get(part, 0.0) for row in found)
+            for part in sorted(set().union(*found))
+        }
 
 
 def summary(seconds, batch):
-    return {"steps": len(seconds), "s": statistics.median(seconds), "fastest_s": min(seconds), "slowest_s": max(seconds),
-            "images_per_s": batch / statistics.median(seconds)}
+    return {
+        "steps": len(seconds),
+        "s": statistics.median(seconds),
+        "fastest_s": min(seconds),
+        "slowest_s": max(seconds),
+        "images_per_s": batch / statistics.median(seconds),
+    }
 
 
 def ratio(over, under):
     """Median, 10th and 90th percentile of over / under, round by round."""
     found = sorted(a / b for a, b in zip(over, under))
-    return {"median": statistics.median(found), "low": found[round(0.1 * (len(found) - 1))],
-            "high": found[round(0.9 * (len(found) - 1))]}
+    return {
+        "median": statistics.median(found),
+        "low": found[round(0.1 * (len(found) - 1))],
+        "high": found[round(0.9 * (len(found) - 1))],
+    }
 
 
 def whole_copy(bench):

@@ -19,9 +19,15 @@ from iomm.engine.parallel.optim import make_optimizer
 from iomm.engine.parallel.zero import deepspeed_config
 
 # DeepSpeed's own, where deepspeed_config leaves them out (runtime/zero/config.py).
-DEFAULTS = {"stage3_prefetch_bucket_size": 50_000_000, "stage3_param_persistence_threshold": 100_000,
-            "stage3_max_live_parameters": 1_000_000_000, "stage3_max_reuse_distance": 1_000_000_000,
-            "reduce_bucket_size": 500_000_000, "sub_group_size": 1_000_000_000, "zero_hpz_partition_size": 1}
+DEFAULTS = {
+    "stage3_prefetch_bucket_size": 50_000_000,
+    "stage3_param_persistence_threshold": 100_000,
+    "stage3_max_live_parameters": 1_000_000_000,
+    "stage3_max_reuse_distance": 1_000_000_000,
+    "reduce_bucket_size": 500_000_000,
+    "sub_group_size": 1_000_000_000,
+    "zero_hpz_partition_size": 1,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,23 +89,42 @@ def count_traffic(model, config, ranks, **settings):
     whole = deepspeed_config(config, torch.device("cuda"), 1, 1)
     settings = {**DEFAULTS, **whole["zero_optimization"], **settings}
     itemsize = config.dtype.itemsize
-    reduced = {"bf16": 2, "fp16": 2, "fp32": 4, None: itemsize}[whole.get("communication_data_type")]
+    reduced = {"bf16": 2, "fp16": 2, "fp32": 4, None: itemsize}[
+        whole.get("communication_data_type")
+    ]
     numel = {id(p): p.numel() for p in model.parameters()}
-    persistent = {p for p, number in numel.items() if number <= settings["stage3_param_persistence_threshold"]}
+    persistent = {
+        p for p, number in numel.items() if number <= settings["stage3_param_persistence_threshold"]
+    }
 
     def message(kind, parameters, width, **where):
-        return Message(kind=kind, size_bytes=width * sum(-(-numel[p] // ranks) * ranks for p in parameters), **where)
+        return Message(
+            kind=kind,
+            size_bytes=width * sum(-(-numel[p] // ranks) * ranks for p in parameters),
+            **where,
+        )
 
     def micro_batch(copied):
         """Messages of one; `copied`: parameters of which the ranks of a machine already hold a second copy."""
-        gathers = [message("all_gather", part, itemsize, group=group, issued=issued, needed=needed)
-                   for part, group, issued, needed in gathered(trace, numel, persistent, copied, ranks, settings)]
-        return gathers + [message("reduce_scatter", part, reduced, group=ranks, issued=issued, needed=len(visits))
-                          for part, issued in scattered(trace, numel, settings["reduce_bucket_size"])]
+        gathers = [
+            message("all_gather", part, itemsize, group=group, issued=issued, needed=needed)
+            for part, group, issued, needed in gathered(
+                trace, numel, persistent, copied, ranks, settings
+            )
+        ]
+        return gathers + [
+            message("reduce_scatter", part, reduced, group=ranks, issued=issued, needed=len(visits))
+            for part, issued in scattered(trace, numel, settings["reduce_bucket_size"])
+        ]
+
     trace = trace_of(model)
     visits = [visit for visit, entered in trace if entered]
     shared = settings["zero_hpz_partition_size"] > 1
-    after = [message("all_gather", [id(p)], itemsize, group=ranks) for p in model.parameters() if id(p) in persistent]
+    after = [
+        message("all_gather", [id(p)], itemsize, group=ranks)
+        for p in model.parameters()
+        if id(p) in persistent
+    ]
     # Whether all is finite.
     after += [Message(kind="all_reduce", size_bytes=4, group=ranks)]
     for group in make_optimizer(model, config.optim).param_groups:
@@ -109,9 +134,15 @@ def count_traffic(model, config, ranks, **settings):
         after += [Message(kind="all_reduce", size_bytes=8, group=ranks)] * len(parts)
         # fp32 updates to their owners and back
         if group["kind"] == "muon" and ranks > 1:
-            after += [Message(kind="all_to_all", size_bytes=4 * sum(part), group=ranks) for part in parts] * 2
-    return Traffic(visits=[(visit.backward, sum(numel[p] for p in visit.own)) for visit in visits],
-                   first=micro_batch(set()), later=micro_batch(set(numel) if shared else set()), step=after)
+            after += [
+                Message(kind="all_to_all", size_bytes=4 * sum(part), group=ranks) for part in parts
+            ] * 2
+    return Traffic(
+        visits=[(visit.backward, sum(numel[p] for p in visit.own)) for visit in visits],
+        first=micro_batch(set()),
+        later=micro_batch(set(numel) if shared else set()),
+        step=after,
+    )
 
 
 def sub_groups(cuts, size):
@@ -136,11 +167,19 @@ def trace_of(model):
             return []
         # Never called
         if isinstance(module, nn.ModuleList):
-            return [event for child in children(module) for event in walk(child, children, backward)]
+            return [
+                event for child in children(module) for event in walk(child, children, backward)
+            ]
         leaf = isinstance(module, leaves)
-        direct, inside = (tuple(id(p) for p in module.parameters(recurse=recurse)) for recurse in (False, True))
+        direct, inside = (
+            tuple(id(p) for p in module.parameters(recurse=recurse)) for recurse in (False, True)
+        )
         visit = Visit(asked if module is model else direct, inside, leaf, backward)
-        inner = [] if leaf else [event for child in children(module) for event in walk(child, children, backward)]
+        inner = (
+            []
+            if leaf
+            else [event for child in children(module) for event in walk(child, children, backward)]
+        )
         return [(visit, True), *inner, (visit, False)]
 
     def forward(module):
@@ -148,6 +187,7 @@ def trace_of(model):
             parts = model.adapter, model.connector, model.generator, model.alignment
             return [part for part in parts if part is not None]
         return list(module.children())
+
     return walk(model, forward, False) + walk(model, lambda module: forward(module)[::-1], True)
 
 
@@ -156,17 +196,27 @@ def gathered(trace, numel, persistent, copied, ranks, settings):
     visits = [visit for visit, entered in trace if entered]
     queue = deque((p, step) for step, visit in enumerate(visits) for p in visit.own)
     available, copied, latest, held, step, found = set(persistent), set(copied), {}, 0, 0, []
-    hpz, reuse, ahead_of_use = (settings[key] for key in (
-        "zero_hpz_partition_size", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size"))
+    hpz, reuse, ahead_of_use = (
+        settings[key]
+        for key in (
+            "zero_hpz_partition_size",
+            "stage3_max_reuse_distance",
+            "stage3_prefetch_bucket_size",
+        )
+    )
 
     def gather(parameters, needed):
-        for part, group in (([p for p in parameters if p in copied], hpz), ([p for p in parameters if p not in copied], ranks)):
+        for part, group in (
+            ([p for p in parameters if p in copied], hpz),
+            ([p for p in parameters if p not in copied], ranks),
+        ):
             if part:
                 found.append((part, group, step, needed))
         if hpz > 1:
             copied.update(parameters)
         available.update(parameters)
         return sum(numel[p] for p in parameters)
+
     for visit, entered in trace:
         if entered:
             held += gather([p for p in visit.own if p not in available], step)
@@ -175,7 +225,11 @@ def gathered(trace, numel, persistent, copied, ranks, settings):
                 p, at = queue.popleft()
                 latest[p] = at
                 taken.add(p)
-            limit, ahead, total = min(settings["stage3_max_live_parameters"] - held, ahead_of_use), [], 0
+            limit, ahead, total = (
+                min(settings["stage3_max_live_parameters"] - held, ahead_of_use),
+                [],
+                0,
+            )
             while queue and total < limit:
                 p, at = queue.popleft()
                 latest[p] = max(latest.get(p, -1), at)
@@ -183,7 +237,14 @@ def gathered(trace, numel, persistent, copied, ranks, settings):
                     ahead.append(p)
                     total += numel[p]
             if ahead:
-                held += gather(ahead, next(i for i in range(step + 1, len(visits)) if not set(ahead).isdisjoint(visits[i].own)))
+                held += gather(
+                    ahead,
+                    next(
+                        i
+                        for i in range(step + 1, len(visits))
+                        if not set(ahead).isdisjoint(visits[i].own)
+                    ),
+                )
             step += 1
             continue
         free = {p for p in visit.own if p not in persistent and latest.get(p, -1) <= step}
@@ -222,7 +283,10 @@ def row_bytes(model, config):
     """{part: (bytes forward, bytes backward)} of an image for all that is no matrix product: every tensor that a kernel reads or
     writes, once, in bf16. The small numbers are passes over a (tokens x width) tensor, counted as in benchmarks/lib/op_cases.py."""
     (mllm, vae), generator = model.frozen, model.generator
-    width, tokens = generator.config.width, math.prod(vae.grid(*[config.data.size_px] * 2)) + config.adapter.num_queries
+    width, tokens = (
+        generator.config.width,
+        math.prod(vae.grid(*[config.data.size_px] * 2)) + config.adapter.num_queries,
+    )
     blocks = sum(isinstance(module, generator.block_classes) for module in generator.modules())
     # 2 norms, rope, 2 gated residuals, GELU at 4 x; backward also bias and residual sums
     if generator.config.kind == "mmdit":
@@ -231,17 +295,38 @@ def row_bytes(model, config):
         # 4 RMS norms, rope, 2 gated residuals, SwiGLU at 8/3 x; backward also residual sums
         forward, backward = 4 * 2 + 6 + 2 * 3 + 3 * 8 / 3, 4 * 3 + 8 + 2 * 3 + 5 * 8 / 3 + 2 * 3
     text, vision = mllm.backbone.config.text_config, mllm.backbone.config.vision_config
-    prefix, queries = NUM_TEXT + mllm.num_image_tokens * (1 - config.mask.ratio), config.adapter.num_queries
-    layers, gate = 2 * text.hidden_size * text.num_hidden_layers, text.intermediate_size / text.hidden_size
+    prefix, queries = (
+        NUM_TEXT + mllm.num_image_tokens * (1 - config.mask.ratio),
+        config.adapter.num_queries,
+    )
+    layers, gate = (
+        2 * text.hidden_size * text.num_hidden_layers,
+        text.intermediate_size / text.hidden_size,
+    )
     patches = (vision.image_size[0] // vision.patch_size[0]) ** 2 + 1
     maps, side = 0, config.data.size_px
     # A residual block: 2 group norms, each read twice and written once; a sum.
     for down in vae.backbone.encoder.down_blocks:
-        maps += sum(side**2 * (3 * resnet.norm1.num_channels + 6 * resnet.norm2.num_channels) for resnet in down.resnets)
+        maps += sum(
+            side**2 * (3 * resnet.norm1.num_channels + 6 * resnet.norm2.num_channels)
+            for resnet in down.resnets
+        )
         side //= 2 if down.downsamplers else 1
-    return {"generator": tuple(2 * tokens * width * blocks * passes for passes in (forward, backward)),
-            # 2 norms, rope, 2 residual sums, SwiGLU
-            "MLLM": (layers * (prefix + queries) * (2 * 2 + 4 + 2 * 3 + 3 * gate), layers * queries * (2 * 3 + 4 + 2 * 2 + 5 * gate)),
-            # 2 norms, heads apart, 2 scaled residuals, GELU at 4 x
-            "ViT": (2 * patches * vision.hidden_size * vision.num_hidden_layers * (2 * 2 + 6 + 2 * 3 + 2 * 4), 0),
-            "VAE": (2 * maps, 0)}
+    return {
+        "generator": tuple(2 * tokens * width * blocks * passes for passes in (forward, backward)),
+        # 2 norms, rope, 2 residual sums, SwiGLU
+        "MLLM": (
+            layers * (prefix + queries) * (2 * 2 + 4 + 2 * 3 + 3 * gate),
+            layers * queries * (2 * 3 + 4 + 2 * 2 + 5 * gate),
+        ),
+        # 2 norms, heads apart, 2 scaled residuals, GELU at 4 x
+        "ViT": (
+            2
+            * patches
+            * vision.hidden_size
+            * vision.num_hidden_layers
+            * (2 * 2 + 6 + 2 * 3 + 2 * 4),
+            0,
+        ),
+        "VAE": (2 * maps, 0),
+    }

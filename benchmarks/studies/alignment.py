@@ -30,13 +30,29 @@ from iomm.engine.evaluation.heldout import Evaluation
 from iomm.engine.observe.doctor import machine
 from iomm.engine.parallel import ranks as group
 
-CELLS = {"no alignment": (0.0, 2), **{f"weight {weight:g}, block {block}": (weight, block)
-                                      for weight, block in ((0.25, 2), (0.5, 2), (1.0, 2), (0.5, 1), (0.5, 4))}}
+CELLS = {
+    "no alignment": (0.0, 2),
+    **{
+        f"weight {weight:g}, block {block}": (weight, block)
+        for weight, block in ((0.25, 2), (0.5, 2), (1.0, 2), (0.5, 1), (0.5, 4))
+    },
+}
 
 
-def heldout_loss(overrides: list[str], weight: float, block: int, seed: int, steps: int, ranks: group.Ranks) -> dict:
+def heldout_loss(
+    overrides: list[str], weight: float, block: int, seed: int, steps: int, ranks: group.Ranks
+) -> dict:
     """Train a cell and return {"mean", "by_time"}: the held-out velocity loss of its average."""
-    config = load_config("demo", [*overrides, f"run.seed={seed}", f"train.steps={steps}", f"align.weight={weight}", f"align.block={block}"])
+    config = load_config(
+        "demo",
+        [
+            *overrides,
+            f"run.seed={seed}",
+            f"train.steps={steps}",
+            f"align.weight={weight}",
+            f"align.block={block}",
+        ],
+    )
     bench = Bench(config, ranks, fresh=True)
     evaluation = Evaluation(config, bench.source, ranks)
     for _ in range(steps):
@@ -66,19 +82,30 @@ def rows(runs: dict) -> dict[str, str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=above_0(int), default=250)
     parser.add_argument("--seeds", type=above_0(int), default=3, help=f"up to {len(T_95)}")
     parser.add_argument("--results", default=str(ROOT / "benchmarks/results"))
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args(argv)
     facts, settings = machine(), {"steps": args.steps, "overrides": args.overrides}
-    path = Path(args.results) / f"{label('alignment-demo', args.overrides)}-{'cuda' if facts['gpu'] else 'cpu'}-{facts['date']}.json"
+    path = (
+        Path(args.results)
+        / f"{label('alignment-demo', args.overrides)}-{'cuda' if facts['gpu'] else 'cpu'}-{facts['date']}.json"
+    )
     kept = read(path)
     runs = kept["runs"] if kept.get("settings") == settings else {}
     ranks = group.start(600)
     with tempfile.TemporaryDirectory() as folder:
-        overrides = ["train.cpu_ranks=1", "evaluate.every_steps=0", "evaluate.num_images=0", *args.overrides, f"run.dir={folder}/run"]
+        overrides = [
+            "train.cpu_ranks=1",
+            "evaluate.every_steps=0",
+            "evaluate.num_images=0",
+            *args.overrides,
+            f"run.dir={folder}/run",
+        ]
         for seed in map(str, range(args.seeds)):
             for cell, (weight, block) in CELLS.items():
                 by_seed = runs.setdefault(cell, {})
@@ -87,8 +114,15 @@ def main(argv: list[str] | None = None) -> int:
                 by_seed[seed] = heldout_loss(overrides, weight, block, int(seed), args.steps, ranks)
                 print(f"seed {seed}  {cell:<22} {by_seed[seed]['mean']:.4f}", flush=True)
                 steps = f"alignment in the default run's stage 1, {args.steps} steps: "
-                write(path, {"machine": facts, "settings": settings, "runs": runs,
-                             "rows": {steps + cell: text for cell, text in rows(runs).items()}})
+                write(
+                    path,
+                    {
+                        "machine": facts,
+                        "settings": settings,
+                        "runs": runs,
+                        "rows": {steps + cell: text for cell, text in rows(runs).items()},
+                    },
+                )
     group.stop()
     print(json.dumps(rows(runs), indent=1))
     return 0

@@ -23,18 +23,44 @@ from benchmarks.report import above_0
 from iomm.engine.observe.doctor import machine
 
 RUNS = {"bf16": ("bf16", 0), "fp8": ("fp8", 0), "bf16, another seed": ("bf16", 1)}
-ON_A_GPU = ["model.preset=iomm-b", "model.vae=pixel:2", "data.size_px=64", "adapter.num_queries=256", "mask.ratio=0.85",
-            "train.global_batch=64", "train.micro_batch=32", "optim.lr=1e-4", "optim.warmup_steps=50", "ema.decay=0"]
+ON_A_GPU = [
+    "model.preset=iomm-b",
+    "model.vae=pixel:2",
+    "data.size_px=64",
+    "adapter.num_queries=256",
+    "mask.ratio=0.85",
+    "train.global_batch=64",
+    "train.micro_batch=32",
+    "optim.lr=1e-4",
+    "optim.warmup_steps=50",
+    "ema.decay=0",
+]
 # With a GPU: 302 TFLOP a step, three runs in ten minutes; without.
 STEPS = {True: 100, False: 300}
 
 
 def run(folder, precision, seed, steps, overrides):
     """One launch -> rows of log.jsonl. Another seed draws other images, weights, masks and noise of the same world."""
-    arguments = [f"run.dir={folder}", f"precision={precision}", f"run.seed={seed}", f"train.steps={steps}",
-                 f"checkpoint.every_steps={steps}", "log.sample_images=0"]
-    subprocess.run([str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "1", str(ROOT / "engine/launch.py"),
-                    *overrides, *arguments], cwd=ROOT, check=True)
+    arguments = [
+        f"run.dir={folder}",
+        f"precision={precision}",
+        f"run.seed={seed}",
+        f"train.steps={steps}",
+        f"checkpoint.every_steps={steps}",
+        "log.sample_images=0",
+    ]
+    subprocess.run(
+        [
+            str(Path(sys.executable).with_name("deepspeed")),
+            "--num_gpus",
+            "1",
+            str(ROOT / "engine/launch.py"),
+            *overrides,
+            *arguments,
+        ],
+        cwd=ROOT,
+        check=True,
+    )
     rows = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
     # On a GPU 15 GB each, more than a rented disk has room for.
     shutil.rmtree(folder)
@@ -42,33 +68,57 @@ def run(folder, precision, seed, steps, overrides):
 
 
 def summary(rows):
-    last = rows[-max(1, len(rows) // 10):]
-    return {"last_loss": statistics.mean(row["loss"] for row in last), "skipped_steps": rows[-1]["skipped_steps"],
-            "images_per_s": statistics.median(row["images_per_s"] for row in rows[len(rows) // 2:]),
-            "memory_gib": rows[-1]["memory_gib"], "losses": [row["loss"] for row in rows]}
+    last = rows[-max(1, len(rows) // 10) :]
+    return {
+        "last_loss": statistics.mean(row["loss"] for row in last),
+        "skipped_steps": rows[-1]["skipped_steps"],
+        "images_per_s": statistics.median(row["images_per_s"] for row in rows[len(rows) // 2 :]),
+        "memory_gib": rows[-1]["memory_gib"],
+        "losses": [row["loss"] for row in rows],
+    }
 
 
 def compare(folder, steps, overrides):
     """-> {run: summary}, and how far fp8 and another seed end from bf16, as shares of its loss."""
-    runs = {name: summary(run(f"{folder}/{i}", precision, seed, steps, overrides))
-            for i, (name, (precision, seed)) in enumerate(RUNS.items())}
+    runs = {
+        name: summary(run(f"{folder}/{i}", precision, seed, steps, overrides))
+        for i, (name, (precision, seed)) in enumerate(RUNS.items())
+    }
     bf16, fp8, other = (runs[name]["last_loss"] for name in RUNS)
-    return {"steps": steps, "overrides": overrides, "runs": runs, "fp8_over_bf16": fp8 / bf16 - 1, "seed_over_bf16": other / bf16 - 1,
-            "speedup": runs["fp8"]["images_per_s"] / runs["bf16"]["images_per_s"]}
+    return {
+        "steps": steps,
+        "overrides": overrides,
+        "runs": runs,
+        "fp8_over_bf16": fp8 / bf16 - 1,
+        "seed_over_bf16": other / bf16 - 1,
+        "speedup": runs["fp8"]["images_per_s"] / runs["bf16"]["images_per_s"],
+    }
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=above_0(int), help=f"default: {STEPS[True]} with a GPU, {STEPS[False]} without")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--steps",
+        type=above_0(int),
+        help=f"default: {STEPS[True]} with a GPU, {STEPS[False]} without",
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args, facts = parser.parse_intermixed_args(), machine()
     args.steps = args.steps or STEPS[bool(facts["gpu"])]
     with tempfile.TemporaryDirectory() as folder:
         result = compare(folder, args.steps, [*(ON_A_GPU if facts["gpu"] else []), *args.overrides])
-    path = ROOT / "benchmarks/results" / f"precision-{'cuda' if facts['gpu'] else 'cpu'}-{facts['date']}.json"
+    path = (
+        ROOT
+        / "benchmarks/results"
+        / f"precision-{'cuda' if facts['gpu'] else 'cpu'}-{facts['date']}.json"
+    )
     path.write_text(json.dumps({"machine": facts, **result}, indent=1) + "\n")
-    print(f"loss of fp8 over bf16's {result['fp8_over_bf16']:+.2%}, of another seed {result['seed_over_bf16']:+.2%}; "
-          f"images/s x {result['speedup']:.2f}\n{path}")
+    print(
+        f"loss of fp8 over bf16's {result['fp8_over_bf16']:+.2%}, of another seed {result['seed_over_bf16']:+.2%}; "
+        f"images/s x {result['speedup']:.2f}\n{path}"
+    )
 
 
 if __name__ == "__main__":

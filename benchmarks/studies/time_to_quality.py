@@ -206,7 +206,9 @@ def open_source(config: RunConfig, ranks: group.Ranks, model: IOMM) -> ImageSour
         index_dir = builders.prepare_data(config, progress=False)
     if config.train.data != "image":
         pairs_dir = builders.prepare_data(config, progress=False, pairs=True)
-    return builders.open_source(config, ranks, *model.frozen, index_dir=index_dir, pairs_dir=pairs_dir)
+    return builders.open_source(
+        config, ranks, *model.frozen, index_dir=index_dir, pairs_dir=pairs_dir
+    )
 
 
 def start(variant: Variant, config: RunConfig, ranks: group.Ranks) -> Ours | Baseline:

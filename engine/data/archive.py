@@ -57,9 +57,16 @@ class Folder:
     def __init__(self, path, files=None):
         """Lists the folder and what lies below it, unless the list is given. Raises OSError if it cannot be read."""
         self.path = str(path)
-        self.files = files if files is not None else sorted(
-            str((Path(root) / name).relative_to(path))
-            for root, _, names in os.walk(path) for name in names if name.rpartition(".")[2].lower() in SUFFIXES)
+        self.files = (
+            files
+            if files is not None
+            else sorted(
+                str((Path(root) / name).relative_to(path))
+                for root, _, names in os.walk(path)
+                for name in names
+                if name.rpartition(".")[2].lower() in SUFFIXES
+            )
+        )
 
     def members(self, report=None):
         """Yields (name, offset, num_bytes) of each file."""
@@ -125,14 +132,22 @@ def walk(fd, num_bytes, report=None):
 def _read_header(header, position, num_bytes, pax):
     """(kind, size, start of the data) of the member whose header stands at position. Raises TarError."""
     if len(header) < BLOCK or not _checksum_fits(header):
-        raise TarError(f"no valid header at byte {position} of {num_bytes}" + _what_instead(header, position))
+        raise TarError(
+            f"no valid header at byte {position} of {num_bytes}" + _what_instead(header, position)
+        )
     kind = header[156:157]
-    size = int(pax["size"]) if re.fullmatch("[0-9]{1,20}", pax.get("size", "")) else _number(header[124:136], position)
+    size = (
+        int(pax["size"])
+        if re.fullmatch("[0-9]{1,20}", pax.get("size", ""))
+        else _number(header[124:136], position)
+    )
     start = position + BLOCK
     if kind in NO_DATA:
         size = 0
     if size < 0 or start + size > num_bytes:
-        raise TarError(f"the member at byte {position} claims {size} bytes, {num_bytes - start} are left")
+        raise TarError(
+            f"the member at byte {position} claims {size} bytes, {num_bytes - start} are left"
+        )
     if kind in b"xgLK" and size > MAX_NAME_BYTES:
         raise TarError(f"the name record at byte {position} claims {size} bytes")
     return kind, size, start
@@ -147,7 +162,12 @@ def _next_header(fd, position, num_bytes):
         at = chunk.find(MAGIC)
         while at >= 0:
             start = at - MAGIC_AT
-            if start >= 0 and start % BLOCK == 0 and start + BLOCK <= len(chunk) and _checksum_fits(chunk[start:start + BLOCK]):
+            if (
+                start >= 0
+                and start % BLOCK == 0
+                and start + BLOCK <= len(chunk)
+                and _checksum_fits(chunk[start : start + BLOCK])
+            ):
                 return position + start
             at = chunk.find(MAGIC, at + 1)
         if len(chunk) < BLOCK:
@@ -170,7 +190,11 @@ def _checksum_fits(header):
 def _number(field, position):
     # base 256, for sizes over 8 GiB; 0xff leads a negative one
     if field[0] & 0x80:
-        return int.from_bytes(field, "big", signed=True) if field[0] == 0xFF else int.from_bytes(field[1:], "big")
+        return (
+            int.from_bytes(field, "big", signed=True)
+            if field[0] == 0xFF
+            else int.from_bytes(field[1:], "big")
+        )
     try:
         return int(field.strip(b" \0") or b"0", 8)
     except ValueError:
@@ -188,11 +212,13 @@ def _pax_records(data, position):
     records = {}
     while data:
         length, _, _ = data.partition(b" ")
-        if not re.fullmatch(b"[0-9]{1,9}", length) or not len(length) + 2 < int(length) <= len(data):
+        if not re.fullmatch(b"[0-9]{1,9}", length) or not len(length) + 2 < int(length) <= len(
+            data
+        ):
             raise TarError(f"the pax record at byte {position} is damaged")
-        key, _, value = data[len(length) + 1:int(length) - 1].partition(b"=")
+        key, _, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
         records[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
-        data = data[int(length):]
+        data = data[int(length) :]
     return records
 
 

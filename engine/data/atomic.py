@@ -18,7 +18,9 @@ def whole_file(path, *, partial=None, durable=False):
     `partial` behind, by default `.NAME.PID.partial` in the same folder; it must be on the same file system. durable: the
     content is on the disk before the name is."""
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial") if partial is None else Path(partial)
+    partial = (
+        path.with_name(f".{path.name}.{os.getpid()}.partial") if partial is None else Path(partial)
+    )
     try:
         yield partial
         if durable:
@@ -73,9 +75,12 @@ def one_at_a_time(folder):
 def check_replaceable(path, marker):
     """Raises InputError if `path` exists and is neither an empty folder nor one with a file called `marker`."""
     path = Path(path).absolute()
-    if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or (path / marker).is_file())):
+    if path.exists() and not (
+        path.is_dir() and (not any(path.iterdir()) or (path / marker).is_file())
+    ):
         raise InputError(
-            f"{path} exists and holds something else (it has no {marker}): give another folder or remove it")
+            f"{path} exists and holds something else (it has no {marker}): give another folder or remove it"
+        )
 
 
 def _umask():

@@ -45,14 +45,20 @@ class BadSamples:
             self._log(failures)
         dead = [failure for failure in failures if failure.fatal]
         if dead:
-            raise InputError(f"{dead[0].problem}; nor could the samples that would take its place be had: look at the disk")
+            raise InputError(
+                f"{dead[0].problem}; nor could the samples that would take its place be had: look at the disk"
+            )
         allowed = self.max_fraction * max(samples_seen, LEAST_SAMPLES)
         if self.total > allowed:
-            raise InputError(f"{self.total} samples of {samples_seen} could not be had, more than data.max_bad_fraction "
-                             f"({self.max_fraction}) allows; last: {failures[-1].problem}")
+            raise InputError(
+                f"{self.total} samples of {samples_seen} could not be had, more than data.max_bad_fraction "
+                f"({self.max_fraction}) allows; last: {failures[-1].problem}"
+            )
         if len(self.shards) > self.max_shards:
-            raise InputError(f"samples of {len(self.shards)} shards could not be had, more than data.max_bad_shards "
-                             f"({self.max_shards}) allows; last: {failures[-1].problem}")
+            raise InputError(
+                f"samples of {len(self.shards)} shards could not be had, more than data.max_bad_shards "
+                f"({self.max_shards}) allows; last: {failures[-1].problem}"
+            )
 
     def _log(self, failures):
         try:

@@ -55,7 +55,9 @@ class BucketSampler:
         # The same floats on every machine, unlike logarithms.
         self._borders = np.sqrt(self.ratios[1:] * self.ratios[:-1])
         self._joined = np.arange(len(sizes))
-        self.counts = np.stack([np.bincount(self._buckets(shard), minlength=len(sizes)) for shard in range(len(whole))])
+        self.counts = np.stack(
+            [np.bincount(self._buckets(shard), minlength=len(sizes)) for shard in range(len(whole))]
+        )
         self.join(join_small(self.counts.sum(0)[None], self.ratios, [self.global_batch]))
 
     def join(self, joined):
@@ -69,7 +71,10 @@ class BucketSampler:
         self.totals = merged.sum(0)[self.used]
         self.total = int(self.totals.sum())
         key = mix(np.zeros(1, np.uint64), self.seed)
-        self.orders = [EpochPermutation(int(mix(key, int(bucket))[0]), merged[:, bucket], self.group_shards) for bucket in self.used]
+        self.orders = [
+            EpochPermutation(int(mix(key, int(bucket))[0]), merged[:, bucket], self.group_shards)
+            for bucket in self.used
+        ]
         self._key = mix(key, -1)
         self._sorted, self._lock = OrderedDict(), threading.Lock()
 
@@ -123,7 +128,10 @@ class BucketSampler:
             if shard not in self._sorted:
                 buckets = self._buckets(shard)
                 counts = np.bincount(buckets, minlength=len(self._joined))
-                self._sorted[shard] = np.argsort(buckets, kind="stable").astype(np.uint32), np.cumsum(counts) - counts
+                self._sorted[shard] = (
+                    np.argsort(buckets, kind="stable").astype(np.uint32),
+                    np.cumsum(counts) - counts,
+                )
                 while len(self._sorted) > CACHED_SHARDS:
                     self._sorted.popitem(last=False)
             self._sorted.move_to_end(shard)
@@ -131,7 +139,9 @@ class BucketSampler:
 
     def _buckets(self, shard):
         """Bucket of each sample of a shard."""
-        some = self.records[self.first_entry[shard]:self.first_entry[shard] + self.num_samples[shard]]
+        some = self.records[
+            self.first_entry[shard] : self.first_entry[shard] + self.num_samples[shard]
+        ]
         return self._joined[np.searchsorted(self._borders, some["width"] / some["height"])]
 
 
@@ -144,8 +154,10 @@ def join_small(totals, ratios, wanted):
     totals, wanted = totals.copy(), np.array(wanted)
     for total, want in zip(totals.sum(1), wanted):
         if total < want:
-            raise InputError(f"train.global_batch wants {want} samples of a kind, but there are only {total} samples: lower it "
-                             "or add data")
+            raise InputError(
+                f"train.global_batch wants {want} samples of a kind, but there are only {total} samples: lower it "
+                "or add data"
+            )
     joined = np.arange(totals.shape[1])
     while True:
         filled = np.flatnonzero(totals.sum(0))
@@ -154,7 +166,9 @@ def join_small(totals, ratios, wanted):
             return joined
         small = filled[np.argmin(shares)]
         others = filled[filled != small]
-        near = others[np.argmin(np.maximum(ratios[others] / ratios[small], ratios[small] / ratios[others]))]
+        near = others[
+            np.argmin(np.maximum(ratios[others] / ratios[small], ratios[small] / ratios[others]))
+        ]
         joined[joined == small] = near
         totals[:, near] += totals[:, small]
         totals[:, small] = 0
@@ -163,8 +177,11 @@ def join_small(totals, ratios, wanted):
 def buckets_of_both(images, pairs):
     """Makes of two BucketSampler, of the images and of the pairs of every batch, those of a mixture: alike joined, so that each
     bucket has enough of either kind, and with the pairs in the lead. They are the fewer; their epochs are those of a run."""
-    joined = join_small(np.stack([images.counts.sum(0), pairs.counts.sum(0)]), pairs.ratios,
-                        [images.global_batch, pairs.global_batch])
+    joined = join_small(
+        np.stack([images.counts.sum(0), pairs.counts.sum(0)]),
+        pairs.ratios,
+        [images.global_batch, pairs.global_batch],
+    )
     for plan in (images, pairs):
         plan.join(joined)
         plan.leader = pairs

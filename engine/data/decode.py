@@ -58,8 +58,19 @@ class Decoder:
     of it. On CUDA it changes nothing. Without DALI Pillow decodes on the CPU, in num_threads threads, and torch resizes.
     """
 
-    def __init__(self, batch_size, vit_px, device, num_threads=2, prefetch=2, *, dtype=torch.float32, vae_pixels=True,
-                 hw_decoder_load=0.65, resize="torch"):
+    def __init__(
+        self,
+        batch_size,
+        vit_px,
+        device,
+        num_threads=2,
+        prefetch=2,
+        *,
+        dtype=torch.float32,
+        vae_pixels=True,
+        hw_decoder_load=0.65,
+        resize="torch",
+    ):
         choice("data.resize", resize, ("dali", "torch"))
         if not 0 <= hw_decoder_load <= 1:
             raise InputError(f"data.hw_decoder_load must be between 0 and 1, got {hw_decoder_load}")
@@ -72,10 +83,15 @@ class Decoder:
         self.vae_pixels = vae_pixels
         self.hw_decoder_load = hw_decoder_load
         if fn is None:
-            print("DALI is missing: Pillow decodes and torch resizes images, on the CPU (iomm doctor)", flush=True)
+            print(
+                "DALI is missing: Pillow decodes and torch resizes images, on the CPU (iomm doctor)",
+                flush=True,
+            )
         self.by_torch = fn is not None and resize == "torch" and self.device.type == "cpu"
         # of images, places, sizes, flips: DALI warns of those it does not use
-        self._num_inputs = 1 if self.by_torch else 4 if vae_pixels or self.device.type == "cuda" else 3
+        self._num_inputs = (
+            1 if self.by_torch else 4 if vae_pixels or self.device.type == "cuda" else 3
+        )
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def __call__(self, batches):
@@ -115,12 +131,16 @@ class Decoder:
         try:
             while True:
                 while len(waiting) <= self.prefetch and (batch := next(batches, None)) is not None:
-                    waiting.append((batch, [threads.submit(upright, image) for image in batch.images]))
+                    waiting.append(
+                        (batch, [threads.submit(upright, image) for image in batch.images])
+                    )
                 if not waiting:
                     return
                 batch, images = waiting.popleft()
                 outputs = self._by_torch([image.result() for image in images], batch, threads)
-                yield tuple(None if output is None else output.to(self.device) for output in outputs)
+                yield tuple(
+                    None if output is None else output.to(self.device) for output in outputs
+                )
         finally:
             threads.shutdown(cancel_futures=True)
 
@@ -128,24 +148,35 @@ class Decoder:
         """What DALI reads of each batch: images, places, sizes, and flips if it mirrors anything."""
         for batch in batches:
             taken.append(batch)
-            yield ([np.frombuffer(image, dtype=np.uint8) for image in batch.images],
-                   np.asarray(batch.place_B2, dtype=np.float32),
-                   np.tile(np.asarray(batch.size_px, dtype=np.float32), (len(batch.images), 1)),
-                   np.asarray(batch.flip_B, dtype=np.int32).reshape(-1, 1))[:self._num_inputs]
+            yield (
+                [np.frombuffer(image, dtype=np.uint8) for image in batch.images],
+                np.asarray(batch.place_B2, dtype=np.float32),
+                np.tile(np.asarray(batch.size_px, dtype=np.float32), (len(batch.images), 1)),
+                np.asarray(batch.flip_B, dtype=np.int32).reshape(-1, 1),
+            )[: self._num_inputs]
 
     def _finish(self, outputs, batch):
         """DALI's outputs -> tensors of torch's own."""
-        flip_B, has_image_B = (torch.as_tensor(np.asarray(x, dtype=bool)) for x in (batch.flip_B, batch.has_image_B))
+        flip_B, has_image_B = (
+            torch.as_tensor(np.asarray(x, dtype=bool)) for x in (batch.flip_B, batch.has_image_B)
+        )
         if self.device.type != "cuda":
             crops_BHWC = torch.from_dlpack(outputs[-1].as_tensor())
-            pixels_BCHW = torch.from_dlpack(outputs[0].as_tensor()).to(self.dtype, copy=True) if self.vae_pixels else None
+            pixels_BCHW = (
+                torch.from_dlpack(outputs[0].as_tensor()).to(self.dtype, copy=True)
+                if self.vae_pixels
+                else None
+            )
             return pixels_BCHW, self._vit_pixels(crops_BHWC[has_image_B], flip_B[has_image_B])
         # DALI reuses its buffers once `outputs` is dropped, and does not wait for torch's stream then; so the copies
         # are made on a side stream and waited for there, which does not wait for the training step that is queued.
         with torch.cuda.stream(self._copies):
             copies = [torch.from_dlpack(output.as_tensor()) for output in outputs]
             copies[-1] = copies[-1][has_image_B.to(self.device)]
-            copies = [copy.to(self.dtype if copy.is_floating_point() else copy.dtype, copy=True) for copy in copies]
+            copies = [
+                copy.to(self.dtype if copy.is_floating_point() else copy.dtype, copy=True)
+                for copy in copies
+            ]
         self._copies.synchronize()
         for copy in copies:
             copy.record_stream(torch.cuda.current_stream(self.device))
@@ -169,17 +200,31 @@ class Decoder:
     def _by_torch(self, images, batch, threads):
         """Decoded images (HWC bytes, of any size) -> both outputs; one image per thread and turn."""
         height, width = batch.size_px
-        pixels_BCHW = torch.empty((len(batch.images), 3, height, width), dtype=self.dtype) if self.vae_pixels else None
+        pixels_BCHW = (
+            torch.empty((len(batch.images), 3, height, width), dtype=self.dtype)
+            if self.vae_pixels
+            else None
+        )
         places_I = np.cumsum(batch.has_image_B) - 1
         vit_pixels_IHWC = self._vit_bytes(int(np.sum(batch.has_image_B)))
 
         def finish(i):
             image = torch.from_numpy(images[i]).permute(2, 0, 1)[None]
             scale = max(height / image.shape[-2], width / image.shape[-1])
-            image = resized(image, tuple(max(round(side * scale), least) for side, least in zip(image.shape[-2:], (height, width))))
-            left, top = (int(float(at) * (side - crop)) for at, side, crop in zip(
-                batch.place_B2[i], (image.shape[-1], image.shape[-2]), (width, height)))
-            crop = image[..., top:top + height, left:left + width]
+            image = resized(
+                image,
+                tuple(
+                    max(round(side * scale), least)
+                    for side, least in zip(image.shape[-2:], (height, width))
+                ),
+            )
+            left, top = (
+                int(float(at) * (side - crop))
+                for at, side, crop in zip(
+                    batch.place_B2[i], (image.shape[-1], image.shape[-2]), (width, height)
+                )
+            )
+            crop = image[..., top : top + height, left : left + width]
             if self.vae_pixels:
                 write_vae(crop, batch.flip_B[i], pixels_BCHW[i])
             if batch.has_image_B[i]:
@@ -192,14 +237,30 @@ class Decoder:
         cuda = self.device.type == "cuda"
         device = "gpu" if cuda else "cpu"
         cubic = {"interp_type": types.INTERP_CUBIC, "antialias": True, "device": device}
-        index = self.device.index if self.device.index is not None else (torch.cuda.current_device() if cuda else None)
-        pipe = Pipeline(batch_size=self.batch_size, num_threads=self.num_threads, device_id=index,
-                        prefetch_queue_depth=self.prefetch)
+        index = (
+            self.device.index
+            if self.device.index is not None
+            else (torch.cuda.current_device() if cuda else None)
+        )
+        pipe = Pipeline(
+            batch_size=self.batch_size,
+            num_threads=self.num_threads,
+            device_id=index,
+            prefetch_queue_depth=self.prefetch,
+        )
         with pipe:
             encoded, *rest = fn.external_source(
-                source=lambda: next(inputs), num_outputs=self._num_inputs, batch=True, ndim=[1] * self._num_inputs,
-                dtype=[types.UINT8, types.FLOAT, types.FLOAT, types.INT32][:self._num_inputs])
-            options = {"device": "mixed", "hw_decoder_load": self.hw_decoder_load} if cuda else {"device": "cpu"}
+                source=lambda: next(inputs),
+                num_outputs=self._num_inputs,
+                batch=True,
+                ndim=[1] * self._num_inputs,
+                dtype=[types.UINT8, types.FLOAT, types.FLOAT, types.INT32][: self._num_inputs],
+            )
+            options = (
+                {"device": "mixed", "hw_decoder_load": self.hw_decoder_load}
+                if cuda
+                else {"device": "cpu"}
+            )
             images = fn.decoders.image(encoded, output_type=types.RGB, **options)
             if self.by_torch:
                 pipe.set_outputs(images)
@@ -207,13 +268,28 @@ class Decoder:
             place, size, *flip = rest
             flip = fn.reshape(flip[0], shape=[]) if flip else None
             images = fn.resize(images, size=size, mode="not_smaller", subpixel_scale=False, **cubic)
-            images = fn.crop(images, crop=size, crop_pos_x=place[0], crop_pos_y=place[1], rounding="truncate",
-                             device=device)
+            images = fn.crop(
+                images,
+                crop=size,
+                crop_pos_x=place[0],
+                crop_pos_y=place[1],
+                rounding="truncate",
+                device=device,
+            )
             outputs = []
             if self.vae_pixels:
                 # HWC bytes -> CHW float32 in [-1, 1], mirrored where flip is 1.
-                outputs.append(fn.crop_mirror_normalize(images, mirror=flip, mean=[LEVEL] * 3, std=[LEVEL] * 3, dtype=types.FLOAT,
-                                                        output_layout="CHW", device=device))
+                outputs.append(
+                    fn.crop_mirror_normalize(
+                        images,
+                        mirror=flip,
+                        mean=[LEVEL] * 3,
+                        std=[LEVEL] * 3,
+                        dtype=types.FLOAT,
+                        output_layout="CHW",
+                        device=device,
+                    )
+                )
             if cuda:
                 images = fn.resize(images, size=[self.vit_px, self.vit_px], **cubic)
                 images = fn.flip(images, horizontal=flip, device=device)
@@ -249,7 +325,9 @@ def upright(data):
 def rgb(image):
     """16-bit grey becomes 8 bits by its upper ones, where Pillow would cut off; alpha is dropped."""
     if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(
+            (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+        ).convert("RGB")
     return image.convert("RGB")
 
 
@@ -267,12 +345,22 @@ def sizes(images):
         return [size_by_pillow(image) for image in images]
     found = []
     while len(found) < len(images):
-        given = iter(images[len(found):])
-        pipe = Pipeline(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1, exec_async=False,
-                        exec_pipelined=False)
+        given = iter(images[len(found) :])
+        pipe = Pipeline(
+            batch_size=1,
+            num_threads=1,
+            device_id=None,
+            prefetch_queue_depth=1,
+            exec_async=False,
+            exec_pipelined=False,
+        )
         with pipe:
-            encoded = fn.external_source(source=lambda: [np.frombuffer(next(given), dtype=np.uint8)], batch=True,
-                                         dtype=types.UINT8, ndim=1)
+            encoded = fn.external_source(
+                source=lambda: [np.frombuffer(next(given), dtype=np.uint8)],
+                batch=True,
+                dtype=types.UINT8,
+                ndim=1,
+            )
             pipe.set_outputs(fn.decoders.image(encoded, output_type=types.RGB).shape())
         pipe.build()
         try:

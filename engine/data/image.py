@@ -21,7 +21,17 @@ MIN_PADDED_PX = 64
 PADDING_LEVEL = 245
 JPEG_FRAMES = {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I", "I;16", "I;16B")
-OTHER_IMAGES = (b"GIF8", b"BM", b"II*\0", b"MM\0*", b"%!PS", b"\0\0\1\0", b"8BPS", b"\0\0\0\x0cjP  ", b"\xff\x0a")
+OTHER_IMAGES = (
+    b"GIF8",
+    b"BM",
+    b"II*\0",
+    b"MM\0*",
+    b"%!PS",
+    b"\0\0\1\0",
+    b"8BPS",
+    b"\0\0\0\x0cjP  ",
+    b"\xff\x0a",
+)
 
 
 class Rejected(Exception):
@@ -65,16 +75,26 @@ def check_image(data, *, min_size_px, max_aspect, max_pixels=MAX_PIXELS, whole=T
             width, height = image.size
             if not whole:
                 turned = _is_turned(image)
-                return Verdict(*((height, width) if turned else (width, height)), image.has_transparency_data, ())
+                return Verdict(
+                    *((height, width) if turned else (width, height)),
+                    image.has_transparency_data,
+                    (),
+                )
             image.load()
             # After loading: PNG may say it behind the pixels.
             if _is_turned(image):
                 width, height = height, width
             transparent = image.has_transparency_data and _has_clear_pixels(image)
-            notes = {"trailing": _has_trailing_bytes(kind, data, scan), "alpha": transparent,
-                     "icc_bad": not _is_icc(image.info.get("icc_profile")), "constant": _is_constant(image),
-                     "padded": _is_padded(image)}
-            return Verdict(width, height, transparent, tuple(note for note, holds in notes.items() if holds))
+            notes = {
+                "trailing": _has_trailing_bytes(kind, data, scan),
+                "alpha": transparent,
+                "icc_bad": not _is_icc(image.info.get("icc_profile")),
+                "constant": _is_constant(image),
+                "padded": _is_padded(image),
+            }
+            return Verdict(
+                width, height, transparent, tuple(note for note, holds in notes.items() if holds)
+            )
     except Rejected:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -83,9 +103,12 @@ def check_image(data, *, min_size_px, max_aspect, max_pixels=MAX_PIXELS, whole=T
         raise Rejected("too_large", "not enough memory to decode it") from None
     except Exception as error:
         # Pillow's parsers raise OSError, SyntaxError, struct.error, ValueError and more
-        reason = "truncated" if "truncated" in str(error).lower() or _ends_early(kind, data) else "bad_header"
+        reason = (
+            "truncated"
+            if "truncated" in str(error).lower() or _ends_early(kind, data)
+            else "bad_header"
+        )
         raise Rejected(reason, f"{type(error).__name__}: {error}") from None
-
 
 
 def opaque(data):
@@ -106,7 +129,9 @@ def _kind(data):
         return "PNG"
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "WEBP"
-    if len(data) < 12 and any(start.startswith(data[:len(start)]) for start in (b"\xff\xd8\xff", b"\x89PNG", b"RIFF")):
+    if len(data) < 12 and any(
+        start.startswith(data[: len(start)]) for start in (b"\xff\xd8\xff", b"\x89PNG", b"RIFF")
+    ):
         raise Rejected("truncated", f"{len(data)} bytes")
     if data.startswith(OTHER_IMAGES) or data[4:8] == b"ftyp":
         raise Rejected("unsupported", "neither JPEG, PNG nor WebP")
@@ -128,18 +153,20 @@ def _check_jpeg_header(data, max_pixels):
         if marker == 0xDA:
             break
         if marker in JPEG_FRAMES:
-            frame = marker, data[at + 4:at + 10]
+            frame = marker, data[at + 4 : at + 10]
         if 0xD0 <= marker <= 0xD8:
             at += 2
         elif marker == 0xFF:
             at += 1
         else:
-            at += 2 + int.from_bytes(data[at + 2:at + 4], "big")
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     if frame is None or len(frame[1]) < 6:
         raise Rejected("bad_header", "a scan before the frame header")
     marker, (precision, height, width, components) = frame[0], struct.unpack(">BHHB", frame[1])
     if marker not in (0xC0, 0xC1, 0xC2) or precision != 8 or components not in (1, 3, 4):
-        raise Rejected("unsupported", f"JPEG process {marker:#x}, {precision} bits, {components} components")
+        raise Rejected(
+            "unsupported", f"JPEG process {marker:#x}, {precision} bits, {components} components"
+        )
     if not width or not height:
         raise Rejected("bad_header", f"claims {width} x {height}")
     if width * height > max_pixels:
@@ -151,11 +178,11 @@ def _check_png_chunks(data):
     """Walks the chunks to the end and checks their CRCs, as DALI's libpng does; Pillow is content with the pixels."""
     at, name = 8, b""
     while name != b"IEND":
-        length, name = int.from_bytes(data[at:at + 4], "big"), data[at + 4:at + 8]
+        length, name = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
         end = at + 8 + length
         if end + 4 > len(data):
             raise Rejected("truncated", f"ends inside the chunk at byte {at}")
-        if zlib.crc32(data[at + 4:end]) != int.from_bytes(data[end:end + 4], "big"):
+        if zlib.crc32(data[at + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
             raise Rejected("bad_header", f"the chunk at byte {at} does not fit its CRC")
         at = end + 4
 
@@ -182,7 +209,9 @@ def _is_turned(image):
 
 
 def _has_clear_pixels(image):
-    alpha = image.getchannel("A") if "A" in image.getbands() else image.convert("RGBA").getchannel("A")
+    alpha = (
+        image.getchannel("A") if "A" in image.getbands() else image.convert("RGBA").getchannel("A")
+    )
     return alpha.getextrema()[0] < 255
 
 
@@ -207,7 +236,9 @@ def _is_constant(image):
     if any(image.getpixel(place) != corner for place in ((right, 0), (0, bottom), (right, bottom))):
         return False
     extrema = image.getextrema()
-    return all(low == high for low, high in (extrema if isinstance(extrema[0], tuple) else (extrema,)))
+    return all(
+        low == high for low, high in (extrema if isinstance(extrema[0], tuple) else (extrema,))
+    )
 
 
 def _is_padded(image):
@@ -216,8 +247,10 @@ def _is_padded(image):
     side, other = image.size
     if side != other or side < MIN_PADDED_PX:
         return False
-    corners = [image.crop(box).convert("L").getextrema()[0] for box in (
-        (0, 0, 8, 8), (side - 8, side - 8, side, side))]
+    corners = [
+        image.crop(box).convert("L").getextrema()[0]
+        for box in ((0, 0, 8, 8), (side - 8, side - 8, side, side))
+    ]
     if min(corners) < PADDING_LEVEL:
         return False
     white = np.asarray(image.convert("L")) >= PADDING_LEVEL

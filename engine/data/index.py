@@ -64,10 +64,18 @@ def build(shards, out, *, rules=Rules(), progress=True, workers=None, keep=False
         names = [parts / _part_name(entry, rules) for entry in entries]
         todo = [i for i, name in enumerate(names) if not name.exists()]
         done_bytes = sum(entries[i]["bytes"] for i in range(len(paths)) if i not in set(todo))
-        bar = tqdm(total=sum(entry["bytes"] for entry in entries), initial=done_bytes, unit="B", unit_scale=True,
-                   desc="index", disable=not progress)
+        bar = tqdm(
+            total=sum(entry["bytes"] for entry in entries),
+            initial=done_bytes,
+            unit="B",
+            unit_scale=True,
+            desc="index",
+            disable=not progress,
+        )
         with bar:
-            work = judge_shards([paths[i] for i in todo], rules, workers or os.cpu_count(), _rate(bar))
+            work = judge_shards(
+                [paths[i] for i in todo], rules, workers or os.cpu_count(), _rate(bar)
+            )
             for number, records, rejected, notes, files in work:
                 i = todo[number]
                 _write_part(names[i], records, rejected, notes, files)
@@ -91,7 +99,10 @@ def _is_current(folder, rules):
 def _join(names, entries, rules, fresh):
     """Parts of all shards -> the three files of an index in the folder `fresh`; returns (num_samples, rejected)."""
     rejected_counts, note_counts = Counter(), Counter()
-    with open(fresh / RECORDS, "wb") as records_file, open(fresh / REJECTED, "w", encoding="utf-8") as rejected_file:
+    with (
+        open(fresh / RECORDS, "wb") as records_file,
+        open(fresh / REJECTED, "w", encoding="utf-8") as rejected_file,
+    ):
         for name, entry in zip(names, entries):
             with open(name, "rb") as f:
                 told = json.loads(f.readline())
@@ -103,8 +114,13 @@ def _join(names, entries, rules, fresh):
                 rejected_counts[line["reason"]] += 1
                 rejected_file.write(json.dumps(line) + "\n")
     num_samples = sum(entry["num_samples"] for entry in entries)
-    header = FORMAT | {"num_samples": num_samples, "rules": asdict(rules), "notes": dict(note_counts.most_common()),
-                       "rejected": dict(rejected_counts.most_common()), "shards": entries}
+    header = FORMAT | {
+        "num_samples": num_samples,
+        "rules": asdict(rules),
+        "notes": dict(note_counts.most_common()),
+        "rejected": dict(rejected_counts.most_common()),
+        "shards": entries,
+    }
     (fresh / HEADER).write_text(json.dumps(header), encoding="utf-8")
     return num_samples, rejected_counts
 
@@ -150,23 +166,34 @@ def load(folder):
         if any(header[key] != value for key, value in FORMAT.items()):
             raise ValueError("made by another version")
         records = np.memmap(folder / RECORDS, dtype=RECORD, mode="r")
-        if {len(records)} != {header["num_samples"], sum(shard["num_samples"] for shard in header["shards"])}:
+        if {len(records)} != {
+            header["num_samples"],
+            sum(shard["num_samples"] for shard in header["shards"]),
+        }:
             raise ValueError(f"{RECORDS} does not fit {HEADER}")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"the index {folder} cannot be read ({error}): run `iomm index` again") from None
+        raise InputError(
+            f"the index {folder} cannot be read ({error}): run `iomm index` again"
+        ) from None
     for shard in header["shards"]:
         now = _entry(shard["path"])
         if now["mtime_ns"] != shard["mtime_ns"] or now["bytes"] != shard["bytes"]:
-            raise InputError(f"{shard['path']} has changed since it was indexed: run `iomm index` again")
-    return Index(folder=folder, records=records,
-                 rules=Rules(**header["rules"]), **{key: header[key] for key in ("shards", "rejected", "notes")})
+            raise InputError(
+                f"{shard['path']} has changed since it was indexed: run `iomm index` again"
+            )
+    return Index(
+        folder=folder,
+        records=records,
+        rules=Rules(**header["rules"]),
+        **{key: header[key] for key in ("shards", "rejected", "notes")},
+    )
 
 
 def records_crc32(index):
     """Of all records: by parts, as 10 M samples are 370 MB."""
     crc = 0
     for start in range(0, len(index.records), 1 << 20):
-        crc = zlib.crc32(index.records[start:start + (1 << 20)].tobytes(), crc)
+        crc = zlib.crc32(index.records[start : start + (1 << 20)].tobytes(), crc)
     return crc
 
 
@@ -186,7 +213,10 @@ def default_index_dir(shards, cache_root, rules=Rules()):
     """Where training keeps the index that it makes itself: named by a hash of the resolved list of shards and the
     rules."""
     names = "\n".join([*map(str, expand(shards)), json.dumps(asdict(rules), sort_keys=True)])
-    return Path(cache_root) / f"index-{hashlib.sha256(names.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}"
+    return (
+        Path(cache_root)
+        / f"index-{hashlib.sha256(names.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}"
+    )
 
 
 def summary(folder):
@@ -205,9 +235,11 @@ def warnings_on(index):
     padded = index.notes.get("padded", 0)
     if padded <= PADDED_SHARE * len(index.records):
         return []
-    return [f"warning: {padded:,} of {len(index.records):,} images are padded to a square with white, as img2dataset's "
-            "resize_mode=border does: the model will learn to draw the bars. Make the shards with "
-            "resize_mode=keep_ratio or center_crop"]
+    return [
+        f"warning: {padded:,} of {len(index.records):,} images are padded to a square with white, as img2dataset's "
+        "resize_mode=border does: the model will learn to draw the bars. Make the shards with "
+        "resize_mode=keep_ratio or center_crop"
+    ]
 
 
 def _entry(path):
@@ -217,7 +249,11 @@ def _entry(path):
     except OSError as error:
         raise InputError(f"the shard {path} cannot be read: {error.strerror}") from None
     is_file = not os.path.isdir(path)
-    return {"path": str(path), "bytes": status.st_size if is_file else 0, "mtime_ns": status.st_mtime_ns}
+    return {
+        "path": str(path),
+        "bytes": status.st_size if is_file else 0,
+        "mtime_ns": status.st_mtime_ns,
+    }
 
 
 def _rate(bar):
@@ -227,7 +263,10 @@ def _rate(bar):
     def progress(num_samples):
         nonlocal num_images
         num_images += num_samples
-        bar.set_postfix_str(f"{num_images:,} images, {num_images / (time.monotonic() - started + 1e-9):.0f} images/s")
+        bar.set_postfix_str(
+            f"{num_images:,} images, {num_images / (time.monotonic() - started + 1e-9):.0f} images/s"
+        )
+
     return progress
 
 

@@ -9,7 +9,9 @@ from iomm.engine.data.samplers import mix
 def images_of(share, global_batch):
     """How many images a global batch of images and pairs holds: round(share * G)."""
     if not 0 <= share <= 1:
-        raise InputError(f"data.mix, the share of images in a batch, must be between 0 and 1, got {share}")
+        raise InputError(
+            f"data.mix, the share of images in a batch, must be between 0 and 1, got {share}"
+        )
     return round(share * global_batch)
 
 
@@ -25,17 +27,25 @@ class MixtureSampler:
 
     def __init__(self, seed, global_batch, num_images, images, pairs, first_pair):
         self.global_batch, self.num_images = global_batch, num_images
-        for name, source, wanted in (("data.shards", images, num_images), ("data.pairs", pairs, global_batch - num_images)):
+        for name, source, wanted in (
+            ("data.shards", images, num_images),
+            ("data.pairs", pairs, global_batch - num_images),
+        ):
             if wanted > (source.total if source else 0):
-                raise InputError(f"{name} has {source.total if source else 0} samples to train on, but every batch of "
-                                 f"{global_batch} wants {wanted} of them: add data, or change data.mix or train.global_batch")
+                raise InputError(
+                    f"{name} has {source.total if source else 0} samples to train on, but every batch of "
+                    f"{global_batch} wants {wanted} of them: add data, or change data.mix or train.global_batch"
+                )
         self.images, self.pairs, self._first_pair = images, pairs, first_pair
         self._key = mix(mix(np.zeros(1, np.uint64), int(seed)), -2)
 
     def __call__(self, n, attempt=0):
         is_pair, ordinal = self._split(n)
         entries = np.empty_like(ordinal)
-        for chosen, source, first in ((~is_pair, self.images, 0), (is_pair, self.pairs, self._first_pair)):
+        for chosen, source, first in (
+            (~is_pair, self.images, 0),
+            (is_pair, self.pairs, self._first_pair),
+        ):
             if chosen.any():
                 entries[chosen] = first + source(ordinal[chosen], attempt)
         return entries
@@ -55,7 +65,9 @@ class MixtureSampler:
         before = place * self.num_images // self.global_batch
         is_pair = (place + 1) * self.num_images // self.global_batch == before
         num_pairs = self.global_batch - self.num_images
-        return is_pair, np.where(is_pair, step * num_pairs + place - before, step * self.num_images + before)
+        return is_pair, np.where(
+            is_pair, step * num_pairs + place - before, step * self.num_images + before
+        )
 
 
 class Joined:

@@ -25,9 +25,12 @@ def expand(shards):
             paths = [path for part in _braces(pattern) for path in glob.glob(part, recursive=True)]
         if not paths:
             raise InputError(
-                f"no shard matches {pattern!r}: give a tar, a folder, a glob or a list like {{00000..00099}}.tar")
+                f"no shard matches {pattern!r}: give a tar, a folder, a glob or a list like {{00000..00099}}.tar"
+            )
         for path in map(os.path.abspath, paths):
-            tars = glob.glob(os.path.join(glob.escape(path), "*.tar")) if os.path.isdir(path) else []
+            tars = (
+                glob.glob(os.path.join(glob.escape(path), "*.tar")) if os.path.isdir(path) else []
+            )
             found.update(tars or [path])
     if not found:
         raise InputError("no shards were given: data.shards is a path, a glob or a list of them")
@@ -38,7 +41,9 @@ def _parts(pattern):
     """The pattern split at commas outside braces, unless a file is called like all of it."""
     if "," not in pattern or os.path.exists(pattern):
         return [pattern]
-    return [part.strip() for part in re.findall(r"(?:\{[^{}]*\}|[^,{}]|[{}])+", pattern) if part.strip()]
+    return [
+        part.strip() for part in re.findall(r"(?:\{[^{}]*\}|[^,{}]|[{}])+", pattern) if part.strip()
+    ]
 
 
 def _braces(pattern):
@@ -51,4 +56,8 @@ def _braces(pattern):
         parts = [f"{n:0{len(span[1])}d}" for n in range(int(span[1]), int(span[2]) + 1)]
     else:
         parts = match[1].split(",")
-    return [pattern[:match.start()] + part + rest for rest in _braces(pattern[match.end():]) for part in parts]
+    return [
+        pattern[: match.start()] + part + rest
+        for rest in _braces(pattern[match.end() :])
+        for part in parts
+    ]

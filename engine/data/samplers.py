@@ -65,7 +65,7 @@ class EpochPermutation:
         shard_order = shard_order[self.shard_sizes[shard_order] > 0]
         sizes = self.shard_sizes[shard_order]
         shard_start = np.cumsum(sizes) - sizes
-        group_start = np.append(shard_start[::self.group_shards], self.total)
+        group_start = np.append(shard_start[:: self.group_shards], self.total)
         self._plans[epoch] = shard_order, shard_start, group_start, key
         while len(self._plans) > CACHED_EPOCHS:
             self._plans.popitem(last=False)
@@ -91,7 +91,9 @@ def mix(key, value):
     """uint64 hash of a uint64 array and an integer (or int64 array): the finaliser of SplitMix64, twice."""
     with np.errstate(over="ignore"):
         value = np.asarray(value)
-        value = value.astype(np.uint64) if value.ndim else np.uint64(int(value) & 0xFFFFFFFFFFFFFFFF)
+        value = (
+            value.astype(np.uint64) if value.ndim else np.uint64(int(value) & 0xFFFFFFFFFFFFFFFF)
+        )
         return _finalise(_finalise(key ^ np.uint64(GOLDEN)) + value * np.uint64(GOLDEN))
 
 

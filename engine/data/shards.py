@@ -44,7 +44,10 @@ class Shards:
         record = self.index.records[k]
         data = self._read(k, record["image_offset"], record["image_bytes"])
         if not record["flags"] & UNVERIFIED and zlib.crc32(data) != record["crc32"]:
-            raise self._damaged(k, "its bytes are not those that were indexed: look at the disk, run `iomm index` again")
+            raise self._damaged(
+                k,
+                "its bytes are not those that were indexed: look at the disk, run `iomm index` again",
+            )
         return data
 
     def decodable_bytes(self, k):
@@ -65,7 +68,10 @@ class Shards:
             return ""
         data = self._read(k, record["caption_offset"], record["caption_bytes"])
         if zlib.crc32(data) != record["caption_crc32"]:
-            raise self._damaged(k, "its caption is not the one that was indexed: look at the disk, run `iomm index` again")
+            raise self._damaged(
+                k,
+                "its caption is not the one that was indexed: look at the disk, run `iomm index` again",
+            )
         return (caption_of_text if record["flags"] & CAPTION_TXT else caption_of_json)(data)
 
     def size(self, k):
@@ -82,7 +88,9 @@ class Shards:
         offset = int(self.index.records[k]["image_offset"])
         path = self.index.shards[self.shard(k)]["path"]
         try:
-            return f"{path}: {self._opened(self.shard(k)).name(offset) or f'sample at byte {offset}'}"
+            return (
+                f"{path}: {self._opened(self.shard(k)).name(offset) or f'sample at byte {offset}'}"
+            )
         except OSError:
             return f"{path}: sample at byte {offset}"
 
@@ -95,14 +103,21 @@ class Shards:
         except OSError as error:
             raise self._damaged(k, f"cannot be read: {error.strerror}") from None
         if len(data) != num_bytes:
-            raise self._damaged(k, f"{len(data)} of {num_bytes} bytes are there; the shard changed: run `iomm index` again")
+            raise self._damaged(
+                k,
+                f"{len(data)} of {num_bytes} bytes are there; the shard changed: run `iomm index` again",
+            )
         return data
 
     def _opened(self, number):
         with self._lock:
             if number not in self._open:
                 entry = self.index.shards[number]
-                self._open[number] = Folder(entry["path"], entry["files"]) if "files" in entry else Tar(entry["path"])
+                self._open[number] = (
+                    Folder(entry["path"], entry["files"])
+                    if "files" in entry
+                    else Tar(entry["path"])
+                )
                 while len(self._open) > MAX_OPEN:
                     self._open.popitem(last=False)
             self._open.move_to_end(number)

@@ -58,9 +58,16 @@ class Batch:
     def inputs(self):
         """Arguments of IOMM.forward."""
         if self.prepared is not None:
-            return self.prepared,
-        return (self.pixels_BCHW, self.vit_pixels_BHWC, self.n_B, self.latents_BCHW, self.captions, self.has_image,
-                self.image_tokens_IPD)
+            return (self.prepared,)
+        return (
+            self.pixels_BCHW,
+            self.vit_pixels_BHWC,
+            self.n_B,
+            self.latents_BCHW,
+            self.captions,
+            self.has_image,
+            self.image_tokens_IPD,
+        )
 
 
 class ImageSource:
@@ -80,18 +87,45 @@ class ImageSource:
     stay in step. Raises InputError if G is not a multiple of m W or, without a plan, larger than the number of samples.
     """
 
-    def __init__(self, shards, *, seed, global_batch, micro_batch, rank, world_size, size_px, vit_px, device,
-                 start_step=0, num_steps, flip=False, num_threads=2, crop="center", plan=None, latents=None,
-                 dtype=torch.float32, hw_decoder_load=0.65, resize="torch", look_at_pairs=False):
+    def __init__(
+        self,
+        shards,
+        *,
+        seed,
+        global_batch,
+        micro_batch,
+        rank,
+        world_size,
+        size_px,
+        vit_px,
+        device,
+        start_step=0,
+        num_steps,
+        flip=False,
+        num_threads=2,
+        crop="center",
+        plan=None,
+        latents=None,
+        dtype=torch.float32,
+        hw_decoder_load=0.65,
+        resize="torch",
+        look_at_pairs=False,
+    ):
         if global_batch < 1 or micro_batch < 1 or global_batch % (micro_batch * world_size):
-            raise InputError(f"train.global_batch must be a multiple of train.micro_batch x ranks, got {global_batch} "
-                             f"and {micro_batch} x {world_size}")
+            raise InputError(
+                f"train.global_batch must be a multiple of train.micro_batch x ranks, got {global_batch} "
+                f"and {micro_batch} x {world_size}"
+            )
         if plan is None and len(shards) < global_batch:
-            raise InputError(f"train.global_batch is {global_batch}, but there are only {len(shards)} samples: "
-                             "lower it or add data")
+            raise InputError(
+                f"train.global_batch is {global_batch}, but there are only {len(shards)} samples: "
+                "lower it or add data"
+            )
         choice("data.crop", crop, ("center", "random"))
         if latents and (flip or crop != "center"):
-            raise InputError("data.latents are those of centre crops as they are: set data.flip=false, data.crop=center")
+            raise InputError(
+                "data.latents are those of centre crops as they are: set data.flip=false, data.crop=center"
+            )
         self.shards = shards
         self.seed = seed
         self.global_batch = global_batch
@@ -107,8 +141,17 @@ class ImageSource:
         self.encoded = getattr(latents, "tokens", None) is not None
         self.look_at_pairs = look_at_pairs
         self.order = plan or FixedSizeSampler(EpochPermutation(seed, shards.shard_sizes), size_px)
-        self.decoder = Decoder(micro_batch, vit_px, device, num_threads, prefetch=BATCHES_DECODED_AHEAD, dtype=dtype,
-                               vae_pixels=latents is None, hw_decoder_load=hw_decoder_load, resize=resize)
+        self.decoder = Decoder(
+            micro_batch,
+            vit_px,
+            device,
+            num_threads,
+            prefetch=BATCHES_DECODED_AHEAD,
+            dtype=dtype,
+            vae_pixels=latents is None,
+            hw_decoder_load=hw_decoder_load,
+            resize=resize,
+        )
         # Readers ask for replacements; orders keep a small cache.
         self._order_lock = Lock()
 
@@ -123,7 +166,10 @@ class ImageSource:
 
     def positions(self, step, accumulation_step):
         """Run positions (int64 array of m) of a micro-batch of this rank."""
-        first = step * self.global_batch + (accumulation_step * self.world_size + self.rank) * self.micro_batch
+        first = (
+            step * self.global_batch
+            + (accumulation_step * self.world_size + self.rank) * self.micro_batch
+        )
         return np.arange(first, first + self.micro_batch, dtype=np.int64)
 
     def __iter__(self):
@@ -163,12 +209,23 @@ class ImageSource:
     def _read(self, readers):
         """Yields lists of _Sample in order, with the next BATCHES_READ_AHEAD batches being read meanwhile."""
         reading = deque()
-        plan = ((step, a) for step in range(self.start_step, self.num_steps) for a in range(self.accumulation_steps))
+        plan = (
+            (step, a)
+            for step in range(self.start_step, self.num_steps)
+            for a in range(self.accumulation_steps)
+        )
         for step, accumulation_step in plan:
             n = self.positions(step, accumulation_step)
             with self._order_lock:
-                entries, size_px, is_pair = self.order(n), self.order.size_px(step), self.order.is_pair(n)
-            samples = [_Sample(*sample, size_px) for sample in zip(n.tolist(), entries.tolist(), is_pair.tolist())]
+                entries, size_px, is_pair = (
+                    self.order(n),
+                    self.order.size_px(step),
+                    self.order.is_pair(n),
+                )
+            samples = [
+                _Sample(*sample, size_px)
+                for sample in zip(n.tolist(), entries.tolist(), is_pair.tolist())
+            ]
             reading.append([readers.submit(self._fill, sample) for sample in samples])
             if len(reading) > BATCHES_READ_AHEAD:
                 yield [sample.result() for sample in reading.popleft()]
@@ -207,9 +264,14 @@ class ImageSource:
         seen = sizes([sample.image for sample in samples])
         refused = [sample for sample, size in zip(samples, seen) if size is None] or samples
         for sample in refused:
-            detail = "" if len(refused) < len(samples) else f" ({' '.join(str(error).split())[:200]})"
-            self._replace(sample, f"{self.shards.name(sample.entry)}: DALI cannot decode it, though `iomm index` could"
-                          + detail)
+            detail = (
+                "" if len(refused) < len(samples) else f" ({' '.join(str(error).split())[:200]})"
+            )
+            self._replace(
+                sample,
+                f"{self.shards.name(sample.entry)}: DALI cannot decode it, though `iomm index` could"
+                + detail,
+            )
             self._fill(sample)
 
     def _encoded(self, batches, on_the_way):
@@ -224,20 +286,35 @@ class ImageSource:
             if self.crop == "random":
                 place_B2 = uniform(self.seed, CROP, n_B, 2).numpy()
             looked_at_B = ~is_pair | self.look_at_pairs
-            yield Encoded([sample.image for sample in samples], flip_B, place_B2, looked_at_B, samples[0].size_px)
+            yield Encoded(
+                [sample.image for sample in samples],
+                flip_B,
+                place_B2,
+                looked_at_B,
+                samples[0].size_px,
+            )
 
     def _batch(self, samples, pixels_BCHW, vit_pixels_BHWC, wait_s):
         latents_BCHW = tokens_IPD = None
         if self.latents:
-            latents_BCHW = torch.stack([sample.latents for sample in samples]).to(self.decoder.device).float()
+            latents_BCHW = (
+                torch.stack([sample.latents for sample in samples]).to(self.decoder.device).float()
+            )
         if self.encoded:
             entries = [sample.entry for sample in samples if not sample.is_pair]
             tokens_IPD = self.latents.tokens(entries).to(self.decoder.device)
         return Batch(
-            torch.tensor([sample.n for sample in samples]), torch.tensor([sample.entry for sample in samples]),
-            pixels_BCHW, vit_pixels_BHWC, wait_s, captions=[sample.caption for sample in samples],
-            has_image=[not sample.is_pair for sample in samples], latents_BCHW=latents_BCHW, image_tokens_IPD=tokens_IPD,
-            failures=[sample.failure for sample in samples if sample.failure])
+            torch.tensor([sample.n for sample in samples]),
+            torch.tensor([sample.entry for sample in samples]),
+            pixels_BCHW,
+            vit_pixels_BHWC,
+            wait_s,
+            captions=[sample.caption for sample in samples],
+            has_image=[not sample.is_pair for sample in samples],
+            latents_BCHW=latents_BCHW,
+            image_tokens_IPD=tokens_IPD,
+            failures=[sample.failure for sample in samples if sample.failure],
+        )
 
 
 @dataclass

@@ -18,9 +18,19 @@ from iomm.engine.data.image import MAX_PIXELS, Rejected, check_image
 # Bits of `flags`
 CAPTION_TXT, CAPTION_JSON, TRANSPARENT, UNVERIFIED = 1, 2, 4, 8
 # packed, little-endian, 37 bytes: 10 M samples are 370 MB
-RECORD = np.dtype([
-    ("image_offset", "<u8"), ("image_bytes", "<u4"), ("crc32", "<u4"), ("width", "<u2"), ("height", "<u2"),
-    ("caption_offset", "<u8"), ("caption_bytes", "<u4"), ("caption_crc32", "<u4"), ("flags", "u1")])
+RECORD = np.dtype(
+    [
+        ("image_offset", "<u8"),
+        ("image_bytes", "<u4"),
+        ("crc32", "<u4"),
+        ("width", "<u2"),
+        ("height", "<u2"),
+        ("caption_offset", "<u8"),
+        ("caption_bytes", "<u4"),
+        ("caption_crc32", "<u4"),
+        ("flags", "u1"),
+    ]
+)
 CAPTIONS = {"txt": (CAPTION_TXT, caption_of_text), "json": (CAPTION_JSON, caption_of_json)}
 # Where verify="fast" looks for an image's header first.
 HEADER_BYTES = 1 << 16
@@ -46,8 +56,10 @@ class Rules:
         choice("captions", self.captions, ("optional", "required"))
         choice("verify", self.verify, ("full", "fast"))
         if self.min_size_px < 1 or self.max_pixels < 1 or self.max_aspect < 1:
-            raise InputError("min_size_px, max_pixels and max_aspect must be >= 1, got "
-                             f"{self.min_size_px}, {self.max_pixels} and {self.max_aspect}")
+            raise InputError(
+                "min_size_px, max_pixels and max_aspect must be >= 1, got "
+                f"{self.min_size_px}, {self.max_pixels} and {self.max_aspect}"
+            )
 
 
 def judge_shard(path, rules, *, start=0, part=0, num_parts=1, poison=(), begin=lambda i: None):
@@ -73,7 +85,9 @@ def judge_shard(path, rules, *, start=0, part=0, num_parts=1, poison=(), begin=l
     shard, num, last_told_s = None, 0, time.monotonic()
     try:
         shard = Folder(path) if os.path.isdir(path) else Tar(path)
-        samples = group_by_key(shard.members(lambda reason, message: reject("", reason, message)), reject)
+        samples = group_by_key(
+            shard.members(lambda reason, message: reject("", reason, message)), reject
+        )
         missing = told_missing(path, len(samples) + sum(line["key"] != "" for line in rejected))
         if missing:
             reject("", "missing", missing)
@@ -148,7 +162,11 @@ def judge_sample(shard, members, rules):
     """(one RECORD, remarks) of a sample, or raises Rejected."""
     offset, num_bytes = members["image"]
     fast = rules.verify == "fast"
-    limits = {"min_size_px": rules.min_size_px, "max_aspect": rules.max_aspect, "max_pixels": rules.max_pixels}
+    limits = {
+        "min_size_px": rules.min_size_px,
+        "max_aspect": rules.max_aspect,
+        "max_pixels": rules.max_pixels,
+    }
     if fast:
         data, verdict = _header(shard, offset, num_bytes, limits)
     else:
@@ -165,10 +183,21 @@ def judge_sample(shard, members, rules):
             break
     if not text:
         if rules.captions == "required":
-            raise Rejected("incomplete" if not flags & (CAPTION_TXT | CAPTION_JSON) else "caption", "no caption")
+            raise Rejected(
+                "incomplete" if not flags & (CAPTION_TXT | CAPTION_JSON) else "caption",
+                "no caption",
+            )
         remarks.append("no_caption")
-    return (offset, num_bytes, 0 if fast else zlib.crc32(data), verdict.width, verdict.height, *caption, caption_crc32,
-            flags), remarks
+    return (
+        offset,
+        num_bytes,
+        0 if fast else zlib.crc32(data),
+        verdict.width,
+        verdict.height,
+        *caption,
+        caption_crc32,
+        flags,
+    ), remarks
 
 
 def _header(shard, offset, num_bytes, limits):

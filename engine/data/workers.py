@@ -37,19 +37,29 @@ def judge_shards(paths, rules, num_workers, progress=lambda num_samples: None):
     Where there are fewer shards than workers, each is judged in parts. `progress` is told of samples as they are
     judged. Closing the generator ends the processes."""
     num_parts = max(1, num_workers // max(1, len(paths)))
-    shards = [_Shard(number, str(path), part, num_parts) for number, path in enumerate(paths) for part in range(num_parts)]
+    shards = [
+        _Shard(number, str(path), part, num_parts)
+        for number, path in enumerate(paths)
+        for part in range(num_parts)
+    ]
     waiting, workers, done = deque(shards), [], defaultdict(list)
     try:
         for _ in range(min(num_workers, len(shards))):
             workers.append(_Worker(rules))
             workers[-1].take(waiting.popleft())
         while any(worker.shard for worker in workers):
-            for ready in wait([worker.connection for worker in workers if worker.shard], timeout=1.0):
+            for ready in wait(
+                [worker.connection for worker in workers if worker.shard], timeout=1.0
+            ):
                 worker = next(worker for worker in workers if worker.connection is ready)
                 shard = worker.shard
                 try:
                     message = json.loads(ready.recv_bytes())
-                    records = np.frombuffer(ready.recv_bytes(), dtype=RECORD) if "num_judged" in message else None
+                    records = (
+                        np.frombuffer(ready.recv_bytes(), dtype=RECORD)
+                        if "num_judged" in message
+                        else None
+                    )
                 except (EOFError, OSError):
                     workers[workers.index(worker)] = worker.replaced("crash")
                     continue
@@ -86,18 +96,29 @@ class _Shard:
 
     def task(self):
         """What a worker is told."""
-        return {"path": self.path, "start": self.num_judged, "part": self.part, "num_parts": self.num_parts,
-                "poison": list(self.poison.items())}
+        return {
+            "path": self.path,
+            "start": self.num_judged,
+            "part": self.part,
+            "num_parts": self.num_parts,
+            "poison": list(self.poison.items()),
+        }
 
 
 def _joined(parts):
     """(records, rejected, notes) of a whole shard."""
     parts = sorted(parts, key=lambda shard: shard.part)
-    chunks = sorted((chunk for shard in parts for chunk in shard.chunks), key=lambda chunk: chunk[0])
+    chunks = sorted(
+        (chunk for shard in parts for chunk in shard.chunks), key=lambda chunk: chunk[0]
+    )
     notes = Counter()
     for chunk in chunks:
         notes.update(chunk[3])
-    return np.concatenate([chunk[1] for chunk in chunks]), [line for chunk in chunks for line in chunk[2]], dict(notes)
+    return (
+        np.concatenate([chunk[1] for chunk in chunks]),
+        [line for chunk in chunks for line in chunk[2]],
+        dict(notes),
+    )
 
 
 class _Worker:
@@ -112,9 +133,19 @@ class _Worker:
         root = str(Path(iomm.__file__).resolve().parent.parent)
         path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         self.process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(theirs.fileno()), str(memory), json.dumps(asdict(rules))],
-            pass_fds=(theirs.fileno(), memory), stdin=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": path},
-            stderr=subprocess.DEVNULL)
+            [
+                sys.executable,
+                "-m",
+                __name__,
+                str(theirs.fileno()),
+                str(memory),
+                json.dumps(asdict(rules)),
+            ],
+            pass_fds=(theirs.fileno(), memory),
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": path},
+            stderr=subprocess.DEVNULL,
+        )
         theirs.close()
         os.close(memory)
 
@@ -129,7 +160,9 @@ class _Worker:
 
     def stuck(self):
         number, since_s = self.at
-        return self.shard is not None and number >= 0 and time.monotonic() > since_s + SAMPLE_LIMIT_S
+        return (
+            self.shard is not None and number >= 0 and time.monotonic() > since_s + SAMPLE_LIMIT_S
+        )
 
     def replaced(self, reason):
         """Ends this process; a new one goes on with its shard, and does not look at the sample that ended this one. A
@@ -137,7 +170,11 @@ class _Worker:
         number, shard = int(self.at[0]), self.shard
         # One that crashed is about to be gone: its own exit code says more.
         ended_by = self.end(grace_s=0.2)
-        detail = f"took over {SAMPLE_LIMIT_S:.0f} s" if reason == "timeout" else f"the decoder's process ended: {ended_by}"
+        detail = (
+            f"took over {SAMPLE_LIMIT_S:.0f} s"
+            if reason == "timeout"
+            else f"the decoder's process ended: {ended_by}"
+        )
         if number >= 0:
             shard.poison[number] = reason, detail
         elif shard.was_listed_in_vain:
@@ -169,7 +206,9 @@ def main(connection, memory, rules):
     connection = Connection(int(connection))
     at = np.frombuffer(mmap.mmap(int(memory), mmap.PAGESIZE), dtype=np.float64, count=2)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
-    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES + 8 * rules.max_pixels, resource.RLIM_INFINITY))
+    resource.setrlimit(
+        resource.RLIMIT_AS, (used + MEMORY_BYTES + 8 * rules.max_pixels, resource.RLIM_INFINITY)
+    )
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
     def begin(number):
@@ -180,7 +219,9 @@ def main(connection, memory, rules):
             task = json.loads(connection.recv_bytes())
         except EOFError:
             return
-        chunks = judge_shard(task.pop("path"), rules, poison=dict(task.pop("poison")), begin=begin, **task)
+        chunks = judge_shard(
+            task.pop("path"), rules, poison=dict(task.pop("poison")), begin=begin, **task
+        )
         while True:
             try:
                 num_judged, records, rejected, notes = next(chunks)

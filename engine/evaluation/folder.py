@@ -23,8 +23,26 @@ from iomm.pipeline import height_width, image_grid
 NAMED = 10
 
 
-def evaluate(bench, *, prompts, out, run=None, root=None, num=None, size=None, steps=20, seed=0, guidance=4.0, shift=1.0,
-             weights="ema", batch=16, compiled=False, rank=None, num_ranks=None, check_only=False):
+def evaluate(
+    bench,
+    *,
+    prompts,
+    out,
+    run=None,
+    root=None,
+    num=None,
+    size=None,
+    steps=20,
+    seed=0,
+    guidance=4.0,
+    shift=1.0,
+    weights="ema",
+    batch=16,
+    compiled=False,
+    rank=None,
+    num_ranks=None,
+    check_only=False,
+):
     """Draws what is not there yet, this rank's share of it, then checks -> exit code: 0 complete, 1 not. Prints.
 
     size: (height, width), default the run's own. Ranks need no connection: each draws and checks its share of the
@@ -40,33 +58,64 @@ def evaluate(bench, *, prompts, out, run=None, root=None, num=None, size=None, s
     own, whose = items, ""
     if not check_only:
         if run is None:
-            raise InputError("--run is missing: a run's folder or an exported one; or --check to look at a folder alone")
+            raise InputError(
+                "--run is missing: a run's folder or an exported one; or --check to look at a folder alone"
+            )
         rank, num_ranks, device = builders.share(rank, num_ranks)
-        own, whose = items[rank::num_ranks], f"rank {rank} of {num_ranks}: its share of " if num_ranks > 1 else ""
+        own, whose = (
+            items[rank::num_ranks],
+            f"rank {rank} of {num_ranks}: its share of " if num_ranks > 1 else "",
+        )
         pipe, _ = sample.open_pipeline(run, weights=weights, device=device)
         pipe.batch, size = batch, height_width(size or pipe.size_px)
         # Raises if the size does not divide.
         pipe.model.frozen[1].grid(*size)
         if bench == "dpg" and size[0] != size[1]:
-            raise InputError(f"dpg cuts its grids into squares: --size must be one, got {sample.size_text(size)}")
+            raise InputError(
+                f"dpg cuts its grids into squares: --size must be one, got {sample.size_text(size)}"
+            )
         if extra := strangers(layout, items, num, out):
-            raise InputError(f"--out {out} holds what does not belong to {bench}, {extra[0]} first: remove it, or choose another")
+            raise InputError(
+                f"--out {out} holds what does not belong to {bench}, {extra[0]} first: remove it, or choose another"
+            )
         settings = dict(steps=steps, seed=seed, guidance=guidance, shift=shift)
         facts = {"benchmark": name, **sample.drawing_facts(pipe, size, **settings)}
-        draw_share(pipe.compile() if compiled else pipe, layout, own, num, out, out.with_name(f".{out.name}.rank-{rank}"),
-                   facts, dict(size=size, **settings), quiet=rank > 0)
+        draw_share(
+            pipe.compile() if compiled else pipe,
+            layout,
+            own,
+            num,
+            out,
+            out.with_name(f".{out.name}.rank-{rank}"),
+            facts,
+            dict(size=size, **settings),
+            quiet=rank > 0,
+        )
     faults, size = check(layout, items, num, out, own=own, size=size)
     for kind, found in faults.items():
-        for line in found[:NAMED] + ([f"and {len(found) - NAMED} more"] if len(found) > NAMED else []):
+        for line in found[:NAMED] + (
+            [f"and {len(found) - NAMED} more"] if len(found) > NAMED else []
+        ):
             print(f"{kind}: {line}")
-    print(f"{whose}{len(items)} prompts of {name} in {out}: " + (
-        ", ".join(f"{len(found)} files {kind}" for kind, found in faults.items() if found) or "complete"))
+    print(
+        f"{whose}{len(items)} prompts of {name} in {out}: "
+        + (
+            ", ".join(f"{len(found)} files {kind}" for kind, found in faults.items() if found)
+            or "complete"
+        )
+    )
     if any(faults.values()):
         return 1
     if len(items) != layout.num_prompts:
-        print(f"the benchmark has {layout.num_prompts} prompts: scores of {len(items)} are not its scores")
-    if others := sum(not (out / path).exists() for item in items for path in layout.pictures(item, num)):
-        print(f"{others} files of other ranks are still to come; when all ranks are done, look with --check")
+        print(
+            f"the benchmark has {layout.num_prompts} prompts: scores of {len(items)} are not its scores"
+        )
+    if others := sum(
+        not (out / path).exists() for item in items for path in layout.pictures(item, num)
+    ):
+        print(
+            f"{others} files of other ranks are still to come; when all ranks are done, look with --check"
+        )
     else:
         print(next_step(name, out, size[0], prompts, root))
     return 0
@@ -84,17 +133,27 @@ def draw_share(pipe, layout, items, num, out, partial, facts, settings, quiet):
             if not kept(out / name, {**facts, "item": item.id, "prompt": item.prompt}):
                 todo.append((item, name, indices))
     together = max(1, pipe.batch // max((len(indices) for _, _, indices in todo), default=1))
-    with tqdm(total=len(todo), unit="file", desc="evaluate", disable=True if quiet or not todo else None) as bar:
+    with tqdm(
+        total=len(todo), unit="file", desc="evaluate", disable=True if quiet or not todo else None
+    ) as bar:
         for start in range(0, len(todo), together):
-            part = todo[start:start + together]
+            part = todo[start : start + together]
             wanted = [(item, k) for item, _, indices in part for k in indices]
-            texts, numbers = [item.prompt for item, _ in wanted], [image_number(item.id, k) for item, k in wanted]
+            texts, numbers = (
+                [item.prompt for item, _ in wanted],
+                [image_number(item.id, k) for item, k in wanted],
+            )
             if wanted[0][0].image is None:
                 images = pipe(texts, numbers=numbers, **settings)
             else:
-                images = pipe.edit([sample.open_image(item.image) for item, _ in wanted], texts, numbers=numbers, **settings)
+                images = pipe.edit(
+                    [sample.open_image(item.image) for item, _ in wanted],
+                    texts,
+                    numbers=numbers,
+                    **settings,
+                )
             for item, name, indices in part:
-                own, images = images[:len(indices)], images[len(indices):]
+                own, images = images[: len(indices)], images[len(indices) :]
                 picture = own[0] if len(own) == 1 else image_grid(own, 2, pad_px=0)
                 text = {**facts, "item": item.id, "prompt": item.prompt}
                 place(partial, out / name, lambda: sample.save_png(picture, partial, text))
@@ -128,7 +187,9 @@ def kept(path, facts):
         return False
     other = differences(text, {key: str(value) for key, value in facts.items()})
     if other:
-        raise InputError(f"{path} was drawn otherwise ({other}): choose another --out, or remove what is there")
+        raise InputError(
+            f"{path} was drawn otherwise ({other}): choose another --out, or remove what is there"
+        )
     return True
 
 
@@ -153,7 +214,10 @@ def check(layout, items, num, out, *, own, size=None):
             except ValueError as error:
                 malformed.append(f"{name}: {error}")
                 continue
-            if text.pop("prompt", item.prompt) != item.prompt or text.pop("item", item.id) != item.id:
+            if (
+                text.pop("prompt", item.prompt) != item.prompt
+                or text.pop("item", item.id) != item.id
+            ):
                 malformed.append(f"{name}: drawn from another prompt")
                 continue
             side = 1 if len(indices) == 1 else 2
@@ -165,18 +229,30 @@ def check(layout, items, num, out, *, own, size=None):
     usual = dict(most_common(tuple(sorted(text.items())) for _, text in seen.values()) or ())
     for name, (found, text) in seen.items():
         if found != size:
-            malformed.append(f"{name}: {sample.size_text(found)} px an image, wanted {sample.size_text(size)}")
+            malformed.append(
+                f"{name}: {sample.size_text(found)} px an image, wanted {sample.size_text(size)}"
+            )
         if other := differences(text, usual):
             malformed.append(f"{name}: drawn otherwise than most ({other})")
-    return {"missing": missing, "extra": strangers(layout, items, num, out), "malformed": malformed}, size
+    return {
+        "missing": missing,
+        "extra": strangers(layout, items, num, out),
+        "malformed": malformed,
+    }, size
 
 
 def strangers(layout, items, num, out):
     """Files and folders in `out` that neither belong to these items nor are the grader's own."""
-    expected = {Path(name) for item in items for name in (*dict(item.files), *layout.pictures(item, num))}
+    expected = {
+        Path(name) for item in items for name in (*dict(item.files), *layout.pictures(item, num))
+    }
     expected |= {parent for path in expected for parent in path.parents}
-    return sorted(path.as_posix() for path in (p.relative_to(out) for p in out.rglob("*")) if path not in expected
-                  and not any(fnmatch(path.as_posix(), own) for own in layout.graders_own))
+    return sorted(
+        path.as_posix()
+        for path in (p.relative_to(out) for p in out.rglob("*"))
+        if path not in expected
+        and not any(fnmatch(path.as_posix(), own) for own in layout.graders_own)
+    )
 
 
 def look(path):
@@ -199,7 +275,10 @@ def look(path):
 def differences(text, wanted):
     """Which keys are otherwise, as words, or ""."""
     keys = [key for key in sorted({*text, *wanted}) if text.get(key) != wanted.get(key)]
-    return ", ".join(f"{key} {text.get(key, 'not said')!s:.60} instead of {wanted.get(key, 'none')!s:.60}" for key in keys)
+    return ", ".join(
+        f"{key} {text.get(key, 'not said')!s:.60} instead of {wanted.get(key, 'none')!s:.60}"
+        for key in keys
+    )
 
 
 def most_common(values):

@@ -68,15 +68,26 @@ class Evaluation:
         prompts their texts (None for what was drawn of a masked image). Raises InputError."""
         self.config, self.ranks, self.hook, self.source = config, ranks, hook, source
         shards, num = source.shards, config.evaluate.num_images
-        images, pairs = (shards.images, shards.pairs) if isinstance(shards, Joined) else (shards, None)
+        images, pairs = (
+            (shards.images, shards.pairs) if isinstance(shards, Joined) else (shards, None)
+        )
         # Index entries by kind.
         self.heldout, self.drawn = {}, {}
-        for kind, its, first in (("image", images, 0), ("pair", pairs, len(images) if images is not None else 0)):
+        for kind, its, first in (
+            ("image", images, 0),
+            ("pair", pairs, len(images) if images is not None else 0),
+        ):
             if its is not None:
                 self.heldout[kind] = first + held_out_entries(its.shard_sizes, config.data.heldout)
-                self.drawn[kind] = self.heldout[kind][:num] if config.data.heldout else first + np.arange(min(num, len(its)))
+                self.drawn[kind] = (
+                    self.heldout[kind][:num]
+                    if config.data.heldout
+                    else first + np.arange(min(num, len(its)))
+                )
         self.scored = config.data.shards == config.model.mllm == "shapes"
-        self.prompts = [text.strip() for text in (config.evaluate.prompts or "").split("|") if text.strip()]
+        self.prompts = [
+            text.strip() for text in (config.evaluate.prompts or "").split("|") if text.strip()
+        ]
         if not self.prompts and pairs is not None:
             self.prompts = [shards.caption(k) for k in self.drawn["pair"].tolist()]
 
@@ -87,18 +98,32 @@ class Evaluation:
     def __call__(self, state):
         found, step = {}, state.step
         # eager: the shapes met here must not enter the graphs that torch.compile made for training
-        with state.sharded.showing(state.ema.flats) as model, fixed(model), torch.compiler.set_stance("force_eager"):
-            losses = {kind: self.loss(model, kind) for kind, entries in self.heldout.items() if len(entries)}
+        with (
+            state.sharded.showing(state.ema.flats) as model,
+            fixed(model),
+            torch.compiler.set_stance("force_eager"),
+        ):
+            losses = {
+                kind: self.loss(model, kind)
+                for kind, entries in self.heldout.items()
+                if len(entries)
+            }
             pictures = self.pictures(model)
         if losses:
             found["heldout_loss"] = losses
         if pictures.drawn:
-            facts = {"run": self.config.run.dir, "step": step, "weights": "ema" if state.ema.flats else "raw"}
+            facts = {
+                "run": self.config.run.dir,
+                "step": step,
+                "weights": "ema" if state.ema.flats else "raw",
+            }
             found["samples"] = self.ranks.on_first(lambda: self.show(facts, pictures))
             if self.scored and (scores := self.ranks.on_first(lambda: self.score(step, pictures))):
                 found["scores"] = scores
         if self.hook is not None:
-            found["metrics"] = self.ranks.on_first(lambda: self.ask(step, pictures.drawn, pictures.prompts))
+            found["metrics"] = self.ranks.on_first(
+                lambda: self.ask(step, pictures.drawn, pictures.prompts)
+            )
         return found
 
     def batches(self, kind, entries):
@@ -106,17 +131,36 @@ class Evaluation:
         config, source, size = self.config, self.source, self.ranks.size
         micro_batch = min(config.evaluate.micro_batch, len(entries))
         return ImageSource(
-            source.shards, seed=SEED, global_batch=micro_batch * size, micro_batch=micro_batch, rank=self.ranks.rank,
-            world_size=size, size_px=config.data.size_px, vit_px=source.decoder.vit_px, device=source.decoder.device,
-            num_steps=-(-len(entries) // (micro_batch * size)), num_threads=config.data.threads,
+            source.shards,
+            seed=SEED,
+            global_batch=micro_batch * size,
+            micro_batch=micro_batch,
+            rank=self.ranks.rank,
+            world_size=size,
+            size_px=config.data.size_px,
+            vit_px=source.decoder.vit_px,
+            device=source.decoder.device,
+            num_steps=-(-len(entries) // (micro_batch * size)),
+            num_threads=config.data.threads,
             latents=None if source.encoded else source.latents,
-            plan=InARow(entries, config.data.size_px, pairs=kind == "pair"), dtype=source.decoder.dtype,
-            hw_decoder_load=config.data.hw_decoder_load, resize=config.data.resize)
+            plan=InARow(entries, config.data.size_px, pairs=kind == "pair"),
+            dtype=source.decoder.dtype,
+            hw_decoder_load=config.data.hw_decoder_load,
+            resize=config.data.resize,
+        )
 
     def loss(self, model, kind):
         """-> {"mean", "by_time"} of the held-out samples of a kind, alike on all ranks."""
-        mine = [(batch.n_B.tolist(), losses_at(model, batch).tolist()) for batch in self.batches(kind, self.heldout[kind])]
-        by_n = {n: losses for part in self.ranks.all(mine) for n_B, losses_BT in part for n, losses in zip(n_B, losses_BT)}
+        mine = [
+            (batch.n_B.tolist(), losses_at(model, batch).tolist())
+            for batch in self.batches(kind, self.heldout[kind])
+        ]
+        by_n = {
+            n: losses
+            for part in self.ranks.all(mine)
+            for n_B, losses_BT in part
+            for n, losses in zip(n_B, losses_BT)
+        }
         by_time = np.mean([by_n[n] for n in range(len(self.heldout[kind]))], axis=0)
         return {"mean": float(by_time.mean()), "by_time": by_time.tolist()}
 
@@ -127,18 +171,33 @@ class Evaluation:
         if not evaluate.num_images:
             return Pictures({}, [])
         if self.prompts:
-            num, m, size = evaluate.num_images, min(evaluate.micro_batch, evaluate.num_images), self.ranks.size
+            num, m, size = (
+                evaluate.num_images,
+                min(evaluate.micro_batch, evaluate.num_images),
+                self.ranks.size,
+            )
             for first in range(self.ranks.rank * m, -(-num // (m * size)) * m * size, m * size):
                 numbers = list(range(first, first + m))
-                condition = model.frozen[0].condition([self.prompts[n % len(self.prompts)] for n in numbers])
+                condition = model.frozen[0].condition(
+                    [self.prompts[n % len(self.prompts)] for n in numbers]
+                )
                 number_B = torch.tensor(numbers, device=self.ranks.device)
-                mine += zip(numbers, to_images(draw(model, condition, number_B, guidance=evaluate.guidance, **settings)))
+                mine += zip(
+                    numbers,
+                    to_images(
+                        draw(model, condition, number_B, guidance=evaluate.guidance, **settings)
+                    ),
+                )
             prompts = [self.prompts[n % len(self.prompts)] for n in range(num)]
             return Pictures(self.gathered(mine, num, "drawn"), prompts)
         for batch in self.batches("image", self.drawn["image"]):
             n_B = batch.n_B.to(self.ranks.device)
             condition = model.condition(batch.vit_pixels_BHWC, n_B + FIRST_N)
-            looks = batch.pixels_BCHW if batch.latents_BCHW is None else model.frozen[1].decode(batch.latents_BCHW)
+            looks = (
+                batch.pixels_BCHW
+                if batch.latents_BCHW is None
+                else model.frozen[1].decode(batch.latents_BCHW)
+            )
             originals, drawn = to_images(looks), to_images(draw(model, condition, n_B, **settings))
             visible = visible_parts(model, n_B + FIRST_N, originals)
             mine += zip(batch.n_B.tolist(), originals, visible, drawn)
@@ -157,8 +216,13 @@ class Evaluation:
         evaluate, prompts = self.config.evaluate, pictures.prompts
         path = Path(self.config.run.dir) / "samples" / f"evaluate-{facts['step']:08d}.png"
         labels = [prompt or f"masked image {i}" for i, prompt in enumerate(prompts)]
-        facts |= {"size": size_text(self.config.data.size_px), "steps": evaluate.steps, "seed": SEED,
-                  "guidance": f"{evaluate.guidance if self.prompts else 1:g}", "prompt": "\n".join(dict.fromkeys(filter(None, prompts)))}
+        facts |= {
+            "size": size_text(self.config.data.size_px),
+            "steps": evaluate.steps,
+            "seed": SEED,
+            "guidance": f"{evaluate.guidance if self.prompts else 1:g}",
+            "prompt": "\n".join(dict.fromkeys(filter(None, prompts))),
+        }
         try:
             save_grid(pictures.rows, labels, path, facts)
         except OSError as error:
@@ -187,7 +251,10 @@ class Evaluation:
     def ask(self, step, images, prompts):
         """What the hook returns, as floats; its errors are said and stop nothing."""
         try:
-            return {str(name): float(value) for name, value in self.hook(self.config, step, images, prompts).items()}
+            return {
+                str(name): float(value)
+                for name, value in self.hook(self.config, step, images, prompts).items()
+            }
         except Exception as error:
             print(f"step {step}: the hook failed: {type(error).__name__}: {error}", flush=True)
             return {}
@@ -207,24 +274,34 @@ def fixed(model):
 def losses_at(model, batch):
     """Velocity loss of each sample at each of TIMES, (B, times) float64 on the CPU. Its condition is read once."""
     vae, n_B = model.frozen[1], batch.n_B.to(batch.vit_pixels_BHWC.device) + FIRST_N
-    latents_BCHW = batch.latents_BCHW if batch.latents_BCHW is not None else model.encode(batch.pixels_BCHW, n_B)
+    latents_BCHW = (
+        batch.latents_BCHW
+        if batch.latents_BCHW is not None
+        else model.encode(batch.pixels_BCHW, n_B)
+    )
     read = model.read(model.condition(batch.vit_pixels_BHWC, n_B, batch.captions, batch.has_image))
     losses = []
     for t in TIMES:
         t_B = torch.full((len(n_B),), t, device=n_B.device)
         noisy_BNK, target_BNK = noisy_tokens(latents_BCHW, t_B, SEED, n_B, vae.patch)
-        losses.append(velocity_loss(model.velocity(noisy_BNK, t_B, *read, grid(latents_BCHW, vae.patch)), target_BNK)[1])
+        losses.append(
+            velocity_loss(
+                model.velocity(noisy_BNK, t_B, *read, grid(latents_BCHW, vae.patch)), target_BNK
+            )[1]
+        )
     return torch.stack(losses, dim=1).double().cpu()
 
 
 def load_hook(name):
-    """"package.module:function" -> the function. Only for names that the user types: no file of a run or a data set may
+    """ "package.module:function" -> the function. Only for names that the user types: no file of a run or a data set may
     bear one. Raises InputError."""
     module, _, function = name.partition(":")
     try:
         hook = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"--hook {name}: {error}; wanted package.module:function that Python can import") from error
+        raise InputError(
+            f"--hook {name}: {error}; wanted package.module:function that Python can import"
+        ) from error
     if not callable(hook):
         raise InputError(f"--hook {name}: {function} is not a function")
     return hook

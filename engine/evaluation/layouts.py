@@ -63,7 +63,9 @@ def read_dpg(paths, root):
     else:
         rows, texts = csv.DictReader(io.StringIO(text_of(path), newline="")), {}
         if not {"item_id", "text"} <= set(rows.fieldnames or ()):
-            raise InputError(f"--prompts {path}: wanted a folder of <item_id>.txt, or a csv with the columns item_id and text")
+            raise InputError(
+                f"--prompts {path}: wanted a folder of <item_id>.txt, or a csv with the columns item_id and text"
+            )
         for row in rows:
             if texts.setdefault(row["item_id"], row["text"]) != row["text"]:
                 raise InputError(f"--prompts {path}: item {row['item_id']} has two texts")
@@ -79,7 +81,9 @@ def read_wise(paths, root):
         for entry in entries if isinstance(entries, list) else [entries]:
             prompt, number = field(entry, "Prompt", path), entry.get("prompt_id")
             if type(number) is not int or not 1 <= number <= 1000:
-                raise InputError(f"--prompts {path}: prompt_id must be from 1 to 1000, got {number!r}")
+                raise InputError(
+                    f"--prompts {path}: prompt_id must be from 1 to 1000, got {number!r}"
+                )
             items.append(Item(id=str(number), prompt=prompt))
             category = entry.get("Category") if number == 641 else category
     protocol = {"Space": "legacy", "Biology": "verified"}.get(category, "of unknown protocol")
@@ -93,17 +97,25 @@ def read_imgedit(paths, root):
     items = []
     for key, entry in entries.items() if isinstance(entries, dict) else [(None, entries)]:
         prompt, name = field(entry, "prompt", paths[0]), field(entry, "id", paths[0])
-        items.append(Item(id=str(key), prompt=prompt, image=None if root is None else Path(root) / name))
+        items.append(
+            Item(id=str(key), prompt=prompt, image=None if root is None else Path(root) / name)
+        )
     missing = [item.image for item in items if item.image is not None and not item.image.is_file()]
     if missing:
-        raise InputError(f"--origin-img-root {root}: {len(missing)} of {len(items)} pictures are not there, {missing[0]} first")
+        raise InputError(
+            f"--origin-img-root {root}: {len(missing)} of {len(items)} pictures are not there, {missing[0]} first"
+        )
     return items, "imgedit"
 
 
 LAYOUTS = {
     "geneval": Layout(
-        num_prompts=553, num_images=4, read=read_geneval, graders_own=("*/grid.png",),
-        pictures=lambda item, num: {f"{item.id}/samples/{k:04d}.png": (k,) for k in range(num)}),
+        num_prompts=553,
+        num_images=4,
+        read=read_geneval,
+        graders_own=("*/grid.png",),
+        pictures=lambda item, num: {f"{item.id}/samples/{k:04d}.png": (k,) for k in range(num)},
+    ),
     "dpg": Layout(num_prompts=1065, num_images=4, read=read_dpg),
     "wise": Layout(num_prompts=1000, max_files=3, read=read_wise, graders_own=("Results*",)),
     "imgedit": Layout(num_prompts=737, read=read_imgedit, graders_own=("result.json",)),
@@ -133,15 +145,18 @@ so too. A picture that is missing or fails is left out of the mean, with one lin
     "wise verified": """\
 in a checkout of github.com/PKU-YuanGroup/WISE, with vLLM serving the judge:
   IMAGE_DIR={out} VLLM_API_BASE=http://127.0.0.1:8000/v1 JUDGE_MODEL=Qwen3.5-35B-A3B bash eval_qwen.sh
-Protocol: verified.""" + WISE_TRAPS,
+Protocol: verified."""
+    + WISE_TRAPS,
     "wise legacy": """\
 in WISE_legacy of a checkout of github.com/PKU-YuanGroup/WISE (its result paths must be absolute, as these are):
   for part in cultural_common_sense natural_science spatio-temporal_reasoning; do
     python gpt_eval.py --json_path data/${{part}}{rewrite}.json --image_dir {out} --output_dir {results} --max_workers 96 \\
       --result_full {results}/$part.json --result_scores {results}/$part.jsonl --model gpt-4o-2024-05-13 --api_key KEY; done
   python Calculate.py {results}/*.jsonl --category all
-Protocol: legacy.""" + WISE_TRAPS,
-    "wise of unknown protocol": "tell WISE's protocol: these files lack prompt 641, by which it is known." + WISE_TRAPS,
+Protocol: legacy."""
+    + WISE_TRAPS,
+    "wise of unknown protocol": "tell WISE's protocol: these files lack prompt 641, by which it is known."
+    + WISE_TRAPS,
     "imgedit": """\
 in Benchmark/Basic of a checkout of github.com/PKU-YuanGroup/ImgEdit, with key and url written into basic_bench.py:
   python basic_bench.py --result_img_folder {out} --edit_json {prompts} --origin_img_root {root} \\
@@ -156,9 +171,18 @@ is an error entry in result.json, on which step 1 stops.""",
 def next_step(name, out, side, paths, root):
     """What to type next, for a folder of this benchmark with images of `side` pixels."""
     name, rewritten, _ = name.partition(", rewritten")
-    prompts, root = (quote(str(Path(path).resolve())) if path else "<origin_img_root>" for path in (paths[0], root))
-    return "next, " + NEXT[name].format(out=quote(str(out)), results=quote(f"{out}-results"), side=side, prompts=prompts, root=root,
-                                        rewrite="_rewrite" if rewritten else "")
+    prompts, root = (
+        quote(str(Path(path).resolve())) if path else "<origin_img_root>"
+        for path in (paths[0], root)
+    )
+    return "next, " + NEXT[name].format(
+        out=quote(str(out)),
+        results=quote(f"{out}-results"),
+        side=side,
+        prompts=prompts,
+        root=root,
+        rewrite="_rewrite" if rewritten else "",
+    )
 
 
 def read_items(layout, paths, root):
@@ -169,10 +193,19 @@ def read_items(layout, paths, root):
     for item in items:
         # A file name; DPG-Bench cuts it at the first dot.
         if not re.fullmatch(r"[A-Za-z0-9_-]+", item.id):
-            raise InputError(f"--prompts {paths[0]}: {item.id!r} cannot be a file name: wanted letters, digits, _ and -")
+            raise InputError(
+                f"--prompts {paths[0]}: {item.id!r} cannot be a file name: wanted letters, digits, _ and -"
+            )
     twice = [item_id for item_id, count in Counter(item.id for item in items).items() if count > 1]
     if twice or not items:
-        raise InputError("--prompts: " + (f"{twice[0]} stands there twice; give each prompt once" if twice else "no prompt in it"))
+        raise InputError(
+            "--prompts: "
+            + (
+                f"{twice[0]} stands there twice; give each prompt once"
+                if twice
+                else "no prompt in it"
+            )
+        )
     return items, name
 
 
@@ -194,5 +227,7 @@ def field(entry, key, where):
     """A text of a JSON object that must be there."""
     value = entry.get(key) if isinstance(entry, dict) else None
     if not isinstance(value, str) or not value.strip():
-        raise InputError(f"--prompts {where}: wanted an object with a text {key!r}, got {str(entry)[:60]}")
+        raise InputError(
+            f"--prompts {where}: wanted an object with a text {key!r}, got {str(entry)[:60]}"
+        )
     return value

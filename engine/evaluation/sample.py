@@ -29,12 +29,29 @@ def open_pipeline(run_dir, *, weights="ema", device="cpu"):
         pipe.origin = pipe.origin or {"run": run_dir.as_posix()}
         return pipe, None
     config, model, manifest = builders.load_run(run_dir, weights=weights, device=device)
-    origin = {"run": run_dir.as_posix(), "step": str(manifest["step"]), "weights": weights if manifest["ema"] else "raw"}
+    origin = {
+        "run": run_dir.as_posix(),
+        "step": str(manifest["step"]),
+        "weights": weights if manifest["ema"] else "raw",
+    }
     return Pipeline(model, config.data.size_px, origin=origin), config
 
 
-def draw_run(run_dir, *, num=16, steps=20, seed=0, prompts=(), guidance=1.0, shift=1.0, size=None, weights="ema", device="cpu",
-             out=None, singles=False):
+def draw_run(
+    run_dir,
+    *,
+    num=16,
+    steps=20,
+    seed=0,
+    prompts=(),
+    guidance=1.0,
+    shift=1.0,
+    size=None,
+    weights="ema",
+    device="cpu",
+    out=None,
+    singles=False,
+):
     """Writes a PNG grid and returns its path; with `singles` every picture too, in the folder of the grid's name. Its name has
     the first prompt's words, so that pictures of another prompt stay.
 
@@ -47,23 +64,33 @@ def draw_run(run_dir, *, num=16, steps=20, seed=0, prompts=(), guidance=1.0, shi
     pipe, config = open_pipeline(run_dir, weights=weights, device=device)
     words = in_a_name(*prompts[:1])
     if not prompts and config is None:
-        raise InputError(f"{run_dir} is an exported folder, without data: say what to draw with --prompt")
+        raise InputError(
+            f"{run_dir} is an exported folder, without data: say what to draw with --prompt"
+        )
     if not prompts and config.train.data != "image":
         pairs = Shards(builders.prepare_data(config, progress=False, pairs=True))
         prompts = [pairs.caption(k) for k in range(min(num, len(pairs)))]
     if not prompts and (size or guidance != 1.0):
         raise InputError("--size and --guidance are for pictures from text: give --prompt")
-    texts = [prompts[i % len(prompts)] if prompts else f"masked image {i} of the run" for i in range(num)]
+    texts = [
+        prompts[i % len(prompts)] if prompts else f"masked image {i} of the run" for i in range(num)
+    ]
     if prompts:
-        rows = {"drawn": pipe(texts, steps=steps, seed=seed, guidance=guidance, shift=shift, size=size)}
+        rows = {
+            "drawn": pipe(texts, steps=steps, seed=seed, guidance=guidance, shift=shift, size=size)
+        }
     else:
         rows = reconstruct(config, pipe.model, num, steps, seed, shift, device)
     step = f"step-{int(pipe.origin['step']):08d}-" if "step" in pipe.origin else ""
     path = png_path(out, run_dir, f"{step}{words}seed{seed}")
-    facts = drawing_facts(pipe, size or pipe.size_px, steps=steps, seed=seed, guidance=guidance, shift=shift)
+    facts = drawing_facts(
+        pipe, size or pipe.size_px, steps=steps, seed=seed, guidance=guidance, shift=shift
+    )
     save_grid(rows, texts, path, {**facts, "prompt": "\n".join(dict.fromkeys(texts))})
     for i, image in enumerate(rows["drawn"] if singles else ()):
-        save_png(image, path.with_suffix("") / f"{i:04d}.png", {**facts, "prompt": texts[i], "image": i})
+        save_png(
+            image, path.with_suffix("") / f"{i:04d}.png", {**facts, "prompt": texts[i], "image": i}
+        )
     return path
 
 
@@ -72,13 +99,28 @@ def reconstruct(config, model, num, steps, seed, shift, device):
     sees of each, and what is drawn from that. PIL images."""
     mllm, _ = model.frozen
     shards = Shards(builders.prepare_data(config, progress=False))
-    batch = next(iter(ImageSource(
-        shards, seed=config.run.seed, global_batch=num, micro_batch=num, rank=0, world_size=1, size_px=config.data.size_px,
-        vit_px=mllm.vit_px, device=torch.device(device), num_steps=1)))
+    batch = next(
+        iter(
+            ImageSource(
+                shards,
+                seed=config.run.seed,
+                global_batch=num,
+                micro_batch=num,
+                rank=0,
+                world_size=1,
+                size_px=config.data.size_px,
+                vit_px=mllm.vit_px,
+                device=torch.device(device),
+                num_steps=1,
+            )
+        )
+    )
     n_B = batch.n_B.to(device)
     condition = model.condition(batch.vit_pixels_BHWC, n_B)
     image_B = torch.arange(num, device=device)
-    drawn = draw(model, condition, image_B, size_px=config.data.size_px, steps=steps, seed=seed, shift=shift)
+    drawn = draw(
+        model, condition, image_B, size_px=config.data.size_px, steps=steps, seed=seed, shift=shift
+    )
     originals = to_images(batch.pixels_BCHW)
     visible = visible_parts(model, n_B, originals)
     return {"original": originals, "visible": visible, "drawn": to_images(drawn)}
@@ -117,20 +159,36 @@ def save_grid(
     cells = []
     for start in range(0, len(labels), columns):
         for images in rows.values():
-            line = images[start:start + columns]
+            line = images[start : start + columns]
             cells += line + [blank] * (columns - len(line))
     grid = {"columns": columns, "rows": list(rows), "labels": labels}
     save_png(image_grid(cells, columns), path, {**facts, "grid": json.dumps(grid)})
 
 
-def edit_run(run_dir, image, instruction, *, steps=20, seed=0, guidance=1.0, shift=1.0, size=None, weights="ema", device="cpu",
-             out=None):
+def edit_run(
+    run_dir,
+    image,
+    instruction,
+    *,
+    steps=20,
+    seed=0,
+    guidance=1.0,
+    shift=1.0,
+    size=None,
+    weights="ema",
+    device="cpu",
+    out=None,
+):
     """Image file and instruction -> path of the edited PNG. Raises InputError for a file that is no image."""
     picture = open_image(image)
     pipe, _ = open_pipeline(run_dir, weights=weights, device=device)
     path = png_path(out, run_dir, f"edited-{Path(image).stem}-{in_a_name(instruction)}seed{seed}")
-    edited = pipe.edit(picture, instruction, steps=steps, seed=seed, guidance=guidance, shift=shift, size=size)
-    facts = drawing_facts(pipe, size or pipe.size_px, steps=steps, seed=seed, guidance=guidance, shift=shift)
+    edited = pipe.edit(
+        picture, instruction, steps=steps, seed=seed, guidance=guidance, shift=shift, size=size
+    )
+    facts = drawing_facts(
+        pipe, size or pipe.size_px, steps=steps, seed=seed, guidance=guidance, shift=shift
+    )
     save_png(edited, path, {**facts, "prompt": instruction, "source": Path(image).name})
     return path
 
@@ -144,10 +202,12 @@ def open_image(path):
 
 
 def parse_size(text):
-    """"512" or "640x448" (width x height, in pixels) -> (height, width)."""
+    """ "512" or "640x448" (width x height, in pixels) -> (height, width)."""
     match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
     if match is None:
-        raise InputError(f"--size must be a side in pixels, as 512, or WIDTHxHEIGHT, as 640x448; got {text!r}")
+        raise InputError(
+            f"--size must be a side in pixels, as 512, or WIDTHxHEIGHT, as 640x448; got {text!r}"
+        )
     return int(match[2] or match[1]), int(match[1])
 
 
@@ -158,7 +218,14 @@ def size_text(size):
 
 def drawing_facts(pipe, size, *, steps, seed, guidance, shift):
     """What the text of a PNG says of its origin and settings, beside the prompt."""
-    return {**pipe.origin, "size": size_text(size), "steps": steps, "seed": seed, "guidance": f"{guidance:g}", "shift": shift}
+    return {
+        **pipe.origin,
+        "size": size_text(size),
+        "steps": steps,
+        "seed": seed,
+        "guidance": f"{guidance:g}",
+        "shift": shift,
+    }
 
 
 def save_png(image, path, facts):
@@ -190,5 +257,10 @@ def export_run(run_dir, *, weights="ema", out=None):
     if config is None:
         raise InputError(f"{run_dir} is exported already")
     folder = Path(out) if out else Path(run_dir) / "export" / weights
-    names = [Path(name).resolve() if Path(name).is_dir() else name for name in (builders.mllm_name(config), builders.vae_name(config))]
-    return pipe.save_pretrained(folder, mllm=names[0], vae=names[1], mllm_revision=config.model.mllm_revision)
+    names = [
+        Path(name).resolve() if Path(name).is_dir() else name
+        for name in (builders.mllm_name(config), builders.vae_name(config))
+    ]
+    return pipe.save_pretrained(
+        folder, mllm=names[0], vae=names[1], mllm_revision=config.model.mllm_revision
+    )

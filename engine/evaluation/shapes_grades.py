@@ -56,7 +56,7 @@ def edits(num: int, split: str, seed: int = 0) -> list[tuple[Scene, str, str]]:
         text, caption = edit(picture, SEED + seed, i, split)
         found[text.split()[0]].append((picture, text, caption))
         i += 1
-    return [one for kind in found.values() for one in kind[:num // 2]]
+    return [one for kind in found.values() for one in kind[: num // 2]]
 
 
 def tasks(way: str, split: str, per_kind: int, seed: int = 0) -> Tasks:
@@ -75,9 +75,18 @@ def tasks(way: str, split: str, per_kind: int, seed: int = 0) -> Tasks:
 
 
 @torch.no_grad()
-def grade(model: IOMM, size_px: int, way: str = "text", *, split: str = "train", per_kind: int = 8,
-          steps: int = 20, guidance: float = 1.0, seed: int = 0,
-          batch: int = 64) -> tuple[dict[str, dict], list[Image.Image]]:
+def grade(
+    model: IOMM,
+    size_px: int,
+    way: str = "text",
+    *,
+    split: str = "train",
+    per_kind: int = 8,
+    steps: int = 20,
+    guidance: float = 1.0,
+    seed: int = 0,
+    batch: int = 64,
+) -> tuple[dict[str, dict], list[Image.Image]]:
     """Return the scores by kind, and the pictures that the model drew for them, in order.
 
     Args:
@@ -100,25 +109,48 @@ def grade(model: IOMM, size_px: int, way: str = "text", *, split: str = "train",
         n_B = torch.arange(len(asked.texts), device=device)[part]
         tokens_BPD = visible = None
         if way != "text":
-            shown = [vit_pixels(draw(picture), mllm.vit_px, size_px) for picture in asked.scenes[part]]
+            shown = [
+                vit_pixels(draw(picture), mllm.vit_px, size_px) for picture in asked.scenes[part]
+            ]
             tokens_BPD = mllm.image_tokens(torch.stack(shown).to(device))
         if way == "image":
             visible = visible_mask(model.recipe.mask, seed, n_B, mllm.num_image_tokens)
-        condition = mllm.condition(asked.texts[part], tokens_BPD, visible=visible, mode=model.recipe.mask.mode,
-                                   positions=model.recipe.mask.positions)
-        pictures += to_images(draw_pixels(model, condition, n_B, size_px=size_px, steps=steps, guidance=guidance, seed=seed))
+        condition = mllm.condition(
+            asked.texts[part],
+            tokens_BPD,
+            visible=visible,
+            mode=model.recipe.mask.mode,
+            positions=model.recipe.mask.positions,
+        )
+        pictures += to_images(
+            draw_pixels(
+                model, condition, n_B, size_px=size_px, steps=steps, guidance=guidance, seed=seed
+            )
+        )
     return judged(asked.kinds, pictures, asked.captions, asked.edited), pictures
 
 
 @torch.no_grad()
-def ceiling(size_px: int, way: str = "text", *, split: str = "train", per_kind: int = 8,
-            seed: int = 0, vae=None, device: str = "cpu") -> dict[str, dict]:
+def ceiling(
+    size_px: int,
+    way: str = "text",
+    *,
+    split: str = "train",
+    per_kind: int = 8,
+    seed: int = 0,
+    vae=None,
+    device: str = "cpu",
+) -> dict[str, dict]:
     """Return grade()'s table of the real pictures, through the autoencoder if one is given.
 
     This is the limit for a model that draws perfectly: what the scorer and the VAE lose is lost for
     every model."""
     asked = tasks(way, split, per_kind, seed)
-    scenes = list(map(real_edit, asked.scenes, asked.texts, asked.captions)) if way == "edit" else asked.scenes
+    scenes = (
+        list(map(real_edit, asked.scenes, asked.texts, asked.captions))
+        if way == "edit"
+        else asked.scenes
+    )
     pictures = []
     for picture in scenes:
         pixels_CHW = vit_bytes(draw(picture), size_px).to(device) / 127.5 - 1
@@ -132,7 +164,7 @@ def real_edit(before: Scene, instruction: str, caption: str) -> Scene:
 
     "make" gives the shape another colour. After "add" the two shapes lie in the middle, with the sizes
     and the distance that the dataset gives such a pair."""
-    source, = before.shapes
+    (source,) = before.shapes
     objects, relation = parse(caption)
     if instruction.startswith("make"):
         colour = objects[0][0]
@@ -140,8 +172,15 @@ def real_edit(before: Scene, instruction: str, caption: str) -> Scene:
     else:
         (colour, shape), _ = objects
         dx, dy = (0.23 * step for step in DIRECTION[relation])
-        added = replace(source, shape=shape, colour=colour, x=0.5 + dx, y=0.5 + dy, radius=0.175,
-                        rgb=middle_of(colour))
+        added = replace(
+            source,
+            shape=shape,
+            colour=colour,
+            x=0.5 + dx,
+            y=0.5 + dy,
+            radius=0.175,
+            rgb=middle_of(colour),
+        )
         after = added, replace(source, x=0.5 - dx, y=0.5 - dy, radius=0.122)
     return replace(before, caption=caption, shapes=after)
 
@@ -152,8 +191,12 @@ def middle_of(colour: str) -> tuple[int, int, int]:
     return tuple(round(255 * level) for level in hsv_to_rgb(hue / 360 % 1, saturation, value))
 
 
-def judged(kinds: list[str], pictures: list, captions: list[str],
-           edited: list[tuple[Scene, str]] | None = None) -> dict[str, dict]:
+def judged(
+    kinds: list[str],
+    pictures: list,
+    captions: list[str],
+    edited: list[tuple[Scene, str]] | None = None,
+) -> dict[str, dict]:
     """Return {kind: {"fits": share, "number": share, ...; "pictures": how many}} of the pictures.
 
     edited: the scene that each picture was made from and the instruction, if the pictures are edits."""
@@ -165,8 +208,10 @@ def judged(kinds: list[str], pictures: list, captions: list[str],
             verdict["edited"] = verdict["fits"] and verdict["kept"]
         rows.setdefault(kind, []).append(verdict)
     keys = ASKED if edited is None else ASKED_OF_EDITS
-    return {kind: {**{key: mean(row[key] for row in found) for key in keys}, "pictures": len(found)}
-            for kind, found in rows.items()}
+    return {
+        kind: {**{key: mean(row[key] for row in found) for key in keys}, "pictures": len(found)}
+        for kind, found in rows.items()
+    }
 
 
 def grade_run(run_dir, *, per_kind=16, steps=20, device="cpu"):
@@ -174,13 +219,20 @@ def grade_run(run_dir, *, per_kind=16, steps=20, device="cpu"):
     and of real pictures. Writes run_dir/scores.json, {way: grade's table}."""
     config, model, _ = load_run(run_dir, device=device)
     size_px = config.data.size_px
-    found = {way: grade(model, size_px, way, per_kind=per_kind, steps=steps, guidance=GUIDANCE[way])[0]
-             for way in ("image", "text")}
+    found = {
+        way: grade(model, size_px, way, per_kind=per_kind, steps=steps, guidance=GUIDANCE[way])[0]
+        for way in ("image", "text")
+    }
     found["real"] = ceiling(size_px, per_kind=per_kind, vae=model.frozen[1], device=device)
     (Path(run_dir) / "scores.json").write_text(json.dumps(found, indent=1) + "\n")
-    return "\n".join(f"scores, {shown}\n{describe(found[way])}" for way, shown in
-                     (("image", "masked images drawn whole"), ("text", f"captions drawn, guidance {GUIDANCE['text']:g}"),
-                      ("real", f"real pictures at {size_px} px, through the VAE")))
+    return "\n".join(
+        f"scores, {shown}\n{describe(found[way])}"
+        for way, shown in (
+            ("image", "masked images drawn whole"),
+            ("text", f"captions drawn, guidance {GUIDANCE['text']:g}"),
+            ("real", f"real pictures at {size_px} px, through the VAE"),
+        )
+    )
 
 
 def mean(values):

@@ -39,7 +39,9 @@ def check_wandb():
     """Raises InputError where log.wandb asks for a package that is not there. A folder ./wandb, which it leaves, is none."""
     found = importlib.util.find_spec("wandb")
     if found is None or found.origin is None:
-        raise InputError("log.wandb=true needs the package wandb: pip install wandb, or set log.wandb=false")
+        raise InputError(
+            "log.wandb=true needs the package wandb: pip install wandb, or set log.wandb=false"
+        )
 
 
 class Metrics:
@@ -56,11 +58,28 @@ class Metrics:
 
     Whatever fails in here is said once and costs a record, never a step."""
 
-    def __init__(self, run_dir, *, flops_per_image, global_batch, num_steps, ranks, start_step=0, gpu_hours=0.0,
-                 tokens_per_image=0, wandb=False, settings=None):
+    def __init__(
+        self,
+        run_dir,
+        *,
+        flops_per_image,
+        global_batch,
+        num_steps,
+        ranks,
+        start_step=0,
+        gpu_hours=0.0,
+        tokens_per_image=0,
+        wandb=False,
+        settings=None,
+    ):
         """wandb: also to Weights & Biases, with `settings` as the run's config."""
         self.dir = Path(run_dir)
-        self.flops, self.tokens, self.global_batch, self.num_steps = flops_per_image, tokens_per_image, global_batch, num_steps
+        self.flops, self.tokens, self.global_batch, self.num_steps = (
+            flops_per_image,
+            tokens_per_image,
+            global_batch,
+            num_steps,
+        )
         self.size, self.device, self.peak = ranks.size, ranks.device, peak_flops(ranks.device)
         self.gpu_hours = gpu_hours
         self.recent, self.carried = [], {}
@@ -79,7 +98,10 @@ class Metrics:
             # of whatever kind: tensorboard and wandb raise their own
             if sink not in self.said:
                 self.said.add(sink)
-                print(f"{sink} cannot be written: {' '.join(str(error).split())[:200]}; training goes on", flush=True)
+                print(
+                    f"{sink} cannot be written: {' '.join(str(error).split())[:200]}; training goes on",
+                    flush=True,
+                )
 
     def open_lines(self, start_step):
         path = self.dir / "log.jsonl"
@@ -107,17 +129,37 @@ class Metrics:
 
     def open_board(self, start_step):
         from torch.utils.tensorboard import SummaryWriter
+
         return SummaryWriter(self.dir / "tb", purge_step=start_step + 1)
 
     def open_wandb(self, settings):
         """A resumed run goes on in the one of the same name. Who is asked for a key and does not answer trains without."""
         import wandb
-        name = self.dir.absolute().name
-        return wandb.init(project=self.dir.absolute().parent.name, name=name, id=name, resume="allow", dir=self.dir,
-                          config=settings, settings={"login_timeout": WANDB_PATIENCE_S})
 
-    def record(self, *, step, loss, by_time, grad_norm, lr, data_wait_s, skipped_steps, skipped_samples,
-               align_loss=None):
+        name = self.dir.absolute().name
+        return wandb.init(
+            project=self.dir.absolute().parent.name,
+            name=name,
+            id=name,
+            resume="allow",
+            dir=self.dir,
+            config=settings,
+            settings={"login_timeout": WANDB_PATIENCE_S},
+        )
+
+    def record(
+        self,
+        *,
+        step,
+        loss,
+        by_time,
+        grad_norm,
+        lr,
+        data_wait_s,
+        skipped_steps,
+        skipped_samples,
+        align_loss=None,
+    ):
         """step counts from 1. loss: of the velocity alone. align_loss: mean over the aligned samples, None without any.
         by_time: loss sums, then counts, of equal intervals of t from image (0) to noise (1). Returns the record."""
         split, beside = self.clock.read()
@@ -130,13 +172,26 @@ class Metrics:
         self.gpu_hours += step_s * self.size / 3600
         typical_s = sorted(self.recent)[len(self.recent) // 2]
         row = {
-            "step": step, "samples_seen": step * self.global_batch, "loss": loss, "align_loss": align_loss,
-            "loss_by_time": [total / count if count else None for total, count in zip(*halves(by_time))], "grad_norm": grad_norm, "lr": lr,
-            "images_per_s": images_per_s, "tokens_per_s": self.tokens * images_per_s,
+            "step": step,
+            "samples_seen": step * self.global_batch,
+            "loss": loss,
+            "align_loss": align_loss,
+            "loss_by_time": [
+                total / count if count else None for total, count in zip(*halves(by_time))
+            ],
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "images_per_s": images_per_s,
+            "tokens_per_s": self.tokens * images_per_s,
             "mfu": self.flops * images_per_s / (self.peak * self.size) if self.peak else None,
-            "data_wait_s": data_wait_s, "step_s": step_s, "time_s": split, "memory_gib": memory_gib(self.device),
-            "skipped_steps": skipped_steps, "skipped_samples": skipped_samples,
-            "gpu_hours": self.gpu_hours, "gpu_hours_left": typical_s * (self.num_steps - step) * self.size / 3600,
+            "data_wait_s": data_wait_s,
+            "step_s": step_s,
+            "time_s": split,
+            "memory_gib": memory_gib(self.device),
+            "skipped_steps": skipped_steps,
+            "skipped_samples": skipped_samples,
+            "gpu_hours": self.gpu_hours,
+            "gpu_hours_left": typical_s * (self.num_steps - step) * self.size / 3600,
         }
         # Parts on other streams: not of the sum.
         if beside:
@@ -160,6 +215,7 @@ class Metrics:
     def report(self):
         """Write run.dir/report.html and the sheets in samples/; return its path, None if that fails."""
         from iomm.engine.observe.report import write_run
+
         with named("report"):
             return self.careful("report.html", write_run, self.dir)
 
@@ -195,10 +251,15 @@ class Metrics:
 
     def image(self, tag, path, step):
         """Shows a PNG in TensorBoard."""
+
         def show():
             import numpy as np
             from PIL import Image
-            self.board.add_image(tag, np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
+
+            self.board.add_image(
+                tag, np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC"
+            )
+
         if self.board is not None:
             self.careful("TensorBoard", show)
 
@@ -209,7 +270,9 @@ class Metrics:
             self.careful("TensorBoard", self.board.close)
         # It waits for its server; the end of a run does not, for long.
         if self.wandb is not None:
-            finish = threading.Thread(target=lambda: self.careful("wandb", self.wandb.finish), daemon=True)
+            finish = threading.Thread(
+                target=lambda: self.careful("wandb", self.wandb.finish), daemon=True
+            )
             finish.start()
             finish.join(WANDB_PATIENCE_S)
 
@@ -224,6 +287,7 @@ def scalars(row):
                 spread(f"{name}/{part}", item)
         elif isinstance(value, int | float):
             flat[name] = value
+
     for key, value in row.items():
         if key != "step":
             spread(key, value)
@@ -232,7 +296,7 @@ def scalars(row):
 
 def halves(values):
     """[a, b, c, d] -> [a, b], [c, d]."""
-    return values[:len(values) // 2], values[len(values) // 2:]
+    return values[: len(values) // 2], values[len(values) // 2 :]
 
 
 def line(row, num_steps):
@@ -242,10 +306,15 @@ def line(row, num_steps):
     longest = sorted(row["time_s"].items(), key=lambda part: -part[1])[:3]
     split = ", ".join(f"{name} {seconds / row['step_s']:.0%}" for name, seconds in longest)
     align = f"  align {row['align_loss']:.4f}" if row["align_loss"] is not None else ""
-    heldout = "".join(f"  held-out {kind} {loss['mean']:.4f}" for kind, loss in row.get("heldout_loss", {}).items())
+    heldout = "".join(
+        f"  held-out {kind} {loss['mean']:.4f}"
+        for kind, loss in row.get("heldout_loss", {}).items()
+    )
     heldout += f"  fits {row['scores']['fits']:.0%}" if "scores" in row else ""
-    return (f"step {row['step']}/{num_steps}  loss {row['loss']:.4f}{align}{heldout}  grad norm {norm}  "
-            f"lr {row['lr']:.2e}  "
-            f"{row['images_per_s']:.1f} images/s  {row['tokens_per_s']:,.0f} tokens/s{mfu}  "
-            f"data wait {row['data_wait_s'] * 1e3:.0f} ms  {split}  "
-            f"GPU-hours {row['gpu_hours']:.2f} used, {row['gpu_hours_left']:.2f} left")
+    return (
+        f"step {row['step']}/{num_steps}  loss {row['loss']:.4f}{align}{heldout}  grad norm {norm}  "
+        f"lr {row['lr']:.2e}  "
+        f"{row['images_per_s']:.1f} images/s  {row['tokens_per_s']:,.0f} tokens/s{mfu}  "
+        f"data wait {row['data_wait_s'] * 1e3:.0f} ms  {split}  "
+        f"GPU-hours {row['gpu_hours']:.2f} used, {row['gpu_hours_left']:.2f} left"
+    )

@@ -34,8 +34,10 @@ class RankLog:
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = self.undo.enter_context(open(self.path, "ab", buffering=0))
-            self.write(f"rank {self.rank} of {os.environ.get('WORLD_SIZE', 1)}, process {os.getpid()} on "
-                       f"{socket.gethostname()}: {shlex.join(sys.argv)}\n")
+            self.write(
+                f"rank {self.rank} of {os.environ.get('WORLD_SIZE', 1)}, process {os.getpid()} on "
+                f"{socket.gethostname()}: {shlex.join(sys.argv)}\n"
+            )
             # A crash below Python.
             faulthandler.enable(self.file)
             self.undo.callback(faulthandler.disable)
@@ -59,7 +61,11 @@ class RankLog:
         if self.file is not None:
             with contextlib.suppress(OSError, ValueError):
                 stamp = time.strftime("%Y-%m-%d %H:%M:%S ")
-                self.file.write("".join(stamp + line for line in text.splitlines(keepends=True)).encode(errors="replace"))
+                self.file.write(
+                    "".join(stamp + line for line in text.splitlines(keepends=True)).encode(
+                        errors="replace"
+                    )
+                )
 
     def __exit__(self, kind, error, _):
         # Who caught it, or Python itself, says it on the terminal.

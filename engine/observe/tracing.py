@@ -36,7 +36,10 @@ class Window:
             return
         if cuda:
             torch.cuda.memory._record_memory_history(max_entries=200_000, stacks="python")
-        self.open = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])], profile_memory=True)
+        self.open = profile(
+            activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])],
+            profile_memory=True,
+        )
         self.open.__enter__()
 
     def after(self, step):
@@ -56,13 +59,22 @@ class Window:
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             self.open.export_chrome_trace(str(self.dir / f"{name}.json.gz"))
-            order = "self_cuda_memory_usage" if self.ranks.device.type == "cuda" else "self_cpu_memory_usage"
-            table = self.open.key_averages().table(sort_by=order, row_limit=60, max_name_column_width=70)
+            order = (
+                "self_cuda_memory_usage"
+                if self.ranks.device.type == "cuda"
+                else "self_cpu_memory_usage"
+            )
+            table = self.open.key_averages().table(
+                sort_by=order, row_limit=60, max_name_column_width=70
+            )
             (self.dir / f"{name}-memory.txt").write_text(table)
             if self.ranks.device.type == "cuda":
                 torch.cuda.memory._dump_snapshot(str(self.dir / f"{name}-memory.pickle"))
                 torch.cuda.memory._record_memory_history(enabled=None)
             if self.ranks.first:
-                print(f"trace       {self.dir / name}.json.gz (chrome://tracing or ui.perfetto.dev)", flush=True)
+                print(
+                    f"trace       {self.dir / name}.json.gz (chrome://tracing or ui.perfetto.dev)",
+                    flush=True,
+                )
         except OSError as error:
             print(f"no trace written: {error}", flush=True)

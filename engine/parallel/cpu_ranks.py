@@ -81,16 +81,29 @@ class Peers:
         if self.size == 1:
             return self
         if "RANK" not in os.environ:
-            os.environ.update(RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+            os.environ.update(
+                RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
+            )
         os.environ.update(WORLD_SIZE=str(self.size), LOCAL_SIZE=str(self.size))
         for rank in range(1, self.size):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": str(self.threads), RANK_0: str(os.getpid())}
+            own = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "OMP_NUM_THREADS": str(self.threads),
+                RANK_0: str(os.getpid()),
+            }
             try:
                 # orig_argv has Python's own options too, such as deepspeed's -u.
-                self.processes.append(subprocess.Popen([sys.executable, *sys.orig_argv[1:]], env={**os.environ, **own}))
+                self.processes.append(
+                    subprocess.Popen(
+                        [sys.executable, *sys.orig_argv[1:]], env={**os.environ, **own}
+                    )
+                )
             except OSError as error:
                 # peers already started end with this process
-                raise InputError(f"train.cpu_ranks: rank {rank} cannot be started: {error.strerror}; lower it") from None
+                raise InputError(
+                    f"train.cpu_ranks: rank {rank} cannot be started: {error.strerror}; lower it"
+                ) from None
         threading.Thread(target=self.look, name="peers", daemon=True).start()
         return self
 
@@ -99,11 +112,20 @@ class Peers:
         # now: torch is loaded
         from iomm.engine.resilience.preemption import REQUEUE
         from iomm.engine.resilience.watchdog import DEAD
+
         while not self.over.wait(POLL_S):
-            failed = [rank for rank, process in enumerate(self.processes, 1) if process.poll() not in (None, 0, REQUEUE)]
+            failed = [
+                rank
+                for rank, process in enumerate(self.processes, 1)
+                if process.poll() not in (None, 0, REQUEUE)
+            ]
             if failed and not self.over.wait(GRACE_S):
-                print(f"iomm: rank {failed[0]} ended with exit code {self.processes[failed[0] - 1].returncode}, see its log; "
-                      "start again with --resume auto", file=sys.stderr, flush=True)
+                print(
+                    f"iomm: rank {failed[0]} ended with exit code {self.processes[failed[0] - 1].returncode}, see its log; "
+                    "start again with --resume auto",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 os._exit(DEAD)
 
     def __exit__(self, kind, error, _):

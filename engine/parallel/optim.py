@@ -25,7 +25,12 @@ def learning_rate(step, config, num_steps):
     """Rate of step 0, 1, ...: linear warm-up over warmup_steps, then constant, or a half cosine to 0 at num_steps."""
     rate = config.lr * min(1.0, (step + 1) / (config.warmup_steps + 1))
     if config.schedule == "cosine" and step > config.warmup_steps:
-        rate *= 0.5 * (1 + math.cos(math.pi * (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)))
+        rate *= 0.5 * (
+            1
+            + math.cos(
+                math.pi * (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
+            )
+        )
     return rate
 
 
@@ -35,28 +40,70 @@ def make_optimizer(module, config, adamw=None):
 
     The alignment head stays with AdamW, as REPA trains it: like the generator's ends it is no layer of the residual
     stream, and Newton-Schulz steps for a read-out that is thrown away would be wasted."""
-    layers = {id(part.weight) for name, part in module.named_modules() if isinstance(part, nn.Linear)
-              and any(where in name for where in ("blocks.", "refiners.", "adapter.")) and "modulation" not in name}
+    layers = {
+        id(part.weight)
+        for name, part in module.named_modules()
+        if isinstance(part, nn.Linear)
+        and any(where in name for where in ("blocks.", "refiners.", "adapter."))
+        and "modulation" not in name
+    }
     matrices = [p for p in module.parameters() if id(p) in layers] if config.kind == "muon" else []
     others = [p for p in module.parameters() if config.kind != "muon" or id(p) not in layers]
-    groups = [{"params": others, "kind": "adamw"}] + [{"params": matrices, "kind": "muon"}] * bool(matrices)
-    return ShardedOptimizer(groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay,
-                            momentum=config.momentum, newton_schulz_steps=config.newton_schulz_steps, adamw=adamw or adamw_torch)
+    groups = [{"params": others, "kind": "adamw"}] + [{"params": matrices, "kind": "muon"}] * bool(
+        matrices
+    )
+    return ShardedOptimizer(
+        groups,
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        momentum=config.momentum,
+        newton_schulz_steps=config.newton_schulz_steps,
+        adamw=adamw or adamw_torch,
+    )
 
 
 def adamw_torch(flat, grad, exp_avg, exp_avg_sq, step, *, lr, betas, eps, weight_decay):
     """One AdamW step of a flat shard in place, `step` (a tensor) included, by torch's fused kernel."""
-    adamw([flat], [grad], [exp_avg], [exp_avg_sq], [], [step], fused=True, amsgrad=False, beta1=betas[0], beta2=betas[1], lr=lr,
-          weight_decay=weight_decay, eps=eps, maximize=False)
+    adamw(
+        [flat],
+        [grad],
+        [exp_avg],
+        [exp_avg_sq],
+        [],
+        [step],
+        fused=True,
+        amsgrad=False,
+        beta1=betas[0],
+        beta2=betas[1],
+        lr=lr,
+        weight_decay=weight_decay,
+        eps=eps,
+        maximize=False,
+    )
 
 
 def adamw_multi_tensor(kernel):
     """The same by multi_tensor_adam of NVIDIA apex: kernel(chunk, overflow, [gradients, weights, first, second moments],
     lr, beta 1, beta 2, eps, step, decoupled decay, bias correction, decay)."""
+
     def update(flat, grad, exp_avg, exp_avg_sq, step, *, lr, betas, eps, weight_decay):
         step += 1
         overflow = torch.zeros(1, dtype=torch.int32, device=flat.device)
-        kernel(CHUNK, overflow, [[grad], [flat.detach()], [exp_avg], [exp_avg_sq]], lr, *betas, eps, int(step), 1, 1, weight_decay)
+        kernel(
+            CHUNK,
+            overflow,
+            [[grad], [flat.detach()], [exp_avg], [exp_avg_sq]],
+            lr,
+            *betas,
+            eps,
+            int(step),
+            1,
+            1,
+            weight_decay,
+        )
+
     return update
 
 
@@ -94,8 +141,21 @@ class ShardedOptimizer(torch.optim.Optimizer):
     stays in the shards. Where every rank holds everything, only results travel, by one all-gather. Stacks do not depend on
     the number of ranks, so that neither does any bit of the update."""
 
-    def __init__(self, groups, *, lr, betas, eps, weight_decay, momentum, newton_schulz_steps=5, adamw=adamw_torch):
-        super().__init__(groups, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, momentum=momentum))
+    def __init__(
+        self,
+        groups,
+        *,
+        lr,
+        betas,
+        eps,
+        weight_decay,
+        momentum,
+        newton_schulz_steps=5,
+        adamw=adamw_torch,
+    ):
+        super().__init__(
+            groups, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, momentum=momentum)
+        )
         self.stacks, self.rank, self.size, self.replicated, self.adamw = {}, 0, 1, False, adamw
         self.newton_schulz_steps = newton_schulz_steps
 
@@ -104,9 +164,19 @@ class ShardedOptimizer(torch.optim.Optimizer):
         whole matrices, in a single cut each."""
         self.rank, self.size, self.replicated = rank, size, replicated
         for flat, fused in matrices.items():
-            stacks = stacks_of([part for matrix in fused for part in matrix.apart()], STACK_BYTES[flat.device.type])
-            owners = spread([sum(math.prod(matrix.shape) * min(matrix.shape) for matrix in stack) for stack in stacks], size)
-            self.stacks[flat] = [[stack for stack, owner in zip(stacks, owners) if owner == r] for r in range(size)]
+            stacks = stacks_of(
+                [part for matrix in fused for part in matrix.apart()], STACK_BYTES[flat.device.type]
+            )
+            owners = spread(
+                [
+                    sum(math.prod(matrix.shape) * min(matrix.shape) for matrix in stack)
+                    for stack in stacks
+                ],
+                size,
+            )
+            self.stacks[flat] = [
+                [stack for stack, owner in zip(stacks, owners) if owner == r] for r in range(size)
+            ]
 
     def fresh_state(self, flat, kind):
         """Makes the state of a flat shard if there is none yet, and returns it."""
@@ -114,7 +184,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if not state:
             # torch's kernel reads the step on the GPU, the others want it as a number: no wait for the GPU in either case.
             device = flat.device if self.adamw is adamw_torch else "cpu"
-            state.update({name: torch.zeros_like(flat) for name in STATE[kind]}, step=torch.zeros((), device=device))
+            state.update(
+                {name: torch.zeros_like(flat) for name in STATE[kind]},
+                step=torch.zeros((), device=device),
+            )
         return state
 
     @torch.no_grad()
@@ -124,11 +197,22 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for flat in group["params"]:
                 if flat.grad is not None:
                     state = self.fresh_state(flat, group["kind"])
-                    (self.adamw_step if group["kind"] == "adamw" else self.muon_step)(flat, state, group)
+                    (self.adamw_step if group["kind"] == "adamw" else self.muon_step)(
+                        flat, state, group
+                    )
 
     def adamw_step(self, flat, state, group):
-        self.adamw(flat, flat.grad, state["exp_avg"], state["exp_avg_sq"], state["step"], lr=group["lr"], betas=group["betas"],
-                   eps=group["eps"], weight_decay=group["weight_decay"])
+        self.adamw(
+            flat,
+            flat.grad,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            state["step"],
+            lr=group["lr"],
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+        )
 
     def muon_step(self, flat, state, group):
         state["step"] += 1
@@ -150,26 +234,45 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def gathered(self, update: Tensor, by_owner: list) -> list[Tensor]:
         """Return all matrices orthogonalised, flattened, in the order of by_owner, from a flat update that is whole on every
         rank. Each rank orthogonalises its stacks; one all-gather carries the results, padded to equal lengths."""
-        ours = (new for stack in by_owner[self.rank]
-                for new in orthogonal_stack([self.cut(update, matrix).view(matrix.shape) for matrix in stack],
-                                            self.newton_schulz_steps))
+        ours = (
+            new
+            for stack in by_owner[self.rank]
+            for new in orthogonal_stack(
+                [self.cut(update, matrix).view(matrix.shape) for matrix in stack],
+                self.newton_schulz_steps,
+            )
+        )
         if self.size == 1:
             return list(ours)
-        numels = [[math.prod(matrix.shape) for stack in stacks for matrix in stack] for stacks in by_owner]
+        numels = [
+            [math.prod(matrix.shape) for stack in stacks for matrix in stack] for stacks in by_owner
+        ]
         longest = max(map(sum, numels))
         sent, held = update.new_zeros(longest), update.new_empty(self.size * longest)
-        for place, new in zip(sent[:sum(numels[self.rank])].split(numels[self.rank]), ours, strict=True):
+        for place, new in zip(
+            sent[: sum(numels[self.rank])].split(numels[self.rank]), ours, strict=True
+        ):
             place.copy_(new)
         dist.all_gather_into_tensor(held, sent)
-        return [new for part, of_rank in zip(held.split(longest), numels) for new in part[:sum(of_rank)].split(of_rank)]
+        return [
+            new
+            for part, of_rank in zip(held.split(longest), numels)
+            for new in part[: sum(of_rank)].split(of_rank)
+        ]
 
     def exchanged(self, update: Tensor, by_owner: list) -> list[Tensor]:
         """Return this rank's cuts of all matrices orthogonalised, in the order of by_owner. Two all-to-alls: each owner gets
         the cuts of its stacks from all ranks, and sends back what became of them."""
         ranks = range(self.size)
-        cuts = [[self.cut(update, matrix) for stack in stacks for matrix in stack] for stacks in by_owner]
+        cuts = [
+            [self.cut(update, matrix) for stack in stacks for matrix in stack]
+            for stacks in by_owner
+        ]
         away = [sum(map(len, of_owner)) for of_owner in cuts]
-        sizes = [[matrix.cuts[rank][1] for stack in by_owner[self.rank] for matrix in stack] for rank in ranks]
+        sizes = [
+            [matrix.cuts[rank][1] for stack in by_owner[self.rank] for matrix in stack]
+            for rank in ranks
+        ]
         here = [sum(numels) for numels in sizes]
         sent = torch.cat([cut for of_owner in cuts for cut in of_owner])
         # rank 0's cuts of our matrices, then rank 1's, ...
@@ -179,7 +282,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for stack in by_owner[self.rank]:
             # Of each matrix, in order of ranks.
             pieces = [next(by_matrix) for _ in stack]
-            wholes = [torch.cat(of_ranks).view(matrix.shape) for of_ranks, matrix in zip(pieces, stack)]
+            wholes = [
+                torch.cat(of_ranks).view(matrix.shape) for of_ranks, matrix in zip(pieces, stack)
+            ]
             for of_ranks, new in zip(pieces, orthogonal_stack(wholes, self.newton_schulz_steps)):
                 for piece, values in zip(of_ranks, new.split([len(piece) for piece in of_ranks])):
                     piece.copy_(values)
@@ -196,7 +301,7 @@ def stacks_of(matrices: list[Matrix], limit: int) -> list[list[Matrix]]:
     stacks = []
     for (rows, columns), alike in by_shape.items():
         num = max(1, limit // (4 * rows * columns))
-        stacks += [alike[i:i + num] for i in range(0, len(alike), num)]
+        stacks += [alike[i : i + num] for i in range(0, len(alike), num)]
     return stacks
 
 
@@ -216,7 +321,10 @@ def orthogonal_stack(matrices: list[Tensor], steps: int = 5) -> list[Tensor]:
     wide = [matrix.T if is_tall else matrix for matrix, is_tall in zip(matrices, tall)]
     # One matrix is no stack: mm takes 10 % less than bmm at 96 x 96 on a CPU.
     stack = orthogonal(torch.stack(wide) if len(wide) > 1 else wide[0], steps) * scale
-    return [(x.T if is_tall else x).flatten() for x, is_tall in zip(stack.view(len(wide), *wide[0].shape), tall)]
+    return [
+        (x.T if is_tall else x).flatten()
+        for x, is_tall in zip(stack.view(len(wide), *wide[0].shape), tall)
+    ]
 
 
 def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:

@@ -28,8 +28,14 @@ class Prefetcher:
                 batch = next(self.batches, None)
             # Pixels are dropped as soon as they are encoded.
             if batch is not None:
-                self.batch = replace(batch, prepared=self.prepare(*batch.inputs), pixels_BCHW=None, vit_pixels_BHWC=None,
-                                     latents_BCHW=None, image_tokens_IPD=None)
+                self.batch = replace(
+                    batch,
+                    prepared=self.prepare(*batch.inputs),
+                    pixels_BCHW=None,
+                    vit_pixels_BHWC=None,
+                    latents_BCHW=None,
+                    image_tokens_IPD=None,
+                )
 
     def __iter__(self):
         return self

@@ -58,10 +58,14 @@ def take_device(local_rank=None):
     local_rank = int(os.environ.get("LOCAL_RANK", local_rank or 0))
     if not torch.cuda.is_available():
         return local_rank, torch.device("cpu")
-    ranks = max(local_rank + 1, int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    ranks = max(
+        local_rank + 1, int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    )
     if ranks > torch.cuda.device_count():
-        raise InputError(f"{ranks} ranks on a machine that shows {torch.cuda.device_count()} GPU(s): start fewer, with --num_gpus or "
-                         "--nproc-per-node")
+        raise InputError(
+            f"{ranks} ranks on a machine that shows {torch.cuda.device_count()} GPU(s): start fewer, with --num_gpus or "
+            "--nproc-per-node"
+        )
     torch.cuda.set_device(local_rank)
     return local_rank, torch.device("cuda", local_rank)
 
@@ -73,6 +77,7 @@ def start(timeout_s, local_rank=None):
     import deepspeed
     from deepspeed.runtime import bf16_optimizer
     from deepspeed.utils import logger
+
     logger.setLevel(logging.WARNING)
     # At stage 1 it prints memory a dozen times at the start, each after a garbage collection, and cannot be told not to.
     bf16_optimizer.see_memory_usage = lambda *_, **__: None
@@ -82,14 +87,30 @@ def start(timeout_s, local_rank=None):
     # start. Plain gloo does the same work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if "RANK" not in os.environ:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1",
-                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+        os.environ.update(
+            RANK="0",
+            LOCAL_RANK="0",
+            WORLD_SIZE="1",
+            LOCAL_SIZE="1",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(free_port()),
+        )
     local_rank, device = take_device(local_rank)
-    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s),
-                               verbose=False)
-    return Ranks(rank=dist.get_rank(), local_rank=local_rank, size=dist.get_world_size(), device=device,
-                 local_size=int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))),
-                 patient=dist.new_group(backend="gloo", timeout=timedelta(days=7)))
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo",
+        timeout=timedelta(seconds=timeout_s),
+        verbose=False,
+    )
+    return Ranks(
+        rank=dist.get_rank(),
+        local_rank=local_rank,
+        size=dist.get_world_size(),
+        device=device,
+        local_size=int(
+            os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+        ),
+        patient=dist.new_group(backend="gloo", timeout=timedelta(days=7)),
+    )
 
 
 def stop():

@@ -14,7 +14,7 @@ from iomm.layers import FusedLinear
 
 
 def adamw_backend(name, device):
-    """"torch" or "apex" -> what does AdamW's update. Raises InputError if it cannot run here, and says what to install."""
+    """ "torch" or "apex" -> what does AdamW's update. Raises InputError if it cannot run here, and says what to install."""
     if name == "torch":
         return adamw_torch
     if device.type != "cuda":
@@ -23,8 +23,10 @@ def adamw_backend(name, device):
         # The compiled part of NVIDIA's apex; PyPI's `apex` has none.
         from amp_C import multi_tensor_adam
     except ImportError as error:
-        raise InputError(f"optim.adamw=apex: no NVIDIA apex with CUDA extensions here ({error}); build it from "
-                         "github.com/NVIDIA/apex (never `pip install apex`), or set optim.adamw=torch") from None
+        raise InputError(
+            f"optim.adamw=apex: no NVIDIA apex with CUDA extensions here ({error}); build it from "
+            "github.com/NVIDIA/apex (never `pip install apex`), or set optim.adamw=torch"
+        ) from None
     return adamw_multi_tensor(multi_tensor_adam)
 
 
@@ -42,25 +44,43 @@ class Sharded:
         self.optimizer = make_optimizer(module)
         if stage == 0:
             self.engine = self.layout = Replicated(
-                module, self.optimizer, rank=ranks.rank, size=ranks.size, clip=config.optim.clip, accumulation=accumulation,
-                dtype=config.dtype, reduce_dtype=reduce_dtype(config))
+                module,
+                self.optimizer,
+                rank=ranks.rank,
+                size=ranks.size,
+                clip=config.optim.clip,
+                accumulation=accumulation,
+                dtype=config.dtype,
+                reduce_dtype=reduce_dtype(config),
+            )
         else:
             import deepspeed
+
             if leaves and stage == 3:
                 deepspeed.utils.set_z3_leaf_modules(module, list(leaves))
             self.engine, _, _, _ = deepspeed.initialize(
-                model=module, optimizer=self.optimizer,
-                config=deepspeed_config(config, ranks.device, micro_batch, accumulation))
-            self.layout = (Stage3 if stage == 3 else Stages1And2)(module, self.engine.optimizer, ranks.rank)
+                model=module,
+                optimizer=self.optimizer,
+                config=deepspeed_config(config, ranks.device, micro_batch, accumulation),
+            )
+            self.layout = (Stage3 if stage == 3 else Stages1And2)(
+                module, self.engine.optimizer, ranks.rank
+            )
         self.masters, self.places = self.layout.masters, self.layout.places
-        self.kinds = [self.optimizer.param_groups[group]["kind"] for group in self.layout.param_group]
+        self.kinds = [
+            self.optimizer.param_groups[group]["kind"] for group in self.layout.param_group
+        ]
         self.bind_matrices(module, ranks, whole=stage == 0)
 
     def bind_matrices(self, module, ranks, whole):
         """Tells the optimizer where the pieces of each matrix lie on all ranks, or on this one if each has them whole."""
         if "muon" not in self.kinds:
             return
-        fused = {f"{name}.weight": m.parts for name, m in module.named_modules() if isinstance(m, FusedLinear)}
+        fused = {
+            f"{name}.weight": m.parts
+            for name, m in module.named_modules()
+            if isinstance(m, FusedLinear)
+        }
         everywhere = [self.places] if whole else ranks.all(self.places)
         matrices = {flat: [] for flat, kind in zip(self.masters, self.kinds) if kind == "muon"}
         for name, shape in self.shapes.items():
@@ -68,14 +88,21 @@ class Sharded:
             flat = self.masters[next(place.group for place in places if place)]
             if flat in matrices:
                 cuts = tuple((place.offset, place.numel) if place else (0, 0) for place in places)
-                matrices[flat].append(Matrix(shape=shape, parts=fused.get(name, shape[:1]), cuts=cuts))
+                matrices[flat].append(
+                    Matrix(shape=shape, parts=fused.get(name, shape[:1]), cuts=cuts)
+                )
         self.optimizer.bind(matrices, ranks.rank, ranks.size, replicated=whole)
 
     def slots(self):
         """{slot: [flat tensor, or None, per master]}: masters, and what the optimizer keeps of each."""
-        states = [self.optimizer.fresh_state(flat, kind) for flat, kind in zip(self.masters, self.kinds)]
+        states = [
+            self.optimizer.fresh_state(flat, kind) for flat, kind in zip(self.masters, self.kinds)
+        ]
         names = sorted({name for kind in self.kinds for name in STATE[kind]})
-        return {"master": self.masters, **{name: [state.get(name) for state in states] for name in names}}
+        return {
+            "master": self.masters,
+            **{name: [state.get(name) for state in states] for name in names},
+        }
 
     @property
     def optimizer_step(self):
@@ -149,7 +176,9 @@ class Sharded:
         looks at the norm of gradients only, skips the step; returns that gradient. All ranks, since at stages 0 and 1 each
         takes the norm of the summed gradient by itself. No wait for the GPU; one pass over gradients and optimizer state."""
         gradients = self.layout.gradients()
-        kept = gradients + [flat for flats in self.slots().values() for flat in flats if flat is not None]
+        kept = gradients + [
+            flat for flats in self.slots().values() for flat in flats if flat is not None
+        ]
         if kept[0].is_cuda:
             ends = torch._foreach_norm(kept, ord=float("inf"))
         else:
@@ -167,7 +196,11 @@ class Sharded:
 
 def reduce_dtype(config):
     """Type in which gradients travel."""
-    return torch.float32 if "fp32" in (config.precision, config.zero.reduce_precision) else torch.bfloat16
+    return (
+        torch.float32
+        if "fp32" in (config.precision, config.zero.reduce_precision)
+        else torch.bfloat16
+    )
 
 
 def deepspeed_config(config, device, micro_batch, accumulation):
@@ -178,26 +211,34 @@ def deepspeed_config(config, device, micro_batch, accumulation):
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.optim.clip,
         # Immediate: at stage 1 every bf16 gradient is added to its fp32 sum as soon as it is there, and freed.
-        "bf16": {"enabled": config.dtype == torch.bfloat16, "check_grad_overflow": True, "immediate_grad_update": True},
+        "bf16": {
+            "enabled": config.dtype == torch.bfloat16,
+            "check_grad_overflow": True,
+            "immediate_grad_update": True,
+        },
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32" if reduce_dtype(config) == torch.float32 else "bf16",
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": zero.stage,
-                              "overlap_comm": device.type == "cuda" if zero.overlap_comm is None else zero.overlap_comm,
-                              "contiguous_gradients": True,
-                              "reduce_scatter": True,
-                              "reduce_bucket_size": zero.reduce_bucket_size,
-                              "allgather_bucket_size": zero.allgather_bucket_size,
-                              "stage3_prefetch_bucket_size": zero.prefetch_bucket_size,
-                              "stage3_param_persistence_threshold": zero.param_persistence_threshold,
-                              "stage3_max_live_parameters": zero.max_live_parameters,
-                              # What lies between a block's forward and backward pass is counted on the way there and back.
-                              "stage3_max_reuse_distance": 2 * zero.max_live_parameters,
-                              "zero_hpz_partition_size": zero.hpz_partition_size,
-                              # Its own linear, put into torch.nn.functional for the whole process, keeps no gathered weight
-                              # for the backward pass. A compiled block keeps none either (tests/engine/test_compile.py), and on a
-                              # CPU, where memory is not what is short, a step of the demo takes 0.65 s instead of 0.90.
-                              "memory_efficient_linear": device.type == "cuda" and not config.train.compiled(device)},
+        "zero_optimization": {
+            "stage": zero.stage,
+            "overlap_comm": device.type == "cuda"
+            if zero.overlap_comm is None
+            else zero.overlap_comm,
+            "contiguous_gradients": True,
+            "reduce_scatter": True,
+            "reduce_bucket_size": zero.reduce_bucket_size,
+            "allgather_bucket_size": zero.allgather_bucket_size,
+            "stage3_prefetch_bucket_size": zero.prefetch_bucket_size,
+            "stage3_param_persistence_threshold": zero.param_persistence_threshold,
+            "stage3_max_live_parameters": zero.max_live_parameters,
+            # What lies between a block's forward and backward pass is counted on the way there and back.
+            "stage3_max_reuse_distance": 2 * zero.max_live_parameters,
+            "zero_hpz_partition_size": zero.hpz_partition_size,
+            # Its own linear, put into torch.nn.functional for the whole process, keeps no gathered weight
+            # for the backward pass. A compiled block keeps none either (tests/engine/test_compile.py), and on a
+            # CPU, where memory is not what is short, a step of the demo takes 0.65 s instead of 0.90.
+            "memory_efficient_linear": device.type == "cuda" and not config.train.compiled(device),
+        },
         "steps_per_print": None,
         "wall_clock_breakdown": False,
         # It waits for the device in every forward and step, to print nothing.

@@ -35,13 +35,18 @@ class Stage3:
             start = rank * padded
             numel = min(max(parameter.ds_numel - start, 0), padded)
             # Padding is memory that nobody has written: NaN there would look like a broken master.
-            self.masters[group].detach()[offset + numel:offset + padded].zero_()
+            self.masters[group].detach()[offset + numel : offset + padded].zero_()
             if numel:
                 self.places[name] = Place(group=group, offset=offset, numel=numel, start=start)
 
     def gradients(self):
         """Tensors of this rank's gradient, between the last backward pass and the step."""
-        return [g for group in self.optimizer.averaged_gradients.values() for g in group if g is not None]
+        return [
+            g
+            for group in self.optimizer.averaged_gradients.values()
+            for g in group
+            if g is not None
+        ]
 
     def refresh(self):
         """Hands masters that were overwritten to the working copies."""
@@ -71,20 +76,42 @@ class Stages1And2:
     """The masters of DeepSpeed's DeepSpeedZeroOptimizer, or, at stage 1 with bf16, of its BF16_Optimizer."""
 
     def __init__(self, module, optimizer, rank):
-        self.optimizer, self.bf16_optimizer = optimizer, hasattr(optimizer, "fp32_groups_flat_partition")
-        self.masters = (optimizer.fp32_groups_flat_partition if self.bf16_optimizer
-                        else optimizer.single_partition_of_fp32_groups)
+        self.optimizer, self.bf16_optimizer = (
+            optimizer,
+            hasattr(optimizer, "fp32_groups_flat_partition"),
+        )
+        self.masters = (
+            optimizer.fp32_groups_flat_partition
+            if self.bf16_optimizer
+            else optimizer.single_partition_of_fp32_groups
+        )
         self.param_group = range(len(self.masters))
-        held = {name: p._hp_mapping for name, p in module.named_parameters() if p._hp_mapping is not None}
-        self.places = {name: Place(group=m.param_group_index, offset=m.hp_fragment_address.start,
-                                   numel=m.hp_fragment_address.numel, start=m.lp_fragment_address.start)
-                       for name, m in held.items()}
+        held = {
+            name: p._hp_mapping
+            for name, p in module.named_parameters()
+            if p._hp_mapping is not None
+        }
+        self.places = {
+            name: Place(
+                group=m.param_group_index,
+                offset=m.hp_fragment_address.start,
+                numel=m.hp_fragment_address.numel,
+                start=m.lp_fragment_address.start,
+            )
+            for name, m in held.items()
+        }
 
     def gradients(self):
         # Those that its norm is made of.
         if self.bf16_optimizer:
-            return [g for gradients, there in zip(self.optimizer.fp32_groups_gradients, self.optimizer.fp32_groups_has_gradients)
-                    for g, has in zip(gradients, there) if has]
+            return [
+                g
+                for gradients, there in zip(
+                    self.optimizer.fp32_groups_gradients, self.optimizer.fp32_groups_has_gradients
+                )
+                for g, has in zip(gradients, there)
+                if has
+            ]
         return [g for group in self.optimizer.averaged_gradients.values() for g in group]
 
     def refresh(self):
@@ -97,9 +124,11 @@ class Stages1And2:
 def adds_into(sums):
     """Hook of a parameter: its gradient, once there, is added up in fp32 and goes. Kept as `.grad` in fp32 beside bf16 weights it
     would keep torch.compile from tracing their block."""
+
     def add(p):
         sums.add_(p.grad)
         p.grad = None
+
     return add
 
 
@@ -110,8 +139,19 @@ class Replicated:
     travel once a step, after the backward pass: nothing overlaps."""
 
     def __init__(self, module, optimizer, *, rank, size, dtype, reduce_dtype, clip, accumulation):
-        self.module, self.optimizer, self.size, self.reduce_dtype = module.to(dtype), optimizer, size, reduce_dtype
-        self.clip, self.accumulation, self.passes, self.applied, self.norm = clip, accumulation, 0, False, None
+        self.module, self.optimizer, self.size, self.reduce_dtype = (
+            module.to(dtype),
+            optimizer,
+            size,
+            reduce_dtype,
+        )
+        self.clip, self.accumulation, self.passes, self.applied, self.norm = (
+            clip,
+            accumulation,
+            0,
+            False,
+            None,
+        )
         self.masters, self.sums, self.copies, self.places = [], [], [], {}
         self.param_group = range(len(optimizer.param_groups))
         names = {p: (i, name) for i, (name, p) in enumerate(module.named_parameters())}
@@ -119,11 +159,18 @@ class Replicated:
             parameters, offset = group["params"], 0
             master = torch.cat([p.detach().float().flatten() for p in parameters]).requires_grad_()
             sums = torch.zeros_like(master, requires_grad=False)
-            pieces = zip(*(flat.detach().split([p.numel() for p in parameters]) for flat in (master, sums)))
+            pieces = zip(
+                *(flat.detach().split([p.numel() for p in parameters]) for flat in (master, sums))
+            )
             for p, (weights, gradient) in zip(parameters, pieces):
                 i, name = names[p]
-                self.places[name] = Place(group=len(self.masters), offset=offset, numel=p.numel(), start=0,
-                                          written=i % size == rank)
+                self.places[name] = Place(
+                    group=len(self.masters),
+                    offset=offset,
+                    numel=p.numel(),
+                    start=0,
+                    written=i % size == rank,
+                )
                 self.copies.append((p.detach(), weights.view_as(p)))
                 p.register_post_accumulate_grad_hook(adds_into(gradient.view_as(p)))
                 offset += p.numel()

@@ -28,7 +28,14 @@ def step_of(folder):
 
 def steps(root):
     """Committed checkpoints, oldest first."""
-    return sorted((p for p in Path(root).glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name) and p.is_dir()), key=step_of)
+    return sorted(
+        (
+            p
+            for p in Path(root).glob("step-*")
+            if re.fullmatch(r"step-\d{8,}", p.name) and p.is_dir()
+        ),
+        key=step_of,
+    )
 
 
 def sha256(path, from_disk=False):
@@ -42,7 +49,9 @@ def sha256(path, from_disk=False):
 def seal(manifest):
     """Manifest -> bytes: canonical JSON whose first entry is the hash of the rest."""
     body = json.dumps(manifest, sort_keys=True)
-    return json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest(), "manifest": manifest}, sort_keys=True).encode()
+    return json.dumps(
+        {"sha256": hashlib.sha256(body.encode()).hexdigest(), "manifest": manifest}, sort_keys=True
+    ).encode()
 
 
 def read_manifest(folder):
@@ -51,11 +60,17 @@ def read_manifest(folder):
     try:
         raw = path.read_bytes()
         manifest = json.loads(raw)["manifest"]
-        if seal(manifest) != raw or manifest["format"] not in READABLE or not all(map(FILE_NAME.fullmatch, manifest["files"])):
+        if (
+            seal(manifest) != raw
+            or manifest["format"] not in READABLE
+            or not all(map(FILE_NAME.fullmatch, manifest["files"]))
+        ):
             raise ValueError
         return manifest
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise InputError(f"{folder} holds no intact MANIFEST.json: not a checkpoint, or a damaged one") from None
+        raise InputError(
+            f"{folder} holds no intact MANIFEST.json: not a checkpoint, or a damaged one"
+        ) from None
 
 
 def damage(folder, manifest=None, names=None):
@@ -89,7 +104,7 @@ def verify(folder, ranks):
     problem = None
     try:
         manifest = read_manifest(folder)
-        problem = damage(folder, manifest, sorted(manifest["files"])[ranks.rank::ranks.size])
+        problem = damage(folder, manifest, sorted(manifest["files"])[ranks.rank :: ranks.size])
         if manifest_hash(folder) != seen:
             problem = f"rank {ranks.rank} sees another {folder}/MANIFEST.json than rank 0"
     except InputError as error:
@@ -129,7 +144,9 @@ class Reader:
             try:
                 file = safe_open(self.folder / self.names[rank], framework="pt")
             except SafetensorError as error:
-                raise InputError(f"{self.folder / self.names[rank]} is not safetensors: {error}") from None
+                raise InputError(
+                    f"{self.folder / self.names[rank]} is not safetensors: {error}"
+                ) from None
             self.files[rank] = file, set(file.keys())
         return self.files[rank]
 
@@ -154,8 +171,10 @@ class Reader:
             at = int(file.get_tensor(f"start/{name}")) if f"start/{name}" in keys else rank * length
             low, high = max(start, at), min(start + numel, at + length)
             if low < high:
-                values[low - start:high - start] = stored[low - at:high - at]
+                values[low - start : high - start] = stored[low - at : high - at]
                 found += high - low
         if found != numel:
-            raise InputError(f"{self.folder} holds {found} of {numel} values of {slot}/{name}: written by something else?")
+            raise InputError(
+                f"{self.folder} holds {found} of {numel} values of {slot}/{name}: written by something else?"
+            )
         return values

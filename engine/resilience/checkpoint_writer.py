@@ -33,7 +33,13 @@ from iomm.engine.resilience.checkpoint_reader import (
 )
 
 FORMAT = 2
-DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
+DTYPES = {
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+}
 
 
 class Saver:
@@ -55,7 +61,9 @@ class Saver:
         self.wait()
         copied = self.copy(tensors)
         facts = {"format": FORMAT, "step": step, "world_size": self.ranks.size, **facts}
-        self.thread = threading.Thread(target=self.write, args=(facts, copied), name="checkpoint", daemon=True)
+        self.thread = threading.Thread(
+            target=self.write, args=(facts, copied), name="checkpoint", daemon=True
+        )
         self.thread.start()
         if not self.background:
             self.wait()
@@ -80,7 +88,10 @@ class Saver:
         """Fills buffers that live as long as the run; pinned, so that a GPU copies while training goes on. Returns the
         event after which they are filled, or None."""
         if set(self.copies) != set(tensors):
-            self.copies = {key: torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda) for key, t in tensors.items()}
+            self.copies = {
+                key: torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda)
+                for key, t in tensors.items()
+            }
         for key, t in tensors.items():
             self.copies[key].copy_(t.detach(), non_blocking=True)
         if not any(t.is_cuda for t in tensors.values()):
@@ -103,7 +114,10 @@ class Saver:
             outcomes = self.ranks.all(outcome)
             final = self.ranks.on_first(lambda: commit(self.root, Path(folder), facts, outcomes))
             self.folder = Path(final) if final else None
-            self.write_s, self.bytes = time.perf_counter() - started, sum(size for _, size, _, _ in outcomes)
+            self.write_s, self.bytes = (
+                time.perf_counter() - started,
+                sum(size for _, size, _, _ in outcomes),
+            )
             if final and self.ranks.first:
                 print(f"checkpoint of step {facts['step']} committed", flush=True)
                 retain(self.root, self.folder, self.keep, self.permanent)
@@ -211,12 +225,17 @@ def take(run_dir, patience_s=10.0):
             if time.monotonic() > until:
                 owner = os.pread(handle, 200, 0).decode(errors="replace")
                 os.close(handle)
-                raise InputError(f"{run_dir} is being trained by {owner or 'another process'}: stop that, or choose "
-                                 "another run.dir") from None
+                raise InputError(
+                    f"{run_dir} is being trained by {owner or 'another process'}: stop that, or choose "
+                    "another run.dir"
+                ) from None
             time.sleep(0.1)
         except OSError as error:
             # a file system without locks
-            print(f"{run_dir} could not be locked ({error}): see to it that one job alone trains there", flush=True)
+            print(
+                f"{run_dir} could not be locked ({error}): see to it that one job alone trains there",
+                flush=True,
+            )
             break
     os.ftruncate(handle, 0)
     os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
@@ -239,11 +258,16 @@ def set_aside(root, step):
         try:
             os.rename(folder, aside if not aside.exists() else f"{aside}-{uuid.uuid4().hex[:8]}")
         except OSError as error:
-            raise InputError(f"{folder}, of a step after {step}, cannot be set aside: {error.strerror}") from error
+            raise InputError(
+                f"{folder}, of a step after {step}, cannot be set aside: {error.strerror}"
+            ) from error
     if later:
         sync(Path(root))
-        print(f"checkpoints of steps {', '.join(str(step_of(folder)) for folder in later)} set aside as {root}/abandoned-step-*: "
-              f"the run goes on from step {step}", flush=True)
+        print(
+            f"checkpoints of steps {', '.join(str(step_of(folder)) for folder in later)} set aside as {root}/abandoned-step-*: "
+            f"the run goes on from step {step}",
+            flush=True,
+        )
 
 
 def discard(folder):
@@ -274,13 +298,21 @@ def write_safetensors(path, tensors):
     safetensors' own writer holds a second copy of everything, hashes nothing, and renames over whatever has the name."""
     header, offset = {}, 0
     for key, t in tensors.items():
-        header[key] = {"dtype": DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": [offset, offset + t.nbytes]}
+        header[key] = {
+            "dtype": DTYPES[t.dtype],
+            "shape": list(t.shape),
+            "data_offsets": [offset, offset + t.nbytes],
+        }
         offset += t.nbytes
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
     digest = hashlib.sha256()
     with open(path, "xb") as file:
-        for part in (struct.pack("<Q", len(head)), head, *(t.reshape(-1).view(torch.uint8).numpy() for t in tensors.values())):
+        for part in (
+            struct.pack("<Q", len(head)),
+            head,
+            *(t.reshape(-1).view(torch.uint8).numpy() for t in tensors.values()),
+        ):
             digest.update(part)
             file.write(part)
         file.flush()

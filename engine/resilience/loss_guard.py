@@ -18,7 +18,12 @@ class LossGuard:
     WINDOW, LEAST = 128, 32
 
     def __init__(self, max_skips, sigmas=6.0, skip_spikes=False, say=print):
-        self.max_skips, self.sigmas, self.skip_spikes, self.say = max_skips, sigmas, skip_spikes, say
+        self.max_skips, self.sigmas, self.skip_spikes, self.say = (
+            max_skips,
+            sigmas,
+            skip_spikes,
+            say,
+        )
         self.total = self.row = self.spikes = self.rejected = 0
         self.losses = deque(maxlen=self.WINDOW)
 
@@ -37,8 +42,10 @@ class LossGuard:
         if self.is_spike(loss):
             self.spikes, self.rejected = self.spikes + 1, self.rejected + 1
             if self.rejected == 1 or not applied:
-                self.say(f"step {step}: loss {loss:.4g} is a spike, the median of the last {len(self.losses)} is "
-                         f"{statistics.median(self.losses):.4g}; {samples}")
+                self.say(
+                    f"step {step}: loss {loss:.4g} is a spike, the median of the last {len(self.losses)} is "
+                    f"{statistics.median(self.losses):.4g}; {samples}"
+                )
             if self.rejected == self.WINDOW:
                 self.say(f"step {step}: {self.rejected} spikes in a row: taken as the new level")
                 self.losses.clear()
@@ -55,13 +62,21 @@ class LossGuard:
             raise InputError(
                 f"{self.row} steps in a row up to step {step} had a non-finite loss or gradient (last: {samples}); weights "
                 "are as before them. Look at these samples; to lower optim.lr, choose a new run.dir and give --resume "
-                f"OLD/checkpoints/step-{step:08d}, with OLD for this one")
+                f"OLD/checkpoints/step-{step:08d}, with OLD for this one"
+            )
 
     def state(self):
         """What a checkpoint keeps, as JSON: judging goes on after a resume as if there had been none."""
-        return {"total": self.total, "row": self.row, "spikes": self.spikes, "rejected": self.rejected,
-                "losses": list(self.losses)}
+        return {
+            "total": self.total,
+            "row": self.row,
+            "spikes": self.spikes,
+            "rejected": self.rejected,
+            "losses": list(self.losses),
+        }
 
     def restore(self, state):
-        self.total, self.row, self.spikes, self.rejected = (state[key] for key in ("total", "row", "spikes", "rejected"))
+        self.total, self.row, self.spikes, self.rejected = (
+            state[key] for key in ("total", "row", "spikes", "rejected")
+        )
         self.losses = deque(state["losses"], maxlen=self.WINDOW)

@@ -42,12 +42,27 @@ class Watchdog:
         self.ranks, self.run_dir, self.hang_s = ranks, Path(run_dir), hang_s
         self.step, self.beats, self.last, self.pulse = 0, 0, time.monotonic(), 0
         self.parent, self.over, self.stacks = parent, threading.Event(), None
-        self.server = dist.TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False) if ranks.first else None
-        everyone = ranks.all((place(), os.getpid(), self.server.port if self.server else 0, os.environ.get("MASTER_ADDR")))
+        self.server = (
+            dist.TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
+            if ranks.first
+            else None
+        )
+        everyone = ranks.all(
+            (
+                place(),
+                os.getpid(),
+                self.server.port if self.server else 0,
+                os.environ.get("MASTER_ADDR"),
+            )
+        )
         places = [where for where, _, _, _ in everyone]
         self.hosts = [where[0] for where in places]
         here = places[ranks.rank]
-        self.pids = {r: pid for r, (where, pid, _, _) in enumerate(everyone) if where == here and r != ranks.rank}
+        self.pids = {
+            r: pid
+            for r, (where, pid, _, _) in enumerate(everyone)
+            if where == here and r != ranks.rank
+        }
         address = "127.0.0.1" if places[0] == here else everyone[0][3]
         self.store = dist.TCPStore(address, everyone[0][2], is_master=False, wait_for_workers=False)
         self.store.set_timeout(timedelta(seconds=0.5))
@@ -142,7 +157,11 @@ class Watchdog:
             time.sleep(LISTEN_S)
         after = self.ask(self.states) if before else {}
         others = set(range(self.ranks.size)) - {self.ranks.rank}
-        silent = sorted(r for r in others if before[r]["pulse"] == after[r]["pulse"]) if before and after else [0]
+        silent = (
+            sorted(r for r in others if before[r]["pulse"] == after[r]["pulse"])
+            if before and after
+            else [0]
+        )
         blame = self.blame(after, silent)
         for rank in set(silent) & set(self.pids):
             # A stopped process writes its stacks once it is woken; then it must not go on.
@@ -150,8 +169,11 @@ class Watchdog:
                 os.kill(self.pids[rank], signal.SIGCONT)
                 time.sleep(STACKS_S)
                 os.kill(self.pids[rank], signal.SIGKILL)
-        self.end(HUNG, f"no progress for {idle:.1f} s in step {self.step}: {blame}; stacks of all ranks in {self.run_dir}",
-                 self.ranks.rank == self.lowest(silent))
+        self.end(
+            HUNG,
+            f"no progress for {idle:.1f} s in step {self.step}: {blame}; stacks of all ranks in {self.run_dir}",
+            self.ranks.rank == self.lowest(silent),
+        )
 
     def blame(self, states, silent):
         """In words, who holds up the others."""
@@ -166,7 +188,9 @@ class Watchdog:
         return f"{self.name(behind)} did not come to collective {min(counts.values()) + 1}, where the others wait"
 
     def name(self, ranks):
-        return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(f"{rank} ({self.hosts[rank]})" for rank in ranks)
+        return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(
+            f"{rank} ({self.hosts[rank]})" for rank in ranks
+        )
 
     def lowest(self, without):
         return min(set(range(self.ranks.size)) - set(without))
@@ -174,7 +198,10 @@ class Watchdog:
     def publish(self):
         self.pulse += 1
         with contextlib.suppress(RuntimeError):
-            self.store.set(f"rank{self.ranks.rank}", json.dumps({"pulse": self.pulse, "collectives": collectives()}))
+            self.store.set(
+                f"rank{self.ranks.rank}",
+                json.dumps({"pulse": self.pulse, "collectives": collectives()}),
+            )
 
     def states(self):
         """{rank: what it said last}; empty when the store, and so rank 0, does not answer."""
@@ -224,7 +251,9 @@ class Watchdog:
         # The training thread is leaving by itself.
         if not self.over.is_set():
             if say:
-                print(f"iomm: {reason}; start again with --resume auto", file=sys.stderr, flush=True)
+                print(
+                    f"iomm: {reason}; start again with --resume auto", file=sys.stderr, flush=True
+                )
             # The training thread may wait in a collective that never returns.
             os._exit(code)
 
@@ -232,12 +261,19 @@ class Watchdog:
 def place():
     """(name of this host, what else tells where a process id means the same): containers may bear one name, and so may hosts."""
     boot = Path("/proc/sys/kernel/random/boot_id")
-    return socket.gethostname(), boot.read_text().strip() if boot.is_file() else "", os.readlink("/proc/self/ns/pid")
+    return (
+        socket.gethostname(),
+        boot.read_text().strip() if boot.is_file() else "",
+        os.readlink("/proc/self/ns/pid"),
+    )
 
 
 def collectives():
     """How many collectives this process has begun, over all groups."""
-    return sum(group._get_sequence_number_for_group() for group in list(dist.distributed_c10d._world.pg_map))
+    return sum(
+        group._get_sequence_number_for_group()
+        for group in list(dist.distributed_c10d._world.pg_map)
+    )
 
 
 def alive(pid):

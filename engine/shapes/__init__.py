@@ -14,7 +14,10 @@ HASHES = WEIGHTS / "sha256.json"
 def record_hashes() -> None:
     """Write HASHES. Call it after new weights were put in place: python -c "from iomm.engine import shapes; shapes.record_hashes()"."""
     files = sorted(WEIGHTS.rglob("*.safetensors"))
-    HASHES.write_text(json.dumps({path.relative_to(WEIGHTS).as_posix(): sha256(path) for path in files}, indent=1) + "\n")
+    HASHES.write_text(
+        json.dumps({path.relative_to(WEIGHTS).as_posix(): sha256(path) for path in files}, indent=1)
+        + "\n"
+    )
 
 
 def sha256(path: Path) -> str:
@@ -28,5 +31,11 @@ def check_weights(folder: Path) -> None:
         if path.parent != folder:
             continue
         if not path.is_file() or sha256(path) != recorded:
-            problem = "is damaged (its SHA-256 is not the recorded one)" if path.is_file() else "is missing"
-            raise InputError(f"the shipped weight file {path} {problem}: install iomm again, or restore it with `git checkout {path}`")
+            problem = (
+                "is damaged (its SHA-256 is not the recorded one)"
+                if path.is_file()
+                else "is missing"
+            )
+            raise InputError(
+                f"the shipped weight file {path} {problem}: install iomm again, or restore it with `git checkout {path}`"
+            )

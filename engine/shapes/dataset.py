@@ -48,7 +48,13 @@ COLOURS = {
     "black": ((0, 360), (0.0, 0.2), (0.0, 0.1)),
 }
 ROLES = ("alone", "and", "two", "three", "left of", "right of", "above", "below")
-OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above", "and": "and"}
+OPPOSITE = {
+    "left of": "right of",
+    "right of": "left of",
+    "above": "below",
+    "below": "above",
+    "and": "and",
+}
 DIRECTION = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 # Of an edit
 PLACES = {"to the left": "left of", "to the right": "right of", "above": "above", "below": "below"}
@@ -97,7 +103,9 @@ class Scene:
 
 def held_out(colour, shape, role):
     """Whether no training picture shows a `colour` `shape` in that role."""
-    return (tuple(COLOURS).index(colour) + 3 * SHAPES.index(shape) + ROLES.index(role)) % len(COLOURS) == 0
+    return (tuple(COLOURS).index(colour) + 3 * SHAPES.index(shape) + ROLES.index(role)) % len(
+        COLOURS
+    ) == 0
 
 
 def scene(seed, i, split="train", kind=None):
@@ -118,9 +126,15 @@ def scene(seed, i, split="train", kind=None):
         shapes, caption = _pair(draws, split, kind)
     grey = draws.between(0.42, 0.72)
     background = tuple(round(255 * (grey + draws.between(-0.04, 0.04))) for _ in range(3))
-    return Scene(kind=kind, caption=caption, shapes=shapes, background_rgb=background,
-                 light=(draws.between(-10, 10), draws.between(-10, 10)),
-                 noise_level=draws.between(2, 8), noise_key=int(draws.between(0, 1 << 24)))
+    return Scene(
+        kind=kind,
+        caption=caption,
+        shapes=shapes,
+        background_rgb=background,
+        light=(draws.between(-10, 10), draws.between(-10, 10)),
+        noise_level=draws.between(2, 8),
+        noise_key=int(draws.between(0, 1 << 24)),
+    )
 
 
 def edit(picture, seed, n, split="train"):
@@ -129,12 +143,19 @@ def edit(picture, seed, n, split="train"):
     Edit n of a seed, a pure function of its arguments. In the "train" split the result shows no held-out combination; in
     the "test" split, whose pictures show one, any may come."""
     draws, known = _Draws(uniform(seed, EDIT, torch.tensor([n]), 5)[0].tolist()), split == "train"
-    before, = picture.shapes
+    (before,) = picture.shapes
     if draws.pick((True, False)):
-        colour = _colour(draws, before.shape, "alone", novel=False, known=known, taken=before.colour)
+        colour = _colour(
+            draws, before.shape, "alone", novel=False, known=known, taken=before.colour
+        )
         return f"make it {colour}", _name(colour, before.shape)
-    place = draws.pick([place for place, role in PLACES.items()
-                        if not (known and held_out(before.colour, before.shape, OPPOSITE[role]))])
+    place = draws.pick(
+        [
+            place
+            for place, role in PLACES.items()
+            if not (known and held_out(before.colour, before.shape, OPPOSITE[role]))
+        ]
+    )
     shape = draws.pick(tuple(shape for shape in SHAPES if shape != before.shape))
     colour = _colour(draws, shape, PLACES[place], novel=False, known=known)
     name = _name(colour, shape)
@@ -154,14 +175,22 @@ def draw(scene, size_px=64):
             corners_degrees = (-90, 30, 150) if shape.shape == "triangle" else (-135, -45, 45, 135)
             angles = [math.radians(corner + shape.turn_degrees) for corner in corners_degrees]
             reach = radius * REACH[shape.shape]
-            pen.polygon([(x + reach * math.cos(a), y + reach * math.sin(a)) for a in angles], fill=shape.rgb)
+            pen.polygon(
+                [(x + reach * math.cos(a), y + reach * math.sin(a)) for a in angles], fill=shape.rgb
+            )
     pixels = np.asarray(canvas.reduce(SUPERSAMPLE), dtype=np.float32)
     ramp = np.linspace(-0.5, 0.5, size_px, dtype=np.float32)
     light = scene.light[0] * ramp[None, :, None] + scene.light[1] * ramp[:, None, None]
     # raw Philox words, not numpy's distributions: only the words are promised to stay the same between versions
     words = np.random.Philox(key=scene.noise_key).random_raw(-(-pixels.size * 2 // 8))
-    noise = words.view(np.uint8)[:pixels.size * 2].reshape(2, *pixels.shape).astype(np.float32).sum(0) / 255 - 1
-    return Image.fromarray((pixels + light + scene.noise_level * noise).round().clip(0, 255).astype(np.uint8))
+    noise = (
+        words.view(np.uint8)[: pixels.size * 2].reshape(2, *pixels.shape).astype(np.float32).sum(0)
+        / 255
+        - 1
+    )
+    return Image.fromarray(
+        (pixels + light + scene.noise_level * noise).round().clip(0, 255).astype(np.uint8)
+    )
 
 
 def write_dataset(folder, num_images=4096, size_px=64, seed=0, shard_size=1024, split="train"):
@@ -172,10 +201,18 @@ def write_dataset(folder, num_images=4096, size_px=64, seed=0, shard_size=1024, 
     """
     folder = Path(folder).absolute()
     if num_images < 1 or shard_size < 1 or size_px < 16:
-        raise InputError("a world needs num_images and shard_size >= 1 and size_px >= 16, "
-                         f"got {num_images}, {shard_size}, {size_px}")
-    settings = {"version": VERSION, "num_images": num_images, "size_px": size_px, "seed": seed,
-                "shard_size": shard_size, "split": split}
+        raise InputError(
+            "a world needs num_images and shard_size >= 1 and size_px >= 16, "
+            f"got {num_images}, {shard_size}, {size_px}"
+        )
+    settings = {
+        "version": VERSION,
+        "num_images": num_images,
+        "size_px": size_px,
+        "seed": seed,
+        "shard_size": shard_size,
+        "split": split,
+    }
     names = [f"{shard:05d}.tar" for shard in range(-(-num_images // shard_size))]
     folder.parent.mkdir(parents=True, exist_ok=True)
     with one_at_a_time(folder.parent):
@@ -183,9 +220,17 @@ def write_dataset(folder, num_images=4096, size_px=64, seed=0, shard_size=1024, 
             with whole_folder(folder, MANIFEST) as fresh:
                 for shard, name in enumerate(names):
                     first = shard * shard_size
-                    _write_shard(fresh / name, seed, range(first, min(first + shard_size, num_images)), size_px, split)
+                    _write_shard(
+                        fresh / name,
+                        seed,
+                        range(first, min(first + shard_size, num_images)),
+                        size_px,
+                        split,
+                    )
                 sizes = {name: (fresh / name).stat().st_size for name in names}
-                (fresh / MANIFEST).write_text(json.dumps({"settings": settings, "bytes": sizes}, indent=1))
+                (fresh / MANIFEST).write_text(
+                    json.dumps({"settings": settings, "bytes": sizes}, indent=1)
+                )
     return [folder / name for name in names]
 
 
@@ -196,8 +241,11 @@ def _write_shard(path, seed, numbers, size_px, split):
             jpeg = io.BytesIO()
             # full chroma: at 64 px the usual halving would smear a colour over a tenth of a shape
             draw(picture, size_px).save(jpeg, "JPEG", quality=92, subsampling=0)
-            for suffix, data in (("jpg", jpeg.getvalue()), ("txt", picture.caption.encode()),
-                                 ("json", json.dumps(asdict(picture)).encode())):
+            for suffix, data in (
+                ("jpg", jpeg.getvalue()),
+                ("txt", picture.caption.encode()),
+                ("json", json.dumps(asdict(picture)).encode()),
+            ):
                 # Its time stays 0: the same world is the same bytes.
                 member = tarfile.TarInfo(f"{i:06d}.{suffix}")
                 member.size = len(data)
@@ -207,8 +255,9 @@ def _write_shard(path, seed, numbers, size_px, split):
 def _is_complete(folder, settings, names):
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        return (manifest["settings"] == settings
-                and all((folder / name).stat().st_size == manifest["bytes"][name] for name in names))
+        return manifest["settings"] == settings and all(
+            (folder / name).stat().st_size == manifest["bytes"][name] for name in names
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -246,7 +295,9 @@ def _counted(draws, split):
     for _ in range(4 - number):
         quarters.remove(draws.pick(quarters))
     slack = 0.23 - radius * REACH[shape]
-    places = [(x + draws.between(-slack, slack), y + draws.between(-slack, slack)) for x, y in quarters]
+    places = [
+        (x + draws.between(-slack, slack), y + draws.between(-slack, slack)) for x, y in quarters
+    ]
     shapes = tuple(_shape(draws, shape, colour, x, y, radius) for x, y in places)
     return shapes, f"{role} {colour} {shape}s"
 
@@ -261,7 +312,9 @@ def _pair(draws, split, kind):
     for which in sorted((0, 1), key=lambda which: not novel[which]):
         shape, its_role = ((first, role), (second, OPPOSITE[role]))[which]
         taken = colours[1 - which] if kind == "color_attr" else None
-        colours[which] = _colour(draws, shape, its_role, novel=novel[which], known=split == "train", taken=taken)
+        colours[which] = _colour(
+            draws, shape, its_role, novel=novel[which], known=split == "train", taken=taken
+        )
     large, small = draws.between(0.165, 0.185), draws.between(0.115, 0.13)
     distance = draws.between(0.44, 0.49)
     lean = math.radians(draws.between(-10, 10))
@@ -273,7 +326,10 @@ def _pair(draws, split, kind):
     reach = large * REACH[first], small * REACH[second]
     # the second shape is at the origin, the first at (dx, dy); then both move as far as the borders let them
     x, y = (_between_borders(draws, ((d, reach[0]), (0.0, reach[1]))) for d in (dx, dy))
-    shapes = (_shape(draws, first, colours[0], x + dx, y + dy, large), _shape(draws, second, colours[1], x, y, small))
+    shapes = (
+        _shape(draws, first, colours[0], x + dx, y + dy, large),
+        _shape(draws, second, colours[1], x, y, small),
+    )
     return shapes, f"{_name(colours[0], first)} {role} {_name(colours[1], second)}"
 
 
@@ -298,4 +354,12 @@ def _name(colour, shape):
 def _shape(draws, shape, colour, x, y, radius):
     hue, saturation, value = (draws.between(low, high) for low, high in COLOURS[colour])
     rgb = tuple(round(255 * level) for level in hsv_to_rgb(hue / 360 % 1, saturation, value))
-    return Shape(shape=shape, colour=colour, x=x, y=y, radius=radius, turn_degrees=draws.between(-6, 6), rgb=rgb)
+    return Shape(
+        shape=shape,
+        colour=colour,
+        x=x,
+        y=y,
+        radius=radius,
+        turn_degrees=draws.between(-6, 6),
+        rgb=rgb,
+    )

@@ -29,10 +29,23 @@ from iomm.internvl import byte_tokenizer, internvl_config
 from iomm.kernels.dispatch import cpu_has_bf16
 from iomm.mllm import IMAGE, IMAGE_MEAN, IMAGE_STD, RECONSTRUCT, TURN
 
-VISION = dict(hidden_size=128, num_hidden_layers=3, num_attention_heads=4, intermediate_size=512, image_size=32, patch_size=4,
-              attention_bias=True)
-TEXT = dict(hidden_size=192, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2, intermediate_size=512,
-            max_position_embeddings=512)
+VISION = dict(
+    hidden_size=128,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    intermediate_size=512,
+    image_size=32,
+    patch_size=4,
+    attention_bias=True,
+)
+TEXT = dict(
+    hidden_size=192,
+    num_hidden_layers=4,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    intermediate_size=512,
+    max_position_embeddings=512,
+)
 # What the user says beside a picture that is to be captioned.
 ASKED = ("", RECONSTRUCT, "Describe the image.")
 WEIGHTS = Path(__file__).parent / "weights"
@@ -56,8 +69,11 @@ class Leg:
 
 
 # Measured after each leg on one and the other machine: 95.6, 98.8 and 99.4 % of new captions exactly right.
-LEGS = (Leg(steps=5000, batch=64, lr=1e-3, images=16_000), Leg(steps=3000, batch=64, lr=7e-4, images=64_000),
-        Leg(steps=3000, batch=64, lr=5e-4, images=64_000))
+LEGS = (
+    Leg(steps=5000, batch=64, lr=1e-3, images=16_000),
+    Leg(steps=3000, batch=64, lr=7e-4, images=64_000),
+    Leg(steps=3000, batch=64, lr=5e-4, images=64_000),
+)
 
 
 def create_mllm(folder, *, texts, vision, text, seed=0, vocab_size=512):
@@ -68,9 +84,13 @@ def create_mllm(folder, *, texts, vision, text, seed=0, vocab_size=512):
     other text still has an encoding. Weights are drawn on the CPU from `seed`."""
     from transformers import InternVLForConditionalGeneration
     from transformers.utils import logging
+
     tokenizer = byte_tokenizer(texts, vocab_size)
-    config = internvl_config(vision, {**text, "vocab_size": len(tokenizer)},
-                             image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"))
+    config = internvl_config(
+        vision,
+        {**text, "vocab_size": len(tokenizer)},
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = InternVLForConditionalGeneration(config)
@@ -88,25 +108,39 @@ class Captioner(nn.Module):
 
     def __init__(self, folder):
         from transformers import AutoTokenizer, InternVLForConditionalGeneration
+
         super().__init__()
-        self.internvl = InternVLForConditionalGeneration.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
+        self.internvl = InternVLForConditionalGeneration.from_pretrained(
+            folder, use_safetensors=True, dtype=torch.float32
+        )
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
 
     def forward(self, texts, answers, vit_pixels_ICHW, has_image):
         config = self.internvl.config
         rows = []
         for text, answer, image in zip(texts, answers, has_image, strict=True):
-            middle = IMAGE[0] + "<IMG_CONTEXT>" * config.image_seq_length + IMAGE[1] if image else ""
-            asked, said = (self.tokenizer(part, add_special_tokens=False)["input_ids"]
-                           for part in (TURN[0] + text + middle + TURN[1], answer + "<|im_end|>"))
+            middle = (
+                IMAGE[0] + "<IMG_CONTEXT>" * config.image_seq_length + IMAGE[1] if image else ""
+            )
+            asked, said = (
+                self.tokenizer(part, add_special_tokens=False)["input_ids"]
+                for part in (TURN[0] + text + middle + TURN[1], answer + "<|im_end|>")
+            )
             rows.append((torch.tensor(asked + said), torch.tensor([-100] * len(asked) + said)))
-        ids_BT, labels_BT = (torch.nn.utils.rnn.pad_sequence(column, batch_first=True, padding_value=padding)
-                             for column, padding in zip(zip(*rows), (self.tokenizer.pad_token_id, -100)))
-        shown_BT = torch.nn.utils.rnn.pad_sequence([torch.ones(len(row), dtype=torch.long) for row, _ in rows], batch_first=True)
-        logits_BTV = self.internvl(input_ids=ids_BT, attention_mask=shown_BT, pixel_values=vit_pixels_ICHW,
-                                   use_cache=False).logits[:, :-1]
+        ids_BT, labels_BT = (
+            torch.nn.utils.rnn.pad_sequence(column, batch_first=True, padding_value=padding)
+            for column, padding in zip(zip(*rows), (self.tokenizer.pad_token_id, -100))
+        )
+        shown_BT = torch.nn.utils.rnn.pad_sequence(
+            [torch.ones(len(row), dtype=torch.long) for row, _ in rows], batch_first=True
+        )
+        logits_BTV = self.internvl(
+            input_ids=ids_BT, attention_mask=shown_BT, pixel_values=vit_pixels_ICHW, use_cache=False
+        ).logits[:, :-1]
         labels_BT = labels_BT[:, 1:]
-        loss = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), labels_BT.flatten(), ignore_index=-100)
+        loss = torch.nn.functional.cross_entropy(
+            logits_BTV.flatten(0, 1), labels_BT.flatten(), ignore_index=-100
+        )
         right_BT = (logits_BTV.argmax(-1) == labels_BT) | (labels_BT == -100)
         return loss, right_BT.all(1)
 
@@ -115,6 +149,7 @@ class Captioner(nn.Module):
         head of model.safetensors."""
         from safetensors import safe_open
         from safetensors.torch import load_file, save_file
+
         self.internvl.to(dtype).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         path = Path(folder) / "model.safetensors"
@@ -149,7 +184,12 @@ class Examples:
             texts.append(text)
             answers.append(answer)
             shown += [i] if task != "read" else []
-        return texts, answers, normalised(self.pixels_NCHW[shown]) if shown else None, [task != "read" for task in tasks]
+        return (
+            texts,
+            answers,
+            normalised(self.pixels_NCHW[shown]) if shown else None,
+            [task != "read" for task in tasks],
+        )
 
 
 def normalised(bytes_CHW):
@@ -168,17 +208,28 @@ def vit_bytes(picture, side):
     """PIL image -> (3, side, side) uint8, through JPEG."""
     jpeg = io.BytesIO()
     picture.save(jpeg, "JPEG", quality=92, subsampling=0)
-    pixels_HWC = torch.frombuffer(bytearray(Image.open(jpeg).convert("RGB").tobytes()), dtype=torch.uint8)
+    pixels_HWC = torch.frombuffer(
+        bytearray(Image.open(jpeg).convert("RGB").tobytes()), dtype=torch.uint8
+    )
     image_1CHW = pixels_HWC.view(picture.height, picture.width, 3).permute(2, 0, 1)[None]
     return resized(image_1CHW[0], side)
 
 
 def resized(bytes_CHW, side):
-    return torch.nn.functional.interpolate(bytes_CHW[None], size=(side, side), mode="bicubic", antialias=True)[0]
+    return torch.nn.functional.interpolate(
+        bytes_CHW[None], size=(side, side), mode="bicubic", antialias=True
+    )[0]
 
 
-def train(out: str | Path, *, legs: tuple[Leg, ...] = LEGS, seed: int = 0, num_judged: int = 2000,
-          save_steps: int = 250, say=print) -> dict[str, float]:
+def train(
+    out: str | Path,
+    *,
+    legs: tuple[Leg, ...] = LEGS,
+    seed: int = 0,
+    num_judged: int = 2000,
+    save_steps: int = 250,
+    say=print,
+) -> dict[str, float]:
     """Train the MLLM from scratch, write the folder `out`, and return the accuracies of the last leg.
 
     Each leg has an AdamW of its own; after it the weights are rounded to bf16, as in the file, and
@@ -197,18 +248,31 @@ def train(out: str | Path, *, legs: tuple[Leg, ...] = LEGS, seed: int = 0, num_j
     if out.exists():
         raise InputError(f"{out} exists. Give another --out, or remove it first.")
     folder = out.with_name(f"{out.name}.unfinished")
-    settings = {"legs": [asdict(leg) for leg in legs], "seed": seed, "tasks": TASKS, "world": VERSION}
+    settings = {
+        "legs": [asdict(leg) for leg in legs],
+        "seed": seed,
+        "tasks": TASKS,
+        "world": VERSION,
+    }
     state = resume(folder, settings)
     if state is None:
-        state = {"settings": json.dumps(settings), "leg": 0, "step": 0, "seconds": 0.0, "found": "[]"}
+        state = {
+            "settings": json.dumps(settings),
+            "leg": 0,
+            "step": 0,
+            "seconds": 0.0,
+            "found": "[]",
+        }
         shutil.rmtree(folder, ignore_errors=True)
         create_mllm(folder, texts=vocabulary(seed), vision=VISION, text=TEXT, seed=seed)
     model = Captioner(folder)
     if "model" in state:
         model.internvl.load_state_dict(state["model"])
     found = json.loads(state["found"])
-    for i, leg in enumerate(legs[state["leg"]:], state["leg"]):
-        optimizer = torch.optim.AdamW(model.parameters(), lr=leg.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    for i, leg in enumerate(legs[state["leg"] :], state["leg"]):
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=leg.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+        )
         if "optimizer" in state:
             optimizer.load_state_dict(state.pop("optimizer"))
         first, before_s = state["step"], state["seconds"]
@@ -220,9 +284,11 @@ def train(out: str | Path, *, legs: tuple[Leg, ...] = LEGS, seed: int = 0, num_j
             spent_s = time.monotonic() - begun
             done = step + 1
             if done == leg.steps or done % 50 == 0 or done == first + 5:
-                left = leg.steps - done + sum(later.steps for later in legs[i + 1:])
-                say(f"step {done} of {leg.steps}  loss {loss:.4f}  {spent_s / (done - first):.2f} s a step  "
-                    f"about {left * spent_s / (done - first) / 3600:.1f} h left")
+                left = leg.steps - done + sum(later.steps for later in legs[i + 1 :])
+                say(
+                    f"step {done} of {leg.steps}  loss {loss:.4f}  {spent_s / (done - first):.2f} s a step  "
+                    f"about {left * spent_s / (done - first) / 3600:.1f} h left"
+                )
             if done % save_steps == 0 and done < leg.steps:
                 state |= {"leg": i, "step": done, "seconds": before_s + spent_s}
                 save_state(folder, state, model, optimizer)
@@ -232,15 +298,28 @@ def train(out: str | Path, *, legs: tuple[Leg, ...] = LEGS, seed: int = 0, num_j
                 parameter.copy_(parameter.bfloat16())
         seconds = round(before_s + time.monotonic() - begun)
         shares = accuracies(model, seed, leg.images, num_judged)
-        found.append(asdict(leg) | {"seed": seed, "tasks": TASKS, "world": VERSION, "torch": torch.__version__,
-                                    "seconds": seconds, "found": shares})
+        found.append(
+            asdict(leg)
+            | {
+                "seed": seed,
+                "tasks": TASKS,
+                "world": VERSION,
+                "torch": torch.__version__,
+                "seconds": seconds,
+                "found": shares,
+            }
+        )
         say(f"leg {i + 1} of {len(legs)}: {shares}")
         state |= {"leg": i + 1, "step": 0, "seconds": 0.0, "found": json.dumps(found)}
         save_state(folder, state, model)
     # Beside the weights that a resumed run starts from.
     whole = folder / "whole"
     shutil.rmtree(whole, ignore_errors=True)
-    model.save(whole, torch.bfloat16, {"accuracy": json.dumps(found[-1]["found"]), "legs": json.dumps(found)})
+    model.save(
+        whole,
+        torch.bfloat16,
+        {"accuracy": json.dumps(found[-1]["found"]), "legs": json.dumps(found)},
+    )
     whole.replace(out)
     shutil.rmtree(folder)
     return found[-1]["found"]
@@ -257,11 +336,21 @@ def vocabulary(seed: int) -> list[str]:
     return texts
 
 
-def train_step(model: Captioner, optimizer: torch.optim.Optimizer, examples: Examples, leg: Leg, *,
-               seed: int, i: int, step: int) -> float:
+def train_step(
+    model: Captioner,
+    optimizer: torch.optim.Optimizer,
+    examples: Examples,
+    leg: Leg,
+    *,
+    seed: int,
+    i: int,
+    step: int,
+) -> float:
     """Take one step of leg i and return its loss. The batch depends on (seed, i, step) alone."""
     for group in optimizer.param_groups:
-        group["lr"] = leg.lr * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / leg.steps))
+        group["lr"] = (
+            leg.lr * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / leg.steps))
+        )
     tasks = [task for task, share in TASKS.items() for _ in range(round(leg.batch * share))]
     random = torch.Generator().manual_seed(((seed * len(LEGS) + i) << 32) + step)
     numbers = torch.randint(0, 1 << 40, (len(tasks),), generator=random).tolist()
@@ -274,7 +363,9 @@ def train_step(model: Captioner, optimizer: torch.optim.Optimizer, examples: Exa
     return loss.item()
 
 
-def save_state(folder: Path, state: dict, model: Captioner, optimizer: torch.optim.Optimizer | None = None):
+def save_state(
+    folder: Path, state: dict, model: Captioner, optimizer: torch.optim.Optimizer | None = None
+):
     """Write the state of an unfinished run, whole or not at all."""
     parts = {"model": model.internvl.state_dict()}
     if optimizer is not None:
@@ -290,8 +381,10 @@ def resume(folder: Path, settings: dict) -> dict | None:
         return None
     state = torch.load(path, weights_only=True)
     if json.loads(state["settings"]) != settings:
-        raise InputError(f"{folder} is an unfinished run with other settings: {state['settings']}. "
-                         "Remove it, or give another --out.")
+        raise InputError(
+            f"{folder} is an unfinished run with other settings: {state['settings']}. "
+            "Remove it, or give another --out."
+        )
     return state
 
 
@@ -317,13 +410,18 @@ def accuracies(model, seed, start, num, batch=100):
 
 def main(argv: list[str] | None = None) -> int:
     """Train the shipped schedule from the command line; return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", required=True, help="folder to write; must not exist yet")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     steps = sum(leg.steps for leg in LEGS)
-    print(f"{steps:,} steps in {len(LEGS)} legs: {steps * STEP_S[0] / 3600:.1f} to {steps * STEP_S[1] / 3600:.1f} hours "
-          "on two cores; started again with the same --out, the command resumes", flush=True)
+    print(
+        f"{steps:,} steps in {len(LEGS)} legs: {steps * STEP_S[0] / 3600:.1f} to {steps * STEP_S[1] / 3600:.1f} hours "
+        "on two cores; started again with the same --out, the command resumes",
+        flush=True,
+    )
     try:
         print(train(args.out, seed=args.seed, say=lambda line: print(line, flush=True)))
     except InputError as error:

@@ -50,8 +50,11 @@ NUMBERS = {"two": 2, "three": 3}
 ONE = rf"an? (?P<colour{{0}}>{'|'.join(COLOURS)}) (?P<shape{{0}}>{'|'.join(SHAPES)})"
 CAPTION = re.compile(
     rf"(?P<number>two|three) (?P<colour>{'|'.join(COLOURS)}) (?P<shape>{'|'.join(SHAPES)})s"
-    rf"|{ONE.format(1)}(?: (?P<relation>and|{'|'.join(DIRECTION)}) {ONE.format(2)})?")
-INSTRUCTION = re.compile(rf"make it ({'|'.join(COLOURS)})|add {ONE.format('')} ({'|'.join(PLACES)})")
+    rf"|{ONE.format(1)}(?: (?P<relation>and|{'|'.join(DIRECTION)}) {ONE.format(2)})?"
+)
+INSTRUCTION = re.compile(
+    rf"make it ({'|'.join(COLOURS)})|add {ONE.format('')} ({'|'.join(PLACES)})"
+)
 
 
 @dataclass(frozen=True)
@@ -70,11 +73,17 @@ def parse(caption):
     """Caption -> ([(colour, shape) of each object, in order], "left of" .. "below", "and" or None). Raises InputError."""
     match = CAPTION.fullmatch(caption)
     if match is None:
-        raise InputError(f"not a caption of the shapes world: {caption!r}; like 'a red circle left of a blue square'")
+        raise InputError(
+            f"not a caption of the shapes world: {caption!r}; like 'a red circle left of a blue square'"
+        )
     if match["number"]:
         return [(match["colour"], match["shape"])] * NUMBERS[match["number"]], None
     objects = [(match["colour1"], match["shape1"])]
-    return (objects + [(match["colour2"], match["shape2"])], match["relation"]) if match["relation"] else (objects, None)
+    return (
+        (objects + [(match["colour2"], match["shape2"])], match["relation"])
+        if match["relation"]
+        else (objects, None)
+    )
 
 
 def score(image, caption):
@@ -86,14 +95,24 @@ def score(image, caption):
     seen = Counter((piece.colour, piece.shape) for piece in found)
     placed = None
     if relation not in (None, "and"):
-        first, second = ([piece for piece in found if (piece.colour, piece.shape) == wanted] for wanted in objects)
+        first, second = (
+            [piece for piece in found if (piece.colour, piece.shape) == wanted]
+            for wanted in objects
+        )
         placed = any(lies(a, relation, b) for a, b in product(first, second) if a is not b)
-    return {"fits": seen == Counter(objects) and placed is not False, "number": len(found) == len(objects),
-            "colours": Counter(piece.colour for piece in found) == Counter(colour for colour, _ in objects),
-            "shapes": Counter(piece.shape for piece in found) == Counter(shape for _, shape in objects), "relation": placed}
+    return {
+        "fits": seen == Counter(objects) and placed is not False,
+        "number": len(found) == len(objects),
+        "colours": Counter(piece.colour for piece in found)
+        == Counter(colour for colour, _ in objects),
+        "shapes": Counter(piece.shape for piece in found) == Counter(shape for _, shape in objects),
+        "relation": placed,
+    }
 
 
-def kept(image: Image.Image | np.ndarray, before: Scene, instruction: str) -> dict[str, bool | None]:
+def kept(
+    image: Image.Image | np.ndarray, before: Scene, instruction: str
+) -> dict[str, bool | None]:
     """Return what an edited picture kept of the scene with one shape that it was made from.
 
     "make it red" may change the colour alone. "add a blue square to the left" may add one object, and
@@ -115,16 +134,18 @@ def kept(image: Image.Image | np.ndarray, before: Scene, instruction: str) -> di
     """
     match = INSTRUCTION.fullmatch(instruction)
     if match is None:
-        raise InputError(f"not an instruction of the shapes dataset: {instruction!r}. Expected "
-                         "'make it red' or 'add a blue square to the left'.")
-    source, = before.shapes
+        raise InputError(
+            f"not an instruction of the shapes dataset: {instruction!r}. Expected "
+            "'make it red' or 'add a blue square to the left'."
+        )
+    (source,) = before.shapes
     found = look(image)
     verdict = dict.fromkeys(("object", "place", "size"))
     if match[1]:
         verdict["object"] = [piece.shape for piece in found] == [source.shape]
         verdict["place"] = verdict["size"] = False
         if len(found) == 1:
-            piece, = found
+            (piece,) = found
             ratio = piece.area / area_of(source)
             distance = math.hypot(piece.x - source.x, piece.y - source.y)
             verdict["place"] = distance <= KEPT_DISTANCE
@@ -170,12 +191,22 @@ def look(image):
         towards = rgb - background_HWC[inside_HW].mean(0)
         along_HW = (away_HWC @ towards) / (towards @ towards)
         # an edge's colours lie between background and piece; what lies aside is of another colour and touches or covers this one
-        aside_HW = np.linalg.norm(away_HWC - along_HW.clip(0)[..., None] * towards, axis=-1) > BACKGROUND_LEVELS
+        aside_HW = (
+            np.linalg.norm(away_HWC - along_HW.clip(0)[..., None] * towards, axis=-1)
+            > BACKGROUND_LEVELS
+        )
         other_HW, inside_HW = inside_HW & aside_HW, inside_HW & (along_HW > 0.5) & ~aside_HW
         if inside_HW.mean() >= LEAST_AREA:
             y, x = (float(axis.mean()) for axis in np.nonzero(inside_HW))
-            found.append(Found(shape=shape_of(inside_HW), colour=colour_of(rgb), x=(x + 0.5) / SIDE, y=(y + 0.5) / SIDE,
-                               area=float(inside_HW.mean())))
+            found.append(
+                Found(
+                    shape=shape_of(inside_HW),
+                    colour=colour_of(rgb),
+                    x=(x + 0.5) / SIDE,
+                    y=(y + 0.5) / SIDE,
+                    area=float(inside_HW.mean()),
+                )
+            )
             waiting.append(other_HW)
     return sorted(found, key=lambda piece: piece.x)
 
@@ -183,7 +214,9 @@ def look(image):
 def enlarged(pixels_HWC):
     """(H, W, 3) uint8 -> (SIDE, SIDE, 3) float32 by cubic interpolation, in 0..255."""
     if pixels_HWC.ndim != 3 or pixels_HWC.shape[2] != 3 or pixels_HWC.dtype != np.uint8:
-        raise InputError(f"a picture to score must be RGB, 8 bits a channel; got {pixels_HWC.dtype} of shape {pixels_HWC.shape}")
+        raise InputError(
+            f"a picture to score must be RGB, 8 bits a channel; got {pixels_HWC.dtype} of shape {pixels_HWC.shape}"
+        )
     image_1CHW = torch.from_numpy(np.array(pixels_HWC)).permute(2, 0, 1)[None].float()
     if image_1CHW.shape[-2:] != (SIDE, SIDE):
         image_1CHW = F.interpolate(image_1CHW, size=(SIDE, SIDE), mode="bicubic", antialias=True)
@@ -215,7 +248,9 @@ def pieces(inside_HW):
         if torch.equal(spread, labels):
             return labels.numpy()
         # an index names a pixel of the same piece: the largest met anywhere along what was one index so far leads all of it on
-        met = F.pad(spread.flatten(), (1, 0)).scatter_reduce(0, labels.long().flatten(), spread.flatten(), "amax")
+        met = F.pad(spread.flatten(), (1, 0)).scatter_reduce(
+            0, labels.long().flatten(), spread.flatten(), "amax"
+        )
         labels = met[met[spread.long()].long()]
 
 
@@ -224,8 +259,13 @@ def shape_of(inside_HW):
     rows, columns = np.nonzero(inside_HW)
     y_HW, x_HW = np.mgrid[:SIDE, :SIDE].astype(np.float64)
     y_HW, x_HW = y_HW - rows.mean(), x_HW - columns.mean()
-    overlaps = {shape: max(overlap(inside_HW, ideal(shape, len(rows), y_HW, x_HW, turn))
-                           for turn in ((0,) if shape == "circle" else range(-8, 9, 4))) for shape in SHAPES}
+    overlaps = {
+        shape: max(
+            overlap(inside_HW, ideal(shape, len(rows), y_HW, x_HW, turn))
+            for turn in ((0,) if shape == "circle" else range(-8, 9, 4))
+        )
+        for shape in SHAPES
+    }
     best = max(overlaps, key=overlaps.get)
     return best if overlaps[best] >= LEAST_OVERLAP else None
 

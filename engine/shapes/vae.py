@@ -29,9 +29,18 @@ WEIGHTS = Path(__file__).parent / "weights" / "vae"
 FILE = "diffusion_pytorch_model.safetensors"
 SIZE_PX = 64
 ARCHITECTURE = dict(
-    in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(8, 16, 32, 64), layers_per_block=1,
-    down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=4,
-    act_fn="silu", sample_size=SIZE_PX, use_quant_conv=False, use_post_quant_conv=False,
+    in_channels=3,
+    out_channels=3,
+    latent_channels=4,
+    block_out_channels=(8, 16, 32, 64),
+    layers_per_block=1,
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
+    norm_num_groups=4,
+    act_fn="silu",
+    sample_size=SIZE_PX,
+    use_quant_conv=False,
+    use_post_quant_conv=False,
 )
 # Of the mean absolute error, beside the mean squared error of pixels in [-1, 1]
 L1_WEIGHT = 0.1
@@ -75,7 +84,9 @@ def turned(x_BCHW: torch.Tensor, number: int) -> torch.Tensor:
     return x_BCHW.flip(3) if number >= 4 else x_BCHW
 
 
-def vae_loss(autoencoder, pixels_BCHW: torch.Tensor, noise_BCHW: torch.Tensor, turn: int, kl_weight: float) -> torch.Tensor:
+def vae_loss(
+    autoencoder, pixels_BCHW: torch.Tensor, noise_BCHW: torch.Tensor, turn: int, kl_weight: float
+) -> torch.Tensor:
     """Return squared + absolute error + KL divergence (Kingma and Welling, arXiv 1312.6114, appendix B), a scalar.
 
     The latents are turned before they are decoded, and compared with pixels turned alike: latents that turn with the
@@ -83,7 +94,9 @@ def vae_loss(autoencoder, pixels_BCHW: torch.Tensor, noise_BCHW: torch.Tensor, t
     mean_BCHW, logvar_BCHW = autoencoder.encoder(pixels_BCHW).chunk(2, dim=1)
     nats = 0.5 * (mean_BCHW.square() + logvar_BCHW.exp() - 1 - logvar_BCHW).sum((1, 2, 3)).mean()
     latents_BCHW = mean_BCHW + torch.exp(0.5 * logvar_BCHW) * noise_BCHW
-    decoded = autoencoder.decoder(turned(latents_BCHW, turn).contiguous(memory_format=torch.channels_last))
+    decoded = autoencoder.decoder(
+        turned(latents_BCHW, turn).contiguous(memory_format=torch.channels_last)
+    )
     target = turned(pixels_BCHW, turn)
     return F.mse_loss(decoded, target) + L1_WEIGHT * F.l1_loss(decoded, target) + kl_weight * nats
 
@@ -97,11 +110,16 @@ def train(out, legs=LEGS, *, num_scored: int = 1000, report=print) -> dict:
     done = json.loads(metadata(out)["legs"]) if (out / FILE).is_file() else []
     for leg, there in zip(legs, done):
         if different := {key for key, value in asdict(leg).items() if there.get(key) != value}:
-            raise InputError(f"{out} was trained with another {', '.join(sorted(different))}: give another folder, or remove it")
+            raise InputError(
+                f"{out} was trained with another {', '.join(sorted(different))}: give another folder, or remove it"
+            )
     for number in range(len(done), len(legs)):
         done.append(train_leg(out, legs[number], done, report))
     vae = load_vae(str(out))
-    found = {split: round(reconstruction_accuracy(vae, num_scored, split), 4) for split in ("train", "test")}
+    found = {
+        split: round(reconstruction_accuracy(vae, num_scored, split), 4)
+        for split in ("train", "test")
+    }
     write_metadata(out, legs=json.dumps(done), accuracy=json.dumps(found))
     return found
 
@@ -120,16 +138,26 @@ def train_leg(out: Path, leg: Leg, done: list, report) -> dict:
             autoencoder = new_autoencoder(ARCHITECTURE)
     autoencoder.to(torch.float32, memory_format=torch.channels_last)
     averaged = {name: p.detach().clone() for name, p in autoencoder.named_parameters()}
-    optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=leg.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        autoencoder.parameters(), lr=leg.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True
+    )
     side = SIZE_PX // 2 ** (len(ARCHITECTURE["block_out_channels"]) - 1)
     for step in range(leg.steps):
         for group in optimizer.param_groups:
-            group["lr"] = leg.lr * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / leg.steps))
+            group["lr"] = (
+                leg.lr * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / leg.steps))
+            )
         numbers = torch.randint(0, leg.num_images, (leg.batch,), generator=generator)
         turns = torch.randint(0, 8, (2,), generator=generator).tolist()
-        pixels_BCHW = turned(normalised(images_NCHW[numbers]), turns[0]).contiguous(memory_format=torch.channels_last)
-        noise_BCHW = torch.randn(leg.batch, ARCHITECTURE["latent_channels"], side, side, generator=generator)
-        loss = vae_loss(autoencoder, pixels_BCHW, noise_BCHW, turns[1] if step % 2 else 0, leg.kl_weight)
+        pixels_BCHW = turned(normalised(images_NCHW[numbers]), turns[0]).contiguous(
+            memory_format=torch.channels_last
+        )
+        noise_BCHW = torch.randn(
+            leg.batch, ARCHITECTURE["latent_channels"], side, side, generator=generator
+        )
+        loss = vae_loss(
+            autoencoder, pixels_BCHW, noise_BCHW, turns[1] if step % 2 else 0, leg.kl_weight
+        )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(autoencoder.parameters(), 1.0)
         optimizer.step()
@@ -138,10 +166,17 @@ def train_leg(out: Path, leg: Leg, done: list, report) -> dict:
             for name, p in autoencoder.named_parameters():
                 averaged[name].lerp_(p, 1 - min(EMA_DECAY, 1 - 1 / (step + 1)))
         if step % 50 == 0 or step == leg.steps - 1:
-            report(f"leg {len(done) + 1}  step {step}/{leg.steps}  loss {loss.item():.4f}  {time.monotonic() - begun:.0f} s", flush=True)
+            report(
+                f"leg {len(done) + 1}  step {step}/{leg.steps}  loss {loss.item():.4f}  {time.monotonic() - begun:.0f} s",
+                flush=True,
+            )
     autoencoder.load_state_dict(averaged)
-    facts = asdict(leg) | {"l1_weight": L1_WEIGHT, "dataset": VERSION, "torch": torch.__version__,
-                           "seconds": round(time.monotonic() - begun)}
+    facts = asdict(leg) | {
+        "l1_weight": L1_WEIGHT,
+        "dataset": VERSION,
+        "torch": torch.__version__,
+        "seconds": round(time.monotonic() - begun),
+    }
     save(autoencoder.eval(), out, images_NCHW[:NUM_STATISTICS])
     write_metadata(out, legs=json.dumps([*done, facts]))
     return facts
@@ -161,26 +196,41 @@ def write_metadata(folder, **texts: str) -> None:
 @torch.no_grad()
 def save(autoencoder, out, images_NCHW: torch.Tensor) -> None:
     """Write an AutoencoderKL folder in bfloat16. Scale and shift make the latents of these images mean 0, variance 1."""
-    means = [autoencoder.encode(normalised(part)).latent_dist.mean for part in images_NCHW.split(100)]
+    means = [
+        autoencoder.encode(normalised(part)).latent_dist.mean for part in images_NCHW.split(100)
+    ]
     latents = torch.cat(means).double()
-    autoencoder.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
+    autoencoder.register_to_config(
+        scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item()
+    )
     shutil.rmtree(out, ignore_errors=True)
     autoencoder.to(torch.bfloat16).save_pretrained(out)
 
 
 @torch.no_grad()
-def reconstruction_accuracy(vae: FluxVAE, num: int, split: str = "train", seed: int = 2**31) -> float:
+def reconstruction_accuracy(
+    vae: FluxVAE, num: int, split: str = "train", seed: int = 2**31
+) -> float:
     """Return the share of pictures, none of them trained on, that still fit their caption when encoded and decoded."""
     right = 0
     for first in range(0, num, 100):
         numbers = range(first, min(first + 100, num))
         pixels_BCHW = vae.decode(vae.encode(normalised(render(seed, numbers, split))))
-        bytes_BHWC = ((pixels_BCHW.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-        right += sum(score(pixels, scene(seed, i, split).caption)["fits"] for i, pixels in zip(numbers, bytes_BHWC))
+        bytes_BHWC = (
+            ((pixels_BCHW.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        )
+        right += sum(
+            score(pixels, scene(seed, i, split).caption)["fits"]
+            for i, pixels in zip(numbers, bytes_BHWC)
+        )
     return right / num
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, help="folder of the weights; an interrupted one is continued")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", required=True, help="folder of the weights; an interrupted one is continued"
+    )
     print(train(parser.parse_args().out))

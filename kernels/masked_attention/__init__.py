@@ -22,33 +22,69 @@ from iomm.kernels.masked_attention.triton_op import masked_attention_triton
 from iomm.kernels.triton_ops import support
 
 register("masked_attention", "sdpa", masked_attention_sdpa)
-register("masked_attention", "varlen", varlen.masked_attention_varlen, devices=("cuda",), dtypes=varlen.DTYPES,
-         why_not=varlen.varlen_why_not, note=support.NOTE)
-register("masked_attention", "flash", varlen.masked_attention_flash, devices=("cuda",), dtypes=varlen.DTYPES,
-         why_not=varlen.flash_why_not, note=support.NOTE)
-register("masked_attention", "triton", masked_attention_triton, devices=support.DEVICES,
-         dtypes=support.DTYPES, why_not=support.why_not, note=support.NOTE)
+register(
+    "masked_attention",
+    "varlen",
+    varlen.masked_attention_varlen,
+    devices=("cuda",),
+    dtypes=varlen.DTYPES,
+    why_not=varlen.varlen_why_not,
+    note=support.NOTE,
+)
+register(
+    "masked_attention",
+    "flash",
+    varlen.masked_attention_flash,
+    devices=("cuda",),
+    dtypes=varlen.DTYPES,
+    why_not=varlen.flash_why_not,
+    note=support.NOTE,
+)
+register(
+    "masked_attention",
+    "triton",
+    masked_attention_triton,
+    devices=support.DEVICES,
+    dtypes=support.DTYPES,
+    why_not=support.why_not,
+    note=support.NOTE,
+)
 register("masked_attention", "reference", masked_attention_reference)
 
 
 def _check_keys(name, k, v, q):
     if k.dim() != 3 or k.shape != v.shape or k.shape[2] != q.shape[2]:
-        raise ValueError(f"{name} keys and values must be (tokens, G, {q.shape[2]}) alike, "
-                         f"got {tuple(k.shape)} and {tuple(v.shape)}")
+        raise ValueError(
+            f"{name} keys and values must be (tokens, G, {q.shape[2]}) alike, "
+            f"got {tuple(k.shape)} and {tuple(v.shape)}"
+        )
     if not k.shape[1] or q.shape[1] % k.shape[1]:
-        raise ValueError(f"{q.shape[1]} query heads are not a multiple of the {k.shape[1]} {name} key heads")
+        raise ValueError(
+            f"{q.shape[1]} query heads are not a multiple of the {k.shape[1]} {name} key heads"
+        )
     if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
-        raise ValueError(f"q and the {name} keys and values must share dtype and device, got {q.dtype} {q.device}, "
-                         f"{k.dtype} {k.device}, {v.dtype} {v.device}")
+        raise ValueError(
+            f"q and the {name} keys and values must share dtype and device, got {q.dtype} {q.device}, "
+            f"{k.dtype} {k.device}, {v.dtype} {v.device}"
+        )
 
 
 def _check_offsets(name, offsets, q):
-    if offsets.dtype != torch.int32 or offsets.dim() != 1 or len(offsets) < 1 or offsets.device != q.device:
-        raise ValueError(f"{name} must be int32 of shape (B + 1,) on {q.device}, got {offsets.dtype} of shape "
-                         f"{tuple(offsets.shape)} on {offsets.device}")
+    if (
+        offsets.dtype != torch.int32
+        or offsets.dim() != 1
+        or len(offsets) < 1
+        or offsets.device != q.device
+    ):
+        raise ValueError(
+            f"{name} must be int32 of shape (B + 1,) on {q.device}, got {offsets.dtype} of shape "
+            f"{tuple(offsets.shape)} on {offsets.device}"
+        )
 
 
-def masked_attention(q, k, v, offsets, *, prefix_k=None, prefix_v=None, prefix_offsets=None, causal=True, scale=None):
+def masked_attention(
+    q, k, v, offsets, *, prefix_k=None, prefix_v=None, prefix_offsets=None, causal=True, scale=None
+):
     """(S, A, E): softmax attention of the packed queries q (S, A, E), differentiable in q, k, v and the prefix.
 
     Sample b owns the queries offsets[b] .. offsets[b + 1] (int32, (B + 1,)), the suffix keys k, v (S, G, E) at the same
@@ -70,16 +106,22 @@ def masked_attention(q, k, v, offsets, *, prefix_k=None, prefix_v=None, prefix_o
     if k is not None:
         _check_keys("suffix", k, v, q)
         if k.shape[0] != q.shape[0]:
-            raise ValueError(f"suffix keys must be as many as the {q.shape[0]} queries, got {k.shape[0]}")
+            raise ValueError(
+                f"suffix keys must be as many as the {q.shape[0]} queries, got {k.shape[0]}"
+            )
     if prefix_k is not None:
         _check_keys("prefix", prefix_k, prefix_v, q)
         _check_offsets("prefix_offsets", prefix_offsets, q)
         if len(prefix_offsets) != len(offsets):
-            raise ValueError(f"offsets and prefix_offsets must name equally many samples, "
-                             f"got {len(offsets) - 1} and {len(prefix_offsets) - 1}")
+            raise ValueError(
+                f"offsets and prefix_offsets must name equally many samples, "
+                f"got {len(offsets) - 1} and {len(prefix_offsets) - 1}"
+            )
         if k is not None and k.shape[1] != prefix_k.shape[1]:
-            raise ValueError(f"suffix and prefix must have equally many key heads, "
-                             f"got {k.shape[1]} and {prefix_k.shape[1]}")
+            raise ValueError(
+                f"suffix and prefix must have equally many key heads, "
+                f"got {k.shape[1]} and {prefix_k.shape[1]}"
+            )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     run = pick("masked_attention", q.device, q.dtype)
     return run(q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, causal, scale)

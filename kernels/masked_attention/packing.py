@@ -10,7 +10,12 @@ def remembered(make, offsets, prefix_offsets, *key):
     if any(x is not None and x.is_inference() for x in (offsets, prefix_offsets)):
         # Inference tensors carry no version: they may have changed.
         return make(offsets, prefix_offsets, *key)
-    key = (make, offsets._version, None if prefix_offsets is None else prefix_offsets._version, *key)
+    key = (
+        make,
+        offsets._version,
+        None if prefix_offsets is None else prefix_offsets._version,
+        *key,
+    )
     for known_offsets, known_prefix, known_key, plan in _recent:
         if known_offsets is offsets and known_prefix is prefix_offsets and known_key == key:
             return plan
@@ -33,7 +38,9 @@ def lengths_of(name, offsets, num_rows=None):
 
 def rows_in(lengths, strides, first, device):
     """Row of each packed token when sample b starts at strides[b] + first[b]; both a list, or one number for all."""
-    sample = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.int64))
+    sample = torch.repeat_interleave(
+        torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.int64)
+    )
     starts = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0)
     base = torch.as_tensor(strides).expand(len(lengths)) + torch.as_tensor(first)
     return (base[sample] + torch.arange(len(sample)) - starts[sample]).to(device)

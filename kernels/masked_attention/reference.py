@@ -21,7 +21,7 @@ def masked_attention_reference(q, k, v, offsets, prefix_k, prefix_v, prefix_offs
             values.append(v[own])
         first_hidden = num_prefix + 1 if causal and k is not None else None
         outputs.append(_attend(q[own], torch.cat(keys), torch.cat(values), first_hidden, scale))
-    return torch.cat([*outputs, torch.zeros_like(q[bounds[-1]:])])
+    return torch.cat([*outputs, torch.zeros_like(q[bounds[-1] :])])
 
 
 def _attend(q_IAE, k_JGE, v_JGE, first_hidden, scale):
@@ -31,7 +31,9 @@ def _attend(q_IAE, k_JGE, v_JGE, first_hidden, scale):
     k_JAE, v_JAE = (x.to(dtype).repeat_interleave(repeat, dim=1) for x in (k_JGE, v_JGE))
     scores_AIJ = torch.einsum("iae,jae->aij", q_IAE.to(dtype), k_JAE) * scale
     if first_hidden is not None:
-        hidden_IJ = torch.ones(scores_AIJ.shape[1:], dtype=torch.bool, device=q_IAE.device).triu(first_hidden)
+        hidden_IJ = torch.ones(scores_AIJ.shape[1:], dtype=torch.bool, device=q_IAE.device).triu(
+            first_hidden
+        )
         scores_AIJ = scores_AIJ.masked_fill(hidden_IJ, float("-inf"))
     # Without keys J = 0: the sum over nothing is zero, and stays in the graph.
     return torch.einsum("aij,jae->iae", scores_AIJ.softmax(-1), v_JAE).to(q_IAE.dtype)

@@ -25,10 +25,19 @@ def dense_attention(q, k, v, mask=None, *, causal=False, scale=None):
         scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-1, -2)
         if causal:
             mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-        return (scores if mask is None else scores.masked_fill(~mask, float("-inf"))).softmax(-1) @ v
+        return (scores if mask is None else scores.masked_fill(~mask, float("-inf"))).softmax(
+            -1
+        ) @ v
     with sdpa_kernel(_MASKED_BACKENDS) if q.is_cuda and mask is not None else nullcontext():
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale,
-                                              enable_gqa=k.shape[1] != q.shape[1])
+        return F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=causal,
+            scale=scale,
+            enable_gqa=k.shape[1] != q.shape[1],
+        )
 
 
 @dataclass(frozen=True)
@@ -56,11 +65,20 @@ class Plan:
 
 def _make_plan(offsets, prefix_offsets, has_suffix, causal):
     lengths = lengths_of("offsets", offsets)
-    prefix_lengths = [0] * len(lengths) if prefix_offsets is None else lengths_of("prefix_offsets", prefix_offsets)
+    prefix_lengths = (
+        [0] * len(lengths)
+        if prefix_offsets is None
+        else lengths_of("prefix_offsets", prefix_offsets)
+    )
     num_queries, num_prefix = max(lengths, default=0), max(prefix_lengths, default=0)
     alike = len(set(lengths)) <= 1 and len(set(prefix_lengths)) <= 1
-    sizes = {"num_samples": len(lengths), "num_queries": num_queries, "num_prefix": num_prefix,
-             "total_queries": sum(lengths), "total_prefix": sum(prefix_lengths)}
+    sizes = {
+        "num_samples": len(lengths),
+        "num_queries": num_queries,
+        "num_prefix": num_prefix,
+        "total_queries": sum(lengths),
+        "total_prefix": sum(prefix_lengths),
+    }
     if alike and not (causal and has_suffix and num_prefix):
         return Plan(regular=True, **sizes)
     num_slots = num_prefix + (num_queries if has_suffix else 0)
@@ -77,10 +95,15 @@ def _make_plan(offsets, prefix_offsets, has_suffix, causal):
     if num_slots:
         visible[..., 0] |= ~visible.any(-1)
     return Plan(
-        regular=False, **sizes, mask=visible[:, None].to(device),
+        regular=False,
+        **sizes,
+        mask=visible[:, None].to(device),
         query_rows=rows_in(lengths, samples * num_queries, 0, device),
-        suffix_rows=rows_in(lengths, samples * num_slots, num_prefix, device) if has_suffix else None,
-        prefix_rows=rows_in(prefix_lengths, samples * num_slots, 0, device))
+        suffix_rows=rows_in(lengths, samples * num_slots, num_prefix, device)
+        if has_suffix
+        else None,
+        prefix_rows=rows_in(prefix_lengths, samples * num_slots, 0, device),
+    )
 
 
 def _heads_first(x, num_samples):
@@ -92,30 +115,48 @@ def masked_attention_sdpa(q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, 
     plan = remembered(_make_plan, offsets, prefix_offsets, k is not None, causal)
     num_prefix = 0 if prefix_k is None else prefix_k.shape[0]
     if plan.total_queries > q.shape[0] or plan.total_prefix > num_prefix:
-        raise ValueError(f"offsets end at {plan.total_queries} queries and {plan.total_prefix} prefix keys, "
-                         f"but there are {q.shape[0]} and {num_prefix}")
+        raise ValueError(
+            f"offsets end at {plan.total_queries} queries and {plan.total_prefix} prefix keys, "
+            f"but there are {q.shape[0]} and {num_prefix}"
+        )
     # Rows behind the last sample.
     if plan.total_queries < q.shape[0] or plan.total_prefix < num_prefix:
         behind = q.new_zeros(q.shape[0] - plan.total_queries, *q.shape[1:])
-        q, k, v = (None if x is None else x[:plan.total_queries] for x in (q, k, v))
-        prefix_k, prefix_v = (None if x is None else x[:plan.total_prefix] for x in (prefix_k, prefix_v))
-        own = masked_attention_sdpa(q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, causal, scale)
+        q, k, v = (None if x is None else x[: plan.total_queries] for x in (q, k, v))
+        prefix_k, prefix_v = (
+            None if x is None else x[: plan.total_prefix] for x in (prefix_k, prefix_v)
+        )
+        own = masked_attention_sdpa(
+            q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, causal, scale
+        )
         return torch.cat((own, behind))
     num_keys = num_prefix + (0 if k is None else k.shape[0])
     # Nothing to compute, but a graph to keep.
     if not q.shape[0] or not num_keys:
-        return masked_attention_reference(q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, causal, scale)
+        return masked_attention_reference(
+            q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, causal, scale
+        )
     run = _regular if plan.regular else _padded
     return run(plan, q, k, v, prefix_k, prefix_v, causal, scale)
 
 
 def _regular(plan, q, k, v, prefix_k, prefix_v, causal, scale):
     def joined(prefix, suffix):
-        parts = [_heads_first(x, plan.num_samples) for x in (prefix, suffix) if x is not None and x.shape[0]]
+        parts = [
+            _heads_first(x, plan.num_samples)
+            for x in (prefix, suffix)
+            if x is not None and x.shape[0]
+        ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
     keys, values = joined(prefix_k, k), joined(prefix_v, v)
-    out = dense_attention(_heads_first(q, plan.num_samples), keys, values, causal=causal and k is not None, scale=scale)
+    out = dense_attention(
+        _heads_first(q, plan.num_samples),
+        keys,
+        values,
+        causal=causal and k is not None,
+        scale=scale,
+    )
     return out.transpose(1, 2).flatten(0, 1)
 
 
@@ -133,6 +174,14 @@ def _padded(plan, q, k, v, prefix_k, prefix_v, causal, scale):
         # Heads are repeated by hand: the CUDA kernels that take a mask do not take grouped heads.
         return _heads_first(slots, plan.num_samples).repeat_interleave(repeat, dim=1)
 
-    queries = q.new_zeros(plan.num_samples * plan.num_queries, *q.shape[1:]).index_copy(0, plan.query_rows, q)
-    out = dense_attention(_heads_first(queries, plan.num_samples), dense(prefix_k, k), dense(prefix_v, v), plan.mask, scale=scale)
+    queries = q.new_zeros(plan.num_samples * plan.num_queries, *q.shape[1:]).index_copy(
+        0, plan.query_rows, q
+    )
+    out = dense_attention(
+        _heads_first(queries, plan.num_samples),
+        dense(prefix_k, k),
+        dense(prefix_v, v),
+        plan.mask,
+        scale=scale,
+    )
     return out.transpose(1, 2).flatten(0, 1).index_select(0, plan.query_rows)

@@ -32,15 +32,25 @@ class Packing:
 def _make_packing(offsets, prefix_offsets, num_rows, num_prefix, has_suffix):
     lengths = lengths_of("offsets", offsets, num_rows)
     suffix = lengths if has_suffix else [0] * len(lengths)
-    prefix = [0] * len(lengths) if prefix_offsets is None else lengths_of("prefix_offsets", prefix_offsets, num_prefix)
+    prefix = (
+        [0] * len(lengths)
+        if prefix_offsets is None
+        else lengths_of("prefix_offsets", prefix_offsets, num_prefix)
+    )
     keys = [a + b for a, b in zip(prefix, suffix)]
     bounds = torch.tensor([0, *keys]).cumsum(0)
     device, starts = offsets.device, bounds[:-1]
     return Packing(
-        key_offsets=bounds.int().to(device), max_queries=max(lengths, default=0), max_keys=max(keys, default=0),
-        total_queries=sum(lengths), total_keys=sum(keys),
-        suffix_rows=rows_in(suffix, starts, torch.tensor(prefix, dtype=torch.int64), device) if has_suffix else None,
-        prefix_rows=rows_in(prefix, starts, 0, device))
+        key_offsets=bounds.int().to(device),
+        max_queries=max(lengths, default=0),
+        max_keys=max(keys, default=0),
+        total_queries=sum(lengths),
+        total_keys=sum(keys),
+        suffix_rows=rows_in(suffix, starts, torch.tensor(prefix, dtype=torch.int64), device)
+        if has_suffix
+        else None,
+        prefix_rows=rows_in(prefix, starts, 0, device),
+    )
 
 
 def _join(packing, prefix, suffix):
@@ -49,28 +59,39 @@ def _join(packing, prefix, suffix):
     joined = some.new_zeros(packing.total_keys, *some.shape[1:])
     for part, rows in ((prefix, packing.prefix_rows), (suffix, packing.suffix_rows)):
         if part is not None:
-            joined = joined.index_copy(0, rows, part[:len(rows)])
+            joined = joined.index_copy(0, rows, part[: len(rows)])
     return joined
 
 
 def _run(attend, q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, causal, scale):
     """`attend(q, k, v, offsets, key_offsets, max_queries, max_keys, causal, scale)` on the joined keys."""
     num_prefix = 0 if prefix_k is None else prefix_k.shape[0]
-    packing = remembered(_make_packing, offsets, prefix_offsets, q.shape[0], num_prefix, k is not None)
+    packing = remembered(
+        _make_packing, offsets, prefix_offsets, q.shape[0], num_prefix, k is not None
+    )
     behind = q.new_zeros(q.shape[0] - packing.total_queries, *q.shape[1:])
-    q = q[:packing.total_queries]
+    q = q[: packing.total_queries]
     if k is None:
-        keys, values = (x[:packing.total_keys] for x in (prefix_k, prefix_v))
+        keys, values = (x[: packing.total_keys] for x in (prefix_k, prefix_v))
     elif prefix_k is None:
-        keys, values = (x[:packing.total_keys] for x in (k, v))
+        keys, values = (x[: packing.total_keys] for x in (k, v))
     else:
         keys, values = _join(packing, prefix_k, k), _join(packing, prefix_v, v)
     # Nothing to compute, but a graph to keep.
     if not q.shape[0] or not packing.total_keys:
         out = q * 0 + keys.sum() * 0 + values.sum() * 0
     else:
-        out = attend(q, keys, values, offsets, packing.key_offsets, packing.max_queries, packing.max_keys,
-                     causal and k is not None, scale)
+        out = attend(
+            q,
+            keys,
+            values,
+            offsets,
+            packing.key_offsets,
+            packing.max_queries,
+            packing.max_keys,
+            causal and k is not None,
+            scale,
+        )
     return torch.cat((out, behind)) if behind.shape[0] else out
 
 
@@ -83,11 +104,13 @@ def masked_attention_varlen(*arguments):
 def _torch_options():
     """Which keywords this torch's varlen_attn has: grouped heads from 2.12; causal was a bool once."""
     from torch.nn.attention.varlen import varlen_attn
+
     return frozenset(inspect.signature(varlen_attn).parameters)
 
 
 def _torch_varlen(q, k, v, offsets, key_offsets, max_queries, max_keys, causal, scale):
     from torch.nn.attention.varlen import varlen_attn
+
     known, options = _torch_options(), {"scale": scale}
     if causal:
         options |= {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
@@ -115,8 +138,19 @@ def masked_attention_flash(*arguments):
 
 def _flash_varlen(q, k, v, offsets, key_offsets, max_queries, max_keys, causal, scale):
     from flash_attn import flash_attn_varlen_func
-    return flash_attn_varlen_func(q, k, v, offsets, key_offsets, max_queries, max_keys, softmax_scale=scale,
-                                  causal=causal, deterministic=True)
+
+    return flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        offsets,
+        key_offsets,
+        max_queries,
+        max_keys,
+        softmax_scale=scale,
+        causal=causal,
+        deterministic=True,
+    )
 
 
 def flash_why_not():

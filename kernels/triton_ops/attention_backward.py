@@ -11,8 +11,25 @@ from iomm.kernels.triton_ops.tiles import load_tile, rows_of, store_tile, tile_o
 
 
 @triton.jit
-def pull_queries(dq, q, grad, lse, delta, i, k, v, first, stop, end, head, scale_log2, HEADS: tl.constexpr,
-                 E: tl.constexpr, BLOCK: tl.constexpr, CAUSAL: tl.constexpr):
+def pull_queries(
+    dq,
+    q,
+    grad,
+    lse,
+    delta,
+    i,
+    k,
+    v,
+    first,
+    stop,
+    end,
+    head,
+    scale_log2,
+    HEADS: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):
     """Adds to dq what the keys first .. stop (< end) give, still without the scale."""
     for start in range(first, stop, BLOCK):
         j = start + tl.arange(0, BLOCK)
@@ -30,14 +47,39 @@ def pull_queries(dq, q, grad, lse, delta, i, k, v, first, stop, end, head, scale
 
 
 @triton.jit(do_not_specialize=["num_samples", "num_rows"])
-def queries_kernel(q_ptr, k_ptr, v_ptr, offsets, prefix_k, prefix_v, prefix_offsets, out_ptr, grad_ptr, lse_ptr,
-                   delta_ptr, dq_ptr, num_samples, num_rows, scale, scale_log2, SAMPLES: tl.constexpr,
-                   HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, E: tl.constexpr, PREFIX: tl.constexpr,
-                   SUFFIX: tl.constexpr, CAUSAL: tl.constexpr, OWN: tl.constexpr, WALK: tl.constexpr):
+def queries_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    offsets,
+    prefix_k,
+    prefix_v,
+    prefix_offsets,
+    out_ptr,
+    grad_ptr,
+    lse_ptr,
+    delta_ptr,
+    dq_ptr,
+    num_samples,
+    num_rows,
+    scale,
+    scale_log2,
+    SAMPLES: tl.constexpr,
+    HEADS: tl.constexpr,
+    KEY_HEADS: tl.constexpr,
+    E: tl.constexpr,
+    PREFIX: tl.constexpr,
+    SUFFIX: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    OWN: tl.constexpr,
+    WALK: tl.constexpr,
+):
     """Program (query head, slot): dq of its tile, and delta (HEADS, num_rows), the sum of out * grad of each row."""
     head = tl.program_id(0)
     key_head = head // (HEADS // KEY_HEADS)
-    sample, start, first, end = tile_of(tl.program_id(1), offsets, num_samples, num_rows, OWN, SAMPLES)
+    sample, start, first, end = tile_of(
+        tl.program_id(1), offsets, num_samples, num_rows, OWN, SAMPLES
+    )
     if first >= end:
         return
     i = first + tl.arange(0, OWN)
@@ -51,28 +93,84 @@ def queries_kernel(q_ptr, k_ptr, v_ptr, offsets, prefix_k, prefix_v, prefix_offs
     dq = tl.zeros([OWN, E], tl.float32)
     if PREFIX:
         begin, stop = rows_of(prefix_offsets, sample, num_samples)
-        dq = pull_queries(dq, q, grad, lse, delta, i, prefix_k, prefix_v, begin, stop, stop, key_head, scale_log2,
-                          KEY_HEADS, E, WALK, False)
+        dq = pull_queries(
+            dq,
+            q,
+            grad,
+            lse,
+            delta,
+            i,
+            prefix_k,
+            prefix_v,
+            begin,
+            stop,
+            stop,
+            key_head,
+            scale_log2,
+            KEY_HEADS,
+            E,
+            WALK,
+            False,
+        )
     if SUFFIX:
         stop = end
         if CAUSAL:
             stop = tl.minimum(end, first + OWN)
         stop = tl.where(sample < num_samples, stop, start)
-        dq = pull_queries(dq, q, grad, lse, delta, i, k_ptr, v_ptr, start, stop, end, key_head, scale_log2,
-                          KEY_HEADS, E, WALK, CAUSAL)
+        dq = pull_queries(
+            dq,
+            q,
+            grad,
+            lse,
+            delta,
+            i,
+            k_ptr,
+            v_ptr,
+            start,
+            stop,
+            end,
+            key_head,
+            scale_log2,
+            KEY_HEADS,
+            E,
+            WALK,
+            CAUSAL,
+        )
     store_tile(dq_ptr, dq * scale, i, end, head, HEADS, E)
 
 
 @triton.jit(do_not_specialize=["num_samples", "num_rows", "num_keys"])
-def keys_kernel(q_ptr, k_ptr, v_ptr, offsets, key_offsets, grad_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, num_samples,
-                num_rows, num_keys, scale, scale_log2, SAMPLES: tl.constexpr, HEADS: tl.constexpr,
-                KEY_HEADS: tl.constexpr, E: tl.constexpr, CAUSAL: tl.constexpr, OWN: tl.constexpr,
-                WALK: tl.constexpr):
+def keys_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    offsets,
+    key_offsets,
+    grad_ptr,
+    lse_ptr,
+    delta_ptr,
+    dk_ptr,
+    dv_ptr,
+    num_samples,
+    num_rows,
+    num_keys,
+    scale,
+    scale_log2,
+    SAMPLES: tl.constexpr,
+    HEADS: tl.constexpr,
+    KEY_HEADS: tl.constexpr,
+    E: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    OWN: tl.constexpr,
+    WALK: tl.constexpr,
+):
     """Program (key head, slot of keys): dk and dv of its tile from the queries of its sample, head by head.
 
     CAUSAL: keys are the suffix, key_offsets are offsets, and query row i sees key row j where j <= i."""
     key_head = tl.program_id(0)
-    sample, _, first, end = tile_of(tl.program_id(1), key_offsets, num_samples, num_keys, OWN, SAMPLES)
+    sample, _, first, end = tile_of(
+        tl.program_id(1), key_offsets, num_samples, num_keys, OWN, SAMPLES
+    )
     if first >= end:
         return
     j = first + tl.arange(0, OWN)

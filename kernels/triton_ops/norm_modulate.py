@@ -17,8 +17,21 @@ def normalised(x, inside, D: tl.constexpr, eps, LAYER: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def forward_kernel(x_ptr, shift_ptr, scale_ptr, out_ptr, num_rows, shift_stride, scale_stride, eps, D: tl.constexpr,
-                   BLOCK: tl.constexpr, ROWS: tl.constexpr, LAYER: tl.constexpr, SHIFT: tl.constexpr):
+def forward_kernel(
+    x_ptr,
+    shift_ptr,
+    scale_ptr,
+    out_ptr,
+    num_rows,
+    shift_stride,
+    scale_stride,
+    eps,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    LAYER: tl.constexpr,
+    SHIFT: tl.constexpr,
+):
     """Program (chunk of ROWS rows, sample)."""
     sample = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * ROWS
@@ -26,7 +39,9 @@ def forward_kernel(x_ptr, shift_ptr, scale_ptr, out_ptr, num_rows, shift_stride,
     inside = d < D
     scale = tl.load(scale_ptr + sample * scale_stride + d, mask=inside, other=0.0).to(tl.float32)
     if SHIFT:
-        shift = tl.load(shift_ptr + sample * shift_stride + d, mask=inside, other=0.0).to(tl.float32)
+        shift = tl.load(shift_ptr + sample * shift_stride + d, mask=inside, other=0.0).to(
+            tl.float32
+        )
     for row in range(first, tl.minimum(first + ROWS, num_rows)):
         place = (sample * num_rows + row) * D + d
         x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
@@ -38,9 +53,22 @@ def forward_kernel(x_ptr, shift_ptr, scale_ptr, out_ptr, num_rows, shift_stride,
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def backward_kernel(grad_ptr, x_ptr, scale_ptr, dx_ptr, partial_shift, partial_scale, num_rows, scale_stride, eps,
-                    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, LAYER: tl.constexpr,
-                    SHIFT: tl.constexpr):
+def backward_kernel(
+    grad_ptr,
+    x_ptr,
+    scale_ptr,
+    dx_ptr,
+    partial_shift,
+    partial_scale,
+    num_rows,
+    scale_stride,
+    eps,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    LAYER: tl.constexpr,
+    SHIFT: tl.constexpr,
+):
     """Program (chunk of ROWS rows, sample); partial_* (samples, chunks, D) float32."""
     sample, chunk = tl.program_id(1).to(tl.int64), tl.program_id(0)
     d = tl.arange(0, BLOCK)

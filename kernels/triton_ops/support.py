@@ -26,7 +26,11 @@ def why_not():
     """Why Triton's bodies cannot run on this machine, or None."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if not INTERPRETED and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+    if (
+        not INTERPRETED
+        and torch.cuda.is_available()
+        and torch.cuda.get_device_capability() < (8, 0)
+    ):
         return "needs compute capability 8.0 (A100) or later"
     return None
 
@@ -45,4 +49,6 @@ def warps_for(width):
 
 def version():
     """Triton's version, or None where it is not installed."""
-    return None if importlib.util.find_spec("triton") is None else importlib.metadata.version("triton")
+    return (
+        None if importlib.util.find_spec("triton") is None else importlib.metadata.version("triton")
+    )

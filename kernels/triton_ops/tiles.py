@@ -77,7 +77,9 @@ def tile_of(slot, offsets, num_samples, num_rows, BLOCK: tl.constexpr, SAMPLES: 
 def rows_of(offsets, sample, num_samples):
     """(first, end) of a sample in the other tensor; empty for the rows that belong to no sample."""
     real = sample < num_samples
-    return tl.load(offsets + sample, mask=real, other=0), tl.load(offsets + sample + 1, mask=real, other=0)
+    return tl.load(offsets + sample, mask=real, other=0), tl.load(
+        offsets + sample + 1, mask=real, other=0
+    )
 
 
 @triton.jit

@@ -16,11 +16,19 @@ def test_differences_are_taken_seed_by_seed():
 
 
 def test_cells_without_all_seeds_are_left_out_and_one_seed_has_no_interval():
-    runs = {"no alignment": {"0": {"mean": 1.0}}, "weight 1, block 2": {"0": {"mean": 0.9}}, "weight 0.5, block 2": {}}
-    assert rows(runs) == {"no alignment": "held-out loss 1.0000", "weight 1, block 2": "held-out loss 0.9000, -0.1000 against none"}
+    runs = {
+        "no alignment": {"0": {"mean": 1.0}},
+        "weight 1, block 2": {"0": {"mean": 0.9}},
+        "weight 0.5, block 2": {},
+    }
+    assert rows(runs) == {
+        "no alignment": "held-out loss 1.0000",
+        "weight 1, block 2": "held-out loss 0.9000, -0.1000 against none",
+    }
 
 
 def test_weight_and_block_of_the_demo_are_a_cell():
     from iomm.engine.config import load_config
+
     align = load_config("demo").align
     assert (align.weight, align.block) in CELLS.values()

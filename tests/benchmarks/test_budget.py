@@ -39,8 +39,16 @@ def test_flops_are_those_of_the_flop_counter(budget, name):
     rows, columns = vae.grid(config.data.size_px, config.data.size_px)
     generator = empty_generator(model.generator.config, device="meta")
     noisy = torch.empty(1, rows * columns, vae.token_dim, device="meta", requires_grad=True)
-    condition = torch.empty(1, config.adapter.num_queries, mllm.width, device="meta", requires_grad=True)
-    found = counted(lambda: generator(noisy, torch.empty(1, device="meta"), condition, (rows, columns)).sum().backward())
+    condition = torch.empty(
+        1, config.adapter.num_queries, mllm.width, device="meta", requires_grad=True
+    )
+    found = counted(
+        lambda: (
+            generator(noisy, torch.empty(1, device="meta"), condition, (rows, columns))
+            .sum()
+            .backward()
+        )
+    )
     assert flops["generator"] == pytest.approx(found, rel=0.01)
     pixels = torch.empty(1, 3, mllm.vit_px, mllm.vit_px, device="meta")
     assert flops["ViT"] == pytest.approx(counted(lambda: mllm.image_tokens(pixels)), rel=0.01)
@@ -51,23 +59,48 @@ def test_flops_are_those_of_the_flop_counter(budget, name):
 def test_links(budget):
     """A large message costs its bytes over the slowest link, a small one its hops; nothing is sent to oneself."""
     share = budget.assumed("share of link rates")
-    for gpu, ranks, rate in (("H800", 8, 200e9), ("H800", 64, 200e9), ("H200", 8, 450e9), ("H200", 64, 400e9)):
+    for gpu, ranks, rate in (
+        ("H800", 8, 200e9),
+        ("H800", 64, 200e9),
+        ("H200", 8, 450e9),
+        ("H200", 64, 400e9),
+    ):
         message = Message(kind="all_gather", size_bytes=64 << 30, group=ranks)
-        assert budget.link_s(message, budget.MACHINES[gpu]) == pytest.approx(message.sent_bytes / rate / share, rel=0.01)
-    small = [budget.link_s(Message(kind="all_gather", size_bytes=512, group=n), budget.MACHINES["H200"]) for n in (1, 8, 64, 512)]
-    assert small[0] == 0 and small == sorted(small) and small[3] == pytest.approx((6.6 + 448 * 1.08 + 63 * 2.7) * 1e-6, rel=0.01)
+        assert budget.link_s(message, budget.MACHINES[gpu]) == pytest.approx(
+            message.sent_bytes / rate / share, rel=0.01
+        )
+    small = [
+        budget.link_s(Message(kind="all_gather", size_bytes=512, group=n), budget.MACHINES["H200"])
+        for n in (1, 8, 64, 512)
+    ]
+    assert (
+        small[0] == 0
+        and small == sorted(small)
+        and small[3] == pytest.approx((6.6 + 448 * 1.08 + 63 * 2.7) * 1e-6, rel=0.01)
+    )
 
 
 def test_parts_of_a_step_sum_up(budget):
     run = budget.estimate("iomm-b-512", "H800", 64)
-    parts = sum(run[key] for key in ("compute_s", "exposed_s", "host_s", "after_s", "update_s", "checkpoint_s"))
+    parts = sum(
+        run[key]
+        for key in ("compute_s", "exposed_s", "host_s", "after_s", "update_s", "checkpoint_s")
+    )
     assert parts == pytest.approx(run["step_s"]) and min(run["exposed_s"], run["host_s"]) >= -1e-9
     assert run["gpu_hours"] == pytest.approx(107422 * run["step_s"] * 64 / 3600)
 
 
 def test_the_readmes_quote_this_budget(budget):
-    rows = [line for line in (ROOT / "benchmarks/README.md").read_text().splitlines() if line.startswith("| `iomm-b-512` ")]
-    found = [f"{budget.estimate('iomm-b-512', gpu, ranks)['gpu_hours']:,.0f}" for gpu in ("H200", "H800") for ranks in (8, 64, 512)]
+    rows = [
+        line
+        for line in (ROOT / "benchmarks/README.md").read_text().splitlines()
+        if line.startswith("| `iomm-b-512` ")
+    ]
+    found = [
+        f"{budget.estimate('iomm-b-512', gpu, ranks)['gpu_hours']:,.0f}"
+        for gpu in ("H200", "H800")
+        for ranks in (8, 64, 512)
+    ]
     assert [row.strip("| ").split(" | ")[1:] for row in rows] == [found]
     assert f"stage 1 takes {found[3]} GPU-hours on 8 H800" in (ROOT / "README.md").read_text()
 
@@ -78,7 +111,9 @@ def test_what_is_written_goes_where_the_user_says(budget, tmp_path, monkeypatch,
     budget.main([])
     assert "Where the budget breaks" in capsys.readouterr().out and not list(tmp_path.iterdir())
     budget.main(["--out", str(tmp_path / "here")])
-    saved = json.loads((tmp_path / "here" / "budget.json").read_text())["results"]["iomm-b-512"]["H800"]["as configured"]
+    saved = json.loads((tmp_path / "here" / "budget.json").read_text())["results"]["iomm-b-512"][
+        "H800"
+    ]["as configured"]
     assert saved[1]["step_s"] == budget.estimate("iomm-b-512", "H800", 8)["step_s"]
     assert (tmp_path / "here" / "budget.png").stat().st_size > 10_000
 
@@ -96,20 +131,37 @@ def test_a_message_costs_what_compute_does_not_hide(budget):
     traffic = Traffic(visits=[(False, 1), (False, 1)], first=[], later=[], step=[])
     rate = budget.assumed("share of link rates") * 200e9
     for seconds, wanted in ((0.5, 2.0), (1.5, 2.5)):
-        message = Message(kind="all_gather", size_bytes=int(seconds * rate * 8 / 7), group=8, issued=0, needed=1)
-        assert budget.pass_s(traffic, [message], (0.0, 2.0, 0.0, 0.0), budget.MACHINES["H800"]) == pytest.approx(wanted, rel=1e-3)
-    late = Message(kind="all_gather", size_bytes=int(0.5 * rate * 8 / 7), group=8, issued=1, needed=1)
-    assert budget.pass_s(traffic, [late], (0.0, 2.0, 0.0, 0.0), budget.MACHINES["H800"]) == pytest.approx(2.5, rel=1e-3)
+        message = Message(
+            kind="all_gather", size_bytes=int(seconds * rate * 8 / 7), group=8, issued=0, needed=1
+        )
+        assert budget.pass_s(
+            traffic, [message], (0.0, 2.0, 0.0, 0.0), budget.MACHINES["H800"]
+        ) == pytest.approx(wanted, rel=1e-3)
+    late = Message(
+        kind="all_gather", size_bytes=int(0.5 * rate * 8 / 7), group=8, issued=1, needed=1
+    )
+    assert budget.pass_s(
+        traffic, [late], (0.0, 2.0, 0.0, 0.0), budget.MACHINES["H800"]
+    ) == pytest.approx(2.5, rel=1e-3)
 
 
 def test_one_gpu_is_what_was_measured(budget):
     """Within 15 %, with the rates of the measuring machine, when benchmarks/throughput.py has run on a GPU."""
     files = sorted((ROOT / "benchmarks/results").glob("throughput-iomm-b-512-cuda-*.json"))
     if not files:
-        pytest.skip("no benchmarks/results/throughput-iomm-b-512-cuda-*.json: benchmarks/throughput.py has not run on a GPU yet")
+        pytest.skip(
+            "no benchmarks/results/throughput-iomm-b-512-cuda-*.json: benchmarks/throughput.py has not run on a GPU yet"
+        )
     measured = json.loads(files[-1].read_text())
     gpu = next((kind for kind in budget.MACHINES if kind in measured["machine"]["device"]), None)
     assert gpu, f"the budget does not know {measured['machine']['device']}"
-    run = budget.estimate("iomm-b-512", gpu, 1, batch=measured["images_a_step"], micro_batch=measured["images_a_pass"],
-                          matmul=measured["matmul_flop_per_s"], copy=measured["copy_bytes_per_s"])
+    run = budget.estimate(
+        "iomm-b-512",
+        gpu,
+        1,
+        batch=measured["images_a_step"],
+        micro_batch=measured["images_a_pass"],
+        matmul=measured["matmul_flop_per_s"],
+        copy=measured["copy_bytes_per_s"],
+    )
     assert run["images_per_s"] == pytest.approx(measured["rows"]["ours"]["images_per_s"], rel=0.15)

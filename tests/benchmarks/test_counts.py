@@ -40,7 +40,9 @@ def test_parts_sum_to_what_the_mfu_is_computed_from():
     model = build_without_weights(config)
     model.frozen[0].tokenizer = prompt_tokenizer()
     parts = counts.part_flops(model, config.data.size_px)
-    assert sum(parts.values()) == pytest.approx(flops_per_image(model, config.data.size_px), rel=1e-9)
+    assert sum(parts.values()) == pytest.approx(
+        flops_per_image(model, config.data.size_px), rel=1e-9
+    )
 
 
 def test_a_step_does_no_work_that_the_formulas_do_not_know():
@@ -54,7 +56,10 @@ def test_demo_cpu_has_the_proportions_of_iomm_b():
     small, real = (COMMITTED["work"][name] for name in ("demo-cpu", "iomm-b-512"))
     for row in ("plain", "plain, all outputs"):
         assert small[row]["ratio"] == pytest.approx(real[row]["ratio"], rel=0.02)
-    shares = [{part: flops / sum(work["flops"].values()) for part, flops in work["flops"].items()} for work in (small, real)]
+    shares = [
+        {part: flops / sum(work["flops"].values()) for part, flops in work["flops"].items()}
+        for work in (small, real)
+    ]
     assert all(abs(shares[0][part] - share) < 0.03 for part, share in shares[1].items())
 
 
@@ -70,10 +75,28 @@ def test_counting_knows_views_writes_and_new_tensors():
     assert (count.calls, count.tensors) == (2, 1) and count.bytes == 128 + 64 + 32 + 128 + 128
     (value, gradient, first, second), step = torch.ones(4, 10), torch.ones(())
     for wanted, work in (
-            (7 * 40 + 4, lambda: torch._fused_adamw_([value], [gradient], [first], [second], [], [step], lr=0.1, beta1=0.9, beta2=0.99,
-                                                     # 4: its step
-                                                     weight_decay=0.0, eps=1e-8, amsgrad=False, maximize=False)),
-            (3 * 40, lambda: torch._foreach_lerp_([value], [first], 0.5)), (2 * 40, lambda: value.copy_(first))):
+        (
+            7 * 40 + 4,
+            lambda: torch._fused_adamw_(
+                [value],
+                [gradient],
+                [first],
+                [second],
+                [],
+                [step],
+                lr=0.1,
+                beta1=0.9,
+                beta2=0.99,
+                # 4: its step
+                weight_decay=0.0,
+                eps=1e-8,
+                amsgrad=False,
+                maximize=False,
+            ),
+        ),
+        (3 * 40, lambda: torch._foreach_lerp_([value], [first], 0.5)),
+        (2 * 40, lambda: value.copy_(first)),
+    ):
         with counts.Count() as count:
             work()
         assert count.bytes == wanted

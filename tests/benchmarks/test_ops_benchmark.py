@@ -41,8 +41,15 @@ def test_a_wrong_body_is_over_budget(ops):
 
 def test_rows_for_a_gpu_have_targets(ops):
     rows = list(ops.cases("cuda", torch.bfloat16))
-    assert {case.op for case in rows} >= {"masked_attention", "norm_modulate", "qk_norm_rope",
-                                          "noisy_tokens", "image_patches", "visible_tokens", "adamw"}
+    assert {case.op for case in rows} >= {
+        "masked_attention",
+        "norm_modulate",
+        "qk_norm_rope",
+        "noisy_tokens",
+        "image_patches",
+        "visible_tokens",
+        "adamw",
+    }
     assert all(case.targets or "joint" in case.name for case in rows)
     assert len({(case.op, case.name) for case in rows}) == len(rows)
 
@@ -59,9 +66,19 @@ def test_it_runs_whole_on_this_cpu(tmp_path):
     copy.mkdir()
     for name in ("iomm", "kernels", "csrc", "engine"):
         (copy / name).symlink_to(ROOT / name)
-    shutil.copytree(ROOT / "benchmarks", copy / "benchmarks", ignore=shutil.ignore_patterns("results", "figures"))
-    done = subprocess.run([sys.executable, "benchmarks/ops.py"], cwd=copy, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "2"})
+    shutil.copytree(
+        ROOT / "benchmarks",
+        copy / "benchmarks",
+        ignore=shutil.ignore_patterns("results", "figures"),
+    )
+    done = subprocess.run(
+        [sys.executable, "benchmarks/ops.py"],
+        cwd=copy,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+    )
     assert done.returncode == 0, done.stderr
     written = list((copy / "benchmarks" / "results").glob("ops-cpu-*.json"))
     rows = json.loads(written[0].read_text())["rows"]

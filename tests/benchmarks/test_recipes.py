@@ -15,7 +15,16 @@ import pytest
 
 from benchmarks.report import short
 from benchmarks.studies import findings
-from benchmarks.studies.findings import ABOVE, AS_GOOD, FINDINGS, LEARNED, LEVEL, NO_WORSE, SPLITS, Interval
+from benchmarks.studies.findings import (
+    ABOVE,
+    AS_GOOD,
+    FINDINGS,
+    LEARNED,
+    LEVEL,
+    NO_WORSE,
+    SPLITS,
+    Interval,
+)
 from benchmarks.studies.recipes import (
     BUDGETS,
     EXPERIMENTS,
@@ -52,14 +61,16 @@ def test_intervals_are_those_of_the_literature():
     # Newcombe 1998, table II, example (b): 9/10 - 3/10 by method 10
     assert findings.newcombe(0.9, 0.3, 10) == pytest.approx((0.1705, 0.8090), abs=1e-4)
     mean, low, high = findings.interval(
-        [0.1, 0.2, 0.3], 10**9
-    # So many pictures that Student's t decides.
+        [0.1, 0.2, 0.3],
+        10**9,
+        # So many pictures that Student's t decides.
     )
     half = 4.303 * 0.1 / math.sqrt(3)
     assert (mean, low, high) == pytest.approx((0.2, max(0, 0.2 - half), 0.2 + half))
     agreeing = findings.interval(
-        [0.2, 0.2, 0.2], 100
-    # The pictures decide where seeds agree by chance.
+        [0.2, 0.2, 0.2],
+        100,
+        # The pictures decide where seeds agree by chance.
     )
     assert (
         agreeing[1:] == pytest.approx(findings.wilson(0.2, 300))
@@ -245,8 +256,9 @@ def test_stage_1_on_pairs_has_as_many_new_pairs_as_there_are_images(tmp_path, mo
                             ).update(asked)
     images, few = load_config("demo").data.num_images, load_config("demo-finetune").data.num_pairs
     assert len(of) == 4 * NIGHT.seeds and all(
-        len(datasets) == 1 for datasets in of.values()
-    # Alike in every cell.
+        len(datasets) == 1
+        for datasets in of.values()
+        # Alike in every cell.
     )
     numbers = {key: datasets.copy().pop()[0] for key, datasets in of.items()}
     assert all(
@@ -356,7 +368,7 @@ def test_a_night_does_the_default_cell_first_and_all_cells_before_the_next_seed(
         "0.5",
         "0.75",
         "0.95",
-    # Shown in order
+        # Shown in order
     ]
     assert set(found["experiments"]["adapter"]["rqa"]) == {
         f"{way}, {split}" for way in ("image", "text") for split in SPLITS
@@ -453,8 +465,9 @@ def test_runs_side_by_side_have_one_thread_each(tmp_path, played):
         setting in arguments for _, *arguments in played.launched[8:] for setting in SIDE_BY_SIDE
     )
     assert {name for name, *_ in played.launched[:8]} == {
-        name for name, *_ in played.launched[8:]
-    # The same runs
+        name
+        for name, *_ in played.launched[8:]
+        # The same runs
     }
     assert len(played.launched) == 16 and found["recipes-cpu-smoke.json"]["budget"]["jobs"] == 2
 
@@ -583,7 +596,7 @@ def test_kept_scores_are_whole_and_of_the_settings_asked_for(tmp_path, played, m
 
     path.write_text(
         json.dumps(wanted)[:40]
-    # A kill in the middle of a write that was none of ours.
+        # A kill in the middle of a write that was none of ours.
     )
     assert drawn(runs) == 2 and drawn(runs) == 0
     kept = path.read_text()

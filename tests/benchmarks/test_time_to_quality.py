@@ -86,27 +86,53 @@ def test_a_ratio_with_a_seed_that_never_arrived():
 
 
 def curve(seconds, losses, scores, steps_per_s=2):
-    return {"s": seconds, "cpu_s": [2 * s for s in seconds], "steps": [steps_per_s * s for s in seconds],
-            "loss": losses, "score": scores}
+    return {
+        "s": seconds,
+        "cpu_s": [2 * s for s in seconds],
+        "steps": [steps_per_s * s for s in seconds],
+        "loss": losses,
+        "score": scores,
+    }
 
 
 def made_up(done=(True, True)):
     """Two seeds of two variants; `ours+latents` encodes for 10 s and for 20 s before."""
     plain = curve([0, 20, 40], [1.0, 0.6, 0.4], [0.0, 0.1, 0.3])
     runs = [
-        {"encoding_s": {"ours+latents": 10.0}, "curves": {"plain": plain, "ours+latents": curve(
-            [0, 10, 20, 40], [1.0, 0.6, 0.4, 0.3], [0.0, 0.1, 0.3, 0.6], steps_per_s=4)}},
-        {"encoding_s": {"ours+latents": 20.0}, "curves": {"plain": plain, "ours+latents": curve(
-            [0, 20, 40], [1.0, 0.4, 0.2], [0.0, 0.2, 0.4], steps_per_s=4)}},
+        {
+            "encoding_s": {"ours+latents": 10.0},
+            "curves": {
+                "plain": plain,
+                "ours+latents": curve(
+                    [0, 10, 20, 40], [1.0, 0.6, 0.4, 0.3], [0.0, 0.1, 0.3, 0.6], steps_per_s=4
+                ),
+            },
+        },
+        {
+            "encoding_s": {"ours+latents": 20.0},
+            "curves": {
+                "plain": plain,
+                "ours+latents": curve([0, 20, 40], [1.0, 0.4, 0.2], [0.0, 0.2, 0.4], steps_per_s=4),
+            },
+        },
     ]
     for run, is_done in zip(runs, done):
         run["done"] = is_done
-    return {"config": "demo", "overrides": [], "precision": "fp32", "runs": runs,
-            "losses_given": [], "scores_given": [0.3, 0.9]}
+    return {
+        "config": "demo",
+        "overrides": [],
+        "precision": "fp32",
+        "runs": runs,
+        "losses_given": [],
+        "scores_given": [0.3, 0.9],
+    }
 
 
 def test_losses_to_reach_are_those_that_every_seed_of_the_first_variant_has():
-    curves = [curve([0, 20, 40], [1.0, 0.6, 0.4], None), curve([0, 20, 40], [1.0, 0.8, 0.50001], None)]
+    curves = [
+        curve([0, 20, 40], [1.0, 0.6, 0.4], None),
+        curve([0, 20, 40], [1.0, 0.8, 0.50001], None),
+    ]
     assert loss_targets(curves, (0.5, 1.0)) == [0.8, 0.5001]
     for target in (0.8, 0.5001):
         assert all(crossing(c["s"], c["loss"], target, falling=True) is not None for c in curves)
@@ -143,41 +169,62 @@ def test_the_report_quotes_every_quality():
     what = "training time to a {} of {}, `demo` (fp32, 2 seed(s)); plain's over it"
     rows = dict(report.time_to_quality(result))
     assert rows[what.format("held-out velocity loss", 0.4)] == (
-        "plain 40 s; ours+latents 20 s, 2.00 x (2.00 to 2.00), 1.00 x in steps, 1.17 x with the encoding before training")
+        "plain 40 s; ours+latents 20 s, 2.00 x (2.00 to 2.00), 1.00 x in steps, 1.17 x with the encoding before training"
+    )
     # The baseline never reached these scores in its 40 s; the other 0.31 after 20.7 s and 31 s, 0.5 in one seed.
     result["scores_given"] = [0.31, 0.5]
     summarise(result)
     rows = dict(report.time_to_quality(result))
     assert rows[what.format("strict score", 0.31)] == (
         "plain reached it in 0 of 2 seeds; ours+latents 26 s, at least 1.61 x (1.29 to 1.94), 0.81 x in steps, 1.04 x with the "
-        "encoding before training")
+        "encoding before training"
+    )
     assert rows[what.format("strict score", 0.5)] == (
-        "plain reached it in 0 of 2 seeds; ours+latents reached it in 1 of 2 seeds")
+        "plain reached it in 0 of 2 seeds; ours+latents reached it in 1 of 2 seeds"
+    )
 
 
 def backwards(batches):
     """The same batches with their samples in the other order: the same losses but for rounding."""
     for batch in batches:
         yield replace(
-            batch, n_B=batch.n_B.flip(0), entry_B=batch.entry_B.flip(0), captions=batch.captions[::-1],
-            pixels_BCHW=batch.pixels_BCHW.flip(0), vit_pixels_BHWC=batch.vit_pixels_BHWC.flip(0),
-            has_image=batch.has_image[::-1])
+            batch,
+            n_B=batch.n_B.flip(0),
+            entry_B=batch.entry_B.flip(0),
+            captions=batch.captions[::-1],
+            pixels_BCHW=batch.pixels_BCHW.flip(0),
+            vit_pixels_BHWC=batch.vit_pixels_BHWC.flip(0),
+            has_image=batch.has_image[::-1],
+        )
 
 
 def distance(weights, others):
     """Norm of the difference, without the bias of the adapter's keys: it cancels in the softmax, so that both sides
     train it on rounding alone."""
-    return sum((weights[name].double() - others[name].double()).square().sum().item()
-               for name in weights if name != "adapter.to_k.bias") ** 0.5
+    return (
+        sum(
+            (weights[name].double() - others[name].double()).square().sum().item()
+            for name in weights
+            if name != "adapter.to_k.bias"
+        )
+        ** 0.5
+    )
 
 
-def test_both_sides_start_alike_see_the_same_samples_and_have_the_same_losses(one_rank, tiny, tmp_path):
+def test_both_sides_start_alike_see_the_same_samples_and_have_the_same_losses(
+    one_rank, tiny, tmp_path
+):
     """Losses and averaged weights of four steps of Muon agree as closely as those of plain PyTorch and
     of plain PyTorch that sums its batches in the other order."""
     config = load_config(tiny, [f"run.dir={tmp_path / 'run'}", "train.steps=4"])
     ours, plain, again = (
-        time_to_quality.start(VARIANTS[name], config, one_rank) for name in ("ours", "plain", "plain"))
-    start, theirs = ({name: tensor.clone() for name, tensor in trained.averaged().items()} for trained in (ours, plain))
+        time_to_quality.start(VARIANTS[name], config, one_rank)
+        for name in ("ours", "plain", "plain")
+    )
+    start, theirs = (
+        {name: tensor.clone() for name, tensor in trained.averaged().items()}
+        for trained in (ours, plain)
+    )
     assert start.keys() == theirs.keys()
     assert all(torch.equal(start[name], theirs[name]) for name in start)
     losses, samples = [], []
@@ -186,23 +233,33 @@ def test_both_sides_start_alike_see_the_same_samples_and_have_the_same_losses(on
         if trained is again:
             trained.batches = backwards(trained.batches)
         losses.append(torch.tensor([trained.step() for _ in range(4)], dtype=torch.float64))
-        samples.append([(b.n_B.tolist(), b.entry_B.tolist(), b.pixels_BCHW) for b in (next(seen) for _ in range(4))])
+        samples.append(
+            [
+                (b.n_B.tolist(), b.entry_B.tolist(), b.pixels_BCHW)
+                for b in (next(seen) for _ in range(4))
+            ]
+        )
     for mine, its in zip(*samples[:2]):
         assert mine[:2] == its[:2] and torch.equal(mine[2], its[2])
     error, rounding = (losses[0] - losses[1]).abs(), (losses[2] - losses[1]).abs().max()
     apart = [distance(trained.averaged(), plain.averaged()) for trained in (ours, again)]
-    print(f"losses {error.max():.1e}, backwards {rounding:.1e}; weights {apart[0]:.1e}, backwards {apart[1]:.1e}")
+    print(
+        f"losses {error.max():.1e}, backwards {rounding:.1e}; weights {apart[0]:.1e}, backwards {apart[1]:.1e}"
+    )
     # Either side rounds its own mean once more.
     assert (error <= 2 * rounding + 2 * torch.finfo(torch.float32).eps * losses[1]).all()
     assert apart[0] <= 2 * apart[1] < 1e-3 * distance(plain.averaged(), start)
 
 
-@pytest.mark.parametrize("setting, words", [
-    ("adapter.kind=metaquery", "adapter.kind is metaquery, expected rqa"),
-    ("mask.mode=zero", "mask.mode is zero, expected drop"),
-    ("model.preset=iomm-xl", "no FLUX blocks"),
-    ("data.shards=photographs", "data.shards is photographs, expected shapes"),
-])
+@pytest.mark.parametrize(
+    "setting, words",
+    [
+        ("adapter.kind=metaquery", "adapter.kind is metaquery, expected rqa"),
+        ("mask.mode=zero", "mask.mode is zero, expected drop"),
+        ("model.preset=iomm-xl", "no FLUX blocks"),
+        ("data.shards=photographs", "data.shards is photographs, expected shapes"),
+    ],
+)
 def test_a_config_that_the_baseline_does_not_compute_is_refused(setting, words, tiny):
     with pytest.raises(InputError, match=words):
         time_to_quality.main(["--config", tiny, setting])
@@ -216,7 +273,9 @@ def test_stage_2_asks_for_a_run_and_variants_have_names(tiny, capsys):
     assert "'fast' is none of plain, literal, ours" in capsys.readouterr().err
 
 
-def test_the_command_on_two_variants_and_one_that_is_left_out(one_rank, tiny, monkeypatch, tmp_path, capsys):
+def test_the_command_on_two_variants_and_one_that_is_left_out(
+    one_rank, tiny, monkeypatch, tmp_path, capsys
+):
     """Two turns of one step each: every figure is there, and what was measured is written after each turn."""
     real, written = time_to_quality.variant_config, []
 
@@ -234,18 +293,45 @@ def test_the_command_on_two_variants_and_one_that_is_left_out(one_rank, tiny, mo
     # The group of the fixture, which ends it.
     monkeypatch.setattr(group, "start", lambda timeout_s: one_rank)
     monkeypatch.setattr(group, "stop", lambda: None)
-    assert time_to_quality.main([
-        "--config", tiny, "--seeds", "1", "--slice", "1e-3", "--variants", "plain,ours+cache,everything",
-        "--per-kind", "1", "--draw-steps", "1", "--results", str(tmp_path), "optim.schedule=cosine"]) == 0
-    points = [sum(len(curve["s"]) for curve in result["runs"][0]["curves"].values()) for result in written]
+    assert (
+        time_to_quality.main(
+            [
+                "--config",
+                tiny,
+                "--seeds",
+                "1",
+                "--slice",
+                "1e-3",
+                "--variants",
+                "plain,ours+cache,everything",
+                "--per-kind",
+                "1",
+                "--draw-steps",
+                "1",
+                "--results",
+                str(tmp_path),
+                "optim.schedule=cosine",
+            ]
+        )
+        == 0
+    )
+    points = [
+        sum(len(curve["s"]) for curve in result["runs"][0]["curves"].values()) for result in written
+    ]
     assert points == [3, 4, 5, 6, 6]
     result = json.loads(next(tmp_path.glob("time-to-quality-tiny-*-cpu-*.json")).read_text())
     (run,) = result["runs"]
-    assert run["done"] and list(run["encoding_s"]) == ["everything"] and run["encoding_s"]["everything"] > 0
+    assert (
+        run["done"]
+        and list(run["encoding_s"]) == ["everything"]
+        and run["encoding_s"]["everything"] > 0
+    )
     assert result["left_out"] == {"ours+cache": "no room"} and result["steps"] == 2
     for found in run["curves"].values():
         assert found["steps"] == [0, 1, 2] and 0 == found["s"][0] < found["s"][1] < found["s"][2]
-        assert all(0 < loss < math.inf for loss in found["loss"]) and all(0 <= x <= 1 for x in found["score"])
+        assert all(0 < loss < math.inf for loss in found["loss"]) and all(
+            0 <= x <= 1 for x in found["score"]
+        )
     plain, ours = run["curves"].values()
     assert plain["loss"][0] == ours["loss"][0] and plain["score"][0] == ours["score"][0]
     assert len(list(report.time_to_quality(result))) == len(result["reached"]) / 2 >= 1

@@ -30,26 +30,60 @@ from iomm.vae import load_vae
 # DeepSpeed records the order of modules in the first micro-batch.
 SIZE, ACCUMULATION, WARM_UP = 2, 2, 2
 # Small enough that every rule acts on 1.2 M parameters: some persist, some are kept for the backward pass, some come ahead.
-SMALL = {"stage3_param_persistence_threshold": 500, "stage3_prefetch_bucket_size": 60_000, "reduce_bucket_size": 200_000}
+SMALL = {
+    "stage3_param_persistence_threshold": 500,
+    "stage3_prefetch_bucket_size": 60_000,
+    "reduce_bucket_size": 200_000,
+}
 # name: (generator, overrides of the demo's config, DeepSpeed's settings)
 CASES = {
     "some kept": ("mmdit", [], {**SMALL, "stage3_max_reuse_distance": 250_000}),
-    "muon, second copies": ("single_stream", ["precision=bf16", "optim.kind=muon"],
-                            {**SMALL, "stage3_max_reuse_distance": 150_000, "zero_hpz_partition_size": 2}),
+    "muon, second copies": (
+        "single_stream",
+        ["precision=bf16", "optim.kind=muon"],
+        {**SMALL, "stage3_max_reuse_distance": 150_000, "zero_hpz_partition_size": 2},
+    ),
     "as configured": ("mmdit", [], {}),
-    "all released": ("mmdit", ["precision=bf16"], {**SMALL, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}),
+    "all released": (
+        "mmdit",
+        ["precision=bf16"],
+        {**SMALL, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0},
+    ),
     "gathered ahead": ("mmdit", ["precision=bf16"], {**SMALL, "stage3_max_reuse_distance": 0}),
-    "few live, none persistent": ("mmdit", [], {**SMALL, "stage3_max_live_parameters": 400_000, "stage3_max_reuse_distance": 400_000,
-                                               "stage3_param_persistence_threshold": 0}),
-    "aligned": ("mmdit", ["precision=bf16", "align.weight=0.5"], {**SMALL, "stage3_max_reuse_distance": 250_000}),
+    "few live, none persistent": (
+        "mmdit",
+        [],
+        {
+            **SMALL,
+            "stage3_max_live_parameters": 400_000,
+            "stage3_max_reuse_distance": 400_000,
+            "stage3_param_persistence_threshold": 0,
+        },
+    ),
+    "aligned": (
+        "mmdit",
+        ["precision=bf16", "align.weight=0.5"],
+        {**SMALL, "stage3_max_reuse_distance": 250_000},
+    ),
 }
 
 
 def make_model(mllm, kind, dtype, align):
     adapter = AdapterConfig(num_queries=8, head_dim=16, connector_layers=1)
-    shape = GeneratorConfig(kind=kind, width=64, num_heads=2, num_blocks=5, token_dim=48, condition_dim=mllm.width,
-                            num_refiner_blocks=int(kind == "single_stream"))
-    parts = new_generator(shape, 0), QueryAdapter(adapter, mllm.width), Connector(adapter, mllm.width)
+    shape = GeneratorConfig(
+        kind=kind,
+        width=64,
+        num_heads=2,
+        num_blocks=5,
+        token_dim=48,
+        condition_dim=mllm.width,
+        num_refiner_blocks=int(kind == "single_stream"),
+    )
+    parts = (
+        new_generator(shape, 0),
+        QueryAdapter(adapter, mllm.width),
+        Connector(adapter, mllm.width),
+    )
     head = AlignmentHead(align, shape.width, mllm) if align.weight else None
     for part in filter(None, (*parts[1:], head)):
         part.init_weights(0)
@@ -60,17 +94,35 @@ def make_model(mllm, kind, dtype, align):
 def watch_collectives(sent):
     """Wraps torch.distributed so that sent[kind] grows by the bytes that this rank sends, by the ring algorithm. A kind that
     nobody expects is noted by its name."""
+
     def bytes_of(tensor):
         return tensor.numel() * tensor.element_size()
 
     def away(call):
-        others = sum(n for rank, n in enumerate(call["input_split_sizes"]) if rank != dist.get_rank())
+        others = sum(
+            n for rank, n in enumerate(call["input_split_sizes"]) if rank != dist.get_rank()
+        )
         return others * call["input"].element_size()
-    kinds = {"all_gather_into_tensor": ("all_gather", lambda call: bytes_of(call["input_tensor"]) * (SIZE - 1)),
-             "reduce_scatter_tensor": ("reduce_scatter", lambda call: bytes_of(call["output"]) * (SIZE - 1)),
-             "all_reduce": ("all_reduce", lambda call: 2 * bytes_of(call["tensor"]) * (SIZE - 1) // SIZE),
-             "all_to_all_single": ("all_to_all", away),
-             **{name: (name, lambda call: 1) for name in ("all_gather", "reduce_scatter", "broadcast", "reduce", "all_to_all")}}
+
+    kinds = {
+        "all_gather_into_tensor": (
+            "all_gather",
+            lambda call: bytes_of(call["input_tensor"]) * (SIZE - 1),
+        ),
+        "reduce_scatter_tensor": (
+            "reduce_scatter",
+            lambda call: bytes_of(call["output"]) * (SIZE - 1),
+        ),
+        "all_reduce": (
+            "all_reduce",
+            lambda call: 2 * bytes_of(call["tensor"]) * (SIZE - 1) // SIZE,
+        ),
+        "all_to_all_single": ("all_to_all", away),
+        **{
+            name: (name, lambda call: 1)
+            for name in ("all_gather", "reduce_scatter", "broadcast", "reduce", "all_to_all")
+        },
+    }
 
     def wrap(name, kind, count):
         real = getattr(dist, name)
@@ -79,13 +131,21 @@ def watch_collectives(sent):
         def counted(*args, **kwargs):
             sent[kind] = sent.get(kind, 0) + count(signature.bind(*args, **kwargs).arguments)
             return real(*args, **kwargs)
+
         setattr(dist, name, counted)
+
     for name, (kind, count) in kinds.items():
         wrap(name, kind, count)
 
 
 def worker(rank, port, folder, cases):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(SIZE), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(SIZE),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
     torch.set_num_threads(1)
     sent, found = {}, {}
     watch_collectives(sent)
@@ -98,14 +158,22 @@ def worker(rank, port, folder, cases):
             whole = configured(*args)
             whole["zero_optimization"] |= settings
             return whole
+
         zero.deepspeed_config = with_settings
         config = load_config(PIXELS, ["zero.stage=3", *overrides])
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         model = make_model(load_mllm(f"{folder}/mllm", dtype=dtype), kind, dtype, config.align)
         expected = count_traffic(model, config, SIZE, **settings).sent_bytes(ACCUMULATION)
         model.prepare_blocks(recompute=2)
-        sharded = zero.Sharded(model, lambda module: make_optimizer(module, config.optim), config=config, ranks=ranks,
-                               leaves=model.leaves, micro_batch=1, accumulation=ACCUMULATION)
+        sharded = zero.Sharded(
+            model,
+            lambda module: make_optimizer(module, config.optim),
+            config=config,
+            ranks=ranks,
+            leaves=model.leaves,
+            micro_batch=1,
+            accumulation=ACCUMULATION,
+        )
         # And not a setting that it calls by another name.
         took = sharded.engine._config.zero_config
         wanted = {**DEFAULTS, **with_settings(config, ranks.device, 1, 1)["zero_optimization"]}
@@ -114,7 +182,9 @@ def worker(rank, port, folder, cases):
             if step == WARM_UP:
                 sent.clear()
             for _ in range(ACCUMULATION):
-                loss, *_ = sharded(torch.rand(1, 3, 40, 40), torch.rand(1, 3, 32, 32), torch.tensor([rank]))
+                loss, *_ = sharded(
+                    torch.rand(1, 3, 40, 40), torch.rand(1, 3, 32, 32), torch.tensor([rank])
+                )
                 sharded.backward(loss)
                 sharded.step()
         found[case] = dict(sent), expected
@@ -125,24 +195,49 @@ def worker(rank, port, folder, cases):
 
 def measure(folder, cases):
     """{case: (bytes sent by both ranks, bytes counted for both)}, one after the other in the same two processes."""
-    create_mllm(folder / "mllm", texts=[RECONSTRUCT],
-                vision=dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, image_size=32, patch_size=4,
-                            attention_bias=True),
-                text=dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=80,
-                          max_position_embeddings=256))
+    create_mllm(
+        folder / "mllm",
+        texts=[RECONSTRUCT],
+        vision=dict(
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=48,
+            image_size=32,
+            patch_size=4,
+            attention_bias=True,
+        ),
+        text=dict(
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=80,
+            max_position_embeddings=256,
+        ),
+    )
     # Imported once
     multiprocessing.set_forkserver_preload(["deepspeed", "transformers", "benchmarks.lib.traffic"])
-    mp.start_processes(worker, (free_port(), str(folder), list(cases)), nprocs=SIZE, start_method="forkserver")
+    mp.start_processes(
+        worker, (free_port(), str(folder), list(cases)), nprocs=SIZE, start_method="forkserver"
+    )
     one, other = (json.loads((folder / f"{rank}.json").read_text()) for rank in range(SIZE))
-    return {case: tuple({kind: a.get(kind, 0) + b.get(kind, 0) for kind in {*a, *b}} for a, b in zip(one[case], other[case]))
-            for case in cases}
+    return {
+        case: tuple(
+            {kind: a.get(kind, 0) + b.get(kind, 0) for kind in {*a, *b}}
+            for a, b in zip(one[case], other[case])
+        )
+        for case in cases
+    }
 
 
 def check(measured):
     for case, (sent, counted) in measured.items():
         assert sent == counted and set(sent) >= {"all_gather", "reduce_scatter", "all_reduce"}, case
     gathered = {sent["all_gather"] for sent, _ in measured.values()}
-    assert len(gathered) == len(measured), "the cases do not differ: they prove less than they seem to"
+    assert len(gathered) == len(measured), (
+        "the cases do not differ: they prove less than they seem to"
+    )
 
 
 def test_bytes_sent_are_those_counted(tmp_path):

@@ -21,15 +21,29 @@ LINEAR = math.pi / 2
 
 def machine():
     """What decides the bits of a CPU run: torch build, vector unit, processor (its BLAS path), ranks."""
-    return {"torch": torch.__version__, "cpu_capability": torch.backends.cpu.get_cpu_capability(), "processor": cpu_name(),
-            "ranks": RANKS}
+    return {
+        "torch": torch.__version__,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "processor": cpu_name(),
+        "ranks": RANKS,
+    }
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("demo") / "demo"
-    done = launch(1, "--stage", "pretrain", f"run.dir={run_dir}", f"train.steps={STEPS}", f"train.cpu_ranks={RANKS}",
-                  f"evaluate.every_steps={STEPS // 2}", "evaluate.num_images=4", "evaluate.steps=1", "log.sample_steps=1")
+    done = launch(
+        1,
+        "--stage",
+        "pretrain",
+        f"run.dir={run_dir}",
+        f"train.steps={STEPS}",
+        f"train.cpu_ranks={RANKS}",
+        f"evaluate.every_steps={STEPS // 2}",
+        "evaluate.num_images=4",
+        "evaluate.steps=1",
+        "log.sample_steps=1",
+    )
     assert done.returncode == 0, done.stdout
     return run_dir, done.stdout
 
@@ -53,11 +67,31 @@ def test_the_run_leaves_what_the_readme_says(demo):
     run_dir, said = demo
     assert f"step 10/{STEPS}  loss" in said and "next        iomm sample --run" in said
     assert sorted(p.name for p in (run_dir / "samples").iterdir()) == [
-        "curves.png", *(f"evaluate-{step:08d}.png" for step in (STEPS // 2, STEPS)), "progress.png", f"step-{STEPS:08d}-seed0.png"]
-    assert sorted(p.name for p in run_dir.iterdir()) == [".lock", "checkpoints", "config.yaml", "log.jsonl", "logs", "machine.json",
-                                                         "report.html", "samples", "scores.json", "tb"]
-    assert f"report      {run_dir}/report.html" in said and json.loads((run_dir / "machine.json").read_text())["ranks"] == RANKS
-    assert set(json.loads((run_dir / "scores.json").read_text())) == {"image", "text", "real"} and "captions drawn, guidance 2" in said
+        "curves.png",
+        *(f"evaluate-{step:08d}.png" for step in (STEPS // 2, STEPS)),
+        "progress.png",
+        f"step-{STEPS:08d}-seed0.png",
+    ]
+    assert sorted(p.name for p in run_dir.iterdir()) == [
+        ".lock",
+        "checkpoints",
+        "config.yaml",
+        "log.jsonl",
+        "logs",
+        "machine.json",
+        "report.html",
+        "samples",
+        "scores.json",
+        "tb",
+    ]
+    assert (
+        f"report      {run_dir}/report.html" in said
+        and json.loads((run_dir / "machine.json").read_text())["ranks"] == RANKS
+    )
+    assert (
+        set(json.loads((run_dir / "scores.json").read_text())) == {"image", "text", "real"}
+        and "captions drawn, guidance 2" in said
+    )
     tars = sorted((run_dir.parent / "shared").glob("shapes-4096-*/*.tar"))
     assert len(tars) == 4
 
@@ -66,15 +100,22 @@ def test_benchmark_figure_shows_the_sheets_of_both_stages(tmp_path):
     for name, colour, size in (("first", "red", (6, 4)), ("second", "blue", (3, 8))):
         (tmp_path / name / "samples").mkdir(parents=True)
         Image.new("RGB", size, colour).save(tmp_path / name / "samples" / "progress.png")
-    side_by_side([tmp_path / "first", tmp_path / "second"], tmp_path / "figures" / "demo.png", gap_px=2)
+    side_by_side(
+        [tmp_path / "first", tmp_path / "second"], tmp_path / "figures" / "demo.png", gap_px=2
+    )
     with Image.open(tmp_path / "figures" / "demo.png") as figure:
         assert figure.size == (11, 8)
         assert [figure.getpixel(at) for at in ((0, 0), (0, 5), (7, 0), (8, 7))] == [
-            (255, 0, 0), (255, 255, 255), (255, 255, 255), (0, 0, 255)]
+            (255, 0, 0),
+            (255, 255, 255),
+            (255, 255, 255),
+            (0, 0, 255),
+        ]
 
 
 # PYTHONPATH=tests/helpers python tests/end_to_end/test_demo.py LOG writes the file anew from a run's log.jsonl.
 if __name__ == "__main__":
     import sys
+
     first = [row["loss"] for row in rows(sys.argv[1])][:STEPS]
     LOSSES.write_text(json.dumps({"machine": machine(), "losses": first}, indent=1) + "\n")

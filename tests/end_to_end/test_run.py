@@ -12,7 +12,18 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from launches import BUILDS, LIMIT_S, PIXELS, ROOT, environment, hashes, launch, launch_and_kill, rows, start
+from launches import (
+    BUILDS,
+    LIMIT_S,
+    PIXELS,
+    ROOT,
+    environment,
+    hashes,
+    launch,
+    launch_and_kill,
+    rows,
+    start,
+)
 from PIL import Image
 
 from iomm.config import PRESETS, GeneratorConfig
@@ -28,7 +39,17 @@ from iomm.engine.shapes.dataset import write_dataset
 from iomm.pipeline import Pipeline
 
 # Of the config of tests what rounds, and what it leaves out: ZeRO-3.
-PLAIN = ["--config", PIXELS, "precision=fp32", "optim.kind=adamw", "optim.lr=1e-3", "data.size_px=32", "model.vae=pixel:4", "ema.decay=0.99", "zero.stage=3"]
+PLAIN = [
+    "--config",
+    PIXELS,
+    "precision=fp32",
+    "optim.kind=adamw",
+    "optim.lr=1e-3",
+    "data.size_px=32",
+    "model.vae=pixel:4",
+    "ema.decay=0.99",
+    "zero.stage=3",
+]
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +61,26 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def settings(world):
-    return [f"data.shards={world}", "train.steps=6", "train.global_batch=16", "checkpoint.every_steps=2", "data.flip=true",
-            "log.sample_images=0", "train.threads=1", "data.heldout=8", "adapter.connector_layers=1", *PLAIN]
+    return [
+        f"data.shards={world}",
+        "train.steps=6",
+        "train.global_batch=16",
+        "checkpoint.every_steps=2",
+        "data.flip=true",
+        "log.sample_images=0",
+        "train.threads=1",
+        "data.heldout=8",
+        "adapter.connector_layers=1",
+        *PLAIN,
+    ]
 
 
-EVALUATED = ["evaluate.every_steps=2", "evaluate.num_images=3", "evaluate.steps=1", "evaluate.micro_batch=4"]
+EVALUATED = [
+    "evaluate.every_steps=2",
+    "evaluate.num_images=3",
+    "evaluate.steps=1",
+    "evaluate.micro_batch=4",
+]
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +97,39 @@ def test_every_step_is_logged_with_every_key(golden):
     assert [row["step"] for row in found] == [1, 2, 3, 4, 5, 6]
     assert [row["samples_seen"] for row in found] == [16, 32, 48, 64, 80, 96]
     for row in found:
-        assert set(row) == {"step", "samples_seen", "loss", "align_loss", "loss_by_time", "grad_norm", "lr",
-                            "images_per_s", "tokens_per_s", "mfu", "data_wait_s", "step_s", "time_s", "memory_gib",
-                            "skipped_steps", "skipped_samples", "gpu_hours", "gpu_hours_left"}
-        assert set(row["time_s"]) >= {"data", "vae", "vit", "prefix", "adapter", "suffix", "generator", "backward",
-                                      "optimizer", "ema", "other"}
+        assert set(row) == {
+            "step",
+            "samples_seen",
+            "loss",
+            "align_loss",
+            "loss_by_time",
+            "grad_norm",
+            "lr",
+            "images_per_s",
+            "tokens_per_s",
+            "mfu",
+            "data_wait_s",
+            "step_s",
+            "time_s",
+            "memory_gib",
+            "skipped_steps",
+            "skipped_samples",
+            "gpu_hours",
+            "gpu_hours_left",
+        }
+        assert set(row["time_s"]) >= {
+            "data",
+            "vae",
+            "vit",
+            "prefix",
+            "adapter",
+            "suffix",
+            "generator",
+            "backward",
+            "optimizer",
+            "ema",
+            "other",
+        }
         # Of the time since the row before.
         assert ("checkpoint" in row["time_s"]) == (row["step"] in (3, 5))
         assert sum(row["time_s"].values()) == pytest.approx(row["step_s"])
@@ -73,8 +137,16 @@ def test_every_step_is_logged_with_every_key(golden):
         assert row["loss"] > 0 and row["grad_norm"] > 0 and row["skipped_steps"] == 0
     assert list((golden / "tb").glob("events*"))
     words = [(golden / f"logs/rank-0000{rank}.txt").read_text() for rank in (0, 1)]
-    assert "step 1/6  loss" in words[0] and "rank 1 of 2, process" in words[1] and "loss" not in words[1]
-    assert [p.name for p in checkpoint_reader.steps(golden / "checkpoints")] == ["step-00000002", "step-00000004", "step-00000006"]
+    assert (
+        "step 1/6  loss" in words[0]
+        and "rank 1 of 2, process" in words[1]
+        and "loss" not in words[1]
+    )
+    assert [p.name for p in checkpoint_reader.steps(golden / "checkpoints")] == [
+        "step-00000002",
+        "step-00000004",
+        "step-00000006",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +158,10 @@ def survivor(settings, tmp_path_factory):
 
 def killed_and_resumed(run_dir, kill_after, settings):
     """Whether or not the encoders run ahead, in turn."""
-    line, ahead = ["--resume", "auto", f"run.dir={run_dir}", *settings, *EVALUATED], cycle(("train.overlap=true", "train.overlap=false"))
+    line, ahead = (
+        ["--resume", "auto", f"run.dir={run_dir}", *settings, *EVALUATED],
+        cycle(("train.overlap=true", "train.overlap=false")),
+    )
     for step in kill_after:
         launch_and_kill(2, run_dir / "log.jsonl", step, *line, next(ahead))
     return launch(2, *line, next(ahead))
@@ -95,7 +170,8 @@ def killed_and_resumed(run_dir, kill_after, settings):
 def assert_bitwise(run_dir, golden):
     ours, theirs = rows(run_dir / "log.jsonl"), rows(golden / "log.jsonl")
     assert [(r["step"], r["loss"], r["grad_norm"], r["lr"]) for r in ours] == [
-        (r["step"], r["loss"], r["grad_norm"], r["lr"]) for r in theirs]
+        (r["step"], r["loss"], r["grad_norm"], r["lr"]) for r in theirs
+    ]
     # masters, moments and EMA of both ranks, by SHA-256
     assert hashes(run_dir) == hashes(golden)
 
@@ -105,7 +181,9 @@ def test_killed_resumed_and_evaluated_is_bitwise_the_quiet_run(golden, survivor)
     assert done.returncode == 0, done.stdout
     assert_bitwise(run_dir, golden)
     assert not [p for p in (run_dir / "checkpoints").iterdir() if p.name.startswith(".")]
-    assert not list(BUILDS.rglob("*")), "something was built just in time: a kill then leaves a lock that blocks every start"
+    assert not list(BUILDS.rglob("*")), (
+        "something was built just in time: a kill then leaves a lock that blocks every start"
+    )
 
 
 @pytest.mark.slow
@@ -134,17 +212,38 @@ for compiled, stage, precision in [("false", stage, precision) for stage in rang
 
 
 @pytest.mark.slow
-def test_evaluation_touches_nothing_at_any_stage_and_precision_nor_when_compiled(settings, tmp_path):
-    done = subprocess.run([sys.executable, "-c", QUIET_OR_NOT, str(tmp_path), *settings, "train.steps=4", "train.micro_batch=8",
-                           "optim.lr=1e-2", "optim.warmup_steps=0", *EVALUATED[1:]],
-                          cwd=ROOT, env=environment(), text=True, timeout=4 * LIMIT_S, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+def test_evaluation_touches_nothing_at_any_stage_and_precision_nor_when_compiled(
+    settings, tmp_path
+):
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            QUIET_OR_NOT,
+            str(tmp_path),
+            *settings,
+            "train.steps=4",
+            "train.micro_batch=8",
+            "optim.lr=1e-2",
+            "optim.warmup_steps=0",
+            *EVALUATED[1:],
+        ],
+        cwd=ROOT,
+        env=environment(),
+        text=True,
+        timeout=4 * LIMIT_S,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     assert done.returncode == 0, done.stdout
     for precision in ("fp32", "bf16"):
         losses = []
         for which in ("false-0", "false-1", "false-2", "false-3", "true-0", "true-3"):
             quiet, loud = (tmp_path / f"{which}-{precision}-{every}" for every in (0, 1))
             assert_bitwise(loud, quiet)
-            losses.append([row["heldout_loss"]["image"]["mean"] for row in rows(loud / "log.jsonl")])
+            losses.append(
+                [row["heldout_loss"]["image"]["mean"] for row in rows(loud / "log.jsonl")]
+            )
             assert len(set(losses[-1])) == 4
         for other in losses[1:]:
             assert other == pytest.approx(losses[0], rel=1e-3 if precision == "bf16" else 1e-5)
@@ -161,15 +260,20 @@ def test_evaluation_is_of_the_average_and_of_samples_never_trained_on(survivor):
     config, model, manifest = load_run(run_dir, device="cpu")
     device = torch.device("cpu")
     alone = SimpleNamespace(rank=0, size=1, device=device, all=lambda value: [value])
-    source = open_source(config, alone, *model.frozen, index_dir=prepare_data(config, progress=False))
+    source = open_source(
+        config, alone, *model.frozen, index_dir=prepare_data(config, progress=False)
+    )
     evaluation = Evaluation(config, source, alone)
 
     def loss(model):
         with torch.no_grad(), fixed(model):
             return evaluation.loss(model, "image")
+
     average = loss(model)
     logged = found[6]["heldout_loss"]["image"]
-    assert average["by_time"] == pytest.approx(logged["by_time"], rel=1e-6) and average["mean"] == pytest.approx(logged["mean"], rel=1e-6)
+    assert average["by_time"] == pytest.approx(logged["by_time"], rel=1e-6) and average[
+        "mean"
+    ] == pytest.approx(logged["mean"], rel=1e-6)
     load_weights(model, checkpoint_reader.newest(run_dir / "checkpoints"), "raw")
     assert loss(model)["mean"] != pytest.approx(logged["mean"], rel=1e-4) and manifest["ema"]
     visited = set(source.order(np.arange(6 * 16)).tolist())
@@ -180,8 +284,17 @@ def test_evaluation_is_of_the_average_and_of_samples_never_trained_on(survivor):
 def one(settings, tmp_path_factory):
     """The same run on one rank in two accumulation steps, evaluated and traced."""
     run_dir = tmp_path_factory.mktemp("one") / "run"
-    done = start(1, f"run.dir={run_dir}", *settings, "train.micro_batch=8", *EVALUATED, "--profile", "torch", "profile.start_step=2",
-                 "profile.num_steps=2")
+    done = start(
+        1,
+        f"run.dir={run_dir}",
+        *settings,
+        "train.micro_batch=8",
+        *EVALUATED,
+        "--profile",
+        "torch",
+        "profile.start_step=2",
+        "profile.num_steps=2",
+    )
     assert done.returncode == 0, done.stdout
     return run_dir
 
@@ -192,7 +305,9 @@ def test_one_rank_follows_two(golden, survivor, one):
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
     for ours, theirs in zip(rows(one / "log.jsonl"), rows(survivor[0] / "log.jsonl"), strict=True):
         if "heldout_loss" in ours:
-            assert ours["heldout_loss"]["image"]["by_time"] == pytest.approx(theirs["heldout_loss"]["image"]["by_time"], rel=1e-5)
+            assert ours["heldout_loss"]["image"]["by_time"] == pytest.approx(
+                theirs["heldout_loss"]["image"]["by_time"], rel=1e-5
+            )
 
 
 @pytest.mark.slow
@@ -200,7 +315,9 @@ def test_two_ranks_take_over_from_one(settings, tmp_path):
     """And ZeRO-3 from ZeRO-1."""
     run_dir = tmp_path / "one"
     assert launch(1, f"run.dir={run_dir}", *settings, "zero.stage=1").returncode == 0
-    done = launch(2, "--resume", "auto", f"run.dir={run_dir}", *settings[:1], "train.steps=7", *settings[2:])
+    done = launch(
+        2, "--resume", "auto", f"run.dir={run_dir}", *settings[:1], "train.steps=7", *settings[2:]
+    )
     assert done.returncode == 0, done.stdout
     assert "step 6 of 7" in done.stdout and rows(run_dir / "log.jsonl")[-1]["step"] == 7
 
@@ -211,18 +328,41 @@ def test_encoders_that_run_ahead_change_no_bit_of_an_accumulated_run(settings, t
     runs = {}
     for overlap in ("false", "true"):
         run_dir = tmp_path / overlap
-        done = launch(2, f"run.dir={run_dir}", *settings, "train.micro_batch=4", "train.data=mix", f"data.pairs={settings[0][12:]}",
-                      "adapter.conditions=all", f"train.overlap={overlap}")
+        done = launch(
+            2,
+            f"run.dir={run_dir}",
+            *settings,
+            "train.micro_batch=4",
+            "train.data=mix",
+            f"data.pairs={settings[0][12:]}",
+            "adapter.conditions=all",
+            f"train.overlap={overlap}",
+        )
         assert done.returncode == 0, done.stdout
-        runs[overlap] = [(row["loss"], row["grad_norm"]) for row in rows(run_dir / "log.jsonl")], hashes(run_dir)
+        runs[overlap] = (
+            [(row["loss"], row["grad_norm"]) for row in rows(run_dir / "log.jsonl")],
+            hashes(run_dir),
+        )
     assert runs["true"] == runs["false"] and len(runs["true"][0]) == 6
 
 
 def test_a_window_of_steps_is_traced_on_a_cpu(one):
     with gzip.open(one / "traces/rank0-steps-2-3.json.gz") as file:
         names = {event.get("name") for event in json.load(file)["traceEvents"]}
-    assert names >= {"data", "vae", "vit", "prefix", "adapter", "suffix", "connector", "generator", "backward", "optimizer",
-                     "ema", "checkpoint"}
+    assert names >= {
+        "data",
+        "vae",
+        "vit",
+        "prefix",
+        "adapter",
+        "suffix",
+        "connector",
+        "generator",
+        "backward",
+        "optimizer",
+        "ema",
+        "checkpoint",
+    }
     assert "CPU Mem" in (one / "traces/rank0-steps-2-3-memory.txt").read_text()
 
 
@@ -230,36 +370,95 @@ def test_the_whole_road(survivor, settings, world, tmp_path):
     """Pre-trained, killed and resumed (the fixture) -> fine-tuned on two ranks -> exported -> loaded in diffusers -> drawn ->
     a folder for GenEval -> checked."""
     stage_1, run_dir, out = survivor[0], tmp_path / "run", tmp_path / "grid.png"
-    mine = [f"run.dir={run_dir}", *settings, f"data.pairs={world}", *EVALUATED, "train.data=mix", "train.steps=2"]
+    mine = [
+        f"run.dir={run_dir}",
+        *settings,
+        f"data.pairs={world}",
+        *EVALUATED,
+        "train.data=mix",
+        "train.steps=2",
+    ]
     done = start(2, "--stage", "finetune", "--init", str(stage_1), *mine)
-    assert done.returncode == 0 and f"starts from the ema weights of {stage_1}/checkpoints/step-00000006" in done.stdout, done.stdout
+    assert (
+        done.returncode == 0
+        and f"starts from the ema weights of {stage_1}/checkpoints/step-00000006" in done.stdout
+    ), done.stdout
     found = rows(run_dir / "log.jsonl")
     assert [row["step"] for row in found] == [1, 2] and all(0 < row["loss"] < 10 for row in found)
     assert set(found[1]["heldout_loss"]) == {"image", "pair"}
     assert main(["export", "--run", str(run_dir)]) == 0
     generator = FluxTransformer2DModel.from_pretrained(run_dir / "export/ema")
     config, model, _ = load_run(run_dir)
-    assert sum(p.numel() for p in generator.parameters()) > 0.9 * sum(p.numel() for p in model.generator.parameters())
+    assert sum(p.numel() for p in generator.parameters()) > 0.9 * sum(
+        p.numel() for p in model.generator.parameters()
+    )
     prompts = ["a red circle", "two blue squares"]
     ours = Pipeline(model, config.data.size_px)(prompts, steps=2, seed=5)
-    theirs = Pipeline.from_pretrained(run_dir / "export/ema", device="cpu")(prompts, steps=2, seed=5)
-    assert [np.asarray(image).tolist() for image in ours] == [np.asarray(image).tolist() for image in theirs]
-    assert main(["sample", "--run", str(run_dir), "--num", "2", "--steps", "1", "--prompt", prompts[0], "--guidance", "3", "--shift",
-                 "flux", "--out", str(out)]) == 0
+    theirs = Pipeline.from_pretrained(run_dir / "export/ema", device="cpu")(
+        prompts, steps=2, seed=5
+    )
+    assert [np.asarray(image).tolist() for image in ours] == [
+        np.asarray(image).tolist() for image in theirs
+    ]
+    assert (
+        main(
+            [
+                "sample",
+                "--run",
+                str(run_dir),
+                "--num",
+                "2",
+                "--steps",
+                "1",
+                "--prompt",
+                prompts[0],
+                "--guidance",
+                "3",
+                "--shift",
+                "flux",
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
     assert Image.open(out).size == (2 * 34 - 2, 32)
-    lines = [json.dumps({"tag": "single_object", "include": [{"class": "cow", "count": 1}], "prompt": text}) + "\n" for text in prompts]
+    lines = [
+        json.dumps(
+            {"tag": "single_object", "include": [{"class": "cow", "count": 1}], "prompt": text}
+        )
+        + "\n"
+        for text in prompts
+    ]
     (tmp_path / "prompts.jsonl").write_text("".join(lines))
-    geneval = ["evaluate", "geneval", "--prompts", str(tmp_path / "prompts.jsonl"), "--out", str(tmp_path / "geneval")]
-    assert main([*geneval, "--run", str(run_dir / "export/ema"), "--steps", "2"]) == 0 and main([*geneval, "--check"]) == 0
+    geneval = [
+        "evaluate",
+        "geneval",
+        "--prompts",
+        str(tmp_path / "prompts.jsonl"),
+        "--out",
+        str(tmp_path / "geneval"),
+    ]
+    assert (
+        main([*geneval, "--run", str(run_dir / "export/ema"), "--steps", "2"]) == 0
+        and main([*geneval, "--check"]) == 0
+    )
     assert [(tmp_path / f"geneval/0000{n}/metadata.jsonl").read_text() for n in range(2)] == lines
-    pictures = [Image.open(tmp_path / f"geneval/0000{n}/samples/000{k}.png").size for n in range(2) for k in range(4)]
+    pictures = [
+        Image.open(tmp_path / f"geneval/0000{n}/samples/000{k}.png").size
+        for n in range(2)
+        for k in range(4)
+    ]
     assert pictures == [(32, 32)] * 8
     (tmp_path / "geneval/00001/samples/0003.png").unlink()
     assert main([*geneval, "--check"]) == 1
 
 
 def test_stage_2_wants_a_run_to_start_from(settings, capsys):
-    assert launch_main(["--stage", "finetune", *settings]) == 2 and "give --init RUN" in capsys.readouterr().err
+    assert (
+        launch_main(["--stage", "finetune", *settings]) == 2
+        and "give --init RUN" in capsys.readouterr().err
+    )
 
 
 RECIPES = """
@@ -288,13 +487,40 @@ for num, *prompt in (["3"], ["2", "--prompt", "a red circle"]):
 def test_the_six_recipes_and_a_larger_size_train(world, tmp_path, monkeypatch):
     """Stage 1 on images or pairs, stage 2 on images, pairs or both from either; and from 32 px to buckets of about 64 px. One run
     goes back a step."""
-    settings = [f"data.shards={world}", f"data.pairs={world}", "train.steps=2", "train.global_batch=6", "log.sample_images=0",
-                "checkpoint.every_steps=10", "train.threads=1", *PLAIN, "optim.lr=1e-2", "optim.warmup_steps=0", "ema.decay=0"]
-    done = subprocess.run([sys.executable, "-c", RECIPES, str(tmp_path), *settings], cwd=ROOT, env=environment(), text=True,
-                          timeout=LIMIT_S, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    settings = [
+        f"data.shards={world}",
+        f"data.pairs={world}",
+        "train.steps=2",
+        "train.global_batch=6",
+        "log.sample_images=0",
+        "checkpoint.every_steps=10",
+        "train.threads=1",
+        *PLAIN,
+        "optim.lr=1e-2",
+        "optim.warmup_steps=0",
+        "ema.decay=0",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", RECIPES, str(tmp_path), *settings],
+        cwd=ROOT,
+        env=environment(),
+        text=True,
+        timeout=LIMIT_S,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     assert done.returncode == 0, done.stdout
     seen = {}
-    for name in ("image", "pair", *(f"{first}-{second}" for first in ("image", "pair") for second in ("image", "pair", "mix")), "larger"):
+    for name in (
+        "image",
+        "pair",
+        *(
+            f"{first}-{second}"
+            for first in ("image", "pair")
+            for second in ("image", "pair", "mix")
+        ),
+        "larger",
+    ):
         losses = [row["loss"] for row in rows(tmp_path / name / "log.jsonl")]
         assert len(losses) == 2 and all(0 < loss < 10 for loss in losses), (name, losses)
         seen[name] = tuple(losses)
@@ -303,12 +529,21 @@ def test_the_six_recipes_and_a_larger_size_train(world, tmp_path, monkeypatch):
     for first in ("image", "pair"):
         # The same batch again, one step wiser.
         assert seen[f"{first}-{first}"][0] < seen[first][0]
-    assert sorted(p.name for p in (tmp_path / "back/checkpoints").iterdir()) == ["abandoned-step-00000002", "step-00000001", "step-00000002"]
+    assert sorted(p.name for p in (tmp_path / "back/checkpoints").iterdir()) == [
+        "abandoned-step-00000002",
+        "step-00000001",
+        "step-00000002",
+    ]
     monkeypatch.setitem(PRESETS, "demo", GeneratorConfig(width=64, num_heads=2, num_blocks=2))
     _, small, _ = load_run(tmp_path / "image", weights="raw")
     _, large, _ = load_run(tmp_path / "larger", weights="raw")
-    assert {n: p.shape for n, p in small.named_parameters()} == {n: p.shape for n, p in large.named_parameters()}
-    assert [Image.open(tmp_path / f"larger-{num}.png").size for num in (3, 2)] == [(3 * 66 - 2, 64), (2 * 66 - 2, 64)]
+    assert {n: p.shape for n, p in small.named_parameters()} == {
+        n: p.shape for n, p in large.named_parameters()
+    }
+    assert [Image.open(tmp_path / f"larger-{num}.png").size for num in (3, 2)] == [
+        (3 * 66 - 2, 64),
+        (2 * 66 - 2, 64),
+    ]
 
 
 @pytest.mark.slow
@@ -316,7 +551,9 @@ def test_the_six_recipes_and_a_larger_size_train(world, tmp_path, monkeypatch):
 def test_compiled_or_recomputed_blocks_train_alike(golden, settings, tmp_path, setting):
     done = launch(2, f"run.dir={tmp_path / 'run'}", *settings, setting, *EVALUATED)
     assert done.returncode == 0, done.stdout
-    for ours, theirs in zip(rows(tmp_path / "run/log.jsonl"), rows(golden / "log.jsonl"), strict=True):
+    for ours, theirs in zip(
+        rows(tmp_path / "run/log.jsonl"), rows(golden / "log.jsonl"), strict=True
+    ):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
 
 
@@ -326,11 +563,18 @@ def test_fp8_blocks_are_compiled_and_recomputed_under_zero_3(golden, settings, t
     losses = {}
     for name, more in (("eager", []), ("compiled", ["train.compile=true", "train.recompute=2"])):
         done = launch(1, f"run.dir={tmp_path / name}", *settings, "precision=fp8", *more)
-        assert done.returncode == 0 and done.stdout.count("precision fp8 has not been compared on a GPU yet") == 1, done.stdout
+        assert (
+            done.returncode == 0
+            and done.stdout.count("precision fp8 has not been compared on a GPU yet") == 1
+        ), done.stdout
         losses[name] = [row["loss"] for row in rows(tmp_path / name / "log.jsonl")]
     fp32 = [row["loss"] for row in rows(golden / "log.jsonl")]
-    budget = 2 * max(abs(a - b) for a, b in zip(losses["eager"], fp32, strict=True)) + 2**-8 * max(fp32)
-    assert max(abs(a - b) for a, b in zip(losses["compiled"], losses["eager"], strict=True)) <= budget
+    budget = 2 * max(abs(a - b) for a, b in zip(losses["eager"], fp32, strict=True)) + 2**-8 * max(
+        fp32
+    )
+    assert (
+        max(abs(a - b) for a, b in zip(losses["compiled"], losses["eager"], strict=True)) <= budget
+    )
 
 
 @pytest.mark.slow
@@ -347,15 +591,20 @@ def test_muon_is_the_same_on_one_rank_and_on_two_and_resumes(settings, tmp_path)
     assert done.returncode == 0 and hashes(run_dir) == hashes(tmp_path / "2"), done.stdout
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--stage", "pretrian"], "--stage must be one of pretrain"),
-    (["--config", ""], "--config is empty"), (["--hook", ""], "--hook is empty"), (["--dry-run", "-8"], "--dry-run must be a number of GPUs"),
-    (["--dry-run", "0"], "--dry-run must be a number of GPUs, 1 or more, got 0"),
-    (["--config", "dmeo"], "--config dmeo: no such file"),
-    (["trian.steps=3"], "unknown key trian.steps; did you mean train.steps?"),
-    (["train.steps=ten"], "train.steps must be a whole number, got 'ten'"),
-    (["--profile", "perf"], "--profile must be one of none, nsys, torch"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--stage", "pretrian"], "--stage must be one of pretrain"),
+        (["--config", ""], "--config is empty"),
+        (["--hook", ""], "--hook is empty"),
+        (["--dry-run", "-8"], "--dry-run must be a number of GPUs"),
+        (["--dry-run", "0"], "--dry-run must be a number of GPUs, 1 or more, got 0"),
+        (["--config", "dmeo"], "--config dmeo: no such file"),
+        (["trian.steps=3"], "unknown key trian.steps; did you mean train.steps?"),
+        (["train.steps=ten"], "train.steps must be a whole number, got 'ten'"),
+        (["--profile", "perf"], "--profile must be one of none, nsys, torch"),
+    ],
+)
 def test_mistakes_in_words_are_said_before_anything_starts(arguments, message, monkeypatch, capsys):
     monkeypatch.delenv("RANK", raising=False)
     assert launch_main(arguments) == 2
@@ -364,17 +613,38 @@ def test_mistakes_in_words_are_said_before_anything_starts(arguments, message, m
 
 
 @pytest.mark.parametrize("schedule, offered", [("constant", True), ("cosine", False)])
-def test_a_run_is_complete_whatever_becomes_of_its_pictures(schedule, offered, tmp_path, monkeypatch, capsys):
+def test_a_run_is_complete_whatever_becomes_of_its_pictures(
+    schedule, offered, tmp_path, monkeypatch, capsys
+):
     """And its steps can be doubled only where the last one shapes no other."""
+
     def fails(*_, **__):
         raise torch.OutOfMemoryError("no room\nfor pictures")
+
     monkeypatch.setattr(launch_module, "draw_run", fails)
-    config = parse("", overrides=[f"run.dir={tmp_path}", f"optim.schedule={schedule}", "train.steps=10"])
-    metrics, closed = SimpleNamespace(gpu_hours=1.0, report=lambda: None, close=lambda: closed.append(True)), []
-    launch_module.finish(config, launch_module.parse_args([]), metrics, SimpleNamespace(folder=None), SimpleNamespace(device="cpu", size=1))
+    config = parse(
+        "", overrides=[f"run.dir={tmp_path}", f"optim.schedule={schedule}", "train.steps=10"]
+    )
+    metrics, closed = (
+        SimpleNamespace(gpu_hours=1.0, report=lambda: None, close=lambda: closed.append(True)),
+        [],
+    )
+    launch_module.finish(
+        config,
+        launch_module.parse_args([]),
+        metrics,
+        SimpleNamespace(folder=None),
+        SimpleNamespace(device="cpu", size=1),
+    )
     words = capsys.readouterr().out.splitlines()
-    assert words[0] == "samples     not drawn or not scored: OutOfMemoryError: no room for pictures" and closed
-    assert any("--stage finetune" in line for line in words) and any("train.steps=20   # train on" in line for line in words) == offered
+    assert (
+        words[0] == "samples     not drawn or not scored: OutOfMemoryError: no room for pictures"
+        and closed
+    )
+    assert (
+        any("--stage finetune" in line for line in words)
+        and any("train.steps=20   # train on" in line for line in words) == offered
+    )
     assert words[-1].strip()
 
 
@@ -396,22 +666,46 @@ def test_mistakes_are_one_line_and_exit_2(golden, settings, tmp_path):
         (["model.vae=nowhere"], "model.vae"),
         (["train.global_batch=128"], "there are only 64 samples to train on"),
         ([f"run.dir={golden}"], "already holds a run: add --resume auto"),
-        ([f"run.dir={golden}", "--resume", "auto", "optim.lr=0.5"], "is the run of another config (optim.lr: 0.001 became 0.5): "
-         f"give the same values to resume it, or choose another run.dir, there with --resume {golden}/checkpoints/step-N"),
+        (
+            [f"run.dir={golden}", "--resume", "auto", "optim.lr=0.5"],
+            "is the run of another config (optim.lr: 0.001 became 0.5): "
+            f"give the same values to resume it, or choose another run.dir, there with --resume {golden}/checkpoints/step-N",
+        ),
     ]
-    given = [[f"run.dir={tmp_path / str(n)}", *settings, *arguments] for n, (arguments, _) in enumerate(mistakes)]
-    done = subprocess.run([sys.executable, "-c", MISTAKES, json.dumps(given)], cwd=ROOT, env=environment(), text=True,
-                          capture_output=True, timeout=LIMIT_S)
+    given = [
+        [f"run.dir={tmp_path / str(n)}", *settings, *arguments]
+        for n, (arguments, _) in enumerate(mistakes)
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", MISTAKES, json.dumps(given)],
+        cwd=ROOT,
+        env=environment(),
+        text=True,
+        capture_output=True,
+        timeout=LIMIT_S,
+    )
     said = [line for line in done.stderr.splitlines() if line.startswith(("iomm: ", "exit "))]
-    assert done.returncode == 0 and "Traceback" not in done.stderr and len(said) == 2 * len(mistakes), done.stderr
+    assert (
+        done.returncode == 0 and "Traceback" not in done.stderr and len(said) == 2 * len(mistakes)
+    ), done.stderr
     for (_, message), line, code in zip(mistakes, said[::2], said[1::2], strict=True):
         assert line.startswith("iomm: ") and message in line and code == "exit 2"
 
 
-@pytest.mark.parametrize("make, message", [
-    pytest.param(lambda folder: folder / "none-*.tar", "none-*.tar", id="no shard", marks=pytest.mark.slow),
-    pytest.param(lambda folder: empty_tar(folder), "empty.tar: no images inside", id="no image"),
-])
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        pytest.param(
+            lambda folder: folder / "none-*.tar",
+            "none-*.tar",
+            id="no shard",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            lambda folder: empty_tar(folder), "empty.tar: no images inside", id="no image"
+        ),
+    ],
+)
 def test_bad_data_ends_both_ranks(make, message, settings, tmp_path):
     done = start(2, f"run.dir={tmp_path / 'run'}", f"data.shards={make(tmp_path)}", *settings[1:])
     said = [line for line in done.stdout.splitlines() if line.startswith("iomm: ")]
@@ -422,6 +716,7 @@ def test_bad_data_ends_both_ranks(make, message, settings, tmp_path):
 def empty_tar(folder):
     import io
     import tarfile
+
     path = folder / "empty.tar"
     with tarfile.open(path, "w") as tar:
         info = tarfile.TarInfo("000000.txt")
@@ -432,6 +727,7 @@ def empty_tar(folder):
 
 def test_a_damaged_checkpoint_is_passed_over(golden, tmp_path):
     import shutil
+
     copy = tmp_path / "checkpoints"
     shutil.copytree(golden / "checkpoints", copy)
     newest = checkpoint_reader.newest(copy)
@@ -440,7 +736,10 @@ def test_a_damaged_checkpoint_is_passed_over(golden, tmp_path):
     raw[len(raw) // 2] ^= 1
     file.write_bytes(raw)
     said = []
-    assert checkpoint_reader.newest(copy, say=said.append).name == "step-00000004" and "not as it was written" in said[0]
+    assert (
+        checkpoint_reader.newest(copy, say=said.append).name == "step-00000004"
+        and "not as it was written" in said[0]
+    )
     manifest = copy / "step-00000004" / "MANIFEST.json"
     manifest.write_bytes(manifest.read_bytes().replace(b'"step": 4', b'"step": 5'))
     assert checkpoint_reader.newest(copy, say=said.append).name == "step-00000002"
@@ -448,42 +747,152 @@ def test_a_damaged_checkpoint_is_passed_over(golden, tmp_path):
 
 def test_sample_edit_and_export_read_the_run(golden, tmp_path, capsys):
     out = tmp_path / "grid.png"
-    assert main(["sample", "--run", str(golden), "--num", "5", "--steps", "2", "--out", str(out)]) == 0
+    assert (
+        main(["sample", "--run", str(golden), "--num", "5", "--steps", "2", "--out", str(out)]) == 0
+    )
     # originals, their visible parts, what is drawn
     assert Image.open(out).size == (5 * 34 - 2, 3 * 34 - 2)
     assert Image.open(tmp_path / "grid/0004.png").text["prompt"] == "masked image 4 of the run"
-    assert main(["sample", "--run", str(golden), "--num", "3", "--steps", "2", "--prompt", "a red circle", "--prompt", "zwölf",
-                 "--out", str(out), "--guidance", "2", "--size", "48x16", "--seed", "5"]) == 0
-    facts = {"run": golden.as_posix(), "step": "6", "weights": "ema", "size": "48x16", "steps": "2", "seed": "5", "guidance": "2",
-             "shift": "1.0"}
+    assert (
+        main(
+            [
+                "sample",
+                "--run",
+                str(golden),
+                "--num",
+                "3",
+                "--steps",
+                "2",
+                "--prompt",
+                "a red circle",
+                "--prompt",
+                "zwölf",
+                "--out",
+                str(out),
+                "--guidance",
+                "2",
+                "--size",
+                "48x16",
+                "--seed",
+                "5",
+            ]
+        )
+        == 0
+    )
+    facts = {
+        "run": golden.as_posix(),
+        "step": "6",
+        "weights": "ema",
+        "size": "48x16",
+        "steps": "2",
+        "seed": "5",
+        "guidance": "2",
+        "shift": "1.0",
+    }
     grid, single = Image.open(out), Image.open(tmp_path / "grid/0001.png")
     layout = {"columns": 3, "rows": ["drawn"], "labels": ["a red circle", "zwölf", "a red circle"]}
     assert grid.size == (3 * 50 - 2, 16) and json.loads(grid.text.pop("grid")) == layout
     assert grid.text == {**facts, "prompt": "a red circle\nzwölf"}
     assert single.size == (48, 16) and single.text == {**facts, "prompt": "zwölf", "image": "1"}
-    assert main(["edit", "--run", str(golden), "--image", str(out), "--instruction", "make it red", "--steps", "2"]) == 0
+    assert (
+        main(
+            [
+                "edit",
+                "--run",
+                str(golden),
+                "--image",
+                str(out),
+                "--instruction",
+                "make it red",
+                "--steps",
+                "2",
+            ]
+        )
+        == 0
+    )
     edited = Image.open(golden / "samples/edited-grid-make-it-red-seed0.png")
-    assert edited.text == {**facts, "size": "32x32", "seed": "0", "guidance": "1", "prompt": "make it red", "source": "grid.png"}
+    assert edited.text == {
+        **facts,
+        "size": "32x32",
+        "seed": "0",
+        "guidance": "1",
+        "prompt": "make it red",
+        "source": "grid.png",
+    }
     prompts = tmp_path / "evaluation_metadata.jsonl"
     prompts.write_text('{"prompt": "a photo of a bench"}\n')
-    assert main(["evaluate", "geneval", "--run", str(golden), "--prompts", str(prompts), "--out", str(tmp_path / "geneval"),
-                 "--steps", "1"]) == 0
+    assert (
+        main(
+            [
+                "evaluate",
+                "geneval",
+                "--run",
+                str(golden),
+                "--prompts",
+                str(prompts),
+                "--out",
+                str(tmp_path / "geneval"),
+                "--steps",
+                "1",
+            ]
+        )
+        == 0
+    )
     assert Image.open(tmp_path / "geneval/00000/samples/0003.png").text["step"] == "6"
     assert main(["export", "--run", str(golden), "--weights", "raw"]) == 0
-    assert main(["sample", "--run", str(golden / "export/raw"), "--num", "1", "--steps", "1", "--prompt", "x"]) == 0
-    assert Image.open(golden / "export/raw/samples/step-00000006-x-seed0.png").text["weights"] == "raw"
+    assert (
+        main(
+            [
+                "sample",
+                "--run",
+                str(golden / "export/raw"),
+                "--num",
+                "1",
+                "--steps",
+                "1",
+                "--prompt",
+                "x",
+            ]
+        )
+        == 0
+    )
+    assert (
+        Image.open(golden / "export/raw/samples/step-00000006-x-seed0.png").text["weights"] == "raw"
+    )
     assert (golden / "export/raw/diffusion_pytorch_model.safetensors").is_file()
-    images = Pipeline.from_pretrained(golden / "export/raw", device="cpu")(["a red circle", ""], steps=2)
+    images = Pipeline.from_pretrained(golden / "export/raw", device="cpu")(
+        ["a red circle", ""], steps=2
+    )
     assert [image.size for image in images] == [(32, 32)] * 2
     capsys.readouterr()
     for arguments, message in [
         (["sample", "--run", str(tmp_path)], "is not a run folder"),
         (["sample", "--run", str(golden), "--num", "0"], "--num and --steps must be >= 1"),
-        (["sample", "--run", str(golden), "--size", "64"], "--size and --guidance are for pictures from text"),
-        (["sample", "--run", str(golden), "--prompt", "x", "--size", "64by3"], "--size must be a side in pixels, as 512, or WIDTHx"),
-        (["sample", "--run", str(golden), "--prompt", "x", "--out", str(tmp_path / "x.jpg")], "--out must end in .png"),
+        (
+            ["sample", "--run", str(golden), "--size", "64"],
+            "--size and --guidance are for pictures from text",
+        ),
+        (
+            ["sample", "--run", str(golden), "--prompt", "x", "--size", "64by3"],
+            "--size must be a side in pixels, as 512, or WIDTHx",
+        ),
+        (
+            ["sample", "--run", str(golden), "--prompt", "x", "--out", str(tmp_path / "x.jpg")],
+            "--out must end in .png",
+        ),
         (["sample", "--run", str(golden / "export/raw")], "is an exported folder, without data"),
-        (["edit", "--run", str(golden), "--image", str(golden / "log.jsonl"), "--instruction", "x"], "--image"),
+        (
+            [
+                "edit",
+                "--run",
+                str(golden),
+                "--image",
+                str(golden / "log.jsonl"),
+                "--instruction",
+                "x",
+            ],
+            "--image",
+        ),
     ]:
         assert main(arguments) == 2
         said = capsys.readouterr().err.splitlines()
@@ -491,8 +900,24 @@ def test_sample_edit_and_export_read_the_run(golden, tmp_path, capsys):
 
 
 def test_the_console_command_is_installed():
-    done = subprocess.run([str(Path(sys.executable).with_name("iomm")), "doctor"], env=environment(), text=True,
-                          capture_output=True, timeout=LIMIT_S)
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("iomm")), "doctor"],
+        env=environment(),
+        text=True,
+        capture_output=True,
+        timeout=LIMIT_S,
+    )
     assert done.returncode == 0, done.stderr
-    for part in ("torch", "CUDA device", "DeepSpeed", "DALI", "Triton", "flash-attn", "NVIDIA apex", "nvcc", "C++ ops", "CUDA ops"):
+    for part in (
+        "torch",
+        "CUDA device",
+        "DeepSpeed",
+        "DALI",
+        "Triton",
+        "flash-attn",
+        "NVIDIA apex",
+        "nvcc",
+        "C++ ops",
+        "CUDA ops",
+    ):
         assert part in done.stdout

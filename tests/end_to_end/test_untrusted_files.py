@@ -42,7 +42,9 @@ def payload(marker):
     return pickle.dumps(Payload(marker))
 
 
-@pytest.mark.parametrize("name", ["step-00000001.pt", "folder/__0_0.distcp", "folder/.metadata", "folder/model.pt2"])
+@pytest.mark.parametrize(
+    "name", ["step-00000001.pt", "folder/__0_0.distcp", "folder/.metadata", "folder/model.pt2"]
+)
 def test_foreign_checkpoints(name, payload, tmp_path):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
@@ -57,8 +59,17 @@ def test_a_pickle_with_a_right_hash(payload, tmp_path):
     folder.mkdir()
     (folder / name).write_bytes(payload)
     facts = {"bytes": len(payload), "sha256": checkpoint_reader.sha256(folder / name)}
-    (folder / "MANIFEST.json").write_bytes(checkpoint_reader.seal(
-        {"format": checkpoint_writer.FORMAT, "step": 1, "world_size": 1, "files": {name: facts}, "shapes": {"w": [1]}}))
+    (folder / "MANIFEST.json").write_bytes(
+        checkpoint_reader.seal(
+            {
+                "format": checkpoint_writer.FORMAT,
+                "step": 1,
+                "world_size": 1,
+                "files": {name: facts},
+                "shapes": {"w": [1]},
+            }
+        )
+    )
     with pytest.raises(InputError, match="is not safetensors"):
         checkpoint_reader.Reader(folder).full("master", "w")
 
@@ -76,7 +87,10 @@ def tar_of(path, members):
 def test_members_of_a_tar(suffix, payload, tmp_path):
     jpeg = io.BytesIO()
     Image.new("RGB", (64, 64), "red").save(jpeg, "JPEG")
-    tar = tar_of(tmp_path / "a.tar", {"0.jpg": jpeg.getvalue(), f"0.{suffix}": payload, f"1.{suffix}": payload})
+    tar = tar_of(
+        tmp_path / "a.tar",
+        {"0.jpg": jpeg.getvalue(), f"0.{suffix}": payload, f"1.{suffix}": payload},
+    )
     index.build(str(tar), tmp_path / "index", progress=False)
     assert len(Shards(tmp_path / "index")) == 1
 
@@ -84,7 +98,9 @@ def test_members_of_a_tar(suffix, payload, tmp_path):
 def test_postscript_called_jpeg(marker, tmp_path):
     eps = f"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n(%pipe%touch {marker}) (w) file\nshowpage\n".encode()
     with pytest.raises(InputError):
-        index.build(str(tar_of(tmp_path / "a.tar", {"0.jpg": eps})), tmp_path / "index", progress=False)
+        index.build(
+            str(tar_of(tmp_path / "a.tar", {"0.jpg": eps})), tmp_path / "index", progress=False
+        )
 
 
 def test_shards_that_are_commands(marker, tmp_path):
@@ -92,8 +108,14 @@ def test_shards_that_are_commands(marker, tmp_path):
         index.ensure_index(f"pipe:touch {marker}", tmp_path / "cache", progress=False)
 
 
-@pytest.mark.parametrize("text", ["run:\n  dir: !!python/object/apply:os.system ['touch {}']\n", "!!python/object/new:os.system [touch {}]\n",
-                                  "model:\n  _target_: os.system\n  command: touch {}\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "run:\n  dir: !!python/object/apply:os.system ['touch {}']\n",
+        "!!python/object/new:os.system [touch {}]\n",
+        "model:\n  _target_: os.system\n  command: touch {}\n",
+    ],
+)
 def test_configs(text, marker):
     with pytest.raises(InputError, match=r"f\.yaml:\d+: "):
         parse(text.format(marker), "f.yaml")
@@ -103,24 +125,47 @@ def test_a_model_with_its_own_code(marker, tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "evil.py").write_text(f"import os\nos.system('touch {marker}')\n")
-    (folder / "config.json").write_text(json.dumps(
-        {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}}))
+    (folder / "config.json").write_text(
+        json.dumps(
+            {
+                "model_type": "evil",
+                "auto_map": {"AutoConfig": "evil.Config", "AutoModel": "evil.Model"},
+            }
+        )
+    )
     with pytest.raises(InputError, match="model.mllm: cannot load"):
         load_mllm(str(folder))
 
 
-@pytest.mark.parametrize("name, key", [("tokenizer_config.json", "AutoTokenizer"), ("processor_config.json", "AutoProcessor"),
-                                       ("chat_template.jinja", None)])
+@pytest.mark.parametrize(
+    "name, key",
+    [
+        ("tokenizer_config.json", "AutoTokenizer"),
+        ("processor_config.json", "AutoProcessor"),
+        ("chat_template.jinja", None),
+    ],
+)
 def test_a_tokenizer_with_its_own_code(name, key, marker, tmp_path):
     """Not refused where it can be passed over: the class is ours to choose, and templates are never rendered."""
     folder = shutil.copytree(WEIGHTS, tmp_path / "mllm")
     (folder / "evil.py").write_text(f"import os\nos.system('touch {marker}')\n")
     path = folder / name
     if key is None:
-        path.write_text("{{ cycler.__init__.__globals__.os.popen('touch " + str(marker) + "').read() }}")
+        path.write_text(
+            "{{ cycler.__init__.__globals__.os.popen('touch " + str(marker) + "').read() }}"
+        )
     else:
         facts = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps({**facts, "auto_map": {key: ["evil.Tokenizer", "evil.Tokenizer"] if "Tok" in key else "evil.P"}}))
+        path.write_text(
+            json.dumps(
+                {
+                    **facts,
+                    "auto_map": {
+                        key: ["evil.Tokenizer", "evil.Tokenizer"] if "Tok" in key else "evil.P"
+                    },
+                }
+            )
+        )
     try:
         load_mllm(str(folder))
     except InputError as error:

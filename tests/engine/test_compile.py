@@ -21,8 +21,12 @@ LAYERS = 6
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return create_mllm(tmp_path_factory.mktemp("mllm") / "tiny", texts=[RECONSTRUCT], vision=VISION,
-                       text={**TEXT, "num_hidden_layers": LAYERS})
+    return create_mllm(
+        tmp_path_factory.mktemp("mllm") / "tiny",
+        texts=[RECONSTRUCT],
+        vision=VISION,
+        text={**TEXT, "num_hidden_layers": LAYERS},
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -43,16 +47,26 @@ def read(mllm, batch, seed, dtype=torch.float32):
 
     def draw(*shape):
         return torch.randn(shape, generator=random, dtype=torch.float64).to(dtype)
-    tokens_BPD, queries_BQD = mllm.image_tokens(draw(batch, 3, 32, 32)), draw(batch, Q, mllm.width).requires_grad_()
+
+    tokens_BPD, queries_BQD = (
+        mllm.image_tokens(draw(batch, 3, 32, 32)),
+        draw(batch, Q, mllm.width).requires_grad_(),
+    )
     visible = torch.rand(batch * mllm.num_image_tokens, generator=random) < 0.4
     condition = mllm.condition([RECONSTRUCT] * batch, tokens_BPD, visible=visible)
     hidden_BQD = mllm.queries(queries_BQD, condition, mllm.prefix(condition)[0])
-    return tokens_BPD, hidden_BQD.detach(), torch.autograd.grad(hidden_BQD.square().sum(), queries_BQD)[0]
+    return (
+        tokens_BPD,
+        hidden_BQD.detach(),
+        torch.autograd.grad(hidden_BQD.square().sum(), queries_BQD)[0],
+    )
 
 
 def pixels(batch, height, width, dtype=torch.float32):
     random = torch.Generator().manual_seed(height)
-    return (torch.rand(batch, 3, height, width, generator=random, dtype=torch.float64) * 2 - 1).to(dtype)
+    return (torch.rand(batch, 3, height, width, generator=random, dtype=torch.float64) * 2 - 1).to(
+        dtype
+    )
 
 
 def test_ragged_prefixes_and_other_layers_need_no_graphs_of_their_own(folder):
@@ -84,16 +98,24 @@ def test_the_vae_encoder_is_one_graph_whatever_the_bucket():
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_frozen_parts_are_as_exact_as_eager_ones(folder, dtype):
-    exact, eager, compiled = (load_mllm(str(folder), dtype=d) for d in (torch.float64, dtype, dtype))
+    exact, eager, compiled = (
+        load_mllm(str(folder), dtype=d) for d in (torch.float64, dtype, dtype)
+    )
     compiled.compile_parts()
     for batch, seed in ((3, 0), (3, 1)):
-        rows = zip(read(compiled, batch, seed, dtype), read(eager, batch, seed, dtype), read(exact, batch, seed, torch.float64))
+        rows = zip(
+            read(compiled, batch, seed, dtype),
+            read(eager, batch, seed, dtype),
+            read(exact, batch, seed, torch.float64),
+        )
         for got, same_dtype, wanted in rows:
             assert_no_worse(got, same_dtype, wanted)
     exact, eager, compiled = (FluxVAE(autoencoder().to(d)) for d in (torch.float64, dtype, dtype))
     compiled.compile_parts()
-    got, same_dtype, wanted = (vae.encode(pixels(2, 32, 32, d)) for vae, d in (
-        (compiled, dtype), (eager, dtype), (exact, torch.float64)))
+    got, same_dtype, wanted = (
+        vae.encode(pixels(2, 32, 32, d))
+        for vae, d in ((compiled, dtype), (eager, dtype), (exact, torch.float64))
+    )
     assert_no_worse(got, same_dtype, wanted)
 
 
@@ -127,13 +149,29 @@ group.stop()
 
 @pytest.mark.slow
 @pytest.mark.parametrize("compiled", [True, False])
-def test_zero_3_keeps_no_gathered_weight_of_a_compiled_block_for_its_backward_pass(compiled, tmp_path):
+def test_zero_3_keeps_no_gathered_weight_of_a_compiled_block_for_its_backward_pass(
+    compiled, tmp_path
+):
     """Without DeepSpeed's own linear, as on a GPU. Eager blocks keep every one, by which the test is known to see them."""
     (tmp_path / "kept.py").write_text(KEPT)
     with open(tmp_path / "said.txt", "w") as said:
-        codes = finish(start_ranks(2, tmp_path / "kept.py", str(tmp_path / "kept.json"), f"run.dir={tmp_path / 'run'}", "zero.stage=3",
-                                   "zero.max_live_parameters=1", "zero.prefetch_bucket_size=1", "data.num_images=64", "precision=fp32",
-                                   "train.global_batch=4", "train.steps=2", f"train.compile={str(compiled).lower()}", said=said))
+        codes = finish(
+            start_ranks(
+                2,
+                tmp_path / "kept.py",
+                str(tmp_path / "kept.json"),
+                f"run.dir={tmp_path / 'run'}",
+                "zero.stage=3",
+                "zero.max_live_parameters=1",
+                "zero.prefetch_bucket_size=1",
+                "data.num_images=64",
+                "precision=fp32",
+                "train.global_batch=4",
+                "train.steps=2",
+                f"train.compile={str(compiled).lower()}",
+                said=said,
+            )
+        )
     assert not any(codes), (tmp_path / "said.txt").read_text()[-4000:]
     alive, gathered = json.loads((tmp_path / "kept.json").read_text())
     assert gathered > 1e6 and alive == (0 if compiled else gathered)

@@ -16,77 +16,133 @@ def test_shipped_configs_load_and_round_trip(path):
 
 
 def test_overrides_win_and_numbers_are_numbers():
-    config = parse("optim:\n  lr: 1e-4\n  betas: [0.9, 0.95]\n", overrides=["optim.lr=2e-3", "train.micro_batch=null"])
-    assert config.optim.lr == 2e-3 and config.optim.betas == (0.9, 0.95) and config.train.micro_batch is None
+    config = parse(
+        "optim:\n  lr: 1e-4\n  betas: [0.9, 0.95]\n",
+        overrides=["optim.lr=2e-3", "train.micro_batch=null"],
+    )
+    assert (
+        config.optim.lr == 2e-3
+        and config.optim.betas == (0.9, 0.95)
+        and config.train.micro_batch is None
+    )
 
 
-@pytest.mark.parametrize("text, message", [
-    ("run:\n  seed: 010\n", "f.yaml:2: run.seed must be a whole number, got '010'"),
-    ("run:\n  seed: 1.5\n", "f.yaml:2: run.seed must be a whole number"),
-    ("run:\n  seed: -1\n", "f.yaml:2: run.seed must be >= 0"),
-    ("optim:\n  lr: '1e-4'\n", "f.yaml:2: optim.lr must be a number, got the quoted text"),
-    ("optim:\n  lr: fast\n", "f.yaml:2: optim.lr must be a number, got 'fast'"),
-    ("optim:\n  lr: .nan\n", "f.yaml:2: optim.lr must be a number"),
-    ("optim:\n  lr: 0\n", "f.yaml:2: optim.lr must be > 0"),
-    (f"run:\n  seed: {2**64}\n", f"f.yaml:2: run.seed must be >= 0 and below 2^64, got {2**64}"),
-    ("optim:\n  weight_decay: -1\n", "f.yaml:2: optim.weight_decay must be >= 0, got -1.0"),
-    ("optim:\n  eps: 0\n", "f.yaml:2: optim.eps must be > 0, got 0.0"),
-    ("adapter:\n  head_dim: 0\n", "f.yaml:2: adapter.head_dim must be >= 1, got 0"),
-    ("evaluate:\n  guidance: -1\n", "f.yaml:2: evaluate.guidance must be >= 0, got -1.0"),
-    ("data:\n  latents: x\ntrain:\n  data: pair\n", "data.latents are of images, train.data is pair: set train.data=image or data.latents=memory, or"),
-    ("optim:\n  betas: [0.9]\n", "f.yaml:2: optim.betas must be 2 numbers"),
-    ("optim:\n  lr: [1]\n", "f.yaml:2: optim.lr must be a number, got a list"),
-    ("optim:\n  lr: {a: 1}\n", "f.yaml:2: optim.lr must be a number, got a section"),
-    ("optm:\n  lr: 1\n", "f.yaml:1: unknown key optm; did you mean optim"),
-    ("train:\n  step: 3\n", "f.yaml:2: unknown key train.step; did you mean train.steps?"),
-    ("train: 3\n", "f.yaml:1: train must be a section"),
-    ("- 1\n", "f.yaml:1: the file must be a section"),
-    ("data:\n  flip: NO\n", "f.yaml:2: data.flip must be true or false, got 'NO'"),
-    ("run:\n  seed: 1\n  seed: 2\n", "f.yaml:3: run.seed is given twice"),
-    ("run: &a\n  seed: 1\nmask: *a\n", "aliases"),
-    ("run:\n  seed: [1\n", "f.yaml:3: not valid YAML"),
-    ("precision: fp16\n", "f.yaml:1: precision must be one of auto, bf16, fp32, fp8; got 'fp16'"),
-    ("mask:\n  ratio: 1.5\n", "f.yaml:2: mask.ratio must be between 0 and 1"),
-    ("ema:\n  decay: 1\n", "f.yaml:2: ema.decay must be in"),
-    ("model:\n  preset: iomm-z\n", "f.yaml:2: model.preset must be one of"),
-    ("!!python/object/apply:os.system ['true']\n", "f.yaml:1: the file must be a section"),
-    ("run:\n  dir: !!python/object/apply:os.system ['true']\n", "f.yaml:2: run.dir must be text, got a list"),
-    ("run:\n  seed: 1\nrun:\n  seed: 2\n", "f.yaml:4: run.seed is given twice"),
-    ("train:\n  steps: 1_000\n", "f.yaml:2: train.steps must be a whole number, got '1_000'"),
-    ("train:\n  global_batch: 1e3\n", "f.yaml:2: train.global_batch must be a whole number, got '1e3'"),
-    ("train:\n  timeout_s: 30min\n", "f.yaml:2: train.timeout_s must be a number, got '30min'"),
-    ("train:\n  steps: 0x10\n", "f.yaml:2: train.steps must be a whole number, got '0x10'"),
-    ("ema:\n  decay: '0.99'\n", "f.yaml:2: ema.decay must be a number, got the quoted text '0.99'"),
-    ("data:\n  size_px: 512px\n", "f.yaml:2: data.size_px must be a whole number, got '512px'"),
-    ("guard:\n  max_skips: 2.5\n", "f.yaml:2: guard.max_skips must be a whole number, got '2.5'"),
-    ("optim:\n  lr: null\n", "f.yaml:2: optim.lr must be a number, got 'null'"),
-    ("optim:\n  lr: .inf\n", "f.yaml:2: optim.lr must be a number, got '.inf'"),
-    ("guard:\n  hang_s: -1\n", "f.yaml:2: guard.hang_s must be >= 0"),
-    ("guard:\n  hang_m: 10\n", "f.yaml:2: unknown key guard.hang_m; did you mean guard.hang_s?"),
-    ("guard:\n  skip_spikes: 1\n", "f.yaml:2: guard.skip_spikes must be true or false, got '1'"),
-    ("checkpoint:\n  keep: 1\n", "f.yaml:2: checkpoint.keep must be >= 2, got 1"),
-    ("checkpoint:\n  every_steps: 0\n", "f.yaml:2: checkpoint.every_steps must be >= 1"),
-    ("checkpoint:\n  background: yes\n", "f.yaml:2: checkpoint.background must be true or false, got 'yes'"),
-    ("checkpoint:\n  every: 10\n", "f.yaml:2: unknown key checkpoint.every; did you mean checkpoint.every_steps?"),
-    ("run:\n\tseed: 1\n", "f.yaml:2: not valid YAML"),
-    ("a: &a [1]\n" + "".join(f"k{i}: &{chr(98 + i)} [*{chr(97 + i)}, *{chr(97 + i)}]\n" for i in range(20)), "f.yaml:2: YAML aliases"),
-    ("run: " + "[" * 100_000, "f.yaml:1: nested deeper than any config is"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("run:\n  seed: 010\n", "f.yaml:2: run.seed must be a whole number, got '010'"),
+        ("run:\n  seed: 1.5\n", "f.yaml:2: run.seed must be a whole number"),
+        ("run:\n  seed: -1\n", "f.yaml:2: run.seed must be >= 0"),
+        ("optim:\n  lr: '1e-4'\n", "f.yaml:2: optim.lr must be a number, got the quoted text"),
+        ("optim:\n  lr: fast\n", "f.yaml:2: optim.lr must be a number, got 'fast'"),
+        ("optim:\n  lr: .nan\n", "f.yaml:2: optim.lr must be a number"),
+        ("optim:\n  lr: 0\n", "f.yaml:2: optim.lr must be > 0"),
+        (
+            f"run:\n  seed: {2**64}\n",
+            f"f.yaml:2: run.seed must be >= 0 and below 2^64, got {2**64}",
+        ),
+        ("optim:\n  weight_decay: -1\n", "f.yaml:2: optim.weight_decay must be >= 0, got -1.0"),
+        ("optim:\n  eps: 0\n", "f.yaml:2: optim.eps must be > 0, got 0.0"),
+        ("adapter:\n  head_dim: 0\n", "f.yaml:2: adapter.head_dim must be >= 1, got 0"),
+        ("evaluate:\n  guidance: -1\n", "f.yaml:2: evaluate.guidance must be >= 0, got -1.0"),
+        (
+            "data:\n  latents: x\ntrain:\n  data: pair\n",
+            "data.latents are of images, train.data is pair: set train.data=image or data.latents=memory, or",
+        ),
+        ("optim:\n  betas: [0.9]\n", "f.yaml:2: optim.betas must be 2 numbers"),
+        ("optim:\n  lr: [1]\n", "f.yaml:2: optim.lr must be a number, got a list"),
+        ("optim:\n  lr: {a: 1}\n", "f.yaml:2: optim.lr must be a number, got a section"),
+        ("optm:\n  lr: 1\n", "f.yaml:1: unknown key optm; did you mean optim"),
+        ("train:\n  step: 3\n", "f.yaml:2: unknown key train.step; did you mean train.steps?"),
+        ("train: 3\n", "f.yaml:1: train must be a section"),
+        ("- 1\n", "f.yaml:1: the file must be a section"),
+        ("data:\n  flip: NO\n", "f.yaml:2: data.flip must be true or false, got 'NO'"),
+        ("run:\n  seed: 1\n  seed: 2\n", "f.yaml:3: run.seed is given twice"),
+        ("run: &a\n  seed: 1\nmask: *a\n", "aliases"),
+        ("run:\n  seed: [1\n", "f.yaml:3: not valid YAML"),
+        (
+            "precision: fp16\n",
+            "f.yaml:1: precision must be one of auto, bf16, fp32, fp8; got 'fp16'",
+        ),
+        ("mask:\n  ratio: 1.5\n", "f.yaml:2: mask.ratio must be between 0 and 1"),
+        ("ema:\n  decay: 1\n", "f.yaml:2: ema.decay must be in"),
+        ("model:\n  preset: iomm-z\n", "f.yaml:2: model.preset must be one of"),
+        ("!!python/object/apply:os.system ['true']\n", "f.yaml:1: the file must be a section"),
+        (
+            "run:\n  dir: !!python/object/apply:os.system ['true']\n",
+            "f.yaml:2: run.dir must be text, got a list",
+        ),
+        ("run:\n  seed: 1\nrun:\n  seed: 2\n", "f.yaml:4: run.seed is given twice"),
+        ("train:\n  steps: 1_000\n", "f.yaml:2: train.steps must be a whole number, got '1_000'"),
+        (
+            "train:\n  global_batch: 1e3\n",
+            "f.yaml:2: train.global_batch must be a whole number, got '1e3'",
+        ),
+        ("train:\n  timeout_s: 30min\n", "f.yaml:2: train.timeout_s must be a number, got '30min'"),
+        ("train:\n  steps: 0x10\n", "f.yaml:2: train.steps must be a whole number, got '0x10'"),
+        (
+            "ema:\n  decay: '0.99'\n",
+            "f.yaml:2: ema.decay must be a number, got the quoted text '0.99'",
+        ),
+        ("data:\n  size_px: 512px\n", "f.yaml:2: data.size_px must be a whole number, got '512px'"),
+        (
+            "guard:\n  max_skips: 2.5\n",
+            "f.yaml:2: guard.max_skips must be a whole number, got '2.5'",
+        ),
+        ("optim:\n  lr: null\n", "f.yaml:2: optim.lr must be a number, got 'null'"),
+        ("optim:\n  lr: .inf\n", "f.yaml:2: optim.lr must be a number, got '.inf'"),
+        ("guard:\n  hang_s: -1\n", "f.yaml:2: guard.hang_s must be >= 0"),
+        (
+            "guard:\n  hang_m: 10\n",
+            "f.yaml:2: unknown key guard.hang_m; did you mean guard.hang_s?",
+        ),
+        (
+            "guard:\n  skip_spikes: 1\n",
+            "f.yaml:2: guard.skip_spikes must be true or false, got '1'",
+        ),
+        ("checkpoint:\n  keep: 1\n", "f.yaml:2: checkpoint.keep must be >= 2, got 1"),
+        ("checkpoint:\n  every_steps: 0\n", "f.yaml:2: checkpoint.every_steps must be >= 1"),
+        (
+            "checkpoint:\n  background: yes\n",
+            "f.yaml:2: checkpoint.background must be true or false, got 'yes'",
+        ),
+        (
+            "checkpoint:\n  every: 10\n",
+            "f.yaml:2: unknown key checkpoint.every; did you mean checkpoint.every_steps?",
+        ),
+        ("run:\n\tseed: 1\n", "f.yaml:2: not valid YAML"),
+        (
+            "a: &a [1]\n"
+            + "".join(
+                f"k{i}: &{chr(98 + i)} [*{chr(97 + i)}, *{chr(97 + i)}]\n" for i in range(20)
+            ),
+            "f.yaml:2: YAML aliases",
+        ),
+        ("run: " + "[" * 100_000, "f.yaml:1: nested deeper than any config is"),
+    ],
+)
 def test_mistakes_name_file_line_and_key(text, message):
     started = time.monotonic()
     with pytest.raises(InputError) as error:
         parse(text, "f.yaml")
-    assert message in str(error.value) and "\n" not in str(error.value) and re.match(r"f\.yaml:\d+: ", str(error.value))
+    assert (
+        message in str(error.value)
+        and "\n" not in str(error.value)
+        and re.match(r"f\.yaml:\d+: ", str(error.value))
+    )
     assert time.monotonic() - started < 2
 
 
-@pytest.mark.parametrize("override, message", [
-    ("trian.steps=5", "unknown key trian.steps; did you mean train.steps?"),
-    ("train=5", "train is a section; set one of its keys: train."),
-    ("train.steps", "must look like section.key=value"),
-    ("train.steps=x", "train.steps must be a whole number, got 'x'"),
-    ("train.steps=0", "command line: train.steps must be >= 1, got 0"),
-])
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("trian.steps=5", "unknown key trian.steps; did you mean train.steps?"),
+        ("train=5", "train is a section; set one of its keys: train."),
+        ("train.steps", "must look like section.key=value"),
+        ("train.steps=x", "train.steps must be a whole number, got 'x'"),
+        ("train.steps=0", "command line: train.steps must be >= 1, got 0"),
+    ],
+)
 def test_override_mistakes(override, message):
     with pytest.raises(InputError, match="(?s).*" + message.replace("?", r"\?")):
         parse("", overrides=[override])
@@ -109,5 +165,7 @@ def test_differences_name_keys_but_not_the_free_ones():
     # The last two round elsewhere, no more.
     free = ["train.steps=7", "run.dir=x", "train.recompute=3", "train.compile=true"]
     assert differences(parse("", overrides=free), config) == []
-    assert differences(parse("", overrides=["optim.lr=0.5"]), config) == ["optim.lr: 0.0001 became 0.5"]
+    assert differences(parse("", overrides=["optim.lr=0.5"]), config) == [
+        "optim.lr: 0.0001 became 0.5"
+    ]
     assert set(flat(config)) == set(all_keys(RunConfig))

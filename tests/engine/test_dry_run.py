@@ -41,7 +41,11 @@ PAPER = {
     "iomm-l-1024-finetune": ((2.65e9, 2.80e9), (36.0, 41.0), 4.2),
 }
 NO_PATHS = ("data.shards=shapes", "data.pairs=shapes", "run.init=null")
-STAGE_1 = {"iomm-b": (1024, 0.85, "adamw", 0.999), "iomm-l": (512, 0.85, "adamw", 0), "iomm-xl": (4096, 0.45, "muon", 0)}
+STAGE_1 = {
+    "iomm-b": (1024, 0.85, "adamw", 0.999),
+    "iomm-l": (512, 0.85, "adamw", 0),
+    "iomm-xl": (4096, 0.45, "muon", 0),
+}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +63,9 @@ def test_shipped_configs_are_counted(name):
     assert least <= sum(plan.flops.values()) / 1e12 <= highest
     trained = plan.parameters["generator"] + plan.parameters["adapter"]
     assert plan.memory["masters"] == 4 * trained / 8
-    assert sum(plan.memory.values()) < 0.8 * 141e9, "leaves no fifth of an H200 for encoders, communication, allocator"
+    assert sum(plan.memory.values()) < 0.8 * 141e9, (
+        "leaves no fifth of an H200 for encoders, communication, allocator"
+    )
     assert plan.samples == pytest.approx(millions * 1e6, rel=0.001)
 
 
@@ -70,24 +76,61 @@ def test_shipped_configs_have_the_paper_s_values(name):
     batch, ratio, kind, decay = STAGE_1[config.model.preset]
     if name.endswith("finetune"):
         batch = {512: 256, 1024: 96}[config.data.size_px]
-        assert (config.train.data, config.data.mix, config.run.init) == ("mix", 0.5, f"runs/{config.model.preset}-512")
-    assert name.startswith(f"{config.model.preset}-{config.data.size_px}") and config.run.dir == f"runs/{name}"
-    assert (config.train.global_batch, config.mask.ratio, config.optim.kind, config.ema.decay) == (batch, ratio, kind, decay)
-    assert (config.optim.lr, config.optim.clip, config.optim.betas, config.optim.weight_decay) == (1e-4, 1.0, (0.9, 0.95), 0)
-    assert (config.mask.mode, config.mask.count, config.adapter.kind, config.adapter.num_queries) == ("drop", "bernoulli", "rqa", 256)
+        assert (config.train.data, config.data.mix, config.run.init) == (
+            "mix",
+            0.5,
+            f"runs/{config.model.preset}-512",
+        )
+    assert (
+        name.startswith(f"{config.model.preset}-{config.data.size_px}")
+        and config.run.dir == f"runs/{name}"
+    )
+    assert (config.train.global_batch, config.mask.ratio, config.optim.kind, config.ema.decay) == (
+        batch,
+        ratio,
+        kind,
+        decay,
+    )
+    assert (config.optim.lr, config.optim.clip, config.optim.betas, config.optim.weight_decay) == (
+        1e-4,
+        1.0,
+        (0.9, 0.95),
+        0,
+    )
+    assert (
+        config.mask.mode,
+        config.mask.count,
+        config.adapter.kind,
+        config.adapter.num_queries,
+    ) == ("drop", "bernoulli", "rqa", 256)
 
 
 def test_a_pair_is_counted_without_vit_and_with_its_caption(model):
     config = load_config("iomm-b-512-finetune", NO_PATHS)
-    image, pair = flops_by_part(model, 512, NUM_TEXT), flops_by_part(model, 512, NUM_TURN + 0.9 * NUM_CAPTION, image=False)
+    image, pair = (
+        flops_by_part(model, 512, NUM_TEXT),
+        flops_by_part(model, 512, NUM_TURN + 0.9 * NUM_CAPTION, image=False),
+    )
     mllm = model.frozen[0]
-    assert image["ViT"] == mllm.vit_flops() and pair["ViT"] == 0 and pair["generator"] == image["generator"]
+    assert (
+        image["ViT"] == mllm.vit_flops()
+        and pair["ViT"] == 0
+        and pair["generator"] == image["generator"]
+    )
     assert pair["MLLM"] == sum(mllm.decoder_flops(NUM_TURN + 0.9 * NUM_CAPTION, 256))
-    assert work(model, config) == pytest.approx({part: (image[part] + pair[part]) / 2 for part in image})
+    assert work(model, config) == pytest.approx(
+        {part: (image[part] + pair[part]) / 2 for part in image}
+    )
     assert tokens(model, config) == 1024 + 256
     every = load_config("iomm-b-512", ["adapter.conditions=all", *NO_PATHS])
-    assert tokens(build_without_weights(every), every) == pytest.approx(1024 + 256 + NUM_TEXT + 0.15 * 256)
-    latents = replace(config, data=replace(config.data, latents="somewhere", pairs=None), train=replace(config.train, data="image"))
+    assert tokens(build_without_weights(every), every) == pytest.approx(
+        1024 + 256 + NUM_TEXT + 0.15 * 256
+    )
+    latents = replace(
+        config,
+        data=replace(config.data, latents="somewhere", pairs=None),
+        train=replace(config.train, data="image"),
+    )
     assert work(model, latents)["VAE"] == 0 and work(model, config)["VAE"] == image["VAE"]
 
 
@@ -99,10 +142,13 @@ def test_the_paper_s_budget_in_gpu_hours():
 
 
 def test_counted_activations_are_what_a_real_pass_keeps():
-    config = load_config(PIXELS, ["precision=fp32", "data.size_px=32", "model.vae=pixel:4", "optim.kind=adamw"])
+    config = load_config(
+        PIXELS, ["precision=fp32", "data.size_px=32", "model.vae=pixel:4", "optim.kind=adamw"]
+    )
     model = build_without_weights(config)
     counted = activation_bytes(model, config, micro_batch=4)["generator"]
     from iomm.generator import new_generator
+
     generator = new_generator(model.generator.config, 0)
     own, kept = {p.untyped_storage().data_ptr() for p in generator.parameters()}, {}
 
@@ -111,27 +157,44 @@ def test_counted_activations_are_what_a_real_pass_keeps():
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
+
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = generator(torch.randn(4, 64, 48), torch.rand(4), torch.randn(4, 16, model.generator.config.condition_dim), (8, 8))
+        out = generator(
+            torch.randn(4, 64, 48),
+            torch.rand(4),
+            torch.randn(4, 16, model.generator.config.condition_dim),
+            (8, 8),
+        )
     assert counted == pytest.approx(sum(kept.values()), rel=0.1) and out.requires_grad
 
 
 @pytest.mark.parametrize("preset", ["demo", "iomm-xl"])
 def test_two_models_of_few_blocks_tell_the_activations_of_many(preset):
-    config = load_config(PIXELS, [f"model.preset={preset}", "precision=fp32", "data.size_px=32", "model.vae=pixel:4"])
+    config = load_config(
+        PIXELS, [f"model.preset={preset}", "precision=fp32", "data.size_px=32", "model.vae=pixel:4"]
+    )
     model = build_without_weights(config)
     generator, vae = model.generator, model.frozen[1]
     with torch.device("meta"):
-        inputs = torch.empty(4, 64, vae.token_dim), torch.empty(4), torch.empty(4, 16, generator.config.condition_dim, requires_grad=True)
+        inputs = (
+            torch.empty(4, 64, vae.token_dim),
+            torch.empty(4),
+            torch.empty(4, 16, generator.config.condition_dim, requires_grad=True),
+        )
     whole = kept_bytes(lambda: generator(*inputs, (8, 8)), generator.parameters())
     assert activation_bytes(model, config, micro_batch=4)["generator"] == whole
 
 
 def test_fp8_keeps_the_sides_of_its_products_in_a_byte():
     """Of a block's linears at width D with M rows: inputs of qkv, out, mlp_in (D each) and mlp_out (4 D)."""
-    config = load_config(PIXELS, ["precision=bf16", "data.size_px=32", "model.vae=pixel:4", "optim.kind=adamw"])
+    config = load_config(
+        PIXELS, ["precision=bf16", "data.size_px=32", "model.vae=pixel:4", "optim.kind=adamw"]
+    )
     model = build_without_weights(config)
-    bf16, fp8 = (activation_bytes(model, replace(config, precision=p), micro_batch=4)["generator"] for p in ("bf16", "fp8"))
+    bf16, fp8 = (
+        activation_bytes(model, replace(config, precision=p), micro_batch=4)["generator"]
+        for p in ("bf16", "fp8")
+    )
     blocks, width, latents, condition = 6, 96, 64, config.adapter.num_queries
     # The last block's condition has kv alone, and its latents' `out` reads what attention keeps anyway: a byte more, not less.
     rows = 4 * (blocks * 7 * (latents + condition) - 6 * condition - 2 * latents)
@@ -144,19 +207,31 @@ def test_bytes_encoded_ahead_are_those_of_a_real_batch():
     from iomm.internvl import load_mllm
     from iomm.model import IOMM
     from iomm.vae import load_vae
-    config = load_config(PIXELS, ["mask.ratio=0.0", "precision=fp32", "data.size_px=32", "model.vae=pixel:4"])
+
+    config = load_config(
+        PIXELS, ["mask.ratio=0.0", "precision=fp32", "data.size_px=32", "model.vae=pixel:4"]
+    )
     mllm, vae = load_mllm(str(WEIGHTS), dtype=torch.float32), load_vae(config.model.vae)
     counted = build_without_weights(config)
     model = IOMM(counted.generator, counted.adapter, mllm, vae, counted.recipe)
     prepared = model.prepare(torch.rand(4, 3, 32, 32), torch.rand(4, 3, 32, 32), torch.arange(4))
-    real = sum(tensor.nbytes for tensor in prepared.tensors() if tensor.is_floating_point() and tensor is not prepared.t_R)
+    real = sum(
+        tensor.nbytes
+        for tensor in prepared.tensors()
+        if tensor.is_floating_point() and tensor is not prepared.t_R
+    )
     assert prepared_bytes(model, config, micro_batch=4) == real
 
 
 def test_what_cannot_be_is_said_before_it_costs():
-    with pytest.raises(InputError, match="train.global_batch must be a multiple of train.micro_batch x ranks, got 1024 and 16 x 7"):
+    with pytest.raises(
+        InputError,
+        match="train.global_batch must be a multiple of train.micro_batch x ranks, got 1024 and 16 x 7",
+    ):
         make_plan(load_config("iomm-b-512", NO_PATHS), ranks=7)
-    with pytest.raises(InputError, match="image size must be a positive multiple of 16 px, got 500 x 500"):
+    with pytest.raises(
+        InputError, match="image size must be a positive multiple of 16 px, got 500 x 500"
+    ):
         make_plan(load_config("iomm-b-512", [*NO_PATHS, "data.size_px=500"]), ranks=8)
 
 
@@ -164,6 +239,7 @@ def test_what_the_mllm_keeps_of_its_queries_is_what_a_real_pass_keeps():
     """The tiny MLLM on real tensors; attention keeps a mask and repeated heads besides, where batches are ragged."""
     from iomm.engine.shapes.mllm import WEIGHTS
     from iomm.internvl import load_mllm
+
     config = load_config(PIXELS, ["adapter.attention=bidirectional", "precision=fp32"])
     model = build_without_weights(config)
     counted = activation_bytes(model, config, micro_batch=4)["MLLM queries"]
@@ -177,6 +253,7 @@ def test_what_the_mllm_keeps_of_its_queries_is_what_a_real_pass_keeps():
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
+
     queries = torch.randn(4, 16, mllm.width, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         mllm.queries(queries, condition, cache, causal=False)
@@ -185,8 +262,21 @@ def test_what_the_mllm_keeps_of_its_queries_is_what_a_real_pass_keeps():
 
 def test_dry_run_prints_and_costs_nothing(capsys, tmp_path):
     from iomm.engine.launch import main
+
     run_dir = tmp_path / "run"
-    assert main(["--config", "iomm-b-512", "--dry-run", "64", "data.shards=shapes", f"run.dir={run_dir}"]) == 0
+    assert (
+        main(
+            [
+                "--config",
+                "iomm-b-512",
+                "--dry-run",
+                "64",
+                "data.shards=shapes",
+                f"run.dir={run_dir}",
+            ]
+        )
+        == 0
+    )
     said = capsys.readouterr().out
     assert "64 GPU(s)" in said and "GPU-hours" in said and not run_dir.exists()
 
@@ -197,31 +287,47 @@ def test_dry_run_of_known_hub_ids_needs_no_network(name, monkeypatch, capsys):
 
     def refuse(*_):
         raise AssertionError("a connection was tried")
+
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     assert main(["--config", name, "--dry-run", "16", *NO_PATHS]) == 0
     assert "16 GPU(s)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("given, message", [
-    (["data.shards=nowhere/*.tar"], "data.shards: no shard matches"),
-    (["data.pairs=nowhere/*.tar"], "data.pairs: no shard matches"),
-    (["data.pairs=null"], "data.pairs must name tars, globs or folders for train.data=mix, got none"),
-    (["run.init=nowhere"], "run.init: nowhere is not a run folder"),
-    (["train.data=image", "data.pairs=null", "data.latents=nowhere"], "data.latents: nowhere has no latents.json"),
-])
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (["data.shards=nowhere/*.tar"], "data.shards: no shard matches"),
+        (["data.pairs=nowhere/*.tar"], "data.pairs: no shard matches"),
+        (
+            ["data.pairs=null"],
+            "data.pairs must name tars, globs or folders for train.data=mix, got none",
+        ),
+        (["run.init=nowhere"], "run.init: nowhere is not a run folder"),
+        (
+            ["train.data=image", "data.pairs=null", "data.latents=nowhere"],
+            "data.latents: nowhere has no latents.json",
+        ),
+    ],
+)
 def test_dry_run_checks_every_path(given, message, model):
     with pytest.raises(InputError) as error:
         check_paths(load_config("iomm-b-512-finetune", [*NO_PATHS, *given]), model)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("given, message", [
-    (["model.mllm=nowhere"], "model.mllm: no folder nowhere"),
-    (["model.vae=nowhere"], "model.vae: no folder nowhere"),
-    (["data.shards=nowhere/*.tar"], "data.shards: no shard matches"),
-    (["train.global_batch=100"], "train.global_batch must be a multiple of train.micro_batch x ranks, got 100 and 16 x 8"),
-])
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (["model.mllm=nowhere"], "model.mllm: no folder nowhere"),
+        (["model.vae=nowhere"], "model.vae: no folder nowhere"),
+        (["data.shards=nowhere/*.tar"], "data.shards: no shard matches"),
+        (
+            ["train.global_batch=100"],
+            "train.global_batch must be a multiple of train.micro_batch x ranks, got 100 and 16 x 8",
+        ),
+    ],
+)
 def test_a_plan_is_refused_for_what_is_not_there(given, message):
     with pytest.raises(InputError) as error:
         make_plan(load_config("iomm-b-512-finetune", [*NO_PATHS, *given]), ranks=8)
@@ -231,6 +337,7 @@ def test_a_plan_is_refused_for_what_is_not_there(given, message):
 def test_dry_run_compares_the_run_that_it_would_start_from(tmp_path, model):
     from iomm.engine.resilience.checkpoint_reader import seal
     from iomm.engine.resilience.checkpoint_writer import FORMAT
+
     config = load_config("iomm-b-512-finetune", [*NO_PATHS[:2], f"run.init={tmp_path}"])
     (tmp_path / "config.yaml").write_text("")
     with pytest.raises(InputError, match="has no checkpoint yet"):
@@ -240,7 +347,9 @@ def test_dry_run_compares_the_run_that_it_would_start_from(tmp_path, model):
     shapes = {name: list(p.shape) for name, p in model.named_parameters()}
     (folder / "MANIFEST.json").write_bytes(seal({"format": FORMAT, "files": {}, "shapes": shapes}))
     check_paths(config, model)
-    (folder / "MANIFEST.json").write_bytes(seal({"format": FORMAT, "files": {}, "shapes": shapes | {"generator.more": [1]}}))
+    (folder / "MANIFEST.json").write_bytes(
+        seal({"format": FORMAT, "files": {}, "shapes": shapes | {"generator.more": [1]}})
+    )
     with pytest.raises(InputError, match="is of another model"):
         check_paths(config, model)
 

@@ -37,7 +37,11 @@ def main():
         real = getattr(owner, name)
 
         def call(*args, **kwargs):
-            due = mine and place == here and (here not in ("forward", "backward", "step") or now["step"] == wanted)
+            due = (
+                mine
+                and place == here
+                and (here not in ("forward", "backward", "step") or now["step"] == wanted)
+            )
             if due and after_s is not None:
                 threading.Timer(after_s, die).start()
             elif due and before:
@@ -46,6 +50,7 @@ def main():
             if due and after_s is None:
                 die()
             return result
+
         setattr(owner, name, call)
 
     breaks(IOMM, "encode", "forward")
@@ -65,6 +70,7 @@ def main():
 
     def restore_said(state, folder):
         from faults.toy_job import live_digest
+
         restore(state, folder)
         found = live_digest(state)
         if state.ranks.first:
@@ -81,7 +87,11 @@ def main():
             yield batch
 
     now["run_dir"] = next(a.partition("=")[2] for a in sys.argv if a.startswith("run.dir="))
-    run_state.restore, loop.train_step, ImageSource.__iter__ = restore_said, step_counted, batches_recorded
+    run_state.restore, loop.train_step, ImageSource.__iter__ = (
+        restore_said,
+        step_counted,
+        batches_recorded,
+    )
     return launch.main(sys.argv[4:])
 
 

@@ -51,6 +51,7 @@ class Together:
 
         def call(rank):
             results[rank.rank] = work(rank)
+
         threads = [threading.Thread(target=call, args=(rank,)) for rank in self.ranks]
         for thread in threads:
             thread.start()
@@ -92,10 +93,12 @@ def saver(run_dir, rank, **settings):
 
 def save_all(run_dir, step, size=2, **settings):
     """One save by all ranks -> what each says was committed."""
+
     def work(rank):
         one = saver(run_dir, rank, **settings)
         one.save(step, pieces(rank.rank, step), FACTS)
         return one.wait()
+
     return Together(size).run(work)
 
 
@@ -106,7 +109,10 @@ class File:
         self.file, self.step = file, step
 
     def write(self, part):
-        self.step("write", lambda: (self.file.write(memoryview(part)[:len(part) // 2]), self.file.flush()))
+        self.step(
+            "write",
+            lambda: (self.file.write(memoryview(part)[: len(part) // 2]), self.file.flush()),
+        )
         return self.file.write(part)
 
     def flush(self):
@@ -127,15 +133,18 @@ class File:
 def instrument(step):
     """From now on every file operation of this process calls step(name, half) first. For forked children."""
     for name in ("mkdir", "rename", "fsync", "unlink", "rmdir", "open"):
+
         def counted(*args, real=getattr(os, name), name=name, **kwargs):
             step(name)
             return real(*args, **kwargs)
+
         setattr(os, name, counted)
 
     def counted_open(path, mode="r", **kwargs):
         step("open")
         file = open(path, mode, **kwargs)
         return File(file, step) if "x" in mode else file
+
     checkpoint_writer.open = checkpoint_reader.open = counted_open
 
 
@@ -157,13 +166,17 @@ def save_and_die(run_dir, step, dying_rank, at, **settings):
                     if half:
                         half()
                     os._exit(7)
+
             announce = print
 
             def say(*args, announce=announce, **kwargs):
                 tell[1].send("committed" if "committed" in args[0] else "alert")
+
             checkpoint_writer.print = say
             instrument(count)
-            saver(run_dir, Piped(rank, ends[rank]), background=False, **settings).save(step, pieces(rank, step), FACTS)
+            saver(run_dir, Piped(rank, ends[rank]), background=False, **settings).save(
+                step, pieces(rank, step), FACTS
+            )
             tell[1].send((rank, done[0]))
             os._exit(0)
         children.append(pid)
@@ -194,7 +207,11 @@ def hidden(run_dir):
 
 
 def intact(run_dir):
-    return [p for p in checkpoint_reader.steps(Path(run_dir) / "checkpoints") if checkpoint_reader.damage(p) is None]
+    return [
+        p
+        for p in checkpoint_reader.steps(Path(run_dir) / "checkpoints")
+        if checkpoint_reader.damage(p) is None
+    ]
 
 
 def crash_points(folder):
@@ -211,12 +228,26 @@ def crash_points(folder):
             run_dir = Path(folder) / f"{rank}-{at}"
             shutil.copytree(start, run_dir)
             _, committed = save_and_die(run_dir, 6, rank, at)
-            kept = newest_step(run_dir) in ((6,) if committed else (4, 6)) and len(intact(run_dir)) >= 2
+            kept = (
+                newest_step(run_dir) in ((6,) if committed else (4, 6))
+                and len(intact(run_dir)) >= 2
+            )
             checkpoint_writer.sweep(run_dir / "checkpoints")
             saved = save_all(run_dir, 8) == [run_dir / "checkpoints/step-00000008"] * 2
-            recovered += (kept and saved and newest_step(run_dir) == 8 and not hidden(run_dir) and len(intact(run_dir)) == 2)
+            recovered += (
+                kept
+                and saved
+                and newest_step(run_dir) == 8
+                and not hidden(run_dir)
+                and len(intact(run_dir)) == 2
+            )
             shutil.rmtree(run_dir)
-    return {"crash_points": sum(counts), "of_rank_0": counts[0], "of_rank_1": counts[1], "recovered": recovered}
+    return {
+        "crash_points": sum(counts),
+        "of_rank_0": counts[0],
+        "of_rank_1": counts[1],
+        "recovered": recovered,
+    }
 
 
 def damages(folder, num_flips, seed=0):
@@ -232,14 +263,18 @@ def damages(folder, num_flips, seed=0):
     def check(together=True):
         said = []
         if together:
-            found = Together(2).run(lambda rank: checkpoint_reader.newest(root, rank, say=said.append))
+            found = Together(2).run(
+                lambda rank: checkpoint_reader.newest(root, rank, say=said.append)
+            )
         else:
             found = [checkpoint_reader.newest(root, say=said.append)] * 2
         count["cases"] += 1
         count["detected"] += len(said) == 1 and newest.name in said[0]
         count["fell_back"] += found == [before] * 2
 
-    with patch.object(checkpoint_reader, "safe_open", side_effect=AssertionError("opened before all is verified")):
+    with patch.object(
+        checkpoint_reader, "safe_open", side_effect=AssertionError("opened before all is verified")
+    ):
         for file in sorted(newest.iterdir()):
             whole = file.read_bytes()
             for trial in range(num_flips):
@@ -252,7 +287,7 @@ def damages(folder, num_flips, seed=0):
                 file.write_bytes(whole[:cut])
                 check()
             hole = min(4096, len(whole) // 2)
-            file.write_bytes(whole[:100] + bytes(hole) + whole[100 + hole:])
+            file.write_bytes(whole[:100] + bytes(hole) + whole[100 + hole :])
             check()
             file.unlink()
             check()
@@ -276,7 +311,16 @@ def retention(folder, num_saves, keep=3, permanent=10, seed=1):
     is killed. Sound, after each: all verify, and these are at least min(2, saves that were not killed); the newest is of this
     save, or, if it was killed, no older than before; nothing more is on the disk than keep, the permanent ones, what was
     refused, and one for each kill in a row."""
-    rng, failing, sound, most, killed, row, last, count = random.Random(seed), [True], 0, 0, 0, 0, 0, [0]
+    rng, failing, sound, most, killed, row, last, count = (
+        random.Random(seed),
+        [True],
+        0,
+        0,
+        0,
+        0,
+        0,
+        [0],
+    )
     root, settings = Path(folder) / "checkpoints", {"keep": keep, "keep_every_steps": permanent}
     remove, rename, refused = shutil.rmtree, os.rename, set()
 
@@ -299,21 +343,39 @@ def retention(folder, num_saves, keep=3, permanent=10, seed=1):
             row = row + 1 if rng.random() < 0.1 else 0
             if row:
                 dying = rng.randrange(2)
-                counts, _ = save_and_die(folder, step, dying, rng.randrange(1, (28, 11)[dying]), **settings)
+                counts, _ = save_and_die(
+                    folder, step, dying, rng.randrange(1, (28, 11)[dying]), **settings
+                )
                 killed += None in counts
                 # The next start
                 checkpoint_writer.sweep(root)
             else:
                 save_all(folder, step, **settings)
-            good, ordinary = intact(folder), [p.name for p in checkpoint_reader.steps(root) if checkpoint_reader.step_of(p) % permanent]
+            good, ordinary = (
+                intact(folder),
+                [
+                    p.name
+                    for p in checkpoint_reader.steps(root)
+                    if checkpoint_reader.step_of(p) % permanent
+                ],
+            )
             before, last = last, newest_step(folder)
             spare = {*ordinary[:-keep], *hidden(folder)}
-            sound += (len(good) == len(checkpoint_reader.steps(root)) >= min(2, step - killed)
-                      and (before <= last if row else last == step) and len(spare - refused) <= row)
+            sound += (
+                len(good) == len(checkpoint_reader.steps(root)) >= min(2, step - killed)
+                and (before <= last if row else last == step)
+                and len(spare - refused) <= row
+            )
             most = max(most, len(ordinary) + len(hidden(folder)))
         failing[0] = False
         save_all(folder, num_saves + 1, **settings)
     steps = [checkpoint_reader.step_of(p) for p in intact(folder)]
     sound += len([s for s in steps if s % permanent]) == keep and not hidden(folder)
-    return {"saves": num_saves + 1, "killed": killed, "refused": count[0], "sound_after_each": sound, "most_on_disk_beside_permanent_ones": most,
-            "permanent_kept": len([s for s in steps if not s % permanent])}
+    return {
+        "saves": num_saves + 1,
+        "killed": killed,
+        "refused": count[0],
+        "sound_after_each": sound,
+        "most_on_disk_beside_permanent_ones": most,
+        "permanent_kept": len([s for s in steps if not s % permanent]),
+    }

@@ -25,7 +25,10 @@ VALUES = (math.nan, math.inf, -math.inf)
 def planned(num_injections):
     """{step: (place, value, rank)}: odd steps, every place with every value, ranks in turn."""
     order = itertools.islice(itertools.cycle(itertools.product(VALUES, PLACES)), num_injections)
-    return {2 * i + 1: (place, value, (i // len(PLACES) + i) % 2) for i, (value, place) in enumerate(order)}
+    return {
+        2 * i + 1: (place, value, (i // len(PLACES) + i) % 2)
+        for i, (value, place) in enumerate(order)
+    }
 
 
 def digest(state):
@@ -53,8 +56,16 @@ def main():
         return tensor
 
     encode, read, call, step, train, train_step = (
-        IOMM.encode, IOMM.read, zero.Sharded.__call__, zero.Sharded.step, loop.train, loop.train_step)
-    IOMM.encode = lambda self, pixels, n_B: spoilt(encode(self, spoilt(pixels, "pixel"), n_B), "latent")
+        IOMM.encode,
+        IOMM.read,
+        zero.Sharded.__call__,
+        zero.Sharded.step,
+        loop.train,
+        loop.train_step,
+    )
+    IOMM.encode = lambda self, pixels, n_B: spoilt(
+        encode(self, spoilt(pixels, "pixel"), n_B), "latent"
+    )
 
     def read_spoilt(self, *args):
         hidden, lengths = read(self, *args)

@@ -23,23 +23,50 @@ LIMIT_S = 600
 def world(folder):
     """Settings of a small run on pictures that are drawn into folder."""
     write_dataset(Path(folder) / "shapes", num_images=72, size_px=32, seed=1, shard_size=24)
-    return ["--config", PIXELS, f"data.shards={folder}/shapes", "train.global_batch=4", "log.sample_images=0", "train.threads=1", "precision=fp32"]
+    return [
+        "--config",
+        PIXELS,
+        f"data.shards={folder}/shapes",
+        "train.global_batch=4",
+        "log.sample_images=0",
+        "train.threads=1",
+        "precision=fp32",
+    ]
 
 
 class Run:
     """A started run: its ranks' process ids as soon as there are any, its output in <run.dir>.out."""
 
-    def __init__(self, run_dir, *arguments, size=2, script=("broken.py", "none", 0, 0), port=None, **variables):
+    def __init__(
+        self,
+        run_dir,
+        *arguments,
+        size=2,
+        script=("broken.py", "none", 0, 0),
+        port=None,
+        **variables,
+    ):
         line = command(size, *arguments, f"run.dir={run_dir}")
         at = line.index(str(ROOT / "engine/launch.py"))
-        line[at:at + 1] = [str(ROOT / "tests/faults" / script[0]), *map(str, script[1:])]
+        line[at : at + 1] = [str(ROOT / "tests/faults" / script[0]), *map(str, script[1:])]
         self.port = port or line[line.index("--master_port") + 1]
         line[line.index("--master_port") + 1] = self.port
-        self.run_dir, self.path, self.size, self.started = Path(run_dir), Path(f"{run_dir}.out"), size, time.monotonic()
+        self.run_dir, self.path, self.size, self.started = (
+            Path(run_dir),
+            Path(f"{run_dir}.out"),
+            size,
+            time.monotonic(),
+        )
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "ab") as file:
-            self.process = subprocess.Popen(line, cwd=ROOT, env={**environment(), **variables}, start_new_session=True,
-                                            stdout=file, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(
+                line,
+                cwd=ROOT,
+                env={**environment(), **variables},
+                start_new_session=True,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
 
     @property
     def out(self):
@@ -58,22 +85,43 @@ class Run:
 
     def left(self):
         """Processes of this run that are still there."""
-        table = subprocess.run(["ps", "-eo", "pid,sid,stat"], text=True, capture_output=True).stdout.splitlines()[1:]
-        return [int(pid) for pid, sid, stat in map(str.split, table) if int(sid) == self.process.pid and stat[0] != "Z"]
+        table = subprocess.run(
+            ["ps", "-eo", "pid,sid,stat"], text=True, capture_output=True
+        ).stdout.splitlines()[1:]
+        return [
+            int(pid)
+            for pid, sid, stat in map(str.split, table)
+            if int(sid) == self.process.pid and stat[0] != "Z"
+        ]
 
 
 def ranks_below(pid):
     """Process ids of the ranks that a deepspeed command has started, by rank."""
-    found = subprocess.run(["ps", "-eo", "pid,ppid,args"], text=True, capture_output=True).stdout.splitlines()[1:]
-    table = [(int(p), int(parent), args) for p, parent, args in (line.split(None, 2) for line in found)]
+    found = subprocess.run(
+        ["ps", "-eo", "pid,ppid,args"], text=True, capture_output=True
+    ).stdout.splitlines()[1:]
+    table = [
+        (int(p), int(parent), args) for p, parent, args in (line.split(None, 2) for line in found)
+    ]
     launchers = {p for p, parent, _ in table if parent == pid}
-    mine = [(args, p) for p, parent, args in table if parent in launchers and "--local_rank" in args]
-    return [p for _, p in sorted(mine, key=lambda row: int(re.search(r"--local_rank[= ](\d+)", row[0])[1]))]
+    mine = [
+        (args, p) for p, parent, args in table if parent in launchers and "--local_rank" in args
+    ]
+    return [
+        p
+        for _, p in sorted(
+            mine, key=lambda row: int(re.search(r"--local_rank[= ](\d+)", row[0])[1])
+        )
+    ]
 
 
 def listening():
     """TCP ports of this machine that somebody listens at."""
-    lines = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    lines = [
+        line.split()
+        for name in ("tcp", "tcp6")
+        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+    ]
     return {int(fields[1].rpartition(":")[2], 16) for fields in lines if fields[3] == "0A"}
 
 
@@ -91,7 +139,15 @@ def watched_death(run, rank):
 
 def started_again(run_dir, *arguments, port=None, **variables):
     """Seconds that a new start at the same port takes to its first step, the save of it and the end, which must be a good one."""
-    run = Run(run_dir, "--resume", "auto", *arguments, f"train.steps={newest_step(run_dir) + 1}", port=port, **variables)
+    run = Run(
+        run_dir,
+        "--resume",
+        "auto",
+        *arguments,
+        f"train.steps={newest_step(run_dir) + 1}",
+        port=port,
+        **variables,
+    )
     assert run.wait() == 0, run.out[-3000:]
     return time.monotonic() - run.started
 
@@ -102,15 +158,31 @@ def real_deaths(folder, num_trials):
     assert Run(f"{folder}/base", *settings, "train.steps=2").wait() == 0
     leaving, starting = [], []
     for trial in range(num_trials):
-        run_dir, place, rank = Path(folder) / f"trial{trial}", PLACES[trial % len(PLACES)], trial // len(PLACES) % 2
+        run_dir, place, rank = (
+            Path(folder) / f"trial{trial}",
+            PLACES[trial % len(PLACES)],
+            trial // len(PLACES) % 2,
+        )
         shutil.copytree(f"{folder}/base", run_dir)
-        run = Run(run_dir, "--resume", "auto", *settings, "train.steps=100000", script=("broken.py", place, rank, 2))
+        run = Run(
+            run_dir,
+            "--resume",
+            "auto",
+            *settings,
+            "train.steps=100000",
+            script=("broken.py", place, rank, 2),
+        )
         leaving.append(watched_death(run, rank))
         assert run.wait() != 0
         starting.append(started_again(run_dir, *settings))
         shutil.rmtree(run_dir)
-    return {"trials": num_trials, "survivor_gone_within_5_s": sum(t <= 5 for t in leaving), "slowest_s": round(max(leaving), 2),
-            "first_step_of_the_next_start_within_60_s": sum(t <= 60 for t in starting), "slowest_start_s": round(max(starting), 1)}
+    return {
+        "trials": num_trials,
+        "survivor_gone_within_5_s": sum(t <= 5 for t in leaving),
+        "slowest_s": round(max(leaving), 2),
+        "first_step_of_the_next_start_within_60_s": sum(t <= 60 for t in starting),
+        "slowest_start_s": round(max(starting), 1),
+    }
 
 
 STARTS = ("build", "data", "bind", "rendezvous", "index")
@@ -124,11 +196,25 @@ def interrupted_starts(folder, num_trials):
     for trial in range(num_trials):
         # With an index and caches of its own.
         base = Path(folder) / f"trial{trial}"
-        place, rank = STARTS[trial % len(STARTS)], trial // len(STARTS) % 2 if trial % len(STARTS) in (0, 1) else 0
+        place, rank = (
+            STARTS[trial % len(STARTS)],
+            trial // len(STARTS) % 2 if trial % len(STARTS) in (0, 1) else 0,
+        )
         line = [*world(base), *["train.compile=true"] * (place == "build")]
-        caches = {"TORCHINDUCTOR_CACHE_DIR": str(base / "inductor"), "TORCH_EXTENSIONS_DIR": str(base / "extensions")}
+        caches = {
+            "TORCHINDUCTOR_CACHE_DIR": str(base / "inductor"),
+            "TORCH_EXTENSIONS_DIR": str(base / "extensions"),
+        }
         before = set(os.listdir("/dev/shm")), len(os.listdir("/proc/self/fd")), listening()
-        run = Run(base / "run", "--resume", "auto", *line, "train.steps=100000", script=("broken.py", place, rank, 0), **caches)
+        run = Run(
+            base / "run",
+            "--resume",
+            "auto",
+            *line,
+            "train.steps=100000",
+            script=("broken.py", place, rank, 0),
+            **caches,
+        )
         watched_death(run, rank)
         assert run.wait() != 0, place
         until = time.monotonic() + 10
@@ -137,15 +223,28 @@ def interrupted_starts(folder, num_trials):
         left, port = run.left(), run.port
         starting.append(started_again(base / "run", *line, port=port, **caches))
         after = set(os.listdir("/dev/shm")), len(os.listdir("/proc/self/fd")), listening()
-        clean += not left and after[0] <= before[0] and after[1] == before[1] and int(port) not in after[2]
+        clean += (
+            not left
+            and after[0] <= before[0]
+            and after[1] == before[1]
+            and int(port) not in after[2]
+        )
         shutil.rmtree(base)
-    return {"trials": num_trials, "next_start_trains_within_60_s": sum(t <= 60 for t in starting),
-            "slowest_start_s": round(max(starting), 1), "no_process_shared_memory_descriptor_or_port_left": clean}
+    return {
+        "trials": num_trials,
+        "next_start_trains_within_60_s": sum(t <= 60 for t in starting),
+        "slowest_start_s": round(max(starting), 1),
+        "no_process_shared_memory_descriptor_or_port_left": clean,
+    }
 
 
 def entries(run_dir):
     """{run position: index entry} that all ranks have trained on."""
-    lines = [json.loads(line) for path in Path(run_dir).glob("samples-rank*.jsonl") for line in path.read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for path in Path(run_dir).glob("samples-rank*.jsonl")
+        for line in path.read_text().splitlines()
+    ]
     return dict(pair for line in lines for pair in line)
 
 
@@ -153,7 +252,10 @@ def real_world_sizes(folder, paths=([1, 2], [2, 1], [2, 1, 2], [4, 2])):
     """1 -> 2, 2 -> 1, 2 -> 1 -> 2, 4 -> 2 under ZeRO-3 in fp32: samples, whole states after each load, losses for 50 steps."""
     settings, found = [*world(folder), "train.global_batch=8", "checkpoint.every_steps=10"], {}
     for path in paths:
-        run_dir, same = Path(folder) / "-".join(map(str, path)), [*settings, f"train.micro_batch={8 // max(path)}"]
+        run_dir, same = (
+            Path(folder) / "-".join(map(str, path)),
+            [*settings, f"train.micro_batch={8 // max(path)}"],
+        )
         golden = Path(folder) / f"golden{path[0]}-{max(path)}"
         if not golden.exists():
             assert Run(golden, *same, "train.steps=60", size=path[0]).wait() == 0
@@ -168,12 +270,19 @@ def real_world_sizes(folder, paths=([1, 2], [2, 1], [2, 1, 2], [4, 2])):
             assert run.wait() == 0, run.out[-3000:]
             loads += wanted is not None and wanted in run.out
         ours, theirs = log_rows(run_dir), log_rows(golden)
-        losses = [(float.fromhex(a[1]), float.fromhex(b[1])) for a, b in zip(ours, theirs, strict=True)]
+        losses = [
+            (float.fromhex(a[1]), float.fromhex(b[1])) for a, b in zip(ours, theirs, strict=True)
+        ]
         found["->".join(map(str, path))] = {
-            "samples_in_order": entries(run_dir) == entries(golden) and len(ours) == 60 and sorted(entries(golden)) == list(range(480)),
-            "loads": len(path) - 1, "bitwise_loads": loads, "first_loss_bitwise": ours[10][1] == theirs[10][1],
+            "samples_in_order": entries(run_dir) == entries(golden)
+            and len(ours) == 60
+            and sorted(entries(golden)) == list(range(480)),
+            "loads": len(path) - 1,
+            "bitwise_loads": loads,
+            "first_loss_bitwise": ours[10][1] == theirs[10][1],
             "bitwise_to_the_end": [row[1::2] for row in ours] == [row[1::2] for row in theirs],
-            "worst_relative": max(abs(a - b) / abs(b) for a, b in losses)}
+            "worst_relative": max(abs(a - b) / abs(b) for a, b in losses),
+        }
     return found
 
 
@@ -181,20 +290,43 @@ def nonfinite(folder, num_trials, precisions=("fp32", "bf16")):
     """NaN, inf and -inf in a pixel, a latent, the condition, the loss, one element of a gradient, a moment, of one rank, in every
     second step from the first to the last, half of them in each precision: no bit of masters, moments and average changes,
     both ranks skip, the samples are named, and every good step between counts."""
-    settings, count = [*world(folder), "guard.max_skips=1", "checkpoint.every_steps=1000"], {
-        "injections": 0, "every_bit_unchanged_on_both_ranks": 0, "samples_named": 0, "good_steps_between": 0, "good_steps_that_counted": 0}
+    settings, count = (
+        [*world(folder), "guard.max_skips=1", "checkpoint.every_steps=1000"],
+        {
+            "injections": 0,
+            "every_bit_unchanged_on_both_ranks": 0,
+            "samples_named": 0,
+            "good_steps_between": 0,
+            "good_steps_that_counted": 0,
+        },
+    )
     for precision in precisions:
         number = num_trials // len(precisions)
         plan, report = planned(number), f"{folder}/report-{precision}"
-        run = Run(f"{folder}/{precision}", *settings, f"precision={precision}", f"train.steps={2 * number - 1}",
-                  script=("nonfinite.py", report, number))
+        run = Run(
+            f"{folder}/{precision}",
+            *settings,
+            f"precision={precision}",
+            f"train.steps={2 * number - 1}",
+            script=("nonfinite.py", report, number),
+        )
         assert run.wait() == 0, run.out[-3000:]
         reports = [json.loads(Path(f"{report}-rank{r}.json").read_text()) for r in range(2)]
-        said = {int(s): (int(a), int(b), words) for s, a, b, words in re.findall(
-            r"step (\d+) skipped on all ranks.*samples (\d+) to (\d+)(.*)", run.out)}
+        said = {
+            int(s): (int(a), int(b), words)
+            for s, a, b, words in re.findall(
+                r"step (\d+) skipped on all ranks.*samples (\d+) to (\d+)(.*)", run.out
+            )
+        }
         for step in range(1, 2 * number):
-            same = [r["hashes"][step] == r["hashes"][step - 1] and not r["applied"][step - 1] for r in reports]
-            changed = [r["hashes"][step] != r["hashes"][step - 1] and r["applied"][step - 1] for r in reports]
+            same = [
+                r["hashes"][step] == r["hashes"][step - 1] and not r["applied"][step - 1]
+                for r in reports
+            ]
+            changed = [
+                r["hashes"][step] != r["hashes"][step - 1] and r["applied"][step - 1]
+                for r in reports
+            ]
             if step not in plan:
                 count["good_steps_between"] += 1
                 count["good_steps_that_counted"] += all(changed) and step not in said

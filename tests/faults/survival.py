@@ -38,21 +38,43 @@ RESULTS = ROOT / "benchmarks/results/survival.json"
 
 def tests(*arguments):
     """A trial that is the tests which these arguments of pytest choose, slow ones too."""
+
     def run(folder):
         path = Path(folder) / "tests.xml"
-        subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "slow or not slow", f"--junitxml={path}", *arguments], cwd=ROOT,
-                       check=False)
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-q",
+                "-m",
+                "slow or not slow",
+                f"--junitxml={path}",
+                *arguments,
+            ],
+            cwd=ROOT,
+            check=False,
+        )
         suite = xml.etree.ElementTree.parse(path).getroot()[0]
         number = {key: int(suite.get(key)) for key in ("tests", "failures", "errors", "skipped")}
         return {"cases": number["tests"], "as_promised": 2 * number["tests"] - sum(number.values())}
+
     return run
 
 
 def bounded_loss(folder, num_saves):
     """The demo's state saved so often; the intervals that its times ask for, with the loss at a fault and the stall."""
     found = measure(folder, parameters=5.5e6, step_s=0.65, num_saves=num_saves)
-    return {"saves": num_saves, "mib": found["bytes"] >> 20, "stall_s": round(found["stall_s"], 4), "commit_s": round(found["commit_s"], 2),
-            **{f"on_{n}_gpus": f"{p['lost_gpu_hours']:.2g} GPU-h at a fault, {p['stall']:.4%} stall" for n, p in found["planned"].items()}}
+    return {
+        "saves": num_saves,
+        "mib": found["bytes"] >> 20,
+        "stall_s": round(found["stall_s"], 4),
+        "commit_s": round(found["commit_s"], 2),
+        **{
+            f"on_{n}_gpus": f"{p['lost_gpu_hours']:.2g} GPU-h at a fault, {p['stall']:.4%} stall"
+            for n, p in found["planned"].items()
+        },
+    }
 
 
 # Name of the trial: what it is called in the report, the function, its full number (None: it knows by itself).
@@ -64,17 +86,41 @@ TRIALS = {
     "bitwise_resumes": ("C5 resume is bitwise", trials.bitwise_resumes, 20),
     "world_sizes": ("C6 the world size may change", trials.world_sizes, None),
     "real_world_sizes": ("C6 the world size may change, ZeRO-3", real.real_world_sizes, None),
-    "failing_disks": ("C9 a failing or full disk costs one save", tests("tests/engine/resilience/test_checkpoint.py", "-k", "costs_one_save"), None),
+    "failing_disks": (
+        "C9 a failing or full disk costs one save",
+        tests("tests/engine/resilience/test_checkpoint.py", "-k", "costs_one_save"),
+        None,
+    ),
     "retention": ("C10 retention is safe", disk.retention, 300),
     "deaths": ("F1 a dead rank stops the job", trials.deaths, 40),
-    "real_deaths": ("F1 a dead rank stops the job, ZeRO-3 through the launcher", real.real_deaths, 10),
+    "real_deaths": (
+        "F1 a dead rank stops the job, ZeRO-3 through the launcher",
+        real.real_deaths,
+        10,
+    ),
     "hangs": ("F2 a hang is found and explained", trials.hangs, 40),
     "false_alarms": ("F2 no false alarms", trials.false_alarms, 10_000),
     "requests_to_stop": ("F4 preemption loses nothing", trials.requests_to_stop, 50),
-    "interrupted_starts": ("F6 no interrupted start blocks the next, ZeRO-3 through the launcher", real.interrupted_starts, 20),
-    "nonfinite": ("N1 non-finite values never reach weights, ZeRO-3 through the launcher", real.nonfinite, 60),
-    "hostile": ("S1 nothing that is loaded runs code", tests("tests/end_to_end/test_untrusted_files.py"), None),
-    "mistakes": ("S3 mistakes in a config fail at the start", tests("tests/engine/test_config.py", "-k", "name_file_line_and_key"), None),
+    "interrupted_starts": (
+        "F6 no interrupted start blocks the next, ZeRO-3 through the launcher",
+        real.interrupted_starts,
+        20,
+    ),
+    "nonfinite": (
+        "N1 non-finite values never reach weights, ZeRO-3 through the launcher",
+        real.nonfinite,
+        60,
+    ),
+    "hostile": (
+        "S1 nothing that is loaded runs code",
+        tests("tests/end_to_end/test_untrusted_files.py"),
+        None,
+    ),
+    "mistakes": (
+        "S3 mistakes in a config fail at the start",
+        tests("tests/engine/test_config.py", "-k", "name_file_line_and_key"),
+        None,
+    ),
     "bounded_loss": ("O3 what a fault may cost is bounded", bounded_loss, 10),
 }
 
@@ -86,9 +132,13 @@ def chosen(arguments):
         if word.isdigit() and found:
             found[-1] = found[-1][0], int(word)
             continue
-        named = [name for name, (what, _, _) in TRIALS.items() if word in ("all", name, what.split()[0])]
+        named = [
+            name for name, (what, _, _) in TRIALS.items() if word in ("all", name, what.split()[0])
+        ]
         if not named:
-            raise SystemExit(f"{word} names no trial; there are: all, {', '.join(sorted({*TRIALS} | {t[0].split()[0] for t in TRIALS.values()}))}")
+            raise SystemExit(
+                f"{word} names no trial; there are: all, {', '.join(sorted({*TRIALS} | {t[0].split()[0] for t in TRIALS.values()}))}"
+            )
         found += [(name, TRIALS[name][2]) for name in named]
     return found
 
@@ -98,8 +148,10 @@ def words(found):
     found = found[0] if isinstance(found, tuple) else found
     if any(isinstance(value, dict) for value in found.values()):
         return "; ".join(f"{key}: {words(value)}" for key, value in found.items())
-    return ", ".join(f"{key.replace('_', ' ')} {f'{value:.1e}' if isinstance(value, float) and value < 1e-3 else value}"
-                     for key, value in found.items())
+    return ", ".join(
+        f"{key.replace('_', ' ')} {f'{value:.1e}' if isinstance(value, float) and value < 1e-3 else value}"
+        for key, value in found.items()
+    )
 
 
 def note(name, found, seconds):
@@ -108,20 +160,44 @@ def note(name, found, seconds):
     changed = git("diff", "--name-only", "HEAD", "--", "engine", "iomm", "kernels", "tests")
     facts = {"commit": git("rev-parse", "HEAD"), "date": datetime.date.today().isoformat()}
     what, known = TRIALS[name][0], {what for what, _, _ in TRIALS.values()}
-    whole["trials"][name] = {**facts, **({"with_changes_in": changed.splitlines()} if changed else {}), "seconds": seconds, "found": found}
-    RESULTS.write_text(json.dumps({
-        "machine": {"device": f"{cpu_name()}, {os.cpu_count()} cores, shared with other work", **facts, "torch": torch.__version__,
-                    "python": platform.python_version()},
-        "rows": {**{row: count for row, count in whole["rows"].items() if row in known}, what: words(found)},
-        "of": {**{row: of for row, of in whole.get("of", {}).items() if row in known}, what: facts},
-        "trials": whole["trials"]}, indent=1) + "\n")
+    whole["trials"][name] = {
+        **facts,
+        **({"with_changes_in": changed.splitlines()} if changed else {}),
+        "seconds": seconds,
+        "found": found,
+    }
+    RESULTS.write_text(
+        json.dumps(
+            {
+                "machine": {
+                    "device": f"{cpu_name()}, {os.cpu_count()} cores, shared with other work",
+                    **facts,
+                    "torch": torch.__version__,
+                    "python": platform.python_version(),
+                },
+                "rows": {
+                    **{row: count for row, count in whole["rows"].items() if row in known},
+                    what: words(found),
+                },
+                "of": {
+                    **{row: of for row, of in whole.get("of", {}).items() if row in known},
+                    what: facts,
+                },
+                "trials": whole["trials"],
+            },
+            indent=1,
+        )
+        + "\n"
+    )
 
 
 def main():
     broken = False
     for name, number in chosen(sys.argv[1:] or ["all"]):
         started = time.monotonic()
-        with tempfile.TemporaryDirectory(prefix="iomm-survival-", ignore_cleanup_errors=True) as folder:
+        with tempfile.TemporaryDirectory(
+            prefix="iomm-survival-", ignore_cleanup_errors=True
+        ) as folder:
             try:
                 with contextlib.redirect_stdout(io.StringIO()):
                     found = TRIALS[name][1](folder, *([] if number is None else [number]))

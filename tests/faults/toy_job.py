@@ -49,7 +49,13 @@ class Linear:
     shapes = {"layer.weight": (13, 7), "layer.bias": (13,), "odd": (5,)}
 
     def __init__(self, ranks, accumulation, width=1, trip=lambda place: None):
-        self.ranks, self.accumulation, self.passes, self.lr, self.norm = ranks, accumulation, 0, 0.0, None
+        self.ranks, self.accumulation, self.passes, self.lr, self.norm = (
+            ranks,
+            accumulation,
+            0,
+            0.0,
+            None,
+        )
         self.trip = trip
         self.shapes = {**self.shapes, "wide": (width,)}
         pieces = []
@@ -57,7 +63,7 @@ class Linear:
             whole = torch.sin(torch.arange(torch.Size(shape).numel(), dtype=torch.float32) + i)
             numel = -(-whole.numel() // ranks.size)
             padded = torch.nn.functional.pad(whole, (0, numel * ranks.size - whole.numel()))
-            pieces.append(padded[ranks.rank * numel:(ranks.rank + 1) * numel])
+            pieces.append(padded[ranks.rank * numel : (ranks.rank + 1) * numel])
         self.sizes = [len(p) for p in pieces]
         self.places, offset = {}, 0
         for (name, shape), size in zip(self.shapes.items(), self.sizes):
@@ -66,7 +72,10 @@ class Linear:
             self.places[name] = Place(group=0, offset=offset, numel=numel, start=start)
             offset += size
         self.masters = [torch.cat(pieces)]
-        self.moments = {"exp_avg": [torch.zeros_like(self.masters[0])], "exp_avg_sq": [torch.zeros_like(self.masters[0])]}
+        self.moments = {
+            "exp_avg": [torch.zeros_like(self.masters[0])],
+            "exp_avg_sq": [torch.zeros_like(self.masters[0])],
+        }
         self.optimizer_step, self.gradient = 0, None
 
     def slots(self):
@@ -87,12 +96,18 @@ class Linear:
         dist.all_gather(gathered, self.masters[0])
         self.trip("forward")
         by_rank = [g.split(self.sizes) for g in gathered]
-        self.wholes = [torch.cat([pieces[i] for pieces in by_rank])[:torch.Size(shape).numel()].view(shape).requires_grad_()
-                       for i, shape in enumerate(self.shapes.values())]
+        self.wholes = [
+            torch.cat([pieces[i] for pieces in by_rank])[: torch.Size(shape).numel()]
+            .view(shape)
+            .requires_grad_()
+            for i, shape in enumerate(self.shapes.values())
+        ]
         weight, bias, odd, wide = self.wholes
         x_BI = torch.sin(n_B[:, None] * torch.arange(1, 8) * 0.37)
         y_BO = torch.tanh(x_BI @ weight.T + bias) + odd.sum() * 0.01 + wide[:3].sum() * 0.01
-        loss_B = (y_BO - torch.cos(n_B[:, None] * 0.11 + torch.arange(13))).square().mean(1) * pixels
+        loss_B = (y_BO - torch.cos(n_B[:, None] * 0.11 + torch.arange(13))).square().mean(
+            1
+        ) * pixels
         return loss_B.mean(), loss_B, (n_B * 0.618) % 1
 
     def backward(self, loss):
@@ -102,7 +117,9 @@ class Linear:
         for p, size in zip(self.wholes, self.sizes):
             g = p.grad.flatten() if p.grad is not None else torch.zeros(p.numel())
             flat.append(torch.nn.functional.pad(g, (0, size * self.ranks.size - len(g))))
-        self.gradient = flat if self.gradient is None else [a + b for a, b in zip(self.gradient, flat)]
+        self.gradient = (
+            flat if self.gradient is None else [a + b for a, b in zip(self.gradient, flat)]
+        )
 
     def step(self):
         boundary, self.passes = self.last_micro_batch, self.passes + 1
@@ -115,7 +132,7 @@ class Linear:
             return False
         pieces = whole.split([size * self.ranks.size for size in self.sizes])
         r = self.ranks.rank
-        mine = torch.cat([g[r * size:(r + 1) * size] for g, size in zip(pieces, self.sizes)])
+        mine = torch.cat([g[r * size : (r + 1) * size] for g, size in zip(pieces, self.sizes)])
         self.optimizer_step += 1
         m, v = self.moments["exp_avg"][0], self.moments["exp_avg_sq"][0]
         m.lerp_(mine, 0.1)
@@ -137,7 +154,10 @@ class Source:
 
     def __init__(self, ranks, config, options, trip):
         self.ranks, self.options, self.trip, self.start_step = ranks, options, trip, 0
-        self.batch, self.order = config.train.global_batch, EpochPermutation(config.run.seed, [50, self.NUM_SAMPLES - 50])
+        self.batch, self.order = (
+            config.train.global_batch,
+            EpochPermutation(config.run.seed, [50, self.NUM_SAMPLES - 50]),
+        )
         self.micro = config.train.micro_batch or self.batch // ranks.size
         self.accumulation_steps = self.batch // (self.micro * ranks.size)
         self.samples = Path(config.run.dir) / f"samples-rank{ranks.rank}.jsonl"
@@ -147,16 +167,26 @@ class Source:
         while True:
             step += 1
             for micro in range(self.accumulation_steps):
-                time.sleep(self.options.get("step_s", 0.0) * (10 if step == self.options.get("slow_step") else 1))
+                time.sleep(
+                    self.options.get("step_s", 0.0)
+                    * (10 if step == self.options.get("slow_step") else 1)
+                )
                 if micro == self.accumulation_steps - 1:
                     self.trip("data")
-                first = (step - 1) * self.batch + (micro * self.ranks.size + self.ranks.rank) * self.micro
+                first = (step - 1) * self.batch + (
+                    micro * self.ranks.size + self.ranks.rank
+                ) * self.micro
                 n_B = torch.as_tensor(self.order(torch.arange(first, first + self.micro).numpy()))
                 if self.options.get("record"):
                     with open(self.samples, "a") as file:
                         print(json.dumps([step, micro, n_B.tolist()]), file=file)
                 nan = step in self.options.get("nan_steps", ()) and self.ranks.rank == 0
-                yield SimpleNamespace(inputs=(float("nan") if nan else 1.0, None, n_B), n_B=n_B, wait_s=0.0, failures=[])
+                yield SimpleNamespace(
+                    inputs=(float("nan") if nan else 1.0, None, n_B),
+                    n_B=n_B,
+                    wait_s=0.0,
+                    failures=[],
+                )
 
 
 def digest(shapes, whole):
@@ -171,12 +201,17 @@ def digest(shapes, whole):
 def live_digest(state):
     """The digest of what all ranks hold now."""
     places = state.sharded.places
-    parts = state.ranks.all({key: (places[key[1]].start, view.numpy().copy()) for key, view in state.tensors().items()})
+    parts = state.ranks.all(
+        {key: (places[key[1]].start, view.numpy().copy()) for key, view in state.tensors().items()}
+    )
 
     def whole(slot, name):
-        pieces = sorted((part[slot, name] for part in parts if (slot, name) in part), key=lambda piece: piece[0])
+        pieces = sorted(
+            (part[slot, name] for part in parts if (slot, name) in part), key=lambda piece: piece[0]
+        )
         flat = torch.from_numpy(np.concatenate([values for _, values in pieces]))
-        return flat[:torch.Size(state.sharded.shapes[name]).numel()]
+        return flat[: torch.Size(state.sharded.shapes[name]).numel()]
+
     return digest(state.sharded.shapes, whole)
 
 
@@ -207,12 +242,14 @@ def read_fifo():
 
 def keep_the_lock():
     import ctypes
+
     # PyDLL does not let go of the interpreter lock.
     ctypes.PyDLL(None).sleep(600)
 
 
 def wait_for_a_dead_worker():
     import queue
+
     queue.Queue().get()
 
 
@@ -240,10 +277,26 @@ def work(rank, size, run_dir, rendezvous, overrides, options, parent):
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     faulthandler.enable()
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size)
-    ranks = Ranks(rank=rank, local_rank=rank, local_size=size, size=size, device=torch.device("cpu"),
-                  patient=dist.new_group(backend="gloo"))
-    config = parse("", overrides=["train.global_batch=8", "optim.lr=0.05", "optim.warmup_steps=0", "ema.decay=0.9",
-                                  "log.every_steps=100000", f"run.dir={run_dir}", *overrides])
+    ranks = Ranks(
+        rank=rank,
+        local_rank=rank,
+        local_size=size,
+        size=size,
+        device=torch.device("cpu"),
+        patient=dist.new_group(backend="gloo"),
+    )
+    config = parse(
+        "",
+        overrides=[
+            "train.global_batch=8",
+            "optim.lr=0.05",
+            "optim.warmup_steps=0",
+            "ema.decay=0.9",
+            "log.every_steps=100000",
+            f"run.dir={run_dir}",
+            *overrides,
+        ],
+    )
     code, state = 1, None
 
     def trip(place):
@@ -252,7 +305,9 @@ def work(rank, size, run_dir, rendezvous, overrides, options, parent):
         fault = options.get("fault")
         if not fault or fault["place"] != place or rank not in fault["ranks"]:
             return
-        if place == "load" or (state.step >= fault["step"] if place == "save" else state.step + 1 == fault["step"]):
+        if place == "load" or (
+            state.step >= fault["step"] if place == "save" else state.step + 1 == fault["step"]
+        ):
             FAULTS[fault["kind"]]()
 
     def tripping(real, place):
@@ -260,9 +315,14 @@ def work(rank, size, run_dir, rendezvous, overrides, options, parent):
             result = real(*args, **kwargs)
             trip(place)
             return result
+
         return call
+
     write = checkpoint_writer.write_safetensors
-    checkpoint_writer.write_safetensors = lambda *args: (time.sleep(options.get("disk_s", 0.0)), write(*args))[1]
+    checkpoint_writer.write_safetensors = lambda *args: (
+        time.sleep(options.get("disk_s", 0.0)),
+        write(*args),
+    )[1]
     # Between writing and reading back.
     checkpoint_writer.write_safetensors = tripping(checkpoint_writer.write_safetensors, "save")
     checkpoint_reader.Reader.piece = tripping(checkpoint_reader.Reader.piece, "load")
@@ -272,20 +332,49 @@ def work(rank, size, run_dir, rendezvous, overrides, options, parent):
             folder = checkpoint_reader.newest(run_dir / "checkpoints", ranks)
             source = Source(ranks, config, options, trip)
             sharded = Linear(ranks, source.accumulation_steps, options.get("width", 1), trip)
-            guard = LossGuard(config.guard.max_skips, config.guard.spike_sigmas, config.guard.skip_spikes)
-            state = run_state.State(sharded, Ema(sharded.masters, config.ema.decay), guard, BadSamples(1.0, 10**9, None), ranks,
-                               options.get("data"))
+            guard = LossGuard(
+                config.guard.max_skips, config.guard.spike_sigmas, config.guard.skip_spikes
+            )
+            state = run_state.State(
+                sharded,
+                Ema(sharded.masters, config.ema.decay),
+                guard,
+                BadSamples(1.0, 10**9, None),
+                ranks,
+                options.get("data"),
+            )
             if folder is not None:
                 run_state.restore(state, folder)
                 state_digest = live_digest(state) if options.get("record") else ""
                 print(f"resumed from step {state.step} {state_digest}", flush=True)
             source.start_step = state.step
-            saver = checkpoint_writer.Saver(run_dir / "checkpoints", ranks.apart(), keep=config.checkpoint.keep,
-                                     keep_every_steps=config.checkpoint.keep_every_steps,
-                                     background=config.checkpoint.background)
-            metrics = Metrics(run_dir, flops_per_image=1, global_batch=8, num_steps=config.train.steps, ranks=ranks,
-                              start_step=state.step, gpu_hours=0.0) if ranks.first else None
-            code = 0 if loop.train(state, source, config, saver, watch, metrics, evaluation=Pause(options)) else REQUEUE
+            saver = checkpoint_writer.Saver(
+                run_dir / "checkpoints",
+                ranks.apart(),
+                keep=config.checkpoint.keep,
+                keep_every_steps=config.checkpoint.keep_every_steps,
+                background=config.checkpoint.background,
+            )
+            metrics = (
+                Metrics(
+                    run_dir,
+                    flops_per_image=1,
+                    global_batch=8,
+                    num_steps=config.train.steps,
+                    ranks=ranks,
+                    start_step=state.step,
+                    gpu_hours=0.0,
+                )
+                if ranks.first
+                else None
+            )
+            code = (
+                0
+                if loop.train(
+                    state, source, config, saver, watch, metrics, evaluation=Pause(options)
+                )
+                else REQUEUE
+            )
     except InputError:
         code = REFUSED
     except Exception:
@@ -339,9 +428,17 @@ ASKING = threading.Lock()
 
 @functools.cache
 def server():
-    path = os.pathsep.join([str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])])
-    process = subprocess.Popen([sys.executable, "-c", "from faults.toy_job import serve; serve()"], text=True, bufsize=1,
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path})
+    path = os.pathsep.join(
+        [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from faults.toy_job import serve; serve()"],
+        text=True,
+        bufsize=1,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": path},
+    )
     atexit.register(process.kill)
     return process
 
@@ -354,8 +451,14 @@ class Job:
         os.mkfifo(f"{name}-answers")
         pipe = os.open(f"{name}-answers", os.O_RDONLY | os.O_NONBLOCK)
         os.set_blocking(pipe, True)
-        request = {"run_dir": str(run_dir), "rendezvous": f"{name}-rendezvous", "size": size, "overrides": overrides,
-                   "options": options, "answers": f"{name}-answers"}
+        request = {
+            "run_dir": str(run_dir),
+            "rendezvous": f"{name}-rendezvous",
+            "size": size,
+            "overrides": overrides,
+            "options": options,
+            "answers": f"{name}-answers",
+        }
         with ASKING:
             server().stdin.write(json.dumps(request) + "\n")
             self.launcher = int(server().stdout.readline())

@@ -19,7 +19,9 @@ from iomm.engine.resilience.watchdog import DEAD, HUNG, alive
 
 def logged(job):
     """Newest step whose commit the engine has printed."""
-    return max((int(n) for n in re.findall(r"checkpoint of step (\d+) committed", job.out)), default=0)
+    return max(
+        (int(n) for n in re.findall(r"checkpoint of step (\d+) committed", job.out)), default=0
+    )
 
 
 def newest_step(run_dir):
@@ -33,12 +35,16 @@ def said(run_dir):
 
 
 def final_files(run_dir):
-    return checkpoint_reader.read_manifest(checkpoint_reader.newest(Path(run_dir) / "checkpoints"))["files"]
+    return checkpoint_reader.read_manifest(checkpoint_reader.newest(Path(run_dir) / "checkpoints"))[
+        "files"
+    ]
 
 
 def log_rows(run_dir):
     rows = [json.loads(line) for line in (Path(run_dir) / "log.jsonl").read_text().splitlines()]
-    return [(r["step"], r["loss"].hex(), (r["grad_norm"] or 0.0).hex(), r["lr"].hex()) for r in rows]
+    return [
+        (r["step"], r["loss"].hex(), (r["grad_norm"] or 0.0).hex(), r["lr"].hex()) for r in rows
+    ]
 
 
 def kill_chain(folder, num_kills, seed=0):
@@ -68,10 +74,19 @@ def kill_chain(folder, num_kills, seed=0):
     last = [settings[0], f"train.steps={steps}"]
     assert Job(run_dir, *last, width=100_000).wait(120) == [0, 0]
     golden = Path(folder) / "golden"
-    assert Job(golden, "checkpoint.every_steps=1000000", last[1], width=100_000).wait(3600) == [0, 0]
+    assert Job(golden, "checkpoint.every_steps=1000000", last[1], width=100_000).wait(3600) == [
+        0,
+        0,
+    ]
     equal = final_files(run_dir) == final_files(golden) and log_rows(run_dir) == log_rows(golden)
-    return {"kills": num_kills, "commits_lost": lost, "kills_during_a_save": mid_save, "steps": steps,
-            "final_state_and_log_equal_to_a_run_without_kills": equal, "slowest_exit_of_all_ranks_s": round(slowest_s, 2)}
+    return {
+        "kills": num_kills,
+        "commits_lost": lost,
+        "kills_during_a_save": mid_save,
+        "steps": steps,
+        "final_state_and_log_equal_to_a_run_without_kills": equal,
+        "slowest_exit_of_all_ranks_s": round(slowest_s, 2),
+    }
 
 
 def bitwise_resumes(folder, num_trials, seed=0):
@@ -79,22 +94,36 @@ def bitwise_resumes(folder, num_trials, seed=0):
     step or at random; then a new start: every loss, gradient norm and rate as hex, the samples and the last state are those
     of the run that was not killed, from the resumed step to the last, at least 20."""
     rng, folder = random.Random(seed), Path(folder)
-    settings = ["train.steps=40", "checkpoint.every_steps=1", "checkpoint.keep=100", "train.micro_batch=2"]
+    settings = [
+        "train.steps=40",
+        "checkpoint.every_steps=1",
+        "checkpoint.keep=100",
+        "train.micro_batch=2",
+    ]
     same = {"nan_steps": [7, 15], "record": True}
     assert Job(folder / "golden", *settings, **same).wait(120) == [0, 0]
     # The step in which the first epoch ends.
     edge = Source.NUM_SAMPLES // 8 + 1
-    steps = [8, 16, edge, edge + 1, edge // 2, *(rng.randint(2, 20) for _ in range(num_trials))][:num_trials]
+    steps = [8, 16, edge, edge + 1, edge // 2, *(rng.randint(2, 20) for _ in range(num_trials))][
+        :num_trials
+    ]
     equal, wanted = 0, samples_of(folder / "golden")
     for trial, step in enumerate(steps):
         run_dir = folder / f"trial{trial}"
         fault = {"step": step, "ranks": [trial % 2], "kind": "kill", "place": "data"}
         assert Job(run_dir, *settings, fault=fault, **same).wait(60) != [0, 0]
         assert Job(run_dir, *settings, **same).wait(120) == [0, 0]
-        resumed = int(re.findall(r"resumed from step (\d+)", (run_dir / "out-rank0.txt").read_text())[-1])
-        assert step - 2 <= resumed < step <= 20, "the save of the step before may have been under way"
-        equal += (final_files(run_dir) == final_files(folder / "golden") and log_rows(run_dir) == log_rows(folder / "golden")
-                  and samples_of(run_dir) == wanted)
+        resumed = int(
+            re.findall(r"resumed from step (\d+)", (run_dir / "out-rank0.txt").read_text())[-1]
+        )
+        assert step - 2 <= resumed < step <= 20, (
+            "the save of the step before may have been under way"
+        )
+        equal += (
+            final_files(run_dir) == final_files(folder / "golden")
+            and log_rows(run_dir) == log_rows(folder / "golden")
+            and samples_of(run_dir) == wanted
+        )
         shutil.rmtree(run_dir)
     return {"trials": num_trials, "bitwise": equal, "steps_compared_at_least": 20}
 
@@ -106,8 +135,12 @@ def damaged_starts(folder):
     settings = ["train.steps=12", "checkpoint.every_steps=4", "checkpoint.keep=100"]
     assert Job(golden, *settings).wait(60) == [0, 0]
     names = sorted(p.name for p in checkpoint_reader.newest(golden / "checkpoints").iterdir())
-    ways = {"flip": lambda raw: raw[:-9] + bytes([raw[-9] ^ 4]) + raw[-8:], "cut": lambda raw: raw[:-1],
-            "hole": lambda raw: raw[:len(raw) // 4] + bytes(len(raw) // 2) + raw[-(len(raw) // 4):], "missing": lambda raw: None}
+    ways = {
+        "flip": lambda raw: raw[:-9] + bytes([raw[-9] ^ 4]) + raw[-8:],
+        "cut": lambda raw: raw[:-1],
+        "hole": lambda raw: raw[: len(raw) // 4] + bytes(len(raw) // 2) + raw[-(len(raw) // 4) :],
+        "missing": lambda raw: None,
+    }
     for name in names:
         for way, change in ways.items():
             run_dir = Path(folder) / f"{name}-{way}"
@@ -116,10 +149,17 @@ def damaged_starts(folder):
             raw = change(path.read_bytes())
             path.write_bytes(raw) if raw is not None else path.unlink()
             codes, words = Job(run_dir, *settings).wait(60), said(run_dir)
-            good += (codes == [0, 0] and words.count("checkpoint passed over: ") == 1 and "resumed from step 8" in words
-                     and final_files(run_dir) == final_files(golden))
+            good += (
+                codes == [0, 0]
+                and words.count("checkpoint passed over: ") == 1
+                and "resumed from step 8" in words
+                and final_files(run_dir) == final_files(golden)
+            )
             shutil.rmtree(run_dir)
-    return {"starts": len(names) * len(ways), "went_on_from_the_one_before_and_ended_at_the_same_bits": good}
+    return {
+        "starts": len(names) * len(ways),
+        "went_on_from_the_one_before_and_ended_at_the_same_bits": good,
+    }
 
 
 def samples_of(run_dir):
@@ -128,7 +168,10 @@ def samples_of(run_dir):
     for path in sorted(Path(run_dir).glob("samples-rank*.jsonl")):
         for step, micro, samples in map(json.loads, path.read_text().splitlines()):
             found[step][micro, path.name] = samples
-    return {step: [n for _, samples in sorted(parts.items()) for n in samples] for step, parts in found.items()}
+    return {
+        step: [n for _, samples in sorted(parts.items()) for n in samples]
+        for step, parts in found.items()
+    }
 
 
 def world_sizes(folder):
@@ -137,10 +180,21 @@ def world_sizes(folder):
     occur (1 and 2 ranks), bitwise to the end."""
     found = {}
     for path in ([1, 2], [2, 1], [2, 1, 2], [4, 2], [2, 4]):
-        run_dir, golden = Path(folder) / "-".join(map(str, path)), Path(folder) / f"golden{path[0]}-{max(path)}"
-        same = [f"train.micro_batch={2 if 4 in path else 4}", "train.global_batch=8", "checkpoint.keep=100", "checkpoint.every_steps=10"]
+        run_dir, golden = (
+            Path(folder) / "-".join(map(str, path)),
+            Path(folder) / f"golden{path[0]}-{max(path)}",
+        )
+        same = [
+            f"train.micro_batch={2 if 4 in path else 4}",
+            "train.global_batch=8",
+            "checkpoint.keep=100",
+            "checkpoint.every_steps=10",
+        ]
         if not golden.exists():
-            assert Job(golden, *same, "train.steps=60", size=path[0], record=True).wait(90) == [0] * path[0]
+            assert (
+                Job(golden, *same, "train.steps=60", size=path[0], record=True).wait(90)
+                == [0] * path[0]
+            )
         loads, in_order, wanted = 0, True, samples_of(golden)
         for size, steps in zip(path, [10, 30, 60] if len(path) == 3 else [10, 60]):
             before = checkpoint_reader.newest(run_dir / "checkpoints") if steps > 10 else None
@@ -154,14 +208,20 @@ def world_sizes(folder):
             if before is not None:
                 reader = checkpoint_reader.Reader(before)
                 loads += job.out.splitlines().count(
-                    f"resumed from step {checkpoint_reader.step_of(before)} {digest(reader.manifest['shapes'], reader.full)}")
+                    f"resumed from step {checkpoint_reader.step_of(before)} {digest(reader.manifest['shapes'], reader.full)}"
+                )
         ours, theirs = log_rows(run_dir), log_rows(golden)
-        losses = [(float.fromhex(a[1]), float.fromhex(b[1])) for a, b in zip(ours, theirs, strict=True)]
+        losses = [
+            (float.fromhex(a[1]), float.fromhex(b[1])) for a, b in zip(ours, theirs, strict=True)
+        ]
         found["->".join(map(str, path))] = {
             "samples_in_order": in_order and [row[0] for row in ours] == list(range(1, 61)),
-            "loads": len(path) - 1, "bitwise_loads": loads, "first_loss_bitwise": ours[10][1] == theirs[10][1],
+            "loads": len(path) - 1,
+            "bitwise_loads": loads,
+            "first_loss_bitwise": ours[10][1] == theirs[10][1],
             "bitwise_to_the_end": [row[1::2] for row in ours] == [row[1::2] for row in theirs],
-            "worst_relative": max(abs(a - b) / abs(b) for a, b in losses)}
+            "worst_relative": max(abs(a - b) / abs(b) for a, b in losses),
+        }
     return found
 
 
@@ -171,8 +231,12 @@ def requests_to_stop(folder, num_trials, seed=0):
     rng, good, slowest_s, mid_save = random.Random(seed), 0, 0.0, 0
     for trial in range(num_trials):
         run_dir = Path(folder) / f"trial{trial}"
-        job = Job(run_dir, "train.steps=100000", "checkpoint.every_steps=4", step_s=0.02, width=100_000)
-        while not (run_dir / "log.jsonl").exists() or not (run_dir / "log.jsonl").read_text().count("\n"):
+        job = Job(
+            run_dir, "train.steps=100000", "checkpoint.every_steps=4", step_s=0.02, width=100_000
+        )
+        while not (run_dir / "log.jsonl").exists() or not (run_dir / "log.jsonl").read_text().count(
+            "\n"
+        ):
             time.sleep(0.01)
         time.sleep(rng.uniform(0.0, 0.4))
         number = rng.choice([signal.SIGTERM, signal.SIGUSR1])
@@ -187,7 +251,12 @@ def requests_to_stop(folder, num_trials, seed=0):
         last = log_rows(run_dir)[-1][0]
         good += codes == [REQUEUE] * 2 and newest_step(run_dir) == last == logged(job)
         shutil.rmtree(run_dir)
-    return {"trials": num_trials, "same_step_committed_and_requeue_code": good, "asked_during_a_save": mid_save, "slowest_exit_s": round(slowest_s, 2)}
+    return {
+        "trials": num_trials,
+        "same_step_committed_and_requeue_code": good,
+        "asked_during_a_save": mid_save,
+        "slowest_exit_s": round(slowest_s, 2),
+    }
 
 
 def hangs(folder, num_trials, hang_s=1.5, beyond_s=2.0, seed=0):
@@ -195,9 +264,19 @@ def hangs(folder, num_trials, hang_s=1.5, beyond_s=2.0, seed=0):
     kinds = ("stop", "lock", "fifo", "worker", "mismatch")
     rng, good, slowest_s, failures = random.Random(seed), 0, 0.0, []
     for trial in range(num_trials):
-        run_dir, kind, rank, step = Path(folder) / f"trial{trial}", kinds[trial % len(kinds)], rng.randrange(2), rng.randint(3, 9)
-        job = Job(run_dir, "train.steps=100000", f"guard.hang_s={hang_s}", step_s=0.01,
-                  fault={"step": step, "ranks": [rank], "kind": kind, "place": "data"})
+        run_dir, kind, rank, step = (
+            Path(folder) / f"trial{trial}",
+            kinds[trial % len(kinds)],
+            rng.randrange(2),
+            rng.randint(3, 9),
+        )
+        job = Job(
+            run_dir,
+            "train.steps=100000",
+            f"guard.hang_s={hang_s}",
+            step_s=0.01,
+            fault={"step": step, "ranks": [rank], "kind": kind, "place": "data"},
+        )
         log = run_dir / "log.jsonl"
         while not log.exists() or log.read_text().count("\n") < step - 1:
             time.sleep(0.005)
@@ -207,25 +286,56 @@ def hangs(folder, num_trials, hang_s=1.5, beyond_s=2.0, seed=0):
         took_s = time.monotonic() - started
         codes = job.wait(15)
         stacks = all("File" in (run_dir / f"stacks-rank{r}.txt").read_text() for r in range(2))
-        named = ("all wait in collective" if kind == "mismatch" else f"step {step}: rank {rank} (") in said(run_dir)
+        named = (
+            "all wait in collective" if kind == "mismatch" else f"step {step}: rank {rank} ("
+        ) in said(run_dir)
         slowest_s = max(slowest_s, took_s)
         if HUNG in codes and named and stacks and took_s < hang_s + beyond_s:
             good += 1
         else:
             failures.append((kind, rank, codes, round(took_s, 2), stacks, said(run_dir)[-500:]))
-    return {"trials": num_trials, "found_named_and_stacks_saved": good, "slowest_s_beyond_the_limit": round(slowest_s - hang_s, 2)}, failures
+    return {
+        "trials": num_trials,
+        "found_named_and_stacks_saved": good,
+        "slowest_s_beyond_the_limit": round(slowest_s - hang_s, 2),
+    }, failures
 
 
 def false_alarms(folder, num_steps, hang_s=1.5):
     """A long run whose one step is ten times as slow as the others, one pause just below the limit, an evaluation that takes
     longer than it, and saves that do, whether the training thread waits for its own or for the one before: no alarm."""
-    code = Job(Path(folder) / "quiet", f"train.steps={num_steps}", "checkpoint.every_steps=1000", f"guard.hang_s={hang_s}",
-               slow_step=num_steps // 2, step_s=0.0).wait(1800)
-    slow = Job(Path(folder) / "slow", "train.steps=40", f"guard.hang_s={hang_s}", slow_step=20, step_s=0.1,
-               evaluate_at=30, evaluate_s=1.5 * hang_s).wait(60)
-    disks = [Job(Path(folder) / f"disk-{background}", "train.steps=6", "checkpoint.every_steps=2", f"guard.hang_s={hang_s}",
-                 f"checkpoint.background={background}", disk_s=1.5 * hang_s).wait(60) for background in ("false", "true")]
-    return {"steps": num_steps + 52, "alarms": sum(codes != [0, 0] for codes in (code, slow, *disks))}
+    code = Job(
+        Path(folder) / "quiet",
+        f"train.steps={num_steps}",
+        "checkpoint.every_steps=1000",
+        f"guard.hang_s={hang_s}",
+        slow_step=num_steps // 2,
+        step_s=0.0,
+    ).wait(1800)
+    slow = Job(
+        Path(folder) / "slow",
+        "train.steps=40",
+        f"guard.hang_s={hang_s}",
+        slow_step=20,
+        step_s=0.1,
+        evaluate_at=30,
+        evaluate_s=1.5 * hang_s,
+    ).wait(60)
+    disks = [
+        Job(
+            Path(folder) / f"disk-{background}",
+            "train.steps=6",
+            "checkpoint.every_steps=2",
+            f"guard.hang_s={hang_s}",
+            f"checkpoint.background={background}",
+            disk_s=1.5 * hang_s,
+        ).wait(60)
+        for background in ("false", "true")
+    ]
+    return {
+        "steps": num_steps + 52,
+        "alarms": sum(codes != [0, 0] for codes in (code, slow, *disks)),
+    }
 
 
 PLACES = ("forward", "backward", "step", "load", "save")
@@ -236,12 +346,22 @@ def deaths(folder, num_trials, seed=0):
     to leave, and a new start to its first step."""
     rng, leaving, starting, named = random.Random(seed), [], [], 0
     for trial in range(num_trials):
-        run_dir, place, rank = Path(folder) / f"trial{trial}", PLACES[trial % len(PLACES)], trial % 2
+        run_dir, place, rank = (
+            Path(folder) / f"trial{trial}",
+            PLACES[trial % len(PLACES)],
+            trial % 2,
+        )
         line, width = ["checkpoint.every_steps=3"], 100_000
         if place == "load":
             assert Job(run_dir, *line, "train.steps=3", width=width).wait(30) == [0, 0]
-        job = Job(run_dir, *line, "train.steps=100000", step_s=0.01, width=width,
-                  fault={"step": rng.randint(2, 12), "ranks": [rank], "kind": "kill", "place": place})
+        job = Job(
+            run_dir,
+            *line,
+            "train.steps=100000",
+            step_s=0.01,
+            width=width,
+            fault={"step": rng.randint(2, 12), "ranks": [rank], "kind": "kill", "place": place},
+        )
         while alive(job.pids[rank]):
             time.sleep(0.005)
         started = time.monotonic()
@@ -254,6 +374,11 @@ def deaths(folder, num_trials, seed=0):
         # Of the first step, its save and the end.
         starting.append(time.monotonic() - started)
         shutil.rmtree(run_dir)
-    return {"trials": num_trials, "survivor_gone_within_5_s": sum(t <= 5 for t in leaving), "and_named_the_dead": named,
-            "slowest_s": round(max(leaving), 2),
-            "first_step_of_the_next_start_within_60_s": sum(t <= 60 for t in starting), "slowest_start_s": round(max(starting), 2)}
+    return {
+        "trials": num_trials,
+        "survivor_gone_within_5_s": sum(t <= 5 for t in leaving),
+        "and_named_the_dead": named,
+        "slowest_s": round(max(leaving), 2),
+        "first_step_of_the_next_start_within_60_s": sum(t <= 60 for t in starting),
+        "slowest_start_s": round(max(starting), 2),
+    }

@@ -33,17 +33,21 @@ def big_png(width, height):
     row = bytes(1 + width)
     for _ in range(0, height, 100):
         rows.append(packer.compress(row * 100))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)) + chunk(
-        b"IDAT", b"".join(rows) + packer.flush()) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+        + chunk(b"IDAT", b"".join(rows) + packer.flush())
+        + chunk(b"IEND", b"")
+    )
 
 
 def with_bytes(data, at, new):
-    return data[:at] + new + data[at + len(new):]
+    return data[:at] + new + data[at + len(new) :]
 
 
 def without_segment(data, marker):
     at = data.index(marker)
-    return data[:at] + data[at + 2 + int.from_bytes(data[at + 2:at + 4], "big"):]
+    return data[:at] + data[at + 2 + int.from_bytes(data[at + 2 : at + 4], "big") :]
 
 
 def exif_of(orientation):
@@ -63,7 +67,11 @@ def images():
     photo = soft(200, 180)
     jpeg = encode(photo)
     frame, scan = jpeg.index(b"\xff\xc0"), jpeg.index(b"\xff\xda")
-    progressive, png, webp = encode(photo, progressive=True), encode(photo, "PNG"), encode(photo, "WEBP")
+    progressive, png, webp = (
+        encode(photo, progressive=True),
+        encode(photo, "PNG"),
+        encode(photo, "WEBP"),
+    )
     clear = photo.convert("RGBA")
     clear.putalpha(Image.linear_gradient("L").resize(photo.size))
     grey16 = Image.fromarray(np.asarray(photo.convert("L"), dtype=np.uint16) * 257)
@@ -72,13 +80,20 @@ def images():
     large = encode(Image.new("L", (9000, 9000)), quality=30)
     return {
         # 1: next to nothing
-        "empty": (b"", "truncated"), "one_byte": (b"\xff", "truncated"), "soi": (b"\xff\xd8", "truncated"),
-        "soi_eoi": (b"\xff\xd8\xff\xd9", "truncated"), "header_only": (jpeg[:scan], "truncated"),
-        "cut_at_sos": (jpeg[:scan + 14], "truncated"),
+        "empty": (b"", "truncated"),
+        "one_byte": (b"\xff", "truncated"),
+        "soi": (b"\xff\xd8", "truncated"),
+        "soi_eoi": (b"\xff\xd8\xff\xd9", "truncated"),
+        "header_only": (jpeg[:scan], "truncated"),
+        "cut_at_sos": (jpeg[: scan + 14], "truncated"),
         # 2: cut
-        **{f"cut_{share}": (jpeg[:len(jpeg) * share // 100], "truncated") for share in (10, 50, 90, 99)},
-        "no_last_byte": (jpeg[:-1], "truncated"), "no_eoi": (jpeg[:-2], "truncated"),
-        "progressive_half": (progressive[:len(progressive) // 2], "truncated"),
+        **{
+            f"cut_{share}": (jpeg[: len(jpeg) * share // 100], "truncated")
+            for share in (10, 50, 90, 99)
+        },
+        "no_last_byte": (jpeg[:-1], "truncated"),
+        "no_eoi": (jpeg[:-2], "truncated"),
+        "progressive_half": (progressive[: len(progressive) // 2], "truncated"),
         # 4: damaged or foreign headers
         "marker_bit": (with_bytes(jpeg, frame + 1, b"\xd0"), "bad_header"),
         "no_dqt": (without_segment(jpeg, b"\xff\xdb"), "bad_header"),
@@ -93,42 +108,66 @@ def images():
         "arithmetic": (with_bytes(jpeg, frame + 1, b"\xc9"), "unsupported"),
         # 6, 7, 8: too large, said or real
         "jpeg_bomb": (with_bytes(jpeg, frame + 5, struct.pack(">HH", 65500, 65500)), "too_large"),
-        "png_bomb": (big_png(30000, 30000), "too_large"), "png_144_mpx": (big_png(12000, 12000), "too_large"),
+        "png_bomb": (big_png(30000, 30000), "too_large"),
+        "png_144_mpx": (big_png(12000, 12000), "too_large"),
         "jpeg_81_mpx": (large, "too_large"),
         # 9: something behind the image
-        "trailing": (jpeg + os.urandom(1 << 20), {"trailing"}), "two_jpegs": (jpeg + jpeg, {"trailing"}),
+        "trailing": (jpeg + os.urandom(1 << 20), {"trailing"}),
+        "two_jpegs": (jpeg + jpeg, {"trailing"}),
         "mpo": (encode(photo, "MPO", save_all=True, append_images=[photo]), {"trailing"}),
         # 10: something before it
-        "newline_first": (b"\r\n" + jpeg, "not_image"), "mark_first": (b"\xef\xbb\xbf" + jpeg, "not_image"),
+        "newline_first": (b"\r\n" + jpeg, "not_image"),
+        "mark_first": (b"\xef\xbb\xbf" + jpeg, "not_image"),
         "gzip": (gzip.compress(jpeg), "not_image"),
         # 11, 12: no images
-        "random": (np.random.default_rng(1).bytes(5000), "not_image"), "zeros": (bytes(5000), "not_image"),
-        "html": (b"<html><body>404 Not Found</body></html>", "not_image"), "svg": (b"<svg xmlns='x'/>", "not_image"),
+        "random": (np.random.default_rng(1).bytes(5000), "not_image"),
+        "zeros": (bytes(5000), "not_image"),
+        "html": (b"<html><body>404 Not Found</body></html>", "not_image"),
+        "svg": (b"<svg xmlns='x'/>", "not_image"),
         "pdf": (b"%PDF-1.4\n%EOF", "not_image"),
         "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\nshowpage\n", "unsupported"),
         # 13, 14, 15: colours
-        "cmyk": (encode(photo.convert("CMYK")), set()), "grey": (encode(photo.convert("L")), set()),
-        "grey_alpha": (encode(clear.convert("LA"), "PNG"), {"alpha"}), "one_bit": (encode(photo.convert("1"), "PNG"), set()),
-        "palette_transparent": (encode(palette, "PNG", transparency=palette.getpixel((0, 0))), {"alpha"}),
-        "rgba": (encode(clear, "PNG"), {"alpha"}), "grey_16": (encode(grey16, "PNG"), set()),
+        "cmyk": (encode(photo.convert("CMYK")), set()),
+        "grey": (encode(photo.convert("L")), set()),
+        "grey_alpha": (encode(clear.convert("LA"), "PNG"), {"alpha"}),
+        "one_bit": (encode(photo.convert("1"), "PNG"), set()),
+        "palette_transparent": (
+            encode(palette, "PNG", transparency=palette.getpixel((0, 0))),
+            {"alpha"},
+        ),
+        "rgba": (encode(clear, "PNG"), {"alpha"}),
+        "grey_16": (encode(grey16, "PNG"), set()),
         "rgb_16": (rgb16_png(photo), set()),
         # 16: orientation
-        **{f"turned_{turn}": (encode(photo, exif=exif_of(turn)), set()) for turn in (2, 3, 6, 8, 9)},
+        **{
+            f"turned_{turn}": (encode(photo, exif=exif_of(turn)), set()) for turn in (2, 3, 6, 8, 9)
+        },
         "bad_exif": (encode(photo, exif=b"Exif\0\0garbage"), set()),
         # 17, 18
         "bad_icc": (encode(photo, icc_profile=b"garbage" * 30), {"icc_bad"}),
-        "one_pixel": (encode(soft(1, 1)), "too_small"), "line": (encode(soft(1, 4000)), "too_small"),
-        "strip": (encode(soft(4000, 8)), "too_small"), "ribbon": (encode(soft(65500, 16)), "too_small"),
-        "long": (encode(soft(1000, 40)), "aspect"), "constant": (encode(Image.new("RGB", (64, 48), "red")), {"constant"}),
+        "one_pixel": (encode(soft(1, 1)), "too_small"),
+        "line": (encode(soft(1, 4000)), "too_small"),
+        "strip": (encode(soft(4000, 8)), "too_small"),
+        "ribbon": (encode(soft(65500, 16)), "too_small"),
+        "long": (encode(soft(1000, 40)), "aspect"),
+        "constant": (encode(Image.new("RGB", (64, 48), "red")), {"constant"}),
         # 19, 20, 21: other formats under a .jpg name
-        "is_png": (png, set()), "is_webp": (webp, set()), "is_bmp": (encode(photo, "BMP"), "unsupported"),
-        "is_tiff": (encode(photo, "TIFF"), "unsupported"), "is_gif": (encode(photo, "GIF"), "unsupported"),
+        "is_png": (png, set()),
+        "is_webp": (webp, set()),
+        "is_bmp": (encode(photo, "BMP"), "unsupported"),
+        "is_tiff": (encode(photo, "TIFF"), "unsupported"),
+        "is_gif": (encode(photo, "GIF"), "unsupported"),
         "moving_gif": (moving("GIF"), "unsupported"),
-        "is_avif": (b"\0\0\0\x1cftypavif\0\0\0\0" + bytes(200), "unsupported"), "moving_webp": (moving("WEBP"), "animated"),
-        "webp_half": (webp[:len(webp) // 2], "truncated"),
+        "is_avif": (b"\0\0\0\x1cftypavif\0\0\0\0" + bytes(200), "unsupported"),
+        "moving_webp": (moving("WEBP"), "animated"),
+        "webp_half": (webp[: len(webp) // 2], "truncated"),
         # 22, 23: PNG
-        "png_bad_crc": (with_bytes(png, png.index(b"IDAT") + 40, bytes([png[png.index(b"IDAT") + 40] ^ 1])), "bad_header"),
-        "png_half": (png[:len(png) // 2], "truncated"), "png_text_bomb": (png[:33] + text + png[33:], "bad_header"),
+        "png_bad_crc": (
+            with_bytes(png, png.index(b"IDAT") + 40, bytes([png[png.index(b"IDAT") + 40] ^ 1])),
+            "bad_header",
+        ),
+        "png_half": (png[: len(png) // 2], "truncated"),
+        "png_text_bomb": (png[:33] + text + png[33:], "bad_header"),
         "progressive": (progressive, set()),
     }
 
@@ -141,32 +180,51 @@ def silent():
     bits = bytearray(jpeg)
     for at in random.integers(start, len(jpeg) - 2, 20):
         bits[at] ^= 1 << int(random.integers(0, 8))
-    return jpeg, {"one_bit": with_bytes(jpeg, middle, bytes([jpeg[middle] ^ 1])), "twenty_bits": bytes(bits),
-                  "hole": with_bytes(jpeg, middle, bytes(min(4096, len(jpeg) - middle - 2)))}
+    return jpeg, {
+        "one_bit": with_bytes(jpeg, middle, bytes([jpeg[middle] ^ 1])),
+        "twenty_bits": bytes(bits),
+        "hole": with_bytes(jpeg, middle, bytes(min(4096, len(jpeg) - middle - 2))),
+    }
 
 
 def rgb16_png(image):
     rows = np.asarray(image, dtype=">u2") * 257
     body = b"".join(b"\0" + row.astype(">u2").tobytes() for row in rows)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", *image.size, 16, 2, 0, 0, 0)) + chunk(
-        b"IDAT", zlib.compress(body)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", *image.size, 16, 2, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(body))
+        + chunk(b"IEND", b"")
+    )
 
 
 def captions():
     """{name: (suffix, bytes, text or None where the sample must be rejected)}, 25 cases."""
     return {
-        "plain": ("txt", b"a dog", "a dog"), "umlaut": ("txt", "ein Bär".encode(), "ein Bär"),
-        "bom": ("txt", b"\xef\xbb\xbfa dog", "a dog"), "empty": ("txt", b"", ""), "blank": ("txt", b" \n\t ", ""),
-        "astral": ("txt", "a 🐕".encode(), "a 🐕"), "crlf": ("txt", b"a dog\r\n", "a dog"),
-        "latin1": ("txt", "ein Bär".encode("latin1"), None), "utf16": ("txt", "a dog".encode("utf-16"), None),
-        "nul": ("txt", b"a\0dog", None), "cut_utf8": ("txt", "Bär".encode()[:2], None),
-        "surrogate_bytes": ("txt", b"\xed\xa0\x80", None), "long": ("txt", b"x" * 70_000, None),
-        "json": ("json", b'{"caption": "a dog", "width": 3}', "a dog"), "json_null": ("json", b'{"caption": null}', ""),
-        "json_without": ("json", b'{"url": "x"}', ""), "json_list": ("json", b'["a dog"]', ""),
-        "json_number": ("json", b'{"caption": 3}', None), "json_broken": ("json", b'{"caption": "a dog"', None),
-        "json_deep": ("json", b"[" * 60_000, None), "json_digits": ("json", b'{"n": ' + b"1" * 5000 + b"}", None),
+        "plain": ("txt", b"a dog", "a dog"),
+        "umlaut": ("txt", "ein Bär".encode(), "ein Bär"),
+        "bom": ("txt", b"\xef\xbb\xbfa dog", "a dog"),
+        "empty": ("txt", b"", ""),
+        "blank": ("txt", b" \n\t ", ""),
+        "astral": ("txt", "a 🐕".encode(), "a 🐕"),
+        "crlf": ("txt", b"a dog\r\n", "a dog"),
+        "latin1": ("txt", "ein Bär".encode("latin1"), None),
+        "utf16": ("txt", "a dog".encode("utf-16"), None),
+        "nul": ("txt", b"a\0dog", None),
+        "cut_utf8": ("txt", "Bär".encode()[:2], None),
+        "surrogate_bytes": ("txt", b"\xed\xa0\x80", None),
+        "long": ("txt", b"x" * 70_000, None),
+        "json": ("json", b'{"caption": "a dog", "width": 3}', "a dog"),
+        "json_null": ("json", b'{"caption": null}', ""),
+        "json_without": ("json", b'{"url": "x"}', ""),
+        "json_list": ("json", b'["a dog"]', ""),
+        "json_number": ("json", b'{"caption": 3}', None),
+        "json_broken": ("json", b'{"caption": "a dog"', None),
+        "json_deep": ("json", b"[" * 60_000, None),
+        "json_digits": ("json", b'{"n": ' + b"1" * 5000 + b"}", None),
         "json_nan": ("json", b'{"caption": "x", "score": NaN}', None),
-        "json_surrogate": ("json", b'{"caption": "\\ud800"}', None), "json_nul": ("json", b'{"caption": "a\\u0000"}', None),
+        "json_surrogate": ("json", b'{"caption": "\\ud800"}', None),
+        "json_nul": ("json", b'{"caption": "a\\u0000"}', None),
         "json_twice": ("json", b'{"caption": "a cat", "caption": "a dog"}', "a dog"),
     }
 
@@ -196,11 +254,14 @@ def tars(num=20):
     at the middle sample. What is lost without a trace in the file, a cut between two members, shows as no_end."""
     jpeg = encode(soft(48, 40))
     half, size = num // 2, 512 + -(-len(jpeg) // 512) * 512
-    samples = [[(f"{i:04d}.jpg", jpeg), (f"{i:04d}.txt", b"a dog"), (f"{i:04d}.json", b"{}")] for i in range(num)]
+    samples = [
+        [(f"{i:04d}.jpg", jpeg), (f"{i:04d}.txt", b"a dog"), (f"{i:04d}.json", b"{}")]
+        for i in range(num)
+    ]
     flat = [member for sample in samples for member in sample]
     whole, at = tar_of(flat), half * (size + 2 * 1024)
     end = len(whole.rstrip(b"\0")) // 512 * 512 + 512
-    bare = whole[:num * (size + 2 * 1024)]
+    bare = whole[: num * (size + 2 * 1024)]
 
     def changed(offset, new):
         return with_bytes(whole, at + offset, new)
@@ -216,23 +277,28 @@ def tars(num=20):
     odd = [("good.jpg", jpeg)]
     return {
         "none": (whole, num, {}),
-        "cut_in_data": (whole[:at + 700], half, {"bad_tar": 1}), "cut_in_header": (whole[:at + 100], half, {"bad_tar": 1}),
-        "cut_at_member": (whole[:at], half, {"no_end": 1}), "cut_after_jpg": (whole[:at + size], half + 1, {"no_end": 1}),
-        "name_bit": (changed(3, b"X"), num - 1, lost), "size_bit": (changed(130, b"7"), num - 1, lost),
+        "cut_in_data": (whole[: at + 700], half, {"bad_tar": 1}),
+        "cut_in_header": (whole[: at + 100], half, {"bad_tar": 1}),
+        "cut_at_member": (whole[:at], half, {"no_end": 1}),
+        "cut_after_jpg": (whole[: at + size], half + 1, {"no_end": 1}),
+        "name_bit": (changed(3, b"X"), num - 1, lost),
+        "size_bit": (changed(130, b"7"), num - 1, lost),
         "checksum_field": (changed(148, b"zzzz"), num - 1, lost),
         "one_zero_block": (whole[:at] + bytes(512) + whole[at:], num, {}),
         "two_zero_blocks": (whole[:at] + bytes(1024) + whole[at:], num, {}),
         "zeroed_header": (changed(0, bytes(512)), num - 1, {"bad_tar": 1, "incomplete": 1}),
-        "two_tars": (tar_of(flat[:3 * half]) + tar_of(flat[3 * half:]), num, {}),
+        "two_tars": (tar_of(flat[: 3 * half]) + tar_of(flat[3 * half :]), num, {}),
         "garbage_in_data": (changed(512, b"\xaa" * 300), num - 1, {"not_image": 1}),
         "garbage_between": (whole[:at] + b"\xaa" * 1024 + whole[at:], num, {"bad_tar": 1}),
-        "no_end": (bare, num, {"no_end": 1}), "one_end_block": (bare + bytes(512), num, {}),
+        "no_end": (bare, num, {"no_end": 1}),
+        "one_end_block": (bare + bytes(512), num, {}),
         "trailing_garbage": (whole[:end] + bytes(1024) + b"x" * 700, num, {"bad_tar": 1}),
-        "empty": (b"", 0, {}), "html": (b"<html>404</html>" * 200, 0, {"bad_tar": 1}),
+        "empty": (b"", 0, {}),
+        "html": (b"<html>404</html>" * 200, 0, {"bad_tar": 1}),
         "gzip": (gzip.compress(whole), 0, {"bad_tar": 1}),
         "first_header": (with_bytes(whole, 3, b"X"), num - 1, lost),
-        "terabyte": (with_header(size=1 << 40), num - 1, lost), "negative": (
-            changed(0, negative_size()), num - 1, lost),
+        "terabyte": (with_header(size=1 << 40), num - 1, lost),
+        "negative": (changed(0, negative_size()), num - 1, lost),
         "long_name_bomb": (with_header(type=b"L", size=1 << 21), num - 1, lost),
         "dot_dot": (tar_of([*odd, ("../../up.jpg", jpeg)]), 1, {"bad_name": 1}),
         "absolute": (tar_of([*odd, ("/etc/root.jpg", jpeg)]), 1, {"bad_name": 1}),
@@ -241,15 +307,40 @@ def tars(num=20):
         "hardlink": (tar_of([*odd, special("h.jpg", tarfile.LNKTYPE, "good.jpg")]), 1, {}),
         "pipe": (tar_of([*odd, special("p.jpg", tarfile.FIFOTYPE)]), 1, {}),
         "device": (tar_of([*odd, special("d.jpg", tarfile.CHRTYPE)]), 1, {}),
-        "dotted_keys": (tar_of([(f"img.v{i}.0{suffix}", data) for i in range(5) for suffix, data in
-                                ((".jpg", jpeg), (".txt", b"x"), (".json", b"{}"))]), 5, {}),
-        "not_adjacent": (tar_of([flat[i] for i in sorted(range(len(flat)), key=lambda i: i % 3)]), num, {}),
+        "dotted_keys": (
+            tar_of(
+                [
+                    (f"img.v{i}.0{suffix}", data)
+                    for i in range(5)
+                    for suffix, data in ((".jpg", jpeg), (".txt", b"x"), (".json", b"{}"))
+                ]
+            ),
+            5,
+            {},
+        ),
+        "not_adjacent": (
+            tar_of([flat[i] for i in sorted(range(len(flat)), key=lambda i: i % 3)]),
+            num,
+            {},
+        ),
         "duplicate": (tar_of([*flat, flat[0]]), num - 1, {"duplicate": 1}),
-        "no_images": (tar_of([member for member in flat if not member[0].endswith("jpg")]), 0, {"incomplete": num}),
+        "no_images": (
+            tar_of([member for member in flat if not member[0].endswith("jpg")]),
+            0,
+            {"incomplete": num},
+        ),
         "no_captions": (tar_of([member for member in flat if member[0].endswith("jpg")]), num, {}),
         "empty_image": (tar_of([*flat[3:], ("e.jpg", b"")]), num - 1, {"truncated": 1}),
-        "bad_caption": (tar_of([*flat[3:], ("u.jpg", jpeg), ("u.txt", b"\xff\xfe\xfa")]), num - 1, {"caption": 1}),
-        "bad_json": (tar_of([*flat[3:], ("j.jpg", jpeg), ("j.json", b"{broken")]), num - 1, {"caption": 1}),
+        "bad_caption": (
+            tar_of([*flat[3:], ("u.jpg", jpeg), ("u.txt", b"\xff\xfe\xfa")]),
+            num - 1,
+            {"caption": 1},
+        ),
+        "bad_json": (
+            tar_of([*flat[3:], ("j.jpg", jpeg), ("j.json", b"{broken")]),
+            num - 1,
+            {"caption": 1},
+        ),
         "pax_size": (tar_of([*flat, pax_bomb()]), num, {}),
     }
 

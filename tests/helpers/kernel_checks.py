@@ -13,7 +13,8 @@ HALF = torch.bfloat16 if ON_GPU else torch.float32
 SLACK = 2.0 if ON_GPU else 4.0
 needs_triton = pytest.mark.skipif(
     triton_support.why_not() is not None or not (ON_GPU or triton_support.INTERPRETED),
-    reason="runs on a GPU, or with TRITON_INTERPRET=1 as tests/kernels/test_interpreter.py does")
+    reason="runs on a GPU, or with TRITON_INTERPRET=1 as tests/kernels/test_interpreter.py does",
+)
 
 
 def assert_no_worse(got, same_dtype, exact, slack=SLACK):
@@ -30,11 +31,13 @@ def assert_no_worse(got, same_dtype, exact, slack=SLACK):
 
 def cast(tensors, dtype=HALF, device=DEVICE):
     """Leaves of their own in another dtype, on the device; what is no floating tensor only moves, None stays."""
+
     def one(x):
         if not isinstance(x, torch.Tensor):
             return x
         moved = x.detach().to(device, dtype) if x.is_floating_point() else x.to(device)
         return moved.requires_grad_(x.requires_grad) if x.is_floating_point() else moved
+
     return [one(x) for x in tensors]
 
 
@@ -44,7 +47,9 @@ def outputs_and_gradients(run, inputs):
     outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
     total = 0
     for index, out in enumerate(outputs):
-        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(index), dtype=torch.float64)
+        weight = torch.randn(
+            out.shape, generator=torch.Generator().manual_seed(index), dtype=torch.float64
+        )
         total = total + (out * weight.to(out.device, out.dtype)).sum()
     leaves = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
     return outputs + list(torch.autograd.grad(total, leaves, materialize_grads=True))

@@ -21,27 +21,61 @@ BUILDS = Path(tempfile.mkdtemp(prefix="iomm-test-"))
 
 
 def command(ranks, *arguments):
-    return [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks), "--master_port", str(free_port()),
-            str(ROOT / "engine/launch.py"), *arguments]
+    return [
+        str(Path(sys.executable).with_name("deepspeed")),
+        "--num_gpus",
+        str(ranks),
+        "--master_port",
+        str(free_port()),
+        str(ROOT / "engine/launch.py"),
+        *arguments,
+    ]
 
 
 def environment():
     """Without a GPU, where there is one: two ranks want two, and losses are compared with a CPU's."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PATH": path, "OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(BUILDS)}
+    return {
+        **os.environ,
+        "CUDA_VISIBLE_DEVICES": "",
+        "PATH": path,
+        "OMP_NUM_THREADS": "1",
+        "TORCH_EXTENSIONS_DIR": str(BUILDS),
+    }
 
 
 def launch(ranks, *arguments):
     """Runs to the end -> completed process, output as text."""
-    return subprocess.run(command(ranks, *arguments), cwd=ROOT, env=environment(), text=True, timeout=LIMIT_S,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.run(
+        command(ranks, *arguments),
+        cwd=ROOT,
+        env=environment(),
+        text=True,
+        timeout=LIMIT_S,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def start_ranks(ranks, script, *arguments, said):
     """The ranks alone, as any launcher would start them, writing to the open file `said` -> their processes."""
-    shared = {**environment(), "WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    return [subprocess.Popen([sys.executable, str(script), *arguments], cwd=ROOT, stdout=said, stderr=subprocess.STDOUT,
-                             env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(ranks)]
+    shared = {
+        **environment(),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, str(script), *arguments],
+            cwd=ROOT,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(ranks)
+    ]
 
 
 def finish(processes):
@@ -63,11 +97,19 @@ def start(ranks, *arguments):
 
 def launch_and_kill(ranks, log, after_step, *arguments):
     """Starts a run and kills all of its processes once `log` shows the step `after_step`."""
-    process = subprocess.Popen(command(ranks, *arguments), cwd=ROOT, env=environment(), start_new_session=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(ranks, *arguments),
+        cwd=ROOT,
+        env=environment(),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.monotonic() + LIMIT_S
     while not any(row["step"] >= after_step for row in rows(log)):
-        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
+        assert process.poll() is None and time.monotonic() < deadline, (
+            "the run ended before it could be killed"
+        )
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -85,4 +127,6 @@ def rows(log):
 
 
 def hashes(run_dir):
-    return checkpoint_reader.read_manifest(checkpoint_reader.newest(Path(run_dir) / "checkpoints"))["files"]
+    return checkpoint_reader.read_manifest(checkpoint_reader.newest(Path(run_dir) / "checkpoints"))[
+        "files"
+    ]

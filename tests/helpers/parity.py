@@ -13,9 +13,13 @@ def true_float64():
 
     def to(tensor, *args, **kwargs):
         asked = kwargs.get("dtype", args[0] if args else None)
-        return tensor if tensor.dtype in wide and asked in narrow else real_to(tensor, *args, **kwargs)
+        return (
+            tensor if tensor.dtype in wide and asked in narrow else real_to(tensor, *args, **kwargs)
+        )
 
-    torch.Tensor.float = lambda tensor, *args: tensor if tensor.dtype in wide else real_float(tensor, *args)
+    torch.Tensor.float = lambda tensor, *args: (
+        tensor if tensor.dtype in wide else real_float(tensor, *args)
+    )
     torch.Tensor.to = to
     try:
         yield
@@ -28,7 +32,9 @@ def randomize(model, seed=0, std=0.05):
     """Every parameter normal around 0 (norm scales and other vectors too), so that no zero hides a difference."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
-        parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * std)
+        parameter.copy_(
+            torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * std
+        )
         if parameter.ndim == 1:
             parameter += 0.5
     return model

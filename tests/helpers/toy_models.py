@@ -11,12 +11,31 @@ from iomm.model import IOMM, Recipe
 from iomm.vae import load_vae
 
 # The MLLM's parts, as iomm.engine.shapes.mllm.create_mllm takes them.
-VISION = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=96, image_size=32, patch_size=4,
-              attention_bias=True)
-TEXT = dict(hidden_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=80,
-            max_position_embeddings=256)
+VISION = dict(
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=96,
+    image_size=32,
+    patch_size=4,
+    attention_bias=True,
+)
+TEXT = dict(
+    hidden_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=80,
+    max_position_embeddings=256,
+)
 # Keys of a FLUX VAE's config that differ from diffusers' defaults.
-FLUX_VAE = dict(scaling_factor=0.3611, shift_factor=0.1159, latent_channels=16, use_quant_conv=False, use_post_quant_conv=False)
+FLUX_VAE = dict(
+    scaling_factor=0.3611,
+    shift_factor=0.1159,
+    latent_channels=16,
+    use_quant_conv=False,
+    use_post_quant_conv=False,
+)
 SIZE = 32
 
 
@@ -25,9 +44,14 @@ def build(mllm, ratio=0.5, mode="drop", generator="mmdit", **adapter_settings):
 
     A fresh generator predicts zero whatever its condition, which would hide a wrong condition."""
     settings = AdapterConfig(num_queries=8, head_dim=16, **adapter_settings)
-    shape = GeneratorConfig(kind=generator, width=64, num_heads=2, num_blocks=2, token_dim=48, condition_dim=mllm.width)
-    parts = [new_generator(shape, 0), None if settings.kind == "none" else QueryAdapter(settings, mllm.width),
-             Connector(settings, mllm.width) if settings.connector_layers else None]
+    shape = GeneratorConfig(
+        kind=generator, width=64, num_heads=2, num_blocks=2, token_dim=48, condition_dim=mllm.width
+    )
+    parts = [
+        new_generator(shape, 0),
+        None if settings.kind == "none" else QueryAdapter(settings, mllm.width),
+        Connector(settings, mllm.width) if settings.connector_layers else None,
+    ]
     draw = torch.Generator().manual_seed(0)
     for part in filter(None, parts):
         part.init_weights(0)
@@ -40,8 +64,17 @@ def build(mllm, ratio=0.5, mode="drop", generator="mmdit", **adapter_settings):
 
 def pixels(n_B):
     """Return random pixels of the samples n_B, (B, 3, SIZE, SIZE) for the VAE and (B, 3, 32, 32) for the ViT."""
-    return (torch.stack([torch.rand(3, SIZE, SIZE, generator=torch.Generator().manual_seed(int(n))) * 2 - 1 for n in n_B]),
-            torch.stack([torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(int(n))) for n in n_B]))
+    return (
+        torch.stack(
+            [
+                torch.rand(3, SIZE, SIZE, generator=torch.Generator().manual_seed(int(n))) * 2 - 1
+                for n in n_B
+            ]
+        ),
+        torch.stack(
+            [torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(int(n))) for n in n_B]
+        ),
+    )
 
 
 def autoencoder(widths=(8, 8, 16, 16), **changes):

@@ -31,7 +31,10 @@ from iomm.layers import FusedLinear
 
 BATCH, STEPS, STAGES = 8, 4, (0, 1, 2, 3)
 # adamw: two or more micro-batches, clipped. muon: one or two, not clipped, so that nothing but sums over ranks can round.
-KINDS = {"adamw": (2, ["optim.clip=0.05", "optim.weight_decay=0.1"]), "muon": (4, ["optim.kind=muon", "optim.clip=0"])}
+KINDS = {
+    "adamw": (2, ["optim.clip=0.05", "optim.weight_decay=0.1"]),
+    "muon": (4, ["optim.kind=muon", "optim.clip=0"]),
+}
 CUT = ["adamw-bf16-3-cut", "muon-fp32-3-cut"]
 # Both kinds of moments, and all four of DeepSpeed's optimizers and ours.
 CONVERTED = ("muon-fp32", "adamw-bf16")
@@ -46,6 +49,7 @@ def cut_up():
         config = real(*args)
         config["zero_optimization"]["sub_group_size"] = 40
         return config
+
     zero.deepspeed_config = small
     try:
         yield
@@ -71,9 +75,16 @@ class Model(nn.Module):
     def __init__(self):
         super().__init__()
         self.unused = nn.Parameter(torch.empty(3))
-        self.enter, self.blocks, self.leave = nn.Linear(3, 7), nn.ModuleList([Block(), Block()]), nn.Linear(7, 1)
+        self.enter, self.blocks, self.leave = (
+            nn.Linear(3, 7),
+            nn.ModuleList([Block(), Block()]),
+            nn.Linear(7, 1),
+        )
         for i, p in enumerate(self.parameters()):
-            p.data = torch.sin(torch.arange(p.numel(), dtype=torch.float32) * 0.7 + i).view(p.shape) * 0.4
+            p.data = (
+                torch.sin(torch.arange(p.numel(), dtype=torch.float32) * 0.7 + i).view(p.shape)
+                * 0.4
+            )
 
     def forward(self, x):
         dtype, x = self.enter.weight.dtype, self.enter(x.to(self.enter.weight.dtype))
@@ -100,15 +111,38 @@ class Run:
     def __init__(self, name, ranks, *overrides):
         kind, precision, stage = name.split("-")[:3]
         self.micro, settings = KINDS[kind]
-        self.config = parse("", overrides=[f"precision={precision}", f"zero.stage={stage}", "zero.reduce_precision=fp32",
-                                           "optim.lr=0.02", "optim.warmup_steps=0", "ema.decay=0.5",
-                                           "zero.param_persistence_threshold=20", f"train.global_batch={BATCH}",
-                                           *settings, *overrides])
+        self.config = parse(
+            "",
+            overrides=[
+                f"precision={precision}",
+                f"zero.stage={stage}",
+                "zero.reduce_precision=fp32",
+                "optim.lr=0.02",
+                "optim.warmup_steps=0",
+                "ema.decay=0.5",
+                "zero.param_persistence_threshold=20",
+                f"train.global_batch={BATCH}",
+                *settings,
+                *overrides,
+            ],
+        )
         self.name, self.ranks, self.accumulation = name, ranks, BATCH // (self.micro * ranks.size)
-        self.sharded = zero.Sharded(Model(), lambda module: make_optimizer(module, self.config.optim), config=self.config,
-                                    ranks=ranks, leaves=(Block,), micro_batch=self.micro, accumulation=self.accumulation)
-        self.state = run_state.State(self.sharded, Ema(self.sharded.masters, 0.5), LossGuard(5, say=lambda line: None),
-                                BadSamples(1.0, 9, None), ranks)
+        self.sharded = zero.Sharded(
+            Model(),
+            lambda module: make_optimizer(module, self.config.optim),
+            config=self.config,
+            ranks=ranks,
+            leaves=(Block,),
+            micro_batch=self.micro,
+            accumulation=self.accumulation,
+        )
+        self.state = run_state.State(
+            self.sharded,
+            Ema(self.sharded.masters, 0.5),
+            LossGuard(5, say=lambda line: None),
+            BadSamples(1.0, 9, None),
+            ranks,
+        )
 
     def step(self, factor=1.0, before_step=lambda: None):
         """One step -> (mean loss over all ranks, gradient norm, whether weights changed). factor: of the last loss."""
@@ -143,6 +177,7 @@ class Run:
 
     def broken(self):
         """{what broke: (whether weights changed on this rank, whether its state did)}, and of a good step after them."""
+
         def spoil_gradient():
             self.sharded.layout.gradients()[0].view(-1)[0] = math.inf
 
@@ -152,8 +187,10 @@ class Run:
             before, tensor = self.digest(), {"master": master, "moment": moment}.get(what)
             if tensor is not None and last:
                 kept, tensor[3] = tensor[3].clone(), math.nan
-            applied = self.step(math.nan if what == "loss" and last else 1.0,
-                                spoil_gradient if what == "gradient" and last else lambda: None)[2]
+            applied = self.step(
+                math.nan if what == "loss" and last else 1.0,
+                spoil_gradient if what == "gradient" and last else lambda: None,
+            )[2]
             if tensor is not None and last:
                 tensor[3] = kept
             found[what] = applied, self.digest() != before
@@ -186,12 +223,23 @@ def main(folder):
     ranks = group.start(120)
     # DeepSpeed collects garbage in every start of stage 3, half a second each.
     gc.freeze()
-    folder, report, runs = Path(folder), {"runs": {}, "again": {}, "broken": {}, "converted": []}, {}
+    folder, report, runs = (
+        Path(folder),
+        {"runs": {}, "again": {}, "broken": {}, "converted": []},
+        {},
+    )
     mine, other = folder / str(ranks.size), folder / str(3 - ranks.size)
-    names = [f"{kind}-{precision}-{stage}" for kind in KINDS for precision in ("fp32", "bf16") for stage in STAGES]
+    names = [
+        f"{kind}-{precision}-{stage}"
+        for kind in KINDS
+        for precision in ("fp32", "bf16")
+        for stage in STAGES
+    ]
     for name in names + CUT + ["adamw-bf16-3-hpz"] * (ranks.size == 2):
         with cut_up() if name in CUT else nullcontext():
-            run = runs[name] = Run(name, ranks, *[f"zero.hpz_partition_size={ranks.size}"] * name.endswith("hpz"))
+            run = runs[name] = Run(
+                name, ranks, *[f"zero.hpz_partition_size={ranks.size}"] * name.endswith("hpz")
+            )
         assert name not in CUT or len(run.sharded.masters) > len(run.sharded.optimizer.param_groups)
         rows = [run.step()[:2]]
         first = run.save(mine / name)
@@ -210,7 +258,9 @@ def main(folder):
         for world, stage in sources if name.startswith(CONVERTED) else ():
             source = world / f"{name[:-1]}{stage}" / f"step-{STEPS:08d}"
             run_state.restore(runs[name].state, source)
-            saved = runs[name].save(folder / f"converted/{name}-{ranks.size}-from-{stage}-{world.name}")
+            saved = runs[name].save(
+                folder / f"converted/{name}-{ranks.size}-from-{stage}-{world.name}"
+            )
             report["converted"].append((str(source), saved, runs[name].step()[0]))
     report["plain"] = plain("adamw")
     (folder / f"{ranks.size}-rank{ranks.rank}.json").write_text(json.dumps(report))

@@ -259,7 +259,7 @@ def test_gradients_are_those_of_the_formula(mllm_folder, generator, block, targe
     latents = held["out"]
     if (
         latents.shape[1] > 64
-    # The joint sequence: condition first in FLUX, latents first in Z-Image.
+        # The joint sequence: condition first in FLUX, latents first in Z-Image.
     ):
         latents = latents[:, -64:] if generator == "mmdit" else latents[:, :64]
     head = model.alignment
@@ -283,7 +283,7 @@ def test_gradients_are_those_of_the_formula(mllm_folder, generator, block, targe
     plain = gradients(model, *pixels(n_B), n_B)
     del ours[
         "adapter.to_k.bias"
-    # A bias of all keys cancels in the softmax: its gradient is rounding alone.
+        # A bias of all keys cancels in the softmax: its gradient is rounding alone.
     ]
     for name, grad in ours.items():
         parts = [g for g in (theirs.get(name), plain.get(name)) if g is not None]
@@ -391,7 +391,7 @@ def test_pairs_alone_call_the_same_modules_and_give_the_head_zeros(mllm):
         module.register_forward_hook(lambda *_, name=name: called.append(name))
         if name.startswith(
             ("alignment", "generator.blocks")
-        # What gets a gradient at its entrance.
+            # What gets a gradient at its entrance.
         ):
             module.register_full_backward_pre_hook(
                 lambda *_, name=name: called.append(f"back {name}")
@@ -841,7 +841,9 @@ def test_sampling_export_and_the_next_stage_do_without_the_head(runs, monkeypatc
         "align" in path.name or b"alignment" in path.read_bytes() for path in files
     )
     shapes = {
-        name: checkpoint_reader.read_manifest(checkpoint_reader.newest(runs / name / "checkpoints"))["shapes"]
+        name: checkpoint_reader.read_manifest(
+            checkpoint_reader.newest(runs / name / "checkpoints")
+        )["shapes"]
         for name in ("mix", "dropped", "off", "added")
     }
     assert (
@@ -868,7 +870,7 @@ def test_an_alignment_loss_that_is_not_finite_skips_the_step(runs):
     )
     assert (
         len(json.loads(f"[{line.partition('not finite: ')[2]}]")) == 2
-    # The two images of the step.
+        # The two images of the step.
     )
 
 

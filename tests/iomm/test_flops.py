@@ -35,7 +35,9 @@ def test_parameters_of_the_mllm_and_of_the_adapter(mllm):
 
 def test_vit_is_counted_within_a_percent(mllm):
     pixels = torch.empty(1, 3, 448, 448, device="meta")
-    assert mllm.vit_flops() / T == pytest.approx(counted(lambda: mllm.image_tokens(pixels)), rel=0.01)
+    assert mllm.vit_flops() / T == pytest.approx(
+        counted(lambda: mllm.image_tokens(pixels)), rel=0.01
+    )
 
 
 def test_table_of_the_method(mllm):
@@ -45,22 +47,38 @@ def test_table_of_the_method(mllm):
 
     def literal_pass():
         mask = torch.empty(1, 1, LITERAL, LITERAL, device="meta")
-        decoder(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state.sum().backward()
+        decoder(
+            inputs_embeds=x, attention_mask=mask, use_cache=False
+        ).last_hidden_state.sum().backward()
+
     literal_mllm = counted(literal_pass)
     shown = round((1 - RATIO) * IMAGE)
     ours_mllm = sum(mllm.decoder_flops(TEXT + shown, QUERIES)) / T
-    generator = empty_generator(generator_config("iomm-b", token_dim=64, condition_dim=mllm.width), device="meta")
-    literal_dit, ours_dit = (3 * generator.flops_per_image((32, 32), c) / T for c in (LITERAL, QUERIES))
+    generator = empty_generator(
+        generator_config("iomm-b", token_dim=64, condition_dim=mllm.width), device="meta"
+    )
+    literal_dit, ours_dit = (
+        3 * generator.flops_per_image((32, 32), c) / T for c in (LITERAL, QUERIES)
+    )
     # the VAE's is counted in tests/iomm/test_vae.py
     vae, vit = 1.118, mllm.vit_flops() / T
-    rows = {"VAE encoder forward": (vae, vae), "ViT forward": (vit, vit), "MLLM": (literal_mllm, ours_mllm),
-            "DiT forward + backward": (literal_dit, ours_dit)}
+    rows = {
+        "VAE encoder forward": (vae, vae),
+        "ViT forward": (vit, vit),
+        "MLLM": (literal_mllm, ours_mllm),
+        "DiT forward + backward": (literal_dit, ours_dit),
+    }
     rows["sum"] = tuple(map(sum, zip(*rows.values())))
     print("\nTFLOP per image, stage 1, 512 px       literal    ours")
     for name, (literal, ours) in rows.items():
         print(f"{name:<36} {literal:>9.2f} {ours:>7.2f}")
-    stated = {"VAE encoder forward": (1.12, 1.12), "ViT forward": (0.72, 0.72), "MLLM": (2.84, 1.51),
-              "DiT forward + backward": (5.85, 4.71), "sum": (10.5, 8.1)}
+    stated = {
+        "VAE encoder forward": (1.12, 1.12),
+        "ViT forward": (0.72, 0.72),
+        "MLLM": (2.84, 1.51),
+        "DiT forward + backward": (5.85, 4.71),
+        "sum": (10.5, 8.1),
+    }
     for name, row in rows.items():
         assert row == pytest.approx(stated[name], rel=0.02), name
     assert ours_mllm / literal_mllm <= 0.55

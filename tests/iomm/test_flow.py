@@ -23,7 +23,7 @@ def test_logit_normal_times_have_that_mean_and_deviation(mean, std):
     logits = torch.logit(sample_time(EVEN, "logit_normal", mean=mean, std=std))
     assert (
         abs(logits.mean() - mean) < 1e-9 and abs(logits.std() / std - 1) < 1e-4
-    # 1e5 quantiles miss 3e-5 of the tails
+        # 1e5 quantiles miss 3e-5 of the tails
     )
     assert math.isclose(logits.median(), mean, abs_tol=2e-5 * std)
 
@@ -54,21 +54,31 @@ def test_an_unknown_kind_is_refused():
 
 
 def test_loss_is_the_mean_square_in_float32():
-    velocity, target = torch.randn(5, 7, 3, dtype=torch.float64), torch.randn(5, 7, 3, dtype=torch.float64)
+    velocity, target = (
+        torch.randn(5, 7, 3, dtype=torch.float64),
+        torch.randn(5, 7, 3, dtype=torch.float64),
+    )
     loss, loss_B = velocity_loss(velocity, target)
     assert torch.allclose(loss, ((velocity - target) ** 2).mean(), rtol=1e-15)
     assert torch.allclose(loss_B[2], ((velocity - target)[2] ** 2).mean(), rtol=1e-15)
     loss, loss_B = velocity_loss(velocity.bfloat16(), target.bfloat16())
     exact, _ = velocity_loss(velocity.bfloat16().double(), target.bfloat16().double())
-    assert loss.dtype == loss_B.dtype == torch.float32 and abs(loss / exact - 1) < 2 * torch.finfo(torch.float32).eps
+    assert (
+        loss.dtype == loss_B.dtype == torch.float32
+        and abs(loss / exact - 1) < 2 * torch.finfo(torch.float32).eps
+    )
 
 
 def test_loss_has_the_gradient_of_the_mean_square_and_compiles_as_one_graph():
     random = torch.Generator().manual_seed(0)
-    velocity, target = (torch.randn(2, 3, 4, generator=random, dtype=torch.float64) for _ in range(2))
+    velocity, target = (
+        torch.randn(2, 3, 4, generator=random, dtype=torch.float64) for _ in range(2)
+    )
     assert torch.autograd.gradcheck(velocity_loss, (velocity.requires_grad_(), target))
     loss, loss_B = velocity_loss(velocity, target)
-    torch.testing.assert_close(loss, torch.nn.functional.mse_loss(velocity, target), rtol=1e-14, atol=0)
+    torch.testing.assert_close(
+        loss, torch.nn.functional.mse_loss(velocity, target), rtol=1e-14, atol=0
+    )
     torch.testing.assert_close(loss_B.mean(), loss, rtol=1e-14, atol=0)
     compiled = torch.compile(lambda *x: velocity_loss(*x)[0] * 3, fullgraph=True, backend="eager")
     assert torch.equal(compiled(velocity, target), loss * 3)
@@ -80,6 +90,9 @@ def test_loss_of_shapes_that_would_broadcast_is_a_value_error():
 
 
 def test_loss_by_time_adds_up():
-    loss_B, t_B = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0]), torch.tensor([0.0, 0.24, 0.25, 0.99, 1.0])
+    loss_B, t_B = (
+        torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0]),
+        torch.tensor([0.0, 0.24, 0.25, 0.99, 1.0]),
+    )
     sums, counts = loss_by_time(loss_B, t_B)
     assert sums.tolist() == [3.0, 4.0, 0.0, 24.0] and counts.tolist() == [2, 1, 0, 2]

@@ -15,7 +15,12 @@ Q = 7
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return create_mllm(tmp_path_factory.mktemp("mllm") / "tiny", texts=[RECONSTRUCT, "a red circle"], vision=VISION, text=TEXT)
+    return create_mllm(
+        tmp_path_factory.mktemp("mllm") / "tiny",
+        texts=[RECONSTRUCT, "a red circle"],
+        vision=VISION,
+        text=TEXT,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +40,7 @@ def literal(mllm, texts, image_tokens, has_image, visible, queries_BQD, causal):
         if image:
             i = next(images)
             parts.append(image_tokens[i])
-            keep += visible[i * num_image:(i + 1) * num_image].tolist()
+            keep += visible[i * num_image : (i + 1) * num_image].tolist()
         parts.append(embed(torch.tensor(after)))
         rows.append(torch.cat(parts))
         keeps.append(keep + [True] * len(after))
@@ -49,18 +54,29 @@ def literal(mllm, texts, image_tokens, has_image, visible, queries_BQD, causal):
         see &= torch.tensor(keep + [True] * Q)[None]
         # A hidden row may look at itself: nobody looks at it.
         see |= torch.eye(length, dtype=torch.bool)
-        mask = torch.zeros(1, 1, length, length, dtype=x.dtype).masked_fill(~see, torch.finfo(x.dtype).min)
-        out = mllm.backbone.language_model(inputs_embeds=x, attention_mask=mask, position_ids=torch.arange(length)[None],
-                                           use_cache=False).last_hidden_state
+        mask = torch.zeros(1, 1, length, length, dtype=x.dtype).masked_fill(
+            ~see, torch.finfo(x.dtype).min
+        )
+        out = mllm.backbone.language_model(
+            inputs_embeds=x,
+            attention_mask=mask,
+            position_ids=torch.arange(length)[None],
+            use_cache=False,
+        ).last_hidden_state
         hidden.append(out[0, -Q:])
     return torch.stack(hidden)
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.45, 0.85, 0.95, 1.0])
-@pytest.mark.parametrize("batch, kinds", [(1, "image"), (2, "image"), (3, "mixed"), (5, "mixed"), (4, "text"), (4, "edit")])
+@pytest.mark.parametrize(
+    "batch, kinds",
+    [(1, "image"), (2, "image"), (3, "mixed"), (5, "mixed"), (4, "text"), (4, "edit")],
+)
 def test_split_pass_equals_transformers_forward(mllm, ratio, batch, kinds):
     generator = torch.Generator().manual_seed(batch)
-    has_image = [kinds in ("image", "edit") or (kinds == "mixed" and b % 2 == 0) for b in range(batch)]
+    has_image = [
+        kinds in ("image", "edit") or (kinds == "mixed" and b % 2 == 0) for b in range(batch)
+    ]
     texts = [RECONSTRUCT if image else "a red circle" * b for b, image in enumerate(has_image)]
     if kinds == "edit":
         texts = ["make it red " * b for b in range(batch)]
@@ -68,8 +84,12 @@ def test_split_pass_equals_transformers_forward(mllm, ratio, batch, kinds):
     visible = torch.rand(num_images * mllm.num_image_tokens, generator=generator) >= ratio
     tokens = None
     if num_images:
-        tokens = mllm.image_tokens(torch.randn(num_images, 3, 32, 32, generator=generator, dtype=torch.float64))
-    queries = torch.randn(batch, Q, mllm.width, generator=generator, dtype=torch.float64, requires_grad=True)
+        tokens = mllm.image_tokens(
+            torch.randn(num_images, 3, 32, 32, generator=generator, dtype=torch.float64)
+        )
+    queries = torch.randn(
+        batch, Q, mllm.width, generator=generator, dtype=torch.float64, requires_grad=True
+    )
     weight = torch.randn(batch, Q, mllm.width, generator=generator, dtype=torch.float64)
     for causal in (True, False):
         condition = mllm.condition(texts, tokens, has_image=has_image, visible=visible)
@@ -90,7 +110,9 @@ def test_prefix_outputs_equal_transformers_forward(mllm):
     queries = torch.randn(2, Q, mllm.width, dtype=torch.float64, requires_grad=True)
     condition = mllm.condition([RECONSTRUCT] * 2, tokens, visible=visible, mode="zero")
     cache, outputs = mllm.prefix(condition, outputs=True)
-    ours = torch.cat((outputs.view(2, -1, mllm.width), mllm.queries(queries, condition, cache)), dim=1)
+    ours = torch.cat(
+        (outputs.view(2, -1, mllm.width), mllm.queries(queries, condition, cache)), dim=1
+    )
     whole = torch.cat((condition.tokens_TD.view(2, -1, mllm.width), queries), dim=1)
     theirs = mllm.backbone.language_model(inputs_embeds=whole, use_cache=False).last_hidden_state
     assert (ours - theirs).abs().max() <= 1e-12 * theirs.abs().max()
@@ -101,7 +123,12 @@ def test_prefix_outputs_equal_transformers_forward(mllm):
 
 def test_qwen3_decoders_are_read_too(tmp_path):
     """InternVL3.5's decoder: norms on queries and keys, its own head dim."""
-    create_mllm(tmp_path / "m", texts=["a b"], vision=VISION, text={"model_type": "qwen3", "head_dim": 24, **TEXT})
+    create_mllm(
+        tmp_path / "m",
+        texts=["a b"],
+        vision=VISION,
+        text={"model_type": "qwen3", "head_dim": 24, **TEXT},
+    )
     mllm = load_mllm(str(tmp_path / "m"), dtype=torch.float64)
     internvl = mllm.backbone
     condition = mllm.condition(["a bb ccc", "a bb ccc"])
@@ -123,13 +150,22 @@ def test_image_tokens_are_those_of_transformers(mllm):
 def test_bytes_are_embedded_as_transformers_embeds_normalised_pixels(folder, dtype):
     """On a CPU with the same bits; by patch rows and one product, as on a GPU, within twice the convolution's own error."""
     mllm, random = load_mllm(str(folder), dtype=dtype), torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (3, mllm.vit_px, mllm.vit_px, 3), generator=random, dtype=torch.uint8)
-    floats, embeddings = normalised(pixels, IMAGE_MEAN, IMAGE_STD), mllm.backbone.vision_tower.embeddings
+    pixels = torch.randint(
+        0, 256, (3, mllm.vit_px, mllm.vit_px, 3), generator=random, dtype=torch.uint8
+    )
+    floats, embeddings = (
+        normalised(pixels, IMAGE_MEAN, IMAGE_STD),
+        mllm.backbone.vision_tower.embeddings,
+    )
     assert torch.equal(mllm.vit_states(pixels), mllm.vit_states(floats))
     same, got = embeddings(floats.to(dtype)), mllm.embedded_rows(pixels)
     exact = embeddings.double()(floats.to(dtype).double())
     budget = 2 * (same.double() - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
-    assert got.dtype == dtype and got.shape == same.shape and (got.double() - exact).abs().max() <= budget
+    assert (
+        got.dtype == dtype
+        and got.shape == same.shape
+        and (got.double() - exact).abs().max() <= budget
+    )
 
 
 def test_zero_keeps_hidden_tokens_as_zeros(mllm):
@@ -137,7 +173,9 @@ def test_zero_keeps_hidden_tokens_as_zeros(mllm):
     visible = torch.arange(2 * mllm.num_image_tokens) % 3 == 0
     zeroed = mllm.condition(["", "x"], tokens, visible=visible, mode="zero")
     plain = mllm.condition(["", "x"], (tokens.flatten(0, 1) * visible[:, None]).view_as(tokens))
-    assert torch.equal(zeroed.tokens_TD, plain.tokens_TD) and torch.equal(zeroed.positions_T, plain.positions_T)
+    assert torch.equal(zeroed.tokens_TD, plain.tokens_TD) and torch.equal(
+        zeroed.positions_T, plain.positions_T
+    )
 
 
 def test_positions_survive_dropping_or_are_compact(mllm):
@@ -147,9 +185,11 @@ def test_positions_survive_dropping_or_are_compact(mllm):
     gapped = mllm.condition([""], tokens, visible=visible)
     compact = mllm.condition([""], tokens, visible=visible, positions="compact")
     start = len(mllm.token_ids("<|im_start|>user\n<img>"))
-    assert gapped.positions_T[start:start + 2].tolist() == [start + 2, start + 5]
+    assert gapped.positions_T[start : start + 2].tolist() == [start + 2, start + 5]
     assert int(gapped.end_B) == int(gapped.positions_T[-1]) + 1
-    assert compact.positions_T.tolist() == list(range(len(compact.tokens_TD))) and int(compact.end_B) == len(compact.tokens_TD)
+    assert compact.positions_T.tolist() == list(range(len(compact.tokens_TD))) and int(
+        compact.end_B
+    ) == len(compact.tokens_TD)
 
 
 def test_prefix_keeps_no_graph_and_stays_frozen(mllm):
@@ -172,7 +212,15 @@ def test_errors_say_what_was_wanted(mllm, tmp_path):
 
 @pytest.mark.parametrize("positions", ["original", "compact"])
 def test_the_end_that_the_host_knows_is_the_largest(mllm, positions):
-    tokens, visible = torch.randn(2, mllm.num_image_tokens, mllm.width, dtype=torch.float64), torch.arange(128) % 5 == 0
-    condition = mllm.condition(["a red circle" * 3, "", "a"], tokens, has_image=[False, True, True], visible=visible[:2 * mllm.num_image_tokens],
-                               positions=positions)
+    tokens, visible = (
+        torch.randn(2, mllm.num_image_tokens, mllm.width, dtype=torch.float64),
+        torch.arange(128) % 5 == 0,
+    )
+    condition = mllm.condition(
+        ["a red circle" * 3, "", "a"],
+        tokens,
+        has_image=[False, True, True],
+        visible=visible[: 2 * mllm.num_image_tokens],
+        positions=positions,
+    )
     assert condition.end == int(condition.end_B.max())

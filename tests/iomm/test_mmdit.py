@@ -13,7 +13,9 @@ from iomm.layout import Layout, describe
 from iomm.mmdit import MMDiT, grid_tables
 
 SMALL = GeneratorConfig(width=64, num_heads=2, num_blocks=2, token_dim=12, condition_dim=20)
-MIXED = GeneratorConfig(width=96, num_heads=3, num_blocks=2, num_single_blocks=2, token_dim=8, condition_dim=16)
+MIXED = GeneratorConfig(
+    width=96, num_heads=3, num_blocks=2, num_single_blocks=2, token_dim=8, condition_dim=16
+)
 
 
 def count(model):
@@ -22,8 +24,13 @@ def count(model):
 
 def inputs(config, grid, num_condition, batch=2, dtype=torch.float64):
     generator = torch.Generator().manual_seed(1)
-    shapes = (batch, grid[0] * grid[1], config.token_dim), (batch, num_condition, config.condition_dim)
-    noisy, condition = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
+    shapes = (
+        (batch, grid[0] * grid[1], config.token_dim),
+        (batch, num_condition, config.condition_dim),
+    )
+    noisy, condition = (
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes
+    )
     return (
         noisy.requires_grad_(),
         torch.rand(batch, generator=generator, dtype=torch.float64).to(dtype),
@@ -35,7 +42,9 @@ def twin(model, dtype=torch.float64):
     """diffusers' model with our weights."""
     from diffusers import FluxTransformer2DModel
 
-    description = {key: value for key, value in describe(model.config, 1).items() if key != "_class_name"}
+    description = {
+        key: value for key, value in describe(model.config, 1).items() if key != "_class_name"
+    }
     theirs = FluxTransformer2DModel(**description).to(dtype)
     theirs.load_state_dict(Layout(model.config, 1).to_theirs(model.state_dict()), strict=True)
     return theirs
@@ -65,9 +74,14 @@ def test_outputs_and_all_gradients_equal_diffusers(config, grid, num_condition):
         "noisy": relative_error(mine[0].grad, other[0].grad),
         "condition": relative_error(mine[2].grad, other[2].grad),
     }
-    layout, their_gradients = Layout(config, 1), {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    layout, their_gradients = (
+        Layout(config, 1),
+        {name: parameter.grad for name, parameter in theirs.named_parameters()},
+    )
     for name, parameter in ours.named_parameters():
-        errors[name] = relative_error(parameter.grad, layout.to_ours(name, their_gradients.__getitem__))
+        errors[name] = relative_error(
+            parameter.grad, layout.to_ours(name, their_gradients.__getitem__)
+        )
     worst = max(errors, key=errors.get)
     # measured: 2e-15
     assert all(error <= 1e-10 for error in errors.values()), f"{worst}: {errors[worst]:.1e}"
@@ -88,7 +102,9 @@ def test_what_only_theirs_has_is_dead():
     after.square().sum().backward()
     gradients = [(name, theirs.get_parameter(name).grad) for name in dead]
     assert len(dead) == 11 and torch.equal(before, after)
-    assert all(gradient is None or not gradient[rows.get(name, 0) :].any() for name, gradient in gradients)
+    assert all(
+        gradient is None or not gradient[rows.get(name, 0) :].any() for name, gradient in gradients
+    )
 
 
 def test_float32_is_as_near_to_the_exact_result_as_diffusers():
@@ -113,18 +129,26 @@ def test_bfloat16_stays_near():
     assert got.dtype == torch.bfloat16 and (got - exact).abs().max() <= budget
 
 
-@pytest.mark.parametrize("preset, low, high", [("iomm-b", 1.55e9, 1.65e9), ("iomm-l", 2.65e9, 2.8e9)])
+@pytest.mark.parametrize(
+    "preset, low, high", [("iomm-b", 1.55e9, 1.65e9), ("iomm-l", 2.65e9, 2.8e9)]
+)
 def test_presets_have_the_papers_size(preset, low, high):
     assert low < count(empty_generator(PRESETS[preset], device="meta")) < high
 
 
-@pytest.mark.parametrize("config", [SMALL, MIXED, PRESETS["iomm-b"]], ids=["dual", "dual+single", "iomm-b"])
+@pytest.mark.parametrize(
+    "config", [SMALL, MIXED, PRESETS["iomm-b"]], ids=["dual", "dual+single", "iomm-b"]
+)
 @pytest.mark.parametrize("grid, num_condition", [((32, 32), 256), ((5, 7), 11)])
 def test_counted_flops_agree_with_pytorch(config, grid, num_condition):
     model = empty_generator(config, device="meta")
     arguments = (
         torch.empty(shape, device="meta")
-        for shape in ((1, grid[0] * grid[1], config.token_dim), (1,), (1, num_condition, config.condition_dim))
+        for shape in (
+            (1, grid[0] * grid[1], config.token_dim),
+            (1,),
+            (1, num_condition, config.condition_dim),
+        )
     )
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(*arguments, grid)
@@ -140,7 +164,9 @@ def test_fresh_weights_depend_on_the_seed_alone():
     second = new_generator(MIXED, 3, dtype=torch.float64)
     assert torch.equal(state, torch.get_rng_state())
     third = new_generator(MIXED, 4)
-    for (name, one), two, three in zip(first.named_parameters(), second.parameters(), third.parameters(), strict=True):
+    for (name, one), two, three in zip(
+        first.named_parameters(), second.parameters(), third.parameters(), strict=True
+    ):
         assert torch.equal(one.double(), two), name
         drawn = name.endswith("weight") and "norm" not in name and one.any()
         assert not (drawn and torch.equal(one, three)), name
@@ -151,11 +177,14 @@ def test_fresh_blocks_are_the_identity_and_the_fresh_velocity_is_zero():
     noisy, t, condition = inputs(SMALL, (3, 3), 4, dtype=torch.float32)
     assert not model(noisy, t, condition, (3, 3)).any()
     latents, tables = torch.randn(2, 9, 64), (torch.zeros(9, 16), torch.zeros(9, 16))
-    assert torch.equal(model.blocks[0](latents, torch.randn(2, 4, 64), torch.randn(2, 64), *tables)[0], latents)
+    assert torch.equal(
+        model.blocks[0](latents, torch.randn(2, 4, 64), torch.randn(2, 64), *tables)[0], latents
+    )
     q, k, v = model.blocks[0].latent_stream.qkv.weight.chunk(3)
     assert all(
-        abs(part.std() / (2 / 128) ** 0.5 - 1) < 0.05 for part in (q, k, v)
-    # Xavier of 64 x 64, not of 192 x 64
+        abs(part.std() / (2 / 128) ** 0.5 - 1) < 0.05
+        for part in (q, k, v)
+        # Xavier of 64 x 64, not of 192 x 64
     )
 
 
@@ -176,7 +205,9 @@ def test_blocks_compile_as_one_graph():
     assert torch.equal(model(*arguments), expected)
 
 
-@pytest.mark.parametrize("changes", [{"num_blocks": 0}, {"num_heads": 3}, {"width": 48}, {"kind": "unet"}])
+@pytest.mark.parametrize(
+    "changes", [{"num_blocks": 0}, {"num_heads": 3}, {"width": 48}, {"kind": "unet"}]
+)
 def test_a_shape_that_cannot_be_is_refused(changes):
     with pytest.raises(InputError, match="generator"):
         replace(SMALL, **changes)
@@ -192,9 +223,14 @@ def test_a_larger_picture_has_the_positions_of_a_smaller_one_and_more():
     angles that it had. Equal to diffusers' ids and rotary embedding at both sizes."""
     from diffusers import FluxPipeline
     from diffusers.models.transformers.transformer_flux import FluxPosEmbed
+
     config = PRESETS["iomm-b"]
-    tables = {side: grid_tables((side, side), config.rope_axes, config.rope_theta, torch.device("cpu"), torch.float32)
-              for side in (32, 64)}
+    tables = {
+        side: grid_tables(
+            (side, side), config.rope_axes, config.rope_theta, torch.device("cpu"), torch.float32
+        )
+        for side in (32, 64)
+    }
     for side, ours in tables.items():
         ids = FluxPipeline._prepare_latent_image_ids(1, side, side, "cpu", torch.float32)
         theirs = FluxPosEmbed(theta=10000, axes_dim=list(config.rope_axes))(ids)

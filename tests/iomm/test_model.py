@@ -18,20 +18,31 @@ from iomm.mllm import IMAGE, RECONSTRUCT, TURN
 from iomm.pipeline import draw
 
 
-@pytest.mark.parametrize("settings", [
-    dict(), dict(kind="metaquery"), dict(attention="bidirectional"), dict(mode="zero"), dict(conditions="all"),
-    dict(conditions="all", mode="zero"), dict(conditions="all", kind="none"), dict(connector_layers=2),
-    dict(connector_layers=1, conditions="all"), dict(generator="single_stream"),
-    dict(generator="single_stream", conditions="all", mode="zero"),
-], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(),
+        dict(kind="metaquery"),
+        dict(attention="bidirectional"),
+        dict(mode="zero"),
+        dict(conditions="all"),
+        dict(conditions="all", mode="zero"),
+        dict(conditions="all", kind="none"),
+        dict(connector_layers=2),
+        dict(connector_layers=1, conditions="all"),
+        dict(generator="single_stream"),
+        dict(generator="single_stream", conditions="all", mode="zero"),
+    ],
+    ids=str,
+)
 def test_a_sample_does_not_depend_on_its_batch(mllm, settings):
     model = build(mllm, **settings)
     n_B = torch.arange(100, 104)
     _, whole_B, t_B = model(*pixels(n_B), n_B)
     for i, n in enumerate(n_B):
         _, alone_B, t = model(*pixels([n]), n[None])
-        assert torch.equal(t, t_B[i:i + 1])
-        assert torch.allclose(alone_B, whole_B[i:i + 1], rtol=1e-5)
+        assert torch.equal(t, t_B[i : i + 1])
+        assert torch.allclose(alone_B, whole_B[i : i + 1], rtol=1e-5)
     again = model(*pixels(n_B), n_B)[1]
     assert torch.equal(again, whole_B)
 
@@ -48,9 +59,13 @@ def test_guidance_with_ragged_conditions(mllm):
     """All outputs of prompts of three lengths, guided: each picture is the one drawn alone."""
     model = build(mllm, conditions="all").eval()
     texts = ["", "one", RECONSTRUCT]
-    together = draw(model, mllm.condition(texts), torch.arange(3), size_px=SIZE, steps=2, guidance=3.0)
+    together = draw(
+        model, mllm.condition(texts), torch.arange(3), size_px=SIZE, steps=2, guidance=3.0
+    )
     for i, text in enumerate(texts):
-        alone = draw(model, mllm.condition([text]), torch.tensor([i]), size_px=SIZE, steps=2, guidance=3.0)
+        alone = draw(
+            model, mllm.condition([text]), torch.tensor([i]), size_px=SIZE, steps=2, guidance=3.0
+        )
         assert torch.allclose(alone[0], together[i], atol=1e-4)
 
 
@@ -64,8 +79,12 @@ def test_images_and_pairs_in_one_batch_are_what_they_are_apart(mllm):
     _, together_B, _ = model(vae_pixels, vit_pixels[chosen], n_B, None, captions, has_image)
     _, images_B, _ = model(vae_pixels[chosen], vit_pixels[chosen], n_B[chosen])
     texts = [caption for caption in captions if caption]
-    _, pairs_B, _ = model(vae_pixels[~chosen], vit_pixels[:0], n_B[~chosen], None, texts, [False] * 3)
-    assert torch.allclose(together_B[chosen], images_B, rtol=1e-5) and torch.allclose(together_B[~chosen], pairs_B, rtol=1e-5)
+    _, pairs_B, _ = model(
+        vae_pixels[~chosen], vit_pixels[:0], n_B[~chosen], None, texts, [False] * 3
+    )
+    assert torch.allclose(together_B[chosen], images_B, rtol=1e-5) and torch.allclose(
+        together_B[~chosen], pairs_B, rtol=1e-5
+    )
 
 
 def test_one_forward_for_both_kinds_and_nothing_padded(mllm, monkeypatch):
@@ -78,17 +97,32 @@ def test_one_forward_for_both_kinds_and_nothing_padded(mllm, monkeypatch):
 
     def counted(owner, name, size):
         work = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *args, **kwargs: ran.append((name, size(*args))) or work(*args, **kwargs))
+        monkeypatch.setattr(
+            owner,
+            name,
+            lambda *args, **kwargs: ran.append((name, size(*args))) or work(*args, **kwargs),
+        )
+
     counted(mllm, "image_tokens", lambda vit: len(vit))
     counted(mllm, "prefix", lambda condition, *_: len(condition.tokens_TD))
     counted(mllm, "queries", lambda queries, *_: tuple(queries.shape[:2]))
     counted(model, "velocity", lambda noisy, *_: len(noisy))
     model(vae_pixels, vit_pixels[torch.tensor(has_image)], n_B, None, captions, has_image)
-    visible = visible_mask(model.recipe.mask, 3, n_B[torch.tensor(has_image)], mllm.num_image_tokens)
+    visible = visible_mask(
+        model.recipe.mask, 3, n_B[torch.tensor(has_image)], mllm.num_image_tokens
+    )
     fixed = len(mllm.token_ids(TURN[0] + RECONSTRUCT + IMAGE[0] + IMAGE[1] + TURN[1]))
     dropped = (uniform(3, CAPTION_DROP, n_B, 1)[:, 0] < 0.1).tolist()
-    texts = ["" if drop else caption for caption, image, drop in zip(captions, has_image, dropped) if not image]
-    tokens = 3 * fixed + int(visible.sum()) + sum(len(mllm.token_ids(TURN[0] + text + TURN[1])) for text in texts)
+    texts = [
+        "" if drop else caption
+        for caption, image, drop in zip(captions, has_image, dropped)
+        if not image
+    ]
+    tokens = (
+        3 * fixed
+        + int(visible.sum())
+        + sum(len(mllm.token_ids(TURN[0] + text + TURN[1])) for text in texts)
+    )
     assert ran == [("image_tokens", 3), ("prefix", tokens), ("queries", (6, 8)), ("velocity", 6)]
 
 
@@ -96,9 +130,17 @@ def test_captions_are_dropped_from_pairs_alone(mllm):
     model, n_B, has_image = build(mllm), torch.arange(4), [True, False, True, False]
     vit_pixels = pixels(n_B)[1][torch.tensor(has_image)]
     model.recipe = replace(model.recipe, caption_drop=1.0)
-    bare = model.condition(vit_pixels, n_B, ["", "a red circle", "", "two"], has_image).offsets.diff().tolist()
+    bare = (
+        model.condition(vit_pixels, n_B, ["", "a red circle", "", "two"], has_image)
+        .offsets.diff()
+        .tolist()
+    )
     model.recipe = replace(model.recipe, caption_drop=0.0)
-    told = model.condition(vit_pixels, n_B, ["", "a red circle", "", "two"], has_image).offsets.diff().tolist()
+    told = (
+        model.condition(vit_pixels, n_B, ["", "a red circle", "", "two"], has_image)
+        .offsets.diff()
+        .tolist()
+    )
     empty = len(mllm.condition([""]).tokens_TD)
     assert [bare[0], bare[2]] == [told[0], told[2]] and bare[1] == bare[3] == empty < min(told)
 
@@ -108,9 +150,12 @@ def test_captions_go_through_the_tokenizer_in_the_chat_format(mllm):
     same tokens as a caption's condition."""
     mllm.tokenizer.chat_template = (
         "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n'}}{{ message['content'] }}{{'<|im_end|>\n'}}"
-        "{% endfor %}{% if add_generation_prompt %}{{'<|im_start|>assistant\n' }}{% endif %}")
-    turn = [{"role": "user", "content": "two blue squares, \"left\" of a red one"}]
-    ids = mllm.tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+        "{% endfor %}{% if add_generation_prompt %}{{'<|im_start|>assistant\n' }}{% endif %}"
+    )
+    turn = [{"role": "user", "content": 'two blue squares, "left" of a red one'}]
+    ids = mllm.tokenizer.apply_chat_template(
+        turn, add_generation_prompt=True, tokenize=True, return_dict=True
+    )["input_ids"]
     condition = mllm.condition([turn[0]["content"]])
     assert torch.equal(condition.tokens_TD, mllm.backbone.get_input_embeddings()(torch.tensor(ids)))
     assert condition.positions_T.tolist() == list(range(len(ids)))
@@ -134,8 +179,14 @@ def test_two_ranks_draw_what_one_draws(mllm):
         rows = two - 32
         t, whole_t = uniform(seed, TIME, two, 1), uniform(seed, TIME, one, 1)
         assert torch.equal(t, whole_t[rows])
-        assert torch.equal(visible_mask(mask, seed, two, 16).view(8, 16), visible_mask(mask, seed, one, 16).view(16, 16)[rows])
-        half, whole = (noisy_tokens(latents[n - 32], uniform(seed, TIME, n, 1)[:, 0], seed, n, 2) for n in (two, one))
+        assert torch.equal(
+            visible_mask(mask, seed, two, 16).view(8, 16),
+            visible_mask(mask, seed, one, 16).view(16, 16)[rows],
+        )
+        half, whole = (
+            noisy_tokens(latents[n - 32], uniform(seed, TIME, n, 1)[:, 0], seed, n, 2)
+            for n in (two, one)
+        )
         assert all(torch.equal(h, w[rows]) for h, w in zip(half, whole))
 
 
@@ -143,9 +194,12 @@ def test_gradients_reach_all_that_trains_and_nothing_else(mllm):
     model, n_B = build(mllm), torch.arange(4)
     assert not any(name.startswith("frozen") for name, _ in model.named_parameters())
     model(*pixels(n_B), n_B)[0].backward()
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for name, p in model.named_parameters()
-               # A bias of all keys cancels in the softmax.
-               if not name.endswith(("to_k.bias",)))
+    assert all(
+        p.grad is not None and p.grad.abs().max() > 0
+        for name, p in model.named_parameters()
+        # A bias of all keys cancels in the softmax.
+        if not name.endswith(("to_k.bias",))
+    )
     assert all(p.grad is None for p in mllm.parameters())
 
 
@@ -160,10 +214,12 @@ def test_nothing_hidden_and_everything_hidden(mllm, ratio):
 def test_a_fresh_adapter_hands_over_tokens_of_ordinary_size(mllm):
     adapter = QueryAdapter(AdapterConfig(num_queries=8, head_dim=16), mllm.width)
     adapter.init_weights(0)
-    condition = mllm.condition([RECONSTRUCT], 100 * torch.randn(1, mllm.num_image_tokens, mllm.width))
+    condition = mllm.condition(
+        [RECONSTRUCT], 100 * torch.randn(1, mllm.num_image_tokens, mllm.width)
+    )
     table = mllm.backbone.get_input_embeddings().weight
     ratio = adapter(condition).std() / table.std()
-    assert 0.5 * mllm.width ** -0.5 / table.std() < ratio < 2 * mllm.width ** -0.5 / table.std()
+    assert 0.5 * mllm.width**-0.5 / table.std() < ratio < 2 * mllm.width**-0.5 / table.std()
     assert torch.equal(adapter(condition)[0], adapter.queries_QD)
 
 
@@ -177,6 +233,7 @@ def test_counted_flops_are_those_of_the_flop_counter(mllm):
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             result = work()
         return counter.get_total_flops(), result
+
     flops, tokens = count(lambda: mllm.image_tokens(vit))
     assert flops == pytest.approx(mllm.vit_flops(), rel=0.01)
     condition = mllm.condition([RECONSTRUCT], tokens, visible=visible)
@@ -195,7 +252,9 @@ def test_counted_flops_are_those_of_the_flop_counter(mllm):
     assert flops == pytest.approx(backward + unused, rel=0.01)
 
 
-@pytest.mark.parametrize("settings", [dict(), dict(conditions="all"), dict(connector_layers=1)], ids=str)
+@pytest.mark.parametrize(
+    "settings", [dict(), dict(conditions="all"), dict(connector_layers=1)], ids=str
+)
 def test_noise_draws_are_the_mean_over_times_and_noises_of_one_condition(mllm, settings):
     """Draw k of sample n has the time and the noise of number n x draws + k, and the condition of n, which is made once."""
     model, n_B, ran = build(mllm, **settings), torch.arange(5, 8), []
@@ -205,7 +264,11 @@ def test_noise_draws_are_the_mean_over_times_and_noises_of_one_condition(mllm, s
     loss, loss_R, t_R = model(*inputs, n_B)
     model.recipe = single[1]
     n_R = (n_B[:, None] * 3 + torch.arange(3)).flatten()
-    assert torch.equal(t_R, uniform(3, TIME, n_R, 1)[:, 0]) and loss_R.shape == (9,) and torch.allclose(loss, loss_R.mean())
+    assert (
+        torch.equal(t_R, uniform(3, TIME, n_R, 1)[:, 0])
+        and loss_R.shape == (9,)
+        and torch.allclose(loss, loss_R.mean())
+    )
     read = model.read(model.condition(inputs[1], n_B))
     for k in range(3):
         n_B_of_draw = n_B * 3 + k
@@ -215,9 +278,15 @@ def test_noise_draws_are_the_mean_over_times_and_noises_of_one_condition(mllm, s
         assert torch.allclose(loss_R[k::3], wanted_B, rtol=1e-5)
     model.recipe, queries = single[3], mllm.queries
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mllm, "queries", lambda x, *args, **kwargs: ran.append(len(x)) or queries(x, *args, **kwargs))
+        patch.setattr(
+            mllm,
+            "queries",
+            lambda x, *args, **kwargs: ran.append(len(x)) or queries(x, *args, **kwargs),
+        )
         model(*inputs, n_B)
     assert ran == [3]
-    parts = {k: (setattr(model, "recipe", single[k]), flops_by_part(model, SIZE))[1] for k in (1, 3)}
+    parts = {
+        k: (setattr(model, "recipe", single[k]), flops_by_part(model, SIZE))[1] for k in (1, 3)
+    }
     assert {part for part in parts[1] if parts[1][part] != parts[3][part]} == {"generator"}
     assert parts[3]["generator"] == 3 * parts[1]["generator"]

@@ -16,10 +16,16 @@ from iomm.pipeline import Pipeline, draw, image_grid, to_images
 SETTINGS = dict(steps=2, guidance=2.0)
 
 
-@pytest.fixture(scope="module", params=[dict(), dict(connector_layers=1, conditions="all")], ids=["rqa", "connector, all"])
+@pytest.fixture(
+    scope="module",
+    params=[dict(), dict(connector_layers=1, conditions="all")],
+    ids=["rqa", "connector, all"],
+)
 def folder(request, mllm, mllm_folder, tmp_path_factory):
     pipe = Pipeline(build(mllm, **request.param), 32, origin={"run": "runs/tiny"})
-    return pipe.save_pretrained(tmp_path_factory.mktemp("export"), mllm=mllm_folder, vae="pixel:4"), pipe
+    return pipe.save_pretrained(
+        tmp_path_factory.mktemp("export"), mllm=mllm_folder, vae="pixel:4"
+    ), pipe
 
 
 def arrays(images):
@@ -39,6 +45,7 @@ def test_an_exported_folder_draws_the_same(folder):
 
 def test_the_generator_loads_in_diffusers(folder):
     import diffusers
+
     diffusers.FluxTransformer2DModel.from_pretrained(folder[0])
 
 
@@ -57,7 +64,11 @@ def test_picture_i_is_the_same_in_any_list(folder):
 
 def test_seed_and_number_make_a_picture_in_any_list(folder):
     pipe = folder[1]
-    three = arrays(pipe(["a red circle", "two blue squares", "a red circle"], numbers=[7, 2**62, 9], **SETTINGS))
+    three = arrays(
+        pipe(
+            ["a red circle", "two blue squares", "a red circle"], numbers=[7, 2**62, 9], **SETTINGS
+        )
+    )
     alone = arrays(pipe("two blue squares", numbers=[2**62], **SETTINGS))
     assert np.abs(three[1].astype(int) - alone[0]).max() <= 1
     assert np.abs(three[0].astype(int) - three[2]).max() > 10
@@ -66,15 +77,22 @@ def test_seed_and_number_make_a_picture_in_any_list(folder):
 def test_the_mllm_reads_each_text_of_a_batch_once_and_the_empty_prompt_once(folder, monkeypatch):
     pipe, read = folder[1], []
     original = pipe.model.read
-    monkeypatch.setattr(pipe.model, "read", lambda condition: read.append(condition.batch) or original(condition))
+    monkeypatch.setattr(
+        pipe.model, "read", lambda condition: read.append(condition.batch) or original(condition)
+    )
     pipe(["a red circle", "two", "a red circle", "a red circle"], steps=3, guidance=2.0)
     assert read == [2, 1]
 
 
 def test_pictures_need_not_be_square(folder):
     pipe = folder[1]
-    assert [image.size for image in pipe(["a red circle", "two"], size=(16, 48), **SETTINGS)] == [(48, 16)] * 2
-    assert pipe.edit(Image.new("RGB", (40, 40)), "make it red", size=(48, 16), **SETTINGS).size == (16, 48)
+    assert [image.size for image in pipe(["a red circle", "two"], size=(16, 48), **SETTINGS)] == [
+        (48, 16)
+    ] * 2
+    assert pipe.edit(Image.new("RGB", (40, 40)), "make it red", size=(48, 16), **SETTINGS).size == (
+        16,
+        48,
+    )
 
 
 def test_edits_in_a_list_are_those_made_alone(folder):
@@ -85,12 +103,22 @@ def test_edits_in_a_list_are_those_made_alone(folder):
     together = arrays(pipe.edit(images, texts, numbers=[3, 1, 2], **SETTINGS))
     pipe.batch = 16
     for image, text, number, edited in zip(images, texts, [3, 1, 2], together):
-        assert np.abs(np.asarray(pipe.edit(image, text, numbers=[number], **SETTINGS)).astype(int) - edited).max() <= 1
+        assert (
+            np.abs(
+                np.asarray(pipe.edit(image, text, numbers=[number], **SETTINGS)).astype(int)
+                - edited
+            ).max()
+            <= 1
+        )
 
 
 def test_bfloat16_draws_about_the_same(folder):
     exact = arrays(folder[1]("a red circle", **SETTINGS))[0].astype(int)
-    half = arrays(Pipeline.from_pretrained(folder[0], device="cpu", dtype=torch.bfloat16)("a red circle", **SETTINGS))[0]
+    half = arrays(
+        Pipeline.from_pretrained(folder[0], device="cpu", dtype=torch.bfloat16)(
+            "a red circle", **SETTINGS
+        )
+    )[0]
     assert 0 < np.abs(exact - half).mean() < 4
 
 
@@ -100,22 +128,45 @@ def test_editing_depends_on_image_and_instruction(folder):
     base = np.asarray(pipe.edit(image, "make it red", **SETTINGS)).astype(int)
     assert base.shape == (32, 32, 3)
     assert np.abs(np.asarray(pipe.edit(image, "make it blue now", **SETTINGS)) - base).max() > 0
-    assert np.abs(np.asarray(pipe.edit(Image.new("RGB", (40, 40)), "make it red", **SETTINGS)) - base).max() > 0
+    assert (
+        np.abs(
+            np.asarray(pipe.edit(Image.new("RGB", (40, 40)), "make it red", **SETTINGS)) - base
+        ).max()
+        > 0
+    )
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda pipe: pipe(5), "prompt must be a text or a list of texts, got 5"),
-    (lambda pipe: pipe([]), "prompt must be a text or a list of texts"),
-    (lambda pipe: pipe("long " * 300), "exceeds the MLLM's context of 256: shorten it"),
-    (lambda pipe: pipe("", size=30), "image size must be a positive multiple of 4 px, got 30 x 30"),
-    (lambda pipe: pipe("", steps=0), "steps must be >= 1"),
-    (lambda pipe: pipe("", method="rk4"), "sampler method must be one of euler, heun"),
-    (lambda pipe: pipe.edit(Image.new("L", (8, 8)), "x"), "image must be a PIL image in mode RGB, got L"),
-    (lambda pipe: pipe.edit("photo.png", "x"), "image must be a PIL image in mode RGB, got str"),
-    (lambda pipe: pipe.edit(Image.new("RGB", (8, 8)), None), "instruction must be a text"),
-    (lambda pipe: pipe.edit([], ["x"]), "edit wants an image for each instruction, got 0 and 1"),
-    (lambda pipe: pipe(["x", "y"], numbers=[1]), "numbers must be one for each image, got 1 for 2"),
-])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda pipe: pipe(5), "prompt must be a text or a list of texts, got 5"),
+        (lambda pipe: pipe([]), "prompt must be a text or a list of texts"),
+        (lambda pipe: pipe("long " * 300), "exceeds the MLLM's context of 256: shorten it"),
+        (
+            lambda pipe: pipe("", size=30),
+            "image size must be a positive multiple of 4 px, got 30 x 30",
+        ),
+        (lambda pipe: pipe("", steps=0), "steps must be >= 1"),
+        (lambda pipe: pipe("", method="rk4"), "sampler method must be one of euler, heun"),
+        (
+            lambda pipe: pipe.edit(Image.new("L", (8, 8)), "x"),
+            "image must be a PIL image in mode RGB, got L",
+        ),
+        (
+            lambda pipe: pipe.edit("photo.png", "x"),
+            "image must be a PIL image in mode RGB, got str",
+        ),
+        (lambda pipe: pipe.edit(Image.new("RGB", (8, 8)), None), "instruction must be a text"),
+        (
+            lambda pipe: pipe.edit([], ["x"]),
+            "edit wants an image for each instruction, got 0 and 1",
+        ),
+        (
+            lambda pipe: pipe(["x", "y"], numbers=[1]),
+            "numbers must be one for each image, got 1 for 2",
+        ),
+    ],
+)
 def test_bad_input_is_a_clear_value_error(folder, call, message):
     with pytest.raises(ValueError) as error:
         call(folder[1])
@@ -138,7 +189,12 @@ def test_pixels_become_images_and_images_a_grid():
 def test_draw_without_guidance_never_reads_the_empty_prompt(folder):
     pipe = folder[1]
     condition = pipe.model.frozen[0].condition(["x"])
-    assert draw(pipe.model, condition, torch.tensor([0]), size_px=32, steps=1).shape == (1, 3, 32, 32)
+    assert draw(pipe.model, condition, torch.tensor([0]), size_px=32, steps=1).shape == (
+        1,
+        3,
+        32,
+        32,
+    )
 
 
 def script(name):
@@ -159,8 +215,12 @@ def test_the_rate_of_drawing_becomes_rows_of_the_readme(folder):
     assert row["images_per_s"] > 0 and len(row["batch_s"]) == 2 and row["batch"] == 2
     flops = pipe.model.generator.flops_per_image((4, 8), row["num_condition"])
     assert row["generator_tflop_per_image"] == pytest.approx(3 * 2 * flops / 1e12)
-    (what, figure), = script("report").sampling({"rows": [row]})
-    assert what.startswith("sampling from text, 32 x 16 px") and "3 steps x 2 (guidance), batch 2" in what and "images/s" in figure
+    ((what, figure),) = script("report").sampling({"rows": [row]})
+    assert (
+        what.startswith("sampling from text, 32 x 16 px")
+        and "3 steps x 2 (guidance), batch 2" in what
+        and "images/s" in figure
+    )
 
 
 @pytest.mark.slow

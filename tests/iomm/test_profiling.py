@@ -16,6 +16,7 @@ def ticks(monkeypatch):
 
     def ticks(seconds):
         now[0] += seconds
+
     return ticks
 
 
@@ -32,7 +33,9 @@ def test_the_split_sums_to_the_step_and_what_is_nested_counts_once(ticks):
         for _ in each("data", iter("ab")):
             ticks(32)
         split, beside = clock.read()
-        assert split == {"other": 1 + 16 + 64, "generator": 10, "vae": 4, "data": 0} and beside == {}
+        assert (
+            split == {"other": 1 + 16 + 64, "generator": 10, "vae": 4, "data": 0} and beside == {}
+        )
         # A read in the middle of a part cuts it in two.
         with named("optimizer"):
             ticks(3)
@@ -48,7 +51,10 @@ def test_a_whole_part_keeps_the_time_of_those_in_it(ticks):
             ticks(2)
         with named("generator"):
             ticks(4)
-    assert {name: seconds for name, seconds in clock.read()[0].items() if seconds} == {"evaluation": 2, "generator": 4}
+    assert {name: seconds for name, seconds in clock.read()[0].items() if seconds} == {
+        "evaluation": 2,
+        "generator": 4,
+    }
 
 
 def test_an_error_closes_its_parts(ticks):
@@ -67,6 +73,7 @@ def test_parts_outside_of_the_clock_or_in_other_threads_are_not_its_own(ticks):
     def work():
         with named("checkpoint"):
             ticks(2)
+
     work()
     with clock:
         thread = threading.Thread(target=work)
@@ -104,7 +111,9 @@ def test_a_gpu_is_timed_by_events_and_other_streams_stand_beside(ticks, monkeypa
             return (other.at - self.at) * 1e3
 
     monkeypatch.setattr(profiling.torch.cuda, "Event", Event)
-    monkeypatch.setattr(profiling.torch.cuda, "current_stream", lambda device=None: Stream(current[0]))
+    monkeypatch.setattr(
+        profiling.torch.cuda, "current_stream", lambda device=None: Stream(current[0])
+    )
     clock = Clock("cuda")
     for _ in range(3):
         with clock, named("generator"):

@@ -11,7 +11,9 @@ from iomm.sampler import guided, image_noise, sample, step_times
 def field(x, t_B, condition_BCD):
     """Some smooth velocity that uses everything."""
     t = t_B[:, None, None].to(x.dtype)
-    return torch.sin(2 * x) * (1 + t) - 0.3 * x * t**2 + condition_BCD.mean(dim=(1, 2), keepdim=True)
+    return (
+        torch.sin(2 * x) * (1 + t) - 0.3 * x * t**2 + condition_BCD.mean(dim=(1, 2), keepdim=True)
+    )
 
 
 @pytest.mark.parametrize("steps", [1, 7, 20])
@@ -20,7 +22,10 @@ def test_euler_equals_diffusers_scheduler(steps, shift):
     import numpy
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    noise, condition = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0)), torch.ones(3, 2, 4)
+    noise, condition = (
+        torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0)),
+        torch.ones(3, 2, 4),
+    )
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     scheduler.set_timesteps(sigmas=numpy.linspace(1.0, 1 / steps, steps))
     x = noise
@@ -43,9 +48,14 @@ def test_the_flux_shift_is_that_of_diffusers(num_tokens):
     scheduler.set_timesteps(sigmas=numpy.linspace(1.0, 1 / 20, 20), mu=calculate_shift(num_tokens))
     times = step_times(20, flux_shift(num_tokens))
     assert (scheduler.sigmas.double() - times).abs().max() < 1e-6
-    noise, condition = torch.randn(2, num_tokens, 1, generator=torch.Generator().manual_seed(0)), torch.ones(2, 2, 4)
+    noise, condition = (
+        torch.randn(2, num_tokens, 1, generator=torch.Generator().manual_seed(0)),
+        torch.ones(2, 2, 4),
+    )
     by_name = sample(field, noise, condition, steps=3, shift="flux")
-    assert torch.equal(by_name, sample(field, noise, condition, steps=3, shift=flux_shift(num_tokens)))
+    assert torch.equal(
+        by_name, sample(field, noise, condition, steps=3, shift=flux_shift(num_tokens))
+    )
 
 
 def gaussian(mean, std):
@@ -62,7 +72,9 @@ def gaussian_errors(method, steps):
     """Error of mean and of deviation. The flow is affine in the noise: images at +-1 measure both without chance."""
     mean, std = 1.7, 0.4
     noise = torch.tensor([1.0, -1.0], dtype=torch.float64)[:, None, None]
-    up, down = sample(gaussian(mean, std), noise, torch.zeros(2, 1, 1), steps=steps, method=method).flatten()
+    up, down = sample(
+        gaussian(mean, std), noise, torch.zeros(2, 1, 1), steps=steps, method=method
+    ).flatten()
     return abs((up + down) / 2 - mean).item(), abs((up - down) / 2 - std).item()
 
 
@@ -103,7 +115,8 @@ def test_guidance_runs_as_one_doubled_batch_and_combines_exactly():
     assert calls == [3] * 4
     longer = guided(velocity, condition, torch.zeros(3, 9, 4), 4.0)
     assert torch.allclose(
-        longer(noise, torch.ones(3)), guided(velocity, condition, uncondition, 4.0)(noise, torch.ones(3))
+        longer(noise, torch.ones(3)),
+        guided(velocity, condition, uncondition, 4.0)(noise, torch.ones(3)),
     )
 
 
@@ -114,17 +127,25 @@ def test_heun_calls_twice_a_step_and_bfloat16_velocities_keep_float32_images():
         calls.append(t_B[0].item())
         return field(x, t_B, condition_BCD).bfloat16()
 
-    x = sample(velocity, torch.randn(1, 2, 2).bfloat16(), torch.zeros(1, 1, 1), steps=3, method="heun")
+    x = sample(
+        velocity, torch.randn(1, 2, 2).bfloat16(), torch.zeros(1, 1, 1), steps=3, method="heun"
+    )
     assert x.dtype == torch.float32 and len(calls) == 6 and calls[0] == 1.0 and calls[-1] == 0.0
 
 
 def test_an_image_does_not_depend_on_its_batch():
     whole = image_noise(3, torch.tensor([0, 1, 2, 7]), 6, 4)
     assert torch.equal(whole[3:], image_noise(3, torch.tensor([7]), 6, 4))
-    assert not torch.equal(whole[3:], image_noise(4, torch.tensor([7]), 6, 4)) and whole.shape == (4, 6, 4)
+    assert not torch.equal(whole[3:], image_noise(4, torch.tensor([7]), 6, 4)) and whole.shape == (
+        4,
+        6,
+        4,
+    )
     condition = torch.randn(4, 2, 3)
     images = sample(field, whole, condition, steps=5, method="heun")
-    assert torch.equal(images[2:3], sample(field, whole[2:3], condition[2:3], steps=5, method="heun"))
+    assert torch.equal(
+        images[2:3], sample(field, whole[2:3], condition[2:3], steps=5, method="heun")
+    )
 
 
 @pytest.mark.parametrize(

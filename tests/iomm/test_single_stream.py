@@ -31,8 +31,13 @@ NORM_FREE = replace(SMALL, norm_affine=False)
 
 def inputs(config, grid, num_condition, batch=2, dtype=torch.float64):
     generator = torch.Generator().manual_seed(1)
-    shapes = (batch, grid[0] * grid[1], config.token_dim), (batch, num_condition, config.condition_dim)
-    noisy, condition = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
+    shapes = (
+        (batch, grid[0] * grid[1], config.token_dim),
+        (batch, num_condition, config.condition_dim),
+    )
+    noisy, condition = (
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes
+    )
     return (
         noisy.requires_grad_(),
         torch.rand(batch, generator=generator, dtype=torch.float64).to(dtype),
@@ -45,7 +50,9 @@ def twin(model, dtype=torch.float64):
     from diffusers import ZImageTransformer2DModel
 
     description = {
-        key: value for key, value in describe(model.config, PATCH).items() if key not in ("_class_name", NORM_FREE_KEY)
+        key: value
+        for key, value in describe(model.config, PATCH).items()
+        if key not in ("_class_name", NORM_FREE_KEY)
     }
     theirs = ZImageTransformer2DModel(**description).to(dtype)
     theirs.load_state_dict(Layout(model.config, PATCH).to_theirs(model.state_dict()), strict=True)
@@ -55,7 +62,9 @@ def twin(model, dtype=torch.float64):
 def run_twin(theirs, noisy, t, condition, grid):
     """Their velocity in our conventions: time 1 - t, sign turned, tokens packed as ours."""
     latents = unpatch(noisy, grid[0] * PATCH, grid[1] * PATCH, PATCH)
-    images = theirs(list(latents[:, :, None].unbind()), 1 - t, list(condition.unbind()), return_dict=False)[0]
+    images = theirs(
+        list(latents[:, :, None].unbind()), 1 - t, list(condition.unbind()), return_dict=False
+    )[0]
     return -patch_tokens(torch.stack(images)[:, :, 0], PATCH)
 
 
@@ -79,14 +88,19 @@ def test_outputs_and_all_gradients_equal_diffusers(config, grid, num_condition):
         Layout(config, PATCH),
         {name: parameter.grad for name, parameter in theirs.named_parameters()},
     )
-    unpadded = {"latent_pad_1D": grid[0] * grid[1] % 32 == 0, "condition_pad_1D": num_condition % 32 == 0}
+    unpadded = {
+        "latent_pad_1D": grid[0] * grid[1] % 32 == 0,
+        "condition_pad_1D": num_condition % 32 == 0,
+    }
     for name, parameter in ours.named_parameters():
         if unpadded.get(name):
             # Zero and not None: no pad token anywhere.
             assert not parameter.grad.any()
             assert not their_gradients[layout.pieces[name][0][0]].any()
         else:
-            errors[name] = relative_error(parameter.grad, layout.to_ours(name, their_gradients.__getitem__))
+            errors[name] = relative_error(
+                parameter.grad, layout.to_ours(name, their_gradients.__getitem__)
+            )
     worst = max(errors, key=errors.get)
     # measured: 4e-15
     assert all(error <= 1e-10 for error in errors.values()), f"{worst}: {errors[worst]:.1e}"
@@ -106,7 +120,9 @@ def test_a_batch_is_its_samples():
     model, grid = randomize(SingleStream(SMALL).double()), (3, 3)
     noisy, t, condition = inputs(SMALL, grid, 5, batch=3)
     together = model(noisy, t, condition, grid)
-    alone = torch.cat([model(noisy[i : i + 1], t[i : i + 1], condition[i : i + 1], grid) for i in range(3)])
+    alone = torch.cat(
+        [model(noisy[i : i + 1], t[i : i + 1], condition[i : i + 1], grid) for i in range(3)]
+    )
     # measured: 1.4e-15; a batch sums in another order
     assert relative_error(together, alone) <= 1e-14
 
@@ -122,7 +138,11 @@ def test_counted_flops_agree_with_pytorch(config, grid, num_condition):
     model = empty_generator(config, device="meta")
     arguments = (
         torch.empty(shape, device="meta")
-        for shape in ((1, grid[0] * grid[1], config.token_dim), (1,), (1, num_condition, config.condition_dim))
+        for shape in (
+            (1, grid[0] * grid[1], config.token_dim),
+            (1,),
+            (1, num_condition, config.condition_dim),
+        )
     )
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(*arguments, grid)
@@ -135,7 +155,10 @@ def test_fresh_weights_depend_on_the_seed_alone_and_draw_nothing():
     torch.manual_seed(2)
     second = new_generator(SMALL, 3, dtype=torch.float64)
     noisy, t, condition = inputs(SMALL, (3, 3), 4, dtype=torch.float32)
-    assert all(torch.equal(one.double(), two) for one, two in zip(first.parameters(), second.parameters(), strict=True))
+    assert all(
+        torch.equal(one.double(), two)
+        for one, two in zip(first.parameters(), second.parameters(), strict=True)
+    )
     assert not first(noisy, t, condition, (3, 3)).any()
     assert all(parameter.isfinite().all() for parameter in new_generator(NORM_FREE, 4).parameters())
 
@@ -160,10 +183,25 @@ def test_a_shape_of_the_other_kind_is_refused():
 def test_a_larger_picture_has_the_positions_of_a_smaller_one_and_more():
     """As Z-Image does it: row and column are counted from 0 at any size, and what they count is not rescaled."""
     from diffusers import ZImageTransformer2DModel
+
     config = PRESETS["iomm-xl"]
-    small, large = (joint_tables((side, side), 256, config.rope_axes, config.rope_theta, torch.device("cpu"), torch.float64)
-                    for side in (32, 64))
+    small, large = (
+        joint_tables(
+            (side, side),
+            256,
+            config.rope_axes,
+            config.rope_theta,
+            torch.device("cpu"),
+            torch.float64,
+        )
+        for side in (32, 64)
+    )
     for few, many in zip(small, large):
-        assert torch.equal(many[:64 * 64].unflatten(0, (64, 64))[:32, :32].flatten(0, 1), few[:32 * 32])
+        assert torch.equal(
+            many[: 64 * 64].unflatten(0, (64, 64))[:32, :32].flatten(0, 1), few[: 32 * 32]
+        )
     ids = ZImageTransformer2DModel.create_coordinate_grid((1, 64, 64), (257, 0, 0)).flatten(0, 2)
-    assert torch.equal(large[0][:64 * 64], rope_tables(ids, config.rope_axes, config.rope_theta, "cpu", torch.float64)[0])
+    assert torch.equal(
+        large[0][: 64 * 64],
+        rope_tables(ids, config.rope_axes, config.rope_theta, "cpu", torch.float64)[0],
+    )

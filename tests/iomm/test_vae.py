@@ -24,7 +24,13 @@ def pixels(batch=2, height=48, width=32):
 
 def test_latents_are_scaled_means_or_samples_and_come_back(folder):
     vae, raw = load_vae(str(folder), dtype=torch.float64), autoencoder().double()
-    assert (vae.channels, vae.factor, vae.patch, vae.token_dim, vae.grid(48, 32)) == (16, 8, 2, 64, (3, 2))
+    assert (vae.channels, vae.factor, vae.patch, vae.token_dim, vae.grid(48, 32)) == (
+        16,
+        8,
+        2,
+        64,
+        (3, 2),
+    )
     noise, image = torch.randn(2, 16, 6, 4, dtype=torch.float64), pixels().double()
     with torch.no_grad():
         posterior = raw.encode(image).latent_dist
@@ -39,12 +45,22 @@ def test_latents_are_scaled_means_or_samples_and_come_back(folder):
 
 def test_it_is_frozen_in_channels_last_and_bfloat16_on_request(folder):
     vae = load_vae(str(folder), dtype=torch.bfloat16).train()
-    assert not vae.training and not vae.backbone.training and not any(p.requires_grad for p in vae.parameters())
+    assert (
+        not vae.training
+        and not vae.backbone.training
+        and not any(p.requires_grad for p in vae.parameters())
+    )
     assert vae.backbone.encoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     latents, exact = vae.encode(pixels().requires_grad_()), load_vae(str(folder)).encode(pixels())
-    assert latents.dtype == torch.float32 and not latents.requires_grad and vae.backbone.dtype == torch.bfloat16
+    assert (
+        latents.dtype == torch.float32
+        and not latents.requires_grad
+        and vae.backbone.dtype == torch.bfloat16
+    )
     with torch.no_grad():
-        plain = (autoencoder().bfloat16().encode(pixels().bfloat16()).latent_dist.mean.float() - 0.1159) * 0.3611
+        plain = (
+            autoencoder().bfloat16().encode(pixels().bfloat16()).latent_dist.mean.float() - 0.1159
+        ) * 0.3611
     assert (latents - exact).abs().max() <= 2 * (plain - exact).abs().max() + torch.finfo(
         torch.bfloat16
     ).eps * exact.abs().max()
@@ -54,7 +70,12 @@ def test_tiling_touches_only_larger_images(folder):
     plain, tiled = load_vae(str(folder)), load_vae(str(folder), tiling=True)
     assert torch.equal(plain.encode(pixels(1, 64, 64)), tiled.encode(pixels(1, 64, 64)))
     large = tiled.encode(pixels(1, 128, 96))
-    assert large.shape == plain.encode(pixels(1, 128, 96)).shape and tiled.decode(large).shape == (1, 3, 128, 96)
+    assert large.shape == plain.encode(pixels(1, 128, 96)).shape and tiled.decode(large).shape == (
+        1,
+        3,
+        128,
+        96,
+    )
 
 
 @pytest.mark.parametrize("size_px", [64, 96])
@@ -76,7 +97,10 @@ def test_the_flux_encoder_costs_what_the_method_says():
 
     with torch.device("meta"):
         widths = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2}
-        blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+        blocks = {
+            "down_block_types": ["DownEncoderBlock2D"] * 4,
+            "up_block_types": ["UpDecoderBlock2D"] * 4,
+        }
         vae = FluxVAE(AutoencoderKL(**widths, **blocks, **FLUX_VAE))
     assert vae.flops_per_image(512) / 1e12 == pytest.approx(1.118, abs=1e-3)
 

@@ -33,7 +33,9 @@ def run_diffusers(folder, config, arguments):
     import diffusers
 
     name, run = (
-        ("FluxTransformer2DModel", run_flux) if config.kind == "mmdit" else ("ZImageTransformer2DModel", run_zimage)
+        ("FluxTransformer2DModel", run_flux)
+        if config.kind == "mmdit"
+        else ("ZImageTransformer2DModel", run_zimage)
     )
     model, report = getattr(diffusers, name).from_pretrained(
         folder, torch_dtype=torch.float64, low_cpu_mem_usage=False, output_loading_info=True
@@ -51,11 +53,14 @@ def test_diffusers_computes_the_same_and_the_way_back_is_exact(config, max_shard
     back = load_generator(tmp_path)
     assert back.config == config and not back.training
     state, same = model.state_dict(), back.state_dict()
-    assert state.keys() == same.keys() and all(torch.equal(state[name], same[name]) for name in state)
+    assert state.keys() == same.keys() and all(
+        torch.equal(state[name], same[name]) for name in state
+    )
     arguments = *inputs(config, (3, 5), 7), (3, 5)
     assert (
-        relative_error(back.double()(*arguments), run_diffusers(tmp_path, config, arguments)) <= 1e-14
-    # measured: 2.3e-15
+        relative_error(back.double()(*arguments), run_diffusers(tmp_path, config, arguments))
+        <= 1e-14
+        # measured: 2.3e-15
     )
 
 
@@ -69,17 +74,24 @@ def test_shards_hold_what_they_may_and_an_index(tmp_path):
     assert sum(sizes) == index["metadata"]["total_size"] and max(sizes) <= max(100_000, largest)
     # Over the old one: nothing of it stays.
     export_generator(random_model(DUAL), tmp_path)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+    ]
 
 
 def test_another_state_and_another_dtype_are_exported_by_choice(tmp_path):
     model, ema = random_model(DUAL), randomize(empty_generator(DUAL), seed=9)
     export_generator(model, tmp_path, state=ema.state_dict(), dtype=torch.bfloat16)
     back = load_generator(tmp_path)
-    assert all(torch.equal(one.bfloat16(), two) for one, two in zip(ema.parameters(), back.parameters(), strict=True))
+    assert all(
+        torch.equal(one.bfloat16(), two)
+        for one, two in zip(ema.parameters(), back.parameters(), strict=True)
+    )
     wide = load_generator(tmp_path, dtype=torch.float32)
     assert all(
-        torch.equal(one.bfloat16().float(), two) for one, two in zip(ema.parameters(), wide.parameters(), strict=True)
+        torch.equal(one.bfloat16().float(), two)
+        for one, two in zip(ema.parameters(), wide.parameters(), strict=True)
     )
     state = ema.state_dict()
     del state["final.bias"]
@@ -104,7 +116,9 @@ def test_the_presets_fit_diffusers_models_exactly(preset):
     description = describe(config, 2)
     with torch.device("meta"):
         theirs = getattr(diffusers, description.pop("_class_name"))(**description)
-    assert Layout(config, 2).shapes == {name: tuple(parameter.shape) for name, parameter in theirs.named_parameters()}
+    assert Layout(config, 2).shapes == {
+        name: tuple(parameter.shape) for name, parameter in theirs.named_parameters()
+    }
 
 
 @pytest.fixture
@@ -136,7 +150,9 @@ def cut(folder):
 
 
 def index(folder, name):
-    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"x": name}})
+    )
 
 
 @pytest.mark.parametrize(
@@ -148,7 +164,8 @@ def index(folder, name):
         ),
         (
             lambda folder: rewrite(
-                folder, lambda tensors: tensors["time_text_embed.text_embedder.linear_2.bias"].fill_(1)
+                folder,
+                lambda tensors: tensors["time_text_embed.text_embedder.linear_2.bias"].fill_(1),
             ),
             "pooled text vector",
         ),
@@ -184,12 +201,19 @@ def test_what_diffusers_cannot_say_is_not_exported(tmp_path):
 
 
 def test_any_module_goes_to_one_file_and_back(tmp_path):
-    first, second = (torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4)) for _ in range(2))
+    first, second = (
+        torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4)) for _ in range(2)
+    )
     save_module(first, tmp_path / "parts" / "adapter.safetensors")
     load_module(second, tmp_path / "parts" / "adapter.safetensors")
-    assert all(torch.equal(one, two) for one, two in zip(first.parameters(), second.parameters(), strict=True))
+    assert all(
+        torch.equal(one, two)
+        for one, two in zip(first.parameters(), second.parameters(), strict=True)
+    )
     assert not list(tmp_path.rglob("*.part"))
-    with pytest.raises(InputError, match="missing weight; missing bias; unknown 0.bias; unknown 0.weight"):
+    with pytest.raises(
+        InputError, match="missing weight; missing bias; unknown 0.bias; unknown 0.weight"
+    ):
         load_module(torch.nn.Linear(3, 4), tmp_path / "parts" / "adapter.safetensors")
     with pytest.raises(InputError, match="cannot read"):
         load_module(first, tmp_path / "none.safetensors")

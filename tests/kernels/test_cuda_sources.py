@@ -27,7 +27,9 @@ def as_cpp(source):
     """CUDA C++ with the two things that g++ cannot read spelled otherwise: launches and dynamic shared memory."""
     source = source.replace("#include <cuda_runtime.h>", '#include "cuda_on_cpu.h"')
     source = re.sub(r"extern __shared__ uint4 (\w+)\[\];", r"uint4* \1 = on_cpu::shared;", source)
-    launch = re.compile(r"(\w+(?:<[\w:, ]+>)?)<<<(.*?), ([^,]+), ([^,]+), [^,>]+>>>\((.*?)\);\n", re.DOTALL)
+    launch = re.compile(
+        r"(\w+(?:<[\w:, ]+>)?)<<<(.*?), ([^,]+), ([^,]+), [^,>]+>>>\((.*?)\);\n", re.DOTALL
+    )
     source, count = launch.subn(r"on_cpu::launch(\2, \3, \4, [&] { \1(\5); });\n", source)
     assert count and "<<<" not in source
     return source
@@ -42,8 +44,16 @@ def entry(tmp_path_factory):
         stem = "philox" if name.startswith("philox") else name
         if stem not in libraries:
             (folder / f"{stem}.cpp").write_text(as_cpp((ROOT / "csrc" / f"{stem}.cu").read_text()))
-            flags = ["-O1", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=off", "-DIOMM_SOURCE_HASH=x",
-                     f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/helpers'}"]
+            flags = [
+                "-O1",
+                "-std=c++17",
+                "-fPIC",
+                "-shared",
+                "-ffp-contract=off",
+                "-DIOMM_SOURCE_HASH=x",
+                f"-I{ROOT / 'csrc'}",
+                f"-I{ROOT / 'tests/helpers'}",
+            ]
             files = [str(folder / f"{stem}.cpp"), "-o", str(folder / f"{stem}.so")]
             done = subprocess.run(["g++", *flags, *files], capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
@@ -62,13 +72,16 @@ def entry(tmp_path_factory):
                     kind = ctypes.c_double if isinstance(argument, float) else ctypes.c_int64
                     values.append(kind(argument))
             assert function(*values, ctypes.c_void_p()) == 0
+
         return call
 
     return find
 
 
 def poisoned(*shape, dtype):
-    return torch.full(shape, float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min, dtype=dtype)
+    return torch.full(
+        shape, float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min, dtype=dtype
+    )
 
 
 @pytest.mark.parametrize("count", [1, 257])
@@ -81,15 +94,35 @@ def test_philox(entry, count):
 
 
 @pytest.mark.parametrize("fixed", [False, True])
-@pytest.mark.parametrize(("batch", "num_tokens", "ratio", "capacity"), [
-    (5, 256, 0.85, 250), (5, 63, 0.5, 100), (33, 40, 0.85, 250), (3, 1, 0.4, 3), (2, 130, 0.0, 260), (2, 40, 1.0, 7)])
+@pytest.mark.parametrize(
+    ("batch", "num_tokens", "ratio", "capacity"),
+    [
+        (5, 256, 0.85, 250),
+        (5, 63, 0.5, 100),
+        (33, 40, 0.85, 250),
+        (3, 1, 0.4, 3),
+        (2, 130, 0.0, 260),
+        (2, 40, 1.0, 7),
+    ],
+)
 def test_visible_tokens(entry, batch, num_tokens, ratio, capacity, fixed):
     n = torch.arange(batch) + 2**35
     index, position = (poisoned(capacity, dtype=torch.int64) for _ in range(2))
     offsets, overflow = poisoned(batch + 1, dtype=torch.int32), poisoned(1, dtype=torch.int64)
     stay = round((1 - ratio) * num_tokens) if fixed else -1
-    entry("visible_tokens")(9, n, batch, num_tokens, math.ceil(ratio * 2**24), stay, capacity, index, offsets, position,
-                            overflow)
+    entry("visible_tokens")(
+        9,
+        n,
+        batch,
+        num_tokens,
+        math.ceil(ratio * 2**24),
+        stay,
+        capacity,
+        index,
+        offsets,
+        position,
+        overflow,
+    )
     wanted = visible_tokens_reference(9, n, num_tokens, ratio, fixed, capacity)
     for mine, specified in zip((index, offsets, position, overflow), wanted):
         assert torch.equal(mine, specified)
@@ -97,8 +130,10 @@ def test_visible_tokens(entry, batch, num_tokens, ratio, capacity, fixed):
 
 # The first three take the tiled kernel (the second with a last tile of 4), the others go value by value.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [
-    (1, 16, 4, 64, 2), (2, 16, 2, 68, 2), (1, 4, 2, 8, 2), (2, 3, 4, 6, 2), (1, 5, 9, 6, 3)])
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 16, 4, 64, 2), (2, 16, 2, 68, 2), (1, 4, 2, 8, 2), (2, 3, 4, 6, 2), (1, 5, 9, 6, 3)],
+)
 def test_noisy_tokens(entry, shape, dtype):
     batch, channels, height, width, patch = shape
     random = torch.Generator().manual_seed(0)
@@ -107,24 +142,41 @@ def test_noisy_tokens(entry, shape, dtype):
     size = batch, (height // patch) * (width // patch), channels * patch**2
     noisy, target = (poisoned(*size, dtype=dtype) for _ in range(2))
     bf16 = int(dtype == torch.bfloat16)
-    entry("noisy_tokens")(latents, t, 9, n, batch, channels, height, width, patch, bf16, noisy, target)
+    entry("noisy_tokens")(
+        latents, t, 9, n, batch, channels, height, width, patch, bf16, noisy, target
+    )
     for mine, specified in zip((noisy, target), noisy_tokens_reference(latents, t, 9, n, patch)):
         torch.testing.assert_close(mine, specified, rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size", [(1, 28, 280, 14), (1, 6, 10, 2), (1, 21, 7, 7), (1, 14, 28, 14), (2, 9, 6, 3)])
+@pytest.mark.parametrize(
+    "size", [(1, 28, 280, 14), (1, 6, 10, 2), (1, 21, 7, 7), (1, 14, 28, 14), (2, 9, 6, 3)]
+)
 def test_image_patches(entry, size, dtype):
     batch, height, width, patch = size
     random = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (batch, height, width, 3), generator=random, dtype=torch.uint8)
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     patches = poisoned(batch, (height // patch) * (width // patch), 3 * patch**2, dtype=dtype)
-    entry("image_patches")(pixels, batch, height, width, patch, *(255 * m for m in mean), *(1 / (255 * s) for s in std),
-                           int(dtype == torch.bfloat16), patches)
+    entry("image_patches")(
+        pixels,
+        batch,
+        height,
+        width,
+        patch,
+        *(255 * m for m in mean),
+        *(1 / (255 * s) for s in std),
+        int(dtype == torch.bfloat16),
+        patches,
+    )
     assert torch.equal(patches, image_patches_reference(pixels, patch, mean, std, dtype))
 
 
 def test_every_source_is_here():
     assert {path.stem for path in (ROOT / "csrc").glob("*.cu")} == {
-        "philox", "visible_tokens", "noisy_tokens", "image_patches"}
+        "philox",
+        "visible_tokens",
+        "noisy_tokens",
+        "image_patches",
+    }

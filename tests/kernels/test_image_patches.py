@@ -10,7 +10,14 @@ from iomm.kernels.image_patches import image_patches, normalised
 pytestmark = pytest.mark.usefixtures("poison")
 
 NORM = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-SIZES = [(1, 14, 14, 14), (3, 28, 70, 14), (2, 6, 10, 2), (1, 5, 7, 1), (2, 48, 32, 16), (1, 9, 21, 3)]
+SIZES = [
+    (1, 14, 14, 14),
+    (3, 28, 70, 14),
+    (2, 6, 10, 2),
+    (1, 5, 7, 1),
+    (2, 48, 32, 16),
+    (1, 9, 21, 3),
+]
 needs_cpp = pytest.mark.skipif(native.why_not("cpu") is not None, reason=str(native.why_not("cpu")))
 
 
@@ -28,15 +35,21 @@ def test_formula_and_order(size):
     mean, std = (torch.tensor(NORM[name]).double()[:, None, None] for name in ("mean", "std"))
     exact = (exact - mean) / std
     torch.testing.assert_close(normalised(pixels, **NORM).double(), exact, rtol=0, atol=1e-6)
-    torch.testing.assert_close(patches.double(), F.unfold(exact, patch, stride=patch).transpose(1, 2), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        patches.double(), F.unfold(exact, patch, stride=patch).transpose(1, 2), rtol=0, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_linear_layer_on_patches_is_the_convolution(dtype):
-    weight = torch.randn(5, 3, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weight = torch.randn(
+        5, 3, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
     pixels = pixels_of(2, 8, 12)
     patches = image_patches(pixels, 4, **NORM, dtype=dtype)
-    wanted = F.conv2d(normalised(pixels, **NORM).double(), weight, stride=4).flatten(2).transpose(1, 2)
+    wanted = (
+        F.conv2d(normalised(pixels, **NORM).double(), weight, stride=4).flatten(2).transpose(1, 2)
+    )
     torch.testing.assert_close(patches.double() @ weight.flatten(1).T, wanted, rtol=0, atol=1e-12)
 
 
@@ -49,7 +62,9 @@ def test_cpp_is_the_reference_bit_by_bit(size, dtype, monkeypatch):
     for body in ("cpp", "reference"):
         monkeypatch.setenv("IOMM_KERNELS", f"image_patches:{body}")
         results.append(image_patches(pixels_of(*shape), patch, **NORM, dtype=dtype))
-    assert results[0].dtype == dtype and results[0].shape == results[1].shape and torch.equal(*results)
+    assert (
+        results[0].dtype == dtype and results[0].shape == results[1].shape and torch.equal(*results)
+    )
 
 
 def test_without_images_and_from_another_layout():
@@ -57,16 +72,22 @@ def test_without_images_and_from_another_layout():
     pixels = pixels_of(2, 4, 6)
     planar = pixels.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
     got, wanted = (image_patches(x, 2, **NORM, dtype=torch.float32) for x in (planar, pixels))
-    assert torch.equal(got, wanted) and torch.equal(normalised(planar, **NORM), normalised(pixels, **NORM))
+    assert torch.equal(got, wanted) and torch.equal(
+        normalised(planar, **NORM), normalised(pixels, **NORM)
+    )
 
 
-@pytest.mark.parametrize(("pixels", "options", "message"), [
-    (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), {}, "pixels must"), (torch.zeros(1, 4, 4, 3), {}, "pixels must"),
-    (torch.zeros(4, 4, 3, dtype=torch.uint8), {}, "pixels must"),
-    (torch.zeros(1, 4, 5, 3, dtype=torch.uint8), {}, "multiples"),
-    (torch.zeros(1, 4, 4, 3, dtype=torch.uint8), {"dtype": torch.int8}, "dtype"),
-    (torch.zeros(1, 4, 4, 3, dtype=torch.uint8), {"std": (1, 0, 1)}, "std"),
-])
+@pytest.mark.parametrize(
+    ("pixels", "options", "message"),
+    [
+        (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), {}, "pixels must"),
+        (torch.zeros(1, 4, 4, 3), {}, "pixels must"),
+        (torch.zeros(4, 4, 3, dtype=torch.uint8), {}, "pixels must"),
+        (torch.zeros(1, 4, 5, 3, dtype=torch.uint8), {}, "multiples"),
+        (torch.zeros(1, 4, 4, 3, dtype=torch.uint8), {"dtype": torch.int8}, "dtype"),
+        (torch.zeros(1, 4, 4, 3, dtype=torch.uint8), {"std": (1, 0, 1)}, "std"),
+    ],
+)
 def test_bad_input_is_a_value_error(pixels, options, message):
     with pytest.raises(ValueError, match=message):
         image_patches(pixels, 2, **{**NORM, "dtype": torch.float32, **options})
@@ -81,6 +102,10 @@ def test_op_is_registered_soundly():
 
 def test_compiles_as_one_graph():
     pixels = pixels_of(2, 4, 6)
+
     def step(pixels):
         return image_patches(pixels, 2, **NORM, dtype=torch.float32)
-    assert torch.equal(torch.compile(step, fullgraph=True, backend="aot_eager")(pixels), step(pixels))
+
+    assert torch.equal(
+        torch.compile(step, fullgraph=True, backend="aot_eager")(pixels), step(pixels)
+    )

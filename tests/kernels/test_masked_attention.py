@@ -28,7 +28,9 @@ BATCHES = [
 
 
 def packed(lengths, heads, dim, generator):
-    return torch.randn(sum(lengths), heads, dim, generator=generator, dtype=torch.float64).requires_grad_()
+    return torch.randn(
+        sum(lengths), heads, dim, generator=generator, dtype=torch.float64
+    ).requires_grad_()
 
 
 def offsets_of(lengths):
@@ -41,20 +43,33 @@ def inputs(lengths, prefix_lengths, heads=(4, 2), dim=8, suffix=True):
     k, v = (packed(lengths, heads[1], dim, generator) if suffix else None for _ in range(2))
     prefix = {}
     if prefix_lengths is not None:
-        prefix = {"prefix_k": packed(prefix_lengths, heads[1], dim, generator),
-                  "prefix_v": packed(prefix_lengths, heads[1], dim, generator),
-                  "prefix_offsets": offsets_of(prefix_lengths)}
+        prefix = {
+            "prefix_k": packed(prefix_lengths, heads[1], dim, generator),
+            "prefix_v": packed(prefix_lengths, heads[1], dim, generator),
+            "prefix_offsets": offsets_of(prefix_lengths),
+        }
     return (q, k, v, offsets_of(lengths)), prefix
 
 
 def leaves(arguments, prefix):
-    return [x for x in (*arguments, *prefix.values()) if x is not None and x.is_floating_point() and x.requires_grad]
+    return [
+        x
+        for x in (*arguments, *prefix.values())
+        if x is not None and x.is_floating_point() and x.requires_grad
+    ]
 
 
 def value_and_gradients(arguments, prefix, **options):
     out = masked_attention(*arguments, **prefix, **options)
-    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out.dtype)
-    return [out, *torch.autograd.grad((out * weight).sum(), leaves(arguments, prefix), materialize_grads=True)]
+    weight = torch.randn(
+        out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    ).to(out.dtype)
+    return [
+        out,
+        *torch.autograd.grad(
+            (out * weight).sum(), leaves(arguments, prefix), materialize_grads=True
+        ),
+    ]
 
 
 def sample_of(offsets):
@@ -100,26 +115,49 @@ def test_bodies_agree_in_float64(lengths, prefix_lengths, heads, causal, monkeyp
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("lengths", "prefix_lengths"), BATCHES)
-def test_bfloat16_products_on_a_cpu_are_within_their_rounding(lengths, prefix_lengths, causal, monkeypatch):
+def test_bfloat16_products_on_a_cpu_are_within_their_rounding(
+    lengths, prefix_lengths, causal, monkeypatch
+):
     """Scores below 4 rounded to 8 bits move a weight by 2^-6 of itself; as much again for all other roundings."""
     arguments, prefix = inputs(lengths, prefix_lengths)
     monkeypatch.setenv("IOMM_KERNELS", "masked_attention:sdpa")
 
     def rounded(x, dtype):
-        return x if x is None or not x.is_floating_point() else x.detach().bfloat16().to(dtype).requires_grad_()
-    found, wanted = (value_and_gradients([rounded(x, dtype) for x in arguments], {name: rounded(x, dtype) for name, x in prefix.items()},
-                                         causal=causal, scale=0.4) for dtype in (torch.bfloat16, torch.float64))
+        return (
+            x
+            if x is None or not x.is_floating_point()
+            else x.detach().bfloat16().to(dtype).requires_grad_()
+        )
+
+    found, wanted = (
+        value_and_gradients(
+            [rounded(x, dtype) for x in arguments],
+            {name: rounded(x, dtype) for name, x in prefix.items()},
+            causal=causal,
+            scale=0.4,
+        )
+        for dtype in (torch.bfloat16, torch.float64)
+    )
     for mine, exact in zip(found, wanted):
         assert mine.dtype == torch.bfloat16 and mine.isfinite().all()
-        torch.testing.assert_close(mine.double(), exact, rtol=0, atol=2**-5 * max(1.0, exact.abs().max().item() if len(exact) else 0.0))
+        torch.testing.assert_close(
+            mine.double(),
+            exact,
+            rtol=0,
+            atol=2**-5 * max(1.0, exact.abs().max().item() if len(exact) else 0.0),
+        )
 
 
 def test_gradcheck_of_the_reference():
     (q, k, v, offsets), prefix = inputs([2, 0, 2], [1, 2, 0], heads=(2, 1), dim=2)
     *prefix_kv, prefix_offsets = prefix.values()
     for causal in (True, False):
+
         def run(q, k, v, prefix_k, prefix_v, causal=causal):
-            return masked_attention_reference(q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, causal, 0.5)
+            return masked_attention_reference(
+                q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, causal, 0.5
+            )
+
         assert torch.autograd.gradcheck(run, (q, k, v, *prefix_kv))
 
 
@@ -160,7 +198,9 @@ def test_other_offsets_in_the_same_tensor_are_seen():
 def test_regular_batch_is_plain_attention():
     (q, k, v, offsets), _ = inputs([6, 6], None, heads=(2, 2))
     dense = [x.view(2, 6, 2, 8).transpose(1, 2) for x in (q, k, v)]
-    wanted = F.scaled_dot_product_attention(*dense, is_causal=True).transpose(1, 2).reshape(12, 2, 8)
+    wanted = (
+        F.scaled_dot_product_attention(*dense, is_causal=True).transpose(1, 2).reshape(12, 2, 8)
+    )
     torch.testing.assert_close(masked_attention(q, k, v, offsets), wanted, rtol=1e-12, atol=1e-12)
 
 
@@ -203,18 +243,24 @@ def test_rows_behind_the_last_sample_are_zeros(causal, monkeypatch):
     arguments, prefix = inputs([5, 2, 3], [3, 0, 4])
     wanted = value_and_gradients(arguments, prefix, causal=causal)
     extra = torch.full((3, 4, 8), float("nan"), dtype=torch.float64)
-    q, k, v = (torch.cat((x.detach(), extra[:, : x.shape[1]])).requires_grad_() for x in arguments[:3])
+    q, k, v = (
+        torch.cat((x.detach(), extra[:, : x.shape[1]])).requires_grad_() for x in arguments[:3]
+    )
     wide = dict(prefix)
     for name in ("prefix_k", "prefix_v"):
         wide[name] = torch.cat((prefix[name].detach(), extra[:2, :2])).requires_grad_()
     for body in ("sdpa", "reference"):
         monkeypatch.setenv("IOMM_KERNELS", f"masked_attention:{body}")
         out = masked_attention(q, k, v, arguments[3], **wide, causal=causal)
-        weight = torch.randn(wanted[0].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        gradients = torch.autograd.grad((out[:10] * weight).sum() + out[10:].sum(), leaves((q, k, v), wide))
+        weight = torch.randn(
+            wanted[0].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+        )
+        gradients = torch.autograd.grad(
+            (out[:10] * weight).sum() + out[10:].sum(), leaves((q, k, v), wide)
+        )
         for mine, own in zip([out, *gradients], wanted):
             torch.testing.assert_close(mine[: len(own)], own, rtol=1e-12, atol=1e-12)
-            assert not mine[len(own):].any()
+            assert not mine[len(own) :].any()
 
 
 def attend_like_flash(q, k, v, offsets, key_offsets, max_queries, max_keys, causal, scale):
@@ -222,11 +268,15 @@ def attend_like_flash(q, k, v, offsets, key_offsets, max_queries, max_keys, caus
     assert max_queries == offsets.diff().max() and max_keys == key_offsets.diff().max()
     out = []
     for b in range(len(offsets) - 1):
-        queries, keys, values = (x[o[b] : o[b + 1]] for x, o in ((q, offsets), (k, key_offsets), (v, key_offsets)))
+        queries, keys, values = (
+            x[o[b] : o[b + 1]] for x, o in ((q, offsets), (k, key_offsets), (v, key_offsets))
+        )
         keys, values = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (keys, values))
         scores = torch.einsum("iae,jae->aij", queries, keys) * scale
         if causal:
-            hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1 + len(keys) - len(queries))
+            hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(
+                1 + len(keys) - len(queries)
+            )
             scores = scores.masked_fill(hidden, float("-inf"))
         out.append(torch.einsum("aij,jae->iae", scores.softmax(-1), values))
     return torch.cat(out)
@@ -240,9 +290,14 @@ def test_keys_are_packed_as_the_varlen_libraries_want_them(lengths, prefix_lengt
         segments = [prefix.get(name) for name in ("prefix_k", "prefix_v", "prefix_offsets")]
         out = varlen._run(attend_like_flash, *arguments, *segments, causal, 0.4)
         wanted = masked_attention_reference(*arguments, *segments, causal, 0.4)
-        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        weight = torch.randn(
+            out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+        )
         some = leaves(arguments, prefix)
-        gradients = [torch.autograd.grad((x * weight).sum(), some, materialize_grads=True) for x in (out, wanted)]
+        gradients = [
+            torch.autograd.grad((x * weight).sum(), some, materialize_grads=True)
+            for x in (out, wanted)
+        ]
         for mine, specified in zip((out, *gradients[0]), (wanted, *gradients[1])):
             torch.testing.assert_close(mine, specified, rtol=1e-12, atol=1e-12)
 
@@ -265,9 +320,15 @@ def run_triton(*tensors, causal):
 def check_triton(batch, causal, suffix):
     lengths, prefix_lengths, heads, dim = batch
     arguments, prefix = inputs(lengths, prefix_lengths, heads, dim, suffix)
-    tensors = [*arguments, *(prefix.get(name) for name in ("prefix_k", "prefix_v", "prefix_offsets"))]
-    check_against(lambda *x: run_triton(*x, causal=causal),
-                  lambda *x: masked_attention_reference(*x, causal, 0.3), tensors)
+    tensors = [
+        *arguments,
+        *(prefix.get(name) for name in ("prefix_k", "prefix_v", "prefix_offsets")),
+    ]
+    check_against(
+        lambda *x: run_triton(*x, causal=causal),
+        lambda *x: masked_attention_reference(*x, causal, 0.3),
+        tensors,
+    )
 
 
 @needs_triton
@@ -290,12 +351,20 @@ def test_triton_on_long_samples(batch):
 @needs_triton
 def test_triton_rows_behind_the_last_sample_are_zeros():
     arguments, prefix = inputs([5, 2], [3, 4], dim=32)
+
     def widened(x, rows):
-        return torch.cat((x.detach(), torch.full((rows, *x.shape[1:]), 7.0, dtype=x.dtype))).requires_grad_()
+        return torch.cat(
+            (x.detach(), torch.full((rows, *x.shape[1:]), 7.0, dtype=x.dtype))
+        ).requires_grad_()
+
     q, k, v = (widened(x, 70) for x in arguments[:3])
     prefix_k, prefix_v = (widened(prefix[name], 66) for name in ("prefix_k", "prefix_v"))
     tensors = [q, k, v, arguments[3], prefix_k, prefix_v, prefix["prefix_offsets"]]
-    check_against(lambda *x: run_triton(*x, causal=True), lambda *x: masked_attention_reference(*x, True, 0.3), tensors)
+    check_against(
+        lambda *x: run_triton(*x, causal=True),
+        lambda *x: masked_attention_reference(*x, True, 0.3),
+        tensors,
+    )
     q, *rest = cast(tensors)
     out = run_triton(q, *rest, causal=True)
     out.sum().backward()
@@ -323,7 +392,9 @@ def test_triton_op_is_registered_soundly():
         # The long one once.
         if with_prefix and with_suffix:
             tests.append("test_aot_dispatch_dynamic")
-        torch.library.opcheck(torch.ops.iomm.masked_attention.default, (*tensors, True, 0.3), test_utils=tests)
+        torch.library.opcheck(
+            torch.ops.iomm.masked_attention.default, (*tensors, True, 0.3), test_utils=tests
+        )
 
 
 @needs_triton
@@ -333,11 +404,22 @@ def test_triton_compiles_as_one_graph(monkeypatch):
     q, k, v, offsets, prefix_k, prefix_v, prefix_offsets = cast([*arguments, *prefix.values()])
 
     def step(q, k, v, prefix_k, prefix_v):
-        return masked_attention(q * 2, k, v, offsets, prefix_k=prefix_k, prefix_v=prefix_v,
-                                prefix_offsets=prefix_offsets).sin()
+        return masked_attention(
+            q * 2,
+            k,
+            v,
+            offsets,
+            prefix_k=prefix_k,
+            prefix_v=prefix_v,
+            prefix_offsets=prefix_offsets,
+        ).sin()
 
     out = torch.compile(step, fullgraph=True, backend="aot_eager")(q, k, v, prefix_k, prefix_v)
-    assert torch.equal(out, step(q, k, v, prefix_k, prefix_v)) and out.dtype == HALF and out.device.type == DEVICE
+    assert (
+        torch.equal(out, step(q, k, v, prefix_k, prefix_v))
+        and out.dtype == HALF
+        and out.device.type == DEVICE
+    )
     out.sum().backward()
     assert q.grad.isfinite().all() and prefix_k.grad.any()
 

@@ -9,7 +9,14 @@ from iomm.kernels.philox import NOISE, normal
 
 pytestmark = pytest.mark.usefixtures("poison")
 
-SHAPES = [(1, 1, 2, 2, 2), (3, 5, 6, 10, 2), (2, 16, 8, 8, 2), (2, 3, 9, 6, 3), (2, 4, 5, 7, 1), (5, 16, 32, 32, 2)]
+SHAPES = [
+    (1, 1, 2, 2, 2),
+    (3, 5, 6, 10, 2),
+    (2, 16, 8, 8, 2),
+    (2, 3, 9, 6, 3),
+    (2, 4, 5, 7, 1),
+    (5, 16, 32, 32, 2),
+]
 needs_cpp = pytest.mark.skipif(native.why_not("cpu") is not None, reason=str(native.why_not("cpu")))
 
 
@@ -24,7 +31,9 @@ def token_order(x, patch):
     channels, height, width = x.shape
     corners = [(h, w) for h in range(0, height, patch) for w in range(0, width, patch)]
     values = [(c, p, q) for c in range(channels) for p in range(patch) for q in range(patch)]
-    return torch.stack([torch.stack([x[c, h + p, w + q] for c, p, q in values]) for h, w in corners])
+    return torch.stack(
+        [torch.stack([x[c, h + p, w + q] for c, p, q in values]) for h, w in corners]
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES[:5])
@@ -35,7 +44,9 @@ def test_formula_in_float64(shape):
     z = normal(9, NOISE, n, x[0].numel()).double().view_as(x)
     for b in range(len(x)):
         time = t[b].double()
-        torch.testing.assert_close(noisy[b], token_order((1 - time) * x[b] + time * z[b], patch), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            noisy[b], token_order((1 - time) * x[b] + time * z[b], patch), rtol=1e-6, atol=1e-6
+        )
         torch.testing.assert_close(target[b], token_order(z[b] - x[b], patch), rtol=1e-6, atol=1e-6)
 
 
@@ -45,7 +56,9 @@ def test_formula_in_float64(shape):
 def test_cpp_does_as_the_reference(shape, dtype):
     *shape, patch = shape
     x, t, n = inputs(shape, dtype)
-    for mine, specified in zip(noisy_tokens(x, t, 2**63, n, patch), noisy_tokens_reference(x, t, 2**63, n, patch)):
+    for mine, specified in zip(
+        noisy_tokens(x, t, 2**63, n, patch), noisy_tokens_reference(x, t, 2**63, n, patch)
+    ):
         assert mine.dtype == dtype and mine.shape == specified.shape
         # The noise may differ by 2 ulp of its 5.77 at most, the sum by a rounding.
         torch.testing.assert_close(mine, specified, rtol=torch.finfo(dtype).eps, atol=1e-6)
@@ -75,7 +88,9 @@ def test_unpatch_undoes_patch_tokens(shape):
     assert all(torch.equal(tokens[b], token_order(x[b], patch)) for b in range(len(x)))
     assert torch.equal(unpatch(tokens, *shape[2:], patch), x)
     # Not contiguous
-    assert torch.equal(unpatch(tokens.repeat(1, 1, 2)[..., : tokens.shape[2]], *shape[2:], patch), x)
+    assert torch.equal(
+        unpatch(tokens.repeat(1, 1, 2)[..., : tokens.shape[2]], *shape[2:], patch), x
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -88,7 +103,9 @@ def test_gradient_of_unpatch_is_the_packing(dtype):
 
 def test_unpatch_compiles_as_one_graph():
     tokens = torch.randn(2, 6, 12)
-    compiled = torch.compile(lambda tokens: unpatch(tokens, 4, 6), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda tokens: unpatch(tokens, 4, 6), fullgraph=True, backend="aot_eager"
+    )
     assert torch.equal(compiled(tokens), unpatch(tokens, 4, 6))
 
 
@@ -99,18 +116,30 @@ def test_takes_no_gradient_and_any_layout():
     assert all(torch.equal(a, b) and not a.requires_grad for a, b in zip(got, plain))
 
 
-@pytest.mark.parametrize(("shape", "batch", "patch", "message"), [
-    ((2, 3, 5, 4), 2, 2, "multiples"), ((2, 3, 4, 5), 2, 2, "multiples"), ((2, 3, 4, 4), 3, 2, "shape"),
-    ((3, 4, 4), 3, 2, "B, C, H, W"), ((2, 3, 4, 4), 2, 0, "patches"),
-])
+@pytest.mark.parametrize(
+    ("shape", "batch", "patch", "message"),
+    [
+        ((2, 3, 5, 4), 2, 2, "multiples"),
+        ((2, 3, 4, 5), 2, 2, "multiples"),
+        ((2, 3, 4, 4), 3, 2, "shape"),
+        ((3, 4, 4), 3, 2, "B, C, H, W"),
+        ((2, 3, 4, 4), 2, 0, "patches"),
+    ],
+)
 def test_bad_input_is_a_value_error(shape, batch, patch, message):
     with pytest.raises(ValueError, match=message):
         noisy_tokens(torch.zeros(shape), torch.zeros(batch), 0, torch.arange(batch), patch)
 
 
-@pytest.mark.parametrize(("shape", "height", "width"), [
-    ((1, 4, 12), 4, 6), ((1, 4, 11), 4, 4), ((4, 12), 4, 4), ((1, 4, 12), 3, 4),
-])
+@pytest.mark.parametrize(
+    ("shape", "height", "width"),
+    [
+        ((1, 4, 12), 4, 6),
+        ((1, 4, 11), 4, 4),
+        ((4, 12), 4, 4),
+        ((1, 4, 12), 3, 4),
+    ],
+)
 def test_bad_tokens_are_a_value_error(shape, height, width):
     with pytest.raises(ValueError, match="tokens"):
         unpatch(torch.zeros(shape), height, width)
@@ -118,7 +147,9 @@ def test_bad_tokens_are_a_value_error(shape, height, width):
 
 @needs_cpp
 def test_op_is_registered_soundly():
-    torch.library.opcheck(torch.ops.iomm.noisy_tokens.default, (*inputs((2, 4, 4, 4))[:2], 3, torch.arange(2), 2))
+    torch.library.opcheck(
+        torch.ops.iomm.noisy_tokens.default, (*inputs((2, 4, 4, 4))[:2], 3, torch.arange(2), 2)
+    )
 
 
 def test_compiles_as_one_graph():

@@ -4,7 +4,12 @@ import pytest
 import torch
 from kernel_checks import cast, check_against, needs_triton
 
-from iomm.kernels.norm_modulate import norm_modulate, norm_modulate_reference, norm_modulate_torch, norm_modulate_triton
+from iomm.kernels.norm_modulate import (
+    norm_modulate,
+    norm_modulate_reference,
+    norm_modulate_torch,
+    norm_modulate_triton,
+)
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -21,13 +26,21 @@ def inputs(batch, length, width, shift=True):
 @pytest.mark.parametrize("layer", [True, False])
 def test_gradcheck_and_pytorchs_formula(layer):
     tensors = inputs(2, 3, 5)
+
     def run(*x):
         return norm_modulate_reference(*x, layer, 1e-6)
+
     assert torch.autograd.gradcheck(run, tensors)
     assert torch.autograd.gradcheck(lambda x, scale: run(x, None, scale), (tensors[0], tensors[2]))
-    torch.testing.assert_close(norm_modulate_torch(*tensors, layer, 1e-6), run(*tensors), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(norm_modulate_torch(tensors[0], None, tensors[2], layer, 1e-6),
-                               run(tensors[0], None, tensors[2]), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        norm_modulate_torch(*tensors, layer, 1e-6), run(*tensors), rtol=1e-12, atol=1e-12
+    )
+    torch.testing.assert_close(
+        norm_modulate_torch(tensors[0], None, tensors[2], layer, 1e-6),
+        run(tensors[0], None, tensors[2]),
+        rtol=1e-12,
+        atol=1e-12,
+    )
 
 
 def test_a_row_is_normalised():
@@ -43,9 +56,12 @@ def test_a_row_is_normalised():
 def test_bad_input_is_a_value_error(change):
     x, shift, scale = inputs(2, 3, 8)
     with pytest.raises(ValueError, match="must"):
-        norm_modulate(x, shift[:, :4] if change == "shift" else shift,
-                      scale[:1] if change == "scale" else scale.float() if change == "dtype" else scale,
-                      kind="batch" if change == "kind" else "layer")
+        norm_modulate(
+            x,
+            shift[:, :4] if change == "shift" else shift,
+            scale[:1] if change == "scale" else scale.float() if change == "dtype" else scale,
+            kind="batch" if change == "kind" else "layer",
+        )
 
 
 @needs_triton
@@ -53,27 +69,40 @@ def test_bad_input_is_a_value_error(change):
 @pytest.mark.parametrize("shape", [(2, 1, 64), (2, 33, 96), (1, 5, 1536), (2, 0, 8)])
 def test_triton_values_and_every_gradient(shape, layer):
     for shift in (True, False):
-        check_against(lambda *x: norm_modulate_triton(*x, layer, 1e-6),
-                      lambda *x: norm_modulate_reference(*x, layer, 1e-6), inputs(*shape, shift=shift))
+        check_against(
+            lambda *x: norm_modulate_triton(*x, layer, 1e-6),
+            lambda *x: norm_modulate_reference(*x, layer, 1e-6),
+            inputs(*shape, shift=shift),
+        )
 
 
 @needs_triton
 def test_triton_op_is_registered_soundly():
     for shift in (True, False):
-        torch.library.opcheck(torch.ops.iomm.norm_modulate.default, (*cast(inputs(2, 3, 8, shift)), True, 1e-6))
+        torch.library.opcheck(
+            torch.ops.iomm.norm_modulate.default, (*cast(inputs(2, 3, 8, shift)), True, 1e-6)
+        )
 
 
 @needs_triton
 def test_triton_compiles_as_one_graph(monkeypatch):
     monkeypatch.setenv("IOMM_KERNELS", "norm_modulate:triton")
     tensors = cast(inputs(2, 3, 8))
+
     def step(*x):
         return norm_modulate(*x).sin()
-    assert torch.equal(torch.compile(step, fullgraph=True, backend="aot_eager")(*tensors), step(*tensors))
+
+    assert torch.equal(
+        torch.compile(step, fullgraph=True, backend="aot_eager")(*tensors), step(*tensors)
+    )
 
 
 def test_default_body_compiles_as_one_graph():
     tensors = cast(inputs(2, 3, 8), torch.float32, "cpu")
+
     def step(*x):
         return norm_modulate(*x).sin()
-    assert torch.equal(torch.compile(step, fullgraph=True, backend="eager")(*tensors), step(*tensors))
+
+    assert torch.equal(
+        torch.compile(step, fullgraph=True, backend="eager")(*tensors), step(*tensors)
+    )

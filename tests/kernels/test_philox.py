@@ -14,22 +14,33 @@ SEEDS = [0, 1, 2**63 - 1, 2**63, 2**64 - 1]
 
 def ulps(a, b):
     """Largest distance of two float32 tensors in units of the last place; signs may not differ except at zero."""
+
     def ordered(x):
         bits = x.contiguous().view(torch.int32).long()
         return torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+
     return int((ordered(a) - ordered(b)).abs().max())
 
 
 def needs(device):
-    return pytest.mark.skipif(native.why_not(device) is not None, reason=str(native.why_not(device)))
+    return pytest.mark.skipif(
+        native.why_not(device) is not None, reason=str(native.why_not(device))
+    )
 
 
 # The published vectors of philox4x32-10 (Random123)
-@pytest.mark.parametrize(("counter", "key", "words"), [
-    ([0] * 4, [0] * 2, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-    ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-    ([0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], [0xA4093822, 0x299F31D0], "d16cfe09 94fdcceb 5001e420 24126ea1"),
-])
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [
+        ([0] * 4, [0] * 2, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            [0xA4093822, 0x299F31D0],
+            "d16cfe09 94fdcceb 5001e420 24126ea1",
+        ),
+    ],
+)
 def test_known_answers(counter, key, words, monkeypatch):
     block, stream, low, high = counter
     n = (high << 32 | low) - (high >> 31 << 64)
@@ -60,13 +71,18 @@ def test_normal_agrees_to_two_ulp(seed):
 def test_both_cpu_builds_draw_the_same_bits():
     # One process loads one build, so the other one is asked by hand.
     import ctypes
+
     count, out = 4099, []
     n = torch.arange(3)
     for name in native.build_facts()["built"]:
-        if name.startswith("libiomm_cpu") and (name == "libiomm_cpu.so" or native.cpu_library_name() == name):
+        if name.startswith("libiomm_cpu") and (
+            name == "libiomm_cpu.so" or native.cpu_library_name() == name
+        ):
             values = torch.empty(3, count)
             arguments = (7, 2, n.data_ptr(), 3, count, values.data_ptr(), 1)
-            ctypes.CDLL(str(native.FOLDER / name)).iomm_philox_normal_cpu(*map(ctypes.c_int64, arguments))
+            ctypes.CDLL(str(native.FOLDER / name)).iomm_philox_normal_cpu(
+                *map(ctypes.c_int64, arguments)
+            )
             out.append(values)
     assert len(out) >= 1 and not out[0].isnan().any()
     assert all(torch.equal(out[0], values) for values in out)
@@ -94,14 +110,19 @@ def test_a_sample_does_not_depend_on_its_batch_or_on_the_length():
 
 def test_streams_seeds_and_samples_are_unrelated():
     n = torch.tensor([0, 1, 2**32])
-    draws = torch.cat([uniform(seed, stream, n, 10_000) for seed in (0, 2**32) for stream in (0, 1)])
+    draws = torch.cat(
+        [uniform(seed, stream, n, 10_000) for seed in (0, 2**32) for stream in (0, 1)]
+    )
     correlation = torch.corrcoef(draws.double()) - torch.eye(12)
     # Five standard deviations
     assert correlation.abs().max() < 0.05
 
 
 def test_moments():
-    u, z = uniform(1, 0, torch.arange(16), 65_536).double(), normal(1, 2, torch.arange(16), 65_536).double()
+    u, z = (
+        uniform(1, 0, torch.arange(16), 65_536).double(),
+        normal(1, 2, torch.arange(16), 65_536).double(),
+    )
     assert abs(u.mean() - 1 / 2) < 2e-3 and abs(u.var() - 1 / 12) < 1e-3
     assert abs(z.mean()) < 5e-3 and abs(z.var() - 1) < 7e-3
     assert abs((z**3).mean()) < 2e-2 and abs((z**4).mean() - 3) < 5e-2
@@ -112,10 +133,16 @@ def test_empty_shapes():
     assert normal(1, 0, torch.arange(0), 5).shape == (0, 5)
 
 
-@pytest.mark.parametrize(("seed", "n"), [
-    (-1, torch.arange(2)), (2**64, torch.arange(2)), (1.5, torch.arange(2)), (1, torch.arange(2).int()),
-    (1, torch.zeros(1, 1, dtype=torch.int64)),
-])
+@pytest.mark.parametrize(
+    ("seed", "n"),
+    [
+        (-1, torch.arange(2)),
+        (2**64, torch.arange(2)),
+        (1.5, torch.arange(2)),
+        (1, torch.arange(2).int()),
+        (1, torch.zeros(1, 1, dtype=torch.int64)),
+    ],
+)
 def test_bad_input_is_a_value_error(seed, n):
     with pytest.raises(ValueError, match="must be"):
         uniform(seed, 0, n, 4)
@@ -133,10 +160,15 @@ def test_table_names_every_op_and_reason():
         assert device == "cpu" and all(reason for _, reason in others)
 
 
-@pytest.mark.parametrize(("value", "message"), [
-    ("philox", "op:body"), ("nonsense:cpp", "unknown op 'nonsense'"), ("philox:nonsense", "unknown body 'nonsense'"),
-    ("philox:cuda", "cannot run on cpu"),
-])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("philox", "op:body"),
+        ("nonsense:cpp", "unknown op 'nonsense'"),
+        ("philox:nonsense", "unknown body 'nonsense'"),
+        ("philox:cuda", "cannot run on cpu"),
+    ],
+)
 def test_a_wrong_override_is_an_error(value, message, monkeypatch):
     monkeypatch.setenv("IOMM_KERNELS", value)
     with pytest.raises(ValueError, match=message):

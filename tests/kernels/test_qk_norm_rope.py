@@ -4,7 +4,12 @@ import pytest
 import torch
 from kernel_checks import cast, check_against, needs_triton
 
-from iomm.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference, qk_norm_rope_torch, qk_norm_rope_triton
+from iomm.kernels.qk_norm_rope import (
+    qk_norm_rope,
+    qk_norm_rope_reference,
+    qk_norm_rope_torch,
+    qk_norm_rope_triton,
+)
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -20,12 +25,28 @@ def inputs(batch, length, heads, dim, parts=0, num_condition=0, weights=True):
         return (normal(dim).detach() * 0.3 + 1).requires_grad_() if weights else None
 
     angles = normal(length, dim // 2).detach() * 3
-    condition = (normal(batch, num_condition, parts, heads, dim), weight() if parts == 3 else None, weight())
-    return [normal(batch, length, 3, heads, dim), weight(), weight(), angles.cos(), angles.sin(),
-            *(condition if parts else (None, None, None))]
+    condition = (
+        normal(batch, num_condition, parts, heads, dim),
+        weight() if parts == 3 else None,
+        weight(),
+    )
+    return [
+        normal(batch, length, 3, heads, dim),
+        weight(),
+        weight(),
+        angles.cos(),
+        angles.sin(),
+        *(condition if parts else (None, None, None)),
+    ]
 
 
-CASES = [(2, 3, 2, 16), (1, 33, 3, 32, 3, 5), (2, 7, 1, 64, 2, 40), (1, 5, 2, 128, 3, 1, False), (2, 0, 2, 16, 3, 4)]
+CASES = [
+    (2, 3, 2, 16),
+    (1, 33, 3, 32, 3, 5),
+    (2, 7, 1, 64, 2, 40),
+    (1, 5, 2, 128, 3, 1, False),
+    (2, 0, 2, 16, 3, 4),
+]
 
 
 @pytest.mark.parametrize("case", [(1, 2, 1, 4), (2, 2, 1, 4, 3, 1), (1, 2, 2, 4, 2, 3)])
@@ -33,24 +54,38 @@ def test_gradcheck_and_pytorchs_formula(case):
     tensors = inputs(*case)
     tensors[3:5] = (x.detach() for x in tensors[3:5])
     assert torch.autograd.gradcheck(lambda *x: qk_norm_rope_reference(*x, 1e-6), tensors)
-    for mine, specified in zip(qk_norm_rope_torch(*tensors, 1e-6), qk_norm_rope_reference(*tensors, 1e-6)):
+    for mine, specified in zip(
+        qk_norm_rope_torch(*tensors, 1e-6), qk_norm_rope_reference(*tensors, 1e-6)
+    ):
         torch.testing.assert_close(mine, specified, rtol=1e-12, atol=1e-12)
 
 
 def test_formula_value_by_value():
     qkv, q_weight, k_weight, cos, sin, condition, *condition_weights = inputs(2, 3, 2, 4, 3, 2)
-    q, k, v = qk_norm_rope(qkv, q_weight, k_weight, cos, sin, condition=(condition, *condition_weights))
+    q, k, v = qk_norm_rope(
+        qkv, q_weight, k_weight, cos, sin, condition=(condition, *condition_weights)
+    )
     assert torch.equal(v, torch.cat((condition[:, :, 2], qkv[:, :, 2]), 1))
-    for part, weight, first_weight, got in ((0, q_weight, condition_weights[0], q),
-                                            (1, k_weight, condition_weights[1], k)):
+    for part, weight, first_weight, got in (
+        (0, q_weight, condition_weights[0], q),
+        (1, k_weight, condition_weights[1], k),
+    ):
         x = qkv[1, 2, part, 1]
         x = x / (x.square().mean() + 1e-6).sqrt() * weight
-        turned = [x[0] * cos[2, 0] - x[1] * sin[2, 0], x[0] * sin[2, 0] + x[1] * cos[2, 0],
-                  x[2] * cos[2, 1] - x[3] * sin[2, 1], x[2] * sin[2, 1] + x[3] * cos[2, 1]]
+        turned = [
+            x[0] * cos[2, 0] - x[1] * sin[2, 0],
+            x[0] * sin[2, 0] + x[1] * cos[2, 0],
+            x[2] * cos[2, 1] - x[3] * sin[2, 1],
+            x[2] * sin[2, 1] + x[3] * cos[2, 1],
+        ]
         torch.testing.assert_close(got[1, 4, 1], torch.stack(turned), rtol=1e-12, atol=1e-12)
         x = condition[0, 1, part, 0]
-        torch.testing.assert_close(got[0, 1, 0], x / (x.square().mean() + 1e-6).sqrt() * first_weight,
-                                   rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            got[0, 1, 0],
+            x / (x.square().mean() + 1e-6).sqrt() * first_weight,
+            rtol=1e-12,
+            atol=1e-12,
+        )
 
 
 def test_bad_input_is_a_value_error():
@@ -69,7 +104,11 @@ def test_bad_input_is_a_value_error():
 @needs_triton
 @pytest.mark.parametrize("case", CASES)
 def test_triton_values_and_every_gradient(case):
-    check_against(lambda *x: qk_norm_rope_triton(*x, 1e-6), lambda *x: qk_norm_rope_reference(*x, 1e-6), inputs(*case))
+    check_against(
+        lambda *x: qk_norm_rope_triton(*x, 1e-6),
+        lambda *x: qk_norm_rope_reference(*x, 1e-6),
+        inputs(*case),
+    )
 
 
 @needs_triton
@@ -82,16 +121,24 @@ def test_triton_op_is_registered_soundly():
 def test_triton_compiles_as_one_graph(monkeypatch):
     monkeypatch.setenv("IOMM_KERNELS", "qk_norm_rope:triton")
     *tensors, condition, q_weight, k_weight = cast(inputs(1, 3, 2, 16, 3, 2))
+
     def step(*x):
         return qk_norm_rope(*x, condition=(condition, q_weight, k_weight))[0].sin()
-    assert torch.equal(torch.compile(step, fullgraph=True, backend="aot_eager")(*tensors), step(*tensors))
+
+    assert torch.equal(
+        torch.compile(step, fullgraph=True, backend="aot_eager")(*tensors), step(*tensors)
+    )
 
 
 def test_default_body_compiles_as_one_graph():
     tensors = cast(inputs(1, 3, 2, 16)[:5], torch.float32, "cpu")
+
     def step(*x):
         return qk_norm_rope(*x)[0].sin()
-    assert torch.equal(torch.compile(step, fullgraph=True, backend="eager")(*tensors), step(*tensors))
+
+    assert torch.equal(
+        torch.compile(step, fullgraph=True, backend="eager")(*tensors), step(*tensors)
+    )
 
 
 @needs_triton

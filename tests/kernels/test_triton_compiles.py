@@ -9,8 +9,10 @@ from offline import compile_for
 
 from iomm.kernels.triton_ops import support as triton_support
 
-pytestmark = pytest.mark.skipif(triton_support.INTERPRETED or triton_support.why_not() is not None,
-                                reason="the interpreter compiles nothing, and nor does a machine without Triton")
+pytestmark = pytest.mark.skipif(
+    triton_support.INTERPRETED or triton_support.why_not() is not None,
+    reason="the interpreter compiles nothing, and nor does a machine without Triton",
+)
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 TYPES = {"scale": "fp32", "scale_log2": "fp32", "eps": "fp32"}
@@ -42,15 +44,25 @@ def check(kernel, constants, arch, warps, stages, products=False, half="bf16"):
 def attention_kernel(kind):
     from iomm.kernels.triton_ops import attention_backward as backward
     from iomm.kernels.triton_ops import attention_forward as forward
-    return {"forward": forward.forward_kernel, "queries": backward.queries_kernel, "keys": backward.keys_kernel}[kind]
+
+    return {
+        "forward": forward.forward_kernel,
+        "queries": backward.queries_kernel,
+        "keys": backward.keys_kernel,
+    }[kind]
 
 
 def attention_cases(first_only):
     """(arch, kernel, head dim, index of the tile, variant) of everything that may be launched, or of defaults alone."""
     if not triton_support.why_not():
         from iomm.kernels.triton_ops.tiles import CANDIDATES
+
         for (arch, kind, dim), tiles in CANDIDATES.items():
-            variants = ["causal", "both", "prefix", "suffix"] if kind != "keys" else ["causal", "both", "prefix"]
+            variants = (
+                ["causal", "both", "prefix", "suffix"]
+                if kind != "keys"
+                else ["causal", "both", "prefix"]
+            )
             for index in range(len(tiles)):
                 for variant in variants:
                     usual = dim == 128 and index == 0 and variant == "causal"
@@ -60,12 +72,22 @@ def attention_cases(first_only):
 
 def check_attention(arch, kind, dim, index, variant):
     from iomm.kernels.triton_ops.tiles import CANDIDATES
+
     tile = CANDIDATES[arch, kind, dim][index]
-    constants = {"SAMPLES": 64, "HEADS": 12, "KEY_HEADS": 12 if variant == "prefix" else 2, "E": dim,
-                 "CAUSAL": variant == "causal", "OWN": tile.own, "WALK": tile.walk}
+    constants = {
+        "SAMPLES": 64,
+        "HEADS": 12,
+        "KEY_HEADS": 12 if variant == "prefix" else 2,
+        "E": dim,
+        "CAUSAL": variant == "causal",
+        "OWN": tile.own,
+        "WALK": tile.walk,
+    }
     if kind != "keys":
         constants |= {"PREFIX": variant != "suffix", "SUFFIX": variant != "prefix"}
-        constants |= {name: None for name in ("prefix_k", "prefix_v", "prefix_offsets") if variant == "suffix"}
+        constants |= {
+            name: None for name in ("prefix_k", "prefix_v", "prefix_offsets") if variant == "suffix"
+        }
         constants |= {name: None for name in ("k_ptr", "v_ptr") if variant == "prefix"}
     check(attention_kernel(kind), constants, arch, tile.warps, tile.stages, products=True)
 
@@ -105,12 +127,25 @@ def check_rows(op, direction, arch, width, variant, half="bf16"):
     warps = triton_support.warps_for(width)
     constants = {"D": width, "BLOCK": triton_support.power_of_2(width)}
     if op == "norm_modulate":
-        constants |= {"ROWS": getattr(fused, f"ROWS_{direction.upper()}"), "LAYER": variant, "SHIFT": variant}
+        constants |= {
+            "ROWS": getattr(fused, f"ROWS_{direction.upper()}"),
+            "LAYER": variant,
+            "SHIFT": variant,
+        }
         if not variant:
-            constants |= {name: None for name in kernel.arg_names if name in ("shift_ptr", "partial_shift")}
+            constants |= {
+                name: None for name in kernel.arg_names if name in ("shift_ptr", "partial_shift")
+            }
     elif op == "qk_norm_rope":
-        constants = {"HEADS": 12, "E": width, "PARTS": 3 if variant else 2, "ROWS": fused.ROWS, "Q_WEIGHT": variant,
-                     "K_WEIGHT": True, "ROTATE": variant}
+        constants = {
+            "HEADS": 12,
+            "E": width,
+            "PARTS": 3 if variant else 2,
+            "ROWS": fused.ROWS,
+            "Q_WEIGHT": variant,
+            "K_WEIGHT": True,
+            "ROTATE": variant,
+        }
         warps = fused.WARPS
         if not variant:
             absent = "q_weight", "cos_ptr", "sin_ptr", "partial_q"
@@ -118,8 +153,10 @@ def check_rows(op, direction, arch, width, variant, half="bf16"):
     check(kernel, constants, arch, warps, 3, half=half)
 
 
-@pytest.mark.parametrize(("op", "direction", "arch", "width", "variant"),
-                         [case for case in row_cases() if case[3] in (1536, 128) and case[4]])
+@pytest.mark.parametrize(
+    ("op", "direction", "arch", "width", "variant"),
+    [case for case in row_cases() if case[3] in (1536, 128) and case[4]],
+)
 def test_rows(op, direction, arch, width, variant):
     check_rows(op, direction, arch, width, variant)
 

@@ -19,7 +19,9 @@ def train(num_steps=3):
     losses = []
     for _ in range(num_steps):
         shapes = (2, 9, 16), (2, 5, 24), (2, 9, 16)
-        noisy, condition, target = (torch.randn(shape, generator=random).to(DEVICE, HALF) for shape in shapes)
+        noisy, condition, target = (
+            torch.randn(shape, generator=random).to(DEVICE, HALF) for shape in shapes
+        )
         time = torch.rand(2, generator=random).to(DEVICE)
         loss, _ = velocity_loss(model(noisy, time, condition, (3, 3)), target)
         model.zero_grad()

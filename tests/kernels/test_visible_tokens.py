@@ -5,7 +5,12 @@ import torch
 
 from iomm.kernels import native
 from iomm.kernels.philox import MASK, uniform
-from iomm.kernels.visible_tokens import packed_capacity, visible_tokens, visible_tokens_packed, visible_tokens_reference
+from iomm.kernels.visible_tokens import (
+    packed_capacity,
+    visible_tokens,
+    visible_tokens_packed,
+    visible_tokens_reference,
+)
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -20,7 +25,9 @@ needs_cpp = pytest.mark.skipif(native.why_not("cpu") is not None, reason=str(nat
 def test_bodies_are_equal(num_tokens, ratio, fixed):
     n = torch.tensor([0, 5, 2**33, 11, 12])
     got = visible_tokens(2**63 + 5, n, num_tokens, ratio, "fixed" if fixed else "bernoulli")
-    for mine, specified in zip(got, visible_tokens_reference(2**63 + 5, n, num_tokens, ratio, fixed, None)):
+    for mine, specified in zip(
+        got, visible_tokens_reference(2**63 + 5, n, num_tokens, ratio, fixed, None)
+    ):
         assert mine.dtype == specified.dtype and torch.equal(mine, specified)
 
 
@@ -30,7 +37,9 @@ def test_threads_do_not_change_the_mask():
     # The fixture `poison` gives back the number there was.
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        for mine, specified in zip(visible_tokens(1, n, 256, 0.85), visible_tokens_reference(1, n, 256, 0.85, False, None)):
+        for mine, specified in zip(
+            visible_tokens(1, n, 256, 0.85), visible_tokens_reference(1, n, 256, 0.85, False, None)
+        ):
             assert torch.equal(mine, specified)
 
 
@@ -44,9 +53,16 @@ def test_bernoulli_follows_the_uniforms(ratio):
     assert offsets.tolist() == [0, *visible.sum(1).cumsum(0).tolist()]
 
 
-@pytest.mark.parametrize(("num_tokens", "ratio", "stay"), [
-    (256, 0.85, 38), (256, 0.0, 256), (256, 1.0, 0), (1, 0.4, 1), (9, 0.5, 4),
-])
+@pytest.mark.parametrize(
+    ("num_tokens", "ratio", "stay"),
+    [
+        (256, 0.85, 38),
+        (256, 0.0, 256),
+        (256, 1.0, 0),
+        (1, 0.4, 1),
+        (9, 0.5, 4),
+    ],
+)
 def test_fixed_keeps_the_largest(num_tokens, ratio, stay):
     n = torch.arange(6)
     _, offsets, position = visible_tokens(3, n, num_tokens, ratio, "fixed")
@@ -70,10 +86,17 @@ def test_no_samples():
     assert offsets.tolist() == [0] and len(index) == len(position) == 0
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ((0, 0.5), "num_tokens"), ((16, -0.1), "ratio"), ((16, 1.1), "ratio"), ((16, float("nan")), "ratio"),
-    ((16, 0.5, "poisson"), "count"), ((2**30, 0.5), "2\\^31"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, 0.5), "num_tokens"),
+        ((16, -0.1), "ratio"),
+        ((16, 1.1), "ratio"),
+        ((16, float("nan")), "ratio"),
+        ((16, 0.5, "poisson"), "count"),
+        ((2**30, 0.5), "2\\^31"),
+    ],
+)
 def test_bad_input_is_a_value_error(arguments, message):
     with pytest.raises(ValueError, match=message):
         visible_tokens(0, torch.arange(2), *arguments)
@@ -83,7 +106,11 @@ def test_bad_input_is_a_value_error(arguments, message):
 def test_op_is_registered_soundly():
     # Without "test_aot_dispatch_dynamic": no gradient passes a mask.
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.iomm.visible_tokens.default, (3, torch.arange(3), 64, 0.5, False), test_utils=tests)
+    torch.library.opcheck(
+        torch.ops.iomm.visible_tokens.default,
+        (3, torch.arange(3), 64, 0.5, False),
+        test_utils=tests,
+    )
 
 
 @needs_cpp
@@ -106,18 +133,24 @@ def test_packed_is_the_mask_and_counts_what_it_cuts(body, monkeypatch):
     n = torch.arange(8)
     index, offsets, position = visible_tokens(3, n, 256, 0.85)
     wide = visible_tokens_packed(3, n, 256, 0.85, capacity=len(index) + 5)
-    assert torch.equal(wide[0], torch.cat((index, torch.zeros(5, dtype=torch.int64)))) and torch.equal(wide[1], offsets)
+    assert torch.equal(
+        wide[0], torch.cat((index, torch.zeros(5, dtype=torch.int64)))
+    ) and torch.equal(wide[1], offsets)
     assert torch.equal(wide[2][:-5], position) and wide[3].tolist() == [0]
     narrow = visible_tokens_packed(3, n, 256, 0.85, capacity=len(index) - 50)
     assert torch.equal(narrow[0], index[:-50]) and torch.equal(narrow[2], position[:-50])
-    assert narrow[1].tolist() == offsets.clamp(max=len(index) - 50).tolist() and narrow[3].tolist() == [50]
+    assert narrow[1].tolist() == offsets.clamp(max=len(index) - 50).tolist() and narrow[
+        3
+    ].tolist() == [50]
 
 
 def test_capacity_is_six_deviations_above_the_mean():
     assert packed_capacity(32, 256, 0.85) == 1423
     assert packed_capacity(4, 256, 0.85, "fixed") == 4 * 38
     assert packed_capacity(2, 16, 0.0) == 32 and packed_capacity(2, 16, 1.0) == 0
-    draws = [visible_tokens_packed(seed, torch.arange(64), 256, 0.85)[3].item() for seed in range(100)]
+    draws = [
+        visible_tokens_packed(seed, torch.arange(64), 256, 0.85)[3].item() for seed in range(100)
+    ]
     assert not any(draws)
 
 
@@ -128,12 +161,15 @@ def test_a_capacity_that_cannot_be_is_refused():
 
 @needs_cpp
 def test_packed_op_is_registered_soundly():
-    torch.library.opcheck(torch.ops.iomm.visible_tokens_packed.default, (3, torch.arange(3), 64, 0.5, False, 90))
+    torch.library.opcheck(
+        torch.ops.iomm.visible_tokens_packed.default, (3, torch.arange(3), 64, 0.5, False, 90)
+    )
 
 
 def test_packed_compiles_as_one_graph():
     def step(n):
         return visible_tokens_packed(3, n, 64, 0.5)
+
     n = torch.arange(4)
     for mine, eager in zip(torch.compile(step, fullgraph=True, backend="aot_eager")(n), step(n)):
         assert torch.equal(mine, eager)

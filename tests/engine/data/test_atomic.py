@@ -32,8 +32,10 @@ def test_an_error_changes_nothing(tmp_path):
 def test_a_kill_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.json"
     path.write_text("old")
-    code = (f"import os\nfrom iomm.engine.data.atomic import whole_file\nwith whole_file({str(path)!r}) as partial:\n"
-            "    partial.write_text('half')\n    os.kill(os.getpid(), 9)\n")
+    code = (
+        f"import os\nfrom iomm.engine.data.atomic import whole_file\nwith whole_file({str(path)!r}) as partial:\n"
+        "    partial.write_text('half')\n    os.kill(os.getpid(), 9)\n"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
     assert path.read_text() == "old"
     with whole_file(path, partial=tmp_path / "beside") as partial:

@@ -26,12 +26,18 @@ def test_the_share_is_judged_over_ten_thousand_samples_and_counts_survive_a_chec
     again = BadSamples(0.01, 5)
     again.restore(json.loads(json.dumps(skips.state())))
     for some in (skips, again):
-        with pytest.raises(InputError, match=r"101 samples of 10050 could not be had, more than data.max_bad_fraction \(0.01\)"):
+        with pytest.raises(
+            InputError,
+            match=r"101 samples of 10050 could not be had, more than data.max_bad_fraction \(0.01\)",
+        ):
             some.saw([lost(10_001)], 10_050)
         assert some.total == 101
 
 
-@pytest.mark.parametrize("rate, stops", [(0.0, False), (0.005, False), (0.009, False), (0.011, True), (0.02, True), (0.05, True)])
+@pytest.mark.parametrize(
+    "rate, stops",
+    [(0.0, False), (0.005, False), (0.009, False), (0.011, True), (0.02, True), (0.05, True)],
+)
 def test_a_rising_rate_stops_above_the_budget(rate, stops):
     skips, step, batch = BadSamples(0.01, 5), 0, 100
     try:
@@ -47,7 +53,10 @@ def test_six_dead_shards_stop():
     skips = BadSamples(0.5, 5)
     for shard in range(5):
         skips.saw([lost(10 * shard, shard)], 10 * shard + 10)
-    with pytest.raises(InputError, match=r"samples of 6 shards could not be had, more than data.max_bad_shards \(5\) allows"):
+    with pytest.raises(
+        InputError,
+        match=r"samples of 6 shards could not be had, more than data.max_bad_shards \(5\) allows",
+    ):
         skips.saw([lost(60, 5)], 70)
 
 
@@ -57,7 +66,11 @@ def test_failures_are_logged_in_order(tmp_path):
     skips.saw([lost(9)], 16)
     lines = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert [line["n"] for line in lines] == [3, 5, 9] and lines[1] == {
-        "n": 5, "shard": 1, "problem": "sample 5 is gone", "fatal": False}
+        "n": 5,
+        "shard": 1,
+        "problem": "sample 5 is gone",
+        "fatal": False,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +87,17 @@ def damaged_world(tmp_path_factory):
 
 
 def settings(index_dir, run_dir, *more):
-    return ["--config", PIXELS, f"run.dir={run_dir}", f"data.shards={index_dir}", "train.global_batch=16", "checkpoint.every_steps=3",
-            "log.sample_images=0", "train.threads=1", *more]
+    return [
+        "--config",
+        PIXELS,
+        f"run.dir={run_dir}",
+        f"data.shards={index_dir}",
+        "train.global_batch=16",
+        "checkpoint.every_steps=3",
+        "log.sample_images=0",
+        "train.threads=1",
+        *more,
+    ]
 
 
 # Three launches of two ranks.
@@ -89,18 +111,33 @@ def test_a_run_goes_on_and_its_count_is_exact_after_resuming(damaged_world, tmp_
     assert counts[-1] == 2 and sorted(counts) == counts
     first = launch(2, *settings(damaged_world, tmp_path / "parts", "train.steps=6", budget))
     assert first.returncode == 0, first.stdout
-    second = launch(2, "--resume", "auto", *settings(damaged_world, tmp_path / "parts", "train.steps=9", budget))
+    second = launch(
+        2, "--resume", "auto", *settings(damaged_world, tmp_path / "parts", "train.steps=9", budget)
+    )
     assert second.returncode == 0, second.stdout
     assert [row["skipped_samples"] for row in rows(tmp_path / "parts" / "log.jsonl")] == counts
     assert hashes(tmp_path / "parts") == hashes(tmp_path / "whole")
-    logged = [json.loads(line) for line in (tmp_path / "whole" / "skipped.jsonl").read_text().splitlines()]
-    assert len(logged) == 2 and all("000007.jpg: its bytes are not those" in line["problem"] for line in logged)
+    logged = [
+        json.loads(line) for line in (tmp_path / "whole" / "skipped.jsonl").read_text().splitlines()
+    ]
+    assert len(logged) == 2 and all(
+        "000007.jpg: its bytes are not those" in line["problem"] for line in logged
+    )
 
 
 def test_too_many_end_every_rank_with_one_line(damaged_world, tmp_path):
-    done = start(2, *settings(damaged_world, tmp_path / "run", "train.steps=9", "data.max_bad_fraction=0"))
+    done = start(
+        2, *settings(damaged_world, tmp_path / "run", "train.steps=9", "data.max_bad_fraction=0")
+    )
     said = [line for line in done.stdout.splitlines() if line.startswith("iomm: ")]
     assert done.returncode != 0 and len(said) == 1 and "Traceback" not in done.stdout, done.stdout
-    assert "1 samples of" in said[0] and "more than data.max_bad_fraction (0.0) allows; last:" in said[0]
+    assert (
+        "1 samples of" in said[0]
+        and "more than data.max_bad_fraction (0.0) allows; last:" in said[0]
+    )
     steps = [row["step"] for row in rows(tmp_path / "run/log.jsonl")]
-    assert checkpoint_reader.step_of(checkpoint_reader.newest(tmp_path / "run/checkpoints")) == steps[-1] == len(steps)
+    assert (
+        checkpoint_reader.step_of(checkpoint_reader.newest(tmp_path / "run/checkpoints"))
+        == steps[-1]
+        == len(steps)
+    )

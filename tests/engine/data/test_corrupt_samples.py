@@ -34,12 +34,27 @@ def write(path, data):
 
 def verdicts(folder):
     lines = [json.loads(line) for line in (folder / "rejected.jsonl").read_text().splitlines()]
-    return {line["key"]: line["reason"] for line in lines}, Counter(line["reason"] for line in lines)
+    return {line["key"]: line["reason"] for line in lines}, Counter(
+        line["reason"] for line in lines
+    )
 
 
 def source(index_dir, rank=0, world_size=1, global_batch=8, num_steps=4, **options):
-    return ImageSource(Shards(index_dir), **{"seed": 5, "global_batch": global_batch, "micro_batch": global_batch // 2, "rank": rank,
-                       "world_size": world_size, "size_px": 32, "vit_px": 16, "device": "cpu", "num_steps": num_steps} | options)
+    return ImageSource(
+        Shards(index_dir),
+        **{
+            "seed": 5,
+            "global_batch": global_batch,
+            "micro_batch": global_batch // 2,
+            "rank": rank,
+            "world_size": world_size,
+            "size_px": 32,
+            "vit_px": 16,
+            "device": "cpu",
+            "num_steps": num_steps,
+        }
+        | options,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -51,42 +66,70 @@ def test_75_images_get_their_verdicts_and_every_batch_is_full(images, tmp_path):
     whole, silent = corrupt_samples.silent()
     assert len(images) + len(silent) == 75
     members = [(f"{name}.jpg", data) for name, (data, _) in images.items()]
-    folder = build(write(tmp_path / "corrupt.tar", corrupt_samples.tar_of(members)), tmp_path / "index", progress=False)
+    folder = build(
+        write(tmp_path / "corrupt.tar", corrupt_samples.tar_of(members)),
+        tmp_path / "index",
+        progress=False,
+    )
     rejected, _ = verdicts(folder)
-    assert rejected == {name: verdict for name, (_, verdict) in images.items() if isinstance(verdict, str)}
+    assert rejected == {
+        name: verdict for name, (_, verdict) in images.items() if isinstance(verdict, str)
+    }
     good = {name: verdict for name, (_, verdict) in images.items() if not isinstance(verdict, str)}
     shards = Shards(folder)
-    assert [shards.name(k).split(": ")[1] for k in range(len(shards))] == [f"{name}.jpg" for name in good]
+    assert [shards.name(k).split(": ")[1] for k in range(len(shards))] == [
+        f"{name}.jpg" for name in good
+    ]
     notes = Counter(note for verdict in good.values() for note in verdict)
-    assert {note: count for note, count in load(folder).notes.items() if note != "no_caption"} == notes
+    assert {
+        note: count for note, count in load(folder).notes.items() if note != "no_caption"
+    } == notes
     # in batches together, and all of a batch alike, on two ranks: no error, no replacement, the same samples as on one
     for copies in (1, 8):
         # Every fourth of them: 2 s and not 8
-        for name in ([None] if copies == 1 else sorted(good)[::4]):
+        for name in [None] if copies == 1 else sorted(good)[::4]:
             if copies > 1:
                 data = images[name][0]
-                folder = build(write(tmp_path / "one.tar", corrupt_samples.tar_of([(f"{i}.jpg", data) for i in range(8)])),
-                               tmp_path / "one", progress=False)
+                folder = build(
+                    write(
+                        tmp_path / "one.tar",
+                        corrupt_samples.tar_of([(f"{i}.jpg", data) for i in range(8)]),
+                    ),
+                    tmp_path / "one",
+                    progress=False,
+                )
             ranks = [list(source(folder, rank, 2, num_steps=1)) for rank in range(2)]
             for batch in (batch for batches in ranks for batch in batches):
-                assert len(batch.pixels_BCHW) == 4 and not batch.failures and torch.isfinite(batch.pixels_BCHW).all()
+                assert (
+                    len(batch.pixels_BCHW) == 4
+                    and not batch.failures
+                    and torch.isfinite(batch.pixels_BCHW).all()
+                )
 
 
 def test_each_image_alone(images):
     """Fast, and within memory, each for itself: at most 1 s and 256 MB above the process at rest."""
-    code = ("import resource, sys, time, pickle; from iomm.engine.data.image import Rejected, check_image\n"
-            "cases = pickle.load(sys.stdin.buffer); peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-            "try: check_image(cases.pop('grey')[0], min_size_px=32, max_aspect=10)\n"
-            "except Rejected: pass\n"
-            "rest = peak()\n"
-            "for name, (data, verdict) in cases.items():\n"
-            "    start = time.process_time()\n"
-            "    try: check_image(data, min_size_px=32, max_aspect=10)\n"
-            "    except Rejected as error: assert error.reason == verdict, (name, error.reason)\n"
-            "    took = time.process_time() - start\n"
-            "    assert took < 1, (name, took)\n"
-            "print((peak() - rest) / 1024)")
-    done = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(images), capture_output=True, cwd=ROOT, timeout=120)
+    code = (
+        "import resource, sys, time, pickle; from iomm.engine.data.image import Rejected, check_image\n"
+        "cases = pickle.load(sys.stdin.buffer); peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "try: check_image(cases.pop('grey')[0], min_size_px=32, max_aspect=10)\n"
+        "except Rejected: pass\n"
+        "rest = peak()\n"
+        "for name, (data, verdict) in cases.items():\n"
+        "    start = time.process_time()\n"
+        "    try: check_image(data, min_size_px=32, max_aspect=10)\n"
+        "    except Rejected as error: assert error.reason == verdict, (name, error.reason)\n"
+        "    took = time.process_time() - start\n"
+        "    assert took < 1, (name, took)\n"
+        "print((peak() - rest) / 1024)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        input=pickle.dumps(images),
+        capture_output=True,
+        cwd=ROOT,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr.decode()
     assert float(done.stdout) <= 256
 
@@ -96,29 +139,41 @@ def test_what_only_a_checksum_can_tell_is_replaced_after_indexing(tmp_path):
     for name, damaged in silent.items():
         # No decoder objects
         assert len(damaged) == len(whole) and check_image(damaged, min_size_px=32, max_aspect=10)
-    path = write(tmp_path / "a.tar", corrupt_samples.tar_of([(f"{i}.jpg", whole) for i in range(8)]))
+    path = write(
+        tmp_path / "a.tar", corrupt_samples.tar_of([(f"{i}.jpg", whole) for i in range(8)])
+    )
     folder = build(path, tmp_path / "index", progress=False)
     some = source(folder, num_steps=1)
     data, status = bytearray(path.read_bytes()), path.stat()
     for k, damaged in enumerate(silent.values()):
         offset = int(some.shards.index.records[k]["image_offset"])
-        data[offset:offset + len(whole)] = damaged
+        data[offset : offset + len(whole)] = damaged
     path.write_bytes(data)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     failures = [failure for batch in source(folder, num_steps=1) for failure in batch.failures]
-    assert len(failures) == 3 and all("its bytes are not those" in failure.problem for failure in failures)
+    assert len(failures) == 3 and all(
+        "its bytes are not those" in failure.problem for failure in failures
+    )
 
 
 def test_25_captions(tmp_path):
     cases, jpeg = corrupt_samples.captions(), corrupt_samples.encode(corrupt_samples.soft(40, 40))
     assert len(cases) == 25
-    members = [member for name, (suffix, data, _) in cases.items() for member in ((f"{name}.jpg", jpeg), (f"{name}.{suffix}", data))]
+    members = [
+        member
+        for name, (suffix, data, _) in cases.items()
+        for member in ((f"{name}.jpg", jpeg), (f"{name}.{suffix}", data))
+    ]
     path = write(tmp_path / "a.tar", corrupt_samples.tar_of(members))
     shards = Shards(build(path, tmp_path / "index", progress=False))
-    assert verdicts(tmp_path / "index")[0] == {name: "caption" for name, (_, _, text) in cases.items() if text is None}
+    assert verdicts(tmp_path / "index")[0] == {
+        name: "caption" for name, (_, _, text) in cases.items() if text is None
+    }
     texts = [text for _, _, text in cases.values() if text is not None]
     assert [shards.caption(k) for k in range(len(shards))] == texts
-    required = Shards(build(path, tmp_path / "required", progress=False, rules=Rules(captions="required")))
+    required = Shards(
+        build(path, tmp_path / "required", progress=False, rules=Rules(captions="required"))
+    )
     assert [required.caption(k) for k in range(len(required))] == [text for text in texts if text]
 
 
@@ -147,7 +202,9 @@ def test_a_count_beside_the_tar_tells_what_a_cut_hides(tmp_path):
     (tmp_path / "a_stats.json").write_text(json.dumps({"count": 25, "successes": 20}))
     folder = build(tmp_path / "a.tar", tmp_path / "index", progress=False)
     lines = [json.loads(line) for line in (folder / "rejected.jsonl").read_text().splitlines()]
-    assert {line["reason"]: line["detail"] for line in lines}["missing"] == "10 of 20 samples that its _stats.json counts"
+    assert {line["reason"]: line["detail"] for line in lines}[
+        "missing"
+    ] == "10 of 20 samples that its _stats.json counts"
 
 
 def test_a_pipe_in_place_of_a_shard_is_no_wait(tmp_path):
@@ -165,27 +222,50 @@ def mutated(seeds, number):
         if kind == 0:
             data[at] ^= 1 << int(random.integers(0, 8))
         elif kind == 1:
-            del data[max(at, 1):]
+            del data[max(at, 1) :]
         elif kind == 2:
             other = seeds[int(random.integers(0, len(seeds)))]
             start = int(random.integers(0, len(other)))
-            data[at:at + int(random.integers(1, 400))] = other[start:start + int(random.integers(1, 400))]
+            data[at : at + int(random.integers(1, 400))] = other[
+                start : start + int(random.integers(1, 400))
+            ]
         elif kind == 3:
-            data[at:at + 2] = random.bytes(2)
+            data[at : at + 2] = random.bytes(2)
         else:
             # Lengths and sizes stand in the header.
             at = int(random.integers(0, min(len(data), 700)))
-            data[at:at + 4] = int(random.choice([0, 1, 0xFFFF, 0xFFFFFFFF, 0x7FFFFFFF, 1 << 20])).to_bytes(4, "big")
+            data[at : at + 4] = int(
+                random.choice([0, 1, 0xFFFF, 0xFFFFFFFF, 0x7FFFFFFF, 1 << 20])
+            ).to_bytes(4, "big")
     return bytes(data)
 
 
 def seeds():
     photo = corrupt_samples.soft(120, 90)
-    return [corrupt_samples.encode(corrupt_samples.soft(120, 90, seed), "JPEG", subsampling=seed % 3, progressive=seed % 2 == 1) for seed in range(8)] + [
-        corrupt_samples.encode(photo.convert(mode), "PNG") for mode in ("RGB", "RGBA", "L", "P", "1")] + [
-        corrupt_samples.encode(photo, "PNG", exif=corrupt_samples.exif_of(6)), corrupt_samples.encode(photo, "WEBP"), corrupt_samples.encode(photo, "WEBP", lossless=True),
-        corrupt_samples.encode(photo.convert("CMYK")), corrupt_samples.encode(photo.convert("L")), corrupt_samples.encode(photo, exif=corrupt_samples.exif_of(8)),
-        corrupt_samples.rgb16_png(photo)]
+    return (
+        [
+            corrupt_samples.encode(
+                corrupt_samples.soft(120, 90, seed),
+                "JPEG",
+                subsampling=seed % 3,
+                progressive=seed % 2 == 1,
+            )
+            for seed in range(8)
+        ]
+        + [
+            corrupt_samples.encode(photo.convert(mode), "PNG")
+            for mode in ("RGB", "RGBA", "L", "P", "1")
+        ]
+        + [
+            corrupt_samples.encode(photo, "PNG", exif=corrupt_samples.exif_of(6)),
+            corrupt_samples.encode(photo, "WEBP"),
+            corrupt_samples.encode(photo, "WEBP", lossless=True),
+            corrupt_samples.encode(photo.convert("CMYK")),
+            corrupt_samples.encode(photo.convert("L")),
+            corrupt_samples.encode(photo, exif=corrupt_samples.exif_of(8)),
+            corrupt_samples.rgb16_png(photo),
+        ]
+    )
 
 
 @pytest.mark.parametrize("num", [500, pytest.param(10_000, marks=pytest.mark.slow)])
@@ -194,7 +274,12 @@ def test_mutations(num):
     some = seeds()
     assert len(some) == 20
     check_image(some[0], min_size_px=32, max_aspect=10)
-    rest, slowest, accepted, reasons = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, 0.0, [], Counter()
+    rest, slowest, accepted, reasons = (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        0.0,
+        [],
+        Counter(),
+    )
     for number in range(num):
         data = mutated(some, number)
         start = time.process_time()
@@ -208,8 +293,18 @@ def test_mutations(num):
     assert slowest < 2 and grown_mb <= 256
     seen = sizes(accepted)
     refused = sum(size is None for size in seen)
-    print(json.dumps({"mutations": num, "accepted": len(accepted), "refused_by_dali": refused, "slowest_s": round(slowest, 3),
-                      "grown_mb": round(grown_mb), "reasons": dict(reasons.most_common())}))
+    print(
+        json.dumps(
+            {
+                "mutations": num,
+                "accepted": len(accepted),
+                "refused_by_dali": refused,
+                "slowest_s": round(slowest, 3),
+                "grown_mb": round(grown_mb),
+                "reasons": dict(reasons.most_common()),
+            }
+        )
+    )
     assert refused == 0
 
 
@@ -228,5 +323,5 @@ def test_1000_bit_flips_are_all_caught_by_the_checksum(tmp_path):
             with pytest.raises(Damaged, match="its bytes are not those that were indexed"):
                 shards.image_bytes(0)
             caught += 1
-            os.pwrite(f.fileno(), whole[at:at + 1], start + at)
+            os.pwrite(f.fileno(), whole[at : at + 1], start + at)
     assert caught == 1000 and shards.image_bytes(0) == whole

@@ -20,10 +20,16 @@ def photograph(width, height, seed=0):
     pixels = np.zeros((height, width, 3), dtype=np.float32)
     for cells, strength in ((3, 120), (9, 60), (40, 40)):
         coarse = Image.fromarray(random.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
-        pixels += strength / 128 * (np.asarray(coarse.resize((width, height), Image.BICUBIC), dtype=np.float32) - 128)
+        pixels += (
+            strength
+            / 128
+            * (np.asarray(coarse.resize((width, height), Image.BICUBIC), dtype=np.float32) - 128)
+        )
     y, x = np.mgrid[:height, :width]
     pixels[(x * 0.3 + y) % 90 < 30] *= -0.7
-    grain = Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8)).filter(ImageFilter.GaussianBlur(0.8))
+    grain = Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8)).filter(
+        ImageFilter.GaussianBlur(0.8)
+    )
     pixels += 0.5 * (np.asarray(grain, dtype=np.float32) - 128)
     return Image.fromarray((pixels + 128).clip(0, 255).astype(np.uint8))
 
@@ -49,23 +55,36 @@ def by_pillow(data, size_px, vit_px, flip=False):
     left, top = ((side - size_px) // 2 for side in image.size)
     image = image.crop((left, top, left + size_px, top + size_px))
     image = ImageOps.mirror(image) if flip else image
-    return np.asarray(image, dtype=np.float32), np.asarray(image.resize((vit_px, vit_px), Image.BICUBIC), dtype=np.float32)
+    return np.asarray(image, dtype=np.float32), np.asarray(
+        image.resize((vit_px, vit_px), Image.BICUBIC), dtype=np.float32
+    )
 
 
 def batch(images, size_px, flips=None, places=None, has_image=None):
     """Encoded, by default centred crops that the ViT sees too, not mirrored."""
     size_px = size_px if isinstance(size_px, tuple) else (size_px, size_px)
-    return Encoded(images, np.zeros(len(images), bool) if flips is None else np.asarray(flips),
-                   np.full((len(images), 2), 0.5, np.float32) if places is None else np.asarray(places, np.float32),
-                   np.ones(len(images), bool) if has_image is None else np.asarray(has_image), size_px)
+    return Encoded(
+        images,
+        np.zeros(len(images), bool) if flips is None else np.asarray(flips),
+        np.full((len(images), 2), 0.5, np.float32)
+        if places is None
+        else np.asarray(places, np.float32),
+        np.ones(len(images), bool) if has_image is None else np.asarray(has_image),
+        size_px,
+    )
 
 
 def decode(images, size_px=96, vit_px=56, flips=None, batch_size=None, resize="dali", **options):
     """Levels 0..255 (B, size, size, 3) of both outputs."""
     flips = np.zeros(len(images), dtype=bool) if flips is None else flips
     size = batch_size or len(images)
-    batches = [batch(images[i:i + size], size_px, flips[i:i + size], **options) for i in range(0, len(images), size)]
-    pixels, vit_pixels = (torch.cat(parts) for parts in zip(*Decoder(size, vit_px, CPU, resize=resize)(batches)))
+    batches = [
+        batch(images[i : i + size], size_px, flips[i : i + size], **options)
+        for i in range(0, len(images), size)
+    ]
+    pixels, vit_pixels = (
+        torch.cat(parts) for parts in zip(*Decoder(size, vit_px, CPU, resize=resize)(batches))
+    )
     assert pixels.dtype == torch.float32 and vit_pixels.dtype == torch.uint8
     return ((pixels + 1) / 2 * 255).permute(0, 2, 3, 1).numpy(), vit_pixels.float().numpy()
 
@@ -80,8 +99,17 @@ def test_photographs_agree_with_pillow(resize):
     """Mean absolute error below half a grey level of 255, for both outputs, at every size, ratio, subsampling and JPEG
     process."""
     sizes = [(640, 480), (481, 640), (333, 517), (96, 96), (97, 211), (1200, 301), (70, 60)]
-    options = [{"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}, {"subsampling": 2, "progressive": True}]
-    images = [encode(photograph(*size, seed), **option) for seed, size in enumerate(sizes) for option in options]
+    options = [
+        {"subsampling": 0},
+        {"subsampling": 1},
+        {"subsampling": 2},
+        {"subsampling": 2, "progressive": True},
+    ]
+    images = [
+        encode(photograph(*size, seed), **option)
+        for seed, size in enumerate(sizes)
+        for option in options
+    ]
     flips = np.arange(len(images)) % 3 == 1
     pixels, vit_pixels = decode(images, flips=flips, resize=resize)
     for data, flip, got, vit_got in zip(images, flips, pixels, vit_pixels):
@@ -98,7 +126,9 @@ def test_png_and_webp_agree_with_pillow():
 
 
 @pytest.mark.usefixtures("either")
-@pytest.mark.parametrize("mode, kind", [("L", "JPEG"), ("CMYK", "JPEG"), ("L", "PNG"), ("P", "PNG"), ("1", "PNG")])
+@pytest.mark.parametrize(
+    "mode, kind", [("L", "JPEG"), ("CMYK", "JPEG"), ("L", "PNG"), ("P", "PNG"), ("1", "PNG")]
+)
 def test_colour_modes_become_rgb(mode, kind):
     image = photograph(128, 160)
     # No dither: on such noise Pillow's rounding between its two passes alone costs two levels.
@@ -126,9 +156,13 @@ def test_exif_orientation_is_applied(orientation):
 
 
 def test_range_of_the_outputs():
-    white, black = (encode(Image.new("RGB", (64, 64), level), "PNG") for level in ("white", "black"))
-    (pixels, vit_pixels), = Decoder(2, 16, CPU)([batch([white, black], 32, [False, True])])
-    assert torch.equal(pixels[0], torch.ones(3, 32, 32)) and torch.equal(pixels[1], -torch.ones(3, 32, 32))
+    white, black = (
+        encode(Image.new("RGB", (64, 64), level), "PNG") for level in ("white", "black")
+    )
+    ((pixels, vit_pixels),) = Decoder(2, 16, CPU)([batch([white, black], 32, [False, True])])
+    assert torch.equal(pixels[0], torch.ones(3, 32, 32)) and torch.equal(
+        pixels[1], -torch.ones(3, 32, 32)
+    )
     assert vit_pixels.shape == (2, 16, 16, 3) and vit_pixels.is_contiguous()
     assert (vit_pixels[0] == 255).all() and (vit_pixels[1] == 0).all()
 
@@ -146,7 +180,9 @@ def test_every_batch_once_in_order_and_nothing_beyond(num_batches):
     got = list(Decoder(1, 16, CPU)(batches()))
     assert taken == list(range(num_batches))
     # read after the last one: an earlier batch must not have been overwritten by a later one
-    assert [round(float((pixels.mean() + 1) / 2 * 255)) for pixels, _ in got] == [10 * level for level in taken]
+    assert [round(float((pixels.mean() + 1) / 2 * 255)) for pixels, _ in got] == [
+        10 * level for level in taken
+    ]
 
 
 @pytest.mark.usefixtures("either")
@@ -170,7 +206,7 @@ def test_an_error_of_the_plan_arrives_as_it_is():
 @pytest.mark.parametrize("kept_bytes", [0.02, 0.5, 0.95])
 def test_a_refused_image_stops_when_its_batch_is_due(kept_bytes):
     good = encode(photograph(150, 150))
-    bad = good[:int(kept_bytes * len(good))]
+    bad = good[: int(kept_bytes * len(good))]
     decoder = Decoder(3, 16, CPU)
     decoded = decoder([batch(images, 32) for images in ([good] * 3, [good, good, bad], [good] * 3)])
     next(decoded)
@@ -185,26 +221,36 @@ def test_a_crop_lies_where_it_is_told_and_covers_any_size(resize):
     """Wide and tall targets, at corners and in between, against Pillow."""
     image = photograph(300, 200)
     data = encode(image, "PNG")
-    for size_px, place in (((64, 128), (0.0, 0.0)), ((128, 64), (1.0, 1.0)), ((96, 96), (0.25, 0.5)), ((96, 96), (1.0, 0.0))):
+    for size_px, place in (
+        ((64, 128), (0.0, 0.0)),
+        ((128, 64), (1.0, 1.0)),
+        ((96, 96), (0.25, 0.5)),
+        ((96, 96), (1.0, 0.0)),
+    ):
         height, width = size_px
         scale = max(height / 200, width / 300)
         resized = image.resize((round(300 * scale), round(200 * scale)), Image.BICUBIC)
-        left, top = (int((side - crop) * at) for side, crop, at in zip(resized.size, (width, height), place))
+        left, top = (
+            int((side - crop) * at) for side, crop, at in zip(resized.size, (width, height), place)
+        )
         wanted = resized.crop((left, top, left + width, top + height))
         pixels, vit_pixels = decode([data], size_px, 56, places=[place], resize=resize)
         assert error(pixels[0], np.asarray(wanted, np.float32)) < 0.5
-        assert error(vit_pixels[0], np.asarray(wanted.resize((56, 56), Image.BICUBIC), np.float32)) < 0.5
+        assert (
+            error(vit_pixels[0], np.asarray(wanted.resize((56, 56), Image.BICUBIC), np.float32))
+            < 0.5
+        )
 
 
 @pytest.mark.parametrize("resize", ["dali", "torch"])
 def test_bf16_is_the_rounded_float32_and_vae_pixels_may_be_left_out(resize):
     images = [encode(photograph(120 + 7 * seed, 150, seed)) for seed in range(3)]
     encoded = batch(images, 96, [True, False, True], has_image=[True, False, True])
-    (pixels, vit_pixels), = Decoder(3, 56, CPU, resize=resize)([encoded])
-    (half, vit_half), = Decoder(3, 56, CPU, dtype=torch.bfloat16, resize=resize)([encoded])
+    ((pixels, vit_pixels),) = Decoder(3, 56, CPU, resize=resize)([encoded])
+    ((half, vit_half),) = Decoder(3, 56, CPU, dtype=torch.bfloat16, resize=resize)([encoded])
     assert half.dtype == torch.bfloat16 and vit_half.dtype == torch.uint8
     assert torch.equal(half, pixels.bfloat16()) and torch.equal(vit_half, vit_pixels)
-    (nothing, alone), = Decoder(3, 56, CPU, vae_pixels=False, resize=resize)([encoded])
+    ((nothing, alone),) = Decoder(3, 56, CPU, vae_pixels=False, resize=resize)([encoded])
     # Of the samples that the ViT sees.
     assert nothing is None and torch.equal(alone, vit_pixels) and len(alone) == 2
 
@@ -218,11 +264,18 @@ def test_planner_and_decoder_agree_on_every_size_and_orientation(kind):
         for orientation in range(1, 9):
             exif = Image.Exif()
             exif[0x0112] = orientation
-            data = encode(Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8)), kind, exif=exif)
+            data = encode(
+                Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8)),
+                kind,
+                exif=exif,
+            )
             verdict = check_image(data, min_size_px=32, max_aspect=10)
             images.append(data)
             planned.append((verdict.height, verdict.width))
-            assert ImageOps.exif_transpose(Image.open(io.BytesIO(data))).size == (verdict.width, verdict.height)
+            assert ImageOps.exif_transpose(Image.open(io.BytesIO(data))).size == (
+                verdict.width,
+                verdict.height,
+            )
     assert sizes(images) == planned
     # the pixels too: a photograph of each orientation, within 2/255 on average
     for orientation in range(1, 9):

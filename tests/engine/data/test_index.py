@@ -49,24 +49,48 @@ def index(path, out, **options):
 
 
 def test_images_and_captions_come_back(tmp_path):
-    images = [encode(seed=0), encode(seed=1, kind="PNG"), encode((60, 50), seed=2, kind="WEBP"), encode(seed=3),
-              encode(seed=4)]
-    write_tar(tmp_path / "a.tar", [("k0.txt", "ein Bär ".encode()), ("k1.png", images[1]), ("k0.jpg", images[0]),
-                                   ("unread.bin", b"x"), ("k1.json", b'{"caption": "from json", "width": 3}')])
-    write_tar(tmp_path / "b.tar", [("sub/k2.v1.5.webp", images[2]), ("sub/k2.v1.5.json", b'{"caption": "not me"}'),
-                                   ("sub/k2.v1.5.txt", b"me"), ("k3.JPEG", images[3]), ("k4.jpg", images[4]), ("k4.json", b"{}")])
+    images = [
+        encode(seed=0),
+        encode(seed=1, kind="PNG"),
+        encode((60, 50), seed=2, kind="WEBP"),
+        encode(seed=3),
+        encode(seed=4),
+    ]
+    write_tar(
+        tmp_path / "a.tar",
+        [
+            ("k0.txt", "ein Bär ".encode()),
+            ("k1.png", images[1]),
+            ("k0.jpg", images[0]),
+            ("unread.bin", b"x"),
+            ("k1.json", b'{"caption": "from json", "width": 3}'),
+        ],
+    )
+    write_tar(
+        tmp_path / "b.tar",
+        [
+            ("sub/k2.v1.5.webp", images[2]),
+            ("sub/k2.v1.5.json", b'{"caption": "not me"}'),
+            ("sub/k2.v1.5.txt", b"me"),
+            ("k3.JPEG", images[3]),
+            ("k4.jpg", images[4]),
+            ("k4.json", b"{}"),
+        ],
+    )
     shards, rejected = index(tmp_path / "*.tar", tmp_path / "index")
     assert not rejected and len(shards) == 5 and shards.shard_sizes == [2, 3]
     assert [shards.image_bytes(k) for k in range(5)] == images
     assert [shards.caption(k) for k in range(5)] == ["ein Bär", "from json", "me", "", ""]
     assert shards.size(2) == (60, 50)
     assert shards.name(2).endswith("b.tar: sub/k2.v1.5.webp")
-    assert (tmp_path / "index" / "index.bin").stat().st_size == 5 * RECORD.itemsize and RECORD.itemsize <= 40
+    assert (
+        tmp_path / "index" / "index.bin"
+    ).stat().st_size == 5 * RECORD.itemsize and RECORD.itemsize <= 40
     assert summary(tmp_path / "index") == "5 samples in 2 shards\n          2  good, but no_caption"
 
 
 def cut(data, share):
-    return data[:int(len(data) * share)]
+    return data[: int(len(data) * share)]
 
 
 def big_png(width, height):
@@ -74,29 +98,42 @@ def big_png(width, height):
     chunk = width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x08\x02\x00\x00\x00"
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
-        for kind, body in ((b"IHDR", chunk), (b"IDAT", zlib.compress(b"\0" * 1000)), (b"IEND", b"")))
+        for kind, body in ((b"IHDR", chunk), (b"IDAT", zlib.compress(b"\0" * 1000)), (b"IEND", b""))
+    )
 
 
 def with_frame(data, **change):
     """A JPEG with its frame header changed: marker, precision, height, width or components."""
     data = bytearray(data)
     at = data.index(b"\xff\xc0")
-    offsets = {"marker": (1, 1), "precision": (4, 1), "height": (5, 2), "width": (7, 2), "components": (9, 1)}
+    offsets = {
+        "marker": (1, 1),
+        "precision": (4, 1),
+        "height": (5, 2),
+        "width": (7, 2),
+        "components": (9, 1),
+    }
     for name, value in change.items():
         start, size = offsets[name]
-        data[at + start:at + start + size] = value.to_bytes(size, "big")
+        data[at + start : at + start + size] = value.to_bytes(size, "big")
     return bytes(data)
 
 
 JPEG = encode((200, 180), quality=95)
 BAD_IMAGES = {
-    "empty": (b"", "truncated"), "one_byte": (b"\xff", "truncated"), "soi": (b"\xff\xd8", "truncated"),
+    "empty": (b"", "truncated"),
+    "one_byte": (b"\xff", "truncated"),
+    "soi": (b"\xff\xd8", "truncated"),
     "soi_eoi": (b"\xff\xd8\xff\xd9", "truncated"),
-    "header_only": (JPEG[:20], "truncated"), "in_frame": (JPEG[:JPEG.index(b"\xff\xc0") + 8], "truncated"),
-    "cut_10": (cut(JPEG, 0.1), "truncated"), "cut_50": (cut(JPEG, 0.5), "truncated"),
-    "cut_99": (cut(JPEG, 0.99), "truncated"), "no_eoi": (JPEG[:-2], "truncated"),
+    "header_only": (JPEG[:20], "truncated"),
+    "in_frame": (JPEG[: JPEG.index(b"\xff\xc0") + 8], "truncated"),
+    "cut_10": (cut(JPEG, 0.1), "truncated"),
+    "cut_50": (cut(JPEG, 0.5), "truncated"),
+    "cut_99": (cut(JPEG, 0.99), "truncated"),
+    "no_eoi": (JPEG[:-2], "truncated"),
     "progressive_half": (cut(encode((200, 180), progressive=True), 0.5), "truncated"),
-    "png_half": (cut(encode(kind="PNG"), 0.5), "truncated"), "webp_half": (cut(encode(kind="WEBP"), 0.5), "truncated"),
+    "png_half": (cut(encode(kind="PNG"), 0.5), "truncated"),
+    "webp_half": (cut(encode(kind="WEBP"), 0.5), "truncated"),
     "png_bad_crc": (encode(kind="PNG").replace(b"IDAT", b"IDAU"), "bad_header"),
     "no_dqt": (JPEG.replace(b"\xff\xdb", b"\xff\xee"), "bad_header"),
     "no_height": (with_frame(JPEG, height=0), "bad_header"),
@@ -104,24 +141,33 @@ BAD_IMAGES = {
     "lossless": (with_frame(JPEG, marker=0xC3), "unsupported"),
     "twelve_bit": (with_frame(JPEG, precision=12), "unsupported"),
     "five_components": (with_frame(JPEG, components=5), "unsupported"),
-    "gif": (encode(kind="GIF"), "unsupported"), "bmp": (encode(kind="BMP"), "unsupported"),
+    "gif": (encode(kind="GIF"), "unsupported"),
+    "bmp": (encode(kind="BMP"), "unsupported"),
     "tiff": (encode(kind="TIFF"), "unsupported"),
     "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\n", "unsupported"),
-    "html": (b"<html>404</html>", "not_image"), "svg": (b"<svg></svg>", "not_image"),
+    "html": (b"<html>404</html>", "not_image"),
+    "svg": (b"<svg></svg>", "not_image"),
     "zeros": (bytes(500), "not_image"),
-    "newline_first": (b"\r\n" + JPEG, "not_image"), "gzip": (b"\x1f\x8b\x08" + JPEG, "not_image"),
+    "newline_first": (b"\r\n" + JPEG, "not_image"),
+    "gzip": (b"\x1f\x8b\x08" + JPEG, "not_image"),
     "jpeg_bomb": (with_frame(JPEG, width=65500, height=65500), "too_large"),
     "png_bomb": (big_png(30000, 30000), "too_large"),
     "png_bomb_just_over": (big_png(12000, 11200), "too_large"),
-    "tiny": (encode((1, 1)), "too_small"), "narrow": (encode((400, 31)), "too_small"),
+    "tiny": (encode((1, 1)), "too_small"),
+    "narrow": (encode((400, 31)), "too_small"),
     "long": (encode((500, 40)), "aspect"),
 }
 GOOD_IMAGES = {
-    "trailing": JPEG + bytes(1000), "two_jpegs": JPEG + JPEG, "grey": encode(mode="L"), "cmyk": encode(mode="CMYK"),
+    "trailing": JPEG + bytes(1000),
+    "two_jpegs": JPEG + JPEG,
+    "grey": encode(mode="L"),
+    "cmyk": encode(mode="CMYK"),
     "palette": encode(kind="PNG", mode="P"),
-    "one_bit": encode(kind="PNG", mode="1"), "bad_exif": encode(exif=b"Exif\0\0garbage"),
+    "one_bit": encode(kind="PNG", mode="1"),
+    "bad_exif": encode(exif=b"Exif\0\0garbage"),
     "bad_icc": encode(icc_profile=b"garbage" * 30),
-    "progressive": encode(progressive=True), "png_named_jpg": encode(kind="PNG"),
+    "progressive": encode(progressive=True),
+    "png_named_jpg": encode(kind="PNG"),
 }
 
 
@@ -134,7 +180,9 @@ def test_bad_images_are_rejected_each_for_its_reason(tmp_path):
     members = [(f"{name}.jpg", data) for name, data in images.items()]
     shards, rejected = index(write_tar(tmp_path / "a.tar", members), tmp_path / "index")
     assert rejected == {name: reason for name, (_, reason) in bad.items()}
-    assert [shards.name(k).split(": ")[1] for k in range(len(shards))] == [f"{name}.jpg" for name in GOOD_IMAGES]
+    assert [shards.name(k).split(": ")[1] for k in range(len(shards))] == [
+        f"{name}.jpg" for name in GOOD_IMAGES
+    ]
     assert "truncated" in summary(tmp_path / "index")
 
 
@@ -145,21 +193,36 @@ def test_size_is_upright_and_alpha_lies_on_white(tmp_path):
     clear.paste((0, 0, 255, 255), (0, 0, 40, 24))
     png = io.BytesIO()
     clear.save(png, "PNG")
-    members = [("turned.jpg", encode((64, 40), exif=exif)), ("clear.png", png.getvalue()),
-               ("solid.png", encode(kind="PNG", mode="RGBA"))]
+    members = [
+        ("turned.jpg", encode((64, 40), exif=exif)),
+        ("clear.png", png.getvalue()),
+        ("solid.png", encode(kind="PNG", mode="RGBA")),
+    ]
     shards, _ = index(write_tar(tmp_path / "a.tar", members), tmp_path / "index")
     assert [shards.size(k) for k in range(3)] == [(40, 64), (40, 48), (48, 40)]
-    assert [shards.decodable_bytes(k) == shards.image_bytes(k) for k in range(3)] == [True, False, True]
+    assert [shards.decodable_bytes(k) == shards.image_bytes(k) for k in range(3)] == [
+        True,
+        False,
+        True,
+    ]
     laid = Image.open(io.BytesIO(shards.decodable_bytes(1)))
-    assert laid.mode == "RGB" and laid.getpixel((0, 0)) == (0, 0, 255) and laid.getpixel((0, 47)) == (255, 255, 255)
+    assert (
+        laid.mode == "RGB"
+        and laid.getpixel((0, 0)) == (0, 0, 255)
+        and laid.getpixel((0, 47)) == (255, 255, 255)
+    )
 
 
 BAD_CAPTIONS = {
-    "latin1": ("txt", "Bär".encode("latin1")), "nul": ("txt", b"a\0b"), "long": ("txt", b"x" * 70000),
+    "latin1": ("txt", "Bär".encode("latin1")),
+    "nul": ("txt", b"a\0b"),
+    "long": ("txt", b"x" * 70000),
     "not_json": ("json", b"caption: x"),
-    "deep": ("json", b"[" * 60000), "nan": ("json", b'{"caption": "x", "score": NaN}'),
+    "deep": ("json", b"[" * 60000),
+    "nan": ("json", b'{"caption": "x", "score": NaN}'),
     "digits": ("json", b'{"n": ' + b"1" * 5000 + b"}"),
-    "surrogate": ("json", b'{"caption": "\\ud800"}'), "number": ("json", b'{"caption": 3}'),
+    "surrogate": ("json", b'{"caption": "\\ud800"}'),
+    "number": ("json", b'{"caption": 3}'),
 }
 
 
@@ -175,11 +238,27 @@ def test_bad_captions_are_rejected(tmp_path):
 def test_keys(tmp_path):
     link = tarfile.TarInfo("link.jpg")
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-    members = [("./dot.jpg", JPEG), ("twice.jpg", JPEG), ("twice.jpg", JPEG), ("two.jpg", JPEG), ("two.png", JPEG),
-               ("alone.txt", b"x"), ("../up.jpg", JPEG), ("/root.jpg", JPEG), ("bell\a.jpg", JPEG), link]
+    members = [
+        ("./dot.jpg", JPEG),
+        ("twice.jpg", JPEG),
+        ("twice.jpg", JPEG),
+        ("two.jpg", JPEG),
+        ("two.png", JPEG),
+        ("alone.txt", b"x"),
+        ("../up.jpg", JPEG),
+        ("/root.jpg", JPEG),
+        ("bell\a.jpg", JPEG),
+        link,
+    ]
     shards, rejected = index(write_tar(tmp_path / "a.tar", members), tmp_path / "index")
-    assert rejected == {"twice": "duplicate", "two": "duplicate", "alone": "incomplete", "'../up.jpg'": "bad_name",
-                        "'/root.jpg'": "bad_name", "'bell\\x07.jpg'": "bad_name"}
+    assert rejected == {
+        "twice": "duplicate",
+        "two": "duplicate",
+        "alone": "incomplete",
+        "'../up.jpg'": "bad_name",
+        "'/root.jpg'": "bad_name",
+        "'bell\\x07.jpg'": "bad_name",
+    }
     assert len(shards) == 1
 
 
@@ -188,8 +267,12 @@ def test_names_of_every_tar_format(tmp_path, form):
     names = ["short.jpg", "d" * 90 + "/" + "f" * 80 + ".jpg"]
     if form != tarfile.USTAR_FORMAT:
         names += ["ü" * 300 + ".jpg", "n" * 120 + ".jpg"]
-    path = write_tar(tmp_path / "a.tar", [(name, JPEG + bytes(i)) for i, name in enumerate(names)], format=form)
-    assert [(name, size) for name, _, size in Tar(path).members()] == [(name, len(JPEG) + i) for i, name in enumerate(names)]
+    path = write_tar(
+        tmp_path / "a.tar", [(name, JPEG + bytes(i)) for i, name in enumerate(names)], format=form
+    )
+    assert [(name, size) for name, _, size in Tar(path).members()] == [
+        (name, len(JPEG) + i) for i, name in enumerate(names)
+    ]
 
 
 def test_a_member_over_eight_gigabytes(tmp_path):
@@ -211,19 +294,30 @@ def ten(tmp_path):
     return path, bytearray(path.read_bytes()), 5 * (512 + -(-len(JPEG) // 512) * 512)
 
 
-@pytest.mark.parametrize("damage, good, reasons", [
-    ("none", 10, {}), ("in_header", 5, {"": "bad_tar"}), ("in_data", 5, {"": "bad_tar"}),
-    ("at_member", 5, {"": "no_end"}), ("name_bit", 9, {"": "bad_tar"}), ("size_bit", 9, {"": "bad_tar"}),
-    ("terabyte", 9, {"": "bad_tar"}), ("zero_blocks", 10, {}), ("two_tars", 10, {}), ("no_end", 10, {"": "no_end"}),
-    ("data_bit", 9, {"5": "bad_header"})])
+@pytest.mark.parametrize(
+    "damage, good, reasons",
+    [
+        ("none", 10, {}),
+        ("in_header", 5, {"": "bad_tar"}),
+        ("in_data", 5, {"": "bad_tar"}),
+        ("at_member", 5, {"": "no_end"}),
+        ("name_bit", 9, {"": "bad_tar"}),
+        ("size_bit", 9, {"": "bad_tar"}),
+        ("terabyte", 9, {"": "bad_tar"}),
+        ("zero_blocks", 10, {}),
+        ("two_tars", 10, {}),
+        ("no_end", 10, {"": "no_end"}),
+        ("data_bit", 9, {"5": "bad_header"}),
+    ],
+)
 def test_damaged_tars(tmp_path, damage, good, reasons):
     """What lies before and behind the damage is used, the rest is reported; nothing is lost without a word."""
     path, data, at = ten(tmp_path)
     end = len(data) - len(data.rstrip(b"\0"))
     if damage == "in_header":
-        del data[at + 100:]
+        del data[at + 100 :]
     elif damage == "in_data":
-        del data[at + 1000:]
+        del data[at + 1000 :]
     elif damage == "at_member":
         del data[at:]
     elif damage == "name_bit":
@@ -233,14 +327,16 @@ def test_damaged_tars(tmp_path, damage, good, reasons):
     elif damage == "terabyte":
         info = tarfile.TarInfo("5.jpg")
         info.size = 1 << 40
-        data[at:at + 512] = info.tobuf(tarfile.GNU_FORMAT)
+        data[at : at + 512] = info.tobuf(tarfile.GNU_FORMAT)
     elif damage == "zero_blocks":
         data[at:at] = bytes(1024)
     elif damage == "two_tars":
-        second = write_tar(tmp_path / "b.data", [(f"{i}.jpg", JPEG) for i in range(5, 10)]).read_bytes()
+        second = write_tar(
+            tmp_path / "b.data", [(f"{i}.jpg", JPEG) for i in range(5, 10)]
+        ).read_bytes()
         data[at:] = bytes(10240) + second
     elif damage == "no_end":
-        del data[len(data) - end // 512 * 512:]
+        del data[len(data) - end // 512 * 512 :]
     elif damage == "data_bit":
         data[at + 512 + JPEG.index(b"\xff\xdb")] ^= 0xFF
         data[at + 512 + JPEG.index(b"\xff\xda") + 1] ^= 0x01
@@ -275,14 +371,25 @@ def test_a_folder_of_images(tmp_path):
 def test_patterns(tmp_path):
     for name in ("0008.tar", "0009.tar", "0010.tar", "x{1..2}.tar"):
         write_tar(tmp_path / name, [("a.jpg", JPEG)])
-    names = lambda pattern: [path.name for path in expand(pattern)]      # noqa: E731
-    assert names(f"{tmp_path}/00*.tar") == names(f"{tmp_path}/{{0008..0010}}.tar") == ["0008.tar", "0009.tar", "0010.tar"]
+    names = lambda pattern: [path.name for path in expand(pattern)]  # noqa: E731
+    assert (
+        names(f"{tmp_path}/00*.tar")
+        == names(f"{tmp_path}/{{0008..0010}}.tar")
+        == ["0008.tar", "0009.tar", "0010.tar"]
+    )
     assert names(f"{tmp_path}/00{{08,10}}.tar") == ["0008.tar", "0010.tar"]
-    assert names([f"{tmp_path}/0010.tar", tmp_path / "0008.tar", f"{tmp_path}/*10.tar"]) == ["0008.tar", "0010.tar"]
+    assert names([f"{tmp_path}/0010.tar", tmp_path / "0008.tar", f"{tmp_path}/*10.tar"]) == [
+        "0008.tar",
+        "0010.tar",
+    ]
     assert names(f"{tmp_path}/x{{1..2}}.tar") == ["x{1..2}.tar"]
     assert len(names(str(tmp_path))) == 4
-    assert default_index_dir(f"{tmp_path}/00*.tar", tmp_path) == default_index_dir(f"{tmp_path}/{{0008..0010}}.tar", tmp_path)
-    assert default_index_dir(f"{tmp_path}/00*.tar", tmp_path) != default_index_dir(f"{tmp_path}/*.tar", tmp_path)
+    assert default_index_dir(f"{tmp_path}/00*.tar", tmp_path) == default_index_dir(
+        f"{tmp_path}/{{0008..0010}}.tar", tmp_path
+    )
+    assert default_index_dir(f"{tmp_path}/00*.tar", tmp_path) != default_index_dir(
+        f"{tmp_path}/*.tar", tmp_path
+    )
 
 
 def test_later_changes_are_noticed(tmp_path):
@@ -292,12 +399,16 @@ def test_later_changes_are_noticed(tmp_path):
     # One bit of the pixels: every decoder would take it.
     data[at + 512 + len(JPEG) // 2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(InputError, match="a.tar has changed since it was indexed: run `iomm index` again"):
+    with pytest.raises(
+        InputError, match="a.tar has changed since it was indexed: run `iomm index` again"
+    ):
         load(tmp_path / "index")
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     shards = Shards(tmp_path / "index")
     assert shards.image_bytes(4) == JPEG
-    with pytest.raises(InputError, match=r"a.tar: 5.jpg: its bytes are not those that were indexed"):
+    with pytest.raises(
+        InputError, match=r"a.tar: 5.jpg: its bytes are not those that were indexed"
+    ):
         shards.image_bytes(5)
     path.write_bytes(data[:at])
     with pytest.raises(InputError, match="0 of .* bytes are there"):
@@ -308,7 +419,10 @@ def test_ensure_index_builds_once_and_again_after_a_change(tmp_path):
     path = write_tar(tmp_path / "a.tar", [("a.jpg", JPEG)])
     folder = ensure_index(path, tmp_path / "cache", progress=False)
     made = (folder / "index.json").stat().st_ino
-    assert ensure_index(path, tmp_path / "cache", progress=False) == folder and (folder / "index.json").stat().st_ino == made
+    assert (
+        ensure_index(path, tmp_path / "cache", progress=False) == folder
+        and (folder / "index.json").stat().st_ino == made
+    )
     write_tar(path, [("a.jpg", JPEG), ("b.jpg", JPEG)])
     assert len(Shards(ensure_index(path, tmp_path / "cache", progress=False))) == 2
     assert os.listdir(tmp_path / "cache") == [folder.name]
@@ -320,9 +434,17 @@ def test_wrong_input_is_one_line(tmp_path):
     with pytest.raises(InputError, match="no shards were given"):
         build([], tmp_path / "index", progress=False)
     with pytest.raises(InputError, match="a.tar: no images inside"):
-        build(write_tar(tmp_path / "a.tar", [("readme.txt", b"hello"), ("x.bin", b"")]), tmp_path / "index", progress=False)
+        build(
+            write_tar(tmp_path / "a.tar", [("readme.txt", b"hello"), ("x.bin", b"")]),
+            tmp_path / "index",
+            progress=False,
+        )
     with pytest.raises(InputError, match=r"b.tar: no usable image; rejected as truncated \(2\)"):
-        build(write_tar(tmp_path / "b.tar", [("x.jpg", b""), ("y.jpg", b"")]), tmp_path / "index", progress=False)
+        build(
+            write_tar(tmp_path / "b.tar", [("x.jpg", b""), ("y.jpg", b"")]),
+            tmp_path / "index",
+            progress=False,
+        )
     (tmp_path / "c.tar").write_bytes(b"\x1f\x8b" + bytes(1000))
     with pytest.raises(InputError, match=r"no usable image; rejected as bad_tar"):
         build(tmp_path / "c.tar", tmp_path / "index", progress=False)

@@ -47,11 +47,15 @@ def golden(world, tmp_path_factory):
 
 def test_a_killed_build_goes_on_where_it_was(world, golden, tmp_path):
     """Killed after each shard, by SIGKILL: every start reads only what is missing, and the index is the same."""
-    code = ("import sys, time\nfrom iomm.engine.data import index\nreal, left = index._write_part, [1]\n"
-            "def slow(*args):\n    real(*args)\n    print('part', flush=True)\n    time.sleep(0.5)\nindex._write_part = slow\n"
-            f"index.build({str(world)!r}, {str(tmp_path / 'index')!r}, progress=False, workers=1)")
+    code = (
+        "import sys, time\nfrom iomm.engine.data import index\nreal, left = index._write_part, [1]\n"
+        "def slow(*args):\n    real(*args)\n    print('part', flush=True)\n    time.sleep(0.5)\nindex._write_part = slow\n"
+        f"index.build({str(world)!r}, {str(tmp_path / 'index')!r}, progress=False, workers=1)"
+    )
     for _ in range(3):
-        process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
         assert process.stdout.readline() == "part\n"
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -63,7 +67,10 @@ def test_a_killed_build_goes_on_where_it_was(world, golden, tmp_path):
     judged = []
     real = workers.judge_shards
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("iomm.engine.data.index.judge_shards", lambda paths, *rest: judged.extend(paths) or real(paths, *rest))
+        patch.setattr(
+            "iomm.engine.data.index.judge_shards",
+            lambda paths, *rest: judged.extend(paths) or real(paths, *rest),
+        )
         folder = build(world, tmp_path / "index", progress=False)
     assert len(judged) == 6 - len(parts) + 1 and files_of(folder) == golden
     assert os.listdir(tmp_path) == ["index"]
@@ -71,26 +78,53 @@ def test_a_killed_build_goes_on_where_it_was(world, golden, tmp_path):
 
 def test_one_shard_is_shared_by_all_workers(tmp_path, monkeypatch):
     """The index does not depend on how many there are, also where some samples are bad."""
-    jpegs = [corrupt_samples.encode(corrupt_samples.soft(40, 40, seed), quality=50) for seed in range(4)]
-    (tmp_path / "a.tar").write_bytes(corrupt_samples.tar_of(
-        [("alone.txt", b"x"), *((f"{i:04d}.jpg", jpegs[i % 4][:100] if i % 97 == 5 else jpegs[i % 4]) for i in range(900))]))
-    found = [files_of(build(tmp_path / "a.tar", tmp_path / f"{num}", progress=False, workers=num)) for num in (1, 2, 3, 5)]
-    assert all(files == found[0] for files in found) and len(found[0]["rejected.jsonl"].splitlines()) == 11
+    jpegs = [
+        corrupt_samples.encode(corrupt_samples.soft(40, 40, seed), quality=50) for seed in range(4)
+    ]
+    (tmp_path / "a.tar").write_bytes(
+        corrupt_samples.tar_of(
+            [
+                ("alone.txt", b"x"),
+                *(
+                    (f"{i:04d}.jpg", jpegs[i % 4][:100] if i % 97 == 5 else jpegs[i % 4])
+                    for i in range(900)
+                ),
+            ]
+        )
+    )
+    found = [
+        files_of(build(tmp_path / "a.tar", tmp_path / f"{num}", progress=False, workers=num))
+        for num in (1, 2, 3, 5)
+    ]
+    assert (
+        all(files == found[0] for files in found)
+        and len(found[0]["rejected.jsonl"].splitlines()) == 11
+    )
 
 
 def test_two_builds_at_once_make_one_index(world, golden, tmp_path):
     done = []
-    threads = [threading.Thread(target=lambda: done.append(ensure_index(world, tmp_path, progress=False))) for _ in range(2)]
+    threads = [
+        threading.Thread(target=lambda: done.append(ensure_index(world, tmp_path, progress=False)))
+        for _ in range(2)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert done[0] == done[1] and files_of(done[0]) == golden and os.listdir(tmp_path) == [done[0].name]
+    assert (
+        done[0] == done[1]
+        and files_of(done[0]) == golden
+        and os.listdir(tmp_path) == [done[0].name]
+    )
 
 
 def test_an_index_may_be_named_in_place_of_its_shards(world, tmp_path):
     folder = build(world, tmp_path / "index", progress=False)
-    assert ensure_index(folder, tmp_path / "cache", progress=False) == folder and not (tmp_path / "cache").exists()
+    assert (
+        ensure_index(folder, tmp_path / "cache", progress=False) == folder
+        and not (tmp_path / "cache").exists()
+    )
 
 
 @pytest.fixture
@@ -115,33 +149,76 @@ judge.check_image = evil
 def test_a_decoder_that_crashes_hangs_or_grows_costs_one_sample(evil, tmp_path):
     jpeg = corrupt_samples.encode(corrupt_samples.soft(40, 40))
     ends = {3: b"CRASH", 4: b"CRASH", 11: b"HANG", 15: b"GROW", 19: b"CRASH"}
-    (tmp_path / "a.tar").write_bytes(corrupt_samples.tar_of([(f"{i:02d}.jpg", jpeg + ends.get(i, b"")) for i in range(20)]))
+    (tmp_path / "a.tar").write_bytes(
+        corrupt_samples.tar_of([(f"{i:02d}.jpg", jpeg + ends.get(i, b"")) for i in range(20)])
+    )
     folder = build(tmp_path / "a.tar", tmp_path / "index", progress=False)
     lines = [json.loads(line) for line in (folder / "rejected.jsonl").read_text().splitlines()]
     assert [(line["key"], line["reason"]) for line in lines] == [
-        ("03", "crash"), ("04", "crash"), ("11", "timeout"), ("15", "crash"), ("19", "crash")]
+        ("03", "crash"),
+        ("04", "crash"),
+        ("11", "timeout"),
+        ("15", "crash"),
+        ("19", "crash"),
+    ]
     assert "signal 11" in lines[0]["detail"] and len(Shards(folder)) == 15
 
 
 def test_headers_alone_are_enough_for_those_who_trust_their_data(tmp_path):
     """verify=fast reads sizes, not pixels: damage behind the header is met, and replaced, while training."""
     jpeg = corrupt_samples.encode(corrupt_samples.soft(700, 500), quality=100)
-    long_header = corrupt_samples.encode(corrupt_samples.soft(100, 80), icc_profile=os.urandom(300_000))
+    long_header = corrupt_samples.encode(
+        corrupt_samples.soft(100, 80), icc_profile=os.urandom(300_000)
+    )
     clear = corrupt_samples.encode(corrupt_samples.soft(100, 80).convert("RGBA"), "PNG")
     assert len(jpeg) > 1 << 16
-    members = [("whole.jpg", jpeg), ("cut.jpg", jpeg[:-900]), ("profile.jpg", long_header), ("clear.png", clear),
-               ("tiny.jpg", corrupt_samples.encode(corrupt_samples.soft(8, 8))), ("html.jpg", b"<html>"), ("empty.jpg", b""), ("headless.jpg", jpeg[:200])]
+    members = [
+        ("whole.jpg", jpeg),
+        ("cut.jpg", jpeg[:-900]),
+        ("profile.jpg", long_header),
+        ("clear.png", clear),
+        ("tiny.jpg", corrupt_samples.encode(corrupt_samples.soft(8, 8))),
+        ("html.jpg", b"<html>"),
+        ("empty.jpg", b""),
+        ("headless.jpg", jpeg[:200]),
+    ]
     (tmp_path / "a.tar").write_bytes(corrupt_samples.tar_of(members))
-    assert cli.main(["index", str(tmp_path / "a.tar"), "--out", str(tmp_path / "index"), "--verify", "fast"]) == 0
-    rejected = [json.loads(line) for line in (tmp_path / "index" / "rejected.jsonl").read_text().splitlines()]
+    assert (
+        cli.main(
+            ["index", str(tmp_path / "a.tar"), "--out", str(tmp_path / "index"), "--verify", "fast"]
+        )
+        == 0
+    )
+    rejected = [
+        json.loads(line)
+        for line in (tmp_path / "index" / "rejected.jsonl").read_text().splitlines()
+    ]
     assert {line["key"]: line["reason"] for line in rejected} == {
-        "tiny": "too_small", "html": "not_image", "empty": "truncated", "headless": "truncated"}
+        "tiny": "too_small",
+        "html": "not_image",
+        "empty": "truncated",
+        "headless": "truncated",
+    }
     shards = Shards(tmp_path / "index")
     assert [shards.size(k) for k in range(4)] == [(700, 500), (700, 500), (100, 80), (100, 80)]
-    batches = list(ImageSource(shards, seed=0, global_batch=4, micro_batch=4, rank=0, world_size=1, size_px=32, vit_px=16,
-                               device="cpu", num_steps=2))
+    batches = list(
+        ImageSource(
+            shards,
+            seed=0,
+            global_batch=4,
+            micro_batch=4,
+            rank=0,
+            world_size=1,
+            size_px=32,
+            vit_px=16,
+            device="cpu",
+            num_steps=2,
+        )
+    )
     failures = [failure for batch in batches for failure in batch.failures]
-    assert len(failures) == 2 and all("cut.jpg: DALI cannot decode it" in failure.problem for failure in failures)
+    assert len(failures) == 2 and all(
+        "cut.jpg: DALI cannot decode it" in failure.problem for failure in failures
+    )
 
 
 def test_padding_is_noticed(tmp_path):
@@ -153,17 +230,29 @@ def test_padding_is_noticed(tmp_path):
         bordered.append(corrupt_samples.encode(square))
     thing = Image.new("RGB", (256, 256), "white")
     thing.paste(corrupt_samples.soft(150, 120), (50, 60))
-    others = [corrupt_samples.encode(corrupt_samples.soft(256, 256)), corrupt_samples.encode(thing), corrupt_samples.encode(Image.new("RGB", (256, 256), "white")),
-              corrupt_samples.encode(corrupt_samples.soft(256, 160))]
-    (tmp_path / "a.tar").write_bytes(corrupt_samples.tar_of([(f"{i}.jpg", data) for i, data in enumerate(bordered + others)]))
+    others = [
+        corrupt_samples.encode(corrupt_samples.soft(256, 256)),
+        corrupt_samples.encode(thing),
+        corrupt_samples.encode(Image.new("RGB", (256, 256), "white")),
+        corrupt_samples.encode(corrupt_samples.soft(256, 160)),
+    ]
+    (tmp_path / "a.tar").write_bytes(
+        corrupt_samples.tar_of([(f"{i}.jpg", data) for i, data in enumerate(bordered + others)])
+    )
     folder = build(tmp_path / "a.tar", tmp_path / "index", progress=False)
     assert load(folder).notes["padded"] == 3 and load(folder).notes["constant"] == 1
-    assert "warning: 3 of 7 images are padded to a square with white, as img2dataset's resize_mode=border" in summary(folder)
+    assert (
+        "warning: 3 of 7 images are padded to a square with white, as img2dataset's resize_mode=border"
+        in summary(folder)
+    )
 
 
 def test_wrong_rules_are_one_line():
-    for options, message in [({"verify": "no"}, "verify must be one of full, fast"), ({"min_size_px": 0}, "must be >= 1, got 0"),
-                             ({"captions": "no"}, "captions must be one of")]:
+    for options, message in [
+        ({"verify": "no"}, "verify must be one of full, fast"),
+        ({"min_size_px": 0}, "must be >= 1, got 0"),
+        ({"captions": "no"}, "captions must be one of"),
+    ]:
         with pytest.raises(InputError, match=message):
             Rules(**options)
 
@@ -171,32 +260,64 @@ def test_wrong_rules_are_one_line():
 def test_each_sample_once_per_epoch_whatever_is_killed(tmp_path):
     """40 shards x 250 of which 3 % are bad; 10 kills at random steps, then half the ranks: nothing is missing or twice,
     and the sequence is that of the run that nobody disturbed."""
-    jpegs = [corrupt_samples.encode(corrupt_samples.soft(40, 40, seed), quality=50) for seed in range(8)]
+    jpegs = [
+        corrupt_samples.encode(corrupt_samples.soft(40, 40, seed), quality=50) for seed in range(8)
+    ]
     random = np.random.default_rng(0)
     bad = set(random.choice(10_000, 300, replace=False).tolist())
     (tmp_path / "tars").mkdir()
     for shard in range(40):
         numbers = range(250 * shard, 250 * shard + 250)
-        (tmp_path / "tars" / f"{shard:02d}.tar").write_bytes(corrupt_samples.tar_of(
-            [(f"{i:05d}.jpg", jpegs[i % 8][:200] if i in bad else jpegs[i % 8]) for i in numbers]))
+        (tmp_path / "tars" / f"{shard:02d}.tar").write_bytes(
+            corrupt_samples.tar_of(
+                [
+                    (f"{i:05d}.jpg", jpegs[i % 8][:200] if i in bad else jpegs[i % 8])
+                    for i in numbers
+                ]
+            )
+        )
     folder = build(tmp_path / "tars", tmp_path / "index", progress=False, workers=2)
     shards = Shards(folder)
-    rejected = {int(json.loads(line)["key"]) for line in (folder / "rejected.jsonl").read_text().splitlines()}
+    rejected = {
+        int(json.loads(line)["key"])
+        for line in (folder / "rejected.jsonl").read_text().splitlines()
+    }
     assert rejected == bad and len(shards) == 9700
     numbers = {k: int(shards.name(k).rpartition(": ")[2][:5]) for k in range(9700)}
 
     def steps(first, last, world_size):
         """Entries of the steps, rank by rank as each would decode them."""
-        sources = [ImageSource(shards, seed=9, global_batch=100, micro_batch=25, rank=rank, world_size=world_size, size_px=32,
-                               vit_px=16, device="cpu", start_step=first, num_steps=last) for rank in range(world_size)]
+        sources = [
+            ImageSource(
+                shards,
+                seed=9,
+                global_batch=100,
+                micro_batch=25,
+                rank=rank,
+                world_size=world_size,
+                size_px=32,
+                vit_px=16,
+                device="cpu",
+                start_step=first,
+                num_steps=last,
+            )
+            for rank in range(world_size)
+        ]
         for step in range(first, last):
-            yield [int(k) for a in range(sources[0].accumulation_steps) for one in sources
-                   for k in one.order(one.positions(step, a))]
+            yield [
+                int(k)
+                for a in range(sources[0].accumulation_steps)
+                for one in sources
+                for k in one.order(one.positions(step, a))
+            ]
 
     golden = list(steps(0, 97, 4))
     at, world_size, run = 0, 4, []
     for kill in sorted(random.integers(1, 97, 10).tolist()):
-        run, at = run[:at] + list(steps(at, kill, world_size)), max(at, kill - int(random.integers(0, 3)))
+        run, at = (
+            run[:at] + list(steps(at, kill, world_size)),
+            max(at, kill - int(random.integers(0, 3))),
+        )
         # From the last checkpoint, on half the ranks.
         world_size = 2 if kill > 40 else 4
     run = run[:at] + list(steps(at, 97, 1))
@@ -209,13 +330,19 @@ def test_each_sample_once_per_epoch_whatever_is_killed(tmp_path):
 def ten_million(tmp_path_factory):
     """An index of 10 M samples in 1,000 shards; all shards are links to one tar of the shapes world's first samples."""
     folder = tmp_path_factory.mktemp("many")
-    tar, = write_dataset(folder / "tars", num_images=64, size_px=48, shard_size=64)
+    (tar,) = write_dataset(folder / "tars", num_images=64, size_px=48, shard_size=64)
     small = build(tar, folder / "small", progress=False)
-    header, records = json.loads((small / "index.json").read_text()), np.fromfile(small / "index.bin", RECORD)
+    header, records = (
+        json.loads((small / "index.json").read_text()),
+        np.fromfile(small / "index.bin", RECORD),
+    )
     (folder / "index").mkdir()
     for shard in range(1000):
         (folder / f"{shard:04d}.tar").symlink_to(tar)
-    header["shards"] = [header["shards"][0] | {"path": str(folder / f"{shard:04d}.tar"), "num_samples": 10_000} for shard in range(1000)]
+    header["shards"] = [
+        header["shards"][0] | {"path": str(folder / f"{shard:04d}.tar"), "num_samples": 10_000}
+        for shard in range(1000)
+    ]
     header["num_samples"] = 10_000_000
     (folder / "index" / "index.json").write_text(json.dumps(header))
     block = records[np.arange(10_000) % 64]
@@ -226,12 +353,27 @@ def ten_million(tmp_path_factory):
 
 
 def test_ten_million_samples_are_400_mb_and_start_within_two_seconds(ten_million):
-    assert (ten_million / "index.bin").stat().st_size + (ten_million / "index.json").stat().st_size <= 400e6
+    assert (ten_million / "index.bin").stat().st_size + (
+        ten_million / "index.json"
+    ).stat().st_size <= 400e6
     started = time.process_time()
     shards = Shards(ten_million)
     loaded_s = time.process_time() - started
-    some = iter(ImageSource(shards, seed=0, global_batch=32, micro_batch=32, rank=0, world_size=1, size_px=32, vit_px=16,
-                            device="cpu", num_steps=100_000, start_step=99_000))
+    some = iter(
+        ImageSource(
+            shards,
+            seed=0,
+            global_batch=32,
+            micro_batch=32,
+            rank=0,
+            world_size=1,
+            size_px=32,
+            vit_px=16,
+            device="cpu",
+            num_steps=100_000,
+            start_step=99_000,
+        )
+    )
     assert len(next(some).n_B) == 32
     first_s = time.process_time() - started
     some.close()
@@ -239,6 +381,8 @@ def test_ten_million_samples_are_400_mb_and_start_within_two_seconds(ten_million
     started = time.process_time()
     plan = BucketSampler(0, shards.index, 1024, bucket_sizes(512, 16))
     plan(np.arange(10**9, 10**9 + 1024))
-    print(f"10 M samples: index {loaded_s:.2f} s, first batch {first_s:.2f} s, buckets {time.process_time() - started:.2f} s")
+    print(
+        f"10 M samples: index {loaded_s:.2f} s, first batch {first_s:.2f} s, buckets {time.process_time() - started:.2f} s"
+    )
     assert time.process_time() - started < 5
     assert EpochPermutation(0, shards.shard_sizes).total == 10_000_000

@@ -37,7 +37,13 @@ def vae():
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
-    return Shards(build(write_dataset(folder / "tars", num_images=30, size_px=48, shard_size=16), folder / "index", progress=False))
+    return Shards(
+        build(
+            write_dataset(folder / "tars", num_images=30, size_px=48, shard_size=16),
+            folder / "index",
+            progress=False,
+        )
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +52,9 @@ def small_files(monkeypatch):
 
 
 def write(world, out, vae, **options):
-    return write_cache(world, out, vae, **{"vae_name": "pixel:4", "size_px": SIZE_PX, "batch": 3} | options)
+    return write_cache(
+        world, out, vae, **{"vae_name": "pixel:4", "size_px": SIZE_PX, "batch": 3} | options
+    )
 
 
 def store(world, out):
@@ -54,8 +62,22 @@ def store(world, out):
 
 
 def batches(world, latents=None, num_steps=4, **options):
-    return list(ImageSource(world, seed=1, global_batch=8, micro_batch=4, rank=0, world_size=1, size_px=SIZE_PX, vit_px=32,
-                            device="cpu", num_steps=num_steps, latents=latents, **options))
+    return list(
+        ImageSource(
+            world,
+            seed=1,
+            global_batch=8,
+            micro_batch=4,
+            rank=0,
+            world_size=1,
+            size_px=SIZE_PX,
+            vit_px=32,
+            device="cpu",
+            num_steps=num_steps,
+            latents=latents,
+            **options,
+        )
+    )
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +88,13 @@ def mllm():
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pairs")
-    return Shards(build(write_dataset(folder / "tars", num_images=9, size_px=48, seed=5), folder / "index", progress=False))
+    return Shards(
+        build(
+            write_dataset(folder / "tars", num_images=9, size_px=48, seed=5),
+            folder / "index",
+            progress=False,
+        )
+    )
 
 
 def tiny_model(mllm, vae):
@@ -74,7 +102,13 @@ def tiny_model(mllm, vae):
     settings = AdapterConfig(num_queries=8, head_dim=32)
     adapter = QueryAdapter(settings, mllm.width)
     adapter.init_weights(0)
-    return IOMM(new_generator(shape, 0), adapter, mllm, vae, Recipe(mask=MaskConfig(ratio=0.5), adapter=settings))
+    return IOMM(
+        new_generator(shape, 0),
+        adapter,
+        mllm,
+        vae,
+        Recipe(mask=MaskConfig(ratio=0.5), adapter=settings),
+    )
 
 
 def in_memory(shards, mllm, vae, rank=0, size=1, others=()):
@@ -85,13 +119,31 @@ def in_memory(shards, mllm, vae, rank=0, size=1, others=()):
 def test_encoded_mixture_has_the_batches_and_the_loss_of_pixels(world, pairs, mllm, vae):
     """Latents are equal to the bit, image tokens to the rounding of a matrix product in another batch."""
     both = Joined(world, pairs)
-    plan = MixtureSampler(1, 8, 5, *(FixedSizeSampler(EpochPermutation(1, its.shard_sizes), SIZE_PX) for its in (world, pairs)), len(world))
+    plan = MixtureSampler(
+        1,
+        8,
+        5,
+        *(
+            FixedSizeSampler(EpochPermutation(1, its.shard_sizes), SIZE_PX)
+            for its in (world, pairs)
+        ),
+        len(world),
+    )
     encoded = in_memory(both, mllm, vae)
     assert encoded.num_bytes == 4 * (39 * 3 * SIZE_PX**2 + 30 * mllm.num_image_tokens * mllm.width)
     model = tiny_model(mllm, vae)
-    for got, wanted in zip(batches(both, encoded, plan=plan), batches(both, plan=plan), strict=True):
-        assert got.n_B.tolist() == wanted.n_B.tolist() and got.entry_B.tolist() == wanted.entry_B.tolist()
-        assert got.captions == wanted.captions and got.has_image == wanted.has_image and not all(got.has_image)
+    for got, wanted in zip(
+        batches(both, encoded, plan=plan), batches(both, plan=plan), strict=True
+    ):
+        assert (
+            got.n_B.tolist() == wanted.n_B.tolist()
+            and got.entry_B.tolist() == wanted.entry_B.tolist()
+        )
+        assert (
+            got.captions == wanted.captions
+            and got.has_image == wanted.has_image
+            and not all(got.has_image)
+        )
         assert got.pixels_BCHW is None and got.vit_pixels_BHWC is None
         assert torch.equal(got.latents_BCHW, wanted.pixels_BCHW)
         torch.testing.assert_close(got.image_tokens_IPD, mllm.image_tokens(wanted.vit_pixels_BHWC))
@@ -106,7 +158,10 @@ def test_ranks_encode_a_share_each(world, mllm, vae):
         ranks.all = lambda value: parts.append(value) or [value]
         EncodedSamples(world, mllm, vae, size_px=SIZE_PX, ranks=ranks, batch=4)
     ranks.all = lambda value: parts
-    together, alone = EncodedSamples(world, mllm, vae, size_px=SIZE_PX, ranks=ranks, batch=4), in_memory(world, mllm, vae)
+    together, alone = (
+        EncodedSamples(world, mllm, vae, size_px=SIZE_PX, ranks=ranks, batch=4),
+        in_memory(world, mllm, vae),
+    )
     assert [len(part[False][0]) for part in parts] == [15, 15]
     assert torch.equal(together.latents_NCHW, alone.latents_NCHW)
     torch.testing.assert_close(together.tokens_IPD, alone.tokens_IPD)
@@ -125,7 +180,12 @@ def test_unreadable_sample_is_replaced_in_every_epoch(world, mllm, vae, monkeypa
     assert encoded.bad == {5}
     seen = batches(world, encoded, num_steps=8)
     assert 5 not in [entry for batch in seen for entry in batch.entry_B.tolist()]
-    hit = [n for batch in batches(world, num_steps=8) for failure in batch.failures for n in [failure.n]]
+    hit = [
+        n
+        for batch in batches(world, num_steps=8)
+        for failure in batch.failures
+        for n in [failure.n]
+    ]
     assert [failure.n for batch in seen for failure in batch.failures] == hit and len(hit) == 3
 
 
@@ -135,7 +195,10 @@ def test_same_batches_latents_in_place_of_pixels(world, vae, tmp_path, dtype):
     cached = batches(world, store(world, tmp_path / "cache"))
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     for got, wanted in zip(cached, batches(world), strict=True):
-        assert got.n_B.tolist() == wanted.n_B.tolist() and got.entry_B.tolist() == wanted.entry_B.tolist()
+        assert (
+            got.n_B.tolist() == wanted.n_B.tolist()
+            and got.entry_B.tolist() == wanted.entry_B.tolist()
+        )
         assert got.pixels_BCHW is None and torch.equal(got.vit_pixels_BHWC, wanted.vit_pixels_BHWC)
         assert torch.equal(got.latents_BCHW, vae.encode(wanted.pixels_BCHW).to(kind).float())
 
@@ -145,11 +208,17 @@ def test_losses_agree_to_the_rounding_of_the_latents(world, mllm, vae, tmp_path)
     relative 2^-9 of values up to 1, of the loss of the pixels."""
     write(world, tmp_path / "cache", vae)
     model = tiny_model(mllm, vae)
-    for got, wanted in zip(batches(world, store(world, tmp_path / "cache"), 2), batches(world, num_steps=2), strict=True):
+    for got, wanted in zip(
+        batches(world, store(world, tmp_path / "cache"), 2),
+        batches(world, num_steps=2),
+        strict=True,
+    ):
         with torch.no_grad():
             cached, _, _ = model(got.pixels_BCHW, got.vit_pixels_BHWC, got.n_B, got.latents_BCHW)
             exact, _, _ = model(wanted.pixels_BCHW, wanted.vit_pixels_BHWC, wanted.n_B)
-            rounded, _, _ = model(wanted.pixels_BCHW.bfloat16().float(), wanted.vit_pixels_BHWC, wanted.n_B)
+            rounded, _, _ = model(
+                wanted.pixels_BCHW.bfloat16().float(), wanted.vit_pixels_BHWC, wanted.n_B
+            )
         assert torch.equal(cached, rounded)
         # |d(e^2)| <= 2 e d + d^2
         assert abs(cached - exact) < 2 * exact.sqrt() * 2**-9 + 2**-18
@@ -158,7 +227,10 @@ def test_losses_agree_to_the_rounding_of_the_latents(world, mllm, vae, tmp_path)
 def test_ranks_share_the_work_and_a_stopped_cache_goes_on(world, vae, tmp_path):
     write(world, tmp_path / "whole", vae)
     assert write(world, tmp_path / "parts", vae, rank=1, num_ranks=2) == 8 + 6
-    with pytest.raises(InputError, match="lacks 2 of 4 files, latents-00000.safetensors first: run the same `iomm cache` again"):
+    with pytest.raises(
+        InputError,
+        match="lacks 2 of 4 files, latents-00000.safetensors first: run the same `iomm cache` again",
+    ):
         store(world, tmp_path / "parts")
     assert write(world, tmp_path / "parts", vae, rank=0, num_ranks=2) == 16
     os.remove(tmp_path / "parts" / "latents-00002.safetensors")
@@ -196,13 +268,22 @@ def test_damaged_latents_and_images_are_replaced(world, vae, tmp_path, monkeypat
         else:
             assert cached.read(k).shape == (3, SIZE_PX, SIZE_PX)
     failures = [failure for batch in batches(world, cached) for failure in batch.failures]
-    hit = [n for batch in batches(world) for n, entry in zip(batch.n_B.tolist(), batch.entry_B.tolist()) if entry in bad]
-    assert [failure.n for failure in failures] == hit and not any(failure.fatal for failure in failures)
+    hit = [
+        n
+        for batch in batches(world)
+        for n, entry in zip(batch.n_B.tolist(), batch.entry_B.tolist())
+        if entry in bad
+    ]
+    assert [failure.n for failure in failures] == hit and not any(
+        failure.fatal for failure in failures
+    )
 
 
 def test_wrong_caches_are_one_line(world, vae, tmp_path):
     write(world, tmp_path / "cache", vae)
-    with pytest.raises(InputError, match="is a cache of something else .*dtype 'bf16' became 'fp16'"):
+    with pytest.raises(
+        InputError, match="is a cache of something else .*dtype 'bf16' became 'fp16'"
+    ):
         write(world, tmp_path / "cache", vae, dtype="fp16")
     with pytest.raises(InputError, match="is of something else .*size_px is 32, wanted 64"):
         LatentStore(tmp_path / "cache", world.index, vae="pixel:4", size_px=64)
@@ -225,8 +306,42 @@ def test_wrong_caches_are_one_line(world, vae, tmp_path):
 def test_the_command(tmp_path, capsys):
     settings = [f"run.dir={tmp_path / 'run'}", "data.num_images=20"]
     for rank in ("0", "1"):
-        assert cli.main(["cache", "--config", PIXELS, "--out", str(tmp_path / "cache"), "--rank", rank, "--ranks", "2", *settings]) == 0
+        assert (
+            cli.main(
+                [
+                    "cache",
+                    "--config",
+                    PIXELS,
+                    "--out",
+                    str(tmp_path / "cache"),
+                    "--rank",
+                    rank,
+                    "--ranks",
+                    "2",
+                    *settings,
+                ]
+            )
+            == 0
+        )
     assert "rank 1 of 2: 8 of 20 latents written" in capsys.readouterr().out
-    assert "0 of 20 latents" in write_latents(load_config(PIXELS, settings), tmp_path / "cache", dtype="bf16", batch=4)
-    assert cli.main(["cache", "--config", PIXELS, "--out", str(tmp_path / "cache"), "--rank", "2", "--ranks", "2", *settings]) == 2
+    assert "0 of 20 latents" in write_latents(
+        load_config(PIXELS, settings), tmp_path / "cache", dtype="bf16", batch=4
+    )
+    assert (
+        cli.main(
+            [
+                "cache",
+                "--config",
+                PIXELS,
+                "--out",
+                str(tmp_path / "cache"),
+                "--rank",
+                "2",
+                "--ranks",
+                "2",
+                *settings,
+            ]
+        )
+        == 2
+    )
     assert "--rank must be from 0 to --ranks - 1, got 2 of 2" in capsys.readouterr().err

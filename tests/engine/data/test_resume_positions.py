@@ -36,14 +36,21 @@ def sizes_only(shard_sizes, seed=0):
     return SizesOnly(records, [{"num_samples": size} for size in shard_sizes])
 
 
-@pytest.mark.parametrize("size_px, multiple_px, num", [(512, 16, 41), (1024, 16, 41), (256, 16, 41), (32, 4, 9)])
+@pytest.mark.parametrize(
+    "size_px, multiple_px, num", [(512, 16, 41), (1024, 16, 41), (256, 16, 41), (32, 4, 9)]
+)
 def test_bucket_sizes(size_px, multiple_px, num):
     found = bucket_sizes(size_px, multiple_px)
     assert len(found) == len(set(found)) == num and (size_px, size_px) in found
     ratios = [width / height for height, width in found]
-    assert ratios == sorted(ratios) and len(set(ratios)) == num and max(ratios) == 1 / min(ratios) == 4
+    assert (
+        ratios == sorted(ratios) and len(set(ratios)) == num and max(ratios) == 1 / min(ratios) == 4
+    )
     for height, width in found:
-        assert height % multiple_px == width % multiple_px == 0 and abs(height * width / size_px**2 - 1) < 0.061
+        assert (
+            height % multiple_px == width % multiple_px == 0
+            and abs(height * width / size_px**2 - 1) < 0.061
+        )
         assert (width, height) in found
 
 
@@ -52,9 +59,15 @@ def run_of(plan, global_batch, num_steps):
 
 
 @settings(deadline=None, max_examples=12)
-@given(st.lists(st.integers(0, 60), min_size=1, max_size=6).filter(lambda sizes: sum(sizes) >= 16), st.integers(0, 10**9),
-       st.sampled_from([1, 4, 7, 16]), st.integers(1, 3))
-def test_each_bucket_visits_each_of_its_samples_once_per_epoch(shard_sizes, seed, batch, group_shards):
+@given(
+    st.lists(st.integers(0, 60), min_size=1, max_size=6).filter(lambda sizes: sum(sizes) >= 16),
+    st.integers(0, 10**9),
+    st.sampled_from([1, 4, 7, 16]),
+    st.integers(1, 3),
+)
+def test_each_bucket_visits_each_of_its_samples_once_per_epoch(
+    shard_sizes, seed, batch, group_shards
+):
     """After E epochs each sample has been seen E times, but for those left over by its bucket, fewer than a batch and
     seen E - 1 times: they open the bucket's next epoch."""
     index = sizes_only(shard_sizes, seed)
@@ -67,10 +80,13 @@ def test_each_bucket_visits_each_of_its_samples_once_per_epoch(shard_sizes, seed
         # One shape a batch, one a sample.
         assert {home.setdefault(entry, size) for entry in entries.tolist()} == {size}
     for epoch in (1, 2, 3):
-        visits = Counter(steps[:epochs[epoch]].ravel().tolist())
+        visits = Counter(steps[: epochs[epoch]].ravel().tolist())
         for size, total in zip(plan.sizes, plan.totals):
             times = Counter(visits[entry] for entry, its in home.items() if its == size)
-            assert times[epoch] == total - total * epoch % batch and set(times) <= {epoch, epoch - 1}
+            assert times[epoch] == total - total * epoch % batch and set(times) <= {
+                epoch,
+                epoch - 1,
+            }
     assert len(home) == len(index.records)
 
 
@@ -81,7 +97,9 @@ def test_an_epoch_holds_the_batches_that_its_passes_complete():
     assert abs(sum(per_epoch) - 4 * 2000 / 16) <= len(plan.sizes)
     first = [plan.size_px(step) for step in range(per_epoch[0])]
     assert Counter(first) == {size: total // 16 for size, total in zip(plan.sizes, plan.totals)}
-    assert first != sorted(first) and first != [plan.size_px(per_epoch[0] + step) for step in range(per_epoch[0])]
+    assert first != sorted(first) and first != [
+        plan.size_px(per_epoch[0] + step) for step in range(per_epoch[0])
+    ]
 
 
 def test_a_picture_lands_in_the_nearest_shape():
@@ -103,7 +121,7 @@ def test_random_access_needs_no_replay():
         # Each rank asks for its own part only.
         for rank in range(4):
             n = np.arange(step * 8 + 2 * rank, step * 8 + 2 * rank + 2)
-            assert fresh(n).tolist() == sequential[step, 2 * rank:2 * rank + 2].tolist()
+            assert fresh(n).tolist() == sequential[step, 2 * rank : 2 * rank + 2].tolist()
     # Replacements stay in the bucket.
     again = fresh(np.arange(400, 408), attempt=1)
     assert {tuple(bucket_of(fresh, index, entry)) for entry in again} == {fresh.size_px(50)}
@@ -138,7 +156,9 @@ def squares(seed, shard_sizes):
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 48), st.floats(0, 1), st.integers(0, 10**9), st.integers(0, 10**6))
 def test_a_mixture_holds_exactly_its_share_in_every_batch(batch, share, seed, step):
-    plan = MixtureSampler(seed, batch, images_of(share, batch), squares(seed, [40, 24]), squares(seed, [50]), 64)
+    plan = MixtureSampler(
+        seed, batch, images_of(share, batch), squares(seed, [40, 24]), squares(seed, [50]), 64
+    )
     n = np.arange(step * batch, (step + 1) * batch)
     is_pair = plan.is_pair(n)
     assert (~is_pair).sum() == round(share * batch)
@@ -146,7 +166,10 @@ def test_a_mixture_holds_exactly_its_share_in_every_batch(batch, share, seed, st
     # And evenly: any m neighbours hold their share to within one image.
     for m in {1, 2, 4, batch}:
         for start in range(0, batch - m + 1):
-            assert abs((~is_pair[start:start + m]).sum() - m * round(share * batch) / batch) < 1 + 1e-9
+            assert (
+                abs((~is_pair[start : start + m]).sum() - m * round(share * batch) / batch)
+                < 1 + 1e-9
+            )
     assert plan(n[::-1]).tolist() == plan(n)[::-1].tolist()
 
 
@@ -159,35 +182,59 @@ def test_each_source_of_a_mixture_keeps_its_own_epochs():
     # as sets per epoch: the turn shuffles within a batch, so compare batch by batch
     for step in range(200):
         here = slice(10 * step, 10 * step + 10)
-        assert set(entries[here][~is_pair[here]]) == set(images(np.arange(3 * step, 3 * step + 3)).tolist())
-        assert set(entries[here][is_pair[here]]) == {64 + k for k in pairs(np.arange(7 * step, 7 * step + 7)).tolist()}
-    assert len({tuple(is_pair[10 * step:10 * step + 10]) for step in range(200)}) > 3
+        assert set(entries[here][~is_pair[here]]) == set(
+            images(np.arange(3 * step, 3 * step + 3)).tolist()
+        )
+        assert set(entries[here][is_pair[here]]) == {
+            64 + k for k in pairs(np.arange(7 * step, 7 * step + 7)).tolist()
+        }
+    assert len({tuple(is_pair[10 * step : 10 * step + 10]) for step in range(200)}) > 3
 
 
 def test_wrong_mixtures_are_one_line():
-    with pytest.raises(InputError, match="data.mix, the share of images in a batch, must be between 0 and 1, got 1.5"):
+    with pytest.raises(
+        InputError,
+        match="data.mix, the share of images in a batch, must be between 0 and 1, got 1.5",
+    ):
         images_of(1.5, 8)
-    with pytest.raises(InputError, match="data.pairs has 3 samples to train on, but every batch of 8 wants 4 of them"):
+    with pytest.raises(
+        InputError,
+        match="data.pairs has 3 samples to train on, but every batch of 8 wants 4 of them",
+    ):
         MixtureSampler(0, 8, 4, squares(0, [9]), squares(0, [3]), 9)
     with pytest.raises(InputError, match="data.shards has 0 samples"):
         MixtureSampler(0, 8, 4, None, squares(0, [30]), 0)
 
 
-@pytest.mark.parametrize("seed, batch, share, num_held_out", [(0, 8, 0.5, 0), (1, 7, 0.4, 40), (2, 12, 0.25, 40)])
-def test_a_mixture_in_buckets_has_one_shape_and_its_share_in_every_batch(seed, batch, share, num_held_out):
+@pytest.mark.parametrize(
+    "seed, batch, share, num_held_out", [(0, 8, 0.5, 0), (1, 7, 0.4, 40), (2, 12, 0.25, 40)]
+)
+def test_a_mixture_in_buckets_has_one_shape_and_its_share_in_every_batch(
+    seed, batch, share, num_held_out
+):
     """Pairs lead: each is seen once an epoch. Images follow their shapes: in each, all are seen before one is seen twice."""
     num_images = images_of(share, batch)
     images, pairs = sizes_only([120, 0, 180], seed), sizes_only([90, 50], seed + 1)
     shapes = bucket_sizes(512, 16)
-    kept = [held_out([shard["num_samples"] for shard in index.shards], num_held_out) for index in (images, pairs)]
+    kept = [
+        held_out([shard["num_samples"] for shard in index.shards], num_held_out)
+        for index in (images, pairs)
+    ]
 
     def make():
-        plans = (BucketSampler(seed, images, num_images, shapes, held_out=kept[0]),
-                 BucketSampler(seed, pairs, batch - num_images, shapes, held_out=kept[1]))
+        plans = (
+            BucketSampler(seed, images, num_images, shapes, held_out=kept[0]),
+            BucketSampler(seed, pairs, batch - num_images, shapes, held_out=kept[1]),
+        )
         buckets_of_both(*plans)
         return *plans, MixtureSampler(seed, batch, num_images, *plans, 300)
+
     follower, leader, plan = make()
-    assert follower.sizes == leader.sizes and (follower.totals >= num_images).all() and (leader.totals >= batch - num_images).all()
+    assert (
+        follower.sizes == leader.sizes
+        and (follower.totals >= num_images).all()
+        and (leader.totals >= batch - num_images).all()
+    )
     num_steps = int(leader._batches_before(3).sum())
     entries = run_of(plan, batch, num_steps)
     is_pair = plan.is_pair(np.arange(num_steps * batch)).reshape(num_steps, batch)
@@ -205,7 +252,10 @@ def test_a_mixture_in_buckets_has_one_shape_and_its_share_in_every_batch(seed, b
             assert max(times) - min(times) <= 1
         else:
             assert set(times) <= {2, 3} and times.count(2) < batch - num_images
-    never = {*held_out_entries([120, 0, 180], num_held_out), *(300 + held_out_entries([90, 50], num_held_out))}
+    never = {
+        *held_out_entries([120, 0, 180], num_held_out),
+        *(300 + held_out_entries([90, 50], num_held_out)),
+    }
     assert len(never) == 2 * num_held_out and not never & set(visits)
     assert {k for k in visits if k >= 300} | {k for k in never if k >= 300} == set(range(300, 440))
     # From anywhere, by any rank.
@@ -218,7 +268,10 @@ def test_a_mixture_in_buckets_has_one_shape_and_its_share_in_every_batch(seed, b
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.lists(st.integers(0, 50), min_size=1, max_size=8).filter(lambda sizes: sum(sizes) > 4), st.data())
+@given(
+    st.lists(st.integers(0, 50), min_size=1, max_size=8).filter(lambda sizes: sum(sizes) > 4),
+    st.data(),
+)
 def test_what_is_held_out_is_spread_over_the_shards_and_never_visited(shard_sizes, data):
     total = sum(shard_sizes)
     num = data.draw(st.integers(0, total - 1))
@@ -232,21 +285,48 @@ def test_what_is_held_out_is_spread_over_the_shards_and_never_visited(shard_size
 
 
 def test_nothing_held_out_changes_nothing_and_everything_is_refused():
-    assert EpochPermutation(3, [9, 8])(np.arange(40)).tolist() == EpochPermutation(3, [9, 8], held_out=held_out([9, 8], 0))(np.arange(40)).tolist()
-    with pytest.raises(InputError, match="data.heldout must leave samples to train on: got 17 of 17"):
+    assert (
+        EpochPermutation(3, [9, 8])(np.arange(40)).tolist()
+        == EpochPermutation(3, [9, 8], held_out=held_out([9, 8], 0))(np.arange(40)).tolist()
+    )
+    with pytest.raises(
+        InputError, match="data.heldout must leave samples to train on: got 17 of 17"
+    ):
         held_out([9, 8], 17)
 
 
 @pytest.fixture(scope="module")
 def two_worlds(tmp_path_factory):
     folder = tmp_path_factory.mktemp("worlds")
-    return [Shards(build(write_dataset(folder / name, num_images=num, size_px=48, seed=seed, shard_size=8), folder / f"{name}-index",
-                         progress=False)) for name, num, seed in (("images", 20, 1), ("pairs", 12, 2))]
+    return [
+        Shards(
+            build(
+                write_dataset(folder / name, num_images=num, size_px=48, seed=seed, shard_size=8),
+                folder / f"{name}-index",
+                progress=False,
+            )
+        )
+        for name, num, seed in (("images", 20, 1), ("pairs", 12, 2))
+    ]
 
 
 def batches_of(samples, plan, rank=0, world_size=1, micro_batch=4, **options):
-    return list(ImageSource(samples, seed=3, global_batch=8, micro_batch=micro_batch, rank=rank, world_size=world_size, size_px=32,
-                            vit_px=24, device="cpu", num_steps=5, plan=plan, **options))
+    return list(
+        ImageSource(
+            samples,
+            seed=3,
+            global_batch=8,
+            micro_batch=micro_batch,
+            rank=rank,
+            world_size=world_size,
+            size_px=32,
+            vit_px=24,
+            device="cpu",
+            num_steps=5,
+            plan=plan,
+            **options,
+        )
+    )
 
 
 def test_a_mixed_batch_has_captions_for_pairs_and_vit_pixels_for_images(two_worlds):
@@ -256,8 +336,15 @@ def test_a_mixed_batch_has_captions_for_pairs_and_vit_pixels_for_images(two_worl
     one = batches_of(samples, plan, flip=True)
     for batch in one:
         assert batch.has_image == [k < 20 for k in batch.entry_B.tolist()]
-        assert batch.captions == ["" if k < 20 else pairs.caption(k - 20) for k in batch.entry_B.tolist()]
-        assert batch.pixels_BCHW.shape == (4, 3, 32, 32) and batch.vit_pixels_BHWC.shape == (sum(batch.has_image), 24, 24, 3)
+        assert batch.captions == [
+            "" if k < 20 else pairs.caption(k - 20) for k in batch.entry_B.tolist()
+        ]
+        assert batch.pixels_BCHW.shape == (4, 3, 32, 32) and batch.vit_pixels_BHWC.shape == (
+            sum(batch.has_image),
+            24,
+            24,
+            3,
+        )
     plain = batches_of(samples, plan)
     # What a caption calls left stays left.
     for flipped, straight in zip(one, plain):
@@ -265,17 +352,28 @@ def test_a_mixed_batch_has_captions_for_pairs_and_vit_pixels_for_images(two_worl
             assert has_image or (flipped.pixels_BCHW[i] == straight.pixels_BCHW[i]).all()
     two = [batch for rank in range(2) for batch in batches_of(samples, plan, rank, 2, flip=True)]
     pixels = {n: pixel for batch in two for n, pixel in zip(batch.n_B.tolist(), batch.pixels_BCHW)}
-    assert all((pixels[n] == pixel).all() for batch in one for n, pixel in zip(batch.n_B.tolist(), batch.pixels_BCHW))
+    assert all(
+        (pixels[n] == pixel).all()
+        for batch in one
+        for n, pixel in zip(batch.n_B.tolist(), batch.pixels_BCHW)
+    )
 
 
 def test_pairs_alone(two_worlds):
     _, pairs = two_worlds
-    for batch in batches_of(Joined(None, pairs), MixtureSampler(3, 8, 0, None, squares(3, pairs.shard_sizes), 0)):
-        assert not any(batch.has_image) and all(batch.captions) and batch.vit_pixels_BHWC.shape == (0, 24, 24, 3)
+    for batch in batches_of(
+        Joined(None, pairs), MixtureSampler(3, 8, 0, None, squares(3, pairs.shard_sizes), 0)
+    ):
+        assert (
+            not any(batch.has_image)
+            and all(batch.captions)
+            and batch.vit_pixels_BHWC.shape == (0, 24, 24, 3)
+        )
 
 
 def test_a_batch_of_a_bucket_has_its_shape(tmp_path):
     from PIL import Image
+
     (tmp_path / "photos").mkdir()
     for i, size in enumerate([(90, 40), (40, 90), (64, 60)] * 12):
         Image.new("RGB", size, (7 * i, 0, 255 - 7 * i)).save(tmp_path / "photos" / f"{i:02d}.png")
@@ -286,7 +384,9 @@ def test_a_batch_of_a_bucket_has_its_shape(tmp_path):
     seen = set()
     for rank in range(2):
         for i, batch in enumerate(batches_of(shards, plan, rank, 2)):
-            assert batch.pixels_BCHW.shape[-2:] == plan.size_px(i) and batch.vit_pixels_BHWC.shape[1:] == (24, 24, 3)
+            assert batch.pixels_BCHW.shape[-2:] == plan.size_px(i) and batch.vit_pixels_BHWC.shape[
+                1:
+            ] == (24, 24, 3)
             seen.add(tuple(batch.pixels_BCHW.shape[-2:]))
             for entry, pixels in zip(batch.entry_B.tolist(), batch.pixels_BCHW):
                 colour = shards.name(entry).split(": ")[1].split(".")[0]

@@ -11,7 +11,7 @@ from iomm.config import InputError
 from iomm.engine.data.samplers import EpochPermutation, mix, permute
 
 sizes = st.lists(st.integers(0, 40), min_size=1, max_size=30).filter(any)
-seeds = st.integers(-2**63, 2**64 - 1)
+seeds = st.integers(-(2**63), 2**64 - 1)
 
 
 @settings(deadline=None, max_examples=150)
@@ -46,7 +46,9 @@ def test_permute_stays_inside_and_never_collides(size, key, count):
 def test_epochs_and_seeds_differ():
     order = EpochPermutation(7, [50] * 20)
     n = np.arange(order.total)
-    rows = [order(n + epoch * order.total) for epoch in range(3)] + [EpochPermutation(seed, [50] * 20)(n) for seed in (8, -7)]
+    rows = [order(n + epoch * order.total) for epoch in range(3)] + [
+        EpochPermutation(seed, [50] * 20)(n) for seed in (8, -7)
+    ]
     for i, a in enumerate(rows):
         for b in rows[:i]:
             # Two random orders of 1,000 agree in one place on average.
@@ -58,7 +60,38 @@ def test_the_order_is_these_numbers():
     assert EpochPermutation(0, [5, 0, 7, 3], group_shards=2)(np.arange(30)).tolist() == PINNED
 
 
-PINNED = [6, 7, 11, 5, 9, 0, 8, 1, 2, 10, 4, 3, 13, 14, 12, 3, 2, 8, 5, 11, 9, 0, 6, 7, 4, 10, 1, 14, 12, 13]
+PINNED = [
+    6,
+    7,
+    11,
+    5,
+    9,
+    0,
+    8,
+    1,
+    2,
+    10,
+    4,
+    3,
+    13,
+    14,
+    12,
+    3,
+    2,
+    8,
+    5,
+    11,
+    9,
+    0,
+    6,
+    7,
+    4,
+    10,
+    1,
+    14,
+    12,
+    13,
+]
 
 
 @pytest.mark.parametrize("total", [2, 3, 4, 5, 7, 16])
@@ -103,7 +136,7 @@ def test_reads_stay_within_a_group_of_shards():
     order = EpochPermutation(1, [100] * 64, group_shards=4)
     shard = order(np.arange(order.total)) // 100
     for start in range(0, order.total, 400):
-        assert len(np.unique(shard[start:start + 400])) == 4
+        assert len(np.unique(shard[start : start + 400])) == 4
     # The groups are made of shuffled shards.
     assert len(np.unique(shard[::400] // 4)) > 4
 

@@ -24,19 +24,39 @@ G, STEPS = 8, 9
 @pytest.fixture(scope="module")
 def index_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
-    return build(write_dataset(folder / "tars", num_images=30, size_px=48, shard_size=8), folder / "index", progress=False)
+    return build(
+        write_dataset(folder / "tars", num_images=30, size_px=48, shard_size=8),
+        folder / "index",
+        progress=False,
+    )
 
 
 def source(index_dir, rank=0, world_size=1, micro_batch=4, num_steps=STEPS, **options):
-    options = {"seed": 11, "global_batch": G, "size_px": 40, "vit_px": 24, "device": torch.device("cpu"), "flip": True} | options
-    return ImageSource(Shards(index_dir), rank=rank, world_size=world_size, micro_batch=micro_batch, num_steps=num_steps, **options)
+    options = {
+        "seed": 11,
+        "global_batch": G,
+        "size_px": 40,
+        "vit_px": 24,
+        "device": torch.device("cpu"),
+        "flip": True,
+    } | options
+    return ImageSource(
+        Shards(index_dir),
+        rank=rank,
+        world_size=world_size,
+        micro_batch=micro_batch,
+        num_steps=num_steps,
+        **options,
+    )
 
 
 def joined(batches):
     """{n: (entry, pixels, vit pixels)} over batches; every n once."""
     samples = {}
     for batch in batches:
-        for n, entry, pixels, vit_pixels in zip(batch.n_B.tolist(), batch.entry_B.tolist(), batch.pixels_BCHW, batch.vit_pixels_BHWC):
+        for n, entry, pixels, vit_pixels in zip(
+            batch.n_B.tolist(), batch.entry_B.tolist(), batch.pixels_BCHW, batch.vit_pixels_BHWC
+        ):
             assert n not in samples
             samples[n] = entry, pixels, vit_pixels
     return samples
@@ -45,7 +65,11 @@ def joined(batches):
 def assert_equal(got, wanted):
     assert got.keys() == wanted.keys()
     for n, (entry, pixels, vit_pixels) in wanted.items():
-        assert got[n][0] == entry and torch.equal(got[n][1], pixels) and torch.equal(got[n][2], vit_pixels)
+        assert (
+            got[n][0] == entry
+            and torch.equal(got[n][1], pixels)
+            and torch.equal(got[n][2], vit_pixels)
+        )
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +85,12 @@ def test_batches(index_dir, whole):
         assert batch.n_B.tolist() == list(range(4 * i, 4 * i + 4))
         assert batch.entry_B.tolist() == order(np.arange(4 * i, 4 * i + 4)).tolist()
         assert batch.captions == [""] * 4 and batch.has_image == [True] * 4 and batch.failures == []
-        assert batch.pixels_BCHW.shape == (4, 3, 40, 40) and batch.vit_pixels_BHWC.shape == (4, 24, 24, 3)
+        assert batch.pixels_BCHW.shape == (4, 3, 40, 40) and batch.vit_pixels_BHWC.shape == (
+            4,
+            24,
+            24,
+            3,
+        )
         assert batch.pixels_BCHW.abs().max() <= 1 and batch.wait_s >= 0
 
 
@@ -71,15 +100,17 @@ def test_any_number_of_ranks_sees_the_same_samples(index_dir, whole, world_size,
     # Equal in every global batch, hence in all.
     for step in range(STEPS):
         per_step = G // micro_batch // world_size
-        parts = [batch for batches in ranks for batch in batches[step * per_step:(step + 1) * per_step]]
-        assert_equal(joined(parts), joined(whole[2 * step:2 * step + 2]))
+        parts = [
+            batch for batches in ranks for batch in batches[step * per_step : (step + 1) * per_step]
+        ]
+        assert_equal(joined(parts), joined(whole[2 * step : 2 * step + 2]))
 
 
 @pytest.mark.parametrize("start_step", [1, 4, 8])
 def test_resumed_in_the_middle_it_goes_on_the_same(index_dir, whole, start_step):
     tail = list(source(index_dir, start_step=start_step))
     assert len(tail) == 2 * (STEPS - start_step)
-    assert_equal(joined(tail), joined(whole[2 * start_step:]))
+    assert_equal(joined(tail), joined(whole[2 * start_step :]))
 
 
 def test_flips_come_from_the_sample_number(index_dir, whole):
@@ -87,7 +118,9 @@ def test_flips_come_from_the_sample_number(index_dir, whole):
     flips = uniform(11, FLIP, torch.arange(G * STEPS), 1)[:, 0] < 0.5
     assert 0.3 < flips.float().mean() < 0.7
     for n, (_, pixels, vit_pixels) in joined(whole).items():
-        turned = [image.flip(axis) if flips[n] else image for image, axis in zip(plain[n][1:], (-1, -2))]
+        turned = [
+            image.flip(axis) if flips[n] else image for image, axis in zip(plain[n][1:], (-1, -2))
+        ]
         assert torch.equal(pixels, turned[0]) and torch.equal(vit_pixels, turned[1])
 
 
@@ -124,11 +157,16 @@ def test_a_damaged_sample_is_replaced_alike_on_any_number_of_ranks(tmp_path):
     for entry in entries:
         damage(tars[0], int(some.shards.index.records[entry]["image_offset"]) + 700)
     for world_size, micro_batch in ((1, 4), (2, 2), (4, 1)):
-        batches = [batch for rank in range(world_size)
-                   for batch in source(folder, rank, world_size, micro_batch, num_steps=2)]
+        batches = [
+            batch
+            for rank in range(world_size)
+            for batch in source(folder, rank, world_size, micro_batch, num_steps=2)
+        ]
         after = joined(batches)
         assert after.keys() == before.keys()
-        failures = sorted((failure for batch in batches for failure in batch.failures), key=lambda f: f.n)
+        failures = sorted(
+            (failure for batch in batches for failure in batch.failures), key=lambda f: f.n
+        )
         # Once an epoch, of 12 samples.
         hit = [n for n, (entry, _, _) in before.items() if entry in entries]
         assert [failure.n for failure in failures] == hit == [f.n for f in failures if not f.fatal]
@@ -136,7 +174,10 @@ def test_a_damaged_sample_is_replaced_alike_on_any_number_of_ranks(tmp_path):
             assert failure.shard == 0 and "its bytes are not those" in failure.problem
         n = 7
         assert after[5][0] == after[6][0] == before[n][0]
-        assert_equal({k: v for k, v in after.items() if k not in hit}, {k: v for k, v in before.items() if k not in hit})
+        assert_equal(
+            {k: v for k, v in after.items() if k not in hit},
+            {k: v for k, v in before.items() if k not in hit},
+        )
 
 
 def test_an_image_that_only_dali_refuses_is_replaced(index_dir, whole):
@@ -151,7 +192,10 @@ def test_an_image_that_only_dali_refuses_is_replaced(index_dir, whole):
     assert [failure.n for failure in failures] == hit
     assert all("DALI cannot decode it, though" in failure.problem for failure in failures)
     assert got[6][0] == wanted[7][0] and got[33][0] == wanted[36][0]
-    assert_equal({k: v for k, v in got.items() if k not in hit}, {k: v for k, v in wanted.items() if k not in hit})
+    assert_equal(
+        {k: v for k, v in got.items() if k not in hit},
+        {k: v for k, v in wanted.items() if k not in hit},
+    )
 
 
 def test_where_nothing_can_be_had_batches_stay_full_and_say_so(index_dir):
@@ -166,7 +210,9 @@ def test_where_nothing_can_be_had_batches_stay_full_and_say_so(index_dir):
     assert all(failure.fatal for batch in batches for failure in batch.failures)
     assert all((batch.pixels_BCHW == -1).all() for batch in batches)
     skips = BadSamples(1.0, 10)
-    with pytest.raises(InputError, match=r"sample \d+ is gone; nor could the samples that would take its place"):
+    with pytest.raises(
+        InputError, match=r"sample \d+ is gone; nor could the samples that would take its place"
+    ):
         skips.saw([failure for batch in batches for failure in batch.failures], 8)
 
 
@@ -198,7 +244,10 @@ def test_random_crops_come_from_the_sample_number(tmp_path):
     assert len(set(places[:, 0].tolist())) == 32
     for n, (_, pixels, _) in one.items():
         left = int(48 * places[n, 0])
-        assert torch.equal(((pixels + 1) * 127.5).round().byte(), torch.from_numpy(noise[:, left:left + 48].copy()).permute(2, 0, 1))
+        assert torch.equal(
+            ((pixels + 1) * 127.5).round().byte(),
+            torch.from_numpy(noise[:, left : left + 48].copy()).permute(2, 0, 1),
+        )
 
 
 def test_wrong_input_is_one_line(index_dir):

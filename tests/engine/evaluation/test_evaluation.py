@@ -45,11 +45,35 @@ HELD_OUT = 6
 def source(tmp_path_factory, mllm):
     """20 images and 12 pairs in batches of 8, half and half."""
     folder = tmp_path_factory.mktemp("worlds")
-    shards = [Shards(build_index(write_dataset(folder / name, num_images=num, size_px=48, seed=seed, shard_size=8),
-                                 folder / f"{name}-index", progress=False)) for name, num, seed in (("images", 20, 1), ("pairs", 12, 2))]
-    plans = [FixedSizeSampler(EpochPermutation(3, its.shard_sizes, held_out=held_out(its.shard_sizes, HELD_OUT)), 32) for its in shards]
-    return ImageSource(Joined(*shards), seed=3, global_batch=8, micro_batch=8, rank=0, world_size=1, size_px=32,
-                       vit_px=mllm.vit_px, device="cpu", num_steps=5, plan=MixtureSampler(3, 8, 4, *plans, 20))
+    shards = [
+        Shards(
+            build_index(
+                write_dataset(folder / name, num_images=num, size_px=48, seed=seed, shard_size=8),
+                folder / f"{name}-index",
+                progress=False,
+            )
+        )
+        for name, num, seed in (("images", 20, 1), ("pairs", 12, 2))
+    ]
+    plans = [
+        FixedSizeSampler(
+            EpochPermutation(3, its.shard_sizes, held_out=held_out(its.shard_sizes, HELD_OUT)), 32
+        )
+        for its in shards
+    ]
+    return ImageSource(
+        Joined(*shards),
+        seed=3,
+        global_batch=8,
+        micro_batch=8,
+        rank=0,
+        world_size=1,
+        size_px=32,
+        vit_px=mllm.vit_px,
+        device="cpu",
+        num_steps=5,
+        plan=MixtureSampler(3, 8, 4, *plans, 20),
+    )
 
 
 class Together(Exception):
@@ -61,12 +85,31 @@ def ranks(rank=0, size=1, others=()):
         if rank:
             raise Together(value)
         return [value, *others]
-    return SimpleNamespace(rank=rank, size=size, first=rank == 0, device=torch.device("cpu"), all=all_of, on_first=lambda work: work())
+
+    return SimpleNamespace(
+        rank=rank,
+        size=size,
+        first=rank == 0,
+        device=torch.device("cpu"),
+        all=all_of,
+        on_first=lambda work: work(),
+    )
 
 
 def evaluation(source, *overrides, hook=None, **which):
-    config = parse("", overrides=["data.size_px=32", f"data.heldout={HELD_OUT}", "evaluate.micro_batch=4", "evaluate.num_images=5",
-                                  "evaluate.steps=2", "evaluate.every_steps=10", "train.steps=25", *overrides])
+    config = parse(
+        "",
+        overrides=[
+            "data.size_px=32",
+            f"data.heldout={HELD_OUT}",
+            "evaluate.micro_batch=4",
+            "evaluate.num_images=5",
+            "evaluate.steps=2",
+            "evaluate.every_steps=10",
+            "train.steps=25",
+            *overrides,
+        ],
+    )
     return Evaluation(config, source, ranks(**which), hook)
 
 
@@ -89,25 +132,46 @@ def test_the_loss_is_that_of_the_formula_at_each_time(source, mllm):
     for kind, result in found.items():
         expected = np.zeros(len(TIMES))
         for batch in ours.batches(kind, ours.heldout[kind]):
-            assert batch.has_image == [kind == "image"] * 4 and batch.entry_B.tolist()[0] in ours.heldout[kind]
+            assert (
+                batch.has_image == [kind == "image"] * 4
+                and batch.entry_B.tolist()[0] in ours.heldout[kind]
+            )
             with torch.no_grad(), fixed(model):
                 n_B = batch.n_B + FIRST_N
                 latents = model.encode(batch.pixels_BCHW, n_B)
-                (image, _), (noise, _) = (noisy_tokens(latents, torch.full((4,), t), SEED, n_B, model.frozen[1].patch) for t in (0.0, 1.0))
-                read = model.read(model.condition(batch.vit_pixels_BHWC, n_B, batch.captions, batch.has_image))
+                (image, _), (noise, _) = (
+                    noisy_tokens(latents, torch.full((4,), t), SEED, n_B, model.frozen[1].patch)
+                    for t in (0.0, 1.0)
+                )
+                read = model.read(
+                    model.condition(batch.vit_pixels_BHWC, n_B, batch.captions, batch.has_image)
+                )
                 for i, t in enumerate(TIMES):
-                    velocity = model.velocity((1 - t) * image + t * noise, torch.full((4,), t), *read, (8, 8))
+                    velocity = model.velocity(
+                        (1 - t) * image + t * noise, torch.full((4,), t), *read, (8, 8)
+                    )
                     errors = (velocity - (noise - image)).square().mean(dim=(1, 2))
                     expected[i] += float(errors[batch.n_B < HELD_OUT].sum()) / HELD_OUT
-        assert result["by_time"] == pytest.approx(expected.tolist(), rel=1e-5) and result["mean"] == pytest.approx(expected.mean(), rel=1e-5)
+        assert result["by_time"] == pytest.approx(expected.tolist(), rel=1e-5) and result[
+            "mean"
+        ] == pytest.approx(expected.mean(), rel=1e-5)
     assert TIMES == (0.0625, 0.1875, 0.3125, 0.4375, 0.5625, 0.6875, 0.8125, 0.9375)
 
 
 def test_two_ranks_find_what_one_finds_to_the_bit(source, mllm):
     model = build(mllm)
-    for work in (lambda e: lambda model: e.loss(model, "image"), lambda e: lambda model: e.loss(model, "pair"),
-                 lambda e: lambda model: [np.asarray(image).tolist() for image in e.pictures(model).drawn],
-                 lambda e: lambda model: [np.asarray(image).tolist() for row in masked(e).pictures(model).rows.values() for image in row]):
+    for work in (
+        lambda e: lambda model: e.loss(model, "image"),
+        lambda e: lambda model: e.loss(model, "pair"),
+        lambda e: lambda model: [np.asarray(image).tolist() for image in e.pictures(model).drawn],
+        lambda e: (
+            lambda model: [
+                np.asarray(image).tolist()
+                for row in masked(e).pictures(model).rows.values()
+                for image in row
+            ]
+        ),
+    ):
         one = ask(model, work(evaluation(source)))
         with pytest.raises(Together) as said:
             ask(model, work(evaluation(source, rank=1, size=2)))
@@ -129,55 +193,106 @@ def test_it_depends_on_the_weights_and_on_nothing_else_of_the_run(source, mllm):
 
 
 def state_of(model, step):
-    return SimpleNamespace(step=step, ema=SimpleNamespace(flats=[]),
-                           sharded=SimpleNamespace(showing=lambda flats: nullcontext(model.requires_grad_(False))))
+    return SimpleNamespace(
+        step=step,
+        ema=SimpleNamespace(flats=[]),
+        sharded=SimpleNamespace(showing=lambda flats: nullcontext(model.requires_grad_(False))),
+    )
 
 
-@pytest.mark.parametrize("prompts, shown", [
-    ("a red circle | two blue squares", ["a red circle", "two blue squares", "a red circle", "two blue squares", "a red circle"]),
-    (None, None)])
+@pytest.mark.parametrize(
+    "prompts, shown",
+    [
+        (
+            "a red circle | two blue squares",
+            [
+                "a red circle",
+                "two blue squares",
+                "a red circle",
+                "two blue squares",
+                "a red circle",
+            ],
+        ),
+        (None, None),
+    ],
+)
 def test_a_row_of_the_log_a_picture_and_a_hook(source, mllm, tmp_path, prompts, shown):
     seen = []
 
     def hook(config, step, images, texts):
         seen.append((config.run.dir, step, texts, [image.size for image in images]))
         return {"brightness": np.float32(0.5), "count": len(images)}
+
     overrides = [f"run.dir={tmp_path}", *([f"evaluate.prompts={prompts}"] if prompts else [])]
     ours = evaluation(source, *overrides, hook=hook)
     assert [step for step in range(1, 27) if ours.due(step)] == [10, 20, 25]
     row = ours(state_of(build(mllm), 20))
-    assert set(row) == {"heldout_loss", "samples", "scores", "metrics"} and set(row["heldout_loss"]) == {"image", "pair"}
+    assert set(row) == {"heldout_loss", "samples", "scores", "metrics"} and set(
+        row["heldout_loss"]
+    ) == {"image", "pair"}
     assert row["metrics"] == {"brightness": 0.5, "count": 5.0}
     captions = [source.shards.caption(k) for k in ours.heldout["pair"][:5].tolist()]
-    assert seen == [(str(tmp_path), 20, shown or captions, [(32, 32)] * 5)] and len(set(captions)) > 1
+    assert (
+        seen == [(str(tmp_path), 20, shown or captions, [(32, 32)] * 5)] and len(set(captions)) > 1
+    )
     grid = Image.open(row["samples"]).text
-    assert json.loads(grid.pop("grid")) == {"columns": 5, "rows": ["drawn"], "labels": shown or captions}
+    assert json.loads(grid.pop("grid")) == {
+        "columns": 5,
+        "rows": ["drawn"],
+        "labels": shown or captions,
+    }
     assert grid == {
-        "run": str(tmp_path), "step": "20", "weights": "raw", "size": "32x32", "steps": "2", "seed": "0", "guidance": "1",
-        "prompt": "\n".join(dict.fromkeys(shown or captions))}
-    assert Image.open(row["samples"]).size == (5 * 34 - 2, 32) and row["samples"].endswith("samples/evaluate-00000020.png")
+        "run": str(tmp_path),
+        "step": "20",
+        "weights": "raw",
+        "size": "32x32",
+        "steps": "2",
+        "seed": "0",
+        "guidance": "1",
+        "prompt": "\n".join(dict.fromkeys(shown or captions)),
+    }
+    assert Image.open(row["samples"]).size == (5 * 34 - 2, 32) and row["samples"].endswith(
+        "samples/evaluate-00000020.png"
+    )
     flat = scalars(row)
-    assert flat["heldout_loss/pair/by_time/7"] == row["heldout_loss"]["pair"]["by_time"][7] and flat["metrics/count"] == 5
+    assert (
+        flat["heldout_loss/pair/by_time/7"] == row["heldout_loss"]["pair"]["by_time"][7]
+        and flat["metrics/count"] == 5
+    )
 
 
 def test_a_run_on_images_shows_what_it_draws_of_masked_ones(source, mllm, tmp_path):
-    bare = SimpleNamespace(shards=source.shards.images, latents=None, encoded=False, decoder=source.decoder)
+    bare = SimpleNamespace(
+        shards=source.shards.images, latents=None, encoded=False, decoder=source.decoder
+    )
     ours = evaluation(bare, f"run.dir={tmp_path}", "data.heldout=0")
     model = build(mllm)
     row = ours(state_of(model, 25))
-    assert set(row) == {"samples", "scores"} and Image.open(row["samples"]).size == (5 * 34 - 2, 3 * 34 - 2)
-    assert set(evaluation(bare, f"run.dir={tmp_path}", "evaluate.num_images=0")(state_of(model, 25))) == {"heldout_loss"}
+    assert set(row) == {"samples", "scores"} and Image.open(row["samples"]).size == (
+        5 * 34 - 2,
+        3 * 34 - 2,
+    )
+    assert set(
+        evaluation(bare, f"run.dir={tmp_path}", "evaluate.num_images=0")(state_of(model, 25))
+    ) == {"heldout_loss"}
     grid = read_grid(tmp_path / "samples/evaluate-00000025.png")
     mask = visible_mask(model.recipe.mask, SEED, FIRST_N + torch.arange(5), 16).view(5, 4, 4)
     for visible_YX, *pictures in zip(mask, *(row.values() for row in grid.values()), strict=True):
-        original, visible, drawn = (np.asarray(picture).reshape(4, 8, 4, 8, 3).swapaxes(1, 2) for picture in pictures)
-        assert ((original == visible).all((2, 3, 4)) == visible_YX.numpy()).all() and (drawn != original).any()
+        original, visible, drawn = (
+            np.asarray(picture).reshape(4, 8, 4, 8, 3).swapaxes(1, 2) for picture in pictures
+        )
+        assert ((original == visible).all((2, 3, 4)) == visible_YX.numpy()).all() and (
+            drawn != original
+        ).any()
         assert np.unique(visible[~visible_YX.numpy()]).tolist() == [150, 185]
 
 
 def test_the_visible_part_is_that_of_the_image_tokens(mllm):
     """The image token that changes most with a patch is the one whose patch visible_parts shows or hides."""
-    model, image = build(mllm), torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    model, image = (
+        build(mllm),
+        torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)),
+    )
     before = mllm.image_tokens(image)
     black = Image.new("RGB", (48, 48))
     mask = visible_mask(model.recipe.mask, model.recipe.seed, torch.arange(3), 16).view(3, 16)
@@ -185,14 +300,18 @@ def test_the_visible_part_is_that_of_the_image_tokens(mllm):
     for row in range(4):
         for column in range(4):
             changed = image.clone()
-            changed[..., 8 * row:8 * row + 8, 8 * column:8 * column + 8] += 3
+            changed[..., 8 * row : 8 * row + 8, 8 * column : 8 * column + 8] += 3
             token = int((mllm.image_tokens(changed) - before)[0].norm(dim=1).argmax())
             for n in range(3):
-                patch = shown[n][12 * row:12 * row + 12, 12 * column:12 * column + 12]
-                assert bool((patch == 0).all()) == bool(mask[n, token]) and bool((patch > 0).all()) != bool(mask[n, token])
+                patch = shown[n][12 * row : 12 * row + 12, 12 * column : 12 * column + 12]
+                assert bool((patch == 0).all()) == bool(mask[n, token]) and bool(
+                    (patch > 0).all()
+                ) != bool(mask[n, token])
 
 
-def test_pictures_are_scored_against_the_prompt_or_the_caption_of_the_masked_image(source, mllm, tmp_path):
+def test_pictures_are_scored_against_the_prompt_or_the_caption_of_the_masked_image(
+    source, mllm, tmp_path
+):
     shards = source.shards.images
     bare = SimpleNamespace(shards=shards, latents=None, encoded=False, decoder=source.decoder)
     ours = evaluation(bare, f"run.dir={tmp_path}")
@@ -204,13 +323,33 @@ def test_pictures_are_scored_against_the_prompt_or_the_caption_of_the_masked_ima
     turned = [*real[:3], *real[3:][::-1]]
     expected = [score(picture, caption) for picture, caption in zip(turned, captions)]
     found = ours.score(1, Pictures({"drawn": turned}, [None] * 5))
-    assert found == {key: sum(one[key] for one in expected) / 5 for key in SCORED} and found["fits"] == 0.6
+    assert (
+        found == {key: sum(one[key] for one in expected) / 5 for key in SCORED}
+        and found["fits"] == 0.6
+    )
     asked = evaluation(source, "evaluate.prompts=a red circle | a photo of a bench")
-    pictures = Pictures({"drawn": real}, ["a red circle", "a photo of a bench"] * 2 + ["a red circle"])
-    assert asked.score(1, pictures) == {key: sum(score(real[i], "a red circle")[key] for i in (0, 2, 4)) / 3 for key in SCORED}
+    pictures = Pictures(
+        {"drawn": real}, ["a red circle", "a photo of a bench"] * 2 + ["a red circle"]
+    )
+    assert asked.score(1, pictures) == {
+        key: sum(score(real[i], "a red circle")[key] for i in (0, 2, 4)) / 3 for key in SCORED
+    }
     assert asked.score(1, pictures._replace(prompts=["a photo of a bench"] * 5)) == {}
-    row = dict(step=1, loss=1.0, align_loss=None, grad_norm=1.0, lr=1e-3, step_s=1.0, time_s={"data": 1.0}, mfu=None, images_per_s=1.0, tokens_per_s=1.0,
-               data_wait_s=0.0, gpu_hours=0.0, gpu_hours_left=0.0)
+    row = dict(
+        step=1,
+        loss=1.0,
+        align_loss=None,
+        grad_norm=1.0,
+        lr=1e-3,
+        step_s=1.0,
+        time_s={"data": 1.0},
+        mfu=None,
+        images_per_s=1.0,
+        tokens_per_s=1.0,
+        data_wait_s=0.0,
+        gpu_hours=0.0,
+        gpu_hours_left=0.0,
+    )
     assert "fits 60%" in line(row | {"scores": found}, 10) and "fits" not in line(row, 10)
 
 
@@ -224,14 +363,21 @@ def test_a_scorer_that_fails_and_data_of_other_kinds_cost_no_run(source, mllm, t
 
 def test_a_hook_that_fails_is_said_and_stops_nothing(source, capsys):
     ours = evaluation(source, hook=lambda *_: {}["nothing"])
-    assert ours.ask(7, [], []) == {} and "step 7: the hook failed: KeyError: 'nothing'" in capsys.readouterr().out
+    assert (
+        ours.ask(7, [], []) == {}
+        and "step 7: the hook failed: KeyError: 'nothing'" in capsys.readouterr().out
+    )
 
 
 def test_only_the_command_line_can_name_a_hook():
     assert load_hook("os.path:join")("a", "b") == "a/b"
     assert not [key for key in all_keys(RunConfig) if "hook" in key]
-    for name, words in (("nowhere:f", "No module named 'nowhere'"), ("os.path:nothing", "has no attribute"),
-                        ("os.path:sep", "sep is not a function"), ("", "wanted package.module:function")):
+    for name, words in (
+        ("nowhere:f", "No module named 'nowhere'"),
+        ("os.path:nothing", "has no attribute"),
+        ("os.path:sep", "sep is not a function"),
+        ("", "wanted package.module:function"),
+    ):
         with pytest.raises(InputError, match="--hook") as error:
             load_hook(name)
         assert words in str(error.value)

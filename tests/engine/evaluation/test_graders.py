@@ -20,23 +20,49 @@ SIDE = 16
 @pytest.fixture(scope="module")
 def run(mllm, mllm_folder, tmp_path_factory):
     pipe = Pipeline(build(mllm), SIDE, origin={"run": "runs/tiny", "step": "7", "weights": "ema"})
-    return str(pipe.save_pretrained(tmp_path_factory.mktemp("export"), mllm=mllm_folder, vae="pixel:4"))
+    return str(
+        pipe.save_pretrained(tmp_path_factory.mktemp("export"), mllm=mllm_folder, vae="pixel:4")
+    )
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """Small prompt files in the benchmarks' own formats -> {benchmark: arguments}, {benchmark: picture names}."""
     root = tmp_path_factory.mktemp("prompts")
-    (root / "evaluation_metadata.jsonl").write_text("".join(
-        json.dumps({"tag": "single_object", "include": [{"class": c, "count": 1}], "prompt": f"a photo of a {c}"}) + "\n"
-        for c in ("bench", "cow")))
+    (root / "evaluation_metadata.jsonl").write_text(
+        "".join(
+            json.dumps(
+                {
+                    "tag": "single_object",
+                    "include": [{"class": c, "count": 1}],
+                    "prompt": f"a photo of a {c}",
+                }
+            )
+            + "\n"
+            for c in ("bench", "cow")
+        )
+    )
     (root / "prompts").mkdir()
     for name in ("partiprompts97", "0", "drawtext27"):
-        (root / "prompts" / f"{name}.txt").write_text(f"a long text {name}, \"quoted\"\n")
-    for part, numbers in {"a": [(1, "Cultural knowledge"), (2, "Cultural knowledge")], "b": [(641, "Biology"), (642, "Biology")]}.items():
-        (root / f"{part}.json").write_text(json.dumps(
-            [{"Prompt": f"the food of day {n}", "Explanation": "x", "Category": c, "Subcategory": "y", "prompt_id": n}
-             for n, c in numbers]))
+        (root / "prompts" / f"{name}.txt").write_text(f'a long text {name}, "quoted"\n')
+    for part, numbers in {
+        "a": [(1, "Cultural knowledge"), (2, "Cultural knowledge")],
+        "b": [(641, "Biology"), (642, "Biology")],
+    }.items():
+        (root / f"{part}.json").write_text(
+            json.dumps(
+                [
+                    {
+                        "Prompt": f"the food of day {n}",
+                        "Explanation": "x",
+                        "Category": c,
+                        "Subcategory": "y",
+                        "prompt_id": n,
+                    }
+                    for n, c in numbers
+                ]
+            )
+        )
     (root / "pictures/animal").mkdir(parents=True)
     edits = {}
     for i, key in enumerate(("1082", "673", "281")):
@@ -44,21 +70,49 @@ def files(tmp_path_factory):
         edits[key] = {"id": f"animal/{i}.jpg", "prompt": f"make it {i}", "edit_type": "adjust"}
     (root / "basic_edit.json").write_text(json.dumps(edits))
     arguments = {
-        "geneval": ["--prompts", str(root / "evaluation_metadata.jsonl")], "dpg": ["--prompts", str(root / "prompts")],
+        "geneval": ["--prompts", str(root / "evaluation_metadata.jsonl")],
+        "dpg": ["--prompts", str(root / "prompts")],
         "wise": ["--prompts", str(root / "a.json"), str(root / "b.json")],
-        "imgedit": ["--prompts", str(root / "basic_edit.json"), "--origin-img-root", str(root / "pictures")]}
-    names = {"geneval": {f"0000{n}/samples/000{k}.png" for n in range(2) for k in range(4)},
-             "dpg": {"partiprompts97.png", "0.png", "drawtext27.png"}, "wise": {"1.png", "2.png", "641.png", "642.png"},
-             "imgedit": {"1082.png", "673.png", "281.png"}}
+        "imgedit": [
+            "--prompts",
+            str(root / "basic_edit.json"),
+            "--origin-img-root",
+            str(root / "pictures"),
+        ],
+    }
+    names = {
+        "geneval": {f"0000{n}/samples/000{k}.png" for n in range(2) for k in range(4)},
+        "dpg": {"partiprompts97.png", "0.png", "drawtext27.png"},
+        "wise": {"1.png", "2.png", "641.png", "642.png"},
+        "imgedit": {"1082.png", "673.png", "281.png"},
+    }
     return arguments, names
 
 
 def pictures(folder):
-    return {p.relative_to(folder).as_posix(): np.asarray(Image.open(p)).astype(int) for p in sorted(folder.rglob("*.png"))}
+    return {
+        p.relative_to(folder).as_posix(): np.asarray(Image.open(p)).astype(int)
+        for p in sorted(folder.rglob("*.png"))
+    }
 
 
 def draw(bench, run, arguments, out, *more):
-    return main(["evaluate", bench, "--run", run, *arguments[bench], "--out", str(out), "--steps", "1", "--guidance", "2", *more])
+    return main(
+        [
+            "evaluate",
+            bench,
+            "--run",
+            run,
+            *arguments[bench],
+            "--out",
+            str(out),
+            "--steps",
+            "1",
+            "--guidance",
+            "2",
+            *more,
+        ]
+    )
 
 
 def look(bench, arguments, out, *more):
@@ -84,8 +138,14 @@ def test_a_folder_holds_what_its_grader_wants_and_nothing_else(drawn, files, ben
     assert set(found) == files[1][bench]
     side = 2 * SIDE if bench == "dpg" else SIDE
     assert all(picture.shape == (side, side, 3) for picture in found.values())
-    others = sorted(p.relative_to(drawn / bench).as_posix() for p in (drawn / bench).rglob("*") if p.is_file() and p.suffix != ".png")
-    assert others == (["00000/metadata.jsonl", "00001/metadata.jsonl"] if bench == "geneval" else [])
+    others = sorted(
+        p.relative_to(drawn / bench).as_posix()
+        for p in (drawn / bench).rglob("*")
+        if p.is_file() and p.suffix != ".png"
+    )
+    assert others == (
+        ["00000/metadata.jsonl", "00001/metadata.jsonl"] if bench == "geneval" else []
+    )
     # Nothing left beside it.
     assert sorted(p.name for p in drawn.iterdir()) == sorted(LAYOUTS)
     assert look(bench, files[0], drawn / bench) == 0
@@ -101,8 +161,18 @@ def test_geneval_gets_its_own_lines_back(drawn, files):
 
 def test_a_picture_says_what_it_is(drawn):
     assert Image.open(drawn / "wise/641.png").text == {
-        "benchmark": "wise verified", "run": "runs/tiny", "step": "7", "weights": "ema", "size": "16x16", "steps": "1",
-        "seed": "0", "guidance": "2", "shift": "1.0", "item": "641", "prompt": "the food of day 641"}
+        "benchmark": "wise verified",
+        "run": "runs/tiny",
+        "step": "7",
+        "weights": "ema",
+        "size": "16x16",
+        "steps": "1",
+        "seed": "0",
+        "guidance": "2",
+        "shift": "1.0",
+        "item": "641",
+        "prompt": "the food of day 641",
+    }
 
 
 @pytest.mark.parametrize("bench", LAYOUTS)
@@ -122,21 +192,30 @@ def test_two_ranks_and_another_batch_draw_the_same(drawn, run, files, bench, tmp
 
 def test_a_quarter_of_a_grid_is_the_picture_drawn_alone(drawn, run, files):
     pipe = Pipeline.from_pretrained(run, device="cpu")
-    text = next(item for item in read_items(LAYOUTS["dpg"], files[0]["dpg"][1:], None)[0] if item.id == "0").prompt
+    text = next(
+        item for item in read_items(LAYOUTS["dpg"], files[0]["dpg"][1:], None)[0] if item.id == "0"
+    ).prompt
     grid = pictures(drawn / "dpg")["0.png"]
     for k, (row, column) in enumerate([(0, 0), (0, SIDE), (SIDE, 0), (SIDE, SIDE)]):
-        alone = np.asarray(pipe(text, steps=1, guidance=2.0, numbers=[image_number("0", k)])[0]).astype(int)
-        assert np.abs(alone - grid[row:row + SIDE, column:column + SIDE]).max() <= 1
+        alone = np.asarray(
+            pipe(text, steps=1, guidance=2.0, numbers=[image_number("0", k)])[0]
+        ).astype(int)
+        assert np.abs(alone - grid[row : row + SIDE, column : column + SIDE]).max() <= 1
 
 
 def test_image_numbers_are_fixed():
-    assert (image_number("00000", 0), image_number("1082", 3)) == (6345119748487236046, 1803652048396911819)
+    assert (image_number("00000", 0), image_number("1082", 3)) == (
+        6345119748487236046,
+        1803652048396911819,
+    )
     numbers = {image_number(f"{item:05d}", k) for item in range(553) for k in range(4)}
     assert len(numbers) == 553 * 4 and all(0 <= n < 2**63 for n in numbers)
 
 
 @pytest.mark.parametrize("bench", LAYOUTS)
-def test_resuming_draws_what_is_missing_or_damaged_and_keeps_the_rest(drawn, run, files, bench, tmp_path, capsys):
+def test_resuming_draws_what_is_missing_or_damaged_and_keeps_the_rest(
+    drawn, run, files, bench, tmp_path, capsys
+):
     out = copy(drawn, bench, tmp_path)
     gone, cut, flipped = sorted(p for p in out.rglob("*.png"))[:3]
     gone.unlink()
@@ -150,20 +229,34 @@ def test_resuming_draws_what_is_missing_or_damaged_and_keeps_the_rest(drawn, run
     capsys.readouterr()
     assert look(bench, files[0], out) == 1
     said = capsys.readouterr().out
-    assert f"missing: {gone.relative_to(out)}" in said and f"malformed: {cut.relative_to(out)}: no intact PNG" in said
+    assert (
+        f"missing: {gone.relative_to(out)}" in said
+        and f"malformed: {cut.relative_to(out)}: no intact PNG" in said
+    )
     assert f"malformed: {flipped.relative_to(out)}: no intact PNG" in said
     assert ("metadata.jsonl: not the line of the prompt file" in said) == (bench == "geneval")
     assert draw(bench, run, files[0], out) == 0
     assert all(p.stat().st_mtime_ns == time for p, time in kept.items())
     ours, theirs = pictures(out), pictures(drawn / bench)
-    assert set(ours) == set(theirs) and all(np.abs(ours[name] - theirs[name]).max() <= 1 for name in ours)
+    assert set(ours) == set(theirs) and all(
+        np.abs(ours[name] - theirs[name]).max() <= 1 for name in ours
+    )
 
 
-@pytest.mark.parametrize("bench, name, accepted", [
-    ("geneval", "00002/", False), ("geneval", "00000/samples/0004.png", False), ("geneval", "00000/grid.png", True),
-    ("dpg", "dpg-bench_20260101_results.txt", False), ("dpg", "Thumbs.db", False), ("wise", "0.png", False),
-    ("wise", "Results-qwen35/scores.jsonl", True), ("imgedit", "result.json", True), ("imgedit", "1082.jpg", False),
-])
+@pytest.mark.parametrize(
+    "bench, name, accepted",
+    [
+        ("geneval", "00002/", False),
+        ("geneval", "00000/samples/0004.png", False),
+        ("geneval", "00000/grid.png", True),
+        ("dpg", "dpg-bench_20260101_results.txt", False),
+        ("dpg", "Thumbs.db", False),
+        ("wise", "0.png", False),
+        ("wise", "Results-qwen35/scores.jsonl", True),
+        ("imgedit", "result.json", True),
+        ("imgedit", "1082.jpg", False),
+    ],
+)
 def test_what_does_not_belong_there_is_named(drawn, files, bench, name, accepted, tmp_path, capsys):
     out = copy(drawn, bench, tmp_path)
     if name.endswith("/"):
@@ -181,7 +274,9 @@ def test_nothing_is_drawn_into_a_folder_of_something_else(run, files, tmp_path, 
     assert draw("dpg", run, files[0], tmp_path) == 2
     assert "holds what does not belong to dpg, notes.txt first" in capsys.readouterr().err
     assert draw("dpg", run, files[0], tmp_path / "notes.txt") == 2
-    assert "cannot be written" in capsys.readouterr().err and [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+    assert "cannot be written" in capsys.readouterr().err and [
+        p.name for p in tmp_path.iterdir()
+    ] == ["notes.txt"]
 
 
 def test_wrong_sizes_modes_and_mixed_settings_are_named(drawn, run, files, tmp_path, capsys):
@@ -215,20 +310,39 @@ def test_wrong_sizes_modes_and_mixed_settings_are_named(drawn, run, files, tmp_p
 
 def test_a_prompt_without_pictures_and_an_empty_folder(drawn, files, tmp_path, capsys):
     arguments = {"geneval": ["--prompts", str(tmp_path / "three.jsonl")]}
-    (tmp_path / "three.jsonl").write_text(open(files[0]["geneval"][1]).read() + '{"prompt": "a photo of a cat"}\n')
+    (tmp_path / "three.jsonl").write_text(
+        open(files[0]["geneval"][1]).read() + '{"prompt": "a photo of a cat"}\n'
+    )
     assert look("geneval", arguments, drawn / "geneval") == 1
     said = capsys.readouterr().out
-    assert "missing: 00002/metadata.jsonl\nmissing: 00002/samples/0000.png" in said and "5 files missing" in said
+    assert (
+        "missing: 00002/metadata.jsonl\nmissing: 00002/samples/0000.png" in said
+        and "5 files missing" in said
+    )
     assert look("geneval", arguments, tmp_path / "nothing") == 1
     assert "missing: and 5 more" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("bench, traps", [
-    ("geneval", ["python evaluation/evaluate_images.py", "-results.jsonl", "left out silently"]),
-    ("dpg", ["PYTHONHASHSEED=0 accelerate launch", "--resolution 16 --pic-num 4", "--res-path", "-results.txt"]),
-    ("wise", ["bash eval_qwen.sh", "Protocol: verified", "say which"]),
-    ("imgedit", ["--edit_json", "the --basic_edit of its readme is refused"]),
-])
+@pytest.mark.parametrize(
+    "bench, traps",
+    [
+        (
+            "geneval",
+            ["python evaluation/evaluate_images.py", "-results.jsonl", "left out silently"],
+        ),
+        (
+            "dpg",
+            [
+                "PYTHONHASHSEED=0 accelerate launch",
+                "--resolution 16 --pic-num 4",
+                "--res-path",
+                "-results.txt",
+            ],
+        ),
+        ("wise", ["bash eval_qwen.sh", "Protocol: verified", "say which"]),
+        ("imgedit", ["--edit_json", "the --basic_edit of its readme is refused"]),
+    ],
+)
 def test_the_next_command_and_its_traps(drawn, files, bench, traps, capsys):
     assert look(bench, files[0], drawn / bench) == 0
     said = capsys.readouterr().out
@@ -240,11 +354,22 @@ def test_wise_protocols_are_told_apart(tmp_path):
         path = tmp_path / file
         path.write_text(json.dumps([{"Prompt": "x", "Category": category, "prompt_id": number}]))
         return read_items(LAYOUTS["wise"], [str(path)], None)[1]
+
     for file, facts, protocol, command in [
         ("merge.json", ("Biology",), "wise verified", "eval_qwen.sh"),
         ("spatio-temporal_reasoning.json", ("Space",), "wise legacy", "data/${part}.json"),
-        ("spatio-temporal_reasoning_rewrite.json", ("Space",), "wise legacy, rewritten prompts", "data/${part}_rewrite.json"),
-        ("culture.json", ("Cultural knowledge", 3), "wise of unknown protocol", "these files lack prompt 641"),
+        (
+            "spatio-temporal_reasoning_rewrite.json",
+            ("Space",),
+            "wise legacy, rewritten prompts",
+            "data/${part}_rewrite.json",
+        ),
+        (
+            "culture.json",
+            ("Cultural knowledge", 3),
+            "wise of unknown protocol",
+            "these files lack prompt 641",
+        ),
     ]:
         assert name(file, *facts) == protocol
         assert command in next_step(protocol, tmp_path, 512, [file], None)
@@ -255,22 +380,39 @@ def test_dpg_reads_its_csv_as_its_folder(files, tmp_path):
     with open(tmp_path / "dpg_bench.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["item_id", "text", "keywords", "proposition_id"])
-        writer.writerows([item.id, item.prompt, "", question] for item in items for question in (1, 2))
+        writer.writerows(
+            [item.id, item.prompt, "", question] for item in items for question in (1, 2)
+        )
     assert read_items(LAYOUTS["dpg"], [str(tmp_path / "dpg_bench.csv")], None)[0] == items
 
 
-@pytest.mark.parametrize("bench, text, message", [
-    ("geneval", '{"prompt": "x"}\n\n{"prompt": "y"}\n', "prompts:2 is not JSON"),
-    ("geneval", '{"tag": "x"}\n', "wanted an object with a text 'prompt'"),
-    ("dpg", "item,text\n1,x\n", "wanted a folder of <item_id>.txt, or a csv with the columns item_id and text"),
-    ("dpg", "item_id,text\na.b,x\n", "'a.b' cannot be a file name"),
-    ("dpg", "item_id,text\na,x\na,y\n", "item a has two texts"),
-    ("wise", '[{"Prompt": "x", "prompt_id": 1001}]', "prompt_id must be from 1 to 1000, got 1001"),
-    ("wise", '[{"Prompt": "x", "prompt_id": 1}, {"Prompt": "y", "prompt_id": 1}]', "1 stands there twice"),
-    ("wise", "[]", "no prompt in it"),
-    ("imgedit", '{"../x": {"id": "a.jpg", "prompt": "x"}}', "'../x' cannot be a file name"),
-    ("imgedit", '["x"]', "wanted an object with a text 'prompt'"),
-])
+@pytest.mark.parametrize(
+    "bench, text, message",
+    [
+        ("geneval", '{"prompt": "x"}\n\n{"prompt": "y"}\n', "prompts:2 is not JSON"),
+        ("geneval", '{"tag": "x"}\n', "wanted an object with a text 'prompt'"),
+        (
+            "dpg",
+            "item,text\n1,x\n",
+            "wanted a folder of <item_id>.txt, or a csv with the columns item_id and text",
+        ),
+        ("dpg", "item_id,text\na.b,x\n", "'a.b' cannot be a file name"),
+        ("dpg", "item_id,text\na,x\na,y\n", "item a has two texts"),
+        (
+            "wise",
+            '[{"Prompt": "x", "prompt_id": 1001}]',
+            "prompt_id must be from 1 to 1000, got 1001",
+        ),
+        (
+            "wise",
+            '[{"Prompt": "x", "prompt_id": 1}, {"Prompt": "y", "prompt_id": 1}]',
+            "1 stands there twice",
+        ),
+        ("wise", "[]", "no prompt in it"),
+        ("imgedit", '{"../x": {"id": "a.jpg", "prompt": "x"}}', "'../x' cannot be a file name"),
+        ("imgedit", '["x"]', "wanted an object with a text 'prompt'"),
+    ],
+)
 def test_bad_prompt_files_are_one_clear_line(bench, text, message, tmp_path, capsys):
     path = tmp_path / "prompts"
     path.write_text(text)
@@ -279,14 +421,21 @@ def test_bad_prompt_files_are_one_clear_line(bench, text, message, tmp_path, cap
     assert len(said) == 1 and said[0].startswith("iomm: ") and message in said[0]
 
 
-@pytest.mark.parametrize("bench, more, message", [
-    ("wise", ["--num", "2"], "wise has 1 images a prompt"),
-    ("dpg", ["--size", "16x32"], "dpg cuts its grids into squares"),
-    ("dpg", ["--size", "30"], "image size must be a positive multiple of 4 px"),
-    ("dpg", ["--size", "0x"], "--size must be a side in pixels"),
-    ("wise", ["--rank", "2", "--ranks", "2"], "--rank must be from 0 to --ranks - 1"),
-    ("imgedit", ["--origin-img-root", "nowhere"], "--origin-img-root nowhere: 3 of 3 pictures are not there"),
-])
+@pytest.mark.parametrize(
+    "bench, more, message",
+    [
+        ("wise", ["--num", "2"], "wise has 1 images a prompt"),
+        ("dpg", ["--size", "16x32"], "dpg cuts its grids into squares"),
+        ("dpg", ["--size", "30"], "image size must be a positive multiple of 4 px"),
+        ("dpg", ["--size", "0x"], "--size must be a side in pixels"),
+        ("wise", ["--rank", "2", "--ranks", "2"], "--rank must be from 0 to --ranks - 1"),
+        (
+            "imgedit",
+            ["--origin-img-root", "nowhere"],
+            "--origin-img-root nowhere: 3 of 3 pictures are not there",
+        ),
+    ],
+)
 def test_bad_requests_draw_nothing(run, files, bench, more, message, tmp_path, capsys):
     assert draw(bench, run, files[0], tmp_path / "out", *more) == 2
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())

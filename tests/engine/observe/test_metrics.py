@@ -25,15 +25,32 @@ STEPS = 10
 
 def make(run_dir, start_step=0, **more):
     run_dir.mkdir(parents=True, exist_ok=True)
-    return Metrics(run_dir, flops_per_image=3e12, tokens_per_image=80, global_batch=16, num_steps=STEPS, ranks=RANKS,
-                   start_step=start_step, **more)
+    return Metrics(
+        run_dir,
+        flops_per_image=3e12,
+        tokens_per_image=80,
+        global_batch=16,
+        num_steps=STEPS,
+        ranks=RANKS,
+        start_step=start_step,
+        **more,
+    )
 
 
 def record(one, step, loss=1.0, **more):
     with one.clock, named("generator"):
         time.sleep(0.001)
-    return one.record(step=step, loss=loss, by_time=[2.0, 3.0, 4.0, 0.0], grad_norm=0.5, lr=1e-4, data_wait_s=0.25,
-                      skipped_steps=1, skipped_samples=2, **more)
+    return one.record(
+        step=step,
+        loss=loss,
+        by_time=[2.0, 3.0, 4.0, 0.0],
+        grad_norm=0.5,
+        lr=1e-4,
+        data_wait_s=0.25,
+        skipped_steps=1,
+        skipped_samples=2,
+        **more,
+    )
 
 
 def logged(run_dir):
@@ -57,22 +74,35 @@ def test_a_record_follows_its_definitions(tmp_path, monkeypatch, no_board):
     row = record(one, 3)
     assert row["samples_seen"] == 48 and row["loss_by_time"] == [0.5, None]
     assert row["step_s"] == sum(row["time_s"].values()) and row["time_s"]["generator"] >= 0.001
-    assert row["images_per_s"] == 16 / row["step_s"] and row["tokens_per_s"] == 80 * row["images_per_s"]
+    assert (
+        row["images_per_s"] == 16 / row["step_s"]
+        and row["tokens_per_s"] == 80 * row["images_per_s"]
+    )
     assert row["mfu"] == pytest.approx(3e12 * row["images_per_s"] / 2e15)
     assert row["gpu_hours"] == 1.0 + row["step_s"] * 2 / 3600
     assert row["gpu_hours_left"] == pytest.approx(row["step_s"] * 7 * 2 / 3600)
     assert json.loads((tmp_path / "log.jsonl").read_text()) == row
-    assert scalars(row)["time_s/generator"] == row["time_s"]["generator"] and scalars(row)["loss_by_time/0"] == 0.5
+    assert (
+        scalars(row)["time_s/generator"] == row["time_s"]["generator"]
+        and scalars(row)["loss_by_time/0"] == 0.5
+    )
     assert not {"step", "time_s", "loss_by_time/1"} & set(scalars(row))
     assert all(isinstance(number, int | float) for number in scalars(row).values())
     assert row["align_loss"] is None and "align" not in line(row, STEPS)
     assert "loss 1.0000  align 0.5000  grad norm" in line({**row, "align_loss": 0.5}, STEPS)
     said = line(row, STEPS)
-    assert "step 3/10" in said and "images/s" in said and "tokens/s" in said and "mfu" in said and "generator" in said
+    assert (
+        "step 3/10" in said
+        and "images/s" in said
+        and "tokens/s" in said
+        and "mfu" in said
+        and "generator" in said
+    )
 
 
 def test_what_an_evaluation_found_stands_in_the_row_and_its_time_is_not_the_steps(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     one = make(tmp_path / "run")
     record(one, 1)
     row = record(one, 2)
@@ -85,26 +115,52 @@ def test_what_an_evaluation_found_stands_in_the_row_and_its_time_is_not_the_step
         time.sleep(0.05)
     picture = tmp_path / "grid.png"
     Image.new("RGB", (4, 3)).save(picture)
-    found = {"heldout_loss": {"image": {"mean": 0.5, "by_time": [0.25, 0.75]}}, "metrics": {"score": 3.0}, "samples": str(picture)}
+    found = {
+        "heldout_loss": {"image": {"mean": 0.5, "by_time": [0.25, 0.75]}},
+        "metrics": {"score": 3.0},
+        "samples": str(picture),
+    }
     row = one.add(row, found)
-    assert row["evaluation_s"] >= 0.05 and row["step_s"] == sum(row["time_s"].values()) and "evaluation" not in row["time_s"]
-    assert row["gpu_hours"] == one.gpu_hours == pytest.approx(before + row["evaluation_s"] * 2 / 3600)
-    assert json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[1]) == row and row.items() >= found.items()
+    assert (
+        row["evaluation_s"] >= 0.05
+        and row["step_s"] == sum(row["time_s"].values())
+        and "evaluation" not in row["time_s"]
+    )
+    assert (
+        row["gpu_hours"] == one.gpu_hours == pytest.approx(before + row["evaluation_s"] * 2 / 3600)
+    )
+    assert (
+        json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[1]) == row
+        and row.items() >= found.items()
+    )
     after = record(one, 3)
-    assert "held-out image 0.5000" in line(row, STEPS) and "evaluation_s" not in after and after["time_s"]["checkpoint"] >= 0.02
-    assert after["step_s"] == sum(after["time_s"].values()) and logged(tmp_path / "run") == [1, 2, 3]
+    assert (
+        "held-out image 0.5000" in line(row, STEPS)
+        and "evaluation_s" not in after
+        and after["time_s"]["checkpoint"] >= 0.02
+    )
+    assert after["step_s"] == sum(after["time_s"].values()) and logged(tmp_path / "run") == [
+        1,
+        2,
+        3,
+    ]
     one.close()
     # The checkpoint of step 2 knows of no evaluation.
     again = make(tmp_path / "run", start_step=2, gpu_hours=before)
     assert again.gpu_hours == row["gpu_hours"] and logged(tmp_path / "run") == [1, 2]
     again.close()
     seen = EventAccumulator(str(tmp_path / "run/tb")).Reload()
-    assert set(seen.Tags()["scalars"]) >= {"heldout_loss/image/by_time/1", "metrics/score", "evaluation_s"}
+    assert set(seen.Tags()["scalars"]) >= {
+        "heldout_loss/image/by_time/1",
+        "metrics/score",
+        "evaluation_s",
+    }
     assert seen.Tags()["images"] == ["evaluate"]
 
 
 def test_tensorboard_shows_what_log_jsonl_holds(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     one = make(tmp_path)
     rows = [record(one, step, loss=float(step)) for step in (1, 2)]
     one.close()
@@ -115,7 +171,11 @@ def test_tensorboard_shows_what_log_jsonl_holds(tmp_path):
 
 
 def test_a_resumed_run_drops_the_lines_that_come_again_and_what_is_no_line(tmp_path, no_board):
-    lines = [json.dumps({"step": step}) for step in (1, 2, 3, 4)] + ['{"step": 5, "lo', "3", "\x00\x00"]
+    lines = [json.dumps({"step": step}) for step in (1, 2, 3, 4)] + [
+        '{"step": 5, "lo',
+        "3",
+        "\x00\x00",
+    ]
     (tmp_path / "log.jsonl").write_text("\n".join(lines))
     one = make(tmp_path, start_step=2)
     record(one, 3)
@@ -123,6 +183,7 @@ def test_a_resumed_run_drops_the_lines_that_come_again_and_what_is_no_line(tmp_p
 
 
 # Telemetry is never fatal: every step below is recorded, whatever fails, and it is said once.
+
 
 def test_a_log_that_cannot_be_opened(tmp_path, no_board, capsys):
     (tmp_path / "log.jsonl").mkdir()
@@ -136,9 +197,14 @@ def test_a_full_disk_costs_lines_until_there_is_room_again(tmp_path, no_board, c
     """RLIMIT_FSIZE stands for the disk: the kernel writes what fits, then refuses."""
     one = make(tmp_path)
     record(one, 1)
-    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    before, handler = (
+        resource.getrlimit(resource.RLIMIT_FSIZE),
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
+    )
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (os.path.getsize(tmp_path / "log.jsonl") + 100, before[1]))
+        resource.setrlimit(
+            resource.RLIMIT_FSIZE, (os.path.getsize(tmp_path / "log.jsonl") + 100, before[1])
+        )
         assert [record(one, step)["step"] for step in (2, 3, 4)] == [2, 3, 4]
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -146,7 +212,10 @@ def test_a_full_disk_costs_lines_until_there_is_room_again(tmp_path, no_board, c
     record(one, 5)
     record(one, 6)
     one.close()
-    assert logged(tmp_path) == [1, 5, 6] and capsys.readouterr().out.count("log.jsonl cannot be written") == 1
+    assert (
+        logged(tmp_path) == [1, 5, 6]
+        and capsys.readouterr().out.count("log.jsonl cannot be written") == 1
+    )
 
 
 @pytest.mark.parametrize("where", ["open", "add_scalar", "thread", "close"])
@@ -155,6 +224,7 @@ def test_a_tensorboard_writer_that_fails(tmp_path, monkeypatch, capsys, where):
 
     def fail(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     if where == "open":
         (tmp_path / "tb").write_text("a file stands where the folder should")
     one = make(tmp_path)
@@ -179,6 +249,7 @@ def test_a_tensorboard_writer_that_fails(tmp_path, monkeypatch, capsys, where):
 def test_clock_jumps_change_nothing(tmp_path, monkeypatch):
     """The wall clock an hour back, a day on: TensorBoard and the progress bar read it, step times do not."""
     from tqdm import tqdm
+
     one = make(tmp_path)
     real, jumps = time.time, [0, -3600, 86400, -86400, 0]
     bar = tqdm(total=5, file=open(os.devnull, "w"))
@@ -194,6 +265,7 @@ def test_clock_jumps_change_nothing(tmp_path, monkeypatch):
 
 def test_wandb_is_asked_for_and_found_before_anything_starts(tmp_path, monkeypatch, capsys):
     from iomm.engine.launch import main
+
     monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
     assert main(["log.wandb=true", "--dry-run"]) == 2
     said = capsys.readouterr().err.splitlines()
@@ -220,6 +292,7 @@ def test_a_failing_wandb_costs_no_step(tmp_path, monkeypatch, no_board, capsys, 
             if fails == "finish":
                 time.sleep(60)
             self.finished = True
+
     run, asked = Run(), {}
 
     def init(**options):
@@ -227,6 +300,7 @@ def test_a_failing_wandb_costs_no_step(tmp_path, monkeypatch, no_board, capsys, 
             raise RuntimeError("no API key")
         asked.update(options)
         return run
+
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
     monkeypatch.setattr(metrics, "WANDB_PATIENCE_S", 0.1)
     one = make(tmp_path / "runs/mine", wandb=True, settings={"train.steps": STEPS})
@@ -236,15 +310,29 @@ def test_a_failing_wandb_costs_no_step(tmp_path, monkeypatch, no_board, capsys, 
     one.close()
     assert logged(tmp_path / "runs/mine") == [1, 2] and time.monotonic() - started < 30
     assert capsys.readouterr().out.count("wandb cannot be written") == (fails in ("init", "log"))
-    assert run.rows == ([] if fails in ("init", "log") else [(1, 1.0), (2, 1.0)]) and run.finished == (not fails)
+    assert run.rows == (
+        [] if fails in ("init", "log") else [(1, 1.0), (2, 1.0)]
+    ) and run.finished == (not fails)
     if fails != "init":
-        assert (asked["project"], asked["name"], asked["config"]) == ("runs", "mine", {"train.steps": STEPS})
+        assert (asked["project"], asked["name"], asked["config"]) == (
+            "runs",
+            "mine",
+            {"train.steps": STEPS},
+        )
 
 
 def test_numbers_that_are_none_are_written_all_the_same(tmp_path):
     """A skipped step: the loss is NaN and there is no norm."""
     one = make(tmp_path)
-    row = one.record(step=1, loss=math.nan, by_time=[0.0, 0.0], grad_norm=None, lr=0.0, data_wait_s=0.0, skipped_steps=0,
-                     skipped_samples=0)
+    row = one.record(
+        step=1,
+        loss=math.nan,
+        by_time=[0.0, 0.0],
+        grad_norm=None,
+        lr=0.0,
+        data_wait_s=0.0,
+        skipped_steps=0,
+        skipped_samples=0,
+    )
     one.close()
     assert "skipped" in line(row, STEPS) and logged(tmp_path) == [1]

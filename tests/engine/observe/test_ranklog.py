@@ -33,9 +33,16 @@ with RankLog(sys.argv[1], rank=int(sys.argv[2])):
 
 def work(run_dir, rank, end):
     # -u: as DeepSpeed starts its ranks; a killed process would keep what is buffered for a terminal that is a pipe
-    done = subprocess.run([sys.executable, "-u", "-c", WORK, str(run_dir), str(rank), end], capture_output=True, text=True, timeout=60,
-                          env={**os.environ, "WORLD_SIZE": "2"})
-    return done, (Path(run_dir) / f"logs/rank-0000{rank}.txt").read_text() if (Path(run_dir) / "logs").is_dir() else ""
+    done = subprocess.run(
+        [sys.executable, "-u", "-c", WORK, str(run_dir), str(rank), end],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "WORLD_SIZE": "2"},
+    )
+    return done, (Path(run_dir) / f"logs/rank-0000{rank}.txt").read_text() if (
+        Path(run_dir) / "logs"
+    ).is_dir() else ""
 
 
 @pytest.mark.parametrize("end", ["kill", "crash", "exit", "raise"])
@@ -77,6 +84,7 @@ def test_a_terminal_that_is_gone_and_a_disk_that_is_full_stop_nobody(tmp_path):
 
         def flush(self):
             raise ValueError("I/O operation on closed file")
+
     lines = []
     tee = Tee(Gone(), lines.append)
     print("still here", file=tee, flush=True)

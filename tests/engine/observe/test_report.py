@@ -222,7 +222,7 @@ def test_the_page_of_a_run_shows_all_of_it_in_one_file(tmp_path):
     assert Image.open(run / "samples/curves.png").size == (
         1380,
         336,
-    # loss, scores and the hook's metric in a row
+        # loss, scores and the hook's metric in a row
     )
     assert not list(run.rglob(".*.partial"))
 
@@ -255,8 +255,9 @@ def test_prompts_stand_beside_their_pictures_and_the_last_step_is_among_the_colu
     assert shown == [colour(step, 0) for step in steps]
     left = np.asarray(sheet.convert("L"))[28:, :170]
     assert all(
-        (left[row * CELL : row * CELL + 2 * SIDE] < 128).any() for row in range(6)
-    # A text before each row.
+        (left[row * CELL : row * CELL + 2 * SIDE] < 128).any()
+        for row in range(6)
+        # A text before each row.
     )
     assert report.few(["a", "b", "a (2)", "c", "b (2)", "d", "e", "f"]) == [
         "a",
@@ -585,7 +586,7 @@ def test_a_browser_shows_it(tmp_path):
     seen = {pixel for _, pixel in image.getcolors(image.width * image.height)}
     assert (
         image.size == (1280, 1400) and {(9, 105, 218), (209, 87, 11)} <= seen
-    # The first two colours of the curves.
+        # The first two colours of the curves.
     )
     assert colour(30, 1) in seen and colour(0, 1, "visible") in seen
 

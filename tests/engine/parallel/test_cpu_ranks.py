@@ -25,8 +25,18 @@ from iomm.engine.shapes.dataset import write_dataset
 def settings(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "shapes"
     write_dataset(folder, num_images=72, size_px=32, seed=1, shard_size=24)
-    return ["--config", PIXELS, f"data.shards={folder}", "data.size_px=32", "model.vae=pixel:4", "train.global_batch=8", "train.threads=1",
-            "precision=fp32", "checkpoint.every_steps=2", "log.sample_images=0"]
+    return [
+        "--config",
+        PIXELS,
+        f"data.shards={folder}",
+        "data.size_px=32",
+        "model.vae=pixel:4",
+        "train.global_batch=8",
+        "train.threads=1",
+        "precision=fp32",
+        "checkpoint.every_steps=2",
+        "log.sample_images=0",
+    ]
 
 
 class Job:
@@ -35,9 +45,16 @@ class Job:
     def __init__(self, run_dir, *arguments):
         self.run_dir, self.path = run_dir, Path(f"{run_dir}.out")
         with open(self.path, "w") as said:
-            self.rank_0, = start_ranks(1, ROOT / "engine/launch.py", f"run.dir={run_dir}", "train.cpu_ranks=2", *arguments, said=said)
+            (self.rank_0,) = start_ranks(
+                1,
+                ROOT / "engine/launch.py",
+                f"run.dir={run_dir}",
+                "train.cpu_ranks=2",
+                *arguments,
+                said=said,
+            )
         self.until(lambda: self.peers())
-        self.peer, = self.peers()
+        (self.peer,) = self.peers()
 
     def peers(self):
         """Process ids of ranks 1 and above whose parent is rank 0."""
@@ -45,7 +62,10 @@ class Job:
         for path in Path("/proc").glob("[0-9]*"):
             try:
                 parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-                if parent == self.rank_0.pid and b"\0RANK=1\0" in b"\0" + (path / "environ").read_bytes():
+                if (
+                    parent == self.rank_0.pid
+                    and b"\0RANK=1\0" in b"\0" + (path / "environ").read_bytes()
+                ):
                     found.append(int(path.name))
             except OSError:
                 # it has ended
@@ -82,7 +102,9 @@ def test_a_peer_is_a_rank_like_any_other(settings, tmp_path):
     job.until_step(3)
     os.kill(job.peer, signal.SIGKILL)
     assert job.ends() == DEAD and f"iomm: rank 1 ({socket.gethostname()}) died" in job.out, job.out
-    for ours, theirs in zip(rows(tmp_path / "own/log.jsonl"), rows(tmp_path / "launched/log.jsonl")):
+    for ours, theirs in zip(
+        rows(tmp_path / "own/log.jsonl"), rows(tmp_path / "launched/log.jsonl")
+    ):
         assert (ours["loss"], ours["grad_norm"]) == (theirs["loss"], theirs["grad_norm"])
     assert "72 images, 2 ranks on cpu, 1 thread each" in job.out and job.out.count("step 1/") == 1
     assert "rank 1 of 2, process" in (tmp_path / "own/logs/rank-00001.txt").read_text()
@@ -95,7 +117,9 @@ def test_a_peer_is_a_rank_like_any_other(settings, tmp_path):
     assert job.ends() == REQUEUE, job.out
     steps = rows(tmp_path / "own/log.jsonl")[-1]["step"]
     assert f"stopped as asked; step {steps} is saved" in job.out and "resumed from" in job.out
-    assert checkpoint_reader.step_of(checkpoint_reader.newest(tmp_path / "own/checkpoints")) == steps
+    assert (
+        checkpoint_reader.step_of(checkpoint_reader.newest(tmp_path / "own/checkpoints")) == steps
+    )
 
 
 def test_ranks_die_together_before_they_have_met(settings, tmp_path):
@@ -112,16 +136,20 @@ def test_ranks_die_together_before_they_have_met(settings, tmp_path):
 def nothing_starts(monkeypatch):
     def started(*_, **__):
         raise AssertionError("a process was started")
+
     monkeypatch.setattr(cpu_ranks.subprocess, "Popen", started)
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["train.cpu_ranks=-1"], "train.cpu_ranks must be >= 0, got -1"),
-    (["train.cpu_ranks=many"], "train.cpu_ranks must be a whole number, got 'many'"),
-    (["train.cpu_ranks=2", "--stage", "finetune"], "give --init RUN"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["train.cpu_ranks=-1"], "train.cpu_ranks must be >= 0, got -1"),
+        (["train.cpu_ranks=many"], "train.cpu_ranks must be a whole number, got 'many'"),
+        (["train.cpu_ranks=2", "--stage", "finetune"], "give --init RUN"),
+    ],
+)
 def test_mistakes_start_nothing(arguments, message, nothing_starts, capsys):
     assert main(arguments, start_peers=True) == REFUSED
     said = capsys.readouterr().err.splitlines()
@@ -129,23 +157,40 @@ def test_mistakes_start_nothing(arguments, message, nothing_starts, capsys):
 
 
 def test_a_dry_run_starts_nothing(nothing_starts, capsys):
-    assert main(["--dry-run", "2", "train.cpu_ranks=2", "data.shards=shapes"], start_peers=True) == 0
+    assert (
+        main(["--dry-run", "2", "train.cpu_ranks=2", "data.shards=shapes"], start_peers=True) == 0
+    )
     assert capsys.readouterr().err == ""
 
 
 def test_a_peer_that_cannot_be_started_is_named(monkeypatch):
     def fails(*_, **__):
         raise OSError(11, "Resource temporarily unavailable")
+
     monkeypatch.setattr(cpu_ranks.subprocess, "Popen", fails)
     monkeypatch.setattr(os, "environ", {"RANK": "0"})
-    with pytest.raises(cpu_ranks.InputError, match="train.cpu_ranks: rank 1 cannot be started: Resource temporarily"):
+    with pytest.raises(
+        cpu_ranks.InputError,
+        match="train.cpu_ranks: rank 1 cannot be started: Resource temporarily",
+    ):
         cpu_ranks.Peers(3, 1).__enter__()
 
 
-@pytest.mark.parametrize("cpu_ranks_key, micro_batch, world, device, expected", [
-    (1, None, None, "cpu", 1), (0, None, None, "cpu", 4), (0, None, "1", "cpu", 4), (3, None, None, "cpu", 3), (5, None, None, "cpu", 4),
-    (4, 8, None, "cpu", 3), (8, 24, None, "cpu", 1), (7, 9, None, "cpu", 1), (0, None, "2", "cpu", 1), (4, None, None, "cuda", 1),
-])
+@pytest.mark.parametrize(
+    "cpu_ranks_key, micro_batch, world, device, expected",
+    [
+        (1, None, None, "cpu", 1),
+        (0, None, None, "cpu", 4),
+        (0, None, "1", "cpu", 4),
+        (3, None, None, "cpu", 3),
+        (5, None, None, "cpu", 4),
+        (4, 8, None, "cpu", 3),
+        (8, 24, None, "cpu", 1),
+        (7, 9, None, "cpu", 1),
+        (0, None, "2", "cpu", 1),
+        (4, None, None, "cuda", 1),
+    ],
+)
 def test_the_number_of_ranks(cpu_ranks_key, micro_batch, world, device, expected, monkeypatch):
     """Of a global batch of 24 on 5 cores: as many as asked for, or fit the cores, and divide it."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(5)))
@@ -154,7 +199,10 @@ def test_the_number_of_ranks(cpu_ranks_key, micro_batch, world, device, expected
         monkeypatch.setenv("WORLD_SIZE", world)
     train = TrainSection(cpu_ranks=cpu_ranks_key, micro_batch=micro_batch, global_batch=24)
     assert cpu_ranks.num_ranks(train, device) == expected
-    assert cpu_ranks.num_ranks(replace(train, cpu_ranks=0, global_batch=3, micro_batch=None), "cpu") == 1
+    assert (
+        cpu_ranks.num_ranks(replace(train, cpu_ranks=0, global_batch=3, micro_batch=None), "cpu")
+        == 1
+    )
 
 
 def test_the_threads_of_a_peer_are_set_before_torch_is_loaded():
@@ -166,4 +214,8 @@ def test_the_threads_of_a_peer_are_set_before_torch_is_loaded():
 def test_a_run_resumes_with_another_number():
     config = load_config("demo")
     assert not differences(config, load_config("demo", ["train.cpu_ranks=3"]))
-    assert [config.train.cpu_ranks, load_config("demo-finetune").train.cpu_ranks, TrainSection().cpu_ranks] == [0, 0, 1]
+    assert [
+        config.train.cpu_ranks,
+        load_config("demo-finetune").train.cpu_ranks,
+        TrainSection().cpu_ranks,
+    ] == [0, 0, 1]

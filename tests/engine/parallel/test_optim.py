@@ -45,17 +45,35 @@ def flat_shards(tensors, rank, size, layout="padded"):
         whole = torch.cat([t.flatten() for t in tensors])
         numel = -(-len(whole) // size)
         first = [sum(t.numel() for t in tensors[:i]) for i in range(len(tensors))]
-        cuts = [[(max(at - r * numel, 0), max(0, min(at + t.numel(), (r + 1) * numel) - max(at, r * numel)))
-                 for r in range(size)] for at, t in zip(first, tensors)]
-        cuts = [[(offset if count else 0, count) for offset, count in of_ranks] for of_ranks in cuts]
-        shard = whole[rank * numel:(rank + 1) * numel].clone()
+        cuts = [
+            [
+                (
+                    max(at - r * numel, 0),
+                    max(0, min(at + t.numel(), (r + 1) * numel) - max(at, r * numel)),
+                )
+                for r in range(size)
+            ]
+            for at, t in zip(first, tensors)
+        ]
+        cuts = [
+            [(offset if count else 0, count) for offset, count in of_ranks] for of_ranks in cuts
+        ]
+        shard = whole[rank * numel : (rank + 1) * numel].clone()
     else:
         numels = [-(-t.numel() // size) for t in tensors]
-        padded = [torch.nn.functional.pad(t.flatten(), (0, n * size - t.numel())) for t, n in zip(tensors, numels)]
-        shard = torch.cat([p[rank * n:(rank + 1) * n] for p, n in zip(padded, numels)])
-        cuts = [[(sum(numels[:i]), max(0, min(n, t.numel() - r * n))) for r in range(size)]
-                for i, (t, n) in enumerate(zip(tensors, numels))]
-    return shard, [Matrix(shape=tuple(t.shape), parts=(t.shape[0],), cuts=tuple(c)) for t, c in zip(tensors, cuts)]
+        padded = [
+            torch.nn.functional.pad(t.flatten(), (0, n * size - t.numel()))
+            for t, n in zip(tensors, numels)
+        ]
+        shard = torch.cat([p[rank * n : (rank + 1) * n] for p, n in zip(padded, numels)])
+        cuts = [
+            [(sum(numels[:i]), max(0, min(n, t.numel() - r * n))) for r in range(size)]
+            for i, (t, n) in enumerate(zip(tensors, numels))
+        ]
+    return shard, [
+        Matrix(shape=tuple(t.shape), parts=(t.shape[0],), cuts=tuple(c))
+        for t, c in zip(tensors, cuts)
+    ]
 
 
 def draw(step, num=None):
@@ -67,8 +85,14 @@ def run_muon(rank, size, steps=4, layout="padded", num=None):
     """The shard of `num` matrices, all if None, after some steps, and its matrices."""
     flat, matrices = flat_shards(draw(0, num), rank, size, layout)
     flat.requires_grad_()
-    optimizer = ShardedOptimizer([{"params": [flat], "kind": "muon"}], lr=0.02, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
-                                 momentum=0.95)
+    optimizer = ShardedOptimizer(
+        [{"params": [flat], "kind": "muon"}],
+        lr=0.02,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        weight_decay=0.1,
+        momentum=0.95,
+    )
     optimizer.bind({flat: matrices}, rank, size, replicated=layout == "replicated")
     for step in range(1, steps + 1):
         flat.grad = flat_shards(draw(step, num), rank, size, layout)[0]
@@ -77,7 +101,10 @@ def run_muon(rank, size, steps=4, layout="padded", num=None):
 
 
 def whole(flats, matrices):
-    return [torch.cat([flat.narrow(0, *cut) for flat, cut in zip(flats, m.cuts)]).view(m.shape) for m in matrices]
+    return [
+        torch.cat([flat.narrow(0, *cut) for flat, cut in zip(flats, m.cuts)]).view(m.shape)
+        for m in matrices
+    ]
 
 
 def test_one_rank_is_torchs_muon(monkeypatch):
@@ -85,7 +112,14 @@ def test_one_rank_is_torchs_muon(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
     ours = whole([run_muon(0, 1)[0]], run_muon(0, 1)[1])
     theirs = [torch.nn.Parameter(t) for t in draw(0)]
-    optimizer = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.95, nesterov=True, adjust_lr_fn="match_rms_adamw")
+    optimizer = torch.optim.Muon(
+        theirs,
+        lr=0.02,
+        weight_decay=0.1,
+        momentum=0.95,
+        nesterov=True,
+        adjust_lr_fn="match_rms_adamw",
+    )
     for step in range(1, 5):
         for p, grad in zip(theirs, draw(step)):
             p.grad = grad
@@ -112,7 +146,12 @@ def test_more_ranks_do_the_same(size, tmp_path):
     for num in (None, 1):
         alone = whole([run_muon(0, 1, num=num)[0]], run_muon(0, 1, num=num)[1])
         for layout in LAYOUTS:
-            flats, counts = zip(*(torch.load(tmp_path / f"{rank}-{layout}-{num}", weights_only=True) for rank in range(size)))
+            flats, counts = zip(
+                *(
+                    torch.load(tmp_path / f"{rank}-{layout}-{num}", weights_only=True)
+                    for rank in range(size)
+                )
+            )
             matrices = flat_shards(draw(0, num), 0, size, layout)[1]
             for held in [[flat] for flat in flats] if layout == "replicated" else [flats]:
                 for a, b in zip(whole(held, matrices), alone, strict=True):
@@ -126,23 +165,32 @@ def test_fused_matrices_are_orthogonalised_apart():
     def run(tensors, parts):
         flat, matrices = flat_shards(tensors, 0, 1)
         flat, grad = torch.zeros_like(flat).requires_grad_(), flat
-        optimizer = ShardedOptimizer([{"params": [flat], "kind": "muon"}], lr=1.0, betas=(0.9, 0.95), eps=1e-8,
-                                     weight_decay=0.0, momentum=0.0)
-        optimizer.bind({flat: [replace(matrix, parts=parts or matrix.parts) for matrix in matrices]}, 0, 1)
+        optimizer = ShardedOptimizer(
+            [{"params": [flat], "kind": "muon"}],
+            lr=1.0,
+            betas=(0.9, 0.95),
+            eps=1e-8,
+            weight_decay=0.0,
+            momentum=0.0,
+        )
+        optimizer.bind(
+            {flat: [replace(matrix, parts=parts or matrix.parts) for matrix in matrices]}, 0, 1
+        )
         flat.grad = grad
         optimizer.step()
         return flat.detach()
+
     assert torch.equal(run([tall], (8, 16)), run([tall[:8], tall[8:]], None))
 
 
 def test_fused_parts_lie_where_their_rows_do():
     """Cuts that begin and end within a part, at its edges, or hold nothing of it."""
-    values = torch.arange(60.)
+    values = torch.arange(60.0)
     fused = Matrix(shape=(12, 5), parts=(3, 1, 8), cuts=((0, 7), (2, 8), (0, 0), (1, 45)))
-    flats = [torch.full((50,), -1.) for _ in fused.cuts]
+    flats = [torch.full((50,), -1.0) for _ in fused.cuts]
     at = 0
     for flat, (offset, numel) in zip(flats, fused.cuts):
-        flat[offset:offset + numel] = values[at:at + numel]
+        flat[offset : offset + numel] = values[at : at + numel]
         at += numel
     parts = fused.apart()
     assert [part.shape for part in parts] == [(3, 5), (1, 5), (8, 5)]
@@ -162,25 +210,47 @@ def one_by_one(matrix, steps=5):
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
-@pytest.mark.parametrize("shape, num, steps", [((96, 96), 7, 5), ((96, 384), 3, 5), ((96, 384), 3, 3), ((96, 384), 2, 1), ((5, 33), 4, 5),
-                                               ((192, 768), 1, 5)])
+@pytest.mark.parametrize(
+    "shape, num, steps",
+    [
+        ((96, 96), 7, 5),
+        ((96, 384), 3, 5),
+        ((96, 384), 3, 3),
+        ((96, 384), 2, 1),
+        ((5, 33), 4, 5),
+        ((192, 768), 1, 5),
+    ],
+)
 def test_stacks_are_no_worse_than_one_by_one(shape, num, steps, device):
     """In float32, or bfloat16 on a GPU, and in float64, where the error is smaller by the ratio of the two epsilons. Fewer
     steps need be no more exact than the five of the published form."""
     generator = torch.Generator().manual_seed(0)
-    matrices = [torch.randn(shape if i % 2 else shape[::-1], generator=generator, dtype=torch.float64).to(device) for i in range(num)]
+    matrices = [
+        torch.randn(shape if i % 2 else shape[::-1], generator=generator, dtype=torch.float64).to(
+            device
+        )
+        for i in range(num)
+    ]
     exact = [one_by_one(matrix, steps).flatten() for matrix in matrices]
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    errors = [(one_by_one(matrix.to(dtype)).flatten() - one_by_one(matrix).flatten()).abs().max() for matrix in matrices]
+    errors = [
+        (one_by_one(matrix.to(dtype)).flatten() - one_by_one(matrix).flatten()).abs().max()
+        for matrix in matrices
+    ]
     for kind in (torch.float32, torch.float64) if device == "cpu" else (torch.float32,):
         budget = 2 * max(errors) * (torch.finfo(kind).eps / torch.finfo(torch.float32).eps)
-        for got, wanted in zip(orthogonal_stack([matrix.to(kind) for matrix in matrices], steps), exact, strict=True):
+        for got, wanted in zip(
+            orthogonal_stack([matrix.to(kind) for matrix in matrices], steps), exact, strict=True
+        ):
             assert got.dtype == kind and (got - wanted).abs().max() <= budget
 
 
 def test_stacks_hold_every_matrix_once_and_no_more_than_fits():
     def of(*shapes):
-        return [Matrix(shape=shape, parts=shape[:1], cuts=((i, 1),)) for i, shape in enumerate(shapes)]
+        return [
+            Matrix(shape=shape, parts=shape[:1], cuts=((i, 1),)) for i, shape in enumerate(shapes)
+        ]
+
     found = stacks_of(of((4, 8), (8, 4), (4, 4), (4, 8), (100, 100)), limit=2 * 4 * 32)
     assert [[matrix.cuts[0][0] for matrix in stack] for stack in found] == [[0, 1], [3], [2], [4]]
 
@@ -199,38 +269,76 @@ def test_adamw_shards_are_torchs_adamw():
     assert torch.equal(ours, theirs)
 
 
-def multi_tensor_adam(chunk, overflow, tensors, lr, beta1, beta2, eps, step, mode, bias_correction, decay):
+def multi_tensor_adam(
+    chunk, overflow, tensors, lr, beta1, beta2, eps, step, mode, bias_correction, decay
+):
     """What apex's multi_tensor_adam.cu computes, with its arguments: float32, one operation after another."""
-    assert (chunk, mode, bias_correction) == (65536, 1, 1) and not overflow.any() and isinstance(step, int)
+    assert (
+        (chunk, mode, bias_correction) == (65536, 1, 1)
+        and not overflow.any()
+        and isinstance(step, int)
+    )
     for gradient, weights, first, second in zip(*tensors, strict=True):
         first.copy_(beta1 * first + (1 - beta1) * gradient)
         second.copy_(beta2 * second + (1 - beta2) * gradient * gradient)
-        update = (first / (1 - beta1**step)) / ((second / (1 - beta2**step)).sqrt() + eps) + decay * weights
+        update = (first / (1 - beta1**step)) / (
+            (second / (1 - beta2**step)).sqrt() + eps
+        ) + decay * weights
         weights.copy_(weights - lr * update)
 
 
-@pytest.mark.parametrize("name, device", [
-    ("words", "cpu"),
-    pytest.param("words", "cuda", marks=NEEDS_GPU),
-    pytest.param("apex", "cuda", marks=NEEDS_GPU)])
+@pytest.mark.parametrize(
+    "name, device",
+    [
+        ("words", "cpu"),
+        pytest.param("words", "cuda", marks=NEEDS_GPU),
+        pytest.param("apex", "cuda", marks=NEEDS_GPU),
+    ],
+)
 def test_every_adamw_body_does_torchs_update(name, device):
     """Twenty steps with decay: no further from AdamW in float64 than twice torch's fused kernel and an ulp a step."""
+
     def train(body, dtype):
-        flat = torch.randn(1003, generator=torch.Generator().manual_seed(0)).to(device, dtype).requires_grad_()
-        optimizer = ShardedOptimizer([{"params": [flat], "kind": "adamw"}], lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1,
-                                     momentum=0.95, adamw=body)
+        flat = (
+            torch.randn(1003, generator=torch.Generator().manual_seed(0))
+            .to(device, dtype)
+            .requires_grad_()
+        )
+        optimizer = ShardedOptimizer(
+            [{"params": [flat], "kind": "adamw"}],
+            lr=0.01,
+            betas=(0.9, 0.95),
+            eps=1e-8,
+            weight_decay=0.1,
+            momentum=0.95,
+            adamw=body,
+        )
         for step in range(20):
-            flat.grad = torch.randn(1003, generator=torch.Generator().manual_seed(step + 1)).to(device, dtype)
+            flat.grad = torch.randn(1003, generator=torch.Generator().manual_seed(step + 1)).to(
+                device, dtype
+            )
             optimizer.step()
         assert optimizer.state[flat]["step"] == 20
         return [flat.detach(), *(optimizer.state[flat][slot] for slot in ("exp_avg", "exp_avg_sq"))]
+
     try:
-        body = adamw_multi_tensor(multi_tensor_adam) if name == "words" else adamw_backend(name, torch.device(device))
+        body = (
+            adamw_multi_tensor(multi_tensor_adam)
+            if name == "words"
+            else adamw_backend(name, torch.device(device))
+        )
     except InputError as error:
         pytest.skip(str(error))
-    exact, theirs, ours = train(adamw_torch, torch.float64), train(adamw_torch, torch.float32), train(body, torch.float32)
+    exact, theirs, ours = (
+        train(adamw_torch, torch.float64),
+        train(adamw_torch, torch.float32),
+        train(body, torch.float32),
+    )
     for got, same, wanted in zip(ours, theirs, exact, strict=True):
-        budget = 2 * (same - wanted).abs().max() + 20 * torch.finfo(torch.float32).eps * wanted.abs().max()
+        budget = (
+            2 * (same - wanted).abs().max()
+            + 20 * torch.finfo(torch.float32).eps * wanted.abs().max()
+        )
         assert (got - wanted).abs().max() <= budget
 
 
@@ -251,25 +359,50 @@ def test_configs_of_the_removed_body_are_read():
     assert OptimSection(adamw="deepspeed") == OptimSection()
 
 
-@pytest.mark.parametrize("shape, layers", [
-    (GeneratorConfig(width=64, num_heads=2, num_blocks=2), ("generator.blocks.",)),
-    (GeneratorConfig(kind="single_stream", width=64, num_heads=2, num_blocks=2, num_refiner_blocks=1),
-     ("generator.blocks.", "generator.latent_refiners.", "generator.condition_refiners.")),
-], ids=["FLUX", "Z-Image"])
+@pytest.mark.parametrize(
+    "shape, layers",
+    [
+        (GeneratorConfig(width=64, num_heads=2, num_blocks=2), ("generator.blocks.",)),
+        (
+            GeneratorConfig(
+                kind="single_stream", width=64, num_heads=2, num_blocks=2, num_refiner_blocks=1
+            ),
+            ("generator.blocks.", "generator.latent_refiners.", "generator.condition_refiners."),
+        ),
+    ],
+    ids=["FLUX", "Z-Image"],
+)
 def test_muon_takes_the_matrices_of_layers_only(shape, layers):
     """The query adapter's too, whose queries are an embedding; not those at either end of the generator, nor modulations."""
     config = AdapterConfig(num_queries=4, head_dim=32, connector_layers=1)
-    model = nn.ModuleDict({"generator": empty_generator(shape, device="meta"), "adapter": QueryAdapter(config, 64),
-                           "connector": Connector(config, 64)})
+    model = nn.ModuleDict(
+        {
+            "generator": empty_generator(shape, device="meta"),
+            "adapter": QueryAdapter(config, 64),
+            "connector": Connector(config, 64),
+        }
+    )
     names = {id(p): name for name, p in model.named_parameters()}
-    adamw, muon = ({names[id(p)] for p in group["params"]}
-                   for group in make_optimizer(model, OptimSection(kind="muon")).param_groups)
+    adamw, muon = (
+        {names[id(p)] for p in group["params"]}
+        for group in make_optimizer(model, OptimSection(kind="muon")).param_groups
+    )
     places = (*layers, "adapter.", "connector.blocks.")
-    assert muon == {name for name, p in model.named_parameters() if p.ndim == 2 and name.startswith(places)
-                    and "modulation" not in name and name != "adapter.queries_QD"}
+    assert muon == {
+        name
+        for name, p in model.named_parameters()
+        if p.ndim == 2
+        and name.startswith(places)
+        and "modulation" not in name
+        and name != "adapter.queries_QD"
+    }
     assert {"adapter.to_q.weight", "adapter.mlp_out.weight", "connector.blocks.0.qkv.weight"} < muon
-    assert {f"generator.{end}.weight" for end in ("latents_in", "condition_in", "final")} | {"adapter.queries_QD"} < adamw
-    assert all(any(name.startswith(place) for name in muon) for place in places) and len(muon) + len(adamw) == len(names)
+    assert {f"generator.{end}.weight" for end in ("latents_in", "condition_in", "final")} | {
+        "adapter.queries_QD"
+    } < adamw
+    assert all(any(name.startswith(place) for name in muon) for place in places) and len(
+        muon
+    ) + len(adamw) == len(names)
     assert len(make_optimizer(model, OptimSection()).param_groups) == 1
 
 
@@ -280,6 +413,10 @@ def test_work_is_spread_evenly_and_alike():
 
 def test_schedules():
     config = OptimSection(lr=1.0, warmup_steps=4)
-    assert [learning_rate(s, config, 20) for s in range(6)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
+    assert [learning_rate(s, config, 20) for s in range(6)] == pytest.approx(
+        [0.2, 0.4, 0.6, 0.8, 1.0, 1.0]
+    )
     cosine = OptimSection(lr=1.0, warmup_steps=0, schedule="cosine")
-    assert [learning_rate(s, cosine, 4) for s in range(5)] == pytest.approx([1.0, 0.8535534, 0.5, 0.1464466, 0.0])
+    assert [learning_rate(s, cosine, 4) for s in range(5)] == pytest.approx(
+        [1.0, 0.8535534, 0.5, 0.1464466, 0.0]
+    )

@@ -15,8 +15,14 @@ from iomm.internvl import load_mllm
 def batches(num, order):
     for i in range(num):
         order.append(f"read {i}")
-        yield Batch(torch.arange(2 * i, 2 * i + 2), torch.zeros(2), torch.full((2, 1), float(i)), torch.zeros(2, 1), wait_s=0.1 * i,
-                    failures=[i])
+        yield Batch(
+            torch.arange(2 * i, 2 * i + 2),
+            torch.zeros(2),
+            torch.full((2, 1), float(i)),
+            torch.zeros(2, 1),
+            wait_s=0.1 * i,
+            failures=[i],
+        )
 
 
 class Stub:
@@ -45,17 +51,43 @@ def test_the_next_batch_is_read_and_encoded_once_the_forward_pass_is_queued():
     def prepare(pixels, *_):
         order.append(f"prepare {pixels[0].item():.0f}")
         return f"prepared {pixels[0].item():.0f}"
+
     ahead, sharded = Prefetcher(batches(4, order), prepare, torch.device("cpu")), Stub(order)
     results = [train_step(sharded, islice(ahead, 2), None, ahead.fetch) for _ in range(2)]
-    assert order == ["read 0", "prepare 0"] + sum([[
-        f"forward prepared {i}", *([f"read {i + 1}", f"prepare {i + 1}"] if i < 3 else []), "backward",
-        "step" if i % 2 else "no step"] for i in range(4)], [])
-    assert [result[3] for result in results] == pytest.approx([0.1, 0.5]) and [result[4] for result in results] == [[0, 1], [2, 3]]
-    assert [n_B.tolist() for result in results for n_B, _ in result[5]] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert order == ["read 0", "prepare 0"] + sum(
+        [
+            [
+                f"forward prepared {i}",
+                *([f"read {i + 1}", f"prepare {i + 1}"] if i < 3 else []),
+                "backward",
+                "step" if i % 2 else "no step",
+            ]
+            for i in range(4)
+        ],
+        [],
+    )
+    assert [result[3] for result in results] == pytest.approx([0.1, 0.5]) and [
+        result[4] for result in results
+    ] == [[0, 1], [2, 3]]
+    assert [n_B.tolist() for result in results for n_B, _ in result[5]] == [
+        [0, 1],
+        [2, 3],
+        [4, 5],
+        [6, 7],
+    ]
     assert next(ahead, None) is None
     order.clear()
     train_step(Stub(order), islice(batches(2, order), 2))
-    assert order == ["read 0", "forward raw 0", "backward", "no step", "read 1", "forward raw 1", "backward", "step"]
+    assert order == [
+        "read 0",
+        "forward raw 0",
+        "backward",
+        "no step",
+        "read 1",
+        "forward raw 1",
+        "backward",
+        "step",
+    ]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -67,6 +99,7 @@ def test_streams_do_not_race(mllm_folder):
         for i in range(12):
             n_B = torch.arange(4 * i, 4 * i + 4)
             yield Batch(n_B, n_B, *(x.cuda() for x in pixels(n_B)), wait_s=0.0)
+
     plain = [model(*batch.inputs)[1] for batch in stream_of_batches()]
     ahead, found = Prefetcher(stream_of_batches(), model.prepare, torch.device("cuda")), []
     for batch in ahead:
@@ -79,7 +112,9 @@ def test_streams_do_not_race(mllm_folder):
     assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
 
 
-@pytest.mark.parametrize("settings", [dict(), dict(conditions="all"), dict(conditions="all", kind="none")], ids=str)
+@pytest.mark.parametrize(
+    "settings", [dict(), dict(conditions="all"), dict(conditions="all", kind="none")], ids=str
+)
 def test_what_was_prepared_gives_the_same_loss_and_gradients(mllm, settings):
     model, n_B = build(mllm, **settings), torch.arange(4)
     prepared = model.prepare(*pixels(n_B), n_B)
@@ -90,5 +125,12 @@ def test_what_was_prepared_gives_the_same_loss_and_gradients(mllm, settings):
         model.zero_grad()
         loss, loss_B, t_B = model(*inputs)
         loss.backward()
-        found.append([loss.detach(), loss_B, t_B, *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+        found.append(
+            [
+                loss.detach(),
+                loss_B,
+                t_B,
+                *(p.grad.clone() for p in model.parameters() if p.grad is not None),
+            ]
+        )
     assert len(found[0]) > 20 and all(torch.equal(a, b) for a, b in zip(*found, strict=True))

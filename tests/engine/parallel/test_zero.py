@@ -16,7 +16,10 @@ from iomm.engine.parallel import ranks as group
 from iomm.engine.parallel import zero
 from iomm.engine.resilience.checkpoint_reader import Reader
 
-SLOTS = {"adamw": ("master", "ema", "exp_avg", "exp_avg_sq"), "muon": ("master", "ema", "exp_avg", "exp_avg_sq", "momentum_buffer")}
+SLOTS = {
+    "adamw": ("master", "ema", "exp_avg", "exp_avg_sq"),
+    "muon": ("master", "ema", "exp_avg", "exp_avg_sq", "momentum_buffer"),
+}
 RUNS = [(kind, precision) for kind in KINDS for precision in ("fp32", "bf16")]
 
 
@@ -30,15 +33,22 @@ def reports(tmp_path_factory):
             processes = start_ranks(size, zero_ranks.__file__, str(folder), said=said)
         started |= {(size, rank): process for rank, process in enumerate(processes)}
     codes = finish(started.values())
-    assert not any(codes), "\n".join(path.read_text()[-4000:] for path in sorted(folder.glob("*.txt")))
-    return {(size, rank): json.loads((folder / f"{size}-rank{rank}.json").read_text()) for size, rank in started}
+    assert not any(codes), "\n".join(
+        path.read_text()[-4000:] for path in sorted(folder.glob("*.txt"))
+    )
+    return {
+        (size, rank): json.loads((folder / f"{size}-rank{rank}.json").read_text())
+        for size, rank in started
+    }
 
 
 def test_every_stage_is_plain_pytorch(reports):
     """Accumulated, clipped, on one rank and two: losses and norms of torch's AdamW on whole batches, in fp32."""
     for report in reports.values():
         for stage in STAGES:
-            for ours, theirs in zip(report["runs"][f"adamw-fp32-{stage}"], reports[1, 0]["plain"], strict=True):
+            for ours, theirs in zip(
+                report["runs"][f"adamw-fp32-{stage}"], reports[1, 0]["plain"], strict=True
+            ):
                 assert ours == pytest.approx(theirs, rel=1e-6)
 
 
@@ -48,7 +58,9 @@ def test_stages_and_world_sizes_train_alike(kind, precision, reports):
     golden = reports[1, 0]["runs"][f"{kind}-{precision}-3"]
     for report in reports.values():
         for stage in STAGES:
-            for ours, theirs in zip(report["runs"][f"{kind}-{precision}-{stage}"], golden, strict=True):
+            for ours, theirs in zip(
+                report["runs"][f"{kind}-{precision}-{stage}"], golden, strict=True
+            ):
                 assert ours == pytest.approx(theirs, rel=1e-6)
 
 
@@ -61,7 +73,9 @@ def test_hierarchical_partitioning_changes_nothing(reports):
 def test_several_masters_of_a_group_change_nothing(reports):
     for report in reports.values():
         for name in CUT:
-            for ours, theirs in zip(report["runs"][name], report["runs"][name.removesuffix("-cut")], strict=True):
+            for ours, theirs in zip(
+                report["runs"][name], report["runs"][name.removesuffix("-cut")], strict=True
+            ):
                 assert ours == pytest.approx(theirs, rel=1e-6)
 
 
@@ -87,8 +101,12 @@ def test_muon_s_matrices_are_the_same_at_every_stage(reports):
     makes of them. (AdamW's kernel rounds the last values of a flat shard otherwise than those before.)"""
     folder = Path(reports[2, 0]["converted"][0][0]).parent.parent.parent
     readers = [Reader(folder / f"2/muon-fp32-{stage}/step-00000001") for stage in STAGES]
-    matrices = [name for name in readers[0].manifest["shapes"] if has(readers[0], "momentum_buffer", name)]
-    assert sorted(matrices) == [f"blocks.{i}.{name}.weight" for i in range(2) for name in ("back", "fused")]
+    matrices = [
+        name for name in readers[0].manifest["shapes"] if has(readers[0], "momentum_buffer", name)
+    ]
+    assert sorted(matrices) == [
+        f"blocks.{i}.{name}.weight" for i in range(2) for name in ("back", "fused")
+    ]
     for name in matrices:
         for slot in ("master", "ema", "momentum_buffer"):
             whole = [reader.full(slot, name) for reader in readers]
@@ -105,7 +123,9 @@ def test_what_is_not_finite_skips_the_step_on_all_ranks(reports):
 
 def test_resume_is_bitwise_at_every_stage(reports):
     for report in reports.values():
-        assert all(same_losses and same_state for same_losses, same_state in report["again"].values()), report["again"]
+        assert all(
+            same_losses and same_state for same_losses, same_state in report["again"].values()
+        ), report["again"]
 
 
 def has(reader, slot, name):
@@ -124,55 +144,103 @@ def test_checkpoints_convert_between_stages_and_world_sizes(reports):
                 for name in before.manifest["shapes"]:
                     assert has(before, slot, name) == has(after, slot, name)
                     if has(before, slot, name):
-                        assert torch.equal(before.full(slot, name), after.full(slot, name)), (saved, slot, name)
+                        assert torch.equal(before.full(slot, name), after.full(slot, name)), (
+                            saved,
+                            slot,
+                            name,
+                        )
             losses.setdefault(source, []).append(loss)
     for source, found in losses.items():
         assert len(found) >= 4 and found == pytest.approx(found[:1] * len(found), rel=1e-6), source
 
 
 def test_every_key_of_zero_reaches_deepspeed():
-    config = parse("", overrides=["zero.stage=2", "zero.reduce_precision=fp32", "zero.overlap_comm=true", "optim.clip=0.25",
-                                  "zero.reduce_bucket_size=11", "zero.allgather_bucket_size=12", "zero.prefetch_bucket_size=13",
-                                  "zero.param_persistence_threshold=14", "zero.max_live_parameters=15"])
+    config = parse(
+        "",
+        overrides=[
+            "zero.stage=2",
+            "zero.reduce_precision=fp32",
+            "zero.overlap_comm=true",
+            "optim.clip=0.25",
+            "zero.reduce_bucket_size=11",
+            "zero.allgather_bucket_size=12",
+            "zero.prefetch_bucket_size=13",
+            "zero.param_persistence_threshold=14",
+            "zero.max_live_parameters=15",
+        ],
+    )
     made = zero.deepspeed_config(config, torch.device("cpu"), 4, 2)
-    assert made["communication_data_type"] == "fp32" and made["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert made["communication_data_type"] == "fp32" and made["data_types"] == {
+        "grad_accum_dtype": "fp32"
+    }
     # as DeepSpeed reads it
     timers = pytest.importorskip("deepspeed.utils.config").get_timers_config
     assert not timers(made).enabled and timers({}).enabled
-    assert (made["gradient_clipping"], made["train_micro_batch_size_per_gpu"], made["gradient_accumulation_steps"]) == (0.25, 4, 2)
+    assert (
+        made["gradient_clipping"],
+        made["train_micro_batch_size_per_gpu"],
+        made["gradient_accumulation_steps"],
+    ) == (0.25, 4, 2)
     assert made["zero_optimization"] == {
-        "stage": 2, "overlap_comm": True, "contiguous_gradients": True, "reduce_scatter": True, "reduce_bucket_size": 11,
-        "allgather_bucket_size": 12, "stage3_prefetch_bucket_size": 13, "stage3_param_persistence_threshold": 14,
-        "stage3_max_live_parameters": 15, "stage3_max_reuse_distance": 30, "zero_hpz_partition_size": 1,
-        "memory_efficient_linear": False}
+        "stage": 2,
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+        "reduce_scatter": True,
+        "reduce_bucket_size": 11,
+        "allgather_bucket_size": 12,
+        "stage3_prefetch_bucket_size": 13,
+        "stage3_param_persistence_threshold": 14,
+        "stage3_max_live_parameters": 15,
+        "stage3_max_reuse_distance": 30,
+        "zero_hpz_partition_size": 1,
+        "memory_efficient_linear": False,
+    }
     config = parse("", overrides=["zero.hpz_partition_size=8"])
     for device, there in (("cpu", False), ("cuda", True)):
         made = zero.deepspeed_config(config, torch.device(device), 1, 1)["zero_optimization"]
         assert made["zero_hpz_partition_size"] == 8 and made["overlap_comm"] is there
-    assert zero.reduce_dtype(parse("")) == torch.bfloat16 and zero.reduce_dtype(parse("", overrides=["precision=fp32"])) == torch.float32
+    assert (
+        zero.reduce_dtype(parse("")) == torch.bfloat16
+        and zero.reduce_dtype(parse("", overrides=["precision=fp32"])) == torch.float32
+    )
 
 
-@pytest.mark.parametrize("overrides, message", [
-    (["zero.stage=4"], "zero.stage must be one of"),
-    (["zero.reduce_precision=fp16"], "zero.reduce_precision must be one of bf16"),
-    (["zero.reduce_bucket_size=0"], "zero.reduce_bucket_size must be >= 1, got 0"),
-    (["zero.allgather_bucket_size=7"], "zero.allgather_bucket_size must be even, got 7"),
-    (["zero.max_live_parameters=-1"], "zero.max_live_parameters must be >= 0, got -1"),
-    (["zero.stage=2", "zero.hpz_partition_size=8"], "zero.hpz_partition_size is for zero.stage 3 alone, got stage 2"),
-    (["optim.adamw=fused"], "optim.adamw must be one of torch, apex; got 'fused'"),
-])
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["zero.stage=4"], "zero.stage must be one of"),
+        (["zero.reduce_precision=fp16"], "zero.reduce_precision must be one of bf16"),
+        (["zero.reduce_bucket_size=0"], "zero.reduce_bucket_size must be >= 1, got 0"),
+        (["zero.allgather_bucket_size=7"], "zero.allgather_bucket_size must be even, got 7"),
+        (["zero.max_live_parameters=-1"], "zero.max_live_parameters must be >= 0, got -1"),
+        (
+            ["zero.stage=2", "zero.hpz_partition_size=8"],
+            "zero.hpz_partition_size is for zero.stage 3 alone, got stage 2",
+        ),
+        (["optim.adamw=fused"], "optim.adamw must be one of torch, apex; got 'fused'"),
+    ],
+)
 def test_mistakes_are_named(overrides, message):
     with pytest.raises(InputError, match=message):
         parse("", overrides=overrides)
 
 
-@pytest.mark.parametrize("stage, weights, gradients, state", [(0, 1, 1, 1), (1, 1, 1, 8), (2, 1, 8, 8), (3, 8, 8, 8)])
+@pytest.mark.parametrize(
+    "stage, weights, gradients, state", [(0, 1, 1, 1), (1, 1, 1, 8), (2, 1, 8, 8), (3, 8, 8, 8)]
+)
 def test_memory_is_planned_by_stage(stage, weights, gradients, state):
     """Each part over 1 or all 8 ranks; gathered blocks at stage 3 alone, as many as may live."""
-    plan = make_plan(load_config("iomm-b-512", ["data.shards=shapes", f"zero.stage={stage}"]), ranks=8)
+    plan = make_plan(
+        load_config("iomm-b-512", ["data.shards=shapes", f"zero.stage={stage}"]), ranks=8
+    )
     trained = sum(plan.parameters[name] for name in ("generator", "adapter"))
-    assert plan.memory["working weights"] == 2 * trained / weights and plan.memory["gradients"] == 4 * trained / gradients
-    assert plan.memory["masters"] == 4 * trained / state and plan.memory["gathered blocks"] == (2e9 if stage == 3 else 0)
+    assert (
+        plan.memory["working weights"] == 2 * trained / weights
+        and plan.memory["gradients"] == 4 * trained / gradients
+    )
+    assert plan.memory["masters"] == 4 * trained / state and plan.memory["gathered blocks"] == (
+        2e9 if stage == 3 else 0
+    )
 
 
 def test_hierarchical_partitioning_must_divide_the_ranks():

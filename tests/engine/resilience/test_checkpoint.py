@@ -25,7 +25,14 @@ from faults.disk import (
 )
 from faults.real import real_world_sizes
 from faults.toy_job import Job
-from faults.trials import bitwise_resumes, damaged_starts, final_files, kill_chain, log_rows, world_sizes
+from faults.trials import (
+    bitwise_resumes,
+    damaged_starts,
+    final_files,
+    kill_chain,
+    log_rows,
+    world_sizes,
+)
 from safetensors.torch import load_file
 
 from iomm.config import InputError
@@ -43,6 +50,7 @@ from iomm.engine.shapes.dataset import write_dataset
 
 def test_what_is_written_is_what_was_there_at_the_call(tmp_path):
     """50 times: the tensors are overwritten as soon as save() returns; safetensors itself reads the files."""
+
     def work(rank):
         one = saver(tmp_path, rank)
         for step in range(1, 26):
@@ -52,20 +60,31 @@ def test_what_is_written_is_what_was_there_at_the_call(tmp_path):
             for t in tensors.values():
                 t.fill_(float("nan"))
             stored = load_file(one.wait() / f"rank-{rank.rank:05d}-of-00002.safetensors")
-            assert stored.keys() == wanted.keys() and all(torch.equal(stored[key], wanted[key]) for key in wanted)
+            assert stored.keys() == wanted.keys() and all(
+                torch.equal(stored[key], wanted[key]) for key in wanted
+            )
         return True
+
     assert Together(2).run(work) == [True, True]
-    assert [checkpoint_reader.step_of(p) for p in checkpoint_reader.steps(tmp_path / "checkpoints")] == [24, 25]
+    assert [
+        checkpoint_reader.step_of(p) for p in checkpoint_reader.steps(tmp_path / "checkpoints")
+    ] == [24, 25]
 
 
 def test_every_crash_point_of_a_save_is_safe(tmp_path):
     found = crash_points(tmp_path)
-    assert found["recovered"] == found["crash_points"] and min(found["of_rank_0"], found["of_rank_1"]) >= 10, found
+    assert (
+        found["recovered"] == found["crash_points"]
+        and min(found["of_rank_0"], found["of_rank_1"]) >= 10
+    ), found
 
 
 def test_no_damage_is_loaded_and_the_one_before_is_found(tmp_path):
     found = damages(tmp_path, num_flips=300)
-    assert found["detected"] == found["fell_back"] == found["cases"] and found["of_them_single_bits"] == 3 * 300, found
+    assert (
+        found["detected"] == found["fell_back"] == found["cases"]
+        and found["of_them_single_bits"] == 3 * 300
+    ), found
 
 
 def test_a_checkpoint_under_another_name_is_passed_over(tmp_path):
@@ -86,7 +105,9 @@ def test_a_rollback_is_not_undone(tmp_path, capsys):
         checkpoint_writer.set_aside(root, 2)
         assert newest_step(tmp_path) == 2 and len(list(root.glob("abandoned-step-*"))) == 2 + turn
         words = capsys.readouterr().out.splitlines()
-        assert len(words) == 1 and words[0].startswith(f"checkpoints of steps {'4' if turn else '4, 6'} set aside as {root}/abandoned")
+        assert len(words) == 1 and words[0].startswith(
+            f"checkpoints of steps {'4' if turn else '4, 6'} set aside as {root}/abandoned"
+        )
         save_all(tmp_path, 4, keep=9)
     assert newest_step(tmp_path) == 4
 
@@ -95,25 +116,52 @@ def test_what_is_committed_again_is_what_stays(tmp_path, monkeypatch):
     """The same step with other bits takes the place of the one before, which goes only then; with the same bits it is left."""
     folder = save_all(tmp_path, 4)[0]
     inode, before = folder.stat().st_ino, checkpoint_reader.read_manifest(folder)["files"]
-    assert save_all(tmp_path, 4) == [folder] * 2 and folder.stat().st_ino == inode and not hidden(tmp_path)
+    assert (
+        save_all(tmp_path, 4) == [folder] * 2
+        and folder.stat().st_ino == inode
+        and not hidden(tmp_path)
+    )
     monkeypatch.setitem(save_all.__globals__, "pieces", lambda rank, step: pieces(rank, step + 1))
     assert save_all(tmp_path, 4) == [folder] * 2 and not hidden(tmp_path)
-    assert checkpoint_reader.read_manifest(folder)["files"] != before and checkpoint_reader.damage(folder) is None
-    assert load_file(folder / "rank-00001-of-00002.safetensors")["master/w"].equal(pieces(1, 5)["master/w"])
+    assert (
+        checkpoint_reader.read_manifest(folder)["files"] != before
+        and checkpoint_reader.damage(folder) is None
+    )
+    assert load_file(folder / "rank-00001-of-00002.safetensors")["master/w"].equal(
+        pieces(1, 5)["master/w"]
+    )
 
 
 @pytest.mark.slow
 def test_a_start_goes_on_before_what_is_damaged(tmp_path):
     found = damaged_starts(tmp_path)
-    assert found["went_on_from_the_one_before_and_ended_at_the_same_bits"] == found["starts"] == 12, found
+    assert (
+        found["went_on_from_the_one_before_and_ended_at_the_same_bits"] == found["starts"] == 12
+    ), found
 
 
-@pytest.mark.parametrize("name", ["../../../etc/passwd", "/etc/passwd", "rank-00000-of-00001.pt", "x/rank-00000-of-00001.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../../etc/passwd",
+        "/etc/passwd",
+        "rank-00000-of-00001.pt",
+        "x/rank-00000-of-00001.safetensors",
+    ],
+)
 def test_a_manifest_cannot_name_other_files(name, tmp_path):
     folder = tmp_path / "step-00000001"
     folder.mkdir()
-    (folder / "MANIFEST.json").write_bytes(checkpoint_reader.seal(
-        {"format": checkpoint_writer.FORMAT, "step": 1, "world_size": 1, "files": {name: {"bytes": 0, "sha256": ""}}}))
+    (folder / "MANIFEST.json").write_bytes(
+        checkpoint_reader.seal(
+            {
+                "format": checkpoint_writer.FORMAT,
+                "step": 1,
+                "world_size": 1,
+                "files": {name: {"bytes": 0, "sha256": ""}},
+            }
+        )
+    )
     with pytest.raises(InputError, match="no intact MANIFEST.json"):
         checkpoint_reader.read_manifest(folder)
     (folder / "MANIFEST.json").write_text("[" * 100_000)
@@ -128,8 +176,16 @@ def test_ranks_that_see_different_folders_refuse_alike(tmp_path):
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     shutil.rmtree(tmp_path / "b/checkpoints/step-00000004")
     link = tmp_path / "seen"
-    problems = Together(2).run(lambda rank: checkpoint_reader.verify(tmp_path / "ab"[rank.rank] / "checkpoints/step-00000004", rank))
-    assert problems[0] == problems[1] and "no intact MANIFEST.json" in problems[0] and not link.exists()
+    problems = Together(2).run(
+        lambda rank: checkpoint_reader.verify(
+            tmp_path / "ab"[rank.rank] / "checkpoints/step-00000004", rank
+        )
+    )
+    assert (
+        problems[0] == problems[1]
+        and "no intact MANIFEST.json" in problems[0]
+        and not link.exists()
+    )
 
 
 class Failing:
@@ -141,6 +197,7 @@ class Failing:
         def fail(path):
             if self.armed and part in str(path):
                 raise OSError(number, os.strerror(number), str(path))
+
         if operation == "write":
             real_open = open
 
@@ -162,43 +219,77 @@ class Failing:
 
                     def write(self, data):
                         data = memoryview(data).cast("B")
-                        real_write(data[:room[0]] if self_.armed else data)
+                        real_write(data[: room[0]] if self_.armed else data)
                         room[0] -= len(data)
                         if room[0] < 0:
                             fail(path)
+
                 self_ = self
                 return Full()
+
             monkeypatch.setattr(checkpoint_writer, "open", opened, raising=False)
         elif operation == "fsync":
             real = os.fsync
-            monkeypatch.setattr(os, "fsync", lambda handle: (fail(os.readlink(f"/proc/self/fd/{handle}")), real(handle))[1])
+            monkeypatch.setattr(
+                os,
+                "fsync",
+                lambda handle: (fail(os.readlink(f"/proc/self/fd/{handle}")), real(handle))[1],
+            )
         elif operation == "read":
             real_hash = checkpoint_reader.sha256
-            monkeypatch.setattr(checkpoint_writer, "sha256", lambda path, **kwargs: (
-                fail(path) if kwargs else None, real_hash(path, **kwargs))[1])
+            monkeypatch.setattr(
+                checkpoint_writer,
+                "sha256",
+                lambda path, **kwargs: (fail(path) if kwargs else None, real_hash(path, **kwargs))[
+                    1
+                ],
+            )
         else:
             real_call = getattr(os, operation)
-            monkeypatch.setattr(os, operation, lambda path, *rest, **kw: (fail(path), real_call(path, *rest, **kw))[1])
+            monkeypatch.setattr(
+                os,
+                operation,
+                lambda path, *rest, **kw: (fail(path), real_call(path, *rest, **kw))[1],
+            )
 
 
-DISKS = [*[("write", "rank-0000", errno.ENOSPC, offset) for offset in (0, 4, 8, 100, 400, 5000, 12_000, 20_000, 36_000)],
-         ("write", "rank-00001", errno.ENOSPC, 9000), ("write", "MANIFEST", errno.ENOSPC, 50), ("write", "rank-00000", errno.EIO, 70),
-         ("mkdir", ".tmp-", errno.EACCES, 0), ("rename", ".tmp-", errno.EACCES, 0), ("rename", ".tmp-", errno.EIO, 0),
-         ("fsync", "rank-00001", errno.EIO, 0), ("fsync", "MANIFEST", errno.EIO, 0), ("read", "rank-00000", errno.EIO, 0),
-         ("limit", "", errno.EFBIG, 1000), ("limit", "", errno.EFBIG, 30_000)]
+DISKS = [
+    *[
+        ("write", "rank-0000", errno.ENOSPC, offset)
+        for offset in (0, 4, 8, 100, 400, 5000, 12_000, 20_000, 36_000)
+    ],
+    ("write", "rank-00001", errno.ENOSPC, 9000),
+    ("write", "MANIFEST", errno.ENOSPC, 50),
+    ("write", "rank-00000", errno.EIO, 70),
+    ("mkdir", ".tmp-", errno.EACCES, 0),
+    ("rename", ".tmp-", errno.EACCES, 0),
+    ("rename", ".tmp-", errno.EIO, 0),
+    ("fsync", "rank-00001", errno.EIO, 0),
+    ("fsync", "MANIFEST", errno.EIO, 0),
+    ("read", "rank-00000", errno.EIO, 0),
+    ("limit", "", errno.EFBIG, 1000),
+    ("limit", "", errno.EFBIG, 30_000),
+]
 
 
 @pytest.mark.parametrize("operation, part, number, offset", DISKS)
-def test_a_failing_disk_costs_one_save(operation, part, number, offset, tmp_path, monkeypatch, capsys):
+def test_a_failing_disk_costs_one_save(
+    operation, part, number, offset, tmp_path, monkeypatch, capsys
+):
     """20 ways for a disk to fail."""
     if operation == "limit":
+
         def arm(on):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (offset if on else resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            resource.setrlimit(
+                resource.RLIMIT_FSIZE,
+                (offset if on else resource.RLIM_INFINITY, resource.RLIM_INFINITY),
+            )
     else:
         disk = Failing(monkeypatch, operation, part, number, offset)
 
         def arm(on):
             disk.armed = on
+
     arm(False)
     save_all(tmp_path, 2)
     one_save_fails(tmp_path, arm, number, capsys)
@@ -207,15 +298,29 @@ def test_a_failing_disk_costs_one_save(operation, part, number, offset, tmp_path
 @pytest.mark.parametrize("num_pages", range(0, 20, 2))
 def test_a_full_file_system_costs_one_save(num_pages, tmp_path, capsys):
     """A real one in memory, full after so many pages more than it holds: both ranks write 9 pages, the manifest is the 19th."""
+
     def mount(*options):
-        return subprocess.run(["mount", *options, "-t", "tmpfs", "tmpfs", str(tmp_path)], capture_output=True).returncode == 0
+        return (
+            subprocess.run(
+                ["mount", *options, "-t", "tmpfs", "tmpfs", str(tmp_path)], capture_output=True
+            ).returncode
+            == 0
+        )
+
     if not mount("-o", "size=1m"):
-        pytest.skip("this user may not mount a file system; the shim above fails in the same places")
+        pytest.skip(
+            "this user may not mount a file system; the shim above fails in the same places"
+        )
     try:
         save_all(tmp_path, 2)
         used = os.statvfs(tmp_path)
         used = (used.f_blocks - used.f_bfree) * used.f_bsize // 4096
-        one_save_fails(tmp_path, lambda on: mount("-o", f"remount,size={4096 * (used + num_pages) if on else 2**20}"), errno.ENOSPC, capsys)
+        one_save_fails(
+            tmp_path,
+            lambda on: mount("-o", f"remount,size={4096 * (used + num_pages) if on else 2**20}"),
+            errno.ENOSPC,
+            capsys,
+        )
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
 
@@ -238,6 +343,7 @@ def one_save_fails(run_dir, arm, number, capsys):
                 assert folder is None
                 assert newest_step(run_dir) == 2 and not hidden(run_dir)
         return folder
+
     try:
         assert Together(2).run(work) == [run_dir / "checkpoints/step-00000006"] * 2
     finally:
@@ -249,11 +355,17 @@ def one_save_fails(run_dir, arm, number, capsys):
 @pytest.mark.parametrize("num_saves", [40, pytest.param(300, marks=pytest.mark.slow)])
 def test_retention_never_removes_what_is_needed(num_saves, tmp_path):
     found = retention(tmp_path, num_saves)
-    assert found["sound_after_each"] == found["saves"] == num_saves + 1 and found["killed"] and found["refused"], found
+    assert (
+        found["sound_after_each"] == found["saves"] == num_saves + 1
+        and found["killed"]
+        and found["refused"]
+    ), found
 
 
 @pytest.mark.parametrize("ema, slot", [(True, "ema"), (False, "raw")])
-def test_ranks_choose_alike_what_they_start_from_and_say_what_it_is(ema, slot, tmp_path, monkeypatch):
+def test_ranks_choose_alike_what_they_start_from_and_say_what_it_is(
+    ema, slot, tmp_path, monkeypatch
+):
     """Every file is hashed by one rank alone; the newest is damaged, so all start from the one before."""
     monkeypatch.setitem(FACTS, "ema", ema)
     for step in (2, 4):
@@ -261,18 +373,25 @@ def test_ranks_choose_alike_what_they_start_from_and_say_what_it_is(ema, slot, t
     (tmp_path / "config.yaml").write_text("")
     (tmp_path / "checkpoints/step-00000004/rank-00001-of-00002.safetensors").write_bytes(b"")
     hashed, real = [], checkpoint_reader.sha256
-    monkeypatch.setattr(checkpoint_reader, "sha256", lambda path, **kwargs: (hashed.append(Path(path)), real(path, **kwargs))[1])
+    monkeypatch.setattr(
+        checkpoint_reader,
+        "sha256",
+        lambda path, **kwargs: (hashed.append(Path(path)), real(path, **kwargs))[1],
+    )
     config = parse("", overrides=[f"run.init={tmp_path}"])
 
     def start(rank):
         model = torch.nn.Module()
         model.w = torch.nn.Parameter(torch.zeros(6000))
         return start_from(config, model, rank), model.w.detach()
+
     before = tmp_path / "checkpoints/step-00000002"
     for words, weights in Together(2).run(start):
         assert words == f"starts from the {slot} weights of {before}"
         assert weights.equal(torch.arange(6000.0) / 2 if ema else torch.arange(6000.0) * 2)
-    assert sorted(p.name for p in hashed if p.parent == before and p.name != "MANIFEST.json") == [p.name for p in sorted(before.glob("rank*"))]
+    assert sorted(p.name for p in hashed if p.parent == before and p.name != "MANIFEST.json") == [
+        p.name for p in sorted(before.glob("rank*"))
+    ]
 
 
 def test_any_piece_is_read_back_whoever_wrote_it(tmp_path):
@@ -283,17 +402,38 @@ def test_any_piece_is_read_back_whoever_wrote_it(tmp_path):
 
     def work(rank):
         one = saver(tmp_path, rank)
-        cut = {kind: padded[starts[rank.rank]:starts[rank.rank + 1]] for kind, starts in begins.items()}
-        one.save(1, {"master/any": cut["any"], "start/any": torch.tensor(begins["any"][rank.rank]), "master/padded": cut["padded"],
-                     **({"ema/any": cut["any"], } if rank.first else {})}, {**FACTS, "shapes": {"any": [5993], "padded": [13, 461]}})
+        cut = {
+            kind: padded[starts[rank.rank] : starts[rank.rank + 1]]
+            for kind, starts in begins.items()
+        }
+        one.save(
+            1,
+            {
+                "master/any": cut["any"],
+                "start/any": torch.tensor(begins["any"][rank.rank]),
+                "master/padded": cut["padded"],
+                **(
+                    {
+                        "ema/any": cut["any"],
+                    }
+                    if rank.first
+                    else {}
+                ),
+            },
+            {**FACTS, "shapes": {"any": [5993], "padded": [13, 461]}},
+        )
         return one.wait()
+
     reader = checkpoint_reader.Reader(Together(2).run(work)[0])
     assert torch.equal(reader.full("master", "any"), whole)
     assert torch.equal(reader.full("master", "padded"), whole.view(13, 461))
     for name in begins:
         for size in range(1, 6):
             ends = [len(whole) * r // size for r in range(size + 1)]
-            found = [reader.piece("master", name, at, to - at, first=r % 2) for r, (at, to) in enumerate(zip(ends, ends[1:]))]
+            found = [
+                reader.piece("master", name, at, to - at, first=r % 2)
+                for r, (at, to) in enumerate(zip(ends, ends[1:]))
+            ]
             assert torch.equal(torch.cat(found), whole)
     with pytest.raises(InputError, match="holds 41 of 5993 values of ema/any"):
         reader.full("ema", "any")
@@ -323,16 +463,28 @@ def test_one_job_a_run_directory(tmp_path):
 @pytest.mark.parametrize("stall_s, write_s", [(0.05, 5.0), (0.5, 30.0), (0.5, 60.0)])
 def test_planned_intervals_bound_what_a_fault_costs(num_gpus, stall_s, write_s):
     found = plan(num_gpus=num_gpus, stall_s=stall_s, write_s=write_s, mtbf_gpu_hours=20_000)
-    assert found.lost_gpu_hours <= 10 + 1e-9 and found.stall <= 0.01 + 1e-9 and found.interval_s >= write_s
+    assert (
+        found.lost_gpu_hours <= 10 + 1e-9
+        and found.stall <= 0.01 + 1e-9
+        and found.interval_s >= write_s
+    )
     assert found.lost_gpu_hours == pytest.approx((found.interval_s + write_s) * num_gpus / 3600)
 
 
-@pytest.mark.parametrize("num_kills", [10, pytest.param(200, marks=pytest.mark.slow), pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "num_kills",
+    [10, pytest.param(200, marks=pytest.mark.slow), pytest.param(1000, marks=pytest.mark.slow)],
+)
 def test_no_commit_is_lost_to_a_kill(num_kills, tmp_path):
     """In two chains at once: most of the time of one goes into waiting for the watchdog."""
     with ThreadPoolExecutor() as pool:
-        for found in pool.map(lambda seed: kill_chain(tmp_path / str(seed), num_kills // 2, seed), range(2)):
-            assert found["commits_lost"] == 0 and found["final_state_and_log_equal_to_a_run_without_kills"], found
+        for found in pool.map(
+            lambda seed: kill_chain(tmp_path / str(seed), num_kills // 2, seed), range(2)
+        ):
+            assert (
+                found["commits_lost"] == 0
+                and found["final_state_and_log_equal_to_a_run_without_kills"]
+            ), found
 
 
 @pytest.mark.parametrize("num_trials", [4, pytest.param(20, marks=pytest.mark.slow)])
@@ -350,36 +502,61 @@ def test_an_evaluation_that_fails_costs_neither_its_step_nor_the_next_start(rank
         assert Job(tmp_path / "run", *settings, **failing, evaluate_fails=ranks).wait(60) == codes
     said = (tmp_path / "run/out-rank0.txt").read_text()
     assert "checkpoint of step 4 committed" in said and "resumed from step 4" in said
-    assert final_files(tmp_path / "run") == final_files(tmp_path / "golden") and log_rows(tmp_path / "run") == log_rows(tmp_path / "golden")
+    assert final_files(tmp_path / "run") == final_files(tmp_path / "golden") and log_rows(
+        tmp_path / "run"
+    ) == log_rows(tmp_path / "golden")
 
 
 def test_a_resumed_run_wants_the_data_that_it_had(tmp_path):
     """A checkpoint that says nothing of them, as older ones, goes on with any."""
     for steps, data, told in (
-            (2, None, "committed"), (4, {"images": [72, 5]}, "resumed from step 2"), (6, {"images": [72, 5]}, "resumed from step 4"),
-            (8, {"images": [96, 7]}, "of other data (72 images then, 96 now)"),
-            (8, {"images": [72, 7], "pairs": [9, 1]}, "of other data (72 images then, 72 others now; 0 pairs then, 9 now)")):
+        (2, None, "committed"),
+        (4, {"images": [72, 5]}, "resumed from step 2"),
+        (6, {"images": [72, 5]}, "resumed from step 4"),
+        (8, {"images": [96, 7]}, "of other data (72 images then, 96 now)"),
+        (
+            8,
+            {"images": [72, 7], "pairs": [9, 1]},
+            "of other data (72 images then, 72 others now; 0 pairs then, 9 now)",
+        ),
+    ):
         refused = "other data" in told
-        codes = Job(tmp_path, f"train.steps={steps}", "checkpoint.every_steps=2", data=data).wait(60)
+        codes = Job(tmp_path, f"train.steps={steps}", "checkpoint.every_steps=2", data=data).wait(
+            60
+        )
         assert codes == [2 * refused] * 2 and told in (tmp_path / "out-rank0.txt").read_text(), told
 
 
 def test_what_is_known_of_data_is_what_decides_their_order(tmp_path):
     for name, number, size in (("a", 8, 4), ("b", 8, 4), ("more", 9, 4), ("divided", 8, 8)):
         write_dataset(tmp_path / name, num_images=number, size_px=32, seed=1, shard_size=size)
-    a, b, more, divided = (Shards(build(tmp_path / name, tmp_path / f"{name}-index", progress=False))
-                           for name in ("a", "b", "more", "divided"))
-    assert data_facts(a) == data_facts(b) == json.loads(json.dumps(data_facts(a))) and data_facts(a)["images"][0] == 8
+    a, b, more, divided = (
+        Shards(build(tmp_path / name, tmp_path / f"{name}-index", progress=False))
+        for name in ("a", "b", "more", "divided")
+    )
+    assert (
+        data_facts(a) == data_facts(b) == json.loads(json.dumps(data_facts(a)))
+        and data_facts(a)["images"][0] == 8
+    )
     assert len({data_facts(its)["images"][1] for its in (a, more, divided)}) == 3
-    assert data_facts(Joined(None, a)) == {"pairs": data_facts(a)["images"]} and set(data_facts(Joined(a, more))) == {"images", "pairs"}
+    assert data_facts(Joined(None, a)) == {"pairs": data_facts(a)["images"]} and set(
+        data_facts(Joined(a, more))
+    ) == {"images", "pairs"}
     # A shard without a good sample shuffles the others too.
     divided.shard_sizes = [8, 0]
-    assert data_facts(divided)["images"][1] != data_facts(Shards(tmp_path / "divided-index"))["images"][1]
+    assert (
+        data_facts(divided)["images"][1]
+        != data_facts(Shards(tmp_path / "divided-index"))["images"][1]
+    )
 
 
 def test_the_world_may_change_its_size(tmp_path):
     for path, found in world_sizes(tmp_path).items():
-        assert found["samples_in_order"] and found["first_loss_bitwise"] and found["worst_relative"] <= 1e-6, (path, found)
+        assert (
+            found["samples_in_order"]
+            and found["first_loss_bitwise"]
+            and found["worst_relative"] <= 1e-6
+        ), (path, found)
         assert found["loads"] == found["bitwise_loads"] == path.count("->"), (path, found)
         assert found["bitwise_to_the_end"] or "4" in path, (path, found)
 
@@ -387,7 +564,11 @@ def test_the_world_may_change_its_size(tmp_path):
 @pytest.mark.slow
 def test_the_world_may_change_its_size_under_zero_3(tmp_path):
     for path, found in real_world_sizes(tmp_path).items():
-        assert found["samples_in_order"] and found["first_loss_bitwise"] and found["worst_relative"] <= 1e-6, (path, found)
+        assert (
+            found["samples_in_order"]
+            and found["first_loss_bitwise"]
+            and found["worst_relative"] <= 1e-6
+        ), (path, found)
         assert found["loads"] == found["bitwise_loads"] == path.count("->"), (path, found)
 
 
@@ -395,4 +576,5 @@ def test_manifest_is_json_that_anybody_can_check(tmp_path):
     folder = save_all(tmp_path, 3)[0]
     whole = json.loads((Path(folder) / "MANIFEST.json").read_text())
     assert whole["manifest"]["step"] == 3 and set(whole["manifest"]["files"]) == {
-        f"rank-{r:05d}-of-00002.safetensors" for r in range(2)}
+        f"rank-{r:05d}-of-00002.safetensors" for r in range(2)
+    }

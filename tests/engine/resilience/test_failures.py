@@ -24,34 +24,63 @@ from iomm.engine.resilience.preemption import REQUEUE
 from iomm.engine.resilience.watchdog import REFUSED
 
 
-@pytest.mark.parametrize("precisions, num_injections", [
-    (["fp32"], 12), pytest.param(["fp32", "bf16"], 60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "precisions, num_injections",
+    [(["fp32"], 12), pytest.param(["fp32", "bf16"], 60, marks=pytest.mark.slow)],
+)
 def test_what_is_not_finite_changes_nothing(precisions, num_injections, tmp_path):
     found = nonfinite(tmp_path, num_injections, precisions)
-    assert found["injections"] == found["every_bit_unchanged_on_both_ranks"] == found["samples_named"] == num_injections, found
-    assert found["good_steps_that_counted"] == found["good_steps_between"] == num_injections - len(precisions), found
+    assert (
+        found["injections"]
+        == found["every_bit_unchanged_on_both_ranks"]
+        == found["samples_named"]
+        == num_injections
+    ), found
+    assert (
+        found["good_steps_that_counted"]
+        == found["good_steps_between"]
+        == num_injections - len(precisions)
+    ), found
 
 
 def test_too_many_skips_in_a_row_stop_the_run():
     guard = LossGuard(max_skips=2, say=lambda line: None)
     for applied in (False, False, True, False, False):
         guard.saw(1, math.nan, "samples 0 to 3", applied)
-    with pytest.raises(InputError, match="3 steps in a row up to step 9 .*samples 8 to 9.*a new run.dir .*resume OLD/checkpoints/step-00000009"):
+    with pytest.raises(
+        InputError,
+        match="3 steps in a row up to step 9 .*samples 8 to 9.*a new run.dir .*resume OLD/checkpoints/step-00000009",
+    ):
         guard.saw(9, math.nan, "samples 8 to 9", False)
     assert guard.total == 5
 
 
 def test_a_run_that_its_guard_ends_has_saved_its_last_step(tmp_path):
-    settings, same = ["train.steps=20", "checkpoint.every_steps=100", "guard.max_skips=1"], {"nan_steps": [6, 7]}
+    settings, same = (
+        ["train.steps=20", "checkpoint.every_steps=100", "guard.max_skips=1"],
+        {"nan_steps": [6, 7]},
+    )
     assert Job(tmp_path, *settings, **same).wait(20) == [REFUSED] * 2
-    assert newest_step(tmp_path) == 7 and [row[0] for row in log_rows(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
+    assert newest_step(tmp_path) == 7 and [row[0] for row in log_rows(tmp_path)] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+        7,
+    ]
     assert "iomm: 2 steps in a row up to step 7 " in said(tmp_path)
-    assert Job(tmp_path, *settings, **same).wait(20) == [0, 0] and "resumed from step 7" in said(tmp_path)
+    assert Job(tmp_path, *settings, **same).wait(20) == [0, 0] and "resumed from step 7" in said(
+        tmp_path
+    )
 
 
 def noise(rng, step):
     """Losses as the demo's look: a slow fall with noise whose tail is heavier than a Gaussian's."""
-    return (0.4 + 0.6 * math.exp(-step / 400)) * (1 + 0.06 * rng.gauss(0, 1) + 0.02 * rng.expovariate(1))
+    return (0.4 + 0.6 * math.exp(-step / 400)) * (
+        1 + 0.06 * rng.gauss(0, 1) + 0.02 * rng.expovariate(1)
+    )
 
 
 @pytest.mark.parametrize("num_steps", [20_000])
@@ -91,7 +120,9 @@ def test_a_resumed_guard_judges_as_if_nothing_had_been():
         one.saw(step, noise(rng, step), "", True)
     other = LossGuard(max_skips=5, say=lambda line: None)
     other.restore(json.loads(json.dumps(one.state())))
-    assert other.state() == one.state() and all(one.is_spike(x / 100) == other.is_spike(x / 100) for x in range(200))
+    assert other.state() == one.state() and all(
+        one.is_spike(x / 100) == other.is_spike(x / 100) for x in range(200)
+    )
 
 
 @pytest.mark.parametrize("num_trials", [5, pytest.param(50, marks=pytest.mark.slow)])
@@ -107,16 +138,30 @@ def test_a_dead_rank_ends_the_other(num_trials, tmp_path):
     assert found["first_step_of_the_next_start_within_60_s"] == num_trials, found
 
 
-@pytest.mark.parametrize("ranks, who", [([0, 1], ""), ([0], ""), ([1], rf"rank 1 \({re.escape(socket.gethostname())}\): ")])
+@pytest.mark.parametrize(
+    "ranks, who",
+    [([0, 1], ""), ([0], ""), ([1], rf"rank 1 \({re.escape(socket.gethostname())}\): ")],
+)
 def test_a_mistake_is_said_once_whichever_ranks_meet_it(ranks, who, tmp_path):
-    job = Job(tmp_path, "train.steps=100000", step_s=0.01, fault={"step": 3, "ranks": ranks, "kind": "mistake", "place": "data"})
+    job = Job(
+        tmp_path,
+        "train.steps=100000",
+        step_s=0.01,
+        fault={"step": 3, "ranks": ranks, "kind": "mistake", "place": "data"},
+    )
     assert job.wait(20) == [REFUSED, REFUSED]
     words = [line for line in said(tmp_path).splitlines() if "iomm: " in line]
-    assert len(words) == 1 and re.fullmatch(f"iomm: {who}a size must be >= 1, got 0", words[0]), words
+    assert len(words) == 1 and re.fullmatch(f"iomm: {who}a size must be >= 1, got 0", words[0]), (
+        words
+    )
 
 
 def test_before_the_ranks_have_met_one_a_machine_says_it(monkeypatch, capsys):
-    for rank, local_rank, who in (0, 0, "iomm: --config"), (1, 1, None), (8, 0, f"iomm: rank 8 ({socket.gethostname()}): --config"):
+    for rank, local_rank, who in (
+        (0, 0, "iomm: --config"),
+        (1, 1, None),
+        (8, 0, f"iomm: rank 8 ({socket.gethostname()}): --config"),
+    ):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("LOCAL_RANK", str(local_rank))
         assert main(["--config", "dmeo"]) == REFUSED
@@ -129,8 +174,18 @@ def test_another_machine_or_container_of_the_same_name_is_another(monkeypatch, t
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     name, boot, namespace = watchdog.place()
     assert name == socket.gethostname() and len(boot) == 36 and namespace.startswith("pid:[")
-    others = [(name, boot, namespace), (name, "another boot", namespace), (name, boot, "pid:[another]"), ("another", boot, namespace)]
-    ranks = SimpleNamespace(first=True, rank=0, size=5, all=lambda mine: [mine] + [(where, 1000 + r, 0, "") for r, where in enumerate(others)])
+    others = [
+        (name, boot, namespace),
+        (name, "another boot", namespace),
+        (name, boot, "pid:[another]"),
+        ("another", boot, namespace),
+    ]
+    ranks = SimpleNamespace(
+        first=True,
+        rank=0,
+        size=5,
+        all=lambda mine: [mine] + [(where, 1000 + r, 0, "") for r, where in enumerate(others)],
+    )
     one = watchdog.Watchdog(ranks, tmp_path, 0)
     assert one.pids == {1: 1000} and one.hosts == [name] * 4 + ["another"]
 
@@ -138,17 +193,25 @@ def test_another_machine_or_container_of_the_same_name_is_another(monkeypatch, t
 @pytest.mark.slow
 def test_a_dead_rank_of_a_real_run_ends_it_and_the_next_start_works(tmp_path):
     found = real_deaths(tmp_path, 10)
-    assert found["survivor_gone_within_5_s"] == found["first_step_of_the_next_start_within_60_s"] == 10, found
+    assert (
+        found["survivor_gone_within_5_s"] == found["first_step_of_the_next_start_within_60_s"] == 10
+    ), found
 
 
 @pytest.mark.slow
 def test_an_interrupted_start_does_not_block_the_next(tmp_path):
     found = interrupted_starts(tmp_path, 20)
-    assert found["next_start_trains_within_60_s"] == found["no_process_shared_memory_descriptor_or_port_left"] == 20, found
+    assert (
+        found["next_start_trains_within_60_s"]
+        == found["no_process_shared_memory_descriptor_or_port_left"]
+        == 20
+    ), found
 
 
 # Other work on the machine delays what is timed; the slow test wants it to itself.
-@pytest.mark.parametrize("num_trials, beyond_s", [(3, 8.0), pytest.param(40, 2.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "num_trials, beyond_s", [(3, 8.0), pytest.param(40, 2.0, marks=pytest.mark.slow)]
+)
 def test_a_hang_is_found_and_explained(num_trials, beyond_s, tmp_path):
     found, failures = hangs(tmp_path, num_trials, beyond_s=beyond_s)
     assert found["found_named_and_stacks_saved"] == num_trials, failures
@@ -161,10 +224,15 @@ def test_a_slow_step_is_no_hang(num_steps, tmp_path):
 
 @pytest.mark.slow
 def test_a_real_run_stops_when_asked(tmp_path):
-    run = Run(tmp_path / "run", *world(tmp_path), "checkpoint.every_steps=1000", "train.steps=100000")
+    run = Run(
+        tmp_path / "run", *world(tmp_path), "checkpoint.every_steps=1000", "train.steps=100000"
+    )
     while len(rows(tmp_path / "run/log.jsonl")) < 3:
         time.sleep(0.05)
     os.kill(run.ranks()[1], signal.SIGUSR1)
     assert run.wait() == REQUEUE
     steps = len(rows(tmp_path / "run/log.jsonl"))
-    assert f"stopped as asked; step {steps} is saved" in run.out and newest_step(tmp_path / "run") == steps
+    assert (
+        f"stopped as asked; step {steps} is saved" in run.out
+        and newest_step(tmp_path / "run") == steps
+    )

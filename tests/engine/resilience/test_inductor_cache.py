@@ -45,8 +45,19 @@ def test_a_start_removes_what_is_cut_and_nobody_writes(built, tmp_path):
     with open(cache / "growing.so", "wb") as growing:
         growing.write(whole[:100])
         growing.flush()
-        assert {path.name for path in remove_half_compiled(tmp_path / "inductor")} == {"cut.so", "cut.o"}
-        assert sorted(path.name for path in cache.iterdir()) == ["growing.so", "kernel.py", "whole.so"]
+        assert {path.name for path in remove_half_compiled(tmp_path / "inductor")} == {
+            "cut.so",
+            "cut.o",
+        }
+        assert sorted(path.name for path in cache.iterdir()) == [
+            "growing.so",
+            "kernel.py",
+            "whole.so",
+        ]
     assert {path.name for path in remove_half_compiled(tmp_path / "inductor")} == {"growing.so"}
-    assert remove_half_compiled(tmp_path / "inductor") == [] == remove_half_compiled(tmp_path / "nowhere")
+    assert (
+        remove_half_compiled(tmp_path / "inductor")
+        == []
+        == remove_half_compiled(tmp_path / "nowhere")
+    )
     assert ctypes.CDLL(str(cache / "whole.so")).answer() == 42

@@ -16,7 +16,17 @@ import pytest
 from PIL import Image
 
 from iomm.config import InputError
-from iomm.engine.shapes.dataset import COLOURS, KINDS, OPPOSITE, ROLES, SHAPES, draw, held_out, scene, write_dataset
+from iomm.engine.shapes.dataset import (
+    COLOURS,
+    KINDS,
+    OPPOSITE,
+    ROLES,
+    SHAPES,
+    draw,
+    held_out,
+    scene,
+    write_dataset,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -31,13 +41,20 @@ def roles(picture):
     dx, dy = shapes[0].x - shapes[1].x, shapes[0].y - shapes[1].y
     if max(abs(dx), abs(dy)) < 3 * min(abs(dx), abs(dy)):
         return "and", "and"
-    first = ("left of" if dx < 0 else "right of") if abs(dx) > abs(dy) else ("above" if dy < 0 else "below")
+    first = (
+        ("left of" if dx < 0 else "right of")
+        if abs(dx) > abs(dy)
+        else ("above" if dy < 0 else "below")
+    )
     return first, OPPOSITE[first]
 
 
 def caption_of(picture):
     """The caption, made anew from the geometry."""
-    names = [f"{'an' if shape.colour == 'orange' else 'a'} {shape.colour} {shape.shape}" for shape in picture.shapes]
+    names = [
+        f"{'an' if shape.colour == 'orange' else 'a'} {shape.colour} {shape.shape}"
+        for shape in picture.shapes
+    ]
     role = roles(picture)[0]
     if role == "alone":
         return names[0]
@@ -65,17 +82,30 @@ def test_all_kinds_colours_shapes_and_roles_occur(pictures):
     for split in pictures.values():
         counts = Counter(picture.kind for picture in split)
         assert set(counts) == set(KINDS) and min(counts.values()) > 400
-    seen = {(shape.colour, shape.shape, role) for picture in pictures["train"]
-            for shape, role in zip(picture.shapes, roles(picture))}
+    seen = {
+        (shape.colour, shape.shape, role)
+        for picture in pictures["train"]
+        for shape, role in zip(picture.shapes, roles(picture))
+    }
     everything = {(colour, shape, role) for colour in COLOURS for shape in SHAPES for role in ROLES}
     assert seen == {combination for combination in everything if not held_out(*combination)}
 
 
 def test_held_out_combinations_are_never_in_training_and_always_in_test(pictures):
-    novel = {split: [any(held_out(shape.colour, shape.shape, role) for shape, role in zip(picture.shapes, roles(picture)))
-                     for picture in some] for split, some in pictures.items()}
+    novel = {
+        split: [
+            any(
+                held_out(shape.colour, shape.shape, role)
+                for shape, role in zip(picture.shapes, roles(picture))
+            )
+            for picture in some
+        ]
+        for split, some in pictures.items()
+    }
     assert not any(novel["train"]) and all(novel["test"])
-    assert not {picture.caption for picture in pictures["train"]} & {picture.caption for picture in pictures["test"]}
+    assert not {picture.caption for picture in pictures["train"]} & {
+        picture.caption for picture in pictures["test"]
+    }
     for shape in SHAPES:
         for role in ROLES:
             assert sum(held_out(colour, shape, role) for colour in COLOURS) == 1
@@ -114,8 +144,12 @@ def test_a_picture_is_a_pure_function_of_seed_and_number():
     assert [scene(0, i).caption for i in range(4)] == PINNED
 
 
-PINNED = ["a purple circle and a yellow triangle", "a white circle below an orange square",
-          "a purple circle", "a black triangle and a red circle"]
+PINNED = [
+    "a purple circle and a yellow triangle",
+    "a white circle below an orange square",
+    "a purple circle",
+    "a black triangle and a red circle",
+]
 
 
 def test_write_world(tmp_path):
@@ -125,13 +159,22 @@ def test_write_world(tmp_path):
     for path in paths:
         with tarfile.open(path) as tar:
             samples |= {member.name: tar.extractfile(member).read() for member in tar}
-    assert sorted(samples) == sorted(f"{i:06d}.{suffix}" for i in range(10) for suffix in ("jpg", "txt", "json"))
+    assert sorted(samples) == sorted(
+        f"{i:06d}.{suffix}" for i in range(10) for suffix in ("jpg", "txt", "json")
+    )
     for i in range(10):
         expected = scene(1, i)
         image = Image.open(io.BytesIO(samples[f"{i:06d}.jpg"]))
         assert image.format == "JPEG" and image.size == (48, 48)
-        assert np.abs(np.asarray(image, dtype=int) - np.asarray(draw(expected, 48), dtype=int)).mean() < 4
-        assert samples[f"{i:06d}.txt"].decode() == expected.caption == json.loads(samples[f"{i:06d}.json"])["caption"]
+        assert (
+            np.abs(np.asarray(image, dtype=int) - np.asarray(draw(expected, 48), dtype=int)).mean()
+            < 4
+        )
+        assert (
+            samples[f"{i:06d}.txt"].decode()
+            == expected.caption
+            == json.loads(samples[f"{i:06d}.json"])["caption"]
+        )
 
     times = [path.stat().st_mtime_ns for path in paths]
     before = [path.read_bytes() for path in paths]
@@ -142,7 +185,9 @@ def test_write_world(tmp_path):
     write_dataset(tmp_path / "world", num_images=10, size_px=48, seed=1, shard_size=4)
     # damaged: the same bytes again
     assert [path.read_bytes() for path in paths] == before
-    assert len(write_dataset(tmp_path / "world", num_images=3, size_px=48, seed=1, shard_size=4)) == 1
+    assert (
+        len(write_dataset(tmp_path / "world", num_images=3, size_px=48, seed=1, shard_size=4)) == 1
+    )
     assert sorted(os.listdir(tmp_path)) == ["world"]
     assert sorted(os.listdir(tmp_path / "world")) == ["00000.tar", "manifest.json"]
 
@@ -163,7 +208,10 @@ def test_a_killed_writer_leaves_nothing_half_made(tmp_path):
 def test_of_two_that_ask_at_once_one_draws(tmp_path):
     """And the other's tars are not replaced under it."""
     line = f"from iomm.engine.shapes.dataset import write_dataset; print(write_dataset({str(tmp_path / 'world')!r}, 64)[0].stat().st_ino)"
-    both = [subprocess.Popen([sys.executable, "-c", line], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [
+        subprocess.Popen([sys.executable, "-c", line], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
     said = [process.communicate(timeout=120)[0] for process in both]
     assert not any(process.returncode for process in both) and said[0] == said[1]
     assert os.listdir(tmp_path) == ["world"]

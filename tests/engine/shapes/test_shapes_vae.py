@@ -37,29 +37,44 @@ def test_loss_is_the_formula_in_float64(turn):
     autoencoder = AutoencoderKL.from_config(shapes_vae.ARCHITECTURE).double()
     pixels, noise = torch.rand(2, 3, 64, 64).double() * 2 - 1, torch.randn(2, 4, 8, 8).double()
     posterior = autoencoder.encode(pixels).latent_dist
-    decoded = autoencoder.decode(shapes_vae.turned(posterior.mean + posterior.std * noise, turn)).sample
+    decoded = autoencoder.decode(
+        shapes_vae.turned(posterior.mean + posterior.std * noise, turn)
+    ).sample
     difference = decoded - shapes_vae.turned(pixels, turn)
     nats = kl_divergence(Normal(posterior.mean, posterior.std), Normal(0.0, 1.0)).sum() / 2
     wanted = difference.square().mean() + 0.1 * difference.abs().mean() + 2e-6 * nats
-    torch.testing.assert_close(shapes_vae.vae_loss(autoencoder, pixels, noise, turn, kl_weight=2e-6), wanted)
+    torch.testing.assert_close(
+        shapes_vae.vae_loss(autoencoder, pixels, noise, turn, kl_weight=2e-6), wanted
+    )
 
 
 def test_training_is_a_function_of_its_legs_and_continues_at_one(tmp_path):
-    legs = [shapes_vae.Leg(steps=2, batch=4, lr=1e-3, num_images=100, kl_weight=kl, seed=seed) for kl, seed in ((2e-6, 0), (1e-5, 1))]
+    legs = [
+        shapes_vae.Leg(steps=2, batch=4, lr=1e-3, num_images=100, kl_weight=kl, seed=seed)
+        for kl, seed in ((2e-6, 0), (1e-5, 1))
+    ]
     settings = dict(num_scored=2, report=lambda *_, **__: None)
     found = shapes_vae.train(tmp_path / "whole", legs, **settings)
     shapes_vae.train(tmp_path / "parts", legs[:1], **settings)
     shapes_vae.train(tmp_path / "parts", legs, **settings)
     whole, parts = (header(tmp_path / name) for name in ("whole", "parts"))
     assert whole["accuracy"] == parts["accuracy"] == found
-    assert [leg | {"seconds": 0} for leg in whole["legs"]] == [leg | {"seconds": 0} for leg in parts["legs"]]
+    assert [leg | {"seconds": 0} for leg in whole["legs"]] == [
+        leg | {"seconds": 0} for leg in parts["legs"]
+    ]
     a, b = (load_vae(str(tmp_path / name)) for name in ("whole", "parts"))
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
     latents = a.encode(shapes_vae.normalised(shapes_vae.render(0, range(100))))
     # bfloat16 weights keep 1 part in 256
     assert abs(latents.mean()) < 0.02 and abs(latents.std() - 1) < 0.02
-    with pytest.raises(InputError, match="was trained with another lr, steps: give another folder, or remove it"):
-        shapes_vae.train(tmp_path / "whole", [shapes_vae.Leg(steps=3, batch=4, lr=2e-3, num_images=100, kl_weight=2e-6)], **settings)
+    with pytest.raises(
+        InputError, match="was trained with another lr, steps: give another folder, or remove it"
+    ):
+        shapes_vae.train(
+            tmp_path / "whole",
+            [shapes_vae.Leg(steps=3, batch=4, lr=2e-3, num_images=100, kl_weight=2e-6)],
+            **settings,
+        )
 
 
 def test_shipped_vae_reconstructs_what_its_header_claims():
@@ -85,13 +100,23 @@ def test_damaged_shipped_weights_are_named(tmp_path, monkeypatch, damage):
     file.write_bytes(data)
     if damage == "missing":
         file.unlink()
-    with pytest.raises(InputError, match=rf"{FILE} is (damaged|missing).*: install iomm again, or restore it with `git checkout "):
+    with pytest.raises(
+        InputError,
+        match=rf"{FILE} is (damaged|missing).*: install iomm again, or restore it with `git checkout ",
+    ):
         vae_name(config)
 
 
 def test_foreign_data_is_one_warning_a_part():
     assert foreign_data(load_config("demo", ["model.vae=shapes"])) == []
     vae, mllm = foreign_data(load_config("demo", ["model.vae=shapes", "data.shards=photos/*.tar"]))
-    assert vae.startswith("warning: model.vae=shapes was trained on the shapes dataset alone, but data.shards is something else")
+    assert vae.startswith(
+        "warning: model.vae=shapes was trained on the shapes dataset alone, but data.shards is something else"
+    )
     assert mllm.startswith("warning: model.mllm=shapes") and "\n" not in vae + mllm
-    assert foreign_data(load_config("demo-finetune", ["model.vae=shapes", "model.mllm=x/y", "data.pairs=p.tar"])) != []
+    assert (
+        foreign_data(
+            load_config("demo-finetune", ["model.vae=shapes", "model.mllm=x/y", "data.pairs=p.tar"])
+        )
+        != []
+    )

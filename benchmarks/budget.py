@@ -2,7 +2,8 @@
 
 Counted: FLOPs (engine/dry_run.py), bytes of what is no matrix product, ZeRO-3's messages (benchmarks/lib/traffic.py), optimizer, EMA,
 checkpoint. Assumed: rates, all in ASSUMED and MACHINES, each with its source. The result is step time, GPU-hours and where
-the budget breaks, as printed tables and, with --out, as budget.json and budget.png in that folder. Nothing is measured here."""
+the budget breaks, as printed tables and, with --out, as budget.json and budget.png in that folder. Nothing is measured here.
+"""
 
 from pathlib import Path
 
@@ -179,7 +180,8 @@ def memory_of(name, ranks, tuned, micro_batch):
 
 def micro_batch_s(name, micro_batch, machine, latents=False):
     """(seconds forward of frozen parts, of the generator; backward of the frozen, of the generator) for one micro-batch.
-    latents: they come from a cache, the VAE does not run."""
+    latents: they come from a cache, the VAE does not run.
+    """
     config, model, flops = parts(name)
     generator, grid = model.generator, model.frozen[1].grid(*[config.data.size_px] * 2)
     rows = {"latent_stream": math.prod(grid), "condition_stream": config.adapter.num_queries}
@@ -245,7 +247,8 @@ def host_s(name, visits):
 
 def pass_s(traffic, messages, seconds, machine):
     """Seconds of one micro-batch with its messages. One link, one message at a time; a message starts when the module that
-    issues it does (gathers) or ends (gradients), and a module waits for its weights. Conservative: no host runs ahead."""
+    issues it does (gathers) or ends (gradients), and a module waits for its weights. Conservative: no host runs ahead.
+    """
     frozen, once, frozen_again, again = seconds
     total = {
         backward: sum(n for b, n in traffic.visits if b == backward) for backward in (False, True)
@@ -272,7 +275,8 @@ def pass_s(traffic, messages, seconds, machine):
 
 def update_s(name, ranks, accumulation, machine):
     """Seconds of optimizer, EMA and fp32 accumulation on one rank's shard. Bytes a value: accumulation 10 a micro-batch;
-    norm 4, clip 8, flattening 8, check of masters and moments 12, AdamW 28, working copy 6, EMA 12."""
+    norm 4, clip 8, flattening 8, check of masters and moments 12, AdamW 28, working copy 6, EMA 12.
+    """
     config, model, _ = parts(name)
     values = sum(p.numel() for p in model.parameters()) / ranks
     moved = values * (10 * accumulation + 66 + (12 if config.ema.decay else 0))
@@ -296,7 +300,8 @@ def estimate(
 ):
     """One run -> dict of seconds a step by part, images/s a GPU, GPU-hours of stage 1, checkpoint and loader; None where not
     one image fits into memory. batch: defaults to the config's; micro_batch: to the config's, halved until it fits;
-    measured: rates that replace those of MACHINES."""
+    measured: rates that replace those of MACHINES.
+    """
     (config, model, flops), traffic = parts(name), messages_of(name, ranks, tuned)
     kind, batch = {**MACHINES[gpu], **measured}, batch or config.train.global_batch
     if micro_batch is None:

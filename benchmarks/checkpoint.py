@@ -2,7 +2,8 @@
 
 One rank with masters, two moments and an average in fp32 saves in the background while this thread multiplies matrices in
 steps of step-s; measured are the wait of save() itself, the slowing of the steps meanwhile, the time to the commit, the size,
-and the time to verify and read everything back. Writes benchmarks/results/checkpoint-<device>-<date>.json."""
+and the time to verify and read everything back. Writes benchmarks/results/checkpoint-<device>-<date>.json.
+"""
 
 from pathlib import Path
 

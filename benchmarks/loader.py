@@ -136,7 +136,8 @@ def cpu_s():
 
 def against_pillow(index_dir):
     """Images/s and CPU time of all sides, round by round. A side that waits has full queues and rests: each turn first
-    takes WARM_UP batches that do not count."""
+    takes WARM_UP batches that do not count.
+    """
     shards = Shards(index_dir)
     loader = torch.utils.data.DataLoader(
         ByPillow(index_dir, EpochPermutation(0, shards.shard_sizes)),

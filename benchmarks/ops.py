@@ -228,7 +228,8 @@ def cuda_ops_once():
 
 def measure(device, dtype, timer, save):
     """(cases, rows): every body of every case checked, then timed; save(rows) after each case. Raises SystemExit if one of
-    ours is wrong."""
+    ours is wrong.
+    """
     ready, rows, failed = list(cases(device, dtype)), [], []
     for case in ready:
         for name, body in case.bodies.items():

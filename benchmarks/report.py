@@ -4,7 +4,8 @@
     engine/README.md       every config key with its type, default and meaning, from the dataclasses and their comments
     kernels/README.md      every op with its backends in the order of preference, from their registrations
 
-With --check nothing is written; the exit code is 1 if a part is out of date."""
+With --check nothing is written; the exit code is 1 if a part is out of date.
+"""
 
 import argparse
 import importlib
@@ -60,7 +61,7 @@ def command(main):
 
 
 def pyplot():
-    """matplotlib's pyplot, to draw into files; where it is missing None, and one line says so."""
+    """Matplotlib's pyplot, to draw into files; where it is missing None, and one line says so."""
     try:
         import matplotlib
     except ImportError:
@@ -553,7 +554,8 @@ def parts():
 def written(text, name, generated):
     """Return a README's text with `generated` between the marks of that part.
 
-    Raises ValueError unless the part's first mark stands there once, with an end mark below it."""
+    Raises ValueError unless the part's first mark stands there once, with an end mark below it.
+    """
     start = START.format(name)
     before, _, rest = text.partition(start)
     old, end, after = rest.partition(END)

@@ -1,6 +1,7 @@
 """Images a second from text: python benchmarks/sampling.py --run runs/demo-finetune [--compile]
 
-Writes benchmarks/results/sampling-<device>-<date>.json. Timed is what a user waits for: text in, PIL images out."""
+Writes benchmarks/results/sampling-<device>-<date>.json. Timed is what a user waits for: text in, PIL images out.
+"""
 
 import sys
 
@@ -20,7 +21,8 @@ from iomm.pipeline import height_width
 def sampling_rate(pipeline, *, steps=20, guidance=4.0, size=None, batches=3, compiled=False):
     """Draws `batches` full batches of prompts that all differ, after one step as a warm-up -> a row: images_per_s, the
     median's; batch_s, seconds of each; generator_tflops, 1e12 FLOP of the generator's products in a second of drawing.
-    compiled is only noted: call pipeline.compile() before."""
+    compiled is only noted: call pipeline.compile() before.
+    """
     model, size, num = pipeline.model, height_width(size or pipeline.size_px), pipeline.batch
     mllm, vae = model.frozen
     texts = [f"{i} red circles beside a blue square" for i in range(num)]

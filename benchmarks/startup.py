@@ -2,7 +2,8 @@
 
 In a fresh interpreter, in the order of a run: the imports of engine/launch.py, joining the ranks, launch.build (data, index,
 frozen parts, ZeRO-3), the first and the second step. Medians over --runs interpreters. The shapes world and its index are
-made before, by a run that does not count. Writes benchmarks/results/startup-<device>-<date>.json."""
+made before, by a run that does not count. Writes benchmarks/results/startup-<device>-<date>.json.
+"""
 
 import sys
 

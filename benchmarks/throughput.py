@@ -13,7 +13,8 @@ both sides have the same loss on the same batch, weights and draws. `counted` is
 
 Our step alone comes first, then the comparison, the parts, the ablations, a trace; one that fails is said and ends no other.
 Everything goes to
-benchmarks/results/throughput-<config>-<device>-<date>.json as it is measured, and a PNG beside it."""
+benchmarks/results/throughput-<config>-<device>-<date>.json as it is measured, and a PNG beside it.
+"""
 
 import sys
 from pathlib import Path
@@ -350,7 +351,8 @@ def first_line(error):
 
 def rows(bench, times, result, ours=True):
     """Seconds of rows that took turns with ours -> what is said of them; prints a line a row. ours: whether its own are kept, or
-    those of before."""
+    those of before.
+    """
     batch = result["images_a_step"]
     for what, found in (
         ("seconds", times),

@@ -40,7 +40,8 @@ def cache_dir(config):
 def prepare_data(config, progress=True, pairs=False):
     """Draws the shapes world if that is what is trained on, indexes data.shards (or with `pairs` data.pairs, whose
     samples must have captions), returns the index folder. Work for one rank; what is already there is kept. Raises
-    InputError: no shard, no image, a changed shard."""
+    InputError: no shard, no image, a changed shard.
+    """
     data, cache = config.data, cache_dir(config)
     shards = data.pairs if pairs else data.shards
     if not shards:
@@ -107,7 +108,8 @@ def open_source(config, ranks, mllm, vae, *, index_dir=None, pairs_dir=None):
 
 def make_order(config, images, pairs, vae):
     """Shards of images and of pairs, one of them None where the run has none of the kind -> the plan (see samplers.FixedSizeSampler) of
-    a run: squares or buckets, without the data.heldout samples of each kind that training never sees."""
+    a run: squares or buckets, without the data.heldout samples of each kind that training never sees.
+    """
     data, seed, batch = config.data, config.run.seed, config.train.global_batch
 
     def alone(shards, num):
@@ -143,7 +145,8 @@ def make_order(config, images, pairs, vae):
 
 def data_facts(shards):
     """What decides the order of a run's samples, by kind: [how many, CRC-32 of their records and of the sizes of shards]. Plain
-    values for a checkpoint, which goes on with no others."""
+    values for a checkpoint, which goes on with no others.
+    """
     kinds = (
         {"images": shards.images, "pairs": shards.pairs}
         if isinstance(shards, Joined)
@@ -161,7 +164,8 @@ def data_facts(shards):
 
 def share(rank=None, num_ranks=None):
     """-> (rank, number of ranks, device) of a process that works beside others without a connection: what is not given comes
-    from the environment, as torchrun sets it. Raises InputError."""
+    from the environment, as torchrun sets it. Raises InputError.
+    """
     rank = int(os.environ.get("RANK", 0)) if rank is None else rank
     num_ranks = int(os.environ.get("WORLD_SIZE", 1)) if num_ranks is None else num_ranks
     if not 0 <= rank < num_ranks:
@@ -175,7 +179,8 @@ def share(rank=None, num_ranks=None):
 
 def write_latents(config, out, *, dtype, batch, rank=None, num_ranks=None):
     """Writes this rank's files of the latent cache of a run's images into `out`; returns a line that says so. Ranks need no
-    connection."""
+    connection.
+    """
     rank, num_ranks, device = share(rank, num_ranks)
     positive("--batch", batch)
     shards = Shards(prepare_data(config, progress=rank == 0))
@@ -270,7 +275,8 @@ def assemble(config, mllm, vae, *, device=None):
     """Return the IOMM of a run around its frozen parts.
 
     device None: trained parts on the CPU, drawn from run.seed. Else on that device with weights that are still to be
-    loaded, or on "meta" with none. Raises InputError if the VAE's patches do not divide data.size_px."""
+    loaded, or on "meta" with none. Raises InputError if the VAE's patches do not divide data.size_px.
+    """
     vae.grid(config.data.size_px, config.data.size_px)
     shape = generator_config(config.model.preset, token_dim=vae.token_dim, condition_dim=mllm.width)
     adapter = connector = alignment = None
@@ -291,7 +297,8 @@ def assemble(config, mllm, vae, *, device=None):
 
 def read_run(run_dir, ranks=None):
     """Run folder -> (its config, its newest intact checkpoint). Raises InputError when either is missing. With ranks: called on
-    all of them, which check a share each and choose alike."""
+    all of them, which check a share each and choose alike.
+    """
     path = Path(run_dir) / "config.yaml"
     if not path.is_file():
         raise InputError(
@@ -307,7 +314,8 @@ def read_run(run_dir, ranks=None):
 
 def load_run(run_dir, *, weights="ema", device="cpu"):
     """Run folder -> (config, model with the weights of its newest intact checkpoint, not sharded; manifest). On a GPU the
-    weights are in the run's precision, as training computes; on a CPU in float32."""
+    weights are in the run's precision, as training computes; on a CPU in float32.
+    """
     config, folder = read_run(run_dir)
     model = build_model(config, device).to(device)
     # Only training needs it.
@@ -323,7 +331,8 @@ def load_weights(model, folder, weights="ema"):
     """Reads whole parameters of a checkpoint, of whatever number of ranks, into a model that is not sharded.
 
     weights: "ema", or "raw" for the fp32 masters; a run without an average has only these. An alignment head is read
-    only where both have the same one, else the model's stays as it is: stages may differ in it."""
+    only where both have the same one, else the model's stays as it is: stages may differ in it.
+    """
     reader = checkpoint_reader.Reader(folder)
     slot = "ema" if weights == "ema" and reader.manifest["ema"] else "master"
     parameters, shapes = dict(model.named_parameters()), reader.manifest["shapes"]

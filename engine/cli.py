@@ -9,7 +9,8 @@ from iomm.config import InputError
 
 def main(argv=None):
     """Exit code: 0 done, 1 a folder that `evaluate` looked at is not complete, 2 something that the user gave is wrong (one
-    line on stderr)."""
+    line on stderr).
+    """
     parser = argparse.ArgumentParser(
         prog="iomm",
         description="Beside training, which is started with: deepspeed engine/launch.py",

@@ -1,6 +1,7 @@
 """RunConfig: one YAML file and dotted overrides, every key typed, checked once, named in every error.
 
-The keys and what each means stand here; engine/config_parser.py reads them."""
+The keys and what each means stand here; engine/config_parser.py reads them.
+"""
 
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -269,7 +270,8 @@ class ZeroSection:
     """What is split over the ranks and how it travels. Sizes are numbers of values, not bytes.
 
     DeepSpeed's quantised weights and gradients (ZeRO++) have no key: they need kernels compiled at the start and change
-    what is computed."""
+    what is computed.
+    """
 
     # 0 splits nothing; 1 splits masters and moments; 2 also gradients; 3 also weights
     stage: int = 3

@@ -1,7 +1,8 @@
 """YAML text into nested frozen dataclasses: every key typed, every error with its file and line.
 
 Scalars stay text until the field's type reads them, so `lr: 1e-4` is a number, `NO` is a string where a string is wanted
-and `010` is no octal. Aliases, unknown and repeated keys are errors; nothing in a file can run code."""
+and `010` is no octal. Aliases, unknown and repeated keys are errors; nothing in a file can run code.
+"""
 
 import ast
 import difflib
@@ -23,7 +24,8 @@ from iomm.config import InputError
 def read(cls, text, source="config", overrides=()):
     """YAML text and overrides ("a.b=value") -> an instance of the dataclass `cls`, whose fields may be dataclasses.
 
-    Raises InputError in one line, with file, line and key."""
+    Raises InputError in one line, with file, line and key.
+    """
     try:
         depth = 0
         for event in yaml.parse(text, yaml.SafeLoader):
@@ -122,7 +124,8 @@ class Documented(typing.NamedTuple):
 def documented(cls: type, prefix: str = "") -> Iterator[Documented]:
     """Yield every key with its type, default and the comment beside, or else above, its field.
 
-    A comment beside a field may go on in the lines below, further right than the field itself."""
+    A comment beside a field may go on in the lines below, further right than the field itself.
+    """
     source = textwrap.dedent(inspect.getsource(cls))
     # {line: text} of comments after code; {line: (column, text)} of those in a line of their own
     beside, below = {}, {}

@@ -37,7 +37,8 @@ GIB = 2**30
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """Counts of one run on `ranks` GPUs. parameters: part -> number. memory: part -> bytes a GPU. flops: part -> FLOPs a
-    sample, forward and, where there is one, backward: the mean over images and pairs."""
+    sample, forward and, where there is one, backward: the mean over images and pairs.
+    """
 
     ranks: int
     micro_batch: int
@@ -130,7 +131,8 @@ def size(module):
 
 def kinds(model, config):
     """[(share, keyword arguments of flops_by_part and tokens_per_image)] of the images and of the pairs of a run. A caption
-    counts as NUM_CAPTION tokens, one that is dropped as none."""
+    counts as NUM_CAPTION tokens, one that is dropped as none.
+    """
     mllm, images = model.frozen[0], config.image_share
     turn, text = NUM_TURN, NUM_TEXT
     if mllm.tokenizer is not None:
@@ -165,7 +167,8 @@ def tokens(model, config):
 
 def memory(model, config, ranks, micro_batch):
     """{part: bytes a GPU} of a run whose model, not yet sharded, this is. What frozen encoders need while they run, and
-    what communication and the allocator keep, is not in it."""
+    what communication and the allocator keep, is not in it.
+    """
     trained, frozen = size(model), sum(map(size, model.frozen))
     width = config.dtype.itemsize
     zero, leaves = config.zero, model.leaves
@@ -242,7 +245,8 @@ def kept_bytes(run, own):
 def activation_bytes(model, config, micro_batch):
     """{part: bytes} that autograd keeps of one micro-batch: counted by running generator, connector, alignment head and
     one decoder layer of the MLLM on the meta device, uncompiled; torch.compile keeps less. Of train.recompute blocks
-    only the inputs stay, and one block's own while it runs. The adapter's, small, are left out."""
+    only the inputs stay, and one block's own while it runs. The adapter's, small, are left out.
+    """
     mllm, vae = model.frozen
     dtype = config.dtype
     rows, columns = grid = vae.grid(config.data.size_px, config.data.size_px)
@@ -319,7 +323,8 @@ def num_aligned(config, micro_batch):
 
 def prepared_bytes(model, config, micro_batch):
     """Bytes of a micro-batch that train.overlap has encoded: noisy tokens and their targets in the dtype of the pixels, the
-    condition, its prefix and the alignment's target in that of the MLLM."""
+    condition, its prefix and the alignment's target in that of the MLLM.
+    """
     mllm, vae = model.frozen
     rows, columns = vae.grid(config.data.size_px, config.data.size_px)
     num_prefix = max(

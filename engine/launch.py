@@ -60,7 +60,8 @@ def main(argv=None, start_peers=False):
 
     Exit code: 0 done, 2 something that the user gave is wrong (one line on stderr, said by rank 0 or by one that names
     itself), 75 asked to stop by SIGTERM or SIGUSR1 and saved: start again with --resume auto; 70 a rank or the launcher
-    died, 71 a hang."""
+    died, 71 a hang.
+    """
     rank = int(os.environ.get("RANK", 0))
     # One a machine, until the ranks have met.
     speaks = not rank or os.environ.get("LOCAL_RANK") == "0"
@@ -231,7 +232,8 @@ def run(config, args, ranks, watch):
 
 def prepare_process(config, ranks):
     """Threads of this rank, and memory on a CPU: glibc gives every large tensor back to the system and gets it again page
-    by page, a tenth of a step of demo-cpu; kept, the pages are there already. Elsewhere than on glibc nothing happens."""
+    by page, a tenth of a step of demo-cpu; kept, the pages are there already. Elsewhere than on glibc nothing happens.
+    """
     torch.set_num_threads(cpu_ranks.num_threads(config.train, ranks.local_size))
     if ranks.device.type == "cpu" and platform.libc_ver()[0] == "glibc":
         for option, value in M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD:
@@ -240,7 +242,8 @@ def prepare_process(config, ranks):
 
 def build(config, ranks, folder=None, say=print):
     """Data, frozen parts, trained parts, optimizer -> (run_state.State, its source of batches, FLOPs that one image needs). Called
-    by all ranks together. The state is that of the checkpoint `folder`, or fresh, or of run.init's weights."""
+    by all ranks together. The state is that of the checkpoint `folder`, or fresh, or of run.init's weights.
+    """
     adamw = zero.adamw_backend(config.optim.adamw, ranks.device)
     config.zero.check_ranks(ranks.size)
     index_dir = pairs_dir = None
@@ -381,7 +384,8 @@ def write_config(config):
 
 def finish(config, args, metrics, saver, ranks):
     """Draws the sample grid from the checkpoint just written, scores it in the shapes world, and says what to type next. The
-    run is complete, whatever fails in here."""
+    run is complete, whatever fails in here.
+    """
     run_dir = config.run.dir
     try:
         if config.log.sample_images:

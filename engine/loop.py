@@ -25,7 +25,8 @@ def train_step(sharded, batches, factor=None, look_ahead=None):
     The mean loss and its buckets are the velocity's; the gradient is that of both losses.
 
     factor(mean loss), if given, multiplies the last loss: NaN makes all ranks skip the step. look_ahead(), if given, is
-    called when the forward pass of a micro-batch is queued."""
+    called when the forward pass of a micro-batch is queued.
+    """
     losses, by_time, wait_s, failures, seen, aligned = [], 0, 0.0, [], [], []
     # One micro-batch each
     for batch in each("data", batches):
@@ -55,7 +56,8 @@ def train_step(sharded, batches, factor=None, look_ahead=None):
 
 def train(state, source, config, saver, watch, metrics=None, window=None, evaluation=None):
     """Runs steps state.step + 1 ... train.steps -> whether it came to the end; if not, SIGTERM or SIGUSR1 asked it to stop
-    and it has saved. `metrics` is None on all ranks but the first."""
+    and it has saved. `metrics` is None on all ranks but the first.
+    """
     sharded, ema, guard, ranks = state.sharded, state.ema, state.guard, state.ranks
     batches, batch, look_ahead = iter(source), config.train.global_batch, None
     if config.train.overlap:

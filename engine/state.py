@@ -8,7 +8,8 @@ from iomm.engine.resilience import checkpoint_reader
 
 class State:
     """What a checkpoint holds: weights, moments, average, step. Everything else is a function of the config and the data, of
-    which it keeps what builders.data_facts says."""
+    which it keeps what builders.data_facts says.
+    """
 
     def __init__(self, sharded, ema, guard, skips, ranks, data=None):
         self.sharded, self.ema, self.guard, self.skips, self.ranks, self.data = (

@@ -16,7 +16,8 @@ class QueryAdapter(nn.Module):
     kind "rqa": one pre-norm cross-attention block with a 4x feed-forward at the MLLM's width (28.7 M at D = 1536,
     Q = 256). kind "metaquery": the queries alone. The queries start as normal with standard deviation 1 / sqrt(D),
     about that of a large MLLM's embedding table (0.0255 at D = 1536; Qwen2.5's rows have about 0.02), and both output
-    projections start at zero: a fresh adapter hands the MLLM Q vectors of ordinary token size whatever the condition."""
+    projections start at zero: a fresh adapter hands the MLLM Q vectors of ordinary token size whatever the condition.
+    """
 
     def __init__(self, config, width):
         super().__init__()

@@ -2,7 +2,8 @@
 
 A small head projects the latents of one block and pulls them towards the ViT's tokens of the clean
 image, which a sample conditioned on its image needs anyway. Only training has the head: sampling
-and exports do without."""
+and exports do without.
+"""
 
 import math
 
@@ -21,7 +22,8 @@ class AlignmentHead(nn.Module):
     """Project latents (I, N, D) to the target's width: linear, SiLU, linear, SiLU, linear.
 
     REPA's head, with hidden layers of the generator's width: 6.3 M parameters and 0.5 % of the work
-    of a sample for IOMM-B."""
+    of a sample for IOMM-B.
+    """
 
     def __init__(self, config: AlignConfig, width: int, mllm: nn.Module):
         """width: D of the generator. mllm: the MLLM whose tokens are the target."""
@@ -51,7 +53,8 @@ def on_grid(tokens_IPD: Tensor, grid: tuple[int, int]) -> Tensor:
     In training the ViT sees the very crop that the VAE sees, stretched to its square, in every
     bucket (engine/data/decode.py). So equal fractions of the sides of both grids are the same place
     of the image, and each axis is resampled by itself: adaptive average pooling where the tokens
-    are finer than the latents, bilinear interpolation (corners not aligned) where coarser."""
+    are finer than the latents, bilinear interpolation (corners not aligned) where coarser.
+    """
     side = math.isqrt(tokens_IPD.shape[1])
     if tuple(grid) == (side, side):
         return tokens_IPD

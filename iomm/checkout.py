@@ -11,7 +11,8 @@ def enter(script):
 
     Python puts the folder of a script first, where each file hides an installed module of its name; the root takes its
     place, so that `benchmarks` and `tests` can be imported. Exits with a sentence if `iomm` comes from another checkout:
-    half of what the script measures would be that one's."""
+    half of what the script measures would be that one's.
+    """
     script = Path(script).resolve()
     root = next(
         (folder for folder in script.parents if (folder / "iomm" / "__init__.py").is_file()), None

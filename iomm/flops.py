@@ -1,7 +1,8 @@
 """FLOPs and tokens of one sample of a training step, from sizes alone: what MFU and the dry run are computed from.
 
 A matrix product of m x k and k x n counts 2 m n k; norms, activations and softmax count nothing. A backward pass to inputs
-and weights counts twice its forward pass. The parts count themselves (MLLM.vit_flops, QueryAdapter.flops and so on)."""
+and weights counts twice its forward pass. The parts count themselves (MLLM.vit_flops, QueryAdapter.flops and so on).
+"""
 
 import math
 
@@ -67,7 +68,8 @@ def flops_by_part(model, size_px, num_text=None, *, image=True, cached=False, to
 
 def tokens_per_image(model, size_px, num_text=None, *, image=True):
     """Return the tokens that the generator reads of one sample: latent tokens N + condition tokens C, the latter in the
-    mean over masks, in each of its noise draws. num_text and image as in flops_by_part."""
+    mean over masks, in each of its noise draws. num_text and image as in flops_by_part.
+    """
     once = (
         math.prod(model.frozen[1].grid(size_px, size_px))
         + condition_tokens(model, num_text, image)[1]
@@ -77,7 +79,8 @@ def tokens_per_image(model, size_px, num_text=None, *, image=True):
 
 def condition_tokens(model, num_text=None, image=True):
     """Return (tokens before the queries, C): what the MLLM reads of a sample and what the generator reads of the MLLM, in
-    the mean over masks."""
+    the mean over masks.
+    """
     mllm, mask = model.frozen[0], model.recipe.mask
     text = (
         len(mllm.token_ids("".join(TURN) + "".join(IMAGE) + RECONSTRUCT))

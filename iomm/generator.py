@@ -2,7 +2,8 @@
 
 grid is (rows, columns) of latent tokens, t runs from 1 (noise) to 0 (image), the velocity is noise - image. With tap,
 the number from 1 of a block, the result is (velocity_BNK, latents_BND after that block). A generator also has `config`,
-`block_classes`, `init_weights(seed)` and `flops_per_image(grid, num_condition)`."""
+`block_classes`, `init_weights(seed)` and `flops_per_image(grid, num_condition)`.
+"""
 
 import torch
 

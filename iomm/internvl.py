@@ -1,6 +1,7 @@
 """Where an InternVL comes from: a checkpoint, or a known shape with random weights or none.
 
-A door to transformers; engine/shapes/mllm.py, which makes and trains a small one, is the other."""
+A door to transformers; engine/shapes/mllm.py, which makes and trains a small one, is the other.
+"""
 
 from pathlib import Path
 
@@ -24,7 +25,8 @@ def load_mllm(name, *, revision=None, dtype=torch.bfloat16, device="cpu"):
     """Loads a frozen InternVL from a local folder or a hub id in transformers' own format, safetensors only; random:<shape>
     makes one of a known shape (RANDOM), with random weights: for measuring, it understands nothing.
 
-    Never runs code from the checkpoint. Raises InputError when there is none or it is of another architecture."""
+    Never runs code from the checkpoint. Raises InputError when there is none or it is of another architecture.
+    """
     from transformers import AutoConfig, AutoTokenizer, InternVLModel
     from transformers.utils import logging
 
@@ -137,7 +139,8 @@ def shape_of_mllm(vision, text):
 
 def mllm_without_weights(name, revision=None):
     """The MLLM that load_mllm would load, on the meta device, without tokenizer. InternVL3-2B is known without a
-    network; of another hub id the config is fetched. Raises InputError."""
+    network; of another hub id the config is fetched. Raises InputError.
+    """
     from transformers import AutoConfig, InternVLModel
 
     if name in KNOWN:

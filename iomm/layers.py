@@ -18,7 +18,8 @@ class TokenLinear(nn.Linear):
     """Linear on every token of a block, which is where a generator's work is: (..., in) -> (..., out).
 
     `fp8`: forward and backward products take their sides in fp8. Linears on one row a sample (times) or at either end of
-    the generator stay nn.Linear: they cost nothing, and what they round the whole model sees."""
+    the generator stay nn.Linear: they cost nothing, and what they round the whole model sees.
+    """
 
     fp8 = False
 
@@ -36,7 +37,8 @@ def use_fp8(model):
 class FusedLinear(TokenLinear):
     """Linear (..., in) -> (..., sum(parts)): several matrices of one input as one product.
 
-    `parts` are the output sizes. Fresh weights and exports treat each part as a matrix of its own."""
+    `parts` are the output sizes. Fresh weights and exports treat each part as a matrix of its own.
+    """
 
     def __init__(self, in_features, parts, bias=True):
         super().__init__(in_features, sum(parts), bias=bias)
@@ -51,7 +53,8 @@ def at_least_float32(x):
 def sinusoids(t_B, num_features):
     """Times (B,), unitless -> (B, num_features): cosines, then sines, of t times frequencies from 1 to 1/10000.
 
-    FLUX's and Z-Image's features. The frequencies are float32 as theirs are, the rest at least float32."""
+    FLUX's and Z-Image's features. The frequencies are float32 as theirs are, the rest at least float32.
+    """
     half = num_features // 2
     exponents = torch.arange(half, dtype=torch.float32, device=t_B.device) / half
     angles_BF = at_least_float32(t_B)[:, None] * torch.exp(-math.log(10000.0) * exponents)
@@ -62,7 +65,8 @@ class TimeEmbedding(nn.Module):
     """Times (B,) in [0, 1] -> vectors (B, width_out): 256 sinusoids of 1000 t, linear, SiLU, linear.
 
     t is scaled and turned into sinusoids in float32 even in a bf16 model, where t alone would be off by up to
-    0.2 % (diffusers rounds it; the difference is gone in float32)."""
+    0.2 % (diffusers rounds it; the difference is gone in float32).
+    """
 
     num_features = 256
 
@@ -79,7 +83,8 @@ class TimeEmbedding(nn.Module):
 def rope_tables(positions_LX, axes, theta, device, dtype):
     """Integer positions (L, axes) -> cosines, sines (L, E / 2); axis a turns axes[a] / 2 pairs. RoPE, arXiv 2104.09864.
 
-    The angles are float64 and only the results are rounded to `dtype`."""
+    The angles are float64 and only the results are rounded to `dtype`.
+    """
     angles_LF = torch.cat(
         [
             positions_LX[:, axis, None]
@@ -99,7 +104,8 @@ def grid_positions(index, rows, columns):
 def attend(q_BLAE, k_BLAE, v_BLAE, shown_BL=None):
     """Softmax attention, (B, L, A, E) -> (B, L, D). `shown_BL`: bool, keys that may be seen; None, the rule, for all.
 
-    A mask is for ragged conditions only."""
+    A mask is for ragged conditions only.
+    """
     q, k, v = (x.transpose(1, 2) for x in (q_BLAE, k_BLAE, v_BLAE))
     heads_BALE = dense_attention(q, k, v, None if shown_BL is None else shown_BL[:, None, None])
     return heads_BALE.transpose(1, 2).flatten(2)
@@ -121,7 +127,8 @@ def init_weights(model, seed):
     """Sets every linear and norm: Xavier-uniform matrices, zero biases, unit norm scales; ZERO_AT_START all zero.
 
     This is DiT's start (arXiv 2212.09748, section 3 "adaLN-Zero", and its released code), with the time embedding
-    Xavier-uniform like the rest. Draws on the CPU in float32, so that the device and the dtype do not matter."""
+    Xavier-uniform like the rest. Draws on the CPU in float32, so that the device and the dtype do not matter.
+    """
     for name, module in model.named_modules():
         if isinstance(module, nn.RMSNorm) and module.weight is not None:
             module.weight.fill_(1.0)

@@ -1,6 +1,7 @@
 """How a generator's tensors and shape are named in diffusers: FluxTransformer2DModel and ZImageTransformer2DModel.
 
-Tables and arithmetic only; diffusers itself is not needed here, and iomm/weights.py does the files."""
+Tables and arithmetic only; diffusers itself is not needed here, and iomm/weights.py does the files.
+"""
 
 import torch
 
@@ -116,7 +117,8 @@ class Layout:
     pieces    our parameter -> [(their tensor, its rows)], stacked in that order
     fillers   their tensor -> (shape, value) where ours has nothing, or fewer rows, and the value changes no output:
               zeros for the pooled text vector and the last condition output, ones for parameter-free norms
-    shapes    their tensor -> shape, all of them"""
+    shapes    their tensor -> shape, all of them
+    """
 
     def __init__(self, config, patch):
         self.config, self.patch = config, patch
@@ -277,7 +279,7 @@ def describe(config, patch):
 
 
 def understand(description, where):
-    """diffusers' config.json -> (GeneratorConfig, patch). Raises InputError unless it describes one of our shapes."""
+    """Diffusers' config.json -> (GeneratorConfig, patch). Raises InputError unless it describes one of our shapes."""
     read, patch = dict(description), 1
     try:
         if read.get("_class_name") == "FluxTransformer2DModel":

@@ -1,7 +1,8 @@
 """The frozen multimodal LLM: image tokens, text tokens, the prefix without gradient, the queries with it.
 
 Weights stay in transformers' own modules (internvl.py makes or loads them); the two passes over them are ours because no
-library runs a packed, gradient-free prefix followed by queries that see it."""
+library runs a packed, gradient-free prefix followed by queries that see it.
+"""
 
 import math
 from dataclasses import dataclass
@@ -39,7 +40,8 @@ class Condition:
 
     tokens_TD embeddings; positions_T their position ids (int64, gaps where tokens were dropped);
     offsets (B + 1,) int32; end_B the position id of the first token after each sample (int64), and end the largest of
-    them, a number that the host knows: reading it from the GPU later would wait for all that is queued there."""
+    them, a number that the host knows: reading it from the GPU later would wait for all that is queued there.
+    """
 
     tokens_TD: torch.Tensor
     positions_T: torch.Tensor
@@ -56,7 +58,8 @@ class MLLM(Frozen):
     """A frozen InternVL (ViT, projector, Qwen2 decoder) in transformers' own modules, without its language-model head.
 
     Attributes: width D of the decoder, num_image_tokens P, vit_px side of the ViT's square input in pixels, vit_width W
-    of its hidden states."""
+    of its hidden states.
+    """
 
     def __init__(self, internvl, tokenizer):
         super().__init__(internvl)
@@ -81,7 +84,8 @@ class MLLM(Frozen):
 
     def compile_parts(self, backend="inductor"):
         """Layers of the ViT and either half of a decoder layer become graphs of torch.compile: one for all layers alike.
-        Prefixes are ragged, so the halves are compiled for any number of tokens."""
+        Prefixes are ragged, so the halves are compiled for any number of tokens.
+        """
         for layer in self.backbone.vision_tower.encoder.layer:
             layer.forward = torch.compile(layer.forward, fullgraph=True, backend=backend)
         self.heads, self.finish = (
@@ -101,14 +105,16 @@ class MLLM(Frozen):
     def image_tokens(self, vit_pixels):
         """Return the image tokens (B, P, D) of what `vit_states` takes. No gradient.
 
-        What transformers' get_image_features computes, without its hooks on every layer, which torch.compile cannot trace."""
+        What transformers' get_image_features computes, without its hooks on every layer, which torch.compile cannot trace.
+        """
         return self.project(self.vit_states(vit_pixels))
 
     @torch.no_grad()
     def vit_states(self, vit_pixels):
         """Return the ViT's last hidden states, normed, without class token: (B, patches, W), a row-major square.
 
-        vit_pixels: uint8 (B, vit_px, vit_px, 3), or float (B, 3, vit_px, vit_px) normalised by IMAGE_MEAN and IMAGE_STD."""
+        vit_pixels: uint8 (B, vit_px, vit_px, 3), or float (B, 3, vit_px, vit_px) normalised by IMAGE_MEAN and IMAGE_STD.
+        """
         tower = self.backbone.vision_tower
         if vit_pixels.dtype != torch.uint8:
             embedded = tower.embeddings(vit_pixels.to(self.dtype))
@@ -175,7 +181,8 @@ class MLLM(Frozen):
         """(prefix, queries forward, queries backward) FLOPs of one image with the prefix split.
 
         Backward is for activations alone: weights are frozen, and the prefix's keys and values get no gradient. Attention
-        counts its whole rectangle, causal or not, as FlopCounterMode does."""
+        counts its whole rectangle, causal or not, as FlopCounterMode does.
+        """
         text = self.backbone.config.text_config
         layers, heads = text.num_hidden_layers, text.num_attention_heads
         width, head_dim = (
@@ -206,7 +213,8 @@ class MLLM(Frozen):
 
     def layer_without_weights(self, num_queries, dtype, attention):
         """(a function that runs one decoder layer over so many packed queries on the meta device, its parameters): to count
-        what it keeps for the backward pass. attention: (q, k, v) -> the same shape as q."""
+        what it keeps for the backward pass. attention: (q, k, v) -> the same shape as q.
+        """
         decoder = self.backbone.language_model
         with torch.device("meta"):
             layer = type(decoder.layers[0])(decoder.config, 0).to(dtype).requires_grad_(False)
@@ -232,7 +240,8 @@ class MLLM(Frozen):
         texts: B strings ("" is legal: the unconditional). image_tokens_IPD: tokens of the I samples with an image, in
         order; has_image: B bools, default all (or none without tokens). visible: (I * P,) bool, default all.
         mode: "drop" leaves hidden tokens out, "zero" keeps them as zeros. positions: "original" position ids, with gaps
-        where tokens were dropped, or "compact". Raises InputError if a text exceeds the decoder's context."""
+        where tokens were dropped, or "compact". Raises InputError if a text exceeds the decoder's context.
+        """
         device, num_image = self.backbone.device, self.num_image_tokens
         has_image = [image_tokens_IPD is not None] * len(texts) if has_image is None else has_image
         ids, is_image, lengths = [], [], []
@@ -285,7 +294,8 @@ class MLLM(Frozen):
     def prefix(self, condition, outputs=False):
         """Condition -> keys and values of every layer, [(k_TGE, v_TGE)], and None or, with `outputs`, hidden states (T, D)
         after the final norm. No gradient. Without outputs there is no final norm, and of the last layer only keys and
-        values are computed: nothing else of it is ever read."""
+        values are computed: nothing else of it is ever read.
+        """
         decoder = self.backbone.language_model
         x_TD = condition.tokens_TD
         rotary = decoder.rotary_emb(x_TD, condition.positions_T[None])
@@ -303,7 +313,8 @@ class MLLM(Frozen):
     def queries(self, queries_BQD, condition, cache, *, causal=True):
         """Runs Q queries per sample behind the cached prefix -> hidden states (B, Q, D) after the final norm.
 
-        Gradients flow to queries_BQD, never into the prefix. causal: queries see earlier queries; else all of them."""
+        Gradients flow to queries_BQD, never into the prefix. causal: queries see earlier queries; else all of them.
+        """
         decoder = self.backbone.language_model
         batch, num, width = queries_BQD.shape
         if condition.end + num > self.max_positions:

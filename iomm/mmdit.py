@@ -2,7 +2,8 @@
 
 The architecture is FLUX.1's (github.com/black-forest-labs/flux) without the pooled text vector: two streams with
 weights of their own meet in joint attention, condition tokens first. iomm/layout.py maps it to diffusers'
-FluxTransformer2DModel."""
+FluxTransformer2DModel.
+"""
 
 from functools import lru_cache
 
@@ -84,7 +85,8 @@ class DualBlock(nn.Module):
     """Two streams, one attention, condition first: (latents_BND, condition_BCD) -> the same.
 
     The `last` block gives None for the condition. FLUX computes that output too and drops it; without it IOMM-B's
-    forward is 0.9 % cheaper and has no 33 M parameters that never see a gradient."""
+    forward is 0.9 % cheaper and has no 33 M parameters that never see a gradient.
+    """
 
     def __init__(self, width, num_heads, last=False):
         super().__init__()
@@ -150,7 +152,8 @@ class MMDiT(nn.Module):
     """(noisy_BNK, t_B in [0, 1], condition_BCD, grid (rows, columns)) -> velocity_BNK = noise - image.
 
     lengths_B, for ragged conditions only: how many of a sample's C tokens are its own; the others are never read.
-    tap: block, counted from 1 (single-stream blocks go on counting), whose latents are returned too; 0: none."""
+    tap: block, counted from 1 (single-stream blocks go on counting), whose latents are returned too; 0: none.
+    """
 
     # Each gathered whole under ZeRO-3 and compiled as one graph.
     block_classes = (DualBlock, SingleBlock)

@@ -45,7 +45,8 @@ class Prepared:
     """What Algorithm 1 makes of a batch without a trained weight. R = B x noise draws: a sample's draws are consecutive
     rows. grid: (rows, columns) of latent tokens; prefix: keys and values of every layer of the MLLM, and its outputs or
     None. align_IND: target of the alignment, or None without a head; aligned_I: the rows of the batch that it is of, or
-    None for all."""
+    None for all.
+    """
 
     noisy_RNK: torch.Tensor
     target_RNK: torch.Tensor
@@ -74,7 +75,8 @@ class Prepared:
 
 class IOMM(nn.Module):
     """Generator and adapter (trained), MLLM and VAE (frozen, held in a tuple so that nothing that walks the modules
-    partitions, casts or saves them)."""
+    partitions, casts or saves them).
+    """
 
     def __init__(self, generator, adapter, mllm, vae, recipe, connector=None, alignment=None):
         """adapter: None for adapter.kind "none"; connector, alignment (AlignmentHead): None without one."""
@@ -105,7 +107,8 @@ class IOMM(nn.Module):
         captions and has_image (B texts, B bools), where some samples are pairs: those are conditioned on their caption and
         vit_pixels_I are of the others, in order (of all samples where pairs are aligned too). With cached latents_BCHW the
         VAE pixels may be None, with cached image_tokens_IPD the ViT pixels. Draws nothing from a global generator: mask, time,
-        noise and dropped captions belong to (seed, n)."""
+        noise and dropped captions belong to (seed, n).
+        """
         mllm, vae = self.frozen
         seed, n_B = self.recipe.seed, n_B.to(mllm.device)
         if latents_BCHW is None:
@@ -136,7 +139,8 @@ class IOMM(nn.Module):
         """The arguments of `prepare`, or what it made of them -> (mean loss, loss_R, t_R); R = B x noise draws.
 
         With an alignment head the mean has weight x its loss added, and a fourth result is the alignment loss (I,), the
-        mean over a sample's draws."""
+        mean over a sample's draws.
+        """
         # steps 2, 3, 4, 5
         given = sample[0] if isinstance(sample[0], Prepared) else self.prepare(*sample)
         # steps 6, 7
@@ -178,7 +182,8 @@ class IOMM(nn.Module):
     def align(self, latents_RND, given):
         """Return the alignment loss (I,) of the latents after the aligned block, the mean over a sample's draws.
 
-        Without such samples an empty batch passes through the head: under ZeRO-3 all ranks call the same modules."""
+        Without such samples an empty batch passes through the head: under ZeRO-3 all ranks call the same modules.
+        """
         with named("align"):
             if given.aligned_I is not None:
                 latents_RND = latents_RND.index_select(0, self.drawn_numbers(given.aligned_I))
@@ -191,7 +196,8 @@ class IOMM(nn.Module):
         """Run the ViT on the whole images, once for both uses.
 
         Returns the image tokens of the samples that are conditioned on their image (None without any) and what Prepared
-        holds for the alignment: its target on the latent grid and the rows of the batch that it belongs to."""
+        holds for the alignment: its target on the latent grid and the rows of the batch that it belongs to.
+        """
         mllm, align = self.frozen[0], self.recipe.align
         device, rows_I = self.frozen[0].device, None
         if has_image is not None and not all(has_image):
@@ -219,7 +225,8 @@ class IOMM(nn.Module):
 
     def condition(self, vit_pixels_I, n_B, captions=None, has_image=None, tokens_IPD=None):
         """One packed condition for both kinds of samples: [fixed prompt, visible image tokens] or [caption]; a caption is
-        dropped with probability caption_drop. tokens_IPD: the image tokens, where the ViT has run already."""
+        dropped with probability caption_drop. tokens_IPD: the image tokens, where the ViT has run already.
+        """
         mllm, _ = self.frozen
         mask, texts, image_n = self.recipe.mask, [RECONSTRUCT] * len(n_B), n_B
         if has_image is not None and not all(has_image):
@@ -270,7 +277,8 @@ class IOMM(nn.Module):
         None: steps 6 and 7.
 
         conditions "query": the outputs at the queries, C = Q. "all": every output, each sample's in a row, filled up with
-        zeros to the longest; lengths is None where all are alike."""
+        zeros to the longest; lengths is None where all are alike.
+        """
         mllm, _ = self.frozen
         every = self.recipe.adapter.conditions == "all"
         queries_BQD = hidden_BCD = lengths_B = None
@@ -305,7 +313,8 @@ class IOMM(nn.Module):
     def prepare_blocks(self, *, compiled=False, recompute=0, fp8=False):
         """Call once, before weights are partitioned. compiled: every block becomes one graph of torch.compile, and so do ViT,
         VAE encoder and the layers of the decoder. recompute: the first blocks keep no activations and run forward twice.
-        fp8: the products of the generator's blocks take their sides in fp8."""
+        fp8: the products of the generator's blocks take their sides in fp8.
+        """
         if fp8:
             use_fp8(self.generator)
         # Graphs of a function are counted together, whoever calls it; beyond the limit (8)

@@ -27,7 +27,8 @@ class Pipeline:
 
     def __init__(self, model, size_px, *, batch=16, origin=None):
         """model: an IOMM, not sharded. size_px: default side of a picture. batch: pictures drawn at once. origin: where the
-        weights are from, as {word: text}; kept in an exported folder."""
+        weights are from, as {word: text}; kept in an exported folder.
+        """
         self.model, self.size_px, self.batch, self.origin = (
             model,
             size_px,
@@ -38,7 +39,8 @@ class Pipeline:
     @classmethod
     def from_pretrained(cls, folder, *, device=None, dtype=None, mllm=None, vae=None):
         """A folder of save_pretrained. mllm, vae: other places than the folder names. Never downloads unless one of
-        them is a hub id; never unpickles. dtype: bfloat16 on a GPU, float32 on a CPU. Raises InputError."""
+        them is a hub id; never unpickles. dtype: bfloat16 on a GPU, float32 on a CPU. Raises InputError.
+        """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         folder = Path(folder)
@@ -78,14 +80,16 @@ class Pipeline:
 
     def compile(self):
         """Every block of generator, MLLM and ViT becomes a graph of torch.compile; the first batch of a shape waits for
-        it. Call once; returns the pipeline."""
+        it. Call once; returns the pipeline.
+        """
         self.model.prepare_blocks(compiled=True)
         return self
 
     def save_pretrained(self, folder, *, mllm, vae, mllm_revision=None, dtype=None):
         """Writes the generator as a diffusers folder, adapter and connector beside it, and which MLLM and VAE they need.
 
-        Returns the folder. dtype: of the files, the weights' own by default."""
+        Returns the folder. dtype: of the files, the weights' own by default.
+        """
         folder, model = Path(folder), self.model
         export_generator(model.generator, folder, patch=model.frozen[1].patch, dtype=dtype)
         for name in ("adapter", "connector"):
@@ -120,7 +124,8 @@ class Pipeline:
         size: side in pixels, or (height, width), multiples of the VAE's factor x patch. numbers: int64 number of each image,
         default 0, 1, 2 ...; seed and number alone decide an image's noise, in whatever list it stands. guidance above 1
         needs a model that has seen empty prompts (stage 2). The MLLM reads each text of a batch once. Raises InputError (a
-        ValueError)."""
+        ValueError).
+        """
         prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
         if not prompts or not all(isinstance(p, str) for p in prompts):
             raise InputError(f"prompt must be a text or a list of texts, got {prompt!r}")
@@ -150,7 +155,8 @@ class Pipeline:
         shift=1.0,
     ):
         """RGB PIL image and instruction -> PIL image; lists of both -> list. The condition is the instruction and all tokens
-        of the image, of which the MLLM sees the central square. The rest is as in a call."""
+        of the image, of which the MLLM sees the central square. The rest is as in a call.
+        """
         many = isinstance(instruction, list | tuple)
         images, texts = (list(image), list(instruction)) if many else ([image], [instruction])
         if not texts or not all(isinstance(text, str) for text in texts):
@@ -236,7 +242,8 @@ def draw(
 
     image_B: int64 numbers of the images; image i of a seed has the same noise in whatever batch it is drawn. row_B: the
     sample of the condition that each image is drawn from, default its own. The MLLM reads every sample and the empty prompt
-    once, before the first step. guidance above 1 needs a model that has seen empty prompts (stage 2)."""
+    once, before the first step. guidance above 1 needs a model that has seen empty prompts (stage 2).
+    """
     mllm, vae = model.frozen
     rows, columns = grid = vae.grid(*height_width(size_px))
     read_BCD, lengths_B = model.read(condition)

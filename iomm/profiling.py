@@ -51,7 +51,8 @@ class Clock:
     """Seconds by part on the device's own timeline, while entered as a context. A nested part is taken from the outer one.
 
     On a CPU by perf_counter; on a GPU by CUDA events of the stream that was current when the clock was made: what the
-    device did, and idled, between them, whenever Python queued it. Neither waits for the device; only `read` may."""
+    device did, and idled, between them, whenever Python queued it. Neither waits for the device; only `read` may.
+    """
 
     def __init__(self, device):
         self.cuda = torch.device(device).type == "cuda"
@@ -86,7 +87,8 @@ class Clock:
 
     def read(self):
         """({part: seconds}, {part: seconds}) since the read before, or since the clock was made. The first sums to all of
-        that time, "other" included; the second is of parts on other streams, beside it. Waits until the device is here."""
+        that time, "other" included; the second is of parts on other streams, beside it. Waits until the device is here.
+        """
         self.marks.append((self.open[-1] if self.open else OTHER, self.now()))
         marks, self.marks = self.marks, self.marks[-1:]
         pairs, self.beside = self.beside, []

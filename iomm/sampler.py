@@ -28,7 +28,8 @@ def step_times(steps, shift=1.0):
 def guided(velocity_fn, condition_BCD, uncondition_BCD, guidance):
     """-> F(x, t) = F_u + guidance (F_c - F_u), classifier-free guidance (arXiv 2207.12598) with weight 1 = none.
 
-    Both halves run as one doubled batch; in two passes only where their condition lengths differ."""
+    Both halves run as one doubled batch; in two passes only where their condition lengths differ.
+    """
     if guidance == 1.0:
         return lambda x, t_B: velocity_fn(x, t_B, condition_BCD)
     if uncondition_BCD is None:
@@ -68,7 +69,8 @@ def sample(
     """Noise -> image tokens (B, N, K) in the noise's dtype, at least float32, whatever dtype the velocity comes in.
 
     `velocity_fn(x_BNK, t_B, condition_BCD) -> velocity_BNK`; float32 times. Euler calls it `steps` times,
-    Heun twice as often. shift: of the times (flow.shift_time); "flux" for FLUX's by the number of tokens."""
+    Heun twice as often. shift: of the times (flow.shift_time); "flux" for FLUX's by the number of tokens.
+    """
     choice("sampler method", method, METHODS)
     velocity = guided(velocity_fn, condition_BCD, uncondition_BCD, guidance)
     x = noise_BNK.to(torch.promote_types(noise_BNK.dtype, torch.float32))

@@ -7,7 +7,8 @@ its time is 1 - t (0 noise, 1 image) and its output is image - noise, our veloci
 Lengths: like Z-Image, both sequences are filled up to multiples of 32 with learned pad tokens that everything attends
 to. So equality with it holds at every size while all samples of a batch have the same lengths, as they do here by
 contract. It is not defined for ragged batches, where Z-Image also fills up samples to the longest and masks that. Where
-both lengths are multiples of 32, as in the preset at 512 px, the pad tokens get no gradient."""
+both lengths are multiples of 32, as in the preset at 512 px, the pad tokens get no gradient.
+"""
 
 from functools import lru_cache
 
@@ -45,7 +46,8 @@ def time_width(width):
 class Layer(nn.Module):
     """Attention and SwiGLU between norms before and after; with `modulated`, scales and tanh gates from the time.
 
-    (x_BLD, cos_LF, sin_LF, time_BW or None) -> x_BLD."""
+    (x_BLD, cos_LF, sin_LF, time_BW or None) -> x_BLD.
+    """
 
     def __init__(self, config, modulated=True):
         super().__init__()
@@ -102,7 +104,8 @@ def padded(length):
 
 def fill_up(x_BLD, pad_1D):
     """Appends the pad token until the length is a multiple of 32. Where none is missing it is in the graph all the same: a
-    parameter without a gradient is one that ZeRO-3 gives that of the step before."""
+    parameter without a gradient is one that ZeRO-3 gives that of the step before.
+    """
     batch, length, width = x_BLD.shape
     return torch.cat(
         (x_BLD, pad_1D.to(x_BLD.dtype).expand(batch, padded(length) - length, width)), dim=1
@@ -115,7 +118,8 @@ def fill_up(x_BLD, pad_1D):
 def joint_tables(grid, num_condition, axes, theta, device, dtype):
     """Cosines and sines (L, E / 2) of the padded latents, then of the `num_condition` (C) padded condition tokens.
 
-    Condition token i sits at (1 + i, 0, 0), pads too; a latent at (1 + C, row, column), its pads at (0, 0, 0)."""
+    Condition token i sits at (1 + i, 0, 0), pads too; a latent at (1 + C, row, column), its pads at (0, 0, 0).
+    """
     latents_N3 = grid_positions(1 + num_condition, *grid)
     pads = latents_N3.new_zeros(padded(len(latents_N3)) - len(latents_N3), 3)
     condition_C3 = F.pad(torch.arange(1, 1 + num_condition)[:, None], (0, 2))
@@ -126,7 +130,8 @@ class SingleStream(nn.Module):
     """(noisy_BNK, t_B in [0, 1], condition_BCD, grid (rows, columns)) -> velocity_BNK = noise - image.
 
     lengths_B, for ragged conditions only: how many of a sample's C tokens are its own; the others become pad tokens.
-    tap: block, counted from 1 behind the refiners, whose latents are returned too, pad tokens left out; 0: none."""
+    tap: block, counted from 1 behind the refiners, whose latents are returned too, pad tokens left out; 0: none.
+    """
 
     # Each gathered whole under ZeRO-3 and compiled as one graph.
     block_classes = (Layer,)
@@ -199,7 +204,8 @@ class SingleStream(nn.Module):
         """Fresh weights, a function of the seed; every modulated layer starts as the identity, the velocity as 0.
 
         Pad tokens are normal with standard deviation 0.02: at zero, an RMS norm would multiply their gradient by
-        1 / sqrt(eps) = 316."""
+        1 / sqrt(eps) = 316.
+        """
         init_weights(self, seed)
         for name in ("latent_pad_1D", "condition_pad_1D"):
             pad_1D = getattr(self, name)

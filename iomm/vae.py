@@ -1,6 +1,7 @@
 """Pixels to latents and back, frozen: the FLUX autoencoder, or the pixels as they are. The only door to diffusers.
 
-A latent token is `patch` x `patch` latents; kernels/noisy_tokens packs and unpacks them."""
+A latent token is `patch` x `patch` latents; kernels/noisy_tokens packs and unpacks them.
+"""
 
 import json
 from pathlib import Path
@@ -57,7 +58,8 @@ class FluxVAE(Latents, Frozen):
 
     The model sees (z - shift) * scale, with FLUX's 0.3611 and 0.1159 read from the checkpoint (shift 0 where it has
     none). `patch`: side of the square of latents in a token; FLUX packs 2 x 2. `tiling` encodes and decodes in overlapping
-    tiles of the checkpoint's own sample size where an image is larger: less memory, results close but not equal."""
+    tiles of the checkpoint's own sample size where an image is larger: less memory, results close but not equal.
+    """
 
     def __init__(self, autoencoder, patch: int = 2, tiling: bool = False):
         super().__init__(autoencoder.to(memory_format=torch.channels_last))
@@ -83,7 +85,8 @@ class FluxVAE(Latents, Frozen):
     def encode(self, pixels_BCHW, noise_BCHW=None):
         """-> latents (B, C, H / factor, W / factor) in the input's dtype: the posterior's mean, or with noise a sample.
 
-        The noise is standard normal, of the latents' shape. Raises InputError for sizes that do not divide."""
+        The noise is standard normal, of the latents' shape. Raises InputError for sizes that do not divide.
+        """
         self.grid(*pixels_BCHW.shape[-2:])
         posterior = self.backbone.encode(self.batch(pixels_BCHW)).latent_dist
         latents = posterior.mean.to(pixels_BCHW.dtype)
@@ -184,7 +187,8 @@ def load_vae(name, *, patch=2, revision=None, dtype=torch.float32, device="cpu",
     latents in a token, of every VAE but pixel:<patch>.
 
     A folder holds an AutoencoderKL of diffusers, itself or in `vae/`; with a folder nothing is ever downloaded. Raises
-    InputError when there is none, or it is of another architecture."""
+    InputError when there is none, or it is of another architecture.
+    """
     kind, colon, value = name.partition(":")
     if kind == "random":
         choice("model.vae random:", value, tuple(RANDOM))

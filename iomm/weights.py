@@ -1,6 +1,7 @@
 """Weights on disk: generators as diffusers' folders and back bit for bit, other parts as one safetensors file.
 
-Only safetensors and JSON are read, so nothing is ever unpickled. diffusers itself is not needed here."""
+Only safetensors and JSON are read, so nothing is ever unpickled. diffusers itself is not needed here.
+"""
 
 import json
 from pathlib import Path
@@ -24,7 +25,8 @@ def export_generator(
     """Writes `model` as a folder for diffusers' from_pretrained: config.json and safetensors, sharded above 5 GB.
 
     `state`: another state dict of the same names, such as the EMA's. `dtype`: of the file, the weights' own by default.
-    config.json goes last, so that a folder cut short by a kill is no model."""
+    config.json goes last, so that a folder cut short by a kill is no model.
+    """
     description = describe(model.config, patch)
     theirs = Layout(model.config, patch).to_theirs(model.state_dict() if state is None else state)
     folder = Path(folder)
@@ -59,7 +61,8 @@ def export_generator(
 def load_generator(folder, *, device="cpu", dtype=None):
     """The generator in a diffusers folder, in eval mode; `dtype` is the file's by default.
 
-    Raises InputError that says what is missing, unknown, damaged or of a shape that this engine does not have."""
+    Raises InputError that says what is missing, unknown, damaged or of a shape that this engine does not have.
+    """
     folder = Path(folder)
     config, patch = understand(read_json(folder / CONFIG), folder / CONFIG)
     if (folder / INDEX).is_file():

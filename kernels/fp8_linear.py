@@ -2,7 +2,8 @@
 
 Every side of a product is divided by one scale that puts its largest magnitude at the largest value of its format and is
 then rounded: e4m3 (3 bits of mantissa) for inputs and weights, e5m2 (2 bits, a range as wide as float16's) for the gradient
-that comes in. Scales are found anew in each call, so that there is no state. Sums are float32, results in x's dtype."""
+that comes in. Scales are found anew in each call, so that there is no state. Sums are float32, results in x's dtype.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,8 @@ from iomm.kernels.dispatch import pick, register
 
 def fp8_linear(x, weight_OI, bias_O=None):
     """(..., I) -> (..., O) in x's dtype: x W^T + b, differentiable in all three. Values that are not finite make every
-    result NaN. Raises ValueError on shapes or dtypes that do not fit."""
+    result NaN. Raises ValueError on shapes or dtypes that do not fit.
+    """
     if (
         weight_OI.dim() != 2
         or x.shape[-1] != weight_OI.shape[1]
@@ -42,7 +44,7 @@ def quantised(x, dtype):
 
 
 def rounded(x, dtype):
-    """x as the product sees it."""
+    """X as the product sees it."""
     values, scale = quantised(x, dtype)
     return values.to(scale.dtype) * scale
 
@@ -87,8 +89,9 @@ def why_not():
 
 
 def product(a_MK, b_NK, scale, bias_N, dtype):
-    """a b^T scale + bias. Both lie with K inmost, as Hopper's fp8 tensor cores read them; no use of their fast
-    accumulation, which has about 14 bits (arXiv 2412.19437, section 3.3.2)."""
+    """A b^T scale + bias. Both lie with K inmost, as Hopper's fp8 tensor cores read them; no use of their fast
+    accumulation, which has about 14 bits (arXiv 2412.19437, section 3.3.2).
+    """
     return torch._scaled_mm(
         a_MK, b_NK.t(), *scale, bias=bias_N, out_dtype=dtype, use_fast_accum=False
     )
@@ -98,7 +101,8 @@ class _Scaled(torch.autograd.Function):
     """PyTorch's scaled matrix product: the tensor cores' own on a GPU, multiplied out by PyTorch on a CPU.
 
     The weight is rounded again in the backward pass: what rounding made of it in the forward pass would be a second copy of
-    every weight, kept from one pass to the other, where ZeRO-3 keeps only a share of the first."""
+    every weight, kept from one pass to the other, where ZeRO-3 keeps only a share of the first.
+    """
 
     @staticmethod
     def forward(ctx, x_MI, weight_OI, bias_O):
@@ -120,7 +124,8 @@ class _Scaled(torch.autograd.Function):
 
 def fp8_linear_scaled(x_MI, weight_OI, bias_O):
     """(M, O) as `fp8_linear` describes it; I and O are multiples of 16. Other numbers of rows are filled up with zeros, as
-    the gradient of the weight sums over them."""
+    the gradient of the weight sums over them.
+    """
     if any(size % MULTIPLE for size in weight_OI.shape):
         raise ValueError(
             f"sizes of an fp8 product must be multiples of {MULTIPLE}, got a weight of {tuple(weight_OI.shape)}"

@@ -11,7 +11,8 @@ def image_patches(pixels_BHWC, patch, *, mean, std, dtype):
 
     Patches run row by row; their values, in the order (channel, y, x) of a convolution's weight, are those of
     `normalised`: a linear layer on them is the ViT's patch embedding. All backends give the same bits. Raises ValueError
-    on shapes, dtypes or sides that are no multiple of `patch`."""
+    on shapes, dtypes or sides that are no multiple of `patch`.
+    """
     if pixels_BHWC.dtype != torch.uint8 or pixels_BHWC.dim() != 4 or pixels_BHWC.shape[3] != 3:
         raise ValueError(
             f"pixels must be uint8 (B, H, W, 3), got {pixels_BHWC.dtype} {tuple(pixels_BHWC.shape)}"
@@ -35,7 +36,8 @@ def image_patches(pixels_BHWC, patch, *, mean, std, dtype):
 def normalised(pixels_BHWC, mean, std):
     """Return uint8 pixels (B, H, W, 3) as float32 (B, 3, H, W): (v - mean) / std per channel with v in [0, 1].
 
-    Computed as (value - 255 mean) x 1 / (255 std), each rounded to float32."""
+    Computed as (value - 255 mean) x 1 / (255 std), each rounded to float32.
+    """
     subtracted = torch.tensor([255 * m for m in mean], device=pixels_BHWC.device)[:, None, None]
     factor = torch.tensor([1 / (255 * s) for s in std], device=pixels_BHWC.device)[:, None, None]
     values_BCHW = pixels_BHWC.permute(0, 3, 1, 2).to(

@@ -83,7 +83,8 @@ def launch(device, entry, *arguments):
     """Calls `<entry>_cpu` or `<entry>_cuda`: tensors (contiguous, on `device`) as pointers, None as the null pointer,
     numbers as int64 or double.
 
-    Raises RuntimeError with the reason if the library is absent or the call fails."""
+    Raises RuntimeError with the reason if the library is absent or the call fails.
+    """
     library, reason = load(device.type)
     if library is None:
         raise RuntimeError(f"{entry} has no native body on {device.type}: {reason}")

@@ -28,7 +28,8 @@ def noisy_tokens(latents_BCHW, t_B, seed, n_B, patch=2):
     """(noisy_BNK, target_BNK) in the latents' dtype: (1 - t) x + t z and z - x, as tokens. Has no gradient.
 
     z = normal(seed, NOISE, n, C * H * W) in latent order, t_B (B,) in [0, 1] (1 is pure noise), n_B (B,) int64 the
-    samples' numbers. Arithmetic is float32 (float64 for float64 latents). Raises ValueError on bad shapes."""
+    samples' numbers. Arithmetic is float32 (float64 for float64 latents). Raises ValueError on bad shapes.
+    """
     _check_latents(latents_BCHW, patch)
     seed = checked_seed(seed, n_B)
     num_samples = latents_BCHW.shape[0]
@@ -57,7 +58,8 @@ def patch_tokens(latents_BCHW, patch=2):
 def unpatch(tokens_BNK, height, width, patch=2):
     """(B, C, H, W) latents of tokens (B, N, K), differentiable: undoes `patch_tokens`.
 
-    Raises ValueError if sizes do not fit."""
+    Raises ValueError if sizes do not fit.
+    """
     if tokens_BNK.dim() != 3:
         raise ValueError(f"tokens must have shape (B, N, K), got {tuple(tokens_BNK.shape)}")
     num_samples, num_tokens, token_dim = tokens_BNK.shape

@@ -12,7 +12,8 @@ def norm_modulate(x_BLD, shift_BD, scale_BD, *, kind="layer", eps=1e-6):
 
     kind "layer": (x - mean) / sqrt(variance + eps); "rms": x / sqrt(mean square + eps), both over D and without weights
     of their own (a learned weight w is scale' = w (1 + scale) - 1). shift may be None. Raises ValueError on shapes or
-    dtypes that do not fit."""
+    dtypes that do not fit.
+    """
     wanted = x_BLD.shape[0], x_BLD.shape[-1]
     if (
         x_BLD.dim() != 3

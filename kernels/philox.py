@@ -56,14 +56,16 @@ def _draw(distribution, seed, stream, n_B, count):
 def uniform(seed, stream, n_B, count):
     """(B, count) float32 in [0, 1), on the device of `n_B` (B,) int64: row b belongs to sample n_B[b].
 
-    Raises ValueError on bad input."""
+    Raises ValueError on bad input.
+    """
     return _draw("uniform", seed, stream, n_B, count)
 
 
 def normal(seed, stream, n_B, count):
     """(B, count) float32, standard normal, on the device of `n_B` (B,) int64: row b belongs to sample n_B[b].
 
-    Raises ValueError on bad input."""
+    Raises ValueError on bad input.
+    """
     return _draw("normal", seed, stream, n_B, count)
 
 

@@ -17,7 +17,8 @@ def qk_norm_rope(qkv_BNPAE, q_weight_E, k_weight_E, cos_NF, sin_NF, *, condition
     (None: 1), and rotated by the angles of cos, sin (N, E / 2), float32 or float64; v stays as it is.
     condition: (qkv (B, C, 3, A, E) or kv (B, C, 2, A, E), q weight, k weight) of a second stream that comes first in
     the joint sequence of L = C + N and is not rotated; with kv alone it asks nothing, and q has N rows.
-    Differentiable in projections and weights. Raises ValueError on shapes that do not fit."""
+    Differentiable in projections and weights. Raises ValueError on shapes that do not fit.
+    """
     if qkv_BNPAE.dim() != 5 or qkv_BNPAE.shape[2] != 3:
         raise ValueError(f"qkv must be (B, N, 3, A, E), got {tuple(qkv_BNPAE.shape)}")
     batch, length, _, heads, dim = qkv_BNPAE.shape
@@ -100,7 +101,8 @@ ROWS, WARPS = 32, 4
 
 def qk_norm_rope_triton(*arguments):
     """(q, k, v) as `qk_norm_rope` describes them, by one launch for each stream. Raises ValueError unless the head dim is a
-    power of 2 above 15."""
+    power of 2 above 15.
+    """
     *tensors, eps = arguments
     dim = tensors[0].shape[-1]
     if dim < 16 or dim & dim - 1:

@@ -36,7 +36,8 @@ def visible_tokens(seed, n_B, num_tokens, ratio, count="bernoulli"):
 
     index_V int64 points into the flattened (B * P) tokens, position_V int64 in [0, P) is the place within the image,
     and sample b owns offsets[b] .. offsets[b + 1] of both (offsets int32, (B + 1,)). V depends on the draw, so on a
-    GPU the host waits for it; `visible_tokens_packed` does not. Raises ValueError on bad input."""
+    GPU the host waits for it; `visible_tokens_packed` does not. Raises ValueError on bad input.
+    """
     seed = _checked(seed, n_B, num_tokens, ratio, count)
     run = pick("visible_tokens", n_B.device)
     return run(seed, n_B.contiguous(), num_tokens, float(ratio), count == "fixed", None)[:3]
@@ -45,7 +46,8 @@ def visible_tokens(seed, n_B, num_tokens, ratio, count="bernoulli"):
 def packed_capacity(num_samples, num_tokens, ratio, count="bernoulli"):
     """Slots for the visible tokens of a batch: all of them if fixed, else their mean and six standard deviations.
 
-    A draw exceeds that about once in 10^9 batches. At B 32, P 256, ratio 0.85: 1229 + 6 * 32.3 = 1423 of 8192."""
+    A draw exceeds that about once in 10^9 batches. At B 32, P 256, ratio 0.85: 1229 + 6 * 32.3 = 1423 of 8192.
+    """
     if count == "fixed":
         return num_samples * round((1 - ratio) * num_tokens)
     total = num_samples * num_tokens
@@ -62,7 +64,8 @@ def visible_tokens_packed(seed, n_B, num_tokens, ratio, count="bernoulli", capac
 
     A model gathers tokens.flatten(0, 1)[index], runs all `capacity` rows (shapes never change, so nothing recompiles
     and CUDA graphs hold) and hands offsets to `masked_attention`, which gives rows behind the last sample zeros and no
-    gradient. Raises ValueError on bad input."""
+    gradient. Raises ValueError on bad input.
+    """
     seed = _checked(seed, n_B, num_tokens, ratio, count)
     capacity = packed_capacity(len(n_B), num_tokens, ratio, count) if capacity is None else capacity
     if not 0 <= capacity <= len(n_B) * num_tokens:
@@ -75,7 +78,8 @@ def visible_tokens_packed(seed, n_B, num_tokens, ratio, count="bernoulli", capac
 
 def visible_tokens_reference(seed, n_B, num_tokens, ratio, fixed, capacity):
     """(index, offsets, position, overflow) as `visible_tokens_packed` describes them; capacity None: as many as there
-    are, and overflow None."""
+    are, and overflow None.
+    """
     draw = philox_reference("uniform", seed, MASK, n_B, num_tokens).double()
     if fixed:
         best = draw.sort(dim=1, descending=True, stable=True).indices[
@@ -97,7 +101,8 @@ def visible_tokens_reference(seed, n_B, num_tokens, ratio, fixed, capacity):
 
 def visible_tokens_compiled(seed, n_B, num_tokens, ratio, fixed, capacity):
     """(index, offsets, position, overflow) as `visible_tokens_packed` describes them; capacity None: as many as there
-    are, which the host waits for."""
+    are, which the host waits for.
+    """
     if capacity is not None:
         return _packed(seed, n_B, num_tokens, ratio, fixed, capacity)
     return (*_counted(seed, n_B, num_tokens, ratio, fixed), None)

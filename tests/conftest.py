@@ -59,7 +59,8 @@ def mllm(mllm_folder):
 @pytest.fixture
 def poison(monkeypatch):
     """Fills torch.empty and torch.empty_like with NaN (integers: the lowest), so that an unwritten element shows; and gives
-    the kernels two threads, so that a seam between them does."""
+    the kernels two threads, so that a seam between them does.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(2)
 

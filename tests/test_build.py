@@ -27,7 +27,7 @@ def recipe():
 
 
 def test_a_compiler_that_fails(recipe, tmp_path, monkeypatch):
-    """nvcc may fail (an old one, a host compiler it does not know): the reason is kept, the C++ library built. g++ may not."""
+    """Nvcc may fail (an old one, a host compiler it does not know): the reason is kept, the C++ library built. g++ may not."""
     monkeypatch.setattr(recipe, "find_nvcc", lambda: "/bin/false")
     monkeypatch.setattr(recipe, "CXX_FLAGS", [*recipe.CXX_FLAGS, "-O0"])
     facts = recipe.build_native(tmp_path)

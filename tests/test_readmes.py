@@ -1,7 +1,8 @@
 """The READMEs: short enough, every link, path, command and code in them exists, generated parts are up to date.
 
 Commands are parsed, never run: the engine's and the console command's lines by their own parsers, a benchmark's by the options
-that its source declares."""
+that its source declares.
+"""
 
 import ast
 import importlib
@@ -194,9 +195,9 @@ def test_links_lead_somewhere(name):
         if path.startswith(("http://", "https://")):
             continue
         file = (ROOT / name).parent / path if path else ROOT / name
-        if not file.exists():
-            broken.append(target)
-        elif anchor and anchor not in anchors(file.read_text(encoding="utf-8")):
+        if not file.exists() or (
+            anchor and anchor not in anchors(file.read_text(encoding="utf-8"))
+        ):
             broken.append(target)
         elif (
             file.suffix == ".py"

@@ -73,7 +73,8 @@ def whole_pass(mllm, queries_BQD, condition, cache, *, causal=True):
 def ablations(bench):
     """{row: step with one idea switched off}, and {row: step with something switched on that is not by default}. Those that
     torch.compile makes new graphs for come last. The Triton bodies of row kernels have no row: compiled blocks have chosen
-    theirs (benchmarks/ops.py --gpu times them)."""
+    theirs (benchmarks/ops.py --gpu times them).
+    """
     model, mllm, recipe = bench.model, bench.model.frozen[0], bench.model.recipe
     rows = {
         "hidden tokens enter as zeros (mask.mode=zero)": lambda: [

@@ -6,7 +6,8 @@ scaled_dot_product_attention, bf16 autocast over fp32 weights, fused AdamW, torc
 partitioning: what DeepSpeed costs on one GPU is ours to bear. Captioned samples are padded to the longest of their batch.
 
 It computes the same function as iomm/model.py: with the same weights (`load`), the same pixels and the same draws the
-losses and the gradients agree (tests/benchmarks/test_baseline.py). The frozen modules are the very ones that ours holds."""
+losses and the gradients agree (tests/benchmarks/test_baseline.py). The frozen modules are the very ones that ours holds.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterable
@@ -70,7 +71,8 @@ def engine_draws(
     """Return the random numbers that IOMM draws for these samples, and their texts.
 
     The texts are the captions that IOMM reads, "" where it drops one and None where a sample is
-    conditioned on its image; the list is None where all samples are."""
+    conditioned on its image; the list is None where all samples are.
+    """
     n_B, seed = batch.n_B.to(batch.vit_pixels_BHWC.device), config.run.seed
     rows, columns = (side // vae.factor for side in batch.pixels_BCHW.shape[-2:])
     noise_BD = normal(seed, NOISE, n_B, vae.channels * rows * columns)
@@ -94,7 +96,8 @@ class BaselineModel(nn.Module):
     """Generator and adapter, trained; MLLM and VAE, frozen, shared with ours, whose compiled ViT and encoder it runs too.
 
     every: all MLLM outputs condition the generator and hidden tokens are zeros that are seen, as the text of Algorithm 1
-    reads; else the outputs at the queries do, and nobody sees a hidden token."""
+    reads; else the outputs at the queries do, and nobody sees a hidden token.
+    """
 
     def __init__(self, shape, adapter, mllm, vae, *, ratio, every=False, autocast=False):
         """shape: GeneratorConfig; adapter: AdapterConfig; mllm, vae: MLLM and FluxVAE, whose modules it takes."""
@@ -145,7 +148,8 @@ class BaselineModel(nn.Module):
         """Mean squared error of the velocity; `draws` default to fresh ones.
 
         texts: the captions that condition the samples, None for one conditioned on its image, in whose order the vit_pixels
-        are; no list where all samples are images."""
+        are; no list where all samples are images.
+        """
         mllm, vae = self.frozen
         latents_BCHW = vae.encode(pixels_BCHW)
         image_IPD = mllm.image_tokens(vit_pixels_ICHW) if len(vit_pixels_ICHW) else None
@@ -168,7 +172,8 @@ class BaselineModel(nn.Module):
 
     def condition(self, image_IPD, visible_BP, texts=None):
         """[prompt, image tokens, prompt, RQA's queries] through the whole MLLM -> what conditions the generator (B, C, D); with
-        `texts` of some samples [caption, RQA's queries]."""
+        `texts` of some samples [caption, RQA's queries].
+        """
         mllm, batch, device = self.frozen[0].backbone, len(visible_BP), visible_BP.device
         positions_BL = None
         with torch.no_grad():
@@ -219,7 +224,8 @@ class BaselineModel(nn.Module):
         """Return the condition tokens of images and captions (B, C, D), which of them are seen
         (B, C), and each sample's position id behind its own tokens (B,).
 
-        Rows are padded behind to the longest. Hidden tokens and padding are not seen."""
+        Rows are padded behind to the longest. Hidden tokens and padding are not seen.
+        """
         assert not self.every, "all outputs as condition are implemented for images alone"
         mllm, device = self.frozen[0], visible_BP.device
         image_row = [*self.before, *[0] * self.num_image, *self.after]
@@ -266,7 +272,8 @@ class Muon(torch.optim.Optimizer):
     """Muon with Nesterov momentum, its update as large as AdamW's.
 
     Orthogonalised by the engine's own function, in its stacks of matrices of one shape (as
-    engine/parallel/optim.py), so that neither side gains by it."""
+    engine/parallel/optim.py), so that neither side gains by it.
+    """
 
     def __init__(
         self,
@@ -353,7 +360,8 @@ class Trainer:
         """Take one optimizer step over `num` micro-batches and return their mean loss.
 
         draws: returns the numbers and texts of a batch (engine_draws); fresh numbers and images
-        alone if not given."""
+        alone if not given.
+        """
         losses = []
         for batch in batches:
             given = draws(batch) if draws else ()

@@ -5,7 +5,8 @@
                 demo-cpu on two images, in eager mode on a CPU, by part; and the graph breaks of a generator's blocks
 
 benchmarks/lib/counts.json holds them; tests/benchmarks/test_counts.py compares exactly, and --write makes the file anew: a change that
-moves them commits the new numbers. Those of a step hold for one version of torch, which the file names."""
+moves them commits the new numbers. Those of a step hold for one version of torch, which the file names.
+"""
 
 from iomm.checkout import enter
 
@@ -37,7 +38,8 @@ BLIND = "aten::copy_", "aten::zero_", "aten::fill_"
 
 class Count(TorchDispatchMode):
     """Counts what runs inside: `calls` of aten and our own ops that are no views, `bytes` that they read and write,
-    `tensors` that they make anew. Code of torch.compile is not seen: count in eager mode."""
+    `tensors` that they make anew. Code of torch.compile is not seen: count in eager mode.
+    """
 
     def __init__(self):
         super().__init__()

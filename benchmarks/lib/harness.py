@@ -91,7 +91,8 @@ def prepare(args, device, folder):
 def needed(model, config, micro_batch, against):
     """Bytes on one GPU: the run's, and the larger of what stands beside it: for parts alone an unsharded copy, its gradients and
     random ones in fp32; plain's weights, gradients, moments and average in fp32 and its weights once more in bf16, with
-    activations half as large again as ours (assumed: autocast keeps norms in fp32)."""
+    activations half as large again as ours (assumed: autocast keeps norms in fp32).
+    """
     parts, trained = memory(model, config, 1, micro_batch), size(model)
     kept = sum(number for part, number in parts.items() if part.startswith("activations"))
     return sum(parts.values()) + max(12 * trained, 22 * trained + 0.5 * kept if against else 0)
@@ -115,7 +116,8 @@ class Bench:
     @torch.no_grad()
     def wake(self):
         """Moves all masters away from where they start: there gates and velocity are zero, and multiplying zeros takes a
-        GPU less power and time (13 % measured on products)."""
+        GPU less power and time (13 % measured on products).
+        """
         state, draw = self.state, torch.Generator(self.device).manual_seed(0)
         state.sharded.slots()
         for flat in state.sharded.masters:
@@ -163,7 +165,8 @@ class Bench:
 
     def in_turn(self, rows, rounds, deadline, warm_up=None):
         """{row: [seconds]}: every row once a round, in an order that rotates; at least 3 rounds, then until `deadline`.
-        `cpu_s` then holds the CPU time of the same, over all threads: what says something where others compute too."""
+        `cpu_s` then holds the CPU time of the same, over all threads: what says something where others compute too.
+        """
         warm_up = WARM_UP[self.device.type] if warm_up is None else warm_up
         times, names = {name: [] for name in rows}, list(rows)
         self.cpu_s = {name: [] for name in rows}

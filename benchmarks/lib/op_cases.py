@@ -301,7 +301,8 @@ def adamw_reference(flat, grad, exp_avg, exp_avg_sq, step, *, lr, betas, eps, we
 
 def adamw_case(device):
     """AdamW over one flat fp32 shard, IOMM-B's (1,620 M parameters) on one of 8 GPUs. torch, the default of optim.adamw, is to
-    be the fastest of those installed; else choose the other."""
+    be the fastest of those installed; else choose the other.
+    """
     bodies, numel = {"torch": adamw_torch}, 202_545_080 if device == "cuda" else 1_000_000
     if device == "cuda" and torch.cuda.is_available():
         try:

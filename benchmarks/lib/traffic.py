@@ -5,7 +5,8 @@ The rules are those of deepspeed/runtime/zero/partitioned_param_coordinator.py (
 second micro-batch on: a module's weights are gathered when it is entered, up to prefetch_bucket_size more ahead of their use,
 and they go when it is left unless they come again within max_reuse_distance. tests/benchmarks/test_traffic.py holds the count against
 the bytes that two ranks send. Known limits: every parameter is taken to get a gradient (single-stream pad tokens get none
-at lengths that are multiples of 32), and with max_live_parameters below one block gathers came out 1.3 % too few."""
+at lengths that are multiples of 32), and with max_live_parameters below one block gathers came out 1.3 % too few.
+"""
 
 import math
 from collections import Counter, deque
@@ -33,7 +34,8 @@ DEFAULTS = {
 @dataclass(frozen=True, kw_only=True)
 class Message:
     """One collective over `group` ranks. size_bytes: of the whole tensor, padding included (all_to_all: of what one rank
-    holds). It is issued at visit `issued` and waited for at visit `needed`."""
+    holds). It is issued at visit `issued` and waited for at visit `needed`.
+    """
 
     kind: str
     size_bytes: int
@@ -52,7 +54,8 @@ class Message:
 class Traffic:
     """visits: (is backward, values of weights used there) for every module in the order of a micro-batch. first, later: the
     messages of a step's first micro-batch and of each other (they differ with hierarchical partitioning alone). step: those
-    of the optimizer's step."""
+    of the optimizer's step.
+    """
 
     visits: list
     first: list
@@ -85,7 +88,8 @@ class Visit:
 
 def count_traffic(model, config, ranks, **settings):
     """IOMM (weights may be on the meta device), RunConfig, number of ranks -> Traffic. settings: keys of DeepSpeed's
-    zero_optimization that replace the config's."""
+    zero_optimization that replace the config's.
+    """
     whole = deepspeed_config(config, torch.device("cuda"), 1, 1)
     settings = {**DEFAULTS, **whole["zero_optimization"], **settings}
     itemsize = config.dtype.itemsize
@@ -159,7 +163,8 @@ def trace_of(model):
     """[(Visit, True on entering, False on leaving)] of one pass forward and back: parts in the order of IOMM.forward, inside
     them the order in which modules were made; back the other way round.
 
-    IOMM.dtype looks at generator.final.weight: DeepSpeed takes that for a parameter of IOMM itself."""
+    IOMM.dtype looks at generator.final.weight: DeepSpeed takes that for a parameter of IOMM itself.
+    """
     leaves, asked = model.leaves, (id(model.generator.final.weight),)
 
     def walk(module, children, backward):
@@ -281,7 +286,8 @@ def scattered(trace, numel, bucket):
 
 def row_bytes(model, config):
     """{part: (bytes forward, bytes backward)} of an image for all that is no matrix product: every tensor that a kernel reads or
-    writes, once, in bf16. The small numbers are passes over a (tokens x width) tensor, counted as in benchmarks/lib/op_cases.py."""
+    writes, once, in bf16. The small numbers are passes over a (tokens x width) tensor, counted as in benchmarks/lib/op_cases.py.
+    """
     (mllm, vae), generator = model.frozen, model.generator
     width, tokens = (
         generator.config.width,

@@ -7,7 +7,8 @@ seed, so that what a seed changes for all cells cancels.
     python benchmarks/studies/alignment.py --steps 250 --seeds 3 [section.key=value ...]
 
 Writes benchmarks/results/alignment-<config>-<device>-<date>.json after every run; a killed command that is started again on
-the same day with the same arguments continues."""
+the same day with the same arguments continues.
+"""
 
 from iomm.checkout import enter
 

@@ -2,7 +2,8 @@
 
 Writes benchmarks/results/demo[-<settings>]-<device>-<date>.json: seconds from start to end and in training, images/s, first
 and last loss, scores; and benchmarks/figures/demo[-<settings>].png: pictures of both stages over their steps, side by side.
-Settings apply to both stages. With --out the runs are kept, and an interrupted one is continued."""
+Settings apply to both stages. With --out the runs are kept, and an interrupted one is continued.
+"""
 
 import sys
 from pathlib import Path

@@ -3,7 +3,8 @@
 All intervals are at 95 %. At either end an interval reaches as far as the wider of two: Student's t
 over the seeds, each of which is scored on scenes of its own, so that their spread includes the
 error of training and of the pictures; and Wilson's score interval over all pictures (Newcombe's
-for a difference), for seeds that agree by chance."""
+for a difference), for seeds that agree by chance.
+"""
 
 import math
 import statistics
@@ -45,7 +46,8 @@ def newcombe(a: float, b: float, pictures: int) -> tuple[float, float]:
     """Return the interval of a - b, two shares of so many pictures each.
 
     Newcombe 1998, method 10, which assumes independent pictures. Those of two cells are of the same
-    scenes, so that their errors partly cancel: the interval is wide rather than narrow."""
+    scenes, so that their errors partly cancel: the interval is wide rather than narrow.
+    """
     (a_low, a_high), (b_low, b_high) = wilson(a, pictures), wilson(b, pictures)
     return a - b - math.hypot(a - a_low, b_high - b), a - b + math.hypot(a_high - a, b - b_low)
 
@@ -313,7 +315,8 @@ def summary(cells: Cells) -> dict[str, dict[str, dict[str, dict]]]:
 def draw(experiments: dict[str, Cells], path: Path, limits: dict[str, float]) -> None:
     """Write a PNG: for each experiment the figure that decides it, a row a cell.
 
-    limits: {way: share that real pictures reach}, drawn as a dashed line."""
+    limits: {way: share that real pictures reach}, drawn as a dashed line.
+    """
     if not experiments or (plt := pyplot()) is None:
         return
     heights = [len(cells) + 1.5 for cells in experiments.values()]

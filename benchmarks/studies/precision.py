@@ -3,7 +3,8 @@
 Three runs by the engine on the shapes world, one after the other: bf16, fp8, and bf16 from another seed, which says how far
 apart two sound runs are. Without a GPU it is the demo; with one it is IOMM-B's generator at its own token counts (1024
 latents of 64 px images, 256 queries). Writes benchmarks/results/precision-<device>-<date>.json: curves, means over the last
-tenth of the steps, images/s. Only one made on a GPU is the record that `precision: fp8` waits for."""
+tenth of the steps, images/s. Only one made on a GPU is the record that `precision: fp8` waits for.
+"""
 
 import sys
 from pathlib import Path

@@ -20,7 +20,8 @@ Each seed runs all cells before the next begins, the default cell first, and the
 after every cell. Runs and scores are kept below --out under a name made from everything that
 changes them. To resume a killed command, start it again: what is complete is kept, a run resumes
 from its last checkpoint, and a run that is still training is waited for. --status prints what is
-done and the hours left."""
+done and the hours left.
+"""
 
 import sys
 from pathlib import Path
@@ -97,7 +98,8 @@ FIGURES_OF_EDITS = ("edited", "kept", *FIGURES, "object", "place", "size", "back
 @dataclass(frozen=True, kw_only=True)
 class Budget:
     """How much a command runs: steps of both stages, seeds, pictures a kind and split, Euler steps
-    of each, cells side by side, expected seconds a step, settings of all runs, experiments."""
+    of each, cells side by side, expected seconds a step, settings of all runs, experiments.
+    """
 
     pretrain: int
     finetune: int
@@ -299,7 +301,8 @@ class Runs:
     def known(self, run: Run, ways: Iterable[str]) -> dict[str, dict[str, float]] | None:
         """Return {"text, train": {"fits": share, ..., "pictures": how many}, ...} of a run.
 
-        None if some are missing."""
+        None if some are missing.
+        """
         kept = read(run.dir / SCORES)
         wanted = [f"{way}, {split}" for way in ways for split in SPLITS]
         if wanted and (kept.get("settings") != self.scored_with() or not set(wanted) <= set(kept)):
@@ -428,7 +431,8 @@ def wait_until_free(run_dir: Path) -> None:
 def real_limits(runs: Runs) -> dict:
     """Return {"text": {split: share}, "edit": ...} of real pictures through the VAE.
 
-    This is the limit for any model."""
+    This is the limit for any model.
+    """
     config, per_kind = config_of("pretrain", ()), min(32, runs.budget.per_kind)
     size_px = config.data.size_px
     settings = {
@@ -506,7 +510,8 @@ def publish(
 ) -> dict[str, Cells]:
     """Write the results of all that is complete, a JSON and a PNG; return {experiment: its cells}.
 
-    Experiments that were not asked for are in it as well, once they have two cells to compare."""
+    Experiments that were not asked for are in it as well, once they have two cells to compare.
+    """
     here, rows, of = machine(), {}, {}
     found = {
         name: cells

@@ -31,7 +31,8 @@ interpolated linearly on its best value so far. Ratios are those of the first va
 another's, seed by seed: median, lowest and highest over the seeds.
 
 benchmarks/results/time-to-quality-<config>-<device>-<date>.json is written after every turn, with
-the curves, and a PNG beside it at the end of every seed."""
+the curves, and a PNG beside it at the end of every seed.
+"""
 
 import sys
 from pathlib import Path
@@ -261,7 +262,8 @@ class Examiner:
     def check_function(self, name: str, variant: Variant, baseline: Baseline) -> None:
         """Raise ValueError unless a baseline has our loss on a batch, with its own weights.
 
-        Called after its first turn: fresh weights predict zero whatever the condition."""
+        Called after its first turn: fresh weights predict zero whatever the condition.
+        """
         batch = self.batches[0]
         self.load(baseline.weights())
         with self.as_trained(variant), torch.compiler.set_stance("force_eager"):
@@ -297,7 +299,8 @@ class Course:
     """A variant on its way: what trains, its own time so far, and its curve.
 
     curve: lists of equal length by name: own wall seconds `s`, CPU seconds of this process over
-    all threads `cpu_s`, `steps`, and what the Examiner found, `loss` and `score`."""
+    all threads `cpu_s`, `steps`, and what the Examiner found, `loss` and `score`.
+    """
 
     def __init__(self, variant: Variant, trained: Ours | Baseline):
         self.variant, self.trained = variant, trained
@@ -342,7 +345,8 @@ def crossing(
 ) -> float | None:
     """Return when a curve first reaches `target`, or None if it never does.
 
-    Interpolated linearly between the points before and after, on the best value so far."""
+    Interpolated linearly between the points before and after, on the best value so far.
+    """
     best = best_so_far(values, falling)
     reached = [value <= target if falling else value >= target for value in best]
     if True not in reached:
@@ -364,7 +368,8 @@ def ratios(
         limits: the baseline's whole time. Where it never reached the target this takes the place
             of its time, so that a seed's ratio is a lower bound (`at_least`).
 
-    Unknown where the other did not reach the target in every seed, or had it from the start."""
+    Unknown where the other did not reach the target in every seed, or had it from the start.
+    """
     if not other or not all(other):
         return None
     found = [
@@ -383,7 +388,8 @@ def ratios(
 def loss_targets(curves: Iterable[dict], shares: Sequence[float] = LOSSES_AT) -> list[float]:
     """Return the held-out losses that every curve has reached after these shares of its time.
 
-    The worst over the seeds, rounded up to four digits behind the point."""
+    The worst over the seeds, rounded up to four digits behind the point.
+    """
     curves, found = list(curves), []
     for share in shares:
         at_share = [
@@ -403,7 +409,8 @@ def reached(runs: Sequence[dict], what: str, target: float) -> list[dict]:
 
     `s`, `cpu_s` and `steps` are lists over the seeds; `s_encoded` is `s` and the time of encoding
     before training, where the variant does that. `ratio`, `ratio_cpu`, `ratio_steps` and
-    `ratio_encoded` are the first variant's times over these (see `ratios`)."""
+    `ratio_encoded` are the first variant's times over these (see `ratios`).
+    """
     rows, first = [], next(iter(runs[0]["curves"]))
     for name in runs[0]["curves"]:
         curves = [run["curves"][name] for run in runs]
@@ -452,7 +459,8 @@ def summarise(result: dict) -> None:
 def prepare(args: argparse.Namespace, folder: Path) -> tuple[RunConfig, list[str]]:
     """Return the config of the first seed and what was changed in it.
 
-    Raises InputError for a config that the baseline does not compute."""
+    Raises InputError for a config that the baseline does not compute.
+    """
     changes = [f"run.dir={folder / 'run'}", "evaluate.every_steps=0"]
     changes += ["align.weight=0", "data.latents=null", "train.noise_draws=1"]
     config = load_config(args.config, args.overrides)
@@ -530,7 +538,8 @@ def start_encoded(
 ) -> tuple[Ours, float]:
     """Encode the images, build what trains on them, and return it with the seconds of encoding.
 
-    own, config: with the encoded latents and without; latents: the folder of those on the disk."""
+    own, config: with the encoded latents and without; latents: the folder of those on the disk.
+    """
     if variant.encoded == "disk":
         encode = Stopwatch(builders.write_latents)
         encode(config, latents, dtype="bf16", batch=32)
@@ -551,7 +560,8 @@ def race(
 ) -> None:
     """Train all variants of a seed in turns.
 
-    Adds the seed's curves to result["runs"], and calls `save` after every turn."""
+    Adds the seed's curves to result["runs"], and calls `save` after every turn.
+    """
     changes = [*changes, f"run.seed={seed}"]
     config = load_config(args.config, [*args.overrides, *changes])
     run = {

@@ -156,7 +156,8 @@ def _read_header(header, position, num_bytes, pax):
 def _next_header(fd, position, num_bytes):
     """Where the next good header stands at or after position (a multiple of BLOCK), or num_bytes if there is none.
 
-    Only headers with the magic of POSIX and GNU are found: all tars of this century have it."""
+    Only headers with the magic of POSIX and GNU are found: all tars of this century have it.
+    """
     while position < num_bytes:
         chunk = os.pread(fd, SCAN, position)
         at = chunk.find(MAGIC)

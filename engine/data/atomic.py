@@ -16,7 +16,8 @@ def whole_file(path, *, partial=None, durable=False):
 
     Readers see the old file or the new one. If the block raises, nothing changes. A killed process leaves at most
     `partial` behind, by default `.NAME.PID.partial` in the same folder; it must be on the same file system. durable: the
-    content is on the disk before the name is."""
+    content is on the disk before the name is.
+    """
     path = Path(path)
     partial = (
         path.with_name(f".{path.name}.{os.getpid()}.partial") if partial is None else Path(partial)

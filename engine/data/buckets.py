@@ -18,7 +18,8 @@ CACHED_SHARDS = 64
 
 def bucket_sizes(size_px, multiple_px=1):
     """(height, width) of the buckets, from tall to wide: sides multiples of multiple_px and about size_px / 16, area
-    within 6 % of size_px^2, aspect ratio at most 4. 41 of them, where size_px / 16 is a multiple of multiple_px."""
+    within 6 % of size_px^2, aspect ratio at most 4. 41 of them, where size_px / 16 is a multiple of multiple_px.
+    """
     unit = -(-size_px // (UNITS * multiple_px)) * multiple_px
     found = {(size_px, size_px)}
     for short in range(unit, size_px + 1, unit):
@@ -150,7 +151,8 @@ def join_small(totals, ratios, wanted):
     totals: (kinds, buckets).
 
     The one that lacks the largest share goes first, to the neighbour nearest in ratio. Raises InputError if there are
-    not enough samples."""
+    not enough samples.
+    """
     totals, wanted = totals.copy(), np.array(wanted)
     for total, want in zip(totals.sum(1), wanted):
         if total < want:
@@ -176,7 +178,8 @@ def join_small(totals, ratios, wanted):
 
 def buckets_of_both(images, pairs):
     """Makes of two BucketSampler, of the images and of the pairs of every batch, those of a mixture: alike joined, so that each
-    bucket has enough of either kind, and with the pairs in the lead. They are the fewer; their epochs are those of a run."""
+    bucket has enough of either kind, and with the pairs in the lead. They are the fewer; their epochs are those of a run.
+    """
     joined = join_small(
         np.stack([images.counts.sum(0), pairs.counts.sum(0)]),
         pairs.ratios,

@@ -19,7 +19,7 @@ def caption_of_text(data):
 
 
 def caption_of_json(data):
-    """str of the field "caption" of a .json member; empty if it has none or null. Raises Rejected("caption")."""
+    """Str of the field "caption" of a .json member; empty if it has none or null. Raises Rejected("caption")."""
     if len(data) > MAX_BYTES:
         raise Rejected("caption", f"{len(data)} bytes, at most {MAX_BYTES} are read")
     try:

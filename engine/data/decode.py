@@ -340,7 +340,8 @@ def size_by_pillow(data):
 
 def sizes(images):
     """(height, width), upright, that DALI sees of each image (bytes), or None where it cannot decode it. On the CPU, one
-    by one: for errors and checks."""
+    by one: for errors and checks.
+    """
     if fn is None:
         return [size_by_pillow(image) for image in images]
     found = []

@@ -45,7 +45,8 @@ class Rejected(Exception):
 @dataclass(frozen=True)
 class Verdict:
     """A good image: its size upright, whether it must be laid on white (`opaque`) before DALI sees it, and `notes`,
-    words that are counted: trailing, icc_bad, alpha, constant, padded."""
+    words that are counted: trailing, icc_bad, alpha, constant, padded.
+    """
 
     width: int
     height: int
@@ -140,7 +141,8 @@ def _kind(data):
 
 def _check_jpeg_header(data, max_pixels):
     """Where the scan starts; walks the markers up to it as strictly as DALI's parser. libjpeg would step over garbage,
-    and decode an arithmetic or lossless frame to garbage; an absurd size ends here, before anything is allocated."""
+    and decode an arithmetic or lossless frame to garbage; an absurd size ends here, before anything is allocated.
+    """
     at, frame = 2, None
     while True:
         if at + 4 > len(data):
@@ -243,7 +245,8 @@ def _is_constant(image):
 
 def _is_padded(image):
     """Whether it looks padded to a square: two equal white bands, above and below or left and right, and no other
-    white border (pictures of things on white have it all around). img2dataset's resize_mode border does this."""
+    white border (pictures of things on white have it all around). img2dataset's resize_mode border does this.
+    """
     side, other = image.size
     if side != other or side < MIN_PADDED_PX:
         return False

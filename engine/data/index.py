@@ -199,7 +199,8 @@ def records_crc32(index):
 
 def ensure_index(shards, cache_root, *, rules=Rules(), progress=True, workers=None):
     """Folder of an up-to-date index of `shards` by `rules` under cache_root; built if it is missing or a shard has
-    changed. `shards` may be the folder of an index itself: then it is that one, whatever its rules."""
+    changed. `shards` may be the folder of an index itself: then it is that one, whatever its rules.
+    """
     if isinstance(shards, str | os.PathLike) and (Path(shards) / HEADER).is_file():
         load(shards)
         return Path(shards)
@@ -211,7 +212,8 @@ def ensure_index(shards, cache_root, *, rules=Rules(), progress=True, workers=No
 
 def default_index_dir(shards, cache_root, rules=Rules()):
     """Where training keeps the index that it makes itself: named by a hash of the resolved list of shards and the
-    rules."""
+    rules.
+    """
     names = "\n".join([*map(str, expand(shards)), json.dumps(asdict(rules), sort_keys=True)])
     return (
         Path(cache_root)
@@ -221,7 +223,8 @@ def default_index_dir(shards, cache_root, rules=Rules()):
 
 def summary(folder):
     """One line on the good samples of an index, tables of the rejected ones by reason and of remarks on good ones, and
-    a warning if they look padded (str)."""
+    a warning if they look padded (str).
+    """
     index = load(folder)
     lines = [f"{len(index.records):,} samples in {len(index.shards):,} shards"]
     lines += [f"  {count:>9,}  {reason}" for reason, count in index.rejected.items()]

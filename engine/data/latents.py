@@ -3,7 +3,8 @@
     DIR/latents.json              what they are of: index, VAE, size, dtype, shape; how many lie in a file
     DIR/latents-00000.safetensors entries [0, N) of the index: `latents` (N, C, h, w) and `crc32` of each (N,)
 
-A file appears only when complete, so that a cache that was stopped, on any of its ranks, goes on where it was."""
+A file appears only when complete, so that a cache that was stopped, on any of its ranks, goes on where it was.
+"""
 
 import json
 import threading
@@ -65,7 +66,8 @@ def write_cache(
     how many samples this call wrote.
 
     The VAE lies on `device`; vae_name is by what training knows it. What is already there stays. A sample that cannot be had gets zeros and a checksum that does not fit, so that
-    training replaces it. Raises InputError if `out` is a cache of something else."""
+    training replaces it. Raises InputError if `out` is a cache of something else.
+    """
     choice("--dtype", dtype, tuple(DTYPES))
     out = Path(out)
     # Raises if the size does not divide.
@@ -106,7 +108,8 @@ class LatentStore:
     """Latents by index entry, each checked by its CRC-32. Safe to read from several threads.
 
     Raises InputError if `folder` is not a complete cache of this index, VAE and size; `read` raises Damaged. Files are
-    read with pread, so that one that shrinks is Damaged, not a bus error."""
+    read with pread, so that one that shrinks is Damaged, not a bus error.
+    """
 
     def __init__(self, folder, index, *, vae, size_px):
         self.folder = Path(folder)
@@ -168,7 +171,8 @@ class EncodedSamples:
 
     Both are pure functions of an image's centre crop, so a small data set that is seen many times is encoded once instead
     of in every epoch. The same methods as a LatentStore, and `tokens`. Memory: N (C h w + P D) numbers of the encoders'
-    dtypes, on every rank. A sample that cannot be read is Damaged whenever it is due, and training replaces it."""
+    dtypes, on every rank. A sample that cannot be read is Damaged whenever it is due, and training replaces it.
+    """
 
     def __init__(self, shards, mllm, vae, *, size_px, ranks, num_threads=2, batch=32):
         images, pairs = (

@@ -74,7 +74,8 @@ class EpochPermutation:
 
 def held_out(shard_sizes, num):
     """How many samples of each shard (int64 array) are kept from training, its last ones: `num` in all, in proportion to
-    the sizes, so that they are of all the data's sources. Raises InputError if nothing would be left."""
+    the sizes, so that they are of all the data's sources. Raises InputError if nothing would be left.
+    """
     total = int(np.sum(shard_sizes))
     if num >= total:
         raise InputError(f"data.heldout must leave samples to train on: got {num} of {total}")
@@ -104,7 +105,7 @@ def _finalise(x):
 
 
 def permute(x, size, key):
-    """x (int64, in [0, size)) under a bijection of [0, size) chosen by key (uint64); all three broadcast elementwise.
+    """X (int64, in [0, size)) under a bijection of [0, size) chosen by key (uint64); all three broadcast elementwise.
 
     A Feistel network over the grid rows x columns, the tightest near-square one with at least `size` cells. Addition
     modulo the side takes the place of the xor, so the sides need not be powers of two. What lands outside [0, size)

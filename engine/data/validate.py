@@ -1,5 +1,6 @@
 """One shard -> records of its good samples, and why the others are not. Runs in the worker processes of `iomm index`;
-imports neither torch nor DALI, so that a worker starts in 0.1 s."""
+imports neither torch nor DALI, so that a worker starts in 0.1 s.
+"""
 
 import json
 import os
@@ -116,7 +117,8 @@ def judge_shard(path, rules, *, start=0, part=0, num_parts=1, poison=(), begin=l
 
 def group_by_key(members, reject):
     """{key: {suffix: (offset, num_bytes)}} in the order of first appearance; names that may not be keys are
-    rejected."""
+    rejected.
+    """
     samples, twice = {}, set()
     for name, offset, num_bytes in members:
         key, _, suffix = name.rpartition(".")
@@ -214,7 +216,7 @@ def _header(shard, offset, num_bytes, limits):
 
 
 def read_exactly(shard, offset, num_bytes):
-    """bytes of a member. Raises Rejected("unreadable")."""
+    """Bytes of a member. Raises Rejected("unreadable")."""
     if num_bytes > 0xFFFFFFFF:
         raise Rejected("too_large", f"{num_bytes} bytes")
     try:

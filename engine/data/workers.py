@@ -2,7 +2,8 @@
 
 Image decoders are C code that reads what strangers wrote. A decoder that crashes, hangs or grows takes its process
 down, not the build: the sample that it was at is rejected, and a new process goes on behind it. Processes are started
-anew (no fork: a training process may hold threads and a GPU) and speak JSON and raw records, no pickles."""
+anew (no fork: a training process may hold threads and a GPU) and speak JSON and raw records, no pickles.
+"""
 
 import json
 import mmap
@@ -35,7 +36,8 @@ def judge_shards(paths, rules, num_workers, progress=lambda num_samples: None):
     """Yields (number of the path, records, rejected, notes, files) of each shard, in the order in which they get done.
 
     Where there are fewer shards than workers, each is judged in parts. `progress` is told of samples as they are
-    judged. Closing the generator ends the processes."""
+    judged. Closing the generator ends the processes.
+    """
     num_parts = max(1, num_workers // max(1, len(paths)))
     shards = [
         _Shard(number, str(path), part, num_parts)
@@ -166,7 +168,8 @@ class _Worker:
 
     def replaced(self, reason):
         """Ends this process; a new one goes on with its shard, and does not look at the sample that ended this one. A
-        shard that ends two processes before its first sample raises InputError."""
+        shard that ends two processes before its first sample raises InputError.
+        """
         number, shard = int(self.at[0]), self.shard
         # One that crashed is about to be gone: its own exit code says more.
         ended_by = self.end(grace_s=0.2)

@@ -1,7 +1,8 @@
 """The folder of one benchmark: drawn, resumed and checked. What lies where says layouts.py.
 
 A picture's noise belongs to (seed, prompt id, image index), so the folder is the same from any number of GPUs, in any
-batch, to the rounding of a matrix product; and each PNG carries what it was drawn with, so that nothing mixes two runs."""
+batch, to the rounding of a matrix product; and each PNG carries what it was drawn with, so that nothing mixes two runs.
+"""
 
 import hashlib
 from collections import Counter
@@ -46,7 +47,8 @@ def evaluate(
     """Draws what is not there yet, this rank's share of it, then checks -> exit code: 0 complete, 1 not. Prints.
 
     size: (height, width), default the run's own. Ranks need no connection: each draws and checks its share of the
-    prompts. An intact PNG of the same settings stays; one of other settings is an InputError, a damaged one is drawn anew."""
+    prompts. An intact PNG of the same settings stays; one of other settings is an InputError, a damaged one is drawn anew.
+    """
     layout, out = LAYOUTS[bench], Path(out).resolve()
     num = layout.num_images if num is None else num
     positive("--num", num), positive("--steps", steps), positive("--batch", batch)
@@ -123,7 +125,8 @@ def evaluate(
 
 def draw_share(pipe, layout, items, num, out, partial, facts, settings, quiet):
     """Draws the missing files of these items. Each is written under the name `partial` beside the folder and renamed into it:
-    a grader never sees half a file, nor a name that is not its own."""
+    a grader never sees half a file, nor a name that is not its own.
+    """
     todo = []
     for item in items:
         for name, data in item.files:
@@ -197,7 +200,8 @@ def check(layout, items, num, out, *, own, size=None):
     """-> ({"missing": [...], "extra": [...], "malformed": [...]}, (height, width) of one image).
 
     Files of the items `own` are read, and what is in the folder is held against all items. size: of one image; unknown, it
-    is that of most pictures. All must be of one set of settings and of their own prompt, where they say it."""
+    is that of most pictures. All must be of one set of settings and of their own prompt, where they say it.
+    """
     missing, malformed, seen = [], [], {}
     for item in own:
         for name, data in item.files:

@@ -1,7 +1,8 @@
 """Between two training steps: the velocity loss of held-out samples at fixed times, pictures drawn and, in the shapes world,
 scored, metrics of the user's own.
 
-Nothing of it touches the run: with it or without, training goes on to the same bits."""
+Nothing of it touches the run: with it or without, training goes on to the same bits.
+"""
 
 import importlib
 from contextlib import contextmanager
@@ -61,11 +62,13 @@ class Evaluation:
     metrics       what the hook returned
 
     Weights are the average where the run keeps one, else those that train. Samples go through in micro-batches that do not
-    depend on the number of ranks, each whole on one rank: the same weights give the same numbers on any number."""
+    depend on the number of ranks, each whole on one rank: the same weights give the same numbers on any number.
+    """
 
     def __init__(self, config, source, ranks, hook=None):
         """source: the run's ImageSource. hook(config, step, images, prompts) -> {name: number}, on rank 0: images are PIL,
-        prompts their texts (None for what was drawn of a masked image). Raises InputError."""
+        prompts their texts (None for what was drawn of a masked image). Raises InputError.
+        """
         self.config, self.ranks, self.hook, self.source = config, ranks, hook, source
         shards, num = source.shards, config.evaluate.num_images
         images, pairs = (
@@ -206,7 +209,8 @@ class Evaluation:
 
     def gathered(self, mine, num, *names):
         """(number, picture of each name ...) of every rank -> {name: the first num pictures, in
-        order}, on all of them."""
+        order}, on all of them.
+        """
         rows = [row for part in self.ranks.all(mine) for row in part if row[0] < num]
         rows.sort(key=lambda row: row[0])
         return {name: [row[i] for row in rows] for i, name in enumerate(names, 1)}
@@ -233,7 +237,8 @@ class Evaluation:
     def score(self, step, pictures) -> dict[str, float]:
         """Return the shares of SCORED, or {} for prompts that are no captions of the shapes world.
 
-        Errors are printed and stop nothing."""
+        Errors are printed and stop nothing.
+        """
         try:
             captions = pictures.prompts
             if not self.prompts:
@@ -294,7 +299,8 @@ def losses_at(model, batch):
 
 def load_hook(name):
     """ "package.module:function" -> the function. Only for names that the user types: no file of a run or a data set may
-    bear one. Raises InputError."""
+    bear one. Raises InputError.
+    """
     module, _, function = name.partition(":")
     try:
         hook = getattr(importlib.import_module(module), function)

@@ -1,7 +1,8 @@
 """Four benchmarks as layouts of a folder: their prompt files, the files that the official grader wants, its command.
 
 Everything here was read in the graders' own sources, at these commits: djghosh13/geneval af4902f, TencentQQGYLab/ELLA
-3c228f1 (DPG-Bench), PKU-YuanGroup/WISE eb51174, PKU-YuanGroup/ImgEdit 547185d. Prompt files are the user's."""
+3c228f1 (DPG-Bench), PKU-YuanGroup/WISE eb51174, PKU-YuanGroup/ImgEdit 547185d. Prompt files are the user's.
+"""
 
 import csv
 import io
@@ -74,7 +75,8 @@ def read_dpg(paths, root):
 
 def read_wise(paths, root):
     """Lists of objects with prompt_id and Prompt, one or several files. Which protocol they are of, a complete set says
-    itself: prompt 641 is of Space in the legacy files, of Biology in the verified ones, whose ranges are others."""
+    itself: prompt 641 is of Space in the legacy files, of Biology in the verified ones, whose ranges are others.
+    """
     items, category = [], None
     for path in paths:
         entries = parse(text_of(path), path)

@@ -1,6 +1,7 @@
 """Pictures from a run: its newest checkpoint, conditions like those of its training; and its export.
 
-Every PNG says in its text what it was drawn from and how: prompt, seed, steps, guidance, size, run, step, weights."""
+Every PNG says in its text what it was drawn from and how: prompt, seed, steps, guidance, size, run, step, weights.
+"""
 
 import json
 import math
@@ -22,7 +23,8 @@ from iomm.pipeline import CARD, Pipeline, draw, height_width, image_grid, to_ima
 def open_pipeline(run_dir, *, weights="ema", device="cpu"):
     """Folder of a run, or an exported one -> (Pipeline whose origin names run, step and weights; the run's config, or None).
 
-    An exported folder has but one kind of weights. Raises InputError: no run, no checkpoint."""
+    An exported folder has but one kind of weights. Raises InputError: no run, no checkpoint.
+    """
     run_dir = Path(run_dir)
     if (run_dir / CARD).is_file():
         pipe = Pipeline.from_pretrained(run_dir, device=device)
@@ -58,7 +60,8 @@ def draw_run(
     With prompts: `num` pictures, the prompts in turn. Without: of a run on images, the first `num` of its order, below each
     its visible part, masked as in training, and what the model draws from that; of a run on pairs, pictures of its first
     captions.
-    size: (height, width). Raises InputError: no run, no checkpoint."""
+    size: (height, width). Raises InputError: no run, no checkpoint.
+    """
     if num < 1 or steps < 1:
         raise InputError(f"--num and --steps must be >= 1, got {num} and {steps}")
     pipe, config = open_pipeline(run_dir, weights=weights, device=device)
@@ -96,7 +99,8 @@ def draw_run(
 
 def reconstruct(config, model, num, steps, seed, shift, device):
     """-> {"original", "visible", "drawn"}: the first num images of the run's order, what the MLLM
-    sees of each, and what is drawn from that. PIL images."""
+    sees of each, and what is drawn from that. PIL images.
+    """
     mllm, _ = model.frozen
     shards = Shards(builders.prepare_data(config, progress=False))
     batch = next(
@@ -130,7 +134,8 @@ def visible_parts(model, n_B: torch.Tensor, images: list[Image.Image]) -> list[I
     """Return the images of the sample numbers n_B as the MLLM sees them: hidden patches hatched.
 
     The mask is that of model.condition(..., n_B); the P image tokens are a square of patches, row
-    by row."""
+    by row.
+    """
     mask, seed, num = model.recipe.mask, model.recipe.seed, model.frozen[0].num_image_tokens
     side = math.isqrt(num)
     visible_BYX = visible_mask(mask, seed, n_B, num).view(-1, side, side).cpu().numpy()
@@ -153,7 +158,8 @@ def save_grid(
     """Write equally long rows of pictures as one PNG, `columns` pictures of each beneath another.
 
     Its text holds `facts` and, under "grid", the JSON that report.read_grid cuts it up by:
-    {"columns", "rows": names of the rows, "labels": one for each picture of a row}."""
+    {"columns", "rows": names of the rows, "labels": one for each picture of a row}.
+    """
     columns = min(columns, len(labels))
     blank = Image.new("RGB", next(iter(rows.values()))[0].size, "white")
     cells = []

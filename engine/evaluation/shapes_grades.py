@@ -1,5 +1,6 @@
 """How well a model draws the shapes world: pictures from captions, from pictures with hidden tokens, and from edits, each
-decided by score.py, a row a kind."""
+decided by score.py, a row a kind.
+"""
 
 import json
 from colorsys import hsv_to_rgb
@@ -144,7 +145,8 @@ def ceiling(
     """Return grade()'s table of the real pictures, through the autoencoder if one is given.
 
     This is the limit for a model that draws perfectly: what the scorer and the VAE lose is lost for
-    every model."""
+    every model.
+    """
     asked = tasks(way, split, per_kind, seed)
     scenes = (
         list(map(real_edit, asked.scenes, asked.texts, asked.captions))
@@ -163,7 +165,8 @@ def real_edit(before: Scene, instruction: str, caption: str) -> Scene:
     """Return the scene that an edit of a scene with one shape asks for, background and noise as before.
 
     "make" gives the shape another colour. After "add" the two shapes lie in the middle, with the sizes
-    and the distance that the dataset gives such a pair."""
+    and the distance that the dataset gives such a pair.
+    """
     (source,) = before.shapes
     objects, relation = parse(caption)
     if instruction.startswith("make"):
@@ -199,7 +202,8 @@ def judged(
 ) -> dict[str, dict]:
     """Return {kind: {"fits": share, "number": share, ...; "pictures": how many}} of the pictures.
 
-    edited: the scene that each picture was made from and the instruction, if the pictures are edits."""
+    edited: the scene that each picture was made from and the instruction, if the pictures are edits.
+    """
     rows = {}
     for i, (kind, picture, caption) in enumerate(zip(kinds, pictures, captions)):
         verdict = score(picture, caption)
@@ -216,7 +220,8 @@ def judged(
 
 def grade_run(run_dir, *, per_kind=16, steps=20, device="cpu"):
     """Run folder -> text: grades of its newest weights on masked images and on captions like those of training, a line a kind,
-    and of real pictures. Writes run_dir/scores.json, {way: grade's table}."""
+    and of real pictures. Writes run_dir/scores.json, {way: grade's table}.
+    """
     config, model, _ = load_run(run_dir, device=device)
     size_px = config.data.size_px
     found = {

@@ -102,7 +102,8 @@ def machine():
 def write_machine(run_dir, num_ranks: int) -> None:
     """Write run_dir/machine.json: machine() at the last start of the run, and its number of ranks.
 
-    Raises OSError."""
+    Raises OSError.
+    """
     text = json.dumps({**machine(), "ranks": num_ranks}, indent=1) + "\n"
     (Path(run_dir) / "machine.json").write_text(text, encoding="utf-8")
 

@@ -56,7 +56,8 @@ class Metrics:
     padding not counted) x images_per_s / (peak FLOP/s of one device x devices).
     memory_gib: peak of rank 0 so far. gpu_hours: of all ranks since step 0, gpu_hours_left: by the median of 20 steps.
 
-    Whatever fails in here is said once and costs a record, never a step."""
+    Whatever fails in here is said once and costs a record, never a step.
+    """
 
     def __init__(
         self,
@@ -160,8 +161,9 @@ class Metrics:
         skipped_samples,
         align_loss=None,
     ):
-        """step counts from 1. loss: of the velocity alone. align_loss: mean over the aligned samples, None without any.
-        by_time: loss sums, then counts, of equal intervals of t from image (0) to noise (1). Returns the record."""
+        """Step counts from 1. loss: of the velocity alone. align_loss: mean over the aligned samples, None without any.
+        by_time: loss sums, then counts, of equal intervals of t from image (0) to noise (1). Returns the record.
+        """
         split, beside = self.clock.read()
         for part, seconds in self.carried.items():
             split[part] = split.get(part, 0.0) + seconds
@@ -202,7 +204,8 @@ class Metrics:
 
     def add(self, row, evaluated):
         """Puts what evaluation.Evaluation found after the last record, in a part of that name, into that record, and returns
-        it. The record was written before, and so before a checkpoint of its step: whatever ends a run, none is missing."""
+        it. The record was written before, and so before a checkpoint of its step: whatever ends a run, none is missing.
+        """
         # A checkpoint's seconds, say, are the next step's.
         self.carried, _ = self.clock.read()
         found = evaluated | {"evaluation_s": self.carried.pop("evaluation", 0.0)}

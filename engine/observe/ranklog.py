@@ -4,7 +4,8 @@
     run.dir/logs/rank-00001.txt   the same, and what libraries below Python (NCCL, CUDA) write to its stdout and stderr
 
 Lines go to the kernel one by one: SIGKILL loses none. Of the other ranks the terminal shows what ends a run: lines that
-begin with "iomm:", and the traceback of an error that nobody caught."""
+begin with "iomm:", and the traceback of an error that nobody caught.
+"""
 
 import contextlib
 import faulthandler
@@ -83,7 +84,7 @@ class Tee:
 
     def write(self, text):
         # print() writes its end by itself
-        self.ends = text.startswith("iomm: ") or self.ends and text == "\n"
+        self.ends = text.startswith("iomm: ") or (self.ends and text == "\n")
         if self.terminal is not None and (self.ends or not self.only_ends):
             with contextlib.suppress(OSError, ValueError):
                 self.terminal.write(text)

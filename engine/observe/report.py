@@ -2,7 +2,8 @@
 
 They are made from the files of the run folder alone: log.jsonl, config.yaml, machine.json,
 scores.json, logs/ and the grids in samples/. Each may be missing, unfinished or damaged: what
-cannot be read is left out. A report is one file that needs no network and no script."""
+cannot be read is left out. A report is one file that needs no network and no script.
+"""
 
 import base64
 import html
@@ -125,7 +126,8 @@ class Run:
     last: the last row of log.jsonl, {} without one; time_s: seconds of all rows by part.
     config: by dotted key. scores: scores.json, {way: {kind: {question: share}}}.
     warnings: {text: lines in the logs of all ranks}.
-    grids: pictures of the evaluations by step, rising; final: the grid drawn at the end."""
+    grids: pictures of the evaluations by step, rising; final: the grid drawn at the end.
+    """
 
     name: str
     dir: Path
@@ -146,7 +148,8 @@ def write(run_dirs: list[str | Path], out: str | Path | None = None) -> Path:
     """Write the report of one run, or of several side by side, and return its path.
 
     out: default RUN/report.html, for several runs report.html beside the first of them.
-    Raises InputError: no run folder, a path that cannot be written."""
+    Raises InputError: no run folder, a path that cannot be written.
+    """
     try:
         if len(run_dirs) == 1 and out is None:
             return write_run(run_dirs[0])
@@ -164,7 +167,8 @@ def write_run(run_dir: str | Path) -> Path:
     """Write samples/progress.png, samples/curves.png and report.html of one run.
 
     Returns the path of the last. Raises InputError for a folder that holds no run, OSError where
-    it cannot be written."""
+    it cannot be written.
+    """
     run = read_run(run_dir)
     curves, pictures = curves_of([run]), progress(run)
     if curves is not None:
@@ -325,7 +329,8 @@ def flattened(config, prefix=""):
 def read_grid(path):
     """A PNG of draw.save_grid -> {name of a row: {label: picture}}, {} where it cannot be read.
 
-    Equal labels are numbered; pictures larger than PHOTO_PX are reduced."""
+    Equal labels are numbered; pictures larger than PHOTO_PX are reduced.
+    """
     try:
         stat = path.stat()
         return cut_grid(path, stat.st_mtime_ns, stat.st_size)
@@ -375,7 +380,8 @@ def read_grids(run, steps):
 def progress(run: Run) -> Image.Image | None:
     """The sheet of pictures over steps, or None without evaluations.
 
-    A row for each of a few prompts or masked images, a column for each of a few evaluations."""
+    A row for each of a few prompts or masked images, a column for each of a few evaluations.
+    """
     grids = read_grids(run, evenly(list(run.grids), MOST_COLUMNS))
     if not grids:
         return None
@@ -399,7 +405,8 @@ def few(labels):
 def side_by_side(runs):
     """The sheet of the last pictures of several runs, a column for each.
 
-    None where they were not drawn from the same prompts or images."""
+    None where they were not drawn from the same prompts or images.
+    """
     grids = [(run, read_grids(run, list(run.grids)[-1:])) for run in runs]
     grids = {run.name: grid for run, found in grids for grid in found.values()}
     if len(grids) < 2:
@@ -426,7 +433,8 @@ def original_of(grid, label):
 def sheet(columns: list[tuple[str, list[Image.Image | None]]], labels: list[str]) -> Image.Image:
     """Columns of equally many pictures, enlarged, each under its head if there are heads.
 
-    Labels, if there are any, stand at the left of the rows."""
+    Labels, if there are any, stand at the left of the rows.
+    """
     font = ImageFont.load_default(15)
     top, left = 28 if any(head for head, _ in columns) else 0, 176 if labels else 0
     side = next(picture.size for _, pictures in columns for picture in pictures if picture)
@@ -481,7 +489,8 @@ def curves_of(runs: list[Run]):
 def figure(runs: list[Run], curves: dict, max_columns: int = 3, height: float = 2.8):
     """A matplotlib figure of the curves (as CURVES) that the runs have, or None.
 
-    height: inches of a panel. One run has a line for each curve, several one for each run."""
+    height: inches of a panel. One run has a line for each curve, several one for each run.
+    """
     several, panels = len(runs) > 1, {}
     for name, (title, label) in curves.items():
         if several and label:
@@ -523,7 +532,8 @@ def figure(runs: list[Run], curves: dict, max_columns: int = 3, height: float = 
 def draw_panel(axes, title, lines):
     """Draw [(label, curve, colour, steps, values)] -> {label: the artist of its line}.
 
-    What has a value for each step is drawn faintly and smoothed, the rest point by point."""
+    What has a value for each step is drawn faintly and smoothed, the rest point by point.
+    """
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     handles, seen = {}, []
@@ -570,7 +580,7 @@ def smoothed(values):
 
 
 def saved(curves, kind):
-    """matplotlib figure -> bytes of a "png" or an "svg"."""
+    """Matplotlib figure -> bytes of a "png" or an "svg"."""
     from matplotlib import rc_context
 
     file = io.BytesIO()
@@ -580,7 +590,7 @@ def saved(curves, kind):
 
 
 def inline_svg(curves, prefix, words):
-    """matplotlib figure -> <svg> without links; `prefix` keeps the ids of two figures apart."""
+    """Matplotlib figure -> <svg> without links; `prefix` keeps the ids of two figures apart."""
     svg = saved(curves, "svg").decode()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)

@@ -1,7 +1,8 @@
 """Where the time goes: a window of steps for Nsight Systems or for torch's profiler.
 
 The code names its parts with torch's record_function: data, vae, vit, prefix, adapter, suffix, connector, generator,
-backward, optimizer, ema, checkpoint. Outside a window these cost about 2 us each; inside they are ranges of the trace."""
+backward, optimizer, ema, checkpoint. Outside a window these cost about 2 us each; inside they are ranges of the trace.
+"""
 
 from pathlib import Path
 
@@ -15,7 +16,8 @@ class Window:
     """Traces num_steps steps from start_step on, counted from 1 over the whole run. Call `before(step)` and `after(step)`.
 
     tool "nsys": cudaProfilerApi window with NVTX ranges, for nsys profile --capture-range=cudaProfilerApi. "torch": Chrome
-    trace and memory by operator into run.dir/traces, on CPU too, and on a GPU a memory snapshot. "none": nothing."""
+    trace and memory by operator into run.dir/traces, on CPU too, and on a GPU a memory snapshot. "none": nothing.
+    """
 
     def __init__(self, tool, start_step, num_steps, run_dir, ranks):
         if tool == "nsys" and ranks.device.type != "cuda":

@@ -1,7 +1,8 @@
 """CPU ranks that rank 0 starts itself, where DeepSpeed's launcher, or the user, started only one (train.cpu_ranks).
 
 With the demo config two ranks of one thread train 1.6 times as fast as one rank of two threads, which wait for each other
-after every small matrix product. launch.py imports this module before torch, so it must not load torch."""
+after every small matrix product. launch.py imports this module before torch, so it must not load torch.
+"""
 
 import contextlib
 import ctypes
@@ -47,7 +48,8 @@ def num_ranks(train, device_type: str) -> int:
 
     It is the largest up to train.cpu_ranks that divides train.global_batch (into whole micro-batches, if train.micro_batch is
     set). 0 stands for one rank per core with at least LEAST_IMAGES images each. On a GPU, or in a process that was launched
-    with others, train.cpu_ranks is ignored and the number is 1."""
+    with others, train.cpu_ranks is ignored and the number is 1.
+    """
     if device_type != "cpu" or int(os.environ.get("WORLD_SIZE", 1)) > 1:
         return 1
     most = train.cpu_ranks or min(num_cores(), train.global_batch // LEAST_IMAGES)
@@ -70,7 +72,8 @@ class Peers:
 
     Use as a context on rank 0, entered before the ranks join. Peers are ordinary ranks: the watchdog covers them, and a
     request to stop that reaches any rank stops all. While the watchdog does not run yet, a peer that fails ends this process
-    with exit code 70. Raises InputError when a peer cannot be started."""
+    with exit code 70. Raises InputError when a peer cannot be started.
+    """
 
     def __init__(self, size: int, threads: int):
         """threads: torch threads per rank, set in a peer's environment before it loads torch."""

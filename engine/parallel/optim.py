@@ -39,7 +39,8 @@ def make_optimizer(module, config, adamw=None):
     over a module's trained parameters. adamw: what does AdamW's update, torch's fused kernel if not given.
 
     The alignment head stays with AdamW, as REPA trains it: like the generator's ends it is no layer of the residual
-    stream, and Newton-Schulz steps for a read-out that is thrown away would be wasted."""
+    stream, and Newton-Schulz steps for a read-out that is thrown away would be wasted.
+    """
     layers = {
         id(part.weight)
         for name, part in module.named_modules()
@@ -86,7 +87,8 @@ def adamw_torch(flat, grad, exp_avg, exp_avg_sq, step, *, lr, betas, eps, weight
 
 def adamw_multi_tensor(kernel):
     """The same by multi_tensor_adam of NVIDIA apex: kernel(chunk, overflow, [gradients, weights, first, second moments],
-    lr, beta 1, beta 2, eps, step, decoupled decay, bias correction, decay)."""
+    lr, beta 1, beta 2, eps, step, decoupled decay, bias correction, decay).
+    """
 
     def update(flat, grad, exp_avg, exp_avg_sq, step, *, lr, betas, eps, weight_decay):
         step += 1
@@ -112,7 +114,8 @@ class Matrix:
     """Where one matrix lies: rank r's flat shard holds cuts[r] = (offset, numel) of it. Cuts in order of ranks make the whole; a
     single cut is the whole, on every rank.
 
-    parts: rows of the matrices that are fused into it (query, key and value are three)."""
+    parts: rows of the matrices that are fused into it (query, key and value are three).
+    """
 
     shape: tuple
     parts: tuple
@@ -139,7 +142,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
     columns))) works on whole matrices. `bind` says which matrices a shard holds cuts of. Matrices of equal shape form stacks,
     and each stack has one rank that orthogonalises it: cuts travel there and back by two all-to-alls, once a step; momentum
     stays in the shards. Where every rank holds everything, only results travel, by one all-gather. Stacks do not depend on
-    the number of ranks, so that neither does any bit of the update."""
+    the number of ranks, so that neither does any bit of the update.
+    """
 
     def __init__(
         self,
@@ -161,7 +165,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def bind(self, matrices, rank, size, replicated=False):
         """matrices: {flat shard: [Matrix]} of the Muon shards, in the same order on every rank. replicated: every rank holds
-        whole matrices, in a single cut each."""
+        whole matrices, in a single cut each.
+        """
         self.rank, self.size, self.replicated = rank, size, replicated
         for flat, fused in matrices.items():
             stacks = stacks_of(
@@ -233,7 +238,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def gathered(self, update: Tensor, by_owner: list) -> list[Tensor]:
         """Return all matrices orthogonalised, flattened, in the order of by_owner, from a flat update that is whole on every
-        rank. Each rank orthogonalises its stacks; one all-gather carries the results, padded to equal lengths."""
+        rank. Each rank orthogonalises its stacks; one all-gather carries the results, padded to equal lengths.
+        """
         ours = (
             new
             for stack in by_owner[self.rank]
@@ -262,7 +268,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def exchanged(self, update: Tensor, by_owner: list) -> list[Tensor]:
         """Return this rank's cuts of all matrices orthogonalised, in the order of by_owner. Two all-to-alls: each owner gets
-        the cuts of its stacks from all ranks, and sends back what became of them."""
+        the cuts of its stacks from all ranks, and sends back what became of them.
+        """
         ranks = range(self.size)
         cuts = [
             [self.cut(update, matrix) for stack in stacks for matrix in stack]
@@ -294,7 +301,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
 def stacks_of(matrices: list[Matrix], limit: int) -> list[list[Matrix]]:
     """Return the matrices in stacks of one shape, transposed ones among them, of at most `limit` bytes of float32 or one
-    matrix. The same on every rank, for any number of ranks."""
+    matrix. The same on every rank, for any number of ranks.
+    """
     by_shape = {}
     for matrix in matrices:
         by_shape.setdefault((min(matrix.shape), max(matrix.shape)), []).append(matrix)
@@ -335,7 +343,8 @@ def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
 
     In float32, wide matrices take the same steps on G alone: all that X goes through are polynomials of the first G, which
     commute, so that G <- P G P and the product of all P is applied to X once. Five steps of rows x 4 rows take 50 rows^3
-    products instead of 90. In bfloat16 G would lose its small eigenvalues."""
+    products instead of 90. In bfloat16 G would lose its small eigenvalues.
+    """
     a, b, c = NEWTON_SCHULZ
     x = matrices.bfloat16() if matrices.is_cuda else at_least_float32(matrices)
     add_product = torch.addmm if x.ndim == 2 else torch.baddbmm

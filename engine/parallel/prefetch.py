@@ -11,7 +11,8 @@ class Prefetcher:
     """Yields the batches of an iterator, each with `prepared` = prepare(*batch.inputs).
 
     fetch() does that for the next one: on a GPU on a stream of its own, beside whatever is queued on the training stream;
-    without one, at once. A batch that is asked for before it was fetched is fetched then."""
+    without one, at once. A batch that is asked for before it was fetched is fetched then.
+    """
 
     def __init__(self, batches, prepare, device):
         self.batches, self.prepare, self.batch = batches, prepare, None

@@ -54,7 +54,8 @@ class Ranks:
 
 def take_device(local_rank=None):
     """(local rank, its device), made the current one: call it before anything opens a context, which would be on GPU 0.
-    Raises InputError, on all ranks of a machine that has more of them than GPUs."""
+    Raises InputError, on all ranks of a machine that has more of them than GPUs.
+    """
     local_rank = int(os.environ.get("LOCAL_RANK", local_rank or 0))
     if not torch.cuda.is_available():
         return local_rank, torch.device("cpu")
@@ -73,7 +74,8 @@ def take_device(local_rank=None):
 def start(timeout_s, local_rank=None):
     """Joins the other ranks (gloo without a GPU, NCCL with) and returns this process's Ranks.
 
-    A collective that takes longer than timeout_s ends the run with an error instead of waiting for ever."""
+    A collective that takes longer than timeout_s ends the run with an error instead of waiting for ever.
+    """
     import deepspeed
     from deepspeed.runtime import bf16_optimizer
     from deepspeed.utils import logger

@@ -1,6 +1,7 @@
 """Ranks and ZeRO: how processes find each other and how weights, gradients and optimizer state are split.
 
-The only door to DeepSpeed, with engine/launch.py. Generator and adapter go in; frozen parts stay outside."""
+The only door to DeepSpeed, with engine/launch.py. Generator and adapter go in; frozen parts stay outside.
+"""
 
 from contextlib import contextmanager
 
@@ -34,7 +35,8 @@ class Sharded:
     """A module whose optimizer state (stage 1), gradients (2) and parameters (3) are split over the ranks by ZeRO; at stage
     0 every rank has all of it.
 
-    Masters are fp32 and so is gradient accumulation. `places` names the pieces of parameters that this rank holds."""
+    Masters are fp32 and so is gradient accumulation. `places` names the pieces of parameters that this rank holds.
+    """
 
     def __init__(self, module, make_optimizer, *, config, ranks, leaves, micro_batch, accumulation):
         self.shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
@@ -119,7 +121,8 @@ class Sharded:
     @contextmanager
     def showing(self, flats):
         """The module, for forward passes without gradient between two steps, on all ranks alike. Its weights are `flats`
-        (shaped like the masters), or the masters where there are none; afterwards all is as it was, to the bit."""
+        (shaped like the masters), or the masters where there are none; afterwards all is as it was, to the bit.
+        """
         self.layout.leave_training()
         self.exchange(flats)
         try:
@@ -161,7 +164,8 @@ class Sharded:
 
     def step(self):
         """Acts only at the last micro-batch. Returns whether weights changed: a gradient, master or moment that is not
-        finite on any rank makes every rank skip."""
+        finite on any rank makes every rank skip.
+        """
         mark = self._poison_if_nonfinite() if self.last_micro_batch else None
         self.engine.step()
         applied = self.engine.was_step_applied()
@@ -174,7 +178,8 @@ class Sharded:
     def _poison_if_nonfinite(self):
         """Makes one gradient of every rank NaN if a gradient, master or moment of any is not finite, so that DeepSpeed, which
         looks at the norm of gradients only, skips the step; returns that gradient. All ranks, since at stages 0 and 1 each
-        takes the norm of the summed gradient by itself. No wait for the GPU; one pass over gradients and optimizer state."""
+        takes the norm of the summed gradient by itself. No wait for the GPU; one pass over gradients and optimizer state.
+        """
         gradients = self.layout.gradients()
         kept = gradients + [
             flat for flats in self.slots().values() for flat in flats if flat is not None

@@ -1,7 +1,8 @@
 """How each ZeRO stage lays out fp32 masters: which piece of which parameter a rank holds, and where.
 
 Stage 3 cuts every parameter into equal pieces, one a rank. Stages 1 and 2 lay the parameters of a group end to end and
-cut that, so that a rank's piece of a parameter can begin and end anywhere. At stage 0 every rank holds everything."""
+cut that, so that a rank's piece of a parameter can begin and end anywhere. At stage 0 every rank holds everything.
+"""
 
 from dataclasses import dataclass
 
@@ -13,7 +14,8 @@ import torch.distributed as dist
 class Place:
     """`numel` values, from value `start` of a flattened parameter on, lie at `offset` in master number `group`.
 
-    written: whether this rank is the one that writes them into checkpoints."""
+    written: whether this rank is the one that writes them into checkpoints.
+    """
 
     group: int
     offset: int
@@ -66,7 +68,8 @@ class Stage3:
 
     def leave_training(self):
         """Before passes that are not a training step's: drops DeepSpeed's record of the order of modules, by which it fetches
-        ahead, so that they neither follow nor write it. The next two steps make it anew, and fetch each block when it is due."""
+        ahead, so that they neither follow nor write it. The next two steps make it anew, and fetch each block when it is due.
+        """
         coordinator = self.optimizer.parameter_offload.get_param_coordinator()
         if not coordinator.is_invalid_trace():
             coordinator._invalidate_trace()
@@ -123,7 +126,8 @@ class Stages1And2:
 
 def adds_into(sums):
     """Hook of a parameter: its gradient, once there, is added up in fp32 and goes. Kept as `.grad` in fp32 beside bf16 weights it
-    would keep torch.compile from tracing their block."""
+    would keep torch.compile from tracing their block.
+    """
 
     def add(p):
         sums.add_(p.grad)
@@ -136,7 +140,8 @@ class Replicated:
     """Stage 0, engine and layout in one: masters, moments and fp32 gradients whole on every rank.
 
     Ours, because DeepSpeed's stage 0 refuses bf16 weights with fp32 accumulation and tells no gradient norm. Gradients
-    travel once a step, after the backward pass: nothing overlaps."""
+    travel once a step, after the backward pass: nothing overlaps.
+    """
 
     def __init__(self, module, optimizer, *, rank, size, dtype, reduce_dtype, clip, accumulation):
         self.module, self.optimizer, self.size, self.reduce_dtype = (

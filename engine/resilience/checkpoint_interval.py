@@ -12,7 +12,8 @@ MAX_LOSS_GPU_HOURS = 10.0
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """interval_s between saves; lost_gpu_hours at one fault, at worst; stall as a share of time; waste, as a share of time,
-    by saving and by faults together, on average."""
+    by saving and by faults together, on average.
+    """
 
     interval_s: float
     lost_gpu_hours: float
@@ -25,7 +26,8 @@ def plan(*, num_gpus, stall_s, write_s, mtbf_gpu_hours):
 
     A fault just before a commit costs interval + write_s on every GPU. The waste stall / T + (T / 2 + write) / M, M being
     the mean time between faults of the whole job, is least at T = sqrt(2 stall M) (Young 1974); T then goes up to what
-    the stall may cost and to write_s, since saves do not overlap, and down to what one fault may lose, which wins."""
+    the stall may cost and to write_s, since saves do not overlap, and down to what one fault may lose, which wins.
+    """
     between_faults_s = 3600 * mtbf_gpu_hours / num_gpus
     interval_s = max(math.sqrt(2 * stall_s * between_faults_s), stall_s / MAX_STALL, write_s)
     interval_s = min(

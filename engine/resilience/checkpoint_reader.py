@@ -99,7 +99,8 @@ def damage(folder, manifest=None, names=None):
 def verify(folder, ranks):
     """What is wrong with a checkpoint, as one line that is the same on every rank, or None.
 
-    Every rank must see the manifest that rank 0 sees, and hashes its share of the files: its own at the same world size."""
+    Every rank must see the manifest that rank 0 sees, and hashes its share of the files: its own at the same world size.
+    """
     seen = ranks.on_first(lambda: manifest_hash(folder))
     problem = None
     try:
@@ -119,7 +120,8 @@ def manifest_hash(folder):
 
 def newest(root, ranks=None, say=print):
     """Newest intact checkpoint below root, or None; damaged ones are named and passed over. With ranks: called on all of
-    them, which read a share each and decide alike."""
+    them, which read a share each and decide alike.
+    """
     found = [str(p) for p in reversed(steps(root))]
     for folder in found if ranks is None else ranks.on_first(lambda: found):
         problem = damage(folder) if ranks is None else verify(folder, ranks)
@@ -157,7 +159,8 @@ class Reader:
 
     def piece(self, slot, name, start, numel, first=0):
         """Values start ... start + numel - 1 of a flattened parameter, fp32, from the files that hold them. Rank `first`'s file
-        is looked into first: at the same world size and stage it has them all."""
+        is looked into first: at the same world size and stage it has them all.
+        """
         values, found = torch.empty(numel), 0
         for rank in (first + i for i in range(len(self.names))):
             if found == numel:

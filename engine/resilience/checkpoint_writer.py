@@ -4,7 +4,8 @@
                                                                 "start/<parameter>": where in the flat parameter they begin
     checkpoints/step-00000100/MANIFEST.json                     facts of the run, size and SHA-256 of every file
 
-The newest folder whose manifest and files verify is the one to resume from; there is no pointer file to go stale."""
+The newest folder whose manifest and files verify is the one to resume from; there is no pointer file to go stale.
+"""
 
 import fcntl
 import hashlib
@@ -46,7 +47,8 @@ class Saver:
     """Writes the checkpoints of one run, all ranks together. save() copies and returns; a thread writes, reads back, commits.
 
     `ranks` must have a process group of its own (Ranks.apart): its collectives meet those of training otherwise. A save
-    that fails (disk full, say) leaves the older checkpoints alone, prints one line on rank 0, and training goes on."""
+    that fails (disk full, say) leaves the older checkpoints alone, prints one line on rank 0, and training goes on.
+    """
 
     def __init__(self, root, ranks, *, keep, keep_every_steps=0, background=True):
         self.root, self.ranks, self.keep, self.permanent = Path(root), ranks, keep, keep_every_steps
@@ -72,7 +74,7 @@ class Saver:
     @property
     def waits(self):
         """Whether save() would wait for a disk: for its own work, or for the save before."""
-        return not self.background or self.thread is not None and self.thread.is_alive()
+        return not self.background or (self.thread is not None and self.thread.is_alive())
 
     def wait(self):
         """Returns the folder of the last save once it is committed, or None if it could not be."""
@@ -86,7 +88,8 @@ class Saver:
 
     def copy(self, tensors):
         """Fills buffers that live as long as the run; pinned, so that a GPU copies while training goes on. Returns the
-        event after which they are filled, or None."""
+        event after which they are filled, or None.
+        """
         if set(self.copies) != set(tensors):
             self.copies = {
                 key: torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda)
@@ -213,7 +216,8 @@ def take(run_dir, patience_s=10.0):
     """Makes this process the only one that trains in run_dir, and sweeps what a killed one left.
 
     The kernel drops the lock with the process, however that ends: it cannot go stale. Ranks of a launcher that was
-    killed need a moment to notice, hence the patience. Raises InputError when the other one stays."""
+    killed need a moment to notice, hence the patience. Raises InputError when the other one stays.
+    """
     handle = os.open(Path(run_dir) / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     until = time.monotonic() + patience_s
     while True:
@@ -251,7 +255,8 @@ def sweep(root):
 
 def set_aside(root, step):
     """Renames the checkpoints of later steps to abandoned-step-..., which is none: from `step` on the run goes another way, and
-    they would be taken for its newest. Work for rank 0; raises InputError."""
+    they would be taken for its newest. Work for rank 0; raises InputError.
+    """
     later = [folder for folder in steps(root) if step_of(folder) > step]
     for folder in reversed(later):
         aside = folder.with_name(f"abandoned-{folder.name}")
@@ -295,7 +300,8 @@ def sync(path):
 def write_safetensors(path, tensors):
     """Writes and fsyncs a new file -> (bytes, SHA-256 of what was meant to be written).
 
-    safetensors' own writer holds a second copy of everything, hashes nothing, and renames over whatever has the name."""
+    safetensors' own writer holds a second copy of everything, hashes nothing, and renames over whatever has the name.
+    """
     header, offset = {}, 0
     for key, t in tensors.items():
         header[key] = {

@@ -1,6 +1,7 @@
 """What a killed compiler leaves: torch's inductor lets g++ write into its cache in place, and loads whatever lies there.
 
-A library cut short by a SIGKILL would end every later start with "file too short"; it goes before anything is compiled."""
+A library cut short by a SIGKILL would end every later start with "file too short"; it goes before anything is compiled.
+"""
 
 import os
 import struct
@@ -34,7 +35,8 @@ def being_written():
 
 def remove_half_compiled(folder):
     """Removes cut objects and libraries below a compile cache, those excepted that a compiler still writes. Returns their
-    paths. Work for one rank a machine, before the others compile."""
+    paths. Work for one rank a machine, before the others compile.
+    """
     cut = []
     for path in [*Path(folder).glob("**/*.so"), *Path(folder).glob("**/*.o")]:
         try:

@@ -12,7 +12,8 @@ class LossGuard:
 
     A loss is a spike if it lies more than `sigmas` robust standard deviations (1.4826 x median absolute deviation) above
     the median of the last WINDOW losses that were none. What is rejected never enters; after WINDOW rejected in a row the
-    level itself has changed, and the statistics start anew, empty."""
+    level itself has changed, and the statistics start anew, empty.
+    """
 
     # Losses remembered (OLMo's number), and needed before anything is judged.
     WINDOW, LEAST = 128, 32
@@ -38,7 +39,8 @@ class LossGuard:
 
     def saw(self, step, loss, samples, applied):
         """Call once a step with the mean loss over all ranks, in words which samples to look at, and whether weights
-        changed. Raises InputError after more than max_skips skipped steps in a row."""
+        changed. Raises InputError after more than max_skips skipped steps in a row.
+        """
         if self.is_spike(loss):
             self.spikes, self.rejected = self.spikes + 1, self.rejected + 1
             if self.rejected == 1 or not applied:

@@ -1,7 +1,8 @@
 """The watchdog: a dead rank, a dead launcher or a hang ends the job within seconds, with the rank named and stacks saved.
 
 A thread of every rank looks on. It says that it is alive in a store that rank 0 serves, and reads what the others say only
-when something is wrong: its cost is a few small messages a second and rank. Torch itself counts the collectives."""
+when something is wrong: its cost is a few small messages a second and rank. Torch itself counts the collectives.
+"""
 
 import contextlib
 import faulthandler
@@ -36,7 +37,8 @@ class Watchdog:
 
     hang_s counts from the second beat on: the first step may compile, and is left to the time-out of collectives.
     0 turns the search for hangs off; deaths are seen all the same. `parent` is the launcher, or the rank, whose child this was
-    when it started: ranks without it would go on, and meet those of the next start. 0: nothing launched this rank."""
+    when it started: ranks without it would go on, and meet those of the next start. 0: nothing launched this rank.
+    """
 
     def __init__(self, ranks, run_dir, hang_s, parent=0):
         self.ranks, self.run_dir, self.hang_s = ranks, Path(run_dir), hang_s
@@ -211,7 +213,8 @@ class Watchdog:
 
     def refuse(self, error):
         """Says the InputError that ends this rank, unless another has said one: rank 0 without delay, the others when it has not
-        come to one too, each with its name. Those that came to none end with the same exit code."""
+        come to one too, each with its name. Those that came to none end with the same exit code.
+        """
         # This rank leaves by itself.
         self.over.set()
         until = time.monotonic() + GRACE_S

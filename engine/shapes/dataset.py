@@ -141,7 +141,8 @@ def edit(picture, seed, n, split="train"):
     """A scene of one shape -> (instruction, caption of what it asks for): "make it red", or "add a blue square to the left".
 
     Edit n of a seed, a pure function of its arguments. In the "train" split the result shows no held-out combination; in
-    the "test" split, whose pictures show one, any may come."""
+    the "test" split, whose pictures show one, any may come.
+    """
     draws, known = _Draws(uniform(seed, EDIT, torch.tensor([n]), 5)[0].tolist()), split == "train"
     (before,) = picture.shapes
     if draws.pick((True, False)):

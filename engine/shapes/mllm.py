@@ -5,7 +5,8 @@ of the edited picture, of the world's "train" split only. model.mllm=shapes is t
 model.safetensors says how exactly it answers and how it was made. To train another from scratch by the schedule in LEGS, and
 give it to a run as model.mllm=FOLDER (a killed command resumes when it is started again):
 
-    python -m iomm.engine.shapes.mllm --out FOLDER"""
+    python -m iomm.engine.shapes.mllm --out FOLDER
+"""
 
 import argparse
 import io
@@ -81,7 +82,8 @@ def create_mllm(folder, *, texts, vision, text, seed=0, vocab_size=512):
 
     vision, text: keyword arguments of InternVLVisionConfig and of the decoder's config (Qwen2Config unless model_type
     says qwen3). texts: strings on which a byte-level BPE vocabulary of at most vocab_size tokens is trained, so that any
-    other text still has an encoding. Weights are drawn on the CPU from `seed`."""
+    other text still has an encoding. Weights are drawn on the CPU from `seed`.
+    """
     from transformers import InternVLForConditionalGeneration
     from transformers.utils import logging
 
@@ -104,7 +106,8 @@ class Captioner(nn.Module):
     """An InternVL with its language-model head, to be trained on turns [user: text, image] -> [assistant: answer].
 
     `folder` is one that create_mllm or save wrote. forward(texts, answers, vit_pixels_ICHW, has_image) -> (mean loss of the
-    answers' tokens, (B,) bool: whether the most probable tokens are exactly the answer; greedy decoding gives it then)."""
+    answers' tokens, (B,) bool: whether the most probable tokens are exactly the answer; greedy decoding gives it then).
+    """
 
     def __init__(self, folder):
         from transformers import AutoTokenizer, InternVLForConditionalGeneration
@@ -146,7 +149,8 @@ class Captioner(nn.Module):
 
     def save(self, folder, dtype, metadata):
         """Writes weights of `dtype`, config and tokenizer in transformers' own format; metadata: strings that stand in the
-        head of model.safetensors."""
+        head of model.safetensors.
+        """
         from safetensors import safe_open
         from safetensors.torch import load_file, save_file
 
@@ -160,7 +164,8 @@ class Captioner(nn.Module):
 
 class Examples:
     """(text, picture or None, answer) of `num` scenes of a split, from number `start` on; pictures as ViT pixels, kept as
-    bytes. A picture goes through JPEG and the same cubic resize as those that are trained on."""
+    bytes. A picture goes through JPEG and the same cubic resize as those that are trained on.
+    """
 
     def __init__(self, seed, start, num, split):
         side = VISION["image_size"]
@@ -171,7 +176,8 @@ class Examples:
 
     def batch(self, tasks, numbers):
         """A task and a number each, which chooses scene and wording -> (texts, answers, vit pixels (I, 3, side, side) of those
-        with a picture, has_image) for Captioner."""
+        with a picture, has_image) for Captioner.
+        """
         texts, answers, shown = [], [], []
         for task, n in zip(tasks, numbers, strict=True):
             if task == "edit":
@@ -200,7 +206,8 @@ def normalised(bytes_CHW):
 
 def vit_pixels(picture, side, size_px):
     """PIL image -> (3, side, side) as the loader of a run at size_px hands it to the ViT: JPEG, the VAE's crop, resized from
-    that, normalised."""
+    that, normalised.
+    """
     return normalised(resized(vit_bytes(picture, size_px), side))
 
 
@@ -397,7 +404,8 @@ def metadata(folder):
 @torch.no_grad()
 def accuracies(model, seed, start, num, batch=100):
     """{"caption, train": share answered exactly, ...}: pictures that were not trained on, of combinations of colour, shape
-    and role that were ("train") and of those that never were ("test")."""
+    and role that were ("train") and of those that never were ("test").
+    """
     found = {}
     for split in ("train", "test"):
         examples = Examples(seed, start, num, split)

@@ -3,7 +3,8 @@
 The background is a plane fitted to the picture's border; what differs from it falls into connected pieces, and a connected
 piece of several colours into one of each; each piece is compared with the three shapes at its own place, area and best turn,
 and its colour with the ranges that the world draws from. Nothing is learned. What is smaller than LEAST_AREA is not seen,
-nor a colour within BACKGROUND_LEVELS of the piece that it touches or of a shade of it. Works at any size from 16 px on."""
+nor a colour within BACKGROUND_LEVELS of the piece that it touches or of a shade of it. Works at any size from 16 px on.
+"""
 
 import math
 import re
@@ -60,7 +61,8 @@ INSTRUCTION = re.compile(
 @dataclass(frozen=True)
 class Found:
     """One piece of a picture. x, y: its centre in parts of the side, y downwards; area in parts of the picture. colour or
-    shape is None if it is none of the world's."""
+    shape is None if it is none of the world's.
+    """
 
     shape: str | None
     colour: str | None
@@ -90,7 +92,8 @@ def score(image, caption):
     """RGB PIL image or (H, W, 3) uint8, caption -> {"fits", "number", "colours", "shapes", "relation"}: bools.
 
     number: as many objects as named. colours, shapes: the named ones and no others, each as often as named. relation: None
-    for a caption without one, else whether the two named objects lie so. fits: all of it, each colour on its shape."""
+    for a caption without one, else whether the two named objects lie so. fits: all of it, each colour on its shape.
+    """
     found, (objects, relation) = look(image), parse(caption)
     seen = Counter((piece.colour, piece.shape) for piece in found)
     placed = None
@@ -225,7 +228,8 @@ def enlarged(pixels_HWC):
 
 def plane(pixels_HWC, trims=4):
     """The background a + b x + c y of each channel: least squares over the border, its farthest quarter left out anew a few
-    times, so that a shape which touches the border does not bend it."""
+    times, so that a shape which touches the border does not bend it.
+    """
     rows, columns = np.mgrid[:SIDE, :SIDE] / (SIDE - 1) - 0.5
     terms_HWT = np.stack((np.ones_like(rows), rows, columns), axis=-1)
     border_HW = np.ones((SIDE, SIDE), bool)

@@ -4,7 +4,8 @@ It maps pictures of 64 px to 8 x 8 latents of 4 channels, which the default run 
 one in WEIGHTS; the header of its safetensors file holds its reconstruction accuracy and the settings it was trained with.
 This command made it, and makes another for model.vae=FOLDER:
 
-    python -m iomm.engine.shapes.vae --out FOLDER"""
+    python -m iomm.engine.shapes.vae --out FOLDER
+"""
 
 import argparse
 import json
@@ -53,7 +54,8 @@ NUM_STATISTICS = 2000
 class Leg:
     """One run of the optimizer over `steps` batches, from `lr` down a half cosine to 0.
 
-    kl_weight: of the KL divergence in nats per image, beside the mean squared error of pixels."""
+    kl_weight: of the KL divergence in nats per image, beside the mean squared error of pixels.
+    """
 
     steps: int
     lr: float
@@ -90,7 +92,8 @@ def vae_loss(
     """Return squared + absolute error + KL divergence (Kingma and Welling, arXiv 1312.6114, appendix B), a scalar.
 
     The latents are turned before they are decoded, and compared with pixels turned alike: latents that turn with the
-    picture are easier to generate (EQ-VAE, arXiv 2502.09509)."""
+    picture are easier to generate (EQ-VAE, arXiv 2502.09509).
+    """
     mean_BCHW, logvar_BCHW = autoencoder.encoder(pixels_BCHW).chunk(2, dim=1)
     nats = 0.5 * (mean_BCHW.square() + logvar_BCHW.exp() - 1 - logvar_BCHW).sum((1, 2, 3)).mean()
     latents_BCHW = mean_BCHW + torch.exp(0.5 * logvar_BCHW) * noise_BCHW
@@ -105,7 +108,8 @@ def train(out, legs=LEGS, *, num_scored: int = 1000, report=print) -> dict:
     """Train from scratch, leg after leg, and write the folder `out`. Return the reconstruction accuracies by split.
 
     Each leg starts from the folder that the one before it wrote, so a command that was killed continues with the leg it was
-    in. A pure function of the legs on one machine kind and number of threads. Raises InputError if `out` holds other legs."""
+    in. A pure function of the legs on one machine kind and number of threads. Raises InputError if `out` holds other legs.
+    """
     out = Path(out)
     done = json.loads(metadata(out)["legs"]) if (out / FILE).is_file() else []
     for leg, there in zip(legs, done):
@@ -126,7 +130,8 @@ def train(out, legs=LEGS, *, num_scored: int = 1000, report=print) -> dict:
 
 def train_leg(out: Path, leg: Leg, done: list, report) -> dict:
     """Run one leg, write `out`, and return what its header keeps of the leg. done: the legs before it; without any the
-    weights are drawn from the seed."""
+    weights are drawn from the seed.
+    """
     begun = time.monotonic()
     generator = torch.Generator().manual_seed(leg.seed)
     images_NCHW = render(0, range(leg.num_images))

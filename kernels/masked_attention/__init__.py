@@ -93,7 +93,8 @@ def masked_attention(
     Samples and prefixes may be empty; a query that sees no key gives zeros. Rows behind the last offset belong to no
     sample (a packed tensor of fixed capacity): their outputs and gradients are zeros. A prefix without requires_grad
     gets no gradient. Raises ValueError on shapes and dtypes that do not fit, and on offsets where the body reads them
-    on the host (all but triton, which cannot and trusts them)."""
+    on the host (all but triton, which cannot and trusts them).
+    """
     if q.dim() != 3:
         raise ValueError(f"q must have shape (S, A, E), got {tuple(q.shape)}")
     _check_offsets("offsets", offsets, q)

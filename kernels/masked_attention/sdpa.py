@@ -18,7 +18,8 @@ def dense_attention(q, k, v, mask=None, *, causal=False, scale=None):
     """(B, A, L, E): softmax attention by PyTorch. k, v may have fewer heads than q. mask: bool, True where visible.
 
     With gradients in bfloat16 on a CPU plain products take its place: torch 2.13's backward there is 2 to 8 times slower
-    than they are (320 and 80 tokens; benchmarks/LOG.md). They round scores and weights to bfloat16, which it does not."""
+    than they are (320 and 80 tokens; benchmarks/LOG.md). They round scores and weights to bfloat16, which it does not.
+    """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
         repeat = q.shape[1] // k.shape[1]
         k, v = (x if repeat == 1 else x.repeat_interleave(repeat, dim=1) for x in (k, v))

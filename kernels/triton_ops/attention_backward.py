@@ -166,7 +166,8 @@ def keys_kernel(
 ):
     """Program (key head, slot of keys): dk and dv of its tile from the queries of its sample, head by head.
 
-    CAUSAL: keys are the suffix, key_offsets are offsets, and query row i sees key row j where j <= i."""
+    CAUSAL: keys are the suffix, key_offsets are offsets, and query row i sees key row j where j <= i.
+    """
     key_head = tl.program_id(0)
     sample, _, first, end = tile_of(
         tl.program_id(1), key_offsets, num_samples, num_keys, OWN, SAMPLES

@@ -29,7 +29,8 @@ def attend_to(
     CAUSAL: tl.constexpr,
 ):
     """Folds the keys first .. stop (< end) into (acc, peak, total). EDGE: some may lie behind `end`; CAUSAL: query
-    row i sees those up to i. Without either nothing is masked."""
+    row i sees those up to i. Without either nothing is masked.
+    """
     acc, peak, total = state
     for start in range(first, stop, BLOCK):
         j = start + tl.arange(0, BLOCK)

@@ -1,7 +1,8 @@
 """Triton: a program takes some rows of one sample; shift and scale stay in registers.
 
 Gradients of shift and scale are sums over a sample's rows: each program writes its own sum, a second pass adds those in
-a fixed order. Mean and deviation are worked out again in the backward pass, which reads x anyway."""
+a fixed order. Mean and deviation are worked out again in the backward pass, which reads x anyway.
+"""
 
 import triton
 import triton.language as tl

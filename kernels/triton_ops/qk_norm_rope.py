@@ -1,6 +1,7 @@
 """Triton: a program takes ROWS (token, head) vectors of one sample through norm and rotation into the joint sequence.
 
-Reads each projection once and writes it once, where attention wants it. Gradients of the weights are two-pass sums."""
+Reads each projection once and writes it once, where attention wants it. Gradients of the weights are two-pass sums.
+"""
 
 import triton
 import triton.language as tl

@@ -43,7 +43,8 @@ def power_of_2(n):
 def warps_for(width):
     """Warps of a program that holds a row of `width` values: 8 values a thread, one warp at least, 16 at most.
 
-    With 16 a thread, Triton 3.9 spilled in the backward pass of a simpler op of this kind on sm_90 (3.7 did not)."""
+    With 16 a thread, Triton 3.9 spilled in the backward pass of a simpler op of this kind on sm_90 (3.7 did not).
+    """
     return min(16, max(1, power_of_2(width) // 256))
 
 

@@ -33,7 +33,8 @@ def counted(work):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_flops_are_those_of_the_flop_counter(budget, name):
     """Forward and backward of the generator, ViT and VAE, on the meta device. The decoder's two passes do not run there:
-    tests/iomm/test_model.py counts them at a small size, tests/iomm/test_flops.py the literal pass at the true one."""
+    tests/iomm/test_model.py counts them at a small size, tests/iomm/test_flops.py the literal pass at the true one.
+    """
     config, model, flops = budget.parts(name)
     mllm, vae = model.frozen
     rows, columns = vae.grid(config.data.size_px, config.data.size_px)

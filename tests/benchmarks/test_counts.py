@@ -47,7 +47,8 @@ def test_parts_sum_to_what_the_mfu_is_computed_from():
 
 def test_a_step_does_no_work_that_the_formulas_do_not_know():
     """Within 2 %: these two images show a few tokens less than the mask ratio says, and the SDPA body computes gradients of
-    the prefix that nobody reads."""
+    the prefix that nobody reads.
+    """
     work = COMMITTED["work"]["demo-cpu"]["flops"]
     assert COMMITTED["step"]["demo-cpu"]["flops"] == pytest.approx(2 * sum(work.values()), rel=0.02)
 

@@ -83,7 +83,8 @@ def test_intervals_are_those_of_the_literature():
 @pytest.mark.parametrize("true, other", [(0.5, 0.5), (0.5, 0.4), (0.85, 0.7), (0.12, 0.12)])
 def test_intervals_hold_the_truth_as_often_as_they_claim(true, other, spread):
     """Made-up cells: three trainings whose skill differs by `spread`, 96 pictures each, 1,000
-    times. Of so many a coverage of 95 % is below 93.3 % once in a hundred times."""
+    times. Of so many a coverage of 95 % is below 93.3 % once in a hundred times.
+    """
     rng, pictures, trials = random.Random(0), 96, 1000
 
     def shares(skill):
@@ -218,7 +219,8 @@ def test_runs_are_named_by_what_changes_what_they_compute(tmp_path):
 
 def test_cells_share_the_runs_that_they_have_in_common(tmp_path):
     """Of one seed: stage 1 on images and on pairs, with 4 more ratios, 3 more adapters and 4 other
-    choices; stage 2 for each of the recipes, after each of those, and with 4 more lambdas."""
+    choices; stage 2 for each of the recipes, after each of those, and with 4 more lambdas.
+    """
     runs = Runs(tmp_path, NIGHT)
     made = {
         name: [runs.both(cell, 0) for cell in cells.values()] for name, cells in EXPERIMENTS.items()
@@ -279,7 +281,8 @@ def test_stage_1_on_pairs_has_as_many_new_pairs_as_there_are_images(tmp_path, mo
 def played(monkeypatch):
     """recipes.main() without training or drawing. A launch leaves a checkpoint of its last step;
     the launch number dies_at leaves one of half of it, and there the command ends. Every picture is
-    half right. Keeps what was launched and drawn."""
+    half right. Keeps what was launched and drawn.
+    """
     told = SimpleNamespace(commit="a" * 40, launched=[], drawn=[], dies_at=None, error=None)
 
     def launched(*arguments, said):

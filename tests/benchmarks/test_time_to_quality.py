@@ -200,7 +200,8 @@ def backwards(batches):
 
 def distance(weights, others):
     """Norm of the difference, without the bias of the adapter's keys: it cancels in the softmax, so that both sides
-    train it on rounding alone."""
+    train it on rounding alone.
+    """
     return (
         sum(
             (weights[name].double() - others[name].double()).square().sum().item()
@@ -215,7 +216,8 @@ def test_both_sides_start_alike_see_the_same_samples_and_have_the_same_losses(
     one_rank, tiny, tmp_path
 ):
     """Losses and averaged weights of four steps of Muon agree as closely as those of plain PyTorch and
-    of plain PyTorch that sums its batches in the other order."""
+    of plain PyTorch that sums its batches in the other order.
+    """
     config = load_config(tiny, [f"run.dir={tmp_path / 'run'}", "train.steps=4"])
     ours, plain, again = (
         time_to_quality.start(VARIANTS[name], config, one_rank)

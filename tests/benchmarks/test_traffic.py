@@ -93,7 +93,8 @@ def make_model(mllm, kind, dtype, align):
 
 def watch_collectives(sent):
     """Wraps torch.distributed so that sent[kind] grows by the bytes that this rank sends, by the ring algorithm. A kind that
-    nobody expects is noted by its name."""
+    nobody expects is noted by its name.
+    """
 
     def bytes_of(tensor):
         return tensor.numel() * tensor.element_size()

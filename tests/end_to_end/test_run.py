@@ -368,7 +368,8 @@ def test_a_window_of_steps_is_traced_on_a_cpu(one):
 
 def test_the_whole_road(survivor, settings, world, tmp_path):
     """Pre-trained, killed and resumed (the fixture) -> fine-tuned on two ranks -> exported -> loaded in diffusers -> drawn ->
-    a folder for GenEval -> checked."""
+    a folder for GenEval -> checked.
+    """
     stage_1, run_dir, out = survivor[0], tmp_path / "run", tmp_path / "grid.png"
     mine = [
         f"run.dir={run_dir}",
@@ -486,7 +487,8 @@ for num, *prompt in (["3"], ["2", "--prompt", "a red circle"]):
 
 def test_the_six_recipes_and_a_larger_size_train(world, tmp_path, monkeypatch):
     """Stage 1 on images or pairs, stage 2 on images, pairs or both from either; and from 32 px to buckets of about 64 px. One run
-    goes back a step."""
+    goes back a step.
+    """
     settings = [
         f"data.shards={world}",
         f"data.pairs={world}",

@@ -4,7 +4,8 @@
 
 PLACE "none" kills nothing. Else RANK ends by SIGKILL the first time that it comes to PLACE; to forward, backward and step in
 step STEP of this start. Every rank appends [[run position, index entry], ...] of its micro-batches to run.dir/samples-rank<r>.jsonl,
-and rank 0 prints a hash of the whole state after a load."""
+and rank 0 prints a hash of the whole state after a load.
+"""
 
 import json
 import os

@@ -216,7 +216,8 @@ def intact(run_dir):
 
 def crash_points(folder):
     """One rank ends at its k-th file operation of a save, for every k and both ranks; the next start finds what was
-    committed, and at least two, sweeps the rest, and saves."""
+    committed, and at least two, sweeps the rest, and saves.
+    """
     start, recovered = Path(folder) / "start", 0
     for step in (2, 4):
         save_all(start, step)
@@ -253,7 +254,8 @@ def crash_points(folder):
 def damages(folder, num_flips, seed=0):
     """Every file of the newest of two checkpoints: single bits flipped, cut, a hole, missing, of another step, a link; and a
     file too many. Detected: it is named and passed over before any file is opened as tensors, by one process or by two ranks
-    that read a share each; fell back: the one before is what is found."""
+    that read a share each; fell back: the one before is what is found.
+    """
     for step in (2, 4):
         save_all(folder, step)
     root, rng = Path(folder) / "checkpoints", random.Random(seed)
@@ -310,7 +312,8 @@ def retention(folder, num_saves, keep=3, permanent=10, seed=1):
     """Keep 3 and every tenth; a fifth of the removals and a tenth of the renames to trash are refused, a tenth of the saves
     is killed. Sound, after each: all verify, and these are at least min(2, saves that were not killed); the newest is of this
     save, or, if it was killed, no older than before; nothing more is on the disk than keep, the permanent ones, what was
-    refused, and one for each kill in a row."""
+    refused, and one for each kill in a row.
+    """
     rng, failing, sound, most, killed, row, last, count = (
         random.Random(seed),
         [True],

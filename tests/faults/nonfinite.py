@@ -3,7 +3,8 @@
     deepspeed nonfinite.py REPORT NUM_INJECTIONS <arguments of engine/launch.py>
 
 REPORT-rank<r>.json: for every step whether weights changed; hashes of masters, moments and average, the first of them before
-step 1."""
+step 1.
+"""
 
 import hashlib
 import itertools

@@ -191,7 +191,8 @@ STARTS = ("build", "data", "bind", "rendezvous", "index")
 def interrupted_starts(folder, num_trials):
     """SIGKILL of one rank while a block is compiled (torch.compile runs g++), the decoder starts, the watchdog's or the process
     group's store has just been bound, shards are indexed by worker processes: afterwards no process of the run, nothing
-    in /dev/shm and no descriptor of ours is left, and the next start, at the same port and with the same caches, trains."""
+    in /dev/shm and no descriptor of ours is left, and the next start, at the same port and with the same caches, trains.
+    """
     starting, clean = [], 0
     for trial in range(num_trials):
         # With an index and caches of its own.
@@ -289,7 +290,8 @@ def real_world_sizes(folder, paths=([1, 2], [2, 1], [2, 1, 2], [4, 2])):
 def nonfinite(folder, num_trials, precisions=("fp32", "bf16")):
     """NaN, inf and -inf in a pixel, a latent, the condition, the loss, one element of a gradient, a moment, of one rank, in every
     second step from the first to the last, half of them in each precision: no bit of masters, moments and average changes,
-    both ranks skip, the samples are named, and every good step between counts."""
+    both ranks skip, the samples are named, and every good step between counts.
+    """
     settings, count = (
         [*world(folder), "guard.max_skips=1", "checkpoint.every_steps=1000"],
         {

@@ -6,7 +6,8 @@
 
 Writes benchmarks/results/survival.json: a row a trial, and under `trials` what was counted, with its own date, commit and
 duration. What was noted before of other trials stays. A count of 0 in n trials bounds the rate at 3 / n with 95 % confidence.
-Exits with 1 if a trial broke off; the others are run all the same."""
+Exits with 1 if a trial broke off; the others are run all the same.
+"""
 
 import contextlib
 import datetime

@@ -1,5 +1,6 @@
 """A training job in miniature: real processes over gloo, the real loop, checkpoints, guard and watchdog, and a linear model
-in place of DeepSpeed. Processes are forked from a server that has torch loaded, so that a start takes a fraction of a second."""
+in place of DeepSpeed. Processes are forked from a server that has torch loaded, so that a start takes a fraction of a second.
+"""
 
 import atexit
 import faulthandler
@@ -44,7 +45,8 @@ tqdm.set_lock(threading.RLock())
 
 class Linear:
     """Stands in for zero.Sharded: parameters cut into equal padded pieces, Adam in fp32, gathered for every pass.
-    `trip(place)` is called in the midst of each part of a step."""
+    `trip(place)` is called in the midst of each part of a step.
+    """
 
     shapes = {"layer.weight": (13, 7), "layer.bias": (13,), "odd": (5,)}
 
@@ -147,7 +149,8 @@ class Linear:
 
 class Source:
     """Micro-batches in the order of the real loader: NUM_SAMPLES an epoch, in two shards. step_s passes before each step;
-    with `record` every rank notes its samples as a line [step, micro-batch, [sample, ...]]."""
+    with `record` every rank notes its samples as a line [step, micro-batch, [sample, ...]].
+    """
 
     # No multiple of the batch: some epochs end in the midst of a step.
     NUM_SAMPLES = 84
@@ -301,7 +304,8 @@ def work(rank, size, run_dir, rendezvous, overrides, options, parent):
 
     def trip(place):
         """Breaks where options["fault"] says {step, ranks, kind, place}: in the first read of a checkpoint, in the first save
-        from that step on, or in that step."""
+        from that step on, or in that step.
+        """
         fault = options.get("fault")
         if not fault or fault["place"] != place or rank not in fault["ranks"]:
             return
@@ -384,7 +388,8 @@ def work(rank, size, run_dir, rendezvous, overrides, options, parent):
 
 def launcher(run_dir, rendezvous, size, overrides, options, tell):
     """The parent of the ranks: forks them, tells their process ids, and at the end their exit codes. Kills the others
-    15 s after one has failed; DeepSpeed's does so after 1 s, too soon to see what the ranks do by themselves."""
+    15 s after one has failed; DeepSpeed's does so after 1 s, too soon to see what the ranks do by themselves.
+    """
     pids, codes, parent = [], {}, os.getpid()
     for rank in range(size):
         pid = os.fork()

@@ -49,7 +49,8 @@ def log_rows(run_dir):
 
 def kill_chain(folder, num_kills, seed=0):
     """Start, SIGKILL {rank 0, rank 1, both, launcher} at a random moment, start again ...; after each kill the newest
-    verified step must be at least the last one logged as committed, and in the end all bits those of a run without kills."""
+    verified step must be at least the last one logged as committed, and in the end all bits those of a run without kills.
+    """
     rng, run_dir = random.Random(seed), Path(folder) / "killed"
     settings = ["checkpoint.every_steps=3", "train.steps=1000000"]
     lost = mid_save = 0
@@ -92,7 +93,8 @@ def kill_chain(folder, num_kills, seed=0):
 def bitwise_resumes(folder, num_trials, seed=0):
     """SIGKILL of one rank in the second half of a step's accumulation, at an epoch's edge, in its midst, just after a skipped
     step or at random; then a new start: every loss, gradient norm and rate as hex, the samples and the last state are those
-    of the run that was not killed, from the resumed step to the last, at least 20."""
+    of the run that was not killed, from the resumed step to the last, at least 20.
+    """
     rng, folder = random.Random(seed), Path(folder)
     settings = [
         "train.steps=40",
@@ -130,7 +132,8 @@ def bitwise_resumes(folder, num_trials, seed=0):
 
 def damaged_starts(folder):
     """The newest checkpoint of a run is damaged, each of its files in four ways: the next start says so, goes on from the one
-    before, and ends at the same bits."""
+    before, and ends at the same bits.
+    """
     golden, good = Path(folder) / "golden", 0
     settings = ["train.steps=12", "checkpoint.every_steps=4", "checkpoint.keep=100"]
     assert Job(golden, *settings).wait(60) == [0, 0]
@@ -177,7 +180,8 @@ def samples_of(run_dir):
 def world_sizes(folder):
     """1 -> 2, 2 -> 1, 2 -> 1 -> 2, 4 -> 2, 2 -> 4: the samples of every step in the same order; what the ranks hold after each
     load is bit by bit what the files hold; the first loss bitwise, then within 1e-6 for 50 steps; where only two-term sums
-    occur (1 and 2 ranks), bitwise to the end."""
+    occur (1 and 2 ranks), bitwise to the end.
+    """
     found = {}
     for path in ([1, 2], [2, 1], [2, 1, 2], [4, 2], [2, 4]):
         run_dir, golden = (
@@ -227,7 +231,8 @@ def world_sizes(folder):
 
 def requests_to_stop(folder, num_trials, seed=0):
     """SIGTERM or SIGUSR1 to one or all ranks at a random moment, once or twice: both ranks leave with the requeue code,
-    having committed the last step they did."""
+    having committed the last step they did.
+    """
     rng, good, slowest_s, mid_save = random.Random(seed), 0, 0.0, 0
     for trial in range(num_trials):
         run_dir = Path(folder) / f"trial{trial}"
@@ -303,7 +308,8 @@ def hangs(folder, num_trials, hang_s=1.5, beyond_s=2.0, seed=0):
 
 def false_alarms(folder, num_steps, hang_s=1.5):
     """A long run whose one step is ten times as slow as the others, one pause just below the limit, an evaluation that takes
-    longer than it, and saves that do, whether the training thread waits for its own or for the one before: no alarm."""
+    longer than it, and saves that do, whether the training thread waits for its own or for the one before: no alarm.
+    """
     code = Job(
         Path(folder) / "quiet",
         f"train.steps={num_steps}",
@@ -343,7 +349,8 @@ PLACES = ("forward", "backward", "step", "load", "save")
 
 def deaths(folder, num_trials, seed=0):
     """SIGKILL of one rank in a forward pass, a backward pass, the optimizer's step, a load, or a save: how long the other takes
-    to leave, and a new start to its first step."""
+    to leave, and a new start to its first step.
+    """
     rng, leaving, starting, named = random.Random(seed), [], [], 0
     for trial in range(num_trials):
         run_dir, place, rank = (

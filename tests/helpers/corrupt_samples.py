@@ -63,7 +63,8 @@ def moving(kind):
 
 def images():
     """{name: (bytes, verdict)}, 75 cases. A verdict is a reason for rejection, or the set of remarks on a good image. The
-    three that only a checksum can tell, being damaged behind the header, are in `silent`."""
+    three that only a checksum can tell, being damaged behind the header, are in `silent`.
+    """
     photo = soft(200, 180)
     jpeg = encode(photo)
     frame, scan = jpeg.index(b"\xff\xc0"), jpeg.index(b"\xff\xda")
@@ -251,7 +252,8 @@ def special(name, kind, target=""):
 
 def tars(num=20):
     """{name: (bytes, number of good samples, {reason: count})}, of shards with `num` samples of jpg, txt, json. Damage is
-    at the middle sample. What is lost without a trace in the file, a cut between two members, shows as no_end."""
+    at the middle sample. What is lost without a trace in the file, a cut between two members, shows as no_end.
+    """
     jpeg = encode(soft(48, 40))
     half, size = num // 2, 512 + -(-len(jpeg) // 512) * 512
     samples = [

@@ -22,7 +22,8 @@ def compile_for(kernel, types, constants, *, capability, warps, stages):
     """`kernel` (a @triton.jit function) for compute capability 80, 90, ...; nothing is launched.
 
     types: argument name -> "*bf16", "*fp32", "i32", "fp32" ...; constants: the constexpr arguments, and None for
-    tensors that are left out. Pointers are taken to be aligned to 16 bytes, as PyTorch allocates them."""
+    tensors that are left out. Pointers are taken to be aligned to 16 bytes, as PyTorch allocates them.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

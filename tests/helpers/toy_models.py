@@ -42,7 +42,8 @@ SIZE = 32
 def build(mllm, ratio=0.5, mode="drop", generator="mmdit", **adapter_settings):
     """Return an IOMM of two blocks on `mllm` in pixel space, whose weights are random throughout.
 
-    A fresh generator predicts zero whatever its condition, which would hide a wrong condition."""
+    A fresh generator predicts zero whatever its condition, which would hide a wrong condition.
+    """
     settings = AdapterConfig(num_queries=8, head_dim=16, **adapter_settings)
     shape = GeneratorConfig(
         kind=generator, width=64, num_heads=2, num_blocks=2, token_dim=48, condition_dim=mllm.width

@@ -2,7 +2,8 @@
 
     RANK=... WORLD_SIZE=... MASTER_ADDR=... MASTER_PORT=... python zero_ranks.py FOLDER
 
-Writes FOLDER/<size>-rank<r>.json and checkpoints FOLDER/<size>/<run>/step-...; waits for those of the other world size."""
+Writes FOLDER/<size>-rank<r>.json and checkpoints FOLDER/<size>/<run>/step-...; waits for those of the other world size.
+"""
 
 import gc
 import hashlib

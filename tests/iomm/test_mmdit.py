@@ -39,7 +39,7 @@ def inputs(config, grid, num_condition, batch=2, dtype=torch.float64):
 
 
 def twin(model, dtype=torch.float64):
-    """diffusers' model with our weights."""
+    """Diffusers' model with our weights."""
     from diffusers import FluxTransformer2DModel
 
     description = {
@@ -220,7 +220,8 @@ def test_the_presets_follow_vae_and_mllm():
 
 def test_a_larger_picture_has_the_positions_of_a_smaller_one_and_more():
     """From 512 to 1024 px as FLUX does it: row and column are counted, never rescaled, so the upper left quarter has the
-    angles that it had. Equal to diffusers' ids and rotary embedding at both sizes."""
+    angles that it had. Equal to diffusers' ids and rotary embedding at both sizes.
+    """
     from diffusers import FluxPipeline
     from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 

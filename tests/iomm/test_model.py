@@ -89,7 +89,8 @@ def test_images_and_pairs_in_one_batch_are_what_they_are_apart(mllm):
 
 def test_one_forward_for_both_kinds_and_nothing_padded(mllm, monkeypatch):
     """Each part runs once over the whole batch: the ViT on images alone, the decoder's prefix on the very tokens of each
-    sample, the generator on all."""
+    sample, the generator on all.
+    """
     model, n_B, ran = build(mllm), torch.arange(6), []
     has_image = [True, False, False, True, False, True]
     captions = ["" if image else "a red circle " * n for n, image in enumerate(has_image)]
@@ -147,7 +148,8 @@ def test_captions_are_dropped_from_pairs_alone(mllm):
 
 def test_captions_go_through_the_tokenizer_in_the_chat_format(mllm):
     """The chat template that transformers' conversion gives InternVL checkpoints, here for text alone, on one user turn: the
-    same tokens as a caption's condition."""
+    same tokens as a caption's condition.
+    """
     mllm.tokenizer.chat_template = (
         "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n'}}{{ message['content'] }}{{'<|im_end|>\n'}}"
         "{% endfor %}{% if add_generation_prompt %}{{'<|im_start|>assistant\n' }}{% endif %}"

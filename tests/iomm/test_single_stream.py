@@ -46,7 +46,7 @@ def inputs(config, grid, num_condition, batch=2, dtype=torch.float64):
 
 
 def twin(model, dtype=torch.float64):
-    """diffusers' model with our weights."""
+    """Diffusers' model with our weights."""
     from diffusers import ZImageTransformer2DModel
 
     description = {

@@ -1,6 +1,7 @@
 """The CUDA kernels of csrc/ without a GPU: compiled by g++ against cuda_on_cpu.h, compared with the specification.
 
-What is left for a GPU: races, memory models and speed (benchmarks/ops.py --gpu)."""
+What is left for a GPU: races, memory models and speed (benchmarks/ops.py --gpu).
+"""
 
 import ctypes
 import math

@@ -56,7 +56,8 @@ def whole(body, x, weight, bias, grad):
 
 def rounding(x, dtype):
     """The most by which rounding may move each value: half a unit in the last place, which below the smallest normal value
-    is that of the smallest; and float32's, through which PyTorch rounds float64."""
+    is that of the smallest; and float32's, through which PyTorch rounds float64.
+    """
     info, scale = torch.finfo(dtype), x.abs().max() / torch.finfo(dtype).max
     half_ulp = torch.maximum(info.eps / 2 * x.abs(), info.smallest_normal * info.eps / 2 * scale)
     return half_ulp + torch.finfo(torch.float32).eps * x.abs()

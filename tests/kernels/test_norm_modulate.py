@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("poison")
 
 
 def inputs(batch, length, width, shift=True):
-    """x far from mean 0, and shift and scale as slices of one modulation, as the blocks have them."""
+    """X far from mean 0, and shift and scale as slices of one modulation, as the blocks have them."""
     random = torch.Generator().manual_seed(0)
     x = torch.randn(batch, length, width, generator=random, dtype=torch.float64) * 2 + 1
     modulation = torch.randn(batch, 2 * width, generator=random, dtype=torch.float64)

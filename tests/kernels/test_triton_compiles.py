@@ -1,6 +1,7 @@
 """Every Triton kernel with every tile it may get compiles for sm_80 and sm_90: no spills, tensor cores, and it fits.
 
-Compiled without a GPU. The default tile of every kernel at head dim 128 is a default test; the others are slow."""
+Compiled without a GPU. The default tile of every kernel at head dim 128 is a default test; the others are slow.
+"""
 
 import importlib
 

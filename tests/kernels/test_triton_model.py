@@ -13,7 +13,8 @@ CONFIG = GeneratorConfig(width=64, num_heads=2, num_blocks=2, token_dim=16, cond
 
 def train(num_steps=3):
     """Losses of a few steps of SGD, and the last step's gradients: in the third step are the first ones of most weights that are not
-    zero, as the last layer and the gates start at zero."""
+    zero, as the last layer and the gates start at zero.
+    """
     model = new_generator(CONFIG, 0).to(DEVICE, HALF)
     random = torch.Generator().manual_seed(0)
     losses = []

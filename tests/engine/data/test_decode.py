@@ -97,7 +97,8 @@ def error(got, wanted):
 @pytest.mark.parametrize("resize", ["dali", "torch"])
 def test_photographs_agree_with_pillow(resize):
     """Mean absolute error below half a grey level of 255, for both outputs, at every size, ratio, subsampling and JPEG
-    process."""
+    process.
+    """
     sizes = [(640, 480), (481, 640), (333, 517), (96, 96), (97, 211), (1200, 301), (70, 60)]
     options = [
         {"subsampling": 0},

@@ -259,7 +259,8 @@ def test_wrong_rules_are_one_line():
 
 def test_each_sample_once_per_epoch_whatever_is_killed(tmp_path):
     """40 shards x 250 of which 3 % are bad; 10 kills at random steps, then half the ranks: nothing is missing or twice,
-    and the sequence is that of the run that nobody disturbed."""
+    and the sequence is that of the run that nobody disturbed.
+    """
     jpegs = [
         corrupt_samples.encode(corrupt_samples.soft(40, 40, seed), quality=50) for seed in range(8)
     ]

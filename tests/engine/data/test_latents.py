@@ -205,7 +205,8 @@ def test_same_batches_latents_in_place_of_pixels(world, vae, tmp_path, dtype):
 
 def test_losses_agree_to_the_rounding_of_the_latents(world, mllm, vae, tmp_path):
     """fp32 training on bf16 latents: exactly the loss of the rounded latents, and that is within their rounding,
-    relative 2^-9 of values up to 1, of the loss of the pixels."""
+    relative 2^-9 of values up to 1, of the loss of the pixels.
+    """
     write(world, tmp_path / "cache", vae)
     model = tiny_model(mllm, vae)
     for got, wanted in zip(

@@ -69,7 +69,8 @@ def test_each_bucket_visits_each_of_its_samples_once_per_epoch(
     shard_sizes, seed, batch, group_shards
 ):
     """After E epochs each sample has been seen E times, but for those left over by its bucket, fewer than a batch and
-    seen E - 1 times: they open the bucket's next epoch."""
+    seen E - 1 times: they open the bucket's next epoch.
+    """
     index = sizes_only(shard_sizes, seed)
     plan = BucketSampler(seed, index, batch, bucket_sizes(512, 16), group_shards)
     assert (plan.totals >= batch).all() and plan.totals.sum() == len(index.records)
@@ -165,7 +166,7 @@ def test_a_mixture_holds_exactly_its_share_in_every_batch(batch, share, seed, st
     assert ((plan(n) >= 64) == is_pair).all()
     # And evenly: any m neighbours hold their share to within one image.
     for m in {1, 2, 4, batch}:
-        for start in range(0, batch - m + 1):
+        for start in range(batch - m + 1):
             assert (
                 abs((~is_pair[start : start + m]).sum() - m * round(share * batch) / batch)
                 < 1 + 1e-9

@@ -40,7 +40,7 @@ def test_random_access_equals_sequential(seed, shard_sizes, group_shards, data):
 def test_permute_stays_inside_and_never_collides(size, key, count):
     x = np.unique(np.linspace(0, size - 1, count).astype(np.int64))
     y = permute(x, np.int64(size), np.uint64(key))
-    assert ((0 <= y) & (y < size)).all() and len(np.unique(y)) == len(y)
+    assert ((y >= 0) & (y < size)).all() and len(np.unique(y)) == len(y)
 
 
 def test_epochs_and_seeds_differ():
@@ -119,7 +119,8 @@ def test_small_permutations_are_all_reached_evenly():
 @pytest.mark.parametrize("total", [1000, 1024, 4096, 9999, 100_000])
 def test_no_visible_structure(total):
     """Rank correlation at lags 0 to 32, of neighbours and of strides: each within five standard deviations of
-    chance."""
+    chance.
+    """
     x = np.arange(total)
     y = permute(x, np.int64(total), mix(np.zeros(1, np.uint64), 3))
     bound = 5 / np.sqrt(total)

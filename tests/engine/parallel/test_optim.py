@@ -38,7 +38,8 @@ LAYOUTS = ("padded", "end to end", "replicated")
 
 def flat_shards(tensors, rank, size, layout="padded"):
     """This rank's flat shard and its matrices: each tensor cut and padded as ZeRO-3 does, cut end to end as ZeRO-1 and 2 do,
-    or not cut at all, as at stage 0."""
+    or not cut at all, as at stage 0.
+    """
     if layout == "replicated":
         rank, size = 0, 1
     if layout == "end to end":
@@ -223,7 +224,8 @@ def one_by_one(matrix, steps=5):
 )
 def test_stacks_are_no_worse_than_one_by_one(shape, num, steps, device):
     """In float32, or bfloat16 on a GPU, and in float64, where the error is smaller by the ratio of the two epsilons. Fewer
-    steps need be no more exact than the five of the published form."""
+    steps need be no more exact than the five of the published form.
+    """
     generator = torch.Generator().manual_seed(0)
     matrices = [
         torch.randn(shape if i % 2 else shape[::-1], generator=generator, dtype=torch.float64).to(
@@ -343,7 +345,7 @@ def test_every_adamw_body_does_torchs_update(name, device):
 
 
 def test_an_absent_adamw_body_is_refused_in_one_line(monkeypatch):
-    """apex's name is taken on PyPI by another package, which has no amp_C."""
+    """Apex's name is taken on PyPI by another package, which has no amp_C."""
     monkeypatch.setitem(sys.modules, "amp_C", None)
     for name, device, message in [
         ("apex", "cpu", "optim.adamw=apex needs a GPU: leave optim.adamw=torch"),

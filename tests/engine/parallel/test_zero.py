@@ -98,7 +98,8 @@ def test_more_ranks_than_gpus_are_refused_on_all_of_them(rank, monkeypatch):
 
 def test_muon_s_matrices_are_the_same_at_every_stage(reports):
     """First step of two ranks, one micro-batch each, no clipping: the gradients are equal bit by bit, and so is what Muon
-    makes of them. (AdamW's kernel rounds the last values of a flat shard otherwise than those before.)"""
+    makes of them. (AdamW's kernel rounds the last values of a flat shard otherwise than those before.)
+    """
     folder = Path(reports[2, 0]["converted"][0][0]).parent.parent.parent
     readers = [Reader(folder / f"2/muon-fp32-{stage}/step-00000001") for stage in STAGES]
     matrices = [

@@ -327,7 +327,8 @@ def test_a_full_file_system_costs_one_save(num_pages, tmp_path, capsys):
 
 def one_save_fails(run_dir, arm, number, capsys):
     """With arm(True) two ranks cannot save step 4: training goes on, the checkpoint of step 2 stays, nothing partial does, one
-    line is said; with arm(False) the next save works."""
+    line is said; with arm(False) the next save works.
+    """
     capsys.readouterr()
 
     def work(rank):

@@ -22,8 +22,8 @@ def enter(script: str) -> Path | None:
         here, there = root and (root / "iomm").resolve(), Path(iomm.__file__).resolve().parent
         if here != there:
             raise SystemExit(
-                f"{script} belongs to {root}, but Python imports {there}. Run `pip install -e .` in "
-                f"{root}, or set PYTHONPATH={root}"
+                f"{script} belongs to {root}, but Python imports {there}. "
+                f"Run `pip install -e .` in {root}, or set PYTHONPATH={root}"
             )
         sys.path[0] = str(root)
     return root

@@ -1,4 +1,7 @@
-"""The checkout that a script lies in. Imports nothing that a file beside the script could hide."""
+"""Find the checkout that contains a script.
+
+This module imports nothing that a file in the script's folder could hide.
+"""
 
 import sys
 from pathlib import Path
@@ -6,23 +9,30 @@ from pathlib import Path
 import iomm
 
 
-def enter(script):
-    """Return the root of the checkout that `script` lies in, first on sys.path if the script is what Python runs.
+def enter(script: Path | str) -> Path | None:
+    """Return the root of the checkout that contains `script`, or None if there is none.
 
-    Python puts the folder of a script first, where each file hides an installed module of its name; the root takes its
-    place, so that `benchmarks` and `tests` can be imported. Exits with a sentence if `iomm` comes from another checkout:
-    half of what the script measures would be that one's.
+    Python puts the folder of the script it runs first on sys.path, where each file hides the
+    installed module of the same name. If Python runs `script`, the root replaces that folder, which
+    also makes `benchmarks` and `tests` importable.
+
+    Raises:
+        SystemExit: if Python runs `script` and `iomm` comes from another checkout. Part of what the
+            script measures would then be that checkout's code.
     """
     script = Path(script).resolve()
     root = next(
         (folder for folder in script.parents if (folder / "iomm" / "__init__.py").is_file()), None
     )
     if sys.path and Path(sys.path[0] or ".").resolve() == script.parent:
-        here, there = root and (root / "iomm").resolve(), Path(iomm.__file__).resolve().parent
-        if here != there:
+        expected, imported = (
+            root and (root / "iomm").resolve(),
+            Path(iomm.__file__).resolve().parent,
+        )
+        if expected != imported:
             raise SystemExit(
-                f"{script} is of {root}, but Python imports {there}: run `pip install -e .` in {root}, or set "
-                f"PYTHONPATH={root}"
+                f"{script} belongs to {root}, but Python imports {imported}. "
+                f"Run `pip install -e .` in {root}, or set PYTHONPATH={root}."
             )
         sys.path[0] = str(root)
     return root

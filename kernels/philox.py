@@ -32,7 +32,7 @@ ORDER = 6
 SAMPLER = 7
 VAE = 8
 INIT = 9
-WORLD = 10
+SCENE = 10
 EDIT = 11
 
 

@@ -1,4 +1,8 @@
-"""Build tests: setup.py compiles csrc/ without torch and reports what it could not build."""
+"""Build tests.
+
+setup.py compiles csrc/ without torch and reports what it could not build. CUDA kernels compile
+without spills or warnings.
+"""
 
 import ctypes
 import importlib.util

@@ -514,7 +514,7 @@ def ops_table():
     for op in dispatch.ops():
         module = importlib.import_module(f"iomm.kernels.{op}")
         what = " ".join(module.__doc__.strip().partition("\n\n")[0].split())
-        bodies = dispatch._bodies[op]
+        bodies = dispatch._backends[op]
         first = {
             device: next(body for body in bodies if not body.devices or device in body.devices)
             for device in ("cpu", "cuda")

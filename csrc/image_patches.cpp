@@ -1,4 +1,5 @@
-// Bytes (B, H, W, 3) to ViT patch rows on the CPU: an image row is split into its three channels while it is in cache.
+// Convert bytes (B, H, W, 3) to ViT patch rows on the CPU. Each image row is split into its three
+// channels while it is in cache.
 #include "image_patches.h"
 
 #include <vector>
@@ -8,7 +9,8 @@ namespace {
 template <typename T>
 int run(const uint8_t* pixels, int64_t batch, iomm::Image image, iomm::Affine affine, T* patches, int64_t threads) {
     const int64_t width = image.width, patch = image.patch, values = image.values();
-    const bool many = batch * image.height * width > 16384;  // about 0.1 ms; less is not worth waking threads for
+    // 16384 pixels take about 0.1 ms. Waking threads does not pay off for less.
+    const bool many = batch * image.height * width > 16384;
 #pragma omp parallel num_threads(int(threads)) if (threads > 1 && many)
     {
         std::vector<float> plane(static_cast<size_t>(width));

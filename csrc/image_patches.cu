@@ -1,20 +1,22 @@
-// Bytes (B, H, W, 3) to ViT patch rows on the GPU. A thread block takes 16 patches side by side: their 9 KB of bytes
-// (patch 14) come from memory once and are read again, for the other channels, from cache.
+// Convert bytes (B, H, W, 3) to ViT patch rows on the GPU. A thread block handles 16 adjacent
+// patches. Their 9 KB of bytes (patch 14) are read from memory once, and again from cache for the
+// other channels.
 #include <cuda_runtime.h>
 
 #include "image_patches.h"
 
 namespace {
 
-constexpr int THREADS = 256, PATCHES = 16;  // patches of a thread block
+// PATCHES is the number of patches per thread block.
+constexpr int THREADS = 256, PATCHES = 16;
 
 template <typename T, int SIDE>
 struct alignas(SIDE * sizeof(T)) Several {
     T value[SIDE];
 };
 
-// SIDE outputs of a thread lie side by side. The three channels are spelled out: a channel chosen at run time would index
-// the kernel's arguments in local memory.
+// The SIDE outputs of a thread are adjacent. The three channels are written out because a channel
+// index known only at run time would move the kernel's arguments to local memory.
 template <typename T, int SIDE>
 __global__ void __launch_bounds__(THREADS) run(const uint8_t* pixels, iomm::Image image, iomm::Affine affine, T* patches) {
     const int patch = int(image.patch), area = patch * patch, values = 3 * area;

@@ -1,4 +1,5 @@
-// Noisy tokens on the CPU: a chunk of noise lives in cache while its latents are read and both outputs are written.
+// Noisy tokens on the CPU. A chunk of noise stays in cache while its latents are read and both
+// outputs are written.
 #include "noisy_tokens.h"
 
 namespace {
@@ -7,14 +8,16 @@ template <typename T>
 int run(const T* latents, const float* t, int64_t seed, const int64_t* n, int64_t batch, iomm::Latents shape, T* noisy,
         T* target, int64_t threads) {
     const int64_t size = shape.size(), patch = shape.patch, chunks = (size + iomm::CHUNK - 1) / iomm::CHUNK;
-    const bool many = batch * chunks > 64;  // about 0.1 ms; less is not worth waking threads for
+    // 64 chunks take about 0.1 ms. Waking threads does not pay off for less.
+    const bool many = batch * chunks > 64;
 #pragma omp parallel for schedule(static) num_threads(int(threads)) if (threads > 1 && many)
     for (int64_t task = 0; task < batch * chunks; ++task) {
         const int64_t b = task / chunks, chunk = task % chunks, first = chunk * iomm::CHUNK;
         const int64_t last = size - first < iomm::CHUNK ? size : first + iomm::CHUNK;
         float z[iomm::CHUNK];
         iomm::chunk_normals(uint64_t(seed), iomm::STREAM_NOISE, uint64_t(n[b]), uint32_t(chunk * iomm::CHUNK_BLOCKS), z);
-        for (int64_t e = first; e < last;) {  // a run of `patch` values along a row stays together
+        // `patch` consecutive values of a row stay adjacent in the token.
+        for (int64_t e = first; e < last;) {
             const int64_t place = b * size + shape.token_place(e), within = e % shape.width % patch;
             const int64_t stop = e + patch - within < last ? e + patch - within : last;
             for (int64_t i = 0; e < stop; ++i, ++e) {

@@ -1,15 +1,18 @@
-// Noisy tokens on the GPU: a thread draws the four noise values of a Philox block and keeps them in registers.
+// Noisy tokens on the GPU. A thread draws the four noise values of a Philox block and keeps them in
+// registers.
 //
-// Latents lie row by row, tokens patch by patch. So a thread block takes two rows of latents (a row of 2 x 2 patches) over
-// all channels, turns them around in shared memory, and writes whole tokens, 16 bytes a thread. Other shapes, which no
-// preset has, go value by value.
+// Latents are stored row by row, tokens patch by patch. A thread block therefore reads two rows of
+// latents (a row of 2 x 2 patches) over all channels, transposes them in shared memory, and writes
+// whole tokens, 16 bytes per thread. Other shapes, which no preset uses, are written value by
+// value.
 #include <cuda_runtime.h>
 
 #include "noisy_tokens.h"
 
 namespace {
 
-constexpr int TILE = 64, THREADS = 256;  // latents along a row of a tile
+// TILE is the number of latents per row of a tile.
+constexpr int TILE = 64, THREADS = 256;
 
 template <typename T>
 struct alignas(4 * sizeof(T)) Four {
@@ -18,8 +21,10 @@ struct alignas(4 * sizeof(T)) Four {
 
 template <typename T>
 struct Tiled {
-    static constexpr int PAD = 16 / sizeof(T);  // keeps tokens on 16 bytes and spreads them over the banks
-    int64_t values, stride;                     // of a token; of a token in shared memory
+    // Keeps tokens aligned to 16 bytes and spreads them over the banks.
+    static constexpr int PAD = 16 / sizeof(T);
+    // Values per token, and distance between tokens in shared memory.
+    int64_t values, stride;
 
     explicit Tiled(iomm::Latents shape) : values(shape.channels * 4), stride(values + PAD) {}
     size_t shared_bytes() const { return size_t(2 * (TILE / 2) * stride) * sizeof(T); }

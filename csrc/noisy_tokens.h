@@ -1,4 +1,4 @@
-// One latent value to one value of a noisy token and of its target.
+// Conversion of one latent value to one value of a noisy token and of its target.
 #pragma once
 
 #include "philox.h"
@@ -10,7 +10,7 @@ constexpr uint32_t STREAM_NOISE = 2;
 struct Latents {
     int64_t channels, height, width, patch;
     IOMM_INLINE int64_t size() const { return channels * height * width; }
-    // Where element e of (C, H, W) lies in tokens of order "c (h p) (w q) -> (h w) (c p q)".
+    // Index of element e of (C, H, W) in tokens of order "c (h p) (w q) -> (h w) (c p q)".
     IOMM_INLINE int64_t token_place(int64_t e) const {
         const int64_t w = e % width, h = e / width % height, c = e / width / height;
         const int64_t token = h / patch * (width / patch) + w / patch;
@@ -20,7 +20,8 @@ struct Latents {
 
 IOMM_INLINE float noisy_value(float x, float z, float t) { return (1.0f - t) * x + t * z; }
 
-// bfloat16 as its bits: the CPU compiler has no such type. Rounds to nearest, ties to even, as PyTorch does.
+// bfloat16 is represented by its bits because the CPU compiler has no type for it. Rounds to
+// nearest, ties to even, like PyTorch.
 struct bfloat16 {
     uint16_t bits;
 };

@@ -1,4 +1,5 @@
-// Random numbers on the CPU: rows of samples are cut into chunks, chunks are shared among the threads.
+// Random numbers on the CPU. Rows of samples are cut into chunks, which are distributed over
+// threads.
 #include "philox.h"
 
 #define IOMM_TEXT_(x) #x
@@ -9,7 +10,8 @@ namespace {
 template <typename Fill>
 int draw(const int64_t* n, int64_t batch, int64_t count, float* out, int64_t threads, Fill fill) {
     const int64_t chunks = (count + iomm::CHUNK - 1) / iomm::CHUNK;
-    const bool many = batch * chunks > 64;  // about 0.1 ms; less is not worth waking threads for
+    // 64 chunks take about 0.1 ms. Waking threads does not pay off for less.
+    const bool many = batch * chunks > 64;
 #pragma omp parallel for schedule(static) num_threads(int(threads)) if (threads > 1 && many)
     for (int64_t task = 0; task < batch * chunks; ++task) {
         const int64_t b = task / chunks, chunk = task % chunks, first = chunk * iomm::CHUNK;

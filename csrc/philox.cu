@@ -1,4 +1,4 @@
-// Random numbers on the GPU: a thread makes the four elements of a block.
+// Random numbers on the GPU. A thread draws the four elements of a block.
 #include <cuda_runtime.h>
 
 #include "philox.h"
@@ -41,7 +41,7 @@ extern "C" const char* iomm_source_hash() { return IOMM_TEXT(IOMM_SOURCE_HASH); 
 
 extern "C" const char* iomm_error_string(int code) { return cudaGetErrorString(cudaError_t(code)); }
 
-// 0 if this library can run here: a driver that is new enough, and code for this GPU.
+// Returns 0 if the driver is new enough and the library contains code for this GPU.
 extern "C" int iomm_probe() {
     cudaFuncAttributes attributes;
     return int(cudaFuncGetAttributes(&attributes, draw<true>));

@@ -1,7 +1,8 @@
-// Philox4x32-10 and what is drawn from it: one definition for the CPU and the GPU.
+// Philox4x32-10 and its distributions, with one definition for the CPU and the GPU.
 //
-// Counter = (block, stream, n low, n high), key = (seed low, seed high); element e of sample n is lane e % 4 of block e / 4.
-// Normals are worked out in double and rounded once. Compiled without FMA contraction, every machine gets the same bits.
+// The counter is (block, stream, n low, n high) and the key (seed low, seed high). Element e of
+// sample n is lane e % 4 of block e / 4. Normals are computed in double and rounded once. Without
+// FMA contraction every machine gets the same bits.
 #pragma once
 
 #include <cmath>
@@ -35,17 +36,19 @@ IOMM_INLINE Block philox(uint64_t seed, uint32_t stream, uint64_t n, uint32_t bl
     return Block{{c0, c1, c2, c3}};
 }
 
-// The uniform of a word is uniform24 * 2^-24; comparisons are made on the integer.
+// The uniform of a word is uniform24 * 2^-24. Comparisons use the integer.
 IOMM_INLINE uint32_t uniform24(uint32_t word) { return word >> 8; }
 
 IOMM_INLINE float uniform(uint32_t word) { return float(uniform24(word)) * 0x1p-24f; }
 
-// ln(x) for x = 1 .. 2^24, scaled by 2^-24. Series of atanh on [1/sqrt 2, sqrt 2): relative error below 1e-10.
+// ln(x * 2^-24) for x = 1 .. 2^24, by the series of atanh on [1/sqrt 2, sqrt 2). The relative error
+// is below 1e-10.
 IOMM_INLINE double log_of_24_bits(uint32_t x) {
     const double value = double(int32_t(x));
     int64_t bits;
     memcpy(&bits, &value, 8);
-    // Subtracting the bits of 1/sqrt(2) carries into the exponent where the mantissa reaches sqrt(2)'s.
+    // Subtracting the bits of 1/sqrt(2) carries into the exponent if the mantissa reaches that of
+    // sqrt(2).
     const int64_t half_root = 0x3FE6A09E00000000;
     const int32_t exponent = int32_t(uint64_t(bits - half_root) >> 32) >> 20;
     bits -= int64_t(uint64_t(int64_t(exponent)) << 52);
@@ -56,7 +59,8 @@ IOMM_INLINE double log_of_24_bits(uint32_t x) {
     return double(exponent - 24) * 0.69314718055994530942 + 2.0 * s * series;
 }
 
-// Box-Muller. The angle is reduced to a quarter turn in integers, so its sine keeps full relative accuracy near zero.
+// Box-Muller. The angle is reduced to a quarter turn in integers, so its sine keeps full relative
+// accuracy near zero.
 IOMM_INLINE void normal_pair(uint32_t a, uint32_t b, float& even, float& odd) {
     const double radius = sqrt(-2.0 * log_of_24_bits((a >> 8) + 1));
     const int32_t turn = int32_t(b >> 8);
@@ -75,7 +79,7 @@ IOMM_INLINE void normals(const Block& block, float z[4]) {
 }
 
 #ifndef __CUDACC__
-// Elements of CHUNK_BLOCKS blocks, in arrays that the compiler turns into SIMD registers.
+// Elements of CHUNK_BLOCKS blocks, in arrays that the compiler vectorises.
 constexpr int CHUNK_BLOCKS = 64;
 constexpr int CHUNK = 4 * CHUNK_BLOCKS;
 

@@ -1,4 +1,5 @@
-// The mask on the CPU: every sample lists its visible tokens in its own stretch, then the stretches are moved together.
+// The mask on the CPU. Every sample lists its visible tokens in its own range of a buffer. The
+// ranges are then compacted.
 #include "visible_tokens.h"
 
 #include <algorithm>
@@ -9,7 +10,8 @@ extern "C" int iomm_visible_tokens_cpu(int64_t seed, const int64_t* n, int64_t b
                                        int64_t num_visible, int64_t capacity, int64_t* index, int32_t* offsets,
                                        int64_t* position, int64_t* overflow, int64_t threads) {
     std::vector<int32_t> lists(size_t(batch * num_tokens));
-    const bool many = batch * num_tokens > 65536;  // about 1 ms; less is not worth waking threads for
+    // 65536 tokens take about 1 ms. Waking threads does not pay off for less.
+    const bool many = batch * num_tokens > 65536;
 #pragma omp parallel num_threads(int(threads)) if (threads > 1 && many)
     {
         std::vector<uint64_t> keys(size_t((num_tokens + iomm::CHUNK - 1) / iomm::CHUNK * iomm::CHUNK)), sorted;
@@ -30,7 +32,8 @@ extern "C" int iomm_visible_tokens_cpu(int64_t seed, const int64_t* n, int64_t b
             int32_t* own = lists.data() + b * num_tokens;
             int64_t visible = 0;
             for (int64_t i = 0; i < num_tokens; ++i) {
-                own[visible] = int32_t(i);  // kept only if the next one does not take its place
+                // Overwritten by the next token unless this one is visible.
+                own[visible] = int32_t(i);
                 visible += keys[size_t(i)] >= least;
             }
             offsets[b + 1] = int32_t(visible);

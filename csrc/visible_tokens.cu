@@ -1,5 +1,6 @@
-// The mask on the GPU, in one launch of one thread block: a warp per sample counts, the block adds up, a warp per sample
-// writes. One block is enough: 32 samples of 256 tokens are 8192 numbers, and the work grows with nothing else.
+// The mask on the GPU, in one launch of one thread block. A warp per sample counts, the block
+// accumulates the counts, and a warp per sample writes. One block is enough because 32 samples of
+// 256 tokens are only 8192 numbers, and the work depends on nothing else.
 #include <cuda_runtime.h>
 
 #include "visible_tokens.h"
@@ -14,10 +15,12 @@ struct Mask {
     const int64_t* n;
     int64_t num_tokens;
     int64_t threshold;
-    int64_t num_visible;  // -1: Bernoulli
+    // -1 for Bernoulli.
+    int64_t num_visible;
 };
 
-// Which of the tokens 4 block .. 4 block + 3 of sample b are visible, as bits: a lane's share of 128 tokens.
+// Returns the visible ones of tokens 4 block .. 4 block + 3 of sample b as bits. They are a lane's
+// share of 128 tokens.
 __device__ unsigned visible_bits(const Mask& mask, int64_t b, int64_t block, uint64_t least) {
     const iomm::Block words = iomm::philox(mask.seed, iomm::STREAM_MASK, uint64_t(mask.n[b]), uint32_t(block));
     unsigned bits = 0;
@@ -30,7 +33,7 @@ __device__ unsigned visible_bits(const Mask& mask, int64_t b, int64_t block, uin
     return bits;
 }
 
-// How many tokens of sample b have a key of at least `least`; the whole warp gets the answer.
+// Returns the number of tokens of sample b with a key of at least `least`, to the whole warp.
 __device__ int count_visible(const Mask& mask, int64_t b, uint64_t least) {
     int visible = 0;
     for (int64_t block = threadIdx.x % LANES; 4 * block < mask.num_tokens; block += LANES)
@@ -40,13 +43,15 @@ __device__ int count_visible(const Mask& mask, int64_t b, uint64_t least) {
     return visible;
 }
 
-// The num_visible-th largest key, bit by bit from the top: the keys are drawn again each time, nothing is stored.
+// Returns the num_visible-th largest key. It is found bit by bit from the top. The keys are drawn
+// again for every bit, and nothing is stored.
 __device__ uint64_t threshold_of(const Mask& mask, int64_t b) {
     if (mask.num_visible < 0) return iomm::bernoulli_threshold(mask.threshold);
     if (mask.num_visible == 0) return iomm::NONE_VISIBLE;
     int index_bits = 0;
     while (mask.num_tokens - 1 >> index_bits) ++index_bits;
-    uint64_t least = 0xFFFFFFFFu >> index_bits << index_bits;  // set in every key
+    // These bits are set in every key.
+    uint64_t least = 0xFFFFFFFFu >> index_bits << index_bits;
     for (int bit = 55; bit >= 0; --bit) {
         if (bit == 31) bit = index_bits - 1;
         if (bit < 0) break;
@@ -56,7 +61,7 @@ __device__ uint64_t threshold_of(const Mask& mask, int64_t b) {
     return least;
 }
 
-// Sum of the values of the lanes below, and of all lanes.
+// Returns the sum over the lower lanes, and the sum over all lanes in `total`.
 __device__ int warp_scan(int value, int& total) {
     int running = value;
 #pragma unroll
@@ -68,7 +73,7 @@ __device__ int warp_scan(int value, int& total) {
     return running - value;
 }
 
-// The first warp turns counts into starts, cut at the capacity.
+// The first warp turns counts into offsets, limited to the capacity.
 __device__ void accumulate(int64_t batch, int64_t capacity, int32_t* offsets, int64_t* overflow) {
     int64_t before = 0;
     if (threadIdx.x == 0) offsets[0] = 0;

@@ -1,68 +1,98 @@
-"""Which body of an op runs: the first one registered that can, unless IOMM_KERNELS says otherwise.
+"""Choose the backend of an op.
 
-`IOMM_KERNELS=op:body[,op:body]` forces a body; naming one that cannot run is an error. `table()` says what was picked
-and why the others were not; a run prints it at its start.
+The first registered backend that can run is used, unless IOMM_KERNELS overrides it.
+`IOMM_KERNELS=op:backend[,op:backend]` forces a backend; naming one that cannot run is an error.
+`table()` lists the chosen backends and why the others were skipped. A run logs it at startup.
 
-The order of registration is by measurement. A body that no benchmark has shown ahead on the device it is for stands
-behind the library or PyTorch's formula, unless those cannot do the work at all; a body that a benchmark has shown
-behind is removed, with its number in benchmarks/LOG.md. As of 2026-11-23 that puts every Triton body second: they are
-proven in the interpreter and compiled, and have not been timed on a GPU (`python benchmarks/ops.py --gpu`).
+Backends are registered in order of measured speed. A backend that no benchmark has shown to be
+faster on its target device comes after the library or PyTorch's formula, unless those cannot do
+the work at all. A backend that a benchmark has shown to be slower is removed, and its number is
+kept in benchmarks/LOG.md. As of 2026-11-23 every Triton backend therefore comes second: they pass
+their tests in the interpreter and compile, but have not been timed on a GPU (`python
+benchmarks/ops.py --gpu`).
 """
 
 import importlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 
 @cache
-def cpu_has_bf16():
-    """Whether this CPU multiplies bfloat16 faster than float32; one with AVX2 alone took 22 times as long (LOG.md, 2026-11-26)."""
-    able = torch.cpu.get_capabilities()
-    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+def cpu_has_bf16() -> bool:
+    """Return whether this CPU multiplies bfloat16 faster than float32.
+
+    On a CPU that has only AVX2, bfloat16 took 22 times as long (benchmarks/LOG.md, 2026-11-26).
+    """
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Body:
-    """One implementation of an op. `why_not()` returns the reason why it cannot run on this machine, or None."""
+class Backend:
+    """One implementation of an op.
+
+    `why_not()` returns the reason this backend cannot run on this machine, or None if it can.
+    """
 
     name: str
-    fn: callable
-    # Device types; empty: any.
-    devices: tuple = ()
-    # Torch dtypes; empty: any.
-    dtypes: tuple = ()
-    why_not: callable = None
-    # Why it stands behind others that can run too.
+    fn: Callable[..., Any]
+    # Supported device types. Empty means any.
+    devices: tuple[str, ...] = ()
+    # Supported torch dtypes. Empty means any.
+    dtypes: tuple[torch.dtype, ...] = ()
+    why_not: Callable[[], str | None] | None = None
+    # Why this backend is not the default where it can run.
     note: str = ""
 
-    def refusal(self, device, dtype=None):
-        """Why this body cannot serve the device type and dtype, or None."""
+    def refusal(self, device: str, dtype: torch.dtype | None = None) -> str | None:
+        """Return why this backend cannot run on a device type with a dtype, or None if it can."""
         if self.devices and device not in self.devices:
-            return f"for {', '.join(self.devices)} only"
+            return f"supports only {', '.join(self.devices)}"
         if dtype is not None and self.dtypes and dtype not in self.dtypes:
-            return f"takes {self.dtype_names} only"
+            return f"supports only {self.dtype_names}"
         return self.why_not() if self.why_not else None
 
     @property
-    def dtype_names(self):
+    def dtype_names(self) -> str:
         return ", ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
 
 
-_bodies = {}
+_backends: dict[str, list[Backend]] = {}
 
 
-def register(op, name, fn, *, devices=(), dtypes=(), why_not=None, note=""):
-    """Adds a body to an op. The order of registration is the order of preference; `note` says why not further up."""
-    body = Body(name=name, fn=fn, devices=devices, dtypes=dtypes, why_not=why_not, note=note)
-    _bodies.setdefault(op, []).append(body)
+def register(
+    op: str,
+    name: str,
+    fn: Callable[..., Any],
+    *,
+    devices: tuple[str, ...] = (),
+    dtypes: tuple[torch.dtype, ...] = (),
+    why_not: Callable[[], str | None] | None = None,
+    note: str = "",
+) -> None:
+    """Add a backend to an op. Backends are preferred in the order of their registration.
+
+    Args:
+        op: Name of the op.
+        name: Name of the backend, as IOMM_KERNELS spells it.
+        fn: The function to call.
+        devices: Supported device types. Empty means any.
+        dtypes: Supported dtypes. Empty means any.
+        why_not: Returns the reason the backend cannot run on this machine, or None if it can.
+        note: Why the backend is not preferred over the ones registered before it.
+    """
+    backend = Backend(name=name, fn=fn, devices=devices, dtypes=dtypes, why_not=why_not, note=note)
+    _backends.setdefault(op, []).append(backend)
 
 
-def ops():
-    """Names of all ops: the modules and packages beside this file, its helpers excepted."""
+def ops() -> list[str]:
+    """Return the names of all ops, the modules and packages of this folder except helpers."""
     here = Path(__file__).resolve().parent
     names = {path.stem for path in here.glob("*.py")} | {
         path.parent.name for path in here.glob("*/__init__.py")
@@ -70,82 +100,96 @@ def ops():
     return sorted(names - {"dispatch", "native", "triton_ops"})
 
 
-def overrides():
-    """IOMM_KERNELS as {op: body}. Raises ValueError if it cannot be read or names an unknown op."""
+def overrides() -> dict[str, str]:
+    """Return IOMM_KERNELS as {op: backend}.
+
+    Raises:
+        ValueError: The variable is malformed or names an unknown op.
+    """
     chosen = {}
     for item in filter(None, os.environ.get("IOMM_KERNELS", "").replace(" ", "").split(",")):
-        op, colon, body = item.partition(":")
-        if not (op and colon and body):
-            raise ValueError(f"IOMM_KERNELS must read op:body[,op:body], got {item!r}")
+        op, colon, backend = item.partition(":")
+        if not (op and colon and backend):
+            raise ValueError(
+                f"IOMM_KERNELS must have the form op:backend[,op:backend], got {item!r}"
+            )
         if op not in ops():
             raise ValueError(
-                f"IOMM_KERNELS names the unknown op {op!r}; ops are {', '.join(ops())}"
+                f"IOMM_KERNELS names an unknown op {op!r}. Known ops: {', '.join(ops())}"
             )
-        chosen[op] = body
+        chosen[op] = backend
     return chosen
 
 
-def _choose(op, device, dtype=None):
-    bodies = _bodies[op]
+def _choose(op: str, device: str, dtype: torch.dtype | None = None) -> Backend:
+    backends = _backends[op]
     forced = overrides().get(op) if os.environ.get("IOMM_KERNELS") else None
     if forced is not None:
-        body = next((body for body in bodies if body.name == forced), None)
-        if body is None:
-            names = ", ".join(body.name for body in bodies)
+        backend = next((backend for backend in backends if backend.name == forced), None)
+        if backend is None:
+            names = ", ".join(backend.name for backend in backends)
             raise ValueError(
-                f"IOMM_KERNELS names the unknown body {forced!r} of {op}; bodies are {names}"
+                f"IOMM_KERNELS names an unknown backend {forced!r} of {op}. Known backends: {names}"
             )
-        if refusal := body.refusal(device, dtype):
+        if refusal := backend.refusal(device, dtype):
             raise ValueError(
-                f"IOMM_KERNELS asks for {op}:{forced}, which cannot run on {device}: {refusal}"
+                f"IOMM_KERNELS selects {op}:{forced}, which cannot run on {device}: {refusal}"
             )
-        return body
-    for body in bodies:
-        if body.refusal(device, dtype) is None:
-            return body
-    reasons = "; ".join(f"{body.name}: {body.refusal(device, dtype)}" for body in bodies)
-    raise ValueError(f"{op} has no body for {dtype} on {device} ({reasons})")
+        return backend
+    for backend in backends:
+        if backend.refusal(device, dtype) is None:
+            return backend
+    reasons = "; ".join(f"{backend.name}: {backend.refusal(device, dtype)}" for backend in backends)
+    raise ValueError(f"{op} has no backend for {dtype} on {device} ({reasons})")
 
 
-# torch.compile asks once and traces the body, not the choice
+# torch.compile evaluates the choice once and traces only the chosen backend.
 @torch.compiler.assume_constant_result
-def _chosen_index(op, device, dtype):
-    return _bodies[op].index(_choose(op, device, dtype))
+def _chosen_index(op: str, device: str, dtype: torch.dtype | None) -> int:
+    return _backends[op].index(_choose(op, device, dtype))
 
 
-def pick(op, device, dtype=None):
-    """The function that runs `op` on this torch.device (and dtype, where bodies differ by it)."""
-    return _bodies[op][_chosen_index(op, device.type, dtype)].fn
+def pick(op: str, device: torch.device, dtype: torch.dtype | None = None) -> Callable[..., Any]:
+    """Return the function that runs `op` on a device, for a dtype if given."""
+    return _backends[op][_chosen_index(op, device.type, dtype)].fn
 
 
-def table(device="cpu"):
-    """Rows (op, device type, picked body, [(other body, why not)]) of every op on a torch.device or its name."""
+class TableRow(NamedTuple):
+    """The chosen backend of one op on a device type, and (name, reason) of every skipped one."""
+
+    op: str
+    device: str
+    picked: str
+    others: list[tuple[str, str]]
+
+
+def table(device: torch.device | str = "cpu") -> list[TableRow]:
+    """Return the chosen and the skipped backends of every op on a device."""
     device = torch.device(device).type
     rows = []
     for op in ops():
         importlib.import_module(f"iomm.kernels.{op}")
         picked = _choose(op, device)
         others = []
-        for body in _bodies[op]:
-            if body is not picked:
-                reason = body.refusal(device)
+        for backend in _backends[op]:
+            if backend is not picked:
+                reason = backend.refusal(device)
                 if reason is None and op in overrides():
-                    reason = f"IOMM_KERNELS names {picked.name}"
+                    reason = f"IOMM_KERNELS selects {picked.name}"
                 elif reason is None and picked.dtypes:
-                    reason = f"for other dtypes than {picked.dtype_names}"
+                    reason = f"for dtypes other than {picked.dtype_names}"
                 elif reason is None:
-                    reason = body.note or f"after {picked.name}"
-                others.append((body.name, reason))
-        rows.append((op, device, picked.name, others))
+                    reason = backend.note or f"{picked.name} is preferred"
+                others.append((backend.name, reason))
+        rows.append(TableRow(op, device, picked.name, others))
     return rows
 
 
-def format_table(device="cpu"):
-    """`table()` as text, a line per op."""
+def format_table(device: torch.device | str = "cpu") -> str:
+    """Return `table()` as text, one line per op."""
     lines = []
     for op, device_type, picked, others in table(device):
         reasons = "; ".join(f"{name} ({reason})" for name, reason in others)
-        lines.append(
-            f"{op:<18} {device_type:<5} {picked:<10} {'not ' + reasons if reasons else ''}".rstrip()
-        )
+        skipped = f"skipped: {reasons}" if reasons else ""
+        lines.append(f"{op:<18} {device_type:<5} {picked:<10} {skipped}".rstrip())
     return "\n".join(lines)

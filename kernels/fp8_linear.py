@@ -1,19 +1,27 @@
-"""A linear layer whose matrix products, forward and backward, take both operands in fp8 (arXiv 2209.05433).
+"""Linear layer with fp8 operands in its forward and backward products (arXiv 2209.05433).
 
-Every side of a product is divided by one scale that puts its largest magnitude at the largest value of its format and is
-then rounded: e4m3 (3 bits of mantissa) for inputs and weights, e5m2 (2 bits, a range as wide as float16's) for the gradient
-that comes in. Scales are found anew in each call, so that there is no state. Sums are float32, results in x's dtype.
+Each operand of a product is divided by one scale, which maps its largest magnitude to the largest
+value of the fp8 format, and is then rounded. Inputs and weights use e4m3 (3 mantissa bits). The
+incoming gradient uses e5m2 (2 mantissa bits and the range of float16). Scales are computed anew
+in each call, so the op keeps no state. Sums are float32, and results have the dtype of x.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from iomm.kernels.dispatch import pick, register
 
 
-def fp8_linear(x, weight_OI, bias_O=None):
-    """(..., I) -> (..., O) in x's dtype: x W^T + b, differentiable in all three. Values that are not finite make every
-    result NaN. Raises ValueError on shapes or dtypes that do not fit.
+def fp8_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """Return x W^T + b in the dtype of x, differentiable in all three.
+
+    x has shape (..., I) and the result (..., O). A value that is not finite makes every result NaN.
+
+    Raises:
+        ValueError: Shapes or dtypes do not match.
     """
     if (
         weight_OI.dim() != 2
@@ -36,30 +44,33 @@ def fp8_linear(x, weight_OI, bias_O=None):
 FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
 
 
-def quantised(x, dtype):
-    """-> (x / scale in the fp8 dtype, scale): a scalar, at least float32, and never 0, so that zeros stay zeros."""
+def quantised(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return (x / scale in an fp8 dtype, scale).
+
+    The scale is a scalar in at least float32. It is never 0, so zeros stay zeros.
+    """
     scale = x.abs().amax().to(torch.promote_types(x.dtype, torch.float32)) / torch.finfo(dtype).max
     scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
     return (x.to(scale.dtype) / scale).to(dtype), scale
 
 
-def rounded(x, dtype):
-    """X as the product sees it."""
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x as an fp8 product sees it: quantised and scaled back."""
     values, scale = quantised(x, dtype)
     return values.to(scale.dtype) * scale
 
 
 class _Reference(torch.autograd.Function):
-    """Gradients are those of x W^T + b at the rounded sides: rounding itself counts as the identity."""
+    """Gradients of x W^T + b at the rounded operands. Rounding counts as the identity."""
 
     @staticmethod
-    def forward(ctx, x_MI, weight_OI, bias_O):
+    def forward(ctx: Any, x_MI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         ctx.save_for_backward(x_MI, weight_OI)
         y_MO = rounded(x_MI, FORWARD) @ rounded(weight_OI, FORWARD).T
         return (y_MO if bias_O is None else y_MO + bias_O).to(x_MI.dtype)
 
     @staticmethod
-    def backward(ctx, grad_MO):
+    def backward(ctx: Any, grad_MO: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         x_MI, weight_OI = ctx.saved_tensors
         g_MO = rounded(grad_MO, BACKWARD)
         dx_MI, dweight_OI = g_MO @ rounded(weight_OI, FORWARD), g_MO.T @ rounded(x_MI, FORWARD)
@@ -70,27 +81,42 @@ class _Reference(torch.autograd.Function):
         )
 
 
-def fp8_linear_reference(x_MI, weight_OI, bias_O):
-    """(M, O) as `fp8_linear` describes it."""
+def fp8_linear_reference(x_MI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """Return (M, O) as defined by `fp8_linear`."""
     return _Reference.apply(x_MI, weight_OI, bias_O)
 
 
-# cuBLASLt adds no bias to a float32 result
+# cuBLASLt does not add a bias to a float32 result.
 DTYPES = (torch.bfloat16,)
-# Of every size of a product, wanted by cuBLASLt.
+# cuBLASLt requires every dimension of a product to be a multiple of 16.
 MULTIPLE = 16
 
 
-def why_not():
-    """Why this machine has no fp8 products, or None. A CPU has: slow ones."""
+def why_not() -> str | None:
+    """Return why this machine has no fp8 products, or None if it has. CPUs have slow ones."""
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
         return "needs compute capability 8.9 (H100, L40) or later"
     return None
 
 
-def product(a_MK, b_NK, scale, bias_N, dtype):
-    """A b^T scale + bias. Both lie with K inmost, as Hopper's fp8 tensor cores read them; no use of their fast
-    accumulation, which has about 14 bits (arXiv 2412.19437, section 3.3.2).
+def product(
+    a_MK: Tensor,
+    b_NK: Tensor,
+    scale: tuple[Tensor, Tensor],
+    bias_N: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return (M, N): a b^T scaled, plus the bias.
+
+    K is the innermost dimension of both operands, as Hopper's fp8 tensor cores read them. Their
+    fast accumulation is off because it has only about 14 bits (arXiv 2412.19437, section 3.3.2).
+
+    Args:
+        a_MK: Left operand in fp8.
+        b_NK: Right operand in fp8.
+        scale: Scales of a and b.
+        bias_N: Bias, or None.
+        dtype: Dtype of the result.
     """
     return torch._scaled_mm(
         a_MK, b_NK.t(), *scale, bias=bias_N, out_dtype=dtype, use_fast_accum=False
@@ -98,20 +124,21 @@ def product(a_MK, b_NK, scale, bias_N, dtype):
 
 
 class _Scaled(torch.autograd.Function):
-    """PyTorch's scaled matrix product: the tensor cores' own on a GPU, multiplied out by PyTorch on a CPU.
+    """PyTorch's scaled matrix product, on tensor cores on a GPU and emulated on a CPU.
 
-    The weight is rounded again in the backward pass: what rounding made of it in the forward pass would be a second copy of
-    every weight, kept from one pass to the other, where ZeRO-3 keeps only a share of the first.
+    The weight is quantised again in the backward pass. Saving the quantised weight of the forward
+    pass would keep a second copy of every weight between the passes, where ZeRO-3 keeps only a
+    shard of the first.
     """
 
     @staticmethod
-    def forward(ctx, x_MI, weight_OI, bias_O):
+    def forward(ctx: Any, x_MI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         (x8_MI, x_scale), (w8_OI, w_scale) = quantised(x_MI, FORWARD), quantised(weight_OI, FORWARD)
         ctx.save_for_backward(x8_MI, x_scale, weight_OI)
         return product(x8_MI, w8_OI, (x_scale, w_scale), bias_O, x_MI.dtype)
 
     @staticmethod
-    def backward(ctx, grad_MO):
+    def backward(ctx: Any, grad_MO: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         x8_MI, x_scale, weight_OI = ctx.saved_tensors
         g8_MO, g_scale = quantised(grad_MO, BACKWARD)
         w8_IO, w_scale = quantised(weight_OI.t().contiguous(), FORWARD)
@@ -122,13 +149,19 @@ class _Scaled(torch.autograd.Function):
         return dx_MI, dweight_OI, grad_MO.sum(0) if ctx.needs_input_grad[2] else None
 
 
-def fp8_linear_scaled(x_MI, weight_OI, bias_O):
-    """(M, O) as `fp8_linear` describes it; I and O are multiples of 16. Other numbers of rows are filled up with zeros, as
-    the gradient of the weight sums over them.
+def fp8_linear_scaled(x_MI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """Return (M, O) as defined by `fp8_linear`.
+
+    M is padded with zero rows to a multiple of 16, because the gradient of the weight sums over
+    rows.
+
+    Raises:
+        ValueError: I or O is not a multiple of 16.
     """
     if any(size % MULTIPLE for size in weight_OI.shape):
         raise ValueError(
-            f"sizes of an fp8 product must be multiples of {MULTIPLE}, got a weight of {tuple(weight_OI.shape)}"
+            f"both sizes of an fp8 weight must be multiples of {MULTIPLE}, "
+            f"got {tuple(weight_OI.shape)}"
         )
     num_rows = len(x_MI)
     if num_rows % MULTIPLE == 0:

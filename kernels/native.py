@@ -1,7 +1,8 @@
-"""Loads the libraries that setup.py compiles from csrc/, and calls their entry points.
+"""Load the libraries that setup.py compiles from csrc/, and call their entry points.
 
-Calling convention: every entry takes int64, double and raw pointers, then how to run (CPU: number of threads; CUDA: the
-stream), and returns 0 or an error code. A library older than the sources beside it is not loaded.
+Calling convention: every entry point takes int64, double and raw pointer arguments, then how to
+run (the number of threads on a CPU, the stream on CUDA), and returns 0 or an error code. A
+library that is older than the sources in csrc/ is not loaded.
 """
 
 import ctypes
@@ -10,16 +11,21 @@ import hashlib
 import json
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 FOLDER = Path(__file__).resolve().parent / "lib"
 CSRC = FOLDER.parent.parent / "csrc"
 REBUILD = "run `pip install -e .` again"
 
 
-def source_hash():
-    """SHA-256 over csrc/ as setup.py computes it, or None where there are no sources (an installed wheel)."""
+def source_hash() -> str | None:
+    """Return the first 16 hex digits of the SHA-256 of csrc/, computed as in setup.py.
+
+    Returns None if there are no sources (an installed wheel).
+    """
     if not (CSRC / "philox.h").exists():
         return None
     digest = hashlib.sha256()
@@ -29,16 +35,24 @@ def source_hash():
     return digest.hexdigest()[:16]
 
 
-def build_facts(folder=FOLDER):
-    """Content of build.json: source hash, what was built by which compiler, what is missing and why."""
+def build_facts(folder: Path = FOLDER) -> dict[str, Any]:
+    """Return the content of build.json.
+
+    It holds the source hash, the libraries that were built with their compilers, and the missing
+    libraries with the reasons.
+    """
     try:
         return json.loads((folder / "build.json").read_text())
     except (OSError, ValueError):
         return {"source_hash": None, "built": {}, "missing": {}}
 
 
-def cpu_library_name():
-    """The build for this CPU: v3 needs AVX2, FMA, BMI and MOVBE; Intel has had them since 2013, AMD since 2015."""
+def cpu_library_name() -> str:
+    """Return the file name of the build for this CPU.
+
+    The v3 build needs AVX2, FMA, BMI and MOVBE, which Intel CPUs have had since 2013 and AMD CPUs
+    since 2015.
+    """
     if platform.machine() in ("x86_64", "AMD64"):
         try:
             flags = set(
@@ -54,19 +68,19 @@ def cpu_library_name():
 
 
 @functools.cache
-def load(device):
-    """(library, None) or (None, why not) for device type "cpu" or "cuda"."""
+def load(device: str) -> tuple[ctypes.CDLL | None, str | None]:
+    """Return (library, None), or (None, reason), for device type "cpu" or "cuda"."""
     name = cpu_library_name() if device == "cpu" else "libiomm_cuda.so"
     if not (FOLDER / name).exists():
-        return None, build_facts()["missing"].get(name, f"{name} was not built: {REBUILD}")
+        return None, build_facts()["missing"].get(name, f"{name} was not built ({REBUILD})")
     try:
         library = ctypes.CDLL(str(FOLDER / name))
         library.iomm_source_hash.restype = ctypes.c_char_p
         built_from = library.iomm_source_hash().decode()
     except (OSError, AttributeError) as error:
-        return None, f"{name} does not load: {error}"
+        return None, f"{name} failed to load: {error}"
     if source_hash() not in (None, built_from):
-        return None, f"{name} is older than csrc/: {REBUILD}"
+        return None, f"{name} is older than csrc/ ({REBUILD})"
     if device == "cuda":
         library.iomm_error_string.restype = ctypes.c_char_p
         if torch.cuda.is_available() and (code := library.iomm_probe()):
@@ -74,23 +88,29 @@ def load(device):
     return library, None
 
 
-def why_not(device):
-    """Why the native bodies cannot run on a device type, or None."""
+def why_not(device: str) -> str | None:
+    """Return why the native backends cannot run on a device type, or None if they can."""
     return load(device)[1]
 
 
-def launch(device, entry, *arguments):
-    """Calls `<entry>_cpu` or `<entry>_cuda`: tensors (contiguous, on `device`) as pointers, None as the null pointer,
-    numbers as int64 or double.
+def launch(device: torch.device, entry: str, *arguments: Tensor | float | None) -> None:
+    """Call the entry point `<entry>_cpu` or `<entry>_cuda`.
 
-    Raises RuntimeError with the reason if the library is absent or the call fails.
+    Args:
+        device: The device to run on.
+        entry: Name of the entry point without its device suffix.
+        *arguments: Tensors (contiguous, on `device`) are passed as pointers, None as the null
+            pointer, and numbers as int64 or double.
+
+    Raises:
+        RuntimeError: The library is missing or the call failed.
     """
     library, reason = load(device.type)
     if library is None:
-        raise RuntimeError(f"{entry} has no native body on {device.type}: {reason}")
+        raise RuntimeError(f"{entry} has no native backend on {device.type}: {reason}")
     values = []
     for argument in arguments:
-        if isinstance(argument, torch.Tensor):
+        if isinstance(argument, Tensor):
             assert argument.is_contiguous() and argument.device == device
             values.append(ctypes.c_void_p(argument.data_ptr()))
         elif argument is None:

@@ -1,19 +1,21 @@
-"""Noisy tokens and their velocity targets, made from latents. `unpatch` is the inverse of the packing.
+"""Noisy tokens and their velocity targets, made from latents.
 
-Token order is FLUX's, "c (h p) (w q) -> (h w) (c p q)": N = H/p * W/p tokens of K = C p p values.
+The token order is FLUX's, "c (h p) (w q) -> (h w) (c p q)", with N = H/p * W/p tokens of K = C p
+p values. `unpatch` is the inverse of this packing.
 """
 
 import torch
+from torch import Tensor
 
 from iomm.kernels import native
 from iomm.kernels.dispatch import pick, register
 from iomm.kernels.philox import NOISE, checked_seed, philox_reference
 
 
-def _check_latents(latents_BCHW, patch):
+def _check_latents(latents_BCHW: Tensor, patch: int) -> None:
     if latents_BCHW.dim() != 4 or not latents_BCHW.is_floating_point():
         raise ValueError(
-            f"latents must be a float tensor (B, C, H, W), "
+            f"latents must be a floating-point tensor (B, C, H, W), "
             f"got {latents_BCHW.dtype} of shape {tuple(latents_BCHW.shape)}"
         )
     height, width = latents_BCHW.shape[2:]
@@ -24,23 +26,35 @@ def _check_latents(latents_BCHW, patch):
         )
 
 
-def noisy_tokens(latents_BCHW, t_B, seed, n_B, patch=2):
-    """(noisy_BNK, target_BNK) in the latents' dtype: (1 - t) x + t z and z - x, as tokens. Has no gradient.
+def noisy_tokens(
+    latents_BCHW: Tensor, t_B: Tensor, seed: int, n_B: Tensor, patch: int = 2
+) -> tuple[Tensor, Tensor]:
+    """Return (noisy_BNK, target_BNK) as tokens in the latents' dtype. Has no gradient.
 
-    z = normal(seed, NOISE, n, C * H * W) in latent order, t_B (B,) in [0, 1] (1 is pure noise), n_B (B,) int64 the
-    samples' numbers. Arithmetic is float32 (float64 for float64 latents). Raises ValueError on bad shapes.
+    noisy is (1 - t) x + t z and target is z - x, where x are the latents and z = normal(seed,
+    NOISE, n, C * H * W) in latent order. Arithmetic is float32 (float64 for float64 latents).
+
+    Args:
+        latents_BCHW: Latents x.
+        t_B: Times in [0, 1]. 1 is pure noise.
+        seed: Seed of the noise, in [0, 2^64).
+        n_B: Sample numbers, int64.
+        patch: Side p of a patch in latent pixels.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices do not match.
     """
     _check_latents(latents_BCHW, patch)
     seed = checked_seed(seed, n_B)
     num_samples = latents_BCHW.shape[0]
     if t_B.shape != (num_samples,) or n_B.shape != (num_samples,):
         raise ValueError(
-            f"t and n must have shape ({num_samples},), as many as there are latents, "
+            f"t and n must have shape ({num_samples},), one entry per latent, "
             f"got {tuple(t_B.shape)} and {tuple(n_B.shape)}"
         )
     if not t_B.device == n_B.device == latents_BCHW.device:
         raise ValueError(
-            f"latents, t and n must be on one device, "
+            f"latents, t and n must be on the same device, "
             f"got {latents_BCHW.device}, {t_B.device} and {n_B.device}"
         )
     run = pick("noisy_tokens", latents_BCHW.device, latents_BCHW.dtype)
@@ -49,16 +63,29 @@ def noisy_tokens(latents_BCHW, t_B, seed, n_B, patch=2):
     )
 
 
-def patch_tokens(latents_BCHW, patch=2):
-    """(B, N, K) tokens of latents (B, C, H, W), differentiable. Raises ValueError if the patch does not fit."""
+def patch_tokens(latents_BCHW: Tensor, patch: int = 2) -> Tensor:
+    """Return latents (B, C, H, W) as tokens (B, N, K), differentiable.
+
+    Raises:
+        ValueError: H or W is not a multiple of the patch size.
+    """
     _check_latents(latents_BCHW, patch)
     return patch_tokens_reference(latents_BCHW, patch)
 
 
-def unpatch(tokens_BNK, height, width, patch=2):
-    """(B, C, H, W) latents of tokens (B, N, K), differentiable: undoes `patch_tokens`.
+def unpatch(tokens_BNK: Tensor, height: int, width: int, patch: int = 2) -> Tensor:
+    """Return tokens (B, N, K) as latents (B, C, H, W), differentiable.
 
-    Raises ValueError if sizes do not fit.
+    This is the inverse of `patch_tokens`.
+
+    Args:
+        tokens_BNK: Tokens.
+        height: H of the latents.
+        width: W of the latents.
+        patch: Side of a patch in latent pixels.
+
+    Raises:
+        ValueError: The sizes do not match.
     """
     if tokens_BNK.dim() != 3:
         raise ValueError(f"tokens must have shape (B, N, K), got {tuple(tokens_BNK.shape)}")
@@ -66,7 +93,7 @@ def unpatch(tokens_BNK, height, width, patch=2):
     rows, columns = height // patch, width // patch
     if height % patch or width % patch or num_tokens != rows * columns or token_dim % patch**2:
         raise ValueError(
-            f"{num_tokens} tokens of {token_dim} values do not make latents of {height} x {width} "
+            f"{num_tokens} tokens of {token_dim} values do not form latents of {height} x {width} "
             f"with patches of {patch}"
         )
     channels = token_dim // patch**2
@@ -74,8 +101,8 @@ def unpatch(tokens_BNK, height, width, patch=2):
     return tokens.permute(0, 3, 1, 4, 2, 5).reshape(num_samples, channels, height, width)
 
 
-def patch_tokens_reference(latents_BCHW, patch):
-    """(B, N, K): "c (h p) (w q) -> (h w) (c p q)"."""
+def patch_tokens_reference(latents_BCHW: Tensor, patch: int) -> Tensor:
+    """Return (B, N, K) in the order "c (h p) (w q) -> (h w) (c p q)"."""
     num_samples, channels, height, width = latents_BCHW.shape
     rows, columns = height // patch, width // patch
     cut = latents_BCHW.reshape(num_samples, channels, rows, patch, columns, patch)
@@ -84,8 +111,10 @@ def patch_tokens_reference(latents_BCHW, patch):
     )
 
 
-def noisy_tokens_reference(latents_BCHW, t_B, seed, n_B, patch):
-    """(noisy_BNK, target_BNK) as `noisy_tokens` describes them."""
+def noisy_tokens_reference(
+    latents_BCHW: Tensor, t_B: Tensor, seed: int, n_B: Tensor, patch: int
+) -> tuple[Tensor, Tensor]:
+    """Return (noisy_BNK, target_BNK) as defined by `noisy_tokens`."""
     x = latents_BCHW.to(torch.promote_types(latents_BCHW.dtype, torch.float32))
     z = philox_reference("normal", seed, NOISE, n_B, x.shape[1:].numel()).view_as(x).to(x.dtype)
     t = t_B.to(x.dtype)[:, None, None, None]
@@ -96,9 +125,12 @@ def noisy_tokens_reference(latents_BCHW, t_B, seed, n_B, patch):
 
 @torch.library.custom_op("iomm::noisy_tokens", mutates_args=(), device_types=("cpu", "cuda"))
 def noisy_tokens_compiled(
-    latents_BCHW: torch.Tensor, t_B: torch.Tensor, seed: int, n_B: torch.Tensor, patch: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """C++ and CUDA, the library is chosen by the device. The noise is never stored."""
+    latents_BCHW: Tensor, t_B: Tensor, seed: int, n_B: Tensor, patch: int
+) -> tuple[Tensor, Tensor]:
+    """Return (noisy_BNK, target_BNK) from the C++ or CUDA library, chosen by the device.
+
+    The noise is never stored.
+    """
     num_samples, channels, height, width = latents_BCHW.shape
     shape = num_samples, (height // patch) * (width // patch), channels * patch * patch
     noisy_BNK = torch.empty(shape, dtype=latents_BCHW.dtype, device=latents_BCHW.device)
@@ -123,7 +155,9 @@ def noisy_tokens_compiled(
 
 
 @noisy_tokens_compiled.register_fake
-def _(latents_BCHW, t_B, seed, n_B, patch):
+def _(
+    latents_BCHW: Tensor, t_B: Tensor, seed: int, n_B: Tensor, patch: int
+) -> tuple[Tensor, Tensor]:
     num_samples, channels, height, width = latents_BCHW.shape
     noisy_BNK = latents_BCHW.new_empty(
         num_samples, (height // patch) * (width // patch), channels * patch * patch

@@ -1,24 +1,27 @@
-"""Random numbers that are a pure function of (seed, stream, n): the same on every device and rank.
+"""Random numbers as a pure function of (seed, stream, n), equal on all devices and ranks.
 
-Philox4x32-10 with counter words (block, stream, n low 32, n high 32) and key (seed low 32, seed high 32). Element e of
-sample n is lane e % 4 of block e // 4.
+The generator is Philox4x32-10 with the counter words (block, stream, n low 32, n high 32) and the
+key (seed low 32, seed high 32). Element e of sample n is lane e % 4 of block e // 4.
 
     uniform   (word >> 8) * 2^-24, in [0, 1)
     normal    Box-Muller on the word pairs (0, 1) and (2, 3) = (a, b): u1 = ((a >> 8) + 1) * 2^-24,
-              u2 = (b >> 8) * 2^-24, r = sqrt(-2 ln u1); the even lane is r cos(2 pi u2), the odd one r sin(2 pi u2).
-              u2 is reduced to an eighth of a turn exactly, so that bodies agree to 2 ulp. No value exceeds
-              sqrt(48 ln 2) = 5.77.
+              u2 = (b >> 8) * 2^-24, r = sqrt(-2 ln u1); the even lane is r cos(2 pi u2), the odd
+              one r sin(2 pi u2). u2 is reduced to an eighth of a turn exactly, so backends agree
+              to 2 ulp. No value exceeds sqrt(48 ln 2) = 5.77.
 
-`n` counts the samples of the run over all epochs and ranks; `stream` says what the numbers are for.
+`n` counts the samples of the run over all epochs and ranks. `stream` identifies the purpose of
+the numbers.
 """
 
 import math
 
 import torch
+from torch import Tensor
 
 from iomm.kernels import native
 from iomm.kernels.dispatch import pick, register
 
+# Streams. Changing a number changes what every run draws.
 MASK = 0
 TIME = 1
 NOISE = 2
@@ -29,12 +32,16 @@ ORDER = 6
 SAMPLER = 7
 VAE = 8
 INIT = 9
-WORLD = 10
+SCENE = 10
 EDIT = 11
 
 
-def checked_seed(seed, n_B):
-    """The seed as signed 64-bit int. Raises ValueError unless it is in [0, 2^64) and `n_B` a vector of int64."""
+def checked_seed(seed: int, n_B: Tensor) -> int:
+    """Return the seed as a signed 64-bit int.
+
+    Raises:
+        ValueError: The seed is not in [0, 2^64), or `n_B` is not a vector of int64.
+    """
     if not isinstance(seed, int) or not 0 <= seed < 2**64:
         raise ValueError(f"seed must be an int in [0, 2^64), got {seed!r}")
     if n_B.dtype != torch.int64 or n_B.dim() != 1:
@@ -44,7 +51,7 @@ def checked_seed(seed, n_B):
     return seed - (seed >> 63 << 64)
 
 
-def _draw(distribution, seed, stream, n_B, count):
+def _draw(distribution: str, seed: int, stream: int, n_B: Tensor, count: int) -> Tensor:
     seed = checked_seed(seed, n_B)
     if not 0 <= stream < 2**32:
         raise ValueError(f"stream must be in [0, 2^32), got {stream}")
@@ -53,18 +60,32 @@ def _draw(distribution, seed, stream, n_B, count):
     return pick("philox", n_B.device)(distribution, seed, stream, n_B.contiguous(), count)
 
 
-def uniform(seed, stream, n_B, count):
-    """(B, count) float32 in [0, 1), on the device of `n_B` (B,) int64: row b belongs to sample n_B[b].
+def uniform(seed: int, stream: int, n_B: Tensor, count: int) -> Tensor:
+    """Return uniform float32 numbers (B, count) in [0, 1), on the device of `n_B`.
 
-    Raises ValueError on bad input.
+    Args:
+        seed: Seed in [0, 2^64).
+        stream: Stream in [0, 2^32), one of the constants above.
+        n_B: Sample numbers, int64. Row b of the result belongs to sample n_B[b].
+        count: Numbers per sample.
+
+    Raises:
+        ValueError: An argument is out of range or has a wrong shape or dtype.
     """
     return _draw("uniform", seed, stream, n_B, count)
 
 
-def normal(seed, stream, n_B, count):
-    """(B, count) float32, standard normal, on the device of `n_B` (B,) int64: row b belongs to sample n_B[b].
+def normal(seed: int, stream: int, n_B: Tensor, count: int) -> Tensor:
+    """Return standard normal float32 numbers (B, count), on the device of `n_B`.
 
-    Raises ValueError on bad input.
+    Args:
+        seed: Seed in [0, 2^64).
+        stream: Stream in [0, 2^32), one of the constants above.
+        n_B: Sample numbers, int64. Row b of the result belongs to sample n_B[b].
+        count: Numbers per sample.
+
+    Raises:
+        ValueError: An argument is out of range or has a wrong shape or dtype.
     """
     return _draw("normal", seed, stream, n_B, count)
 
@@ -72,9 +93,10 @@ def normal(seed, stream, n_B, count):
 WORD = 0xFFFFFFFF
 
 
-def philox_words(seed, stream, n_B, num_blocks):
-    """(B, num_blocks, 4) int64 that hold the 32-bit words of blocks 0 .. num_blocks - 1."""
-    # A product of two words wraps at 2^64 and may turn negative; its halves are right after masking.
+def philox_words(seed: int, stream: int, n_B: Tensor, num_blocks: int) -> Tensor:
+    """Return the 32-bit words of blocks 0 .. num_blocks - 1 as int64 (B, num_blocks, 4)."""
+    # A product of two words wraps at 2^64 and may become negative. Its halves are correct after
+    # masking.
     block = torch.arange(num_blocks, device=n_B.device).expand(len(n_B), num_blocks)
     n = n_B[:, None].expand_as(block)
     c0, c1, c2, c3 = block, torch.full_like(block, stream), n & WORD, (n >> 32) & WORD
@@ -91,8 +113,11 @@ def philox_words(seed, stream, n_B, num_blocks):
     return torch.stack((c0, c1, c2, c3), dim=-1)
 
 
-def normal_from_words(words):
-    """Box-Muller over the last axis (a, b, a, b), in float64, rounded to float32."""
+def normal_from_words(words: Tensor) -> Tensor:
+    """Return the Box-Muller transform over the last axis (a, b, a, b).
+
+    Computed in float64 and rounded to float32.
+    """
     a, turn = words[..., 0::2] >> 8, words[..., 1::2] >> 8
     radius = torch.sqrt(-2 * torch.log((a + 1).double() * 2.0**-24))
     quarter = (turn + 2**21) >> 22
@@ -104,8 +129,16 @@ def normal_from_words(words):
     return torch.stack((radius * c, radius * s), dim=-1).flatten(-2).float()
 
 
-def philox_reference(distribution, seed, stream, n_B, count):
-    """(B, count) float32 of `distribution` "uniform" or "normal"; seed as a signed or unsigned 64-bit int."""
+def philox_reference(distribution: str, seed: int, stream: int, n_B: Tensor, count: int) -> Tensor:
+    """Return float32 numbers (B, count) as defined by `uniform` or `normal`.
+
+    Args:
+        distribution: "uniform" or "normal".
+        seed: Signed or unsigned 64-bit seed.
+        stream: Stream in [0, 2^32).
+        n_B: Sample numbers, int64.
+        count: Numbers per sample.
+    """
     words = philox_words(seed, stream, n_B, -(-count // 4))
     values = (
         (words >> 8).float() * 2.0**-24 if distribution == "uniform" else normal_from_words(words)
@@ -114,9 +147,8 @@ def philox_reference(distribution, seed, stream, n_B, count):
 
 
 @torch.library.custom_op("iomm::philox", mutates_args=(), device_types=("cpu", "cuda"))
-def philox_compiled(
-    distribution: str, seed: int, stream: int, n_B: torch.Tensor, count: int
-) -> torch.Tensor:
+def philox_compiled(distribution: str, seed: int, stream: int, n_B: Tensor, count: int) -> Tensor:
+    """Return float32 numbers (B, count) from the C++ or CUDA library, chosen by the device."""
     out = torch.empty(len(n_B), count, dtype=torch.float32, device=n_B.device)
     native.launch(
         n_B.device, f"iomm_philox_{distribution}", seed, stream, n_B, len(n_B), count, out
@@ -125,7 +157,7 @@ def philox_compiled(
 
 
 @philox_compiled.register_fake
-def _(distribution, seed, stream, n_B, count):
+def _(distribution: str, seed: int, stream: int, n_B: Tensor, count: int) -> Tensor:
     return n_B.new_empty(n_B.shape[0], count, dtype=torch.float32)
 
 

@@ -1,23 +1,48 @@
-"""Queries, keys and values for attention: RMS norm per head, rotary embedding, two streams joined into one sequence.
+"""Queries, keys and values for attention, with RMS norm per head and rotary embedding.
 
-Rotation in pairs (2f, 2f + 1), as FLUX and Z-Image have it (RoPE, arXiv 2104.09864).
+Two streams are joined into one sequence. RoPE (arXiv 2104.09864) rotates pairs (2f, 2f + 1), as
+in FLUX and Z-Image.
 """
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from iomm.kernels.dispatch import pick, register
 from iomm.kernels.triton_ops import support
 
 
-def qk_norm_rope(qkv_BNPAE, q_weight_E, k_weight_E, cos_NF, sin_NF, *, condition=None, eps=1e-6):
-    """(q, k, v), each (B, L, A, E) in qkv's dtype: the projections of one sequence, ready for attention.
+def qk_norm_rope(
+    qkv_BNPAE: Tensor,
+    q_weight_E: Tensor | None,
+    k_weight_E: Tensor | None,
+    cos_NF: Tensor,
+    sin_NF: Tensor,
+    *,
+    condition: tuple[Tensor, Tensor | None, Tensor | None] | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (q, k, v), each (B, L, A, E) in the dtype of qkv, ready for attention.
 
-    qkv (B, N, 3, A, E): q and k are divided by their root mean square over E (eps inside the root), times their weight
-    (None: 1), and rotated by the angles of cos, sin (N, E / 2), float32 or float64; v stays as it is.
-    condition: (qkv (B, C, 3, A, E) or kv (B, C, 2, A, E), q weight, k weight) of a second stream that comes first in
-    the joint sequence of L = C + N and is not rotated; with kv alone it asks nothing, and q has N rows.
-    Differentiable in projections and weights. Raises ValueError on shapes that do not fit.
+    q and k are divided by their root mean square over E (eps inside the root), multiplied by
+    their weight, and rotated. v is unchanged. Differentiable in projections and weights.
+
+    Args:
+        qkv_BNPAE: Projections (B, N, 3, A, E) of the main stream.
+        q_weight_E: Weight of the q norm. None means 1.
+        k_weight_E: Weight of the k norm. None means 1.
+        cos_NF: Cosines (N, E / 2) of the rotation angles, float32 or float64.
+        sin_NF: Sines (N, E / 2) of the rotation angles, float32 or float64.
+        condition: (projections, q weight, k weight) of a second stream, which comes first in the
+            joint sequence of L = C + N and is not rotated. Its projections are qkv (B, C, 3, A,
+            E) or kv (B, C, 2, A, E). With kv it has no queries, and q has N rows.
+        eps: Added to the mean square.
+
+    Raises:
+        ValueError: Shapes or dtypes do not match.
     """
     if qkv_BNPAE.dim() != 5 or qkv_BNPAE.shape[2] != 3:
         raise ValueError(f"qkv must be (B, N, 3, A, E), got {tuple(qkv_BNPAE.shape)}")
@@ -35,7 +60,7 @@ def qk_norm_rope(qkv_BNPAE, q_weight_E, k_weight_E, cos_NF, sin_NF, *, condition
         or (parts.shape[0], *parts.shape[3:]) != (batch, heads, dim)
     ):
         raise ValueError(
-            f"the condition must be (B, C, 2 or 3, A, E) like qkv {tuple(qkv_BNPAE.shape)} in "
+            f"the condition must be (B, C, 2 or 3, A, E) to match qkv {tuple(qkv_BNPAE.shape)} in "
             f"{qkv_BNPAE.dtype}, got {tuple(parts.shape)} in {parts.dtype}"
         )
     for weight in (q_weight_E, k_weight_E, q_weight, k_weight):
@@ -46,8 +71,16 @@ def qk_norm_rope(qkv_BNPAE, q_weight_E, k_weight_E, cos_NF, sin_NF, *, condition
 
 
 def _joint(
-    norm, qkv, q_weight, k_weight, cos, sin, condition, condition_q_weight, condition_k_weight
-):
+    norm: Callable[[Tensor, Tensor | None], Tensor],
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    condition: Tensor | None,
+    condition_q_weight: Tensor | None,
+    condition_k_weight: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = qkv.unbind(2)
     q, k = rotate(norm(q, q_weight), cos, sin), rotate(norm(k, k_weight), cos, sin)
     if condition is not None:
@@ -61,8 +94,11 @@ def _joint(
     return q, k, v
 
 
-def rotate(x_BLAE, cos_LF, sin_LF):
-    """Turns the pairs (2f, 2f + 1) of every head by the angle of its position; at least float32, rounded once."""
+def rotate(x_BLAE: Tensor, cos_LF: Tensor, sin_LF: Tensor) -> Tensor:
+    """Rotate the pairs (2f, 2f + 1) of every head by the angles of its position.
+
+    Computed in at least float32 and rounded once.
+    """
     even, odd = (
         x_BLAE.to(torch.promote_types(x_BLAE.dtype, torch.float32))
         .unflatten(-1, (-1, 2))
@@ -76,59 +112,96 @@ def rotate(x_BLAE, cos_LF, sin_LF):
     )
 
 
-def qk_norm_rope_reference(*arguments):
-    """(q, k, v) as `qk_norm_rope` describes them; at least float32 throughout, rounded once."""
+def qk_norm_rope_reference(*arguments: Tensor | float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (q, k, v) as defined by `qk_norm_rope`.
+
+    Computed in at least float32 and rounded once. The arguments of every backend are (qkv,
+    q_weight, k_weight, cos, sin, condition, condition_q_weight, condition_k_weight, eps).
+    """
     *tensors, eps = arguments
     dtype = tensors[0].dtype
     wide = [x if x is None else x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors]
 
-    def norm(x, weight):
+    def norm(x: Tensor, weight: Tensor | None) -> Tensor:
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
         return x if weight is None else x * weight
 
     return tuple(x.to(dtype) for x in _joint(norm, *wide))
 
 
-def qk_norm_rope_torch(*arguments):
-    """The same; the normalised values are rounded to qkv's dtype before they are rotated."""
+def qk_norm_rope_torch(*arguments: Tensor | float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (q, k, v) from PyTorch's RMS norm.
+
+    The normalised values are rounded to the dtype of qkv before they are rotated.
+    """
     *tensors, eps = arguments
     return _joint(lambda x, weight: F.rms_norm(x, x.shape[-1:], weight, eps), *tensors)
 
 
-# (token, head) vectors of a program: at E = 128 32 values a thread
+# (token, head) vectors per program. At E = 128 each thread holds 32 values.
 ROWS, WARPS = 32, 4
 
 
-def qk_norm_rope_triton(*arguments):
-    """(q, k, v) as `qk_norm_rope` describes them, by one launch for each stream. Raises ValueError unless the head dim is a
-    power of 2 above 15.
+def qk_norm_rope_triton(*arguments: Tensor | float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (q, k, v) from the Triton kernels, with one launch per stream.
+
+    Raises:
+        ValueError: The head dim is not a power of 2 above 15.
     """
     *tensors, eps = arguments
     dim = tensors[0].shape[-1]
     if dim < 16 or dim & dim - 1:
         raise ValueError(
-            f"qk_norm_rope:triton wants a head dim of 16, 32, 64, 128 or 256, got {dim}: "
-            "choose another body"
+            f"qk_norm_rope:triton requires a head dim of 16, 32, 64, 128 or 256, got {dim}. "
+            "Select another backend in IOMM_KERNELS."
         )
     tensors[3:5] = (x.float() for x in tensors[3:5])
     return _forward(*(None if x is None else x.contiguous() for x in tensors), eps)
 
 
-def _streams(qkv, q_weight, k_weight, cos, sin, condition, condition_q_weight, condition_k_weight):
-    """(projections, weights, tables, first row in q, first row in k and v) of each stream; rows of q; rows of k."""
+class _Stream(NamedTuple):
+    """Projections of one stream, its norm weights and rotation tables, and its first rows."""
+
+    x: Tensor
+    q_weight: Tensor | None
+    k_weight: Tensor | None
+    cos: Tensor | None
+    sin: Tensor | None
+    # First row in q.
+    first_query: int
+    # First row in k and v.
+    first: int
+
+
+def _streams(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    condition: Tensor | None,
+    condition_q_weight: Tensor | None,
+    condition_k_weight: Tensor | None,
+) -> tuple[list[_Stream], int, int]:
+    """Return the streams, the number of rows of q, and the number of rows of k and v."""
     num_condition = 0 if condition is None else condition.shape[1]
-    num_asking = num_condition if condition is not None and condition.shape[2] == 3 else 0
-    streams = [(qkv, q_weight, k_weight, cos, sin, num_asking, num_condition)]
+    num_condition_queries = (
+        num_condition if condition is not None and condition.shape[2] == 3 else 0
+    )
+    streams = [_Stream(qkv, q_weight, k_weight, cos, sin, num_condition_queries, num_condition)]
     if condition is not None:
-        streams.append((condition, condition_q_weight, condition_k_weight, None, None, 0, 0))
-    return streams, num_asking + qkv.shape[1], num_condition + qkv.shape[1]
+        streams.append(_Stream(condition, condition_q_weight, condition_k_weight, None, None, 0, 0))
+    return streams, num_condition_queries + qkv.shape[1], num_condition + qkv.shape[1]
 
 
-def _grid(x):
+def _grid(x: Tensor) -> tuple[int, int]:
     return -(-x.shape[1] * x.shape[3] // ROWS), x.shape[0]
 
 
-def _constants(x, q_weight, k_weight, cos):
+def _constants(
+    x: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor | None
+) -> dict[str, Any]:
+    """Return the compile-time arguments of both kernels for one stream."""
     return {
         "HEADS": x.shape[3],
         "E": x.shape[4],
@@ -143,16 +216,16 @@ def _constants(x, q_weight, k_weight, cos):
 
 @torch.library.custom_op("iomm::qk_norm_rope", mutates_args=(), device_types=("cpu", "cuda"))
 def _forward(
-    qkv: torch.Tensor,
-    q_weight: torch.Tensor | None,
-    k_weight: torch.Tensor | None,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    condition: torch.Tensor | None,
-    condition_q_weight: torch.Tensor | None,
-    condition_k_weight: torch.Tensor | None,
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    condition: Tensor | None,
+    condition_q_weight: Tensor | None,
+    condition_k_weight: Tensor | None,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     from iomm.kernels.triton_ops.qk_norm_rope import forward_kernel
 
     streams, num_queries, num_joint = _streams(
@@ -185,7 +258,17 @@ def _forward(
 
 
 @_forward.register_fake
-def _(qkv, q_weight, k_weight, cos, sin, condition, condition_q_weight, condition_k_weight, eps):
+def _(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    condition: Tensor | None,
+    condition_q_weight: Tensor | None,
+    condition_k_weight: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     _, num_queries, num_joint = _streams(qkv, None, None, None, None, condition, None, None)
     return tuple(
         qkv.new_empty(qkv.shape[0], rows, *qkv.shape[3:])
@@ -197,20 +280,23 @@ def _(qkv, q_weight, k_weight, cos, sin, condition, condition_q_weight, conditio
     "iomm::qk_norm_rope_backward", mutates_args=(), device_types=("cpu", "cuda")
 )
 def _backward(
-    dq: torch.Tensor,
-    dk: torch.Tensor,
-    dv: torch.Tensor,
-    qkv: torch.Tensor,
-    q_weight: torch.Tensor | None,
-    k_weight: torch.Tensor | None,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    condition: torch.Tensor | None,
-    condition_q_weight: torch.Tensor | None,
-    condition_k_weight: torch.Tensor | None,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    condition: Tensor | None,
+    condition_q_weight: Tensor | None,
+    condition_k_weight: Tensor | None,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of both projections and of their weights; empty tensors for what is not there."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of (qkv, q_weight, k_weight) and of the condition's three tensors.
+
+    Gradients of missing tensors are empty.
+    """
     from iomm.kernels.triton_ops.qk_norm_rope import backward_kernel
 
     streams, num_queries, num_joint = _streams(
@@ -226,7 +312,7 @@ def _backward(
             for weight in (q_norm, k_norm)
         ]
         if x.shape[2] == 2 and sums[0] is not None:
-            # A weight for queries that are not there.
+            # The stream has a q weight but no queries.
             sums[0].zero_()
         if x.numel():
             backward_kernel[programs, samples](
@@ -251,54 +337,61 @@ def _backward(
         gradients.append(dx)
         gradients += [
             x.new_empty(0) if total is None else total.sum(0).T.reshape(-1).to(weight.dtype)
-            for total, weight in zip(sums, (q_norm, k_norm))
+            for total, weight in zip(sums, (q_norm, k_norm), strict=True)
         ]
     return tuple(gradients + [qkv.new_empty(0) for _ in range(6 - len(gradients))])
 
 
 @_backward.register_fake
 def _(
-    dq,
-    dk,
-    dv,
-    qkv,
-    q_weight,
-    k_weight,
-    cos,
-    sin,
-    condition,
-    condition_q_weight,
-    condition_k_weight,
-    eps,
-):
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    condition: Tensor | None,
+    condition_q_weight: Tensor | None,
+    condition_k_weight: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return tuple(
         qkv.new_empty(0) if x is None else torch.empty_like(x)
         for x in (qkv, q_weight, k_weight, condition, condition_q_weight, condition_k_weight)
     )
 
 
-def _save(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
     *tensors, ctx.eps = inputs
     ctx.present = [x is not None for x in tensors]
     ctx.save_for_backward(*tensors)
 
 
-def _differentiate(ctx, dq, dk, dv):
-    got = _backward(dq.contiguous(), dk.contiguous(), dv.contiguous(), *ctx.saved_tensors, ctx.eps)
-    got = (*got[:3], None, None, *got[3:])
+def _autograd_backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = _backward(
+        dq.contiguous(), dk.contiguous(), dv.contiguous(), *ctx.saved_tensors, ctx.eps
+    )
+    # cos and sin have no gradient.
+    gradients = (*gradients[:3], None, None, *gradients[3:])
+    # needs_input_grad has one more entry, for eps.
     return (
         *(
-            x if here and needed else None
-            for x, here, needed in zip(got, ctx.present, ctx.needs_input_grad)
+            x if present and needed else None
+            for x, present, needed in zip(
+                gradients, ctx.present, ctx.needs_input_grad, strict=False
+            )
         ),
         None,
     )
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 
-# PyTorch's body comes first: torch.compile fuses it with what surrounds it, and no GPU has timed the other one yet.
+# PyTorch's backend comes first because torch.compile fuses it with the surrounding ops, and
+# Triton's has not been timed on a GPU yet.
 register("qk_norm_rope", "torch", qk_norm_rope_torch)
 register(
     "qk_norm_rope",

@@ -1,52 +1,89 @@
-"""The image tokens that the MLLM sees: a mask drawn per sample, as packed indices.
+"""Packed indices of the image tokens that the MLLM sees, by a mask drawn per sample.
 
-This is the only place where the mask of Algorithm 1 (step 4) is drawn. `visible_tokens` counts first and returns as many
-rows as there are; `visible_tokens_packed` returns a fixed number of them and never waits.
+The mask of Algorithm 1 (step 4) is drawn only here. `visible_tokens` counts the visible tokens
+first and returns exactly that number of rows. `visible_tokens_packed` returns a fixed number of
+rows and never synchronises with the GPU.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from iomm.kernels import native
 from iomm.kernels.dispatch import pick, register
 from iomm.kernels.philox import MASK, checked_seed, philox_reference
 
 
-def _checked(seed, n_B, num_tokens, ratio, count):
-    """The seed as signed 64-bit int. Raises ValueError on bad input."""
+class PackedTokens(NamedTuple):
+    """Visible tokens of a batch; see `visible_tokens_packed`."""
+
+    index: Tensor
+    offsets: Tensor
+    position: Tensor
+    overflow: Tensor | None
+
+
+def _checked(seed: int, n_B: Tensor, num_tokens: int, ratio: float, count: str) -> int:
+    """Validate the arguments and return the seed as a signed 64-bit int."""
     seed = checked_seed(seed, n_B)
     if not 1 <= num_tokens < 2**31 or len(n_B) * num_tokens >= 2**31:
         raise ValueError(
-            f"num_tokens must be at least 1, and B times it below 2^31, got {num_tokens} and B {len(n_B)}"
+            f"num_tokens must be at least 1 and B * num_tokens below 2^31, "
+            f"got {num_tokens} with B = {len(n_B)}"
         )
     if not 0.0 <= ratio <= 1.0:
         raise ValueError(f"ratio must be between 0 and 1, got {ratio}")
     if count not in ("bernoulli", "fixed"):
-        raise ValueError(f"count must be bernoulli or fixed, got {count!r}")
+        raise ValueError(f"count must be 'bernoulli' or 'fixed', got {count!r}")
     return seed
 
 
-def visible_tokens(seed, n_B, num_tokens, ratio, count="bernoulli"):
-    """(index_V, offsets, position_V): the visible of P = `num_tokens` tokens per sample, packed, in ascending order.
+def visible_tokens(
+    seed: int, n_B: Tensor, num_tokens: int, ratio: float, count: str = "bernoulli"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (index_V, offsets, position_V) of the visible tokens, packed in ascending order.
 
-    n_B (B,) int64: the samples' numbers; the result lives on its device. ratio in [0, 1]: the share that is hidden.
-    count "bernoulli": token i is hidden where uniform(seed, MASK, n)[i] < ratio. "fixed": exactly
-    round((1 - ratio) * P) stay (half to even), those with the largest uniforms (of equal ones the lower index).
+    V depends on the draw, so on a GPU the host waits for it. `visible_tokens_packed` does not wait.
 
-    index_V int64 points into the flattened (B * P) tokens, position_V int64 in [0, P) is the place within the image,
-    and sample b owns offsets[b] .. offsets[b + 1] of both (offsets int32, (B + 1,)). V depends on the draw, so on a
-    GPU the host waits for it; `visible_tokens_packed` does not. Raises ValueError on bad input.
+    Args:
+        seed: Seed in [0, 2^64).
+        n_B: Sample numbers, int64. The result is on the same device.
+        num_tokens: Tokens per sample, P.
+        ratio: Share of tokens that are hidden, in [0, 1].
+        count: "bernoulli" hides token i where uniform(seed, MASK, n)[i] < ratio. "fixed" keeps
+            exactly round((1 - ratio) * P) tokens (half to even), namely the ones with the largest
+            uniforms. Ties go to the lower index.
+
+    Returns:
+        index_V (int64) points into the flattened (B * P) tokens. position_V (int64) is the
+        position within the image, in [0, P). Entries offsets[b] .. offsets[b + 1] of both belong
+        to sample b, with offsets int32 (B + 1,).
+
+    Raises:
+        ValueError: An argument is out of range or has a wrong shape or dtype.
     """
     seed = _checked(seed, n_B, num_tokens, ratio, count)
     run = pick("visible_tokens", n_B.device)
-    return run(seed, n_B.contiguous(), num_tokens, float(ratio), count == "fixed", None)[:3]
+    tokens = run(seed, n_B.contiguous(), num_tokens, float(ratio), count == "fixed", None)
+    return tokens.index, tokens.offsets, tokens.position
 
 
-def packed_capacity(num_samples, num_tokens, ratio, count="bernoulli"):
-    """Slots for the visible tokens of a batch: all of them if fixed, else their mean and six standard deviations.
+def packed_capacity(
+    num_samples: int, num_tokens: int, ratio: float, count: str = "bernoulli"
+) -> int:
+    """Return the number of slots to reserve for the visible tokens of a batch.
 
-    A draw exceeds that about once in 10^9 batches. At B 32, P 256, ratio 0.85: 1229 + 6 * 32.3 = 1423 of 8192.
+    For "fixed" this is the exact number. For "bernoulli" it is the mean plus six standard
+    deviations, which a draw exceeds about once in 10^9 batches. With B 32, P 256 and ratio 0.85
+    it is 1229 + 6 * 32.3 = 1423 of 8192.
+
+    Args:
+        num_samples: Samples per batch, B.
+        num_tokens: Tokens per sample, P.
+        ratio: Share of tokens that are hidden, in [0, 1].
+        count: "bernoulli" or "fixed", as in `visible_tokens`.
     """
     if count == "fixed":
         return num_samples * round((1 - ratio) * num_tokens)
@@ -54,31 +91,61 @@ def packed_capacity(num_samples, num_tokens, ratio, count="bernoulli"):
     return min(total, math.ceil(total * (1 - ratio) + 6 * math.sqrt(total * ratio * (1 - ratio))))
 
 
-def visible_tokens_packed(seed, n_B, num_tokens, ratio, count="bernoulli", capacity=None):
-    """(index, offsets, position, overflow): `visible_tokens` in tensors of a fixed size, made without asking the GPU.
+def visible_tokens_packed(
+    seed: int,
+    n_B: Tensor,
+    num_tokens: int,
+    ratio: float,
+    count: str = "bernoulli",
+    capacity: int | None = None,
+) -> PackedTokens:
+    """Return `visible_tokens` in tensors of fixed size, without synchronising with the GPU.
 
-    index and position have `capacity` slots (default `packed_capacity`). Those behind offsets[B] are 0 and belong to no
-    sample. overflow (1,) int64 counts visible tokens that found no slot: the last ones of the batch, which stay hidden
-    (their samples see fewer tokens; offsets say so). It is for the caller to add up and report, so nothing is lost
-    silently.
+    A model gathers tokens.flatten(0, 1)[index], runs all `capacity` rows (shapes never change, so
+    nothing recompiles and CUDA graphs stay valid) and passes offsets to `masked_attention`, which
+    returns zeros and no gradient for the rows after the last sample.
 
-    A model gathers tokens.flatten(0, 1)[index], runs all `capacity` rows (shapes never change, so nothing recompiles
-    and CUDA graphs hold) and hands offsets to `masked_attention`, which gives rows behind the last sample zeros and no
-    gradient. Raises ValueError on bad input.
+    Args:
+        seed: Seed in [0, 2^64).
+        n_B: Sample numbers, int64. The result is on the same device.
+        num_tokens: Tokens per sample, P.
+        ratio: Share of tokens that are hidden, in [0, 1].
+        count: "bernoulli" or "fixed", as in `visible_tokens`.
+        capacity: Slots for visible tokens. The default is `packed_capacity`.
+
+    Returns:
+        index and position (capacity,), offsets (B + 1,) and overflow (1,) int64. Slots from
+        offsets[B] on are 0 and belong to no sample. overflow counts the visible tokens that did
+        not fit. They are the last ones of the batch and stay hidden, so their samples have fewer
+        tokens in offsets. The caller should accumulate and report overflow. Otherwise tokens are
+        lost silently.
+
+    Raises:
+        ValueError: An argument is out of range or has a wrong shape or dtype.
     """
     seed = _checked(seed, n_B, num_tokens, ratio, count)
     capacity = packed_capacity(len(n_B), num_tokens, ratio, count) if capacity is None else capacity
     if not 0 <= capacity <= len(n_B) * num_tokens:
         raise ValueError(
-            f"capacity must be between 0 and B times P, got {capacity} for {len(n_B)} times {num_tokens}"
+            f"capacity must be between 0 and B * P, got {capacity} for {len(n_B)} * {num_tokens}"
         )
     run = pick("visible_tokens", n_B.device)
     return run(seed, n_B.contiguous(), num_tokens, float(ratio), count == "fixed", capacity)
 
 
-def visible_tokens_reference(seed, n_B, num_tokens, ratio, fixed, capacity):
-    """(index, offsets, position, overflow) as `visible_tokens_packed` describes them; capacity None: as many as there
-    are, and overflow None.
+def visible_tokens_reference(
+    seed: int, n_B: Tensor, num_tokens: int, ratio: float, fixed: bool, capacity: int | None
+) -> PackedTokens:
+    """Return the tokens as defined by `visible_tokens_packed`.
+
+    Args:
+        seed: Seed as a signed or unsigned 64-bit int.
+        n_B: Sample numbers, int64.
+        num_tokens: Tokens per sample, P.
+        ratio: Share of tokens that are hidden, in [0, 1].
+        fixed: True for count "fixed", False for "bernoulli".
+        capacity: Slots for visible tokens. None returns exactly the visible tokens, with overflow
+            None.
     """
     draw = philox_reference("uniform", seed, MASK, n_B, num_tokens).double()
     if fixed:
@@ -92,31 +159,42 @@ def visible_tokens_reference(seed, n_B, num_tokens, ratio, fixed, capacity):
     offsets = torch.zeros(len(n_B) + 1, dtype=torch.int32, device=n_B.device)
     offsets[1:] = visible.sum(1).cumsum(0)
     if capacity is None:
-        return index_V, offsets, index_V % num_tokens, None
+        return PackedTokens(index_V, offsets, index_V % num_tokens, None)
     overflow = (offsets[-1:] - capacity).clamp(min=0).long()
     packed = index_V.new_zeros(capacity)
     packed[: len(index_V)] = index_V[:capacity]
-    return packed, offsets.clamp(max=capacity), packed % num_tokens, overflow
+    return PackedTokens(packed, offsets.clamp(max=capacity), packed % num_tokens, overflow)
 
 
-def visible_tokens_compiled(seed, n_B, num_tokens, ratio, fixed, capacity):
-    """(index, offsets, position, overflow) as `visible_tokens_packed` describes them; capacity None: as many as there
-    are, which the host waits for.
+def visible_tokens_compiled(
+    seed: int, n_B: Tensor, num_tokens: int, ratio: float, fixed: bool, capacity: int | None
+) -> PackedTokens:
+    """Return the tokens from the C++ or CUDA library, chosen by the device.
+
+    Args:
+        seed: Seed as a signed 64-bit int.
+        n_B: Sample numbers, int64.
+        num_tokens: Tokens per sample, P.
+        ratio: Share of tokens that are hidden, in [0, 1].
+        fixed: True for count "fixed", False for "bernoulli".
+        capacity: Slots for visible tokens. None returns exactly the visible tokens, whose number
+            the host waits for.
     """
     if capacity is not None:
-        return _packed(seed, n_B, num_tokens, ratio, fixed, capacity)
-    return (*_counted(seed, n_B, num_tokens, ratio, fixed), None)
+        return PackedTokens(*_packed(seed, n_B, num_tokens, ratio, fixed, capacity))
+    return PackedTokens(*_counted(seed, n_B, num_tokens, ratio, fixed), None)
 
 
 @torch.library.custom_op(
     "iomm::visible_tokens_packed", mutates_args=(), device_types=("cpu", "cuda")
 )
 def _packed(
-    seed: int, n_B: torch.Tensor, num_tokens: int, ratio: float, fixed: bool, capacity: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    seed: int, n_B: Tensor, num_tokens: int, ratio: float, fixed: bool, capacity: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_samples, device = len(n_B), n_B.device
     num_visible = round((1 - ratio) * num_tokens) if fixed else -1
-    # u = k * 2^-24 lies below the ratio exactly where k < ceil(ratio * 2^24): no rounding decides about a token.
+    # u = k * 2^-24 is below the ratio exactly if k < ceil(ratio * 2^24), so rounding never
+    # affects the mask.
     threshold = math.ceil(ratio * 2**24)
     index = torch.empty(capacity, dtype=torch.int64, device=device)
     position = torch.empty(capacity, dtype=torch.int64, device=device)
@@ -141,7 +219,9 @@ def _packed(
 
 
 @_packed.register_fake
-def _(seed, n_B, num_tokens, ratio, fixed, capacity):
+def _(
+    seed: int, n_B: Tensor, num_tokens: int, ratio: float, fixed: bool, capacity: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     index = n_B.new_empty(capacity)
     return (
         index,
@@ -153,18 +233,21 @@ def _(seed, n_B, num_tokens, ratio, fixed, capacity):
 
 @torch.library.custom_op("iomm::visible_tokens", mutates_args=(), device_types=("cpu", "cuda"))
 def _counted(
-    seed: int, n_B: torch.Tensor, num_tokens: int, ratio: float, fixed: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    seed: int, n_B: Tensor, num_tokens: int, ratio: float, fixed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     index, offsets, position, _ = _packed(
         seed, n_B, num_tokens, ratio, fixed, len(n_B) * num_tokens
     )
     total = int(offsets[-1])
-    # Copies, so that the B * P buffers are not kept alive by a tenth of them.
+    # Views would keep the B * P buffers alive for about a tenth of their rows, so the rows are
+    # copied.
     return index[:total].clone(), offsets, position[:total].clone()
 
 
 @_counted.register_fake
-def _(seed, n_B, num_tokens, ratio, fixed):
+def _(
+    seed: int, n_B: Tensor, num_tokens: int, ratio: float, fixed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     total = torch.library.get_ctx().new_dynamic_size()
     index = n_B.new_empty(total)
     return index, n_B.new_empty(n_B.shape[0] + 1, dtype=torch.int32), torch.empty_like(index)

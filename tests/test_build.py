@@ -1,4 +1,8 @@
-"""The build: setup.py compiles csrc/ without torch, says what it left out, and no CUDA kernel spills or warns."""
+"""Build tests.
+
+setup.py compiles csrc/ without torch and reports what it could not build. CUDA kernels compile
+without spills or warnings.
+"""
 
 import ctypes
 import importlib.util
@@ -18,48 +22,52 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
-def recipe():
-    """setup.py as a module: it sets nothing up unless it is the script."""
+def setup_py():
+    """Return setup.py as a module. It calls setup() only when run as a script."""
     spec = importlib.util.spec_from_file_location("iomm_setup", ROOT / "setup.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def test_a_compiler_that_fails(recipe, tmp_path, monkeypatch):
-    """Nvcc may fail (an old one, a host compiler it does not know): the reason is kept, the C++ library built. g++ may not."""
-    monkeypatch.setattr(recipe, "find_nvcc", lambda: "/bin/false")
-    monkeypatch.setattr(recipe, "CXX_FLAGS", [*recipe.CXX_FLAGS, "-O0"])
-    facts = recipe.build_native(tmp_path)
+def test_build_records_nvcc_failure_and_raises_on_gxx_failure(setup_py, tmp_path, monkeypatch):
+    """A failure of nvcc is recorded, and a failure of g++ is an error.
+
+    nvcc fails, for example, if it is old or does not support the host compiler. The C++ library
+    is still built.
+    """
+    monkeypatch.setattr(setup_py, "find_nvcc", lambda: "/bin/false")
+    monkeypatch.setattr(setup_py, "CXX_FLAGS", [*setup_py.CXX_FLAGS, "-O0"])
+    facts = setup_py.build_native(tmp_path)
     assert json.loads((tmp_path / "build.json").read_text()) == facts
     assert (
         "libiomm_cpu.so" in facts["built"]
         and facts["missing"]["libiomm_cuda.so"] == "false: exit status 1"
     )
-    line = recipe.summary(facts)
+    line = setup_py.summary(facts)
     assert "\n" not in line and "libiomm_cpu.so" in line and "libiomm_cuda.so" in line
     for name in facts["built"]:
         library = ctypes.CDLL(str(tmp_path / name))
         library.iomm_source_hash.restype = ctypes.c_char_p
         assert library.iomm_source_hash().decode() == facts["source_hash"] == native.source_hash()
     monkeypatch.setenv("CXX", "false")
-    with pytest.raises(recipe.BuildError, match="false: exit status 1"):
-        recipe.build_native(tmp_path)
+    with pytest.raises(setup_py.BuildError, match="false: exit status 1"):
+        setup_py.build_native(tmp_path)
 
 
-def test_without_compilers_it_says_so(recipe, tmp_path, monkeypatch):
+def test_build_records_missing_compilers(setup_py, tmp_path, monkeypatch):
     (tmp_path / "libiomm_cpu_v3.so").touch()
-    monkeypatch.setattr(recipe, "find_nvcc", lambda: None)
+    monkeypatch.setattr(setup_py, "find_nvcc", lambda: None)
     monkeypatch.setenv("CXX", "no-such-compiler")
-    facts = recipe.build_native(tmp_path)
+    facts = setup_py.build_native(tmp_path)
     assert facts["built"] == {} and "no-such-compiler" in facts["missing"]["libiomm_cpu.so"]
     assert "no nvcc found" in facts["missing"]["libiomm_cuda.so"]
-    # Nothing of an earlier build either.
+    # Libraries of an earlier build are removed.
     assert [path.name for path in tmp_path.iterdir()] == ["build.json"]
 
 
-def test_every_package_is_listed(recipe):
-    listed = recipe.packages()
+def test_packages_lists_every_package(setup_py):
+    listed = setup_py.packages()
     for path in [
         *ROOT.glob("iomm/**/*.py"),
         *ROOT.glob("kernels/**/*.py"),
@@ -71,20 +79,23 @@ def test_every_package_is_listed(recipe):
     assert not any("lib" in name.split(".") for name in listed)
 
 
-def test_setup_knows_no_torch():
-    code = "import sys; sys.modules['torch'] = None; import runpy; runpy.run_path('setup.py', run_name='recipe')"
+def test_setup_runs_without_torch():
+    code = (
+        "import sys; sys.modules['torch'] = None; "
+        "import runpy; runpy.run_path('setup.py', run_name='recipe')"
+    )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize("source", sorted(path.name for path in (ROOT / "csrc").glob("*.cu")))
-def test_cuda_kernels_neither_spill_nor_warn(recipe, source, tmp_path):
-    nvcc = recipe.find_nvcc()
+def test_cuda_kernels_compile_without_spills_or_warnings(setup_py, source, tmp_path):
+    nvcc = setup_py.find_nvcc()
     if nvcc is None:
         pytest.skip("no nvcc")
-    archs = [*recipe.CUDA_ARCHS["sm_80"], *recipe.CUDA_ARCHS["sm_90a"]]
+    archs = [*setup_py.CUDA_ARCHS["sm_80"], *setup_py.CUDA_ARCHS["sm_90a"]]
     command = [
         nvcc,
-        *recipe.NVCC_FLAGS,
+        *setup_py.NVCC_FLAGS,
         *archs,
         "-DIOMM_SOURCE_HASH=test",
         "-Xptxas",
@@ -95,17 +106,17 @@ def test_cuda_kernels_neither_spill_nor_warn(recipe, source, tmp_path):
         str(tmp_path / "out.o"),
     ]
     done = subprocess.run(command, capture_output=True, text=True)
-    said = done.stdout + done.stderr
-    assert done.returncode == 0, said
-    assert "warning" not in said, said
-    assert all(f"for '{arch}'" in said for arch in ("sm_80", "sm_90a"))
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
+    assert "warning" not in output, output
+    assert all(f"for '{arch}'" in output for arch in ("sm_80", "sm_90a"))
     spills = re.findall(
-        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", output
     )
-    assert spills and set(spills) == {("0", "0", "0")}, said
+    assert spills and set(spills) == {("0", "0", "0")}, output
 
 
-def test_doctor_names_every_part(monkeypatch, tmp_path, capsys):
+def test_doctor_reports_every_component(monkeypatch, tmp_path, capsys):
     rows = doctor.rows()
     assert {
         "torch",
@@ -128,19 +139,19 @@ def test_doctor_names_every_part(monkeypatch, tmp_path, capsys):
     assert "NVIDIA apex" in capsys.readouterr().out
 
 
-def test_a_machine_without_git_is_described_all_the_same(monkeypatch, tmp_path):
+def test_machine_facts_without_git(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert doctor.machine()["commit"] == "unknown" and doctor.machine()["torch"]
 
 
-def test_figures_say_whether_pillow_stood_in_for_dali(monkeypatch):
+def test_machine_facts_record_dali_version_or_none(monkeypatch):
     monkeypatch.setattr(doctor, "version_of", {"nvidia-dali-cuda130": "1.51", "torch": "2"}.get)
     assert doctor.machine()["dali"] == "1.51"
     monkeypatch.setattr(doctor, "version_of", {}.get)
     assert doctor.machine()["dali"] is None
 
 
-def test_doctor_tells_the_two_apexes_apart(monkeypatch, tmp_path):
+def test_doctor_distinguishes_nvidia_apex_from_unrelated_apex(monkeypatch, tmp_path):
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("raise RuntimeError('must not be imported')")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -150,13 +161,13 @@ def test_doctor_tells_the_two_apexes_apart(monkeypatch, tmp_path):
     assert doctor.apex_row()[2] == "present"
 
 
-def test_doctor_sees_both_dali_wheels(monkeypatch):
+def test_doctor_reports_conflicting_dali_wheels(monkeypatch):
     monkeypatch.setattr(doctor, "version_of", lambda name: "2.4.0")
     monkeypatch.setattr(doctor, "find", lambda name: object())
     assert doctor.dali_row()[2] == "problem" and "overwrite" in doctor.dali_row()[3]
 
 
-def test_a_library_older_than_its_sources_is_refused(monkeypatch):
+def test_native_rejects_library_older_than_its_sources(monkeypatch):
     if native.why_not("cpu"):
         pytest.skip(native.why_not("cpu"))
     monkeypatch.setattr(native, "source_hash", lambda: "another")

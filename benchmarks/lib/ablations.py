@@ -145,4 +145,4 @@ def ablations(bench):
 
 def refusals(op, device):
     """[(body, why it cannot run here, or None)]."""
-    return [(body.name, body.refusal(device.type, torch.bfloat16)) for body in dispatch._bodies[op]]
+    return [(body.name, body.refusal(device.type, torch.bfloat16)) for body in dispatch._backends[op]]

@@ -31,7 +31,7 @@ from PIL import Image, ImageDraw
 
 from iomm.config import InputError, choice
 from iomm.engine.data.atomic import one_at_a_time, whole_folder
-from iomm.kernels.philox import EDIT, WORLD, uniform
+from iomm.kernels.philox import EDIT, SCENE, uniform
 
 # A change of what is drawn raises it, so that older folders are drawn again.
 VERSION = 2
@@ -114,7 +114,7 @@ def scene(seed, i, split="train", kind=None):
     if not 0 <= i < TEST_OFFSET:
         raise InputError(f"a scene number must be >= 0, got {i}")
     n = i + (TEST_OFFSET if split == "test" else 0)
-    draws = _Draws(uniform(seed, WORLD, torch.tensor([n]), NUM_DRAWS)[0].tolist())
+    draws = _Draws(uniform(seed, SCENE, torch.tensor([n]), NUM_DRAWS)[0].tolist())
     drawn_kind = draws.pick(KINDS)
     kind = kind or drawn_kind
     choice("kind", kind, KINDS)

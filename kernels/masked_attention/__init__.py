@@ -1,18 +1,19 @@
-"""Attention over ragged samples, each with a prefix that all of its queries see and a suffix that they are part of.
+"""Attention over ragged samples, each with a key prefix and a suffix of queries and keys.
 
-The one mask law of the project: query i of a sample sees all of that sample's prefix keys and, of the suffix, the
-keys up to i (causal) or all (bidirectional).
+The project has one mask rule. Query i of a sample sees all of that sample's prefix keys and, of
+its suffix keys, the ones up to i (causal) or all (bidirectional).
 
-Bodies, in order of preference until benchmarks/ops.py has timed them on a GPU:
-    sdpa        any device and dtype; pads ragged batches. First, as the one that is proven on every machine
-    varlen      CUDA, halves: torch.nn.attention.varlen, keys copied together
-    flash       CUDA, halves: the flash-attn package, keys copied together
-    triton      CUDA, halves, head dim 32, 64 or 128: two segments, gradient-free prefix, no wait of the host
+Backends, in order of preference until benchmarks/ops.py has timed them on a GPU:
+    sdpa        any device and dtype; pads ragged batches. First, because it is tested on every
+    machine varlen      CUDA, bf16 and fp16: torch.nn.attention.varlen on concatenated keys flash
+    CUDA, bf16 and fp16: the flash-attn package on concatenated keys triton      CUDA, bf16 and
+    fp16, head dim 32, 64 or 128: two key segments, prefix without gradient, no host sync
     reference   the specification
-They differ in rounding alone; `IOMM_KERNELS=masked_attention:triton` chooses one.
+They differ only in rounding. `IOMM_KERNELS=masked_attention:triton` selects one.
 """
 
 import torch
+from torch import Tensor
 
 from iomm.kernels.dispatch import pick, register
 from iomm.kernels.masked_attention import varlen
@@ -52,10 +53,10 @@ register(
 register("masked_attention", "reference", masked_attention_reference)
 
 
-def _check_keys(name, k, v, q):
+def _check_keys(name: str, k: Tensor, v: Tensor, q: Tensor) -> None:
     if k.dim() != 3 or k.shape != v.shape or k.shape[2] != q.shape[2]:
         raise ValueError(
-            f"{name} keys and values must be (tokens, G, {q.shape[2]}) alike, "
+            f"{name} keys and values must both be (tokens, G, {q.shape[2]}), "
             f"got {tuple(k.shape)} and {tuple(v.shape)}"
         )
     if not k.shape[1] or q.shape[1] % k.shape[1]:
@@ -64,12 +65,12 @@ def _check_keys(name, k, v, q):
         )
     if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
         raise ValueError(
-            f"q and the {name} keys and values must share dtype and device, got {q.dtype} {q.device}, "
-            f"{k.dtype} {k.device}, {v.dtype} {v.device}"
+            f"q and the {name} keys and values must share dtype and device, "
+            f"got {q.dtype} {q.device}, {k.dtype} {k.device}, {v.dtype} {v.device}"
         )
 
 
-def _check_offsets(name, offsets, q):
+def _check_offsets(name: str, offsets: Tensor, q: Tensor) -> None:
     if (
         offsets.dtype != torch.int32
         or offsets.dim() != 1
@@ -83,44 +84,66 @@ def _check_offsets(name, offsets, q):
 
 
 def masked_attention(
-    q, k, v, offsets, *, prefix_k=None, prefix_v=None, prefix_offsets=None, causal=True, scale=None
-):
-    """(S, A, E): softmax attention of the packed queries q (S, A, E), differentiable in q, k, v and the prefix.
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    offsets: Tensor,
+    *,
+    prefix_k: Tensor | None = None,
+    prefix_v: Tensor | None = None,
+    prefix_offsets: Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+) -> Tensor:
+    """Return softmax attention (S, A, E), differentiable in q, k, v and the prefix.
 
-    Sample b owns the queries offsets[b] .. offsets[b + 1] (int32, (B + 1,)), the suffix keys k, v (S, G, E) at the same
-    places (None for cross-attention to the prefix alone) and the prefix keys prefix_k, prefix_v (Tp, G, E) by
-    prefix_offsets (same B). A is a multiple of G: head a reads key head a // (A / G). scale defaults to 1 / sqrt(E).
-    Samples and prefixes may be empty; a query that sees no key gives zeros. Rows behind the last offset belong to no
-    sample (a packed tensor of fixed capacity): their outputs and gradients are zeros. A prefix without requires_grad
-    gets no gradient. Raises ValueError on shapes and dtypes that do not fit, and on offsets where the body reads them
-    on the host (all but triton, which cannot and trusts them).
+    Samples and prefixes may be empty. A query that sees no key returns zeros. Rows after the last
+    offset belong to no sample (a packed tensor of fixed capacity), and their outputs and
+    gradients are zeros.
+
+    Args:
+        q: Packed queries (S, A, E).
+        k: Suffix keys (S, G, E) in the same rows as the queries, or None for cross-attention to
+            the prefix only. A is a multiple of G, and query head a reads key head a // (A / G).
+        v: Suffix values (S, G, E), or None like k.
+        offsets: int32 (B + 1,). Rows offsets[b] .. offsets[b + 1] of q, k and v belong to sample b.
+        prefix_k: Packed prefix keys (Tp, G, E). A prefix without requires_grad gets no gradient.
+        prefix_v: Packed prefix values (Tp, G, E).
+        prefix_offsets: int32 (B + 1,). Rows of the prefix that belong to each sample.
+        causal: If true, query i sees the suffix keys up to i. Otherwise it sees all of them.
+        scale: Factor on the scores. The default is 1 / sqrt(E).
+
+    Raises:
+        ValueError: Shapes or dtypes do not match, or offsets are inconsistent. The triton backend
+            cannot check offsets because it does not read them on the host.
     """
     if q.dim() != 3:
         raise ValueError(f"q must have shape (S, A, E), got {tuple(q.shape)}")
     _check_offsets("offsets", offsets, q)
     if (k is None) != (v is None):
-        raise ValueError("k and v go together: give both or neither")
+        raise ValueError("k and v go together. Pass both or neither.")
     if len({prefix_k is None, prefix_v is None, prefix_offsets is None}) > 1:
-        raise ValueError("prefix_k, prefix_v and prefix_offsets go together: give all or none")
+        raise ValueError("prefix_k, prefix_v and prefix_offsets go together. Pass all or none.")
     if k is None and prefix_k is None:
-        raise ValueError("there is nothing to attend to: give k and v, or a prefix")
+        raise ValueError("there are no keys to attend to. Pass k and v, or a prefix.")
     if k is not None:
         _check_keys("suffix", k, v, q)
         if k.shape[0] != q.shape[0]:
             raise ValueError(
-                f"suffix keys must be as many as the {q.shape[0]} queries, got {k.shape[0]}"
+                f"there must be one suffix key per query, got {k.shape[0]} keys "
+                f"and {q.shape[0]} queries"
             )
     if prefix_k is not None:
         _check_keys("prefix", prefix_k, prefix_v, q)
         _check_offsets("prefix_offsets", prefix_offsets, q)
         if len(prefix_offsets) != len(offsets):
             raise ValueError(
-                f"offsets and prefix_offsets must name equally many samples, "
+                f"offsets and prefix_offsets must have the same number of samples, "
                 f"got {len(offsets) - 1} and {len(prefix_offsets) - 1}"
             )
         if k is not None and k.shape[1] != prefix_k.shape[1]:
             raise ValueError(
-                f"suffix and prefix must have equally many key heads, "
+                f"suffix and prefix must have the same number of key heads, "
                 f"got {k.shape[1]} and {prefix_k.shape[1]}"
             )
     scale = q.shape[-1] ** -0.5 if scale is None else scale

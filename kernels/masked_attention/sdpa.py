@@ -1,24 +1,46 @@
-"""The PyTorch body: one scaled_dot_product_attention, maskless where the batch is regular, else padded to dense."""
+"""The PyTorch backend: one scaled_dot_product_attention per call.
+
+Regular batches need no mask. Ragged batches are padded to a dense layout.
+"""
 
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from iomm.kernels.masked_attention.packing import lengths_of, remembered, rows_in
+from iomm.kernels.masked_attention.packing import cached_layout, sample_lengths, target_rows
 from iomm.kernels.masked_attention.reference import masked_attention_reference
 
-# cuDNN's backward gives NaN with a mask at lengths % 128 == 64 (pytorch #196678), so masked calls go without it.
+# cuDNN's backward returns NaN with a mask at lengths % 128 == 64 (pytorch #196678), so masked
+# calls do not use it.
 _MASKED_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-def dense_attention(q, k, v, mask=None, *, causal=False, scale=None):
-    """(B, A, L, E): softmax attention by PyTorch. k, v may have fewer heads than q. mask: bool, True where visible.
+def dense_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """Return softmax attention (B, A, L, E) computed by PyTorch.
 
-    With gradients in bfloat16 on a CPU plain products take its place: torch 2.13's backward there is 2 to 8 times slower
-    than they are (320 and 80 tokens; benchmarks/LOG.md). They round scores and weights to bfloat16, which it does not.
+    With gradients in bfloat16 on a CPU it is computed by two matrix products, because the
+    backward pass of torch 2.13's SDPA is 2 to 8 times slower there (320 and 80 tokens;
+    benchmarks/LOG.md). The products round scores and weights to bfloat16, which SDPA does not.
+
+    Args:
+        q: Queries (B, A, L, E).
+        k: Keys, which may have fewer heads than q.
+        v: Values, with the heads of k.
+        mask: bool, True where visible, or None.
+        causal: Whether query i sees only the keys up to i.
+        scale: Factor on the scores. The default is 1 / sqrt(E).
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
         repeat = q.shape[1] // k.shape[1]
@@ -26,9 +48,9 @@ def dense_attention(q, k, v, mask=None, *, causal=False, scale=None):
         scores = (q * (q.shape[-1] ** -0.5 if scale is None else scale)) @ k.transpose(-1, -2)
         if causal:
             mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-        return (scores if mask is None else scores.masked_fill(~mask, float("-inf"))).softmax(
-            -1
-        ) @ v
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        return scores.softmax(-1) @ v
     with sdpa_kernel(_MASKED_BACKENDS) if q.is_cuda and mask is not None else nullcontext():
         return F.scaled_dot_product_attention(
             q,
@@ -42,37 +64,42 @@ def dense_attention(q, k, v, mask=None, *, causal=False, scale=None):
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Where packed rows go in the dense layout. Keys of a sample lie in slots [prefix | suffix]."""
+class DenseLayout:
+    """Rows of the packed tokens in the dense layout.
+
+    The keys of a sample are in slots [prefix | suffix].
+    """
 
     num_samples: int
-    # Longest sample
+    # Length of the longest sample.
     num_queries: int
-    # Longest prefix
+    # Length of the longest prefix.
     num_prefix: int
-    # All samples alike: packed is dense already.
+    # All samples have equal lengths, so the packed layout is dense already.
     regular: bool
     total_queries: int
     total_prefix: int
-    # (S,) row of each query in (B * num_queries)
-    query_rows: torch.Tensor | None = None
-    # (S,) row of each suffix key in (B * num_slots)
-    suffix_rows: torch.Tensor | None = None
-    # (Tp,)
-    prefix_rows: torch.Tensor | None = None
-    # (B, 1, num_queries, num_slots), True where visible
-    mask: torch.Tensor | None = None
+    # (S,), row of each query in (B * num_queries).
+    query_rows: Tensor | None = None
+    # (S,), row of each suffix key in (B * num_slots).
+    suffix_rows: Tensor | None = None
+    # (Tp,), row of each prefix key in (B * num_slots).
+    prefix_rows: Tensor | None = None
+    # (B, 1, num_queries, num_slots), True where visible.
+    mask: Tensor | None = None
 
 
-def _make_plan(offsets, prefix_offsets, has_suffix, causal):
-    lengths = lengths_of("offsets", offsets)
+def _make_layout(
+    offsets: Tensor, prefix_offsets: Tensor | None, has_suffix: bool, causal: bool
+) -> DenseLayout:
+    lengths = sample_lengths("offsets", offsets)
     prefix_lengths = (
         [0] * len(lengths)
         if prefix_offsets is None
-        else lengths_of("prefix_offsets", prefix_offsets)
+        else sample_lengths("prefix_offsets", prefix_offsets)
     )
     num_queries, num_prefix = max(lengths, default=0), max(prefix_lengths, default=0)
-    alike = len(set(lengths)) <= 1 and len(set(prefix_lengths)) <= 1
+    equal_lengths = len(set(lengths)) <= 1 and len(set(prefix_lengths)) <= 1
     sizes = {
         "num_samples": len(lengths),
         "num_queries": num_queries,
@@ -80,8 +107,8 @@ def _make_plan(offsets, prefix_offsets, has_suffix, causal):
         "total_queries": sum(lengths),
         "total_prefix": sum(prefix_lengths),
     }
-    if alike and not (causal and has_suffix and num_prefix):
-        return Plan(regular=True, **sizes)
+    if equal_lengths and not (causal and has_suffix and num_prefix):
+        return DenseLayout(regular=True, **sizes)
     num_slots = num_prefix + (num_queries if has_suffix else 0)
     device, samples = offsets.device, torch.arange(len(lengths))
     slot_J = torch.arange(num_slots)
@@ -89,62 +116,82 @@ def _make_plan(offsets, prefix_offsets, has_suffix, causal):
     visible = visible_BJ[:, None].repeat(1, num_queries, 1)
     if has_suffix:
         suffix_J = slot_J - num_prefix
-        own_BJ = (suffix_J >= 0) & (suffix_J < torch.tensor(lengths)[:, None])
-        reach_I = torch.arange(num_queries) if causal else torch.full((num_queries,), num_queries)
-        visible |= own_BJ[:, None] & (suffix_J <= reach_I[:, None])
-    # A row that sees nothing would be 0/0. Slot 0 of such a sample is padding, all zeros: so is all that comes of it.
+        present_BJ = (suffix_J >= 0) & (suffix_J < torch.tensor(lengths)[:, None])
+        last_I = torch.arange(num_queries) if causal else torch.full((num_queries,), num_queries)
+        visible |= present_BJ[:, None] & (suffix_J <= last_I[:, None])
+    # The softmax of a row without visible keys would be 0/0. Such a row sees slot 0 instead,
+    # which is zero padding and makes its output zero.
     if num_slots:
         visible[..., 0] |= ~visible.any(-1)
-    return Plan(
+    return DenseLayout(
         regular=False,
         **sizes,
         mask=visible[:, None].to(device),
-        query_rows=rows_in(lengths, samples * num_queries, 0, device),
-        suffix_rows=rows_in(lengths, samples * num_slots, num_prefix, device)
+        query_rows=target_rows(lengths, samples * num_queries, 0, device),
+        suffix_rows=target_rows(lengths, samples * num_slots, num_prefix, device)
         if has_suffix
         else None,
-        prefix_rows=rows_in(prefix_lengths, samples * num_slots, 0, device),
+        prefix_rows=target_rows(prefix_lengths, samples * num_slots, 0, device),
     )
 
 
-def _heads_first(x, num_samples):
+def _heads_first(x: Tensor, num_samples: int) -> Tensor:
     return x.unflatten(0, (num_samples, -1)).transpose(1, 2)
 
 
-def masked_attention_sdpa(q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, causal, scale):
-    """(S, A, E) as `masked_attention` describes it."""
-    plan = remembered(_make_plan, offsets, prefix_offsets, k is not None, causal)
+def masked_attention_sdpa(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    offsets: Tensor,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    prefix_offsets: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> Tensor:
+    """Return (S, A, E) from scaled_dot_product_attention."""
+    layout = cached_layout(_make_layout, offsets, prefix_offsets, k is not None, causal)
     num_prefix = 0 if prefix_k is None else prefix_k.shape[0]
-    if plan.total_queries > q.shape[0] or plan.total_prefix > num_prefix:
+    if layout.total_queries > q.shape[0] or layout.total_prefix > num_prefix:
         raise ValueError(
-            f"offsets end at {plan.total_queries} queries and {plan.total_prefix} prefix keys, "
-            f"but there are {q.shape[0]} and {num_prefix}"
+            f"offsets end at {layout.total_queries} queries and {layout.total_prefix} prefix keys, "
+            f"but there are only {q.shape[0]} and {num_prefix}"
         )
-    # Rows behind the last sample.
-    if plan.total_queries < q.shape[0] or plan.total_prefix < num_prefix:
-        behind = q.new_zeros(q.shape[0] - plan.total_queries, *q.shape[1:])
-        q, k, v = (None if x is None else x[: plan.total_queries] for x in (q, k, v))
+    # There are rows after the last sample.
+    if layout.total_queries < q.shape[0] or layout.total_prefix < num_prefix:
+        padding = q.new_zeros(q.shape[0] - layout.total_queries, *q.shape[1:])
+        q, k, v = (None if x is None else x[: layout.total_queries] for x in (q, k, v))
         prefix_k, prefix_v = (
-            None if x is None else x[: plan.total_prefix] for x in (prefix_k, prefix_v)
+            None if x is None else x[: layout.total_prefix] for x in (prefix_k, prefix_v)
         )
         own = masked_attention_sdpa(
             q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, causal, scale
         )
-        return torch.cat((own, behind))
+        return torch.cat((own, padding))
     num_keys = num_prefix + (0 if k is None else k.shape[0])
     # Nothing to compute, but a graph to keep.
     if not q.shape[0] or not num_keys:
         return masked_attention_reference(
             q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, causal, scale
         )
-    run = _regular if plan.regular else _padded
-    return run(plan, q, k, v, prefix_k, prefix_v, causal, scale)
+    run = _regular if layout.regular else _padded
+    return run(layout, q, k, v, prefix_k, prefix_v, causal, scale)
 
 
-def _regular(plan, q, k, v, prefix_k, prefix_v, causal, scale):
-    def joined(prefix, suffix):
+def _regular(
+    layout: DenseLayout,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> Tensor:
+    def joined(prefix: Tensor | None, suffix: Tensor | None) -> Tensor:
         parts = [
-            _heads_first(x, plan.num_samples)
+            _heads_first(x, layout.num_samples)
             for x in (prefix, suffix)
             if x is not None and x.shape[0]
         ]
@@ -152,7 +199,7 @@ def _regular(plan, q, k, v, prefix_k, prefix_v, causal, scale):
 
     keys, values = joined(prefix_k, k), joined(prefix_v, v)
     out = dense_attention(
-        _heads_first(q, plan.num_samples),
+        _heads_first(q, layout.num_samples),
         keys,
         values,
         causal=causal and k is not None,
@@ -161,28 +208,38 @@ def _regular(plan, q, k, v, prefix_k, prefix_v, causal, scale):
     return out.transpose(1, 2).flatten(0, 1)
 
 
-def _padded(plan, q, k, v, prefix_k, prefix_v, causal, scale):
-    num_slots = plan.mask.shape[-1]
+def _padded(
+    layout: DenseLayout,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> Tensor:
+    num_slots = layout.mask.shape[-1]
     repeat = q.shape[1] // (prefix_k if k is None else k).shape[1]
 
-    def dense(prefix, suffix):
-        some = prefix if suffix is None else suffix
-        slots = some.new_zeros(plan.num_samples * num_slots, *some.shape[1:])
+    def dense(prefix: Tensor | None, suffix: Tensor | None) -> Tensor:
+        example = prefix if suffix is None else suffix
+        slots = example.new_zeros(layout.num_samples * num_slots, *example.shape[1:])
         if prefix is not None:
-            slots = slots.index_copy(0, plan.prefix_rows, prefix)
+            slots = slots.index_copy(0, layout.prefix_rows, prefix)
         if suffix is not None:
-            slots = slots.index_copy(0, plan.suffix_rows, suffix)
-        # Heads are repeated by hand: the CUDA kernels that take a mask do not take grouped heads.
-        return _heads_first(slots, plan.num_samples).repeat_interleave(repeat, dim=1)
+            slots = slots.index_copy(0, layout.suffix_rows, suffix)
+        # Heads are repeated explicitly because the CUDA kernels that take a mask do not take
+        # grouped heads.
+        return _heads_first(slots, layout.num_samples).repeat_interleave(repeat, dim=1)
 
-    queries = q.new_zeros(plan.num_samples * plan.num_queries, *q.shape[1:]).index_copy(
-        0, plan.query_rows, q
+    queries = q.new_zeros(layout.num_samples * layout.num_queries, *q.shape[1:]).index_copy(
+        0, layout.query_rows, q
     )
     out = dense_attention(
-        _heads_first(queries, plan.num_samples),
+        _heads_first(queries, layout.num_samples),
         dense(prefix_k, k),
         dense(prefix_v, v),
-        plan.mask,
+        layout.mask,
         scale=scale,
     )
-    return out.transpose(1, 2).flatten(0, 1).index_select(0, plan.query_rows)
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, layout.query_rows)

@@ -1,21 +1,31 @@
-"""The Triton body as a custom op with its own backward; kernels in forward.py and backward.py.
+"""The Triton backend as a custom op with its own backward.
 
-What it does that no library does: two segments of keys (so a cached prefix is never copied), a prefix without gradient
-(nothing is computed or allocated for it), raggedness and grouped heads in one, and no wait of the host for lengths.
+The kernels are in triton_ops/attention_forward.py and triton_ops/attention_backward.py. Compared
+to the libraries, they take two segments of keys (so a cached prefix is never copied), compute and
+allocate nothing for the gradient of a prefix without requires_grad, combine ragged batches with
+grouped heads, and do not make the host wait for lengths.
 """
 
 import math
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from iomm.kernels.triton_ops.support import power_of_2
+
+if TYPE_CHECKING:
+    # This module must import without Triton.
+    from iomm.kernels.triton_ops.tiles import Tile
 
 HEAD_DIMS = 32, 64, 128
 LOG2_E = math.log2(math.e)
 
 
-def _shapes(q, k, offsets, prefix_k, causal):
-    """Compile-time arguments that all three kernels share."""
+def _shapes(
+    q: Tensor, k: Tensor | None, offsets: Tensor, prefix_k: Tensor | None, causal: bool
+) -> dict[str, Any]:
+    """Return the compile-time arguments that all three kernels share."""
     keys = prefix_k if k is None else k
     return {
         "SAMPLES": power_of_2(len(offsets)),
@@ -26,7 +36,8 @@ def _shapes(q, k, offsets, prefix_k, causal):
     }
 
 
-def _tile(kernel, q):
+def _tile(kernel: str, q: Tensor) -> tuple["Tile", dict[str, int]]:
+    """Return the tile of a kernel and its launch options."""
     from iomm.kernels.triton_ops.tiles import tile_for
 
     tile = tile_for(kernel, q.shape[2], q.device)
@@ -38,11 +49,26 @@ def _tile(kernel, q):
     }
 
 
-def masked_attention_triton(q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, causal, scale):
-    """(S, A, E) as `masked_attention` describes it. Raises ValueError for head dims other than 32, 64 and 128."""
+def masked_attention_triton(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    offsets: Tensor,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    prefix_offsets: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> Tensor:
+    """Return (S, A, E) from the Triton kernels.
+
+    Raises:
+        ValueError: The head dim is not 32, 64 or 128.
+    """
     if q.shape[2] not in HEAD_DIMS:
         raise ValueError(
-            f"masked_attention:triton has head dims {HEAD_DIMS}, got {q.shape[2]}: choose another body"
+            f"masked_attention:triton supports head dims {HEAD_DIMS}, got {q.shape[2]}. "
+            "Select another backend in IOMM_KERNELS."
         )
     contiguous = (
         None if x is None else x.contiguous()
@@ -53,17 +79,17 @@ def masked_attention_triton(q, k, v, offsets, prefix_k, prefix_v, prefix_offsets
 
 @torch.library.custom_op("iomm::masked_attention", mutates_args=(), device_types=("cpu", "cuda"))
 def _forward(
-    q: torch.Tensor,
-    k: torch.Tensor | None,
-    v: torch.Tensor | None,
-    offsets: torch.Tensor,
-    prefix_k: torch.Tensor | None,
-    prefix_v: torch.Tensor | None,
-    prefix_offsets: torch.Tensor | None,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    offsets: Tensor,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    prefix_offsets: Tensor | None,
     causal: bool,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out (S, A, E), log2-sum (A, S) float32)."""
+) -> tuple[Tensor, Tensor]:
+    """Return the output (S, A, E) and the log2-sum-exp2 of the scores (A, S) in float32."""
     from iomm.kernels.triton_ops.attention_forward import forward_kernel
     from iomm.kernels.triton_ops.tiles import num_slots
 
@@ -94,7 +120,17 @@ def _forward(
 
 
 @_forward.register_fake
-def _(q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, causal, scale):
+def _(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    offsets: Tensor,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    prefix_offsets: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
 
 
@@ -102,22 +138,22 @@ def _(q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, causal, scale):
     "iomm::masked_attention_backward", mutates_args=(), device_types=("cpu", "cuda")
 )
 def _backward(
-    grad: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor | None,
-    v: torch.Tensor | None,
-    offsets: torch.Tensor,
-    prefix_k: torch.Tensor | None,
-    prefix_v: torch.Tensor | None,
-    prefix_offsets: torch.Tensor | None,
+    grad: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    offsets: Tensor,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    prefix_offsets: Tensor | None,
     causal: bool,
     scale: float,
     need_suffix: bool,
     need_prefix: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k, v, prefix_k and prefix_v; empty tensors for those that nobody needs."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k, v, prefix_k and prefix_v. Gradients not needed are empty."""
     from iomm.kernels.triton_ops.attention_backward import keys_kernel, queries_kernel
     from iomm.kernels.triton_ops.tiles import num_slots
 
@@ -185,22 +221,22 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    grad,
-    out,
-    lse,
-    q,
-    k,
-    v,
-    offsets,
-    prefix_k,
-    prefix_v,
-    prefix_offsets,
-    causal,
-    scale,
-    need_suffix,
-    need_prefix,
-):
-    def like(x, needed):
+    grad: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    offsets: Tensor,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    prefix_offsets: Tensor | None,
+    causal: bool,
+    scale: float,
+    need_suffix: bool,
+    need_prefix: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def like(x: Tensor | None, needed: bool) -> Tensor:
         return torch.empty_like(x) if needed else q.new_empty(0)
 
     return (
@@ -212,12 +248,12 @@ def _(
     )
 
 
-def _save(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.causal, ctx.scale = inputs
     ctx.save_for_backward(*output, *tensors)
 
 
-def _differentiate(ctx, grad, _):
+def _autograd_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     out, lse, q, k, v, offsets, prefix_k, prefix_v, prefix_offsets = ctx.saved_tensors
     need_q, need_k, need_v, _, need_prefix_k, need_prefix_v, *_ = ctx.needs_input_grad
     need_suffix, need_prefix = need_k or need_v, need_prefix_k or need_prefix_v
@@ -250,4 +286,4 @@ def _differentiate(ctx, grad, _):
     )
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+_forward.register_autograd(_autograd_backward, setup_context=_setup_context)

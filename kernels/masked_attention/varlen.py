@@ -1,84 +1,112 @@
-"""Library bodies for ragged batches on CUDA: PyTorch's varlen_attn (FlashAttention 2 inside torch), and flash-attn.
+"""Library backends for ragged batches on CUDA: PyTorch's varlen_attn and flash-attn.
 
-Both want the keys of a sample in one piece, so prefix and suffix are copied together; the mask law is then their causal
-mask, aligned at the last key. They compute gradients of a prefix whether anybody needs them or not.
+PyTorch's varlen_attn is FlashAttention 2 inside torch. Both libraries require the keys of a
+sample to be contiguous, so prefix and suffix are copied into one tensor. The mask rule is then
+their causal mask, aligned at the last key. They compute the gradients of a prefix even if they
+are not needed.
 """
 
 import functools
 import importlib.util
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from iomm.kernels.masked_attention.packing import lengths_of, remembered, rows_in
+from iomm.kernels.masked_attention.packing import cached_layout, sample_lengths, target_rows
 
 DTYPES = torch.bfloat16, torch.float16
 
 
 @dataclass(frozen=True)
-class Packing:
-    """Where the keys of both segments go in one packed tensor, and what the libraries ask to know."""
+class PackedLayout:
+    """Rows of both key segments in one packed tensor, and the sizes that the libraries need."""
 
-    key_offsets: torch.Tensor
+    key_offsets: Tensor
     max_queries: int
     max_keys: int
     total_queries: int
     total_keys: int
-    suffix_rows: torch.Tensor | None
-    prefix_rows: torch.Tensor | None
+    suffix_rows: Tensor | None
+    prefix_rows: Tensor | None
 
 
-def _make_packing(offsets, prefix_offsets, num_rows, num_prefix, has_suffix):
-    lengths = lengths_of("offsets", offsets, num_rows)
+def _make_layout(
+    offsets: Tensor,
+    prefix_offsets: Tensor | None,
+    num_rows: int,
+    num_prefix: int,
+    has_suffix: bool,
+) -> PackedLayout:
+    lengths = sample_lengths("offsets", offsets, num_rows)
     suffix = lengths if has_suffix else [0] * len(lengths)
     prefix = (
         [0] * len(lengths)
         if prefix_offsets is None
-        else lengths_of("prefix_offsets", prefix_offsets, num_prefix)
+        else sample_lengths("prefix_offsets", prefix_offsets, num_prefix)
     )
-    keys = [a + b for a, b in zip(prefix, suffix)]
+    keys = [a + b for a, b in zip(prefix, suffix, strict=True)]
     bounds = torch.tensor([0, *keys]).cumsum(0)
     device, starts = offsets.device, bounds[:-1]
-    return Packing(
+    return PackedLayout(
         key_offsets=bounds.int().to(device),
         max_queries=max(lengths, default=0),
         max_keys=max(keys, default=0),
         total_queries=sum(lengths),
         total_keys=sum(keys),
-        suffix_rows=rows_in(suffix, starts, torch.tensor(prefix, dtype=torch.int64), device)
+        suffix_rows=target_rows(suffix, starts, torch.tensor(prefix, dtype=torch.int64), device)
         if has_suffix
         else None,
-        prefix_rows=rows_in(prefix, starts, 0, device),
+        prefix_rows=target_rows(prefix, starts, 0, device),
     )
 
 
-def _join(packing, prefix, suffix):
-    """Keys (or values) of both segments in one packed tensor. Rows are unique: backward is a gather, no atomics."""
-    some = prefix if suffix is None else suffix
-    joined = some.new_zeros(packing.total_keys, *some.shape[1:])
-    for part, rows in ((prefix, packing.prefix_rows), (suffix, packing.suffix_rows)):
+def _join(layout: PackedLayout, prefix: Tensor | None, suffix: Tensor | None) -> Tensor:
+    """Return the keys (or values) of both segments in one packed tensor.
+
+    Rows are unique, so the backward pass is a gather without atomics.
+    """
+    example = prefix if suffix is None else suffix
+    joined = example.new_zeros(layout.total_keys, *example.shape[1:])
+    for part, rows in ((prefix, layout.prefix_rows), (suffix, layout.suffix_rows)):
         if part is not None:
             joined = joined.index_copy(0, rows, part[: len(rows)])
     return joined
 
 
-def _run(attend, q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, causal, scale):
-    """`attend(q, k, v, offsets, key_offsets, max_queries, max_keys, causal, scale)` on the joined keys."""
+def _run(
+    attend: Callable[..., Tensor],
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    offsets: Tensor,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    prefix_offsets: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> Tensor:
+    """Return the attention of a library function on the joined keys.
+
+    `attend` takes (q, k, v, offsets, key_offsets, max_queries, max_keys, causal, scale). The
+    other arguments are the same as in `masked_attention_reference`.
+    """
     num_prefix = 0 if prefix_k is None else prefix_k.shape[0]
-    packing = remembered(
-        _make_packing, offsets, prefix_offsets, q.shape[0], num_prefix, k is not None
+    layout = cached_layout(
+        _make_layout, offsets, prefix_offsets, q.shape[0], num_prefix, k is not None
     )
-    behind = q.new_zeros(q.shape[0] - packing.total_queries, *q.shape[1:])
-    q = q[: packing.total_queries]
+    padding = q.new_zeros(q.shape[0] - layout.total_queries, *q.shape[1:])
+    q = q[: layout.total_queries]
     if k is None:
-        keys, values = (x[: packing.total_keys] for x in (prefix_k, prefix_v))
+        keys, values = (x[: layout.total_keys] for x in (prefix_k, prefix_v))
     elif prefix_k is None:
-        keys, values = (x[: packing.total_keys] for x in (k, v))
+        keys, values = (x[: layout.total_keys] for x in (k, v))
     else:
-        keys, values = _join(packing, prefix_k, k), _join(packing, prefix_v, v)
-    # Nothing to compute, but a graph to keep.
-    if not q.shape[0] or not packing.total_keys:
+        keys, values = _join(layout, prefix_k, k), _join(layout, prefix_v, v)
+    # There is nothing to compute, but the result must stay in the graph.
+    if not q.shape[0] or not layout.total_keys:
         out = q * 0 + keys.sum() * 0 + values.sum() * 0
     else:
         out = attend(
@@ -86,29 +114,45 @@ def _run(attend, q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, causal, s
             keys,
             values,
             offsets,
-            packing.key_offsets,
-            packing.max_queries,
-            packing.max_keys,
+            layout.key_offsets,
+            layout.max_queries,
+            layout.max_keys,
             causal and k is not None,
             scale,
         )
-    return torch.cat((out, behind)) if behind.shape[0] else out
+    return torch.cat((out, padding)) if padding.shape[0] else out
 
 
-def masked_attention_varlen(*arguments):
-    """(S, A, E) as `masked_attention` describes it, by torch.nn.attention.varlen. bf16 and float16, CUDA."""
+def masked_attention_varlen(*arguments: Tensor | bool | float | None) -> Tensor:
+    """Return (S, A, E) from torch.nn.attention.varlen. CUDA, bf16 and fp16 only.
+
+    The arguments are the same as in `masked_attention_reference`.
+    """
     return _run(_torch_varlen, *arguments)
 
 
 @functools.cache
-def _torch_options():
-    """Which keywords this torch's varlen_attn has: grouped heads from 2.12; causal was a bool once."""
+def _torch_options() -> frozenset[str]:
+    """Return the parameters of this torch's varlen_attn.
+
+    Grouped heads exist from 2.12 on. In older versions causal is a bool.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     return frozenset(inspect.signature(varlen_attn).parameters)
 
 
-def _torch_varlen(q, k, v, offsets, key_offsets, max_queries, max_keys, causal, scale):
+def _torch_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    key_offsets: Tensor,
+    max_queries: int,
+    max_keys: int,
+    causal: bool,
+    scale: float,
+) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     known, options = _torch_options(), {"scale": scale}
@@ -122,21 +166,34 @@ def _torch_varlen(q, k, v, offsets, key_offsets, max_queries, max_keys, causal, 
     return varlen_attn(q, k, v, offsets, key_offsets, max_queries, max_keys, **options)
 
 
-def varlen_why_not():
-    """Why PyTorch's varlen_attn cannot run here, or None."""
+def varlen_why_not() -> str | None:
+    """Return why PyTorch's varlen_attn cannot run here, or None if it can."""
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return f"torch {torch.__version__} has no torch.nn.attention.varlen"
     if "scale" not in _torch_options():
-        return f"the varlen_attn of torch {torch.__version__} takes no scale"
+        return f"varlen_attn of torch {torch.__version__} has no scale argument"
     return None
 
 
-def masked_attention_flash(*arguments):
-    """(S, A, E) as `masked_attention` describes it, by the flash-attn package. bf16 and float16, CUDA."""
+def masked_attention_flash(*arguments: Tensor | bool | float | None) -> Tensor:
+    """Return (S, A, E) from the flash-attn package. CUDA, bf16 and fp16 only.
+
+    The arguments are the same as in `masked_attention_reference`.
+    """
     return _run(_flash_varlen, *arguments)
 
 
-def _flash_varlen(q, k, v, offsets, key_offsets, max_queries, max_keys, causal, scale):
+def _flash_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    key_offsets: Tensor,
+    max_queries: int,
+    max_keys: int,
+    causal: bool,
+    scale: float,
+) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
     return flash_attn_varlen_func(
@@ -153,6 +210,6 @@ def _flash_varlen(q, k, v, offsets, key_offsets, max_queries, max_keys, causal, 
     )
 
 
-def flash_why_not():
-    """Why flash-attn cannot run here, or None."""
+def flash_why_not() -> str | None:
+    """Return why flash-attn cannot run here, or None if it can."""
     return None if importlib.util.find_spec("flash_attn") else "flash-attn is not installed"

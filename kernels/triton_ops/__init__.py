@@ -1,1 +1,4 @@
-"""Everything that needs Triton: the kernels, and whether they can run here (support.py, which imports without it)."""
+"""Triton kernels.
+
+support.py imports without Triton and determines where the kernels can run.
+"""

@@ -1,17 +1,19 @@
-"""Triton: gradients of masked attention, one kernel by tiles of queries and one by tiles of keys.
+"""Triton kernels: gradients of masked attention.
 
-Every gradient is summed by one program in a fixed order: no atomics, the same bits every time. The second kernel runs
-for the suffix, and for the prefix only if somebody wants those gradients. Formulas: arXiv 2307.08691, algorithm 2.
+One kernel works by tiles of queries and one by tiles of keys. Every gradient is summed by one
+program in a fixed order, without atomics, so the bits are the same every time. The second kernel
+runs for the suffix, and for the prefix only if its gradients are needed. The formulas are
+algorithm 2 of arXiv 2307.08691.
 """
 
 import triton
 import triton.language as tl
 
-from iomm.kernels.triton_ops.tiles import load_tile, rows_of, store_tile, tile_of
+from iomm.kernels.triton_ops.tiles import load_tile, segment_bounds, store_tile, tile_bounds
 
 
 @triton.jit
-def pull_queries(
+def accumulate_dq(
     dq,
     q,
     grad,
@@ -30,7 +32,7 @@ def pull_queries(
     BLOCK: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
-    """Adds to dq what the keys first .. stop (< end) give, still without the scale."""
+    """Return dq plus the unscaled contribution of the keys first .. stop (< end)."""
     for start in range(first, stop, BLOCK):
         j = start + tl.arange(0, BLOCK)
         keys = load_tile(k, j, end, head, HEADS, E)
@@ -40,9 +42,9 @@ def pull_queries(
         if CAUSAL:
             visible = visible & (j[None, :] <= i[:, None])
         weights = tl.where(visible, tl.exp2(scores - lse[:, None]), 0.0)
-        pulls = tl.dot(grad, tl.trans(values), input_precision="ieee")
-        moves = (weights * (pulls - delta[:, None])).to(keys.dtype)
-        dq = tl.dot(moves, keys, dq, input_precision="ieee")
+        dp = tl.dot(grad, tl.trans(values), input_precision="ieee")
+        ds = (weights * (dp - delta[:, None])).to(keys.dtype)
+        dq = tl.dot(ds, keys, dq, input_precision="ieee")
     return dq
 
 
@@ -74,10 +76,13 @@ def queries_kernel(
     OWN: tl.constexpr,
     WALK: tl.constexpr,
 ):
-    """Program (query head, slot): dq of its tile, and delta (HEADS, num_rows), the sum of out * grad of each row."""
+    """Compute one tile of dq and delta. The grid is (query head, slot).
+
+    delta (HEADS, num_rows) is the sum of out * grad of each row.
+    """
     head = tl.program_id(0)
     key_head = head // (HEADS // KEY_HEADS)
-    sample, start, first, end = tile_of(
+    sample, start, first, end = tile_bounds(
         tl.program_id(1), offsets, num_samples, num_rows, OWN, SAMPLES
     )
     if first >= end:
@@ -86,14 +91,14 @@ def queries_kernel(
     grad = load_tile(grad_ptr, i, end, head, HEADS, E)
     out = load_tile(out_ptr, i, end, head, HEADS, E)
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), axis=1)
-    place = head.to(tl.int64) * num_rows + i
-    tl.store(delta_ptr + place, delta, mask=i < end)
-    lse = tl.load(lse_ptr + place, mask=i < end, other=float("inf"))
+    index = head.to(tl.int64) * num_rows + i
+    tl.store(delta_ptr + index, delta, mask=i < end)
+    lse = tl.load(lse_ptr + index, mask=i < end, other=float("inf"))
     q = load_tile(q_ptr, i, end, head, HEADS, E)
     dq = tl.zeros([OWN, E], tl.float32)
     if PREFIX:
-        begin, stop = rows_of(prefix_offsets, sample, num_samples)
-        dq = pull_queries(
+        begin, stop = segment_bounds(prefix_offsets, sample, num_samples)
+        dq = accumulate_dq(
             dq,
             q,
             grad,
@@ -117,7 +122,7 @@ def queries_kernel(
         if CAUSAL:
             stop = tl.minimum(end, first + OWN)
         stop = tl.where(sample < num_samples, stop, start)
-        dq = pull_queries(
+        dq = accumulate_dq(
             dq,
             q,
             grad,
@@ -164,12 +169,13 @@ def keys_kernel(
     OWN: tl.constexpr,
     WALK: tl.constexpr,
 ):
-    """Program (key head, slot of keys): dk and dv of its tile from the queries of its sample, head by head.
+    """Compute one tile of dk and dv from the queries of its sample, head by head.
 
-    CAUSAL: keys are the suffix, key_offsets are offsets, and query row i sees key row j where j <= i.
+    The grid is (key head, slot of keys). With CAUSAL, the keys are the suffix, key_offsets equals
+    offsets, and query row i sees key row j if j <= i.
     """
     key_head = tl.program_id(0)
-    sample, _, first, end = tile_of(
+    sample, _, first, end = tile_bounds(
         tl.program_id(1), key_offsets, num_samples, num_keys, OWN, SAMPLES
     )
     if first >= end:
@@ -178,26 +184,26 @@ def keys_kernel(
     keys = load_tile(k_ptr, j, end, key_head, KEY_HEADS, E)
     values = load_tile(v_ptr, j, end, key_head, KEY_HEADS, E)
     dk, dv = tl.zeros([OWN, E], tl.float32), tl.zeros([OWN, E], tl.float32)
-    begin, stop = rows_of(offsets, sample, num_samples)
+    begin, stop = segment_bounds(offsets, sample, num_samples)
     if CAUSAL:
         begin = tl.minimum(first, stop)
-    for member in range(HEADS // KEY_HEADS):
-        head = key_head * (HEADS // KEY_HEADS) + member
+    for group_head in range(HEADS // KEY_HEADS):
+        head = key_head * (HEADS // KEY_HEADS) + group_head
         for start in range(begin, stop, WALK):
             i = start + tl.arange(0, WALK)
             q = load_tile(q_ptr, i, stop, head, HEADS, E)
             grad = load_tile(grad_ptr, i, stop, head, HEADS, E)
-            place = head.to(tl.int64) * num_rows + i
-            lse = tl.load(lse_ptr + place, mask=i < stop, other=float("inf"))
-            delta = tl.load(delta_ptr + place, mask=i < stop, other=0.0)
+            index = head.to(tl.int64) * num_rows + i
+            lse = tl.load(lse_ptr + index, mask=i < stop, other=float("inf"))
+            delta = tl.load(delta_ptr + index, mask=i < stop, other=0.0)
             scores = tl.dot(keys, tl.trans(q), input_precision="ieee") * scale_log2
-            # A row behind `stop` has lse = inf, so 0
+            # Rows from `stop` on have lse = inf, so their weight is 0.
             weights = tl.exp2(scores - lse[None, :])
             if CAUSAL:
                 weights = tl.where(j[:, None] <= i[None, :], weights, 0.0)
             dv = tl.dot(weights.to(grad.dtype), grad, dv, input_precision="ieee")
-            pulls = tl.dot(values, tl.trans(grad), input_precision="ieee")
-            moves = (weights * (pulls - delta[None, :])).to(q.dtype)
-            dk = tl.dot(moves, q, dk, input_precision="ieee")
+            dp = tl.dot(values, tl.trans(grad), input_precision="ieee")
+            ds = (weights * (dp - delta[None, :])).to(q.dtype)
+            dk = tl.dot(ds, q, dk, input_precision="ieee")
     store_tile(dk_ptr, dk * scale, j, end, key_head, KEY_HEADS, E)
     store_tile(dv_ptr, dv, j, end, key_head, KEY_HEADS, E)

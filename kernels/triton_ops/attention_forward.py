@@ -1,17 +1,18 @@
-"""Triton: attention of one tile of queries to its prefix, then to its suffix, by one online softmax.
+"""Triton kernel: masked attention.
 
-The online softmax is FlashAttention's (arXiv 2205.14135; tiles of queries outermost as in 2307.08691). Two segments of
-keys instead of one concatenation: the cached prefix is read where it lies.
+A tile of queries attends to its prefix, then to its suffix, in one online softmax. The softmax is
+FlashAttention's (arXiv 2205.14135), with tiles of queries as the outer loop as in 2307.08691. The
+two key segments are not concatenated, so a cached prefix is read in place.
 """
 
 import triton
 import triton.language as tl
 
-from iomm.kernels.triton_ops.tiles import load_tile, rows_of, store_tile, tile_of
+from iomm.kernels.triton_ops.tiles import load_tile, segment_bounds, store_tile, tile_bounds
 
 
 @triton.jit
-def attend_to(
+def attend_segment(
     state,
     q,
     i,
@@ -28,10 +29,12 @@ def attend_to(
     EDGE: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
-    """Folds the keys first .. stop (< end) into (acc, peak, total). EDGE: some may lie behind `end`; CAUSAL: query
-    row i sees those up to i. Without either nothing is masked.
+    """Update (acc, row_max, row_sum) with the keys first .. stop (< end).
+
+    With EDGE, keys from `end` on are masked. With CAUSAL, query row i sees the keys up to i.
+    Without either nothing is masked.
     """
-    acc, peak, total = state
+    acc, row_max, row_sum = state
     for start in range(first, stop, BLOCK):
         j = start + tl.arange(0, BLOCK)
         keys = load_tile(k, j, end, head, HEADS, E)
@@ -42,16 +45,16 @@ def attend_to(
             )
         elif EDGE:
             scores = tl.where((j < end)[None, :], scores, float("-inf"))
-        higher = tl.maximum(peak, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - higher[:, None])
-        shrink = tl.exp2(peak - higher)
-        total = total * shrink + tl.sum(weights, axis=1)
+        new_max = tl.maximum(row_max, tl.max(scores, axis=1))
+        weights = tl.exp2(scores - new_max[:, None])
+        rescale = tl.exp2(row_max - new_max)
+        row_sum = row_sum * rescale + tl.sum(weights, axis=1)
         values = load_tile(v, j, end, head, HEADS, E)
         acc = tl.dot(
-            weights.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee"
+            weights.to(values.dtype), values, acc * rescale[:, None], input_precision="ieee"
         )
-        peak = higher
-    return acc, peak, total
+        row_max = new_max
+    return acc, row_max, row_sum
 
 
 @triton.jit(do_not_specialize=["num_samples", "num_rows"])
@@ -78,10 +81,13 @@ def forward_kernel(
     OWN: tl.constexpr,
     WALK: tl.constexpr,
 ):
-    """Program (query head, slot). lse (HEADS, num_rows) float32: log2 of the sum of 2^(score scale_log2)."""
+    """Compute one tile of the output. The grid is (query head, slot).
+
+    lse (HEADS, num_rows) float32 is the log2 of the sum of 2^(score scale_log2).
+    """
     head = tl.program_id(0)
     key_head = head // (HEADS // KEY_HEADS)
-    sample, start, first, end = tile_of(
+    sample, start, first, end = tile_bounds(
         tl.program_id(1), offsets, num_samples, num_rows, OWN, SAMPLES
     )
     if first >= end:
@@ -94,16 +100,16 @@ def forward_kernel(
         tl.zeros([OWN], tl.float32),
     )
     if PREFIX:
-        begin, stop = rows_of(prefix_offsets, sample, num_samples)
-        whole = begin + (stop - begin) // WALK * WALK
-        state = attend_to(
+        begin, stop = segment_bounds(prefix_offsets, sample, num_samples)
+        full_end = begin + (stop - begin) // WALK * WALK
+        state = attend_segment(
             state,
             q,
             i,
             prefix_k,
             prefix_v,
             begin,
-            whole,
+            full_end,
             stop,
             key_head,
             scale_log2,
@@ -113,13 +119,13 @@ def forward_kernel(
             False,
             False,
         )
-        state = attend_to(
+        state = attend_segment(
             state,
             q,
             i,
             prefix_k,
             prefix_v,
-            whole,
+            full_end,
             stop,
             stop,
             key_head,
@@ -132,21 +138,21 @@ def forward_kernel(
         )
     if SUFFIX:
         stop = end
-        whole = start + (end - start) // WALK * WALK
-        # All of the keys before the tile's first row are seen by all of its rows.
+        full_end = start + (end - start) // WALK * WALK
+        # Every row of the tile sees all keys before the tile's first row.
         if CAUSAL:
             stop = tl.minimum(end, first + OWN)
-            whole = start + (first - start) // WALK * WALK
+            full_end = start + (first - start) // WALK * WALK
         stop = tl.where(sample < num_samples, stop, start)
-        whole = tl.minimum(whole, stop)
-        state = attend_to(
+        full_end = tl.minimum(full_end, stop)
+        state = attend_segment(
             state,
             q,
             i,
             k_ptr,
             v_ptr,
             start,
-            whole,
+            full_end,
             end,
             key_head,
             scale_log2,
@@ -156,13 +162,13 @@ def forward_kernel(
             False,
             False,
         )
-        state = attend_to(
+        state = attend_segment(
             state,
             q,
             i,
             k_ptr,
             v_ptr,
-            whole,
+            full_end,
             stop,
             end,
             key_head,
@@ -173,10 +179,10 @@ def forward_kernel(
             True,
             CAUSAL,
         )
-    acc, peak, total = state
-    # A query without keys gives zeros.
-    seen = total > 0
-    acc = acc / tl.where(seen, total, 1.0)[:, None]
+    acc, row_max, row_sum = state
+    # The output of a query without keys is zero.
+    has_keys = row_sum > 0
+    acc = acc / tl.where(has_keys, row_sum, 1.0)[:, None]
     store_tile(out_ptr, acc, i, end, head, HEADS, E)
-    lse = tl.where(seen, peak + tl.log2(tl.where(seen, total, 1.0)), 0.0)
+    lse = tl.where(has_keys, row_max + tl.log2(tl.where(has_keys, row_sum, 1.0)), 0.0)
     tl.store(lse_ptr + head.to(tl.int64) * num_rows + i, lse, mask=i < end)

@@ -1,7 +1,9 @@
-"""Triton: a program takes some rows of one sample; shift and scale stay in registers.
+"""Triton kernels: normalisation with scale and shift.
 
-Gradients of shift and scale are sums over a sample's rows: each program writes its own sum, a second pass adds those in
-a fixed order. Mean and deviation are worked out again in the backward pass, which reads x anyway.
+Each program handles some rows of one sample and keeps shift and scale in registers. Gradients of
+shift and scale are sums over a sample's rows. Each program writes a partial sum, and a second
+pass adds the partial sums in a fixed order. Mean and deviation are recomputed in the backward
+pass, which reads x anyway.
 """
 
 import triton
@@ -9,10 +11,13 @@ import triton.language as tl
 
 
 @triton.jit
-def normalised(x, inside, D: tl.constexpr, eps, LAYER: tl.constexpr):
-    """(x normalised, 1 / deviation) of one row; `inside` marks its D values, the rest is 0."""
+def normalised(x, mask, D: tl.constexpr, eps, LAYER: tl.constexpr):
+    """Return (x normalised, 1 / deviation) of one row.
+
+    `mask` marks the D values of the row. The rest of x is 0.
+    """
     if LAYER:
-        x = tl.where(inside, x - tl.sum(x, axis=0) / D, 0.0)
+        x = tl.where(mask, x - tl.sum(x, axis=0) / D, 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / D + eps)
     return x * rstd, rstd
 
@@ -33,24 +38,22 @@ def forward_kernel(
     LAYER: tl.constexpr,
     SHIFT: tl.constexpr,
 ):
-    """Program (chunk of ROWS rows, sample)."""
+    """Compute ROWS rows of the output. The grid is (chunk of ROWS rows, sample)."""
     sample = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * ROWS
     d = tl.arange(0, BLOCK)
-    inside = d < D
-    scale = tl.load(scale_ptr + sample * scale_stride + d, mask=inside, other=0.0).to(tl.float32)
+    mask = d < D
+    scale = tl.load(scale_ptr + sample * scale_stride + d, mask=mask, other=0.0).to(tl.float32)
     if SHIFT:
-        shift = tl.load(shift_ptr + sample * shift_stride + d, mask=inside, other=0.0).to(
-            tl.float32
-        )
+        shift = tl.load(shift_ptr + sample * shift_stride + d, mask=mask, other=0.0).to(tl.float32)
     for row in range(first, tl.minimum(first + ROWS, num_rows)):
-        place = (sample * num_rows + row) * D + d
-        x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
-        y, _ = normalised(x, inside, D, eps, LAYER)
+        index = (sample * num_rows + row) * D + d
+        x = tl.load(x_ptr + index, mask=mask, other=0.0).to(tl.float32)
+        y, _ = normalised(x, mask, D, eps, LAYER)
         y = y * (1.0 + scale)
         if SHIFT:
             y += shift
-        tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(out_ptr + index, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -70,25 +73,29 @@ def backward_kernel(
     LAYER: tl.constexpr,
     SHIFT: tl.constexpr,
 ):
-    """Program (chunk of ROWS rows, sample); partial_* (samples, chunks, D) float32."""
+    """Compute ROWS rows of dx and the partial sums of dshift and dscale.
+
+    The grid is (chunk of ROWS rows, sample). partial_shift and partial_scale are (samples,
+    chunks, D) float32.
+    """
     sample, chunk = tl.program_id(1).to(tl.int64), tl.program_id(0)
     d = tl.arange(0, BLOCK)
-    inside = d < D
-    scale = tl.load(scale_ptr + sample * scale_stride + d, mask=inside, other=0.0).to(tl.float32)
+    mask = d < D
+    scale = tl.load(scale_ptr + sample * scale_stride + d, mask=mask, other=0.0).to(tl.float32)
     dscale, dshift = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for row in range(chunk * ROWS, tl.minimum(chunk * ROWS + ROWS, num_rows)):
-        place = (sample * num_rows + row) * D + d
-        x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
-        grad = tl.load(grad_ptr + place, mask=inside, other=0.0).to(tl.float32)
-        y, rstd = normalised(x, inside, D, eps, LAYER)
+        index = (sample * num_rows + row) * D + d
+        x = tl.load(x_ptr + index, mask=mask, other=0.0).to(tl.float32)
+        grad = tl.load(grad_ptr + index, mask=mask, other=0.0).to(tl.float32)
+        y, rstd = normalised(x, mask, D, eps, LAYER)
         dscale += grad * y
         dshift += grad
         grad = grad * (1.0 + scale)
         dx = grad - y * (tl.sum(grad * y, axis=0) / D)
         if LAYER:
             dx -= tl.sum(grad, axis=0) / D
-        tl.store(dx_ptr + place, (dx * rstd).to(dx_ptr.dtype.element_ty), mask=inside)
+        tl.store(dx_ptr + index, (dx * rstd).to(dx_ptr.dtype.element_ty), mask=mask)
     partial = (sample * tl.num_programs(0) + chunk) * D + d
-    tl.store(partial_scale + partial, dscale, mask=inside)
+    tl.store(partial_scale + partial, dscale, mask=mask)
     if SHIFT:
-        tl.store(partial_shift + partial, dshift, mask=inside)
+        tl.store(partial_shift + partial, dshift, mask=mask)

@@ -1,6 +1,7 @@
-"""Triton: a program takes ROWS (token, head) vectors of one sample through norm and rotation into the joint sequence.
+"""Triton kernels: norm, rotation and the copy into the joint sequence in one pass.
 
-Reads each projection once and writes it once, where attention wants it. Gradients of the weights are two-pass sums.
+A program handles ROWS (token, head) vectors of one sample. Each projection is read once and
+written once, to where attention reads it. Gradients of the weights are two-pass sums.
 """
 
 import triton
@@ -8,20 +9,20 @@ import triton.language as tl
 
 
 @triton.jit
-def halves(x, ROWS: tl.constexpr, E: tl.constexpr):
-    """(rows, E) -> values at even and at odd places, (rows, E / 2) each, in float32."""
+def deinterleave(x, ROWS: tl.constexpr, E: tl.constexpr):
+    """Return the even and the odd columns of (rows, E), in float32."""
     return tl.split(tl.reshape(x.to(tl.float32), [ROWS, E // 2, 2]))
 
 
 @triton.jit
-def whole(even, odd, ROWS: tl.constexpr, E: tl.constexpr):
-    """The inverse of `halves`."""
+def interleave(even, odd, ROWS: tl.constexpr, E: tl.constexpr):
+    """Return (rows, E) from its even and odd columns. Inverse of `deinterleave`."""
     return tl.reshape(tl.join(even, odd), [ROWS, E])
 
 
 @triton.jit
-def weights_of(weight_ptr, E: tl.constexpr, WEIGHT: tl.constexpr):
-    """Even and odd halves of a weight, ones if there is none."""
+def load_weight(weight_ptr, E: tl.constexpr, WEIGHT: tl.constexpr):
+    """Return the even and odd halves of a weight, or ones if there is none."""
     f = tl.arange(0, E // 2)
     if WEIGHT:
         even, odd = (
@@ -45,13 +46,13 @@ def norm_rope(
     WEIGHT: tl.constexpr,
     ROTATE: tl.constexpr,
 ):
-    even, odd = halves(x, ROWS, E)
+    even, odd = deinterleave(x, ROWS, E)
     rstd = 1.0 / tl.sqrt((tl.sum(even * even, axis=1) + tl.sum(odd * odd, axis=1)) / E + eps)
-    weight_even, weight_odd = weights_of(weight_ptr, E, WEIGHT)
+    weight_even, weight_odd = load_weight(weight_ptr, E, WEIGHT)
     even, odd = even * rstd[:, None] * weight_even, odd * rstd[:, None] * weight_odd
     if ROTATE:
         even, odd = even * cos - odd * sin, odd * cos + even * sin
-    return whole(even, odd, ROWS, E)
+    return interleave(even, odd, ROWS, E)
 
 
 @triton.jit
@@ -67,28 +68,30 @@ def norm_rope_backward(
     WEIGHT: tl.constexpr,
     ROTATE: tl.constexpr,
 ):
-    """(gradient of x, of the weight's even half, of its odd half)."""
-    grad_even, grad_odd = halves(grad, ROWS, E)
+    """Return the gradients of x, of the weight's even half and of its odd half."""
+    grad_even, grad_odd = deinterleave(grad, ROWS, E)
     if ROTATE:
         grad_even, grad_odd = grad_even * cos + grad_odd * sin, grad_odd * cos - grad_even * sin
-    even, odd = halves(x, ROWS, E)
+    even, odd = deinterleave(x, ROWS, E)
     rstd = (1.0 / tl.sqrt((tl.sum(even * even, axis=1) + tl.sum(odd * odd, axis=1)) / E + eps))[
         :, None
     ]
     even, odd = even * rstd, odd * rstd
     dweight_even, dweight_odd = tl.sum(grad_even * even, axis=0), tl.sum(grad_odd * odd, axis=0)
-    weight_even, weight_odd = weights_of(weight_ptr, E, WEIGHT)
+    weight_even, weight_odd = load_weight(weight_ptr, E, WEIGHT)
     grad_even, grad_odd = grad_even * weight_even, grad_odd * weight_odd
-    along = ((tl.sum(grad_even * even, axis=1) + tl.sum(grad_odd * odd, axis=1)) / E)[:, None]
+    projection = ((tl.sum(grad_even * even, axis=1) + tl.sum(grad_odd * odd, axis=1)) / E)[:, None]
     return (
-        whole((grad_even - even * along) * rstd, (grad_odd - odd * along) * rstd, ROWS, E),
+        interleave(
+            (grad_even - even * projection) * rstd, (grad_odd - odd * projection) * rstd, ROWS, E
+        ),
         dweight_even,
         dweight_odd,
     )
 
 
 @triton.jit
-def places(
+def part_offsets(
     num_tokens,
     num_joint,
     first,
@@ -98,7 +101,7 @@ def places(
     E: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """(where a part of the program's rows lies in the projections, where in the joint sequence, mask)."""
+    """Return (projection offsets, joint offsets, mask) of a part's rows."""
     sample = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     e = tl.arange(0, E)[None, :]
@@ -109,7 +112,7 @@ def places(
 
 
 @triton.jit
-def angles(
+def load_angles(
     cos_ptr,
     sin_ptr,
     num_tokens,
@@ -118,14 +121,14 @@ def angles(
     ROWS: tl.constexpr,
     ROTATE: tl.constexpr,
 ):
-    """Cosines and sines of the program's rows, (ROWS, E / 2)."""
+    """Return the cosines and sines of the program's rows, (ROWS, E / 2) each."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    place = (row // HEADS).to(tl.int64)[:, None] * (E // 2) + tl.arange(0, E // 2)[None, :]
-    inside = (row < num_tokens * HEADS)[:, None]
+    index = (row // HEADS).to(tl.int64)[:, None] * (E // 2) + tl.arange(0, E // 2)[None, :]
+    mask = (row < num_tokens * HEADS)[:, None]
     if ROTATE:
         cos, sin = (
-            tl.load(cos_ptr + place, mask=inside, other=0.0),
-            tl.load(sin_ptr + place, mask=inside, other=0.0),
+            tl.load(cos_ptr + index, mask=mask, other=0.0),
+            tl.load(sin_ptr + index, mask=mask, other=0.0),
         )
     else:
         cos, sin = (
@@ -161,25 +164,28 @@ def forward_kernel(
     K_WEIGHT: tl.constexpr,
     ROTATE: tl.constexpr,
 ):
-    """Program (ROWS vectors, sample) of one stream, whose tokens begin at num_first_query in q, num_first in k, v."""
-    cos, sin = angles(cos_ptr, sin_ptr, num_tokens, HEADS, E, ROWS, ROTATE)
+    """Compute ROWS vectors of q, k and v for one stream. The grid is (ROWS vectors, sample).
+
+    The stream's tokens begin at num_first_query in q and at num_first in k and v.
+    """
+    cos, sin = load_angles(cos_ptr, sin_ptr, num_tokens, HEADS, E, ROWS, ROTATE)
     if PARTS == 3:
-        source, joint, inside = places(
+        source, joint, mask = part_offsets(
             num_tokens, num_queries, num_first_query, 0, PARTS, HEADS, E, ROWS
         )
-        x = tl.load(x_ptr + source, mask=inside, other=0.0)
+        x = tl.load(x_ptr + source, mask=mask, other=0.0)
         x = norm_rope(x, q_weight, cos, sin, eps, ROWS, E, Q_WEIGHT, ROTATE)
-        tl.store(q_ptr + joint, x.to(q_ptr.dtype.element_ty), mask=inside)
-    source, joint, inside = places(
+        tl.store(q_ptr + joint, x.to(q_ptr.dtype.element_ty), mask=mask)
+    source, joint, mask = part_offsets(
         num_tokens, num_joint, num_first, PARTS - 2, PARTS, HEADS, E, ROWS
     )
-    x = tl.load(x_ptr + source, mask=inside, other=0.0)
+    x = tl.load(x_ptr + source, mask=mask, other=0.0)
     x = norm_rope(x, k_weight, cos, sin, eps, ROWS, E, K_WEIGHT, ROTATE)
-    tl.store(k_ptr + joint, x.to(k_ptr.dtype.element_ty), mask=inside)
-    source, joint, inside = places(
+    tl.store(k_ptr + joint, x.to(k_ptr.dtype.element_ty), mask=mask)
+    source, joint, mask = part_offsets(
         num_tokens, num_joint, num_first, PARTS - 1, PARTS, HEADS, E, ROWS
     )
-    tl.store(v_ptr + joint, tl.load(x_ptr + source, mask=inside, other=0.0), mask=inside)
+    tl.store(v_ptr + joint, tl.load(x_ptr + source, mask=mask, other=0.0), mask=mask)
 
 
 @triton.jit(
@@ -211,34 +217,38 @@ def backward_kernel(
     K_WEIGHT: tl.constexpr,
     ROTATE: tl.constexpr,
 ):
-    """Like `forward_kernel`; partial_q and partial_k (samples, programs, 2, E / 2) float32."""
-    cos, sin = angles(cos_ptr, sin_ptr, num_tokens, HEADS, E, ROWS, ROTATE)
+    """Compute ROWS vectors of dx and the partial sums of the weight gradients.
+
+    The grid is that of `forward_kernel`. partial_q and partial_k are float32 with shape
+    (samples, programs, 2, E / 2).
+    """
+    cos, sin = load_angles(cos_ptr, sin_ptr, num_tokens, HEADS, E, ROWS, ROTATE)
     f = tl.arange(0, E // 2)
     partial = (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * E + f
     if PARTS == 3:
-        source, joint, inside = places(
+        source, joint, mask = part_offsets(
             num_tokens, num_queries, num_first_query, 0, PARTS, HEADS, E, ROWS
         )
-        x = tl.load(x_ptr + source, mask=inside, other=0.0)
-        grad = tl.load(dq_ptr + joint, mask=inside, other=0.0)
+        x = tl.load(x_ptr + source, mask=mask, other=0.0)
+        grad = tl.load(dq_ptr + joint, mask=mask, other=0.0)
         dx, even, odd = norm_rope_backward(
             grad, x, q_weight, cos, sin, eps, ROWS, E, Q_WEIGHT, ROTATE
         )
-        tl.store(dx_ptr + source, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        tl.store(dx_ptr + source, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         if Q_WEIGHT:
             tl.store(partial_q + partial, even)
             tl.store(partial_q + partial + E // 2, odd)
-    source, joint, inside = places(
+    source, joint, mask = part_offsets(
         num_tokens, num_joint, num_first, PARTS - 2, PARTS, HEADS, E, ROWS
     )
-    x = tl.load(x_ptr + source, mask=inside, other=0.0)
-    grad = tl.load(dk_ptr + joint, mask=inside, other=0.0)
+    x = tl.load(x_ptr + source, mask=mask, other=0.0)
+    grad = tl.load(dk_ptr + joint, mask=mask, other=0.0)
     dx, even, odd = norm_rope_backward(grad, x, k_weight, cos, sin, eps, ROWS, E, K_WEIGHT, ROTATE)
-    tl.store(dx_ptr + source, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+    tl.store(dx_ptr + source, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     if K_WEIGHT:
         tl.store(partial_k + partial, even)
         tl.store(partial_k + partial + E // 2, odd)
-    source, joint, inside = places(
+    source, joint, mask = part_offsets(
         num_tokens, num_joint, num_first, PARTS - 1, PARTS, HEADS, E, ROWS
     )
-    tl.store(dx_ptr + source, tl.load(dv_ptr + joint, mask=inside, other=0.0), mask=inside)
+    tl.store(dx_ptr + source, tl.load(dv_ptr + joint, mask=mask, other=0.0), mask=mask)

@@ -1,5 +1,6 @@
-// Enough of CUDA to run the kernels of csrc/ on a CPU: every CUDA thread is a coroutine, blocks run one after another.
-// For tests of what a kernel computes; it says nothing about speed, races or memory models.
+// The subset of CUDA needed to run the kernels of csrc/ on a CPU. Every CUDA thread is a
+// coroutine, and blocks run one after another. It tests the results of a kernel, not its speed,
+// races or memory model.
 #pragma once
 
 #include <ucontext.h>
@@ -60,7 +61,7 @@ inline void whole_thread() {
     wait(DONE);
 }
 
-// Whether all threads first .. last that are not done wait at `at`; then they go on.
+// Resumes the threads first .. last if all of them that are not done wait at `at`.
 inline void release(size_t first, size_t last, State at) {
     for (size_t t = first; t < last; ++t)
         if (threads[t].state != at && threads[t].state != DONE) return;
@@ -68,7 +69,7 @@ inline void release(size_t first, size_t last, State at) {
         if (threads[t].state == at) threads[t].state = RUNS;
 }
 
-// Poisons shared memory before each block: what a block does not write must not be read.
+// Poisons shared memory before each block, so reads of unwritten elements are detected.
 inline void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
     block_size = block, grid_size = grid, running = &kernel;
     threads = std::vector<Thread>(block.x);
@@ -98,7 +99,8 @@ inline void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::functi
             release(0, block.x, AT_BLOCK);
         }
         for (const Thread& thread : threads)
-            if (thread.state != DONE) abort();  // some wait where others never come
+            // A thread waits at a barrier that others never reach.
+            if (thread.state != DONE) abort();
     }
     free(shared);
 }

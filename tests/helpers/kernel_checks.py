@@ -1,4 +1,4 @@
-"""What the tests of Triton bodies share: where they run, and how large an error may be."""
+"""Device, dtypes and error budget of the Triton backend tests."""
 
 import pytest
 import torch
@@ -7,18 +7,22 @@ from iomm.kernels.triton_ops import support as triton_support
 
 ON_GPU = torch.cuda.is_available() and not triton_support.INTERPRETED
 DEVICE = "cuda" if ON_GPU else "cpu"
-# bf16 products are garbage in Triton's interpreter
+# bf16 products are garbage in Triton's interpreter.
 HALF = torch.bfloat16 if ON_GPU else torch.float32
-# In float32 a softmax by powers of 2 was off by 2.2 times what one by exp is.
+# In float32 the error of a softmax with exp2 was 2.2 times that of a softmax with exp.
 SLACK = 2.0 if ON_GPU else 4.0
 needs_triton = pytest.mark.skipif(
     triton_support.why_not() is not None or not (ON_GPU or triton_support.INTERPRETED),
-    reason="runs on a GPU, or with TRITON_INTERPRET=1 as tests/kernels/test_interpreter.py does",
+    reason="needs a GPU or TRITON_INTERPRET=1 (see tests/kernels/test_interpreter.py)",
 )
 
 
 def assert_no_worse(got, same_dtype, exact, slack=SLACK):
-    """The error may be `slack` times the specification's in the same dtype, plus one ulp of the largest value."""
+    """Assert that the error is at most `slack` times that of `same_dtype`.
+
+    `same_dtype` is the specification in the dtype of `got`, and `exact` the specification in
+    float64. One ulp of the largest value is added to the budget.
+    """
     assert got.shape == exact.shape and got.dtype == same_dtype.dtype
     if not exact.numel():
         return
@@ -30,7 +34,11 @@ def assert_no_worse(got, same_dtype, exact, slack=SLACK):
 
 
 def cast(tensors, dtype=HALF, device=DEVICE):
-    """Leaves of their own in another dtype, on the device; what is no floating tensor only moves, None stays."""
+    """Return copies of the tensors on a device, as leaves.
+
+    Floating-point tensors are converted to `dtype`. Others are only moved. Anything else is
+    returned unchanged.
+    """
 
     def one(x):
         if not isinstance(x, torch.Tensor):
@@ -42,7 +50,10 @@ def cast(tensors, dtype=HALF, device=DEVICE):
 
 
 def outputs_and_gradients(run, inputs):
-    """Outputs of run(*inputs), then the gradients of all inputs that want one, for fixed weights on the outputs."""
+    """Return the outputs of run(*inputs), then the gradients of all inputs that require one.
+
+    The differentiated scalar is a sum of the outputs with fixed random weights.
+    """
     outputs = run(*inputs)
     outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
     total = 0
@@ -55,12 +66,16 @@ def outputs_and_gradients(run, inputs):
     return outputs + list(torch.autograd.grad(total, leaves, materialize_grads=True))
 
 
-def check_against(body, reference, inputs):
-    """`body` on HALF inputs against `reference` in float64, values and every gradient, by `assert_no_worse`."""
+def check_against(backend, reference, inputs):
+    """Compare the values and gradients of `backend` with `reference`.
+
+    The backend gets HALF inputs, the exact reference float64 ones. The error budget is that of
+    `assert_no_worse`. Two runs must return the same bits.
+    """
     exact = outputs_and_gradients(reference, cast(inputs, torch.float64, "cpu"))
     same_dtype = outputs_and_gradients(reference, cast(inputs))
-    got = outputs_and_gradients(body, cast(inputs))
-    for mine, theirs, wanted in zip(got, same_dtype, exact, strict=True):
-        assert_no_worse(mine, theirs, wanted)
-    again = outputs_and_gradients(body, cast(inputs))
-    assert all(torch.equal(one, two) for one, two in zip(got, again)), "two runs differ"
+    got = outputs_and_gradients(backend, cast(inputs))
+    for actual, low, expected in zip(got, same_dtype, exact, strict=True):
+        assert_no_worse(actual, low, expected)
+    again = outputs_and_gradients(backend, cast(inputs))
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True)), "two runs differ"

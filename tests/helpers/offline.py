@@ -1,4 +1,4 @@
-"""Compiles a Triton kernel for a GPU that is not there, and says what it needs: registers, spills, shared memory."""
+"""Compile a Triton kernel without a GPU and report its registers, spills and memory."""
 
 import re
 import subprocess
@@ -9,20 +9,27 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of a kernel."""
+    """PTX and resource usage of a compiled kernel."""
 
     ptx: str
     registers: int
-    # Spills and arrays that found no registers.
+    # Spills, and arrays that do not fit in registers.
     stack_bytes: int
     shared_bytes: int
 
 
 def compile_for(kernel, types, constants, *, capability, warps, stages):
-    """`kernel` (a @triton.jit function) for compute capability 80, 90, ...; nothing is launched.
+    """Compile a kernel for a compute capability without launching it.
 
-    types: argument name -> "*bf16", "*fp32", "i32", "fp32" ...; constants: the constexpr arguments, and None for
-    tensors that are left out. Pointers are taken to be aligned to 16 bytes, as PyTorch allocates them.
+    Pointers are assumed to be aligned to 16 bytes, as PyTorch allocates them.
+
+    Args:
+        kernel: A @triton.jit function.
+        types: Argument name -> type, for example "*bf16", "*fp32", "i32" or "fp32".
+        constants: The constexpr arguments, and None for tensors that are omitted.
+        capability: Compute capability, for example 80 or 90.
+        warps: Warps per program.
+        stages: Pipeline stages.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -31,8 +38,8 @@ def compile_for(kernel, types, constants, *, capability, warps, stages):
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     aligned = {
-        (place,): [["tt.divisibility", 16]]
-        for place, name in enumerate(names)
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(names)
         if signature[name][0] == "*"
     }
     source = ASTSource(
@@ -42,15 +49,15 @@ def compile_for(kernel, types, constants, *, capability, warps, stages):
         aligned,
     )
     options = {"num_warps": warps, "num_stages": stages}
-    done = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(done.asm["cubin"])
+        cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        said = subprocess.run(
+        output = subprocess.run(
             [tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True
         ).stdout
     registers, stack, local = map(
-        int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", said).groups()
+        int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", output).groups()
     )
-    return Compiled(done.asm["ptx"], registers, stack + local, done.metadata.shared)
+    return Compiled(compiled.asm["ptx"], registers, stack + local, compiled.metadata.shared)

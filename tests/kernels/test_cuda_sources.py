@@ -1,6 +1,7 @@
-"""The CUDA kernels of csrc/ without a GPU: compiled by g++ against cuda_on_cpu.h, compared with the specification.
+"""Tests of the CUDA kernels in csrc/ without a GPU.
 
-What is left for a GPU: races, memory models and speed (benchmarks/ops.py --gpu).
+g++ compiles them against cuda_on_cpu.h, and their results are compared with the specification.
+Races, memory models and speed can only be tested on a GPU (benchmarks/ops.py --gpu).
 """
 
 import ctypes
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
 
 def as_cpp(source):
-    """CUDA C++ with the two things that g++ cannot read spelled otherwise: launches and dynamic shared memory."""
+    """Return CUDA source as C++, with launches and dynamic shared memory rewritten for g++."""
     source = source.replace("#include <cuda_runtime.h>", '#include "cuda_on_cpu.h"')
     source = re.sub(r"extern __shared__ uint4 (\w+)\[\];", r"uint4* \1 = on_cpu::shared;", source)
     launch = re.compile(
@@ -38,7 +39,7 @@ def as_cpp(source):
 
 @pytest.fixture(scope="module")
 def entry(tmp_path_factory):
-    """entry(name): the C entry point iomm_<name>_cuda, of the source that defines it."""
+    """Return a function that maps a name to the C entry point iomm_<name>_cuda."""
     folder, libraries = tmp_path_factory.mktemp("cuda"), {}
 
     def find(name):
@@ -56,8 +57,8 @@ def entry(tmp_path_factory):
                 f"-I{ROOT / 'tests/helpers'}",
             ]
             files = [str(folder / f"{stem}.cpp"), "-o", str(folder / f"{stem}.so")]
-            done = subprocess.run(["g++", *flags, *files], capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
+            result = subprocess.run(["g++", *flags, *files], capture_output=True, text=True)
+            assert result.returncode == 0, result.stderr
             libraries[stem] = ctypes.CDLL(str(folder / f"{stem}.so"))
         function = getattr(libraries[stem], f"iomm_{name}_cuda")
 
@@ -86,12 +87,12 @@ def poisoned(*shape, dtype):
 
 
 @pytest.mark.parametrize("count", [1, 257])
-def test_philox(entry, count):
+def test_philox_matches_reference(entry, count):
     for kind, tolerance in (("uniform", 0), ("normal", 3e-7)):
         out = poisoned(5, count, dtype=torch.float32)
         entry(f"philox_{kind}")(9, 2, SAMPLES, 5, count, out)
-        wanted = philox_reference(kind, 9, 2, SAMPLES, count)
-        torch.testing.assert_close(out, wanted, rtol=tolerance, atol=tolerance / 100)
+        expected = philox_reference(kind, 9, 2, SAMPLES, count)
+        torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance / 100)
 
 
 @pytest.mark.parametrize("fixed", [False, True])
@@ -106,36 +107,37 @@ def test_philox(entry, count):
         (2, 40, 1.0, 7),
     ],
 )
-def test_visible_tokens(entry, batch, num_tokens, ratio, capacity, fixed):
+def test_visible_tokens_match_reference(entry, batch, num_tokens, ratio, capacity, fixed):
     n = torch.arange(batch) + 2**35
     index, position = (poisoned(capacity, dtype=torch.int64) for _ in range(2))
     offsets, overflow = poisoned(batch + 1, dtype=torch.int32), poisoned(1, dtype=torch.int64)
-    stay = round((1 - ratio) * num_tokens) if fixed else -1
+    num_visible = round((1 - ratio) * num_tokens) if fixed else -1
     entry("visible_tokens")(
         9,
         n,
         batch,
         num_tokens,
         math.ceil(ratio * 2**24),
-        stay,
+        num_visible,
         capacity,
         index,
         offsets,
         position,
         overflow,
     )
-    wanted = visible_tokens_reference(9, n, num_tokens, ratio, fixed, capacity)
-    for mine, specified in zip((index, offsets, position, overflow), wanted):
-        assert torch.equal(mine, specified)
+    reference = visible_tokens_reference(9, n, num_tokens, ratio, fixed, capacity)
+    for actual, expected in zip((index, offsets, position, overflow), reference, strict=True):
+        assert torch.equal(actual, expected)
 
 
-# The first three take the tiled kernel (the second with a last tile of 4), the others go value by value.
+# The first three shapes use the tiled kernel (the second with a last tile of 4), the others the
+# per-value kernel.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "shape",
     [(1, 16, 4, 64, 2), (2, 16, 2, 68, 2), (1, 4, 2, 8, 2), (2, 3, 4, 6, 2), (1, 5, 9, 6, 3)],
 )
-def test_noisy_tokens(entry, shape, dtype):
+def test_noisy_tokens_match_reference(entry, shape, dtype):
     batch, channels, height, width, patch = shape
     random = torch.Generator().manual_seed(0)
     latents = torch.randn(batch, channels, height, width, generator=random).to(dtype)
@@ -146,15 +148,16 @@ def test_noisy_tokens(entry, shape, dtype):
     entry("noisy_tokens")(
         latents, t, 9, n, batch, channels, height, width, patch, bf16, noisy, target
     )
-    for mine, specified in zip((noisy, target), noisy_tokens_reference(latents, t, 9, n, patch)):
-        torch.testing.assert_close(mine, specified, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    reference = noisy_tokens_reference(latents, t, 9, n, patch)
+    for actual, expected in zip((noisy, target), reference, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "size", [(1, 28, 280, 14), (1, 6, 10, 2), (1, 21, 7, 7), (1, 14, 28, 14), (2, 9, 6, 3)]
 )
-def test_image_patches(entry, size, dtype):
+def test_image_patches_match_reference(entry, size, dtype):
     batch, height, width, patch = size
     random = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (batch, height, width, 3), generator=random, dtype=torch.uint8)
@@ -174,7 +177,7 @@ def test_image_patches(entry, size, dtype):
     assert torch.equal(patches, image_patches_reference(pixels, patch, mean, std, dtype))
 
 
-def test_every_source_is_here():
+def test_every_cuda_source_is_tested():
     assert {path.stem for path in (ROOT / "csrc").glob("*.cu")} == {
         "philox",
         "visible_tokens",

@@ -1,4 +1,4 @@
-"""fp8_linear: which numbers enter its products, how far they may take it from a plain linear, and what training sees of it."""
+"""Tests of fp8_linear: quantisation, error against an unquantised layer, and training."""
 
 import runpy
 import sys
@@ -25,13 +25,16 @@ from iomm.kernels.fp8_linear import (
 )
 from iomm.layers import TokenLinear, use_fp8
 
-BODIES = [fp8_linear_reference, fp8_linear_scaled]
+BACKENDS = [fp8_linear_reference, fp8_linear_scaled]
 # rows, inputs, outputs
 SHAPES = [(48, 64, 32), (33, 32, 80), (1, 16, 16)]
 
 
 def inputs(rows, ins, outs, dtype, spread=1.0):
-    """x, weight, bias and the gradient of the result; `spread` > 0 spreads magnitudes over powers of ten, into subnormals."""
+    """Return x, weight, bias and the gradient of the result.
+
+    `spread` > 0 spreads magnitudes over powers of ten, down to subnormals.
+    """
     random = torch.Generator().manual_seed(0)
 
     def draw(*shape):
@@ -48,15 +51,17 @@ def inputs(rows, ins, outs, dtype, spread=1.0):
     )
 
 
-def whole(body, x, weight, bias, grad):
-    """The result and every gradient."""
-    y = body(x, weight, bias)
+def result_and_gradients(backend, x, weight, bias, grad):
+    """Return the result and every gradient."""
+    y = backend(x, weight, bias)
     return y, *torch.autograd.grad(y, (x, weight, bias), grad)
 
 
-def rounding(x, dtype):
-    """The most by which rounding may move each value: half a unit in the last place, which below the smallest normal value
-    is that of the smallest; and float32's, through which PyTorch rounds float64.
+def rounding_error(x, dtype):
+    """Return the largest rounding error of each value.
+
+    This is half a unit in the last place, which for subnormals is that of the smallest normal
+    value, plus the rounding error of float32, through which PyTorch rounds float64.
     """
     info, scale = torch.finfo(dtype), x.abs().max() / torch.finfo(dtype).max
     half_ulp = torch.maximum(info.eps / 2 * x.abs(), info.smallest_normal * info.eps / 2 * scale)
@@ -64,7 +69,7 @@ def rounding(x, dtype):
 
 
 @pytest.mark.parametrize("dtype", [FORWARD, BACKWARD])
-def test_every_value_becomes_the_nearest_of_the_format(dtype):
+def test_quantised_rounds_to_nearest_fp8_value(dtype):
     x = inputs(64, 64, 16, torch.float64, spread=1.5)[0].detach()
     values, scale = quantised(x, dtype)
     codes = torch.arange(256, dtype=torch.uint8).view(dtype).double()
@@ -81,60 +86,68 @@ def test_every_value_becomes_the_nearest_of_the_format(dtype):
 
 
 @pytest.mark.parametrize(
-    "body, dtype",
+    "backend, dtype",
     [
         (fp8_linear_reference, torch.float64),
         (fp8_linear_reference, torch.float32),
         (fp8_linear_scaled, torch.float32),
     ],
 )
-def test_the_error_is_bounded_by_what_rounding_the_sides_makes(body, dtype):
-    """|a b - A B| <= |dA| |B| + |A| |dB| + |dA| |dB| for each product, and n units of the sum's own arithmetic."""
+def test_error_is_within_operand_rounding_bound(backend, dtype):
+    """Check the error bound of each product, plus n units of rounding in its sum.
+
+    The bound is |a b - A B| <= |dA| |B| + |A| |dB| + |dA| |dB|.
+    """
     x, weight, bias, grad = inputs(48, 64, 32, dtype)
-    got = whole(body, x, weight, bias, grad)
-    plain = whole(
+    got = result_and_gradients(backend, x, weight, bias, grad)
+    baseline = result_and_gradients(
         F.linear, *(t.detach().double().requires_grad_() for t in (x, weight, bias)), grad.double()
     )
     x, w, g = (
-        (t.abs(), rounding(t, f))
+        (t.abs(), rounding_error(t, f))
         for t, f in (
             (x.detach().double(), FORWARD),
             (weight.detach().double(), FORWARD),
             (grad.double(), BACKWARD),
         )
     )
-    for mine, exact, (a, da), (b, db) in zip(
-        got, plain, (x, g, (g[0].T, g[1].T)), ((w[0].T, w[1].T), w, x)
+    # The fourth result, the gradient of the bias, is not a product and is checked below.
+    for actual, exact, (a, da), (b, db) in zip(
+        got, baseline, (x, g, (g[0].T, g[1].T)), ((w[0].T, w[1].T), w, x), strict=False
     ):
         arithmetic = (a.shape[1] + 2) * torch.finfo(dtype).eps * (a + da) @ (b + db) + torch.finfo(
             dtype
         ).eps * exact.abs()
         bound = da @ b + a @ db + da @ db + arithmetic
-        error = (mine.double() - exact).abs()
+        error = (actual.double() - exact).abs()
         assert (error <= bound).all() and error.max() > torch.finfo(
             torch.bfloat16
         ).eps * exact.abs().max()
-    assert_no_worse(got[3], whole(F.linear, *inputs(48, 64, 32, dtype))[3], plain[3])
+    same_dtype = result_and_gradients(F.linear, *inputs(48, 64, 32, dtype))
+    assert_no_worse(got[3], same_dtype[3], baseline[3])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_scaled_mm_is_the_reference(shape, dtype):
-    """From the same values the sides are the same to the bit, so only sums and the last rounding may differ."""
+def test_scaled_mm_matches_reference(shape, dtype):
+    """Operands are bitwise equal, so only sums and the last rounding may differ."""
     tensors = inputs(*shape, dtype)
-    exact = whole(fp8_linear_reference, *cast(tensors, torch.float64, "cpu"))
-    there = cast(tensors, dtype, DEVICE if dtype == torch.bfloat16 else "cpu")
-    for mine, theirs, wanted in zip(
-        whole(fp8_linear_scaled, *there), whole(fp8_linear_reference, *there), exact
+    exact = result_and_gradients(fp8_linear_reference, *cast(tensors, torch.float64, "cpu"))
+    moved = cast(tensors, dtype, DEVICE if dtype == torch.bfloat16 else "cpu")
+    for actual, low, expected in zip(
+        result_and_gradients(fp8_linear_scaled, *moved),
+        result_and_gradients(fp8_linear_reference, *moved),
+        exact,
+        strict=True,
     ):
-        assert_no_worse(mine, theirs, wanted)
+        assert_no_worse(actual, low, expected)
 
 
-@pytest.mark.parametrize("body", BODIES, ids=["reference", "scaled_mm"])
-def test_zeros_stay_zeros_and_what_is_not_finite_shows(body):
+@pytest.mark.parametrize("backend", BACKENDS, ids=["reference", "scaled_mm"])
+def test_zeros_stay_zero_and_nonfinite_values_propagate(backend):
     x, weight, bias, grad = inputs(16, 32, 16, torch.bfloat16)
-    # Closed gates at the start send these.
-    y, dx, dweight, _ = whole(body, x, weight, bias, torch.zeros_like(grad))
+    # Gates start at zero, so the first gradients are zeros.
+    y, dx, dweight, _ = result_and_gradients(backend, x, weight, bias, torch.zeros_like(grad))
     assert y.isfinite().all() and not dx.any() and not dweight.any()
     for i, value in ((0, "nan"), (1, "inf"), (3, "nan"), (3, "-inf")):
         tensors = [
@@ -142,7 +155,7 @@ def test_zeros_stay_zeros_and_what_is_not_finite_shows(body):
         ]
         with torch.no_grad():
             tensors[i][3, 5] = float(value)
-        y, dx, dweight, _ = whole(body, *tensors)
+        y, dx, dweight, _ = result_and_gradients(backend, *tensors)
         assert (y.isnan() if i < 2 else dx.isnan() & dweight.isnan()[:1, :1]).all()
 
 
@@ -155,7 +168,7 @@ def test_zeros_stay_zeros_and_what_is_not_finite_shows(body):
         (lambda x, w, b: (x[:, :8], w[:, :8], b), "multiples of 16"),
     ],
 )
-def test_bad_input_is_a_value_error(change, message):
+def test_bad_input_raises_value_error(change, message):
     with pytest.raises(ValueError, match=message):
         fp8_linear(*change(*inputs(16, 32, 16, torch.bfloat16)[:3]))
 
@@ -170,9 +183,12 @@ class Mlp(nn.Module):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_no_copy_of_a_weight_waits_for_the_backward_pass(compiled):
-    """ZeRO-3 releases a block's weights after its forward pass; a copy in fp8 would stay."""
-    model, kept = Mlp().bfloat16(), []
+def test_no_weight_copy_is_saved_for_backward(compiled):
+    """No fp8 copy of a weight may be saved.
+
+    ZeRO-3 releases a block's weights after its forward pass, but would not release a copy.
+    """
+    model, saved = Mlp().bfloat16(), []
     use_fp8(model)
     forward = (
         torch.compile(model.forward, fullgraph=True, backend="aot_eager_decomp_partition")
@@ -180,13 +196,18 @@ def test_no_copy_of_a_weight_waits_for_the_backward_pass(compiled):
         else model.forward
     )
     x = torch.randn(2, 40, 64, dtype=torch.bfloat16, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+
+    def pack(t):
+        saved.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         y = forward(x)
     y.sum().backward()
     weights = {id(p) for p in model.parameters()}
     sizes = {p.numel() for p in model.parameters() if p.dim() == 2}
-    assert any(id(t) in weights for t in kept) and not [
-        t.shape for t in kept if t.numel() in sizes and id(t) not in weights
+    assert any(id(t) in weights for t in saved) and not [
+        t.shape for t in saved if t.numel() in sizes and id(t) not in weights
     ]
     assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
 
@@ -201,9 +222,9 @@ def test_no_copy_of_a_weight_waits_for_the_backward_pass(compiled):
     ],
     ids=str,
 )
-def test_products_over_tokens_inside_blocks_are_fp8_and_nothing_else(config):
+def test_use_fp8_selects_only_token_products_in_blocks(config):
     model = empty_generator(config, device="meta")
-    # A size that an fp8 product cannot have.
+    # fp8 products do not support this size.
     model.odd = TokenLinear(24, 32, device="meta")
     use_fp8(model)
     chosen = {name for name, part in model.named_modules() if getattr(part, "fp8", False)}
@@ -218,7 +239,10 @@ def test_products_over_tokens_inside_blocks_are_fp8_and_nothing_else(config):
 
 
 def losses(precision, seed=0, steps=40):
-    """Of a small stack that learns one batch, in the precision asked for, with fp32 masters; `seed` draws its weights."""
+    """Return the losses of a small stack that overfits one batch.
+
+    The stack has fp32 master weights and trains in `precision`. `seed` draws its weights.
+    """
     torch.manual_seed(seed)
     model = nn.Sequential(Mlp(), Mlp(), nn.Linear(64, 64)).bfloat16()
     if precision == "fp8":
@@ -229,34 +253,37 @@ def losses(precision, seed=0, steps=40):
         torch.randn(8, 32, 64, generator=torch.Generator().manual_seed(i)).bfloat16()
         for i in range(2)
     )
-    found = []
+    history = []
     for _ in range(steps):
         loss = (model(x) - target).float().square().mean()
         model.zero_grad()
         loss.backward()
-        for master, p in zip(masters, model.parameters()):
+        for master, p in zip(masters, model.parameters(), strict=True):
             master.grad = p.grad.float()
         optimizer.step()
         with torch.no_grad():
-            for master, p in zip(masters, model.parameters()):
+            for master, p in zip(masters, model.parameters(), strict=True):
                 p.copy_(master)
-        found.append(loss.item())
-    return torch.tensor(found)
+        history.append(loss.item())
+    return torch.tensor(history)
 
 
-def test_training_ends_as_near_to_bf16_as_other_starting_weights_do():
-    def end(*of):
-        return losses(*of)[-10:].mean()
+def test_training_loss_matches_bf16_within_seed_spread():
+    def final_loss(*args):
+        return losses(*args)[-10:].mean()
 
-    starts = torch.stack([end("bf16", seed) for seed in range(5)])
-    assert starts.max() < losses("bf16")[0] / 2
-    assert (end("fp8") - starts[0]).abs() <= starts.max() - starts.min()
+    by_seed = torch.stack([final_loss("bf16", seed) for seed in range(5)])
+    assert by_seed.max() < losses("bf16")[0] / 2
+    assert (final_loss("fp8") - by_seed[0]).abs() <= by_seed.max() - by_seed.min()
 
 
 @pytest.mark.slow
-def test_the_demo_in_fp8_follows_bf16(tmp_path, monkeypatch):
-    """By the engine, under ZeRO-3: as near as two seeds are, and not the same curve."""
-    # The script changes it.
+def test_demo_in_fp8_matches_bf16_within_seed_spread(tmp_path, monkeypatch):
+    """fp8 is as close to bf16 as two seeds are, but not the same curve.
+
+    The runs use the engine with ZeRO-3.
+    """
+    # The script changes sys.path.
     monkeypatch.setattr(sys, "path", list(sys.path))
     compare = runpy.run_path(
         str(Path(__file__).resolve().parents[2] / "benchmarks/studies/precision.py")
@@ -267,7 +294,7 @@ def test_the_demo_in_fp8_follows_bf16(tmp_path, monkeypatch):
     assert abs(result["fp8_over_bf16"]) <= abs(result["seed_over_bf16"])
 
 
-def test_a_gpu_without_fp8_is_one_clear_error(monkeypatch):
+def test_gpu_without_fp8_raises_input_error(monkeypatch):
     launch.check_kernels("fp8")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
@@ -275,6 +302,7 @@ def test_a_gpu_without_fp8_is_one_clear_error(monkeypatch):
     assert op.why_not() is not None
     with pytest.raises(
         InputError,
-        match=r"precision fp8 on this GPU \(A100\) needs compute capability 8.9.*set precision=bf16",
+        match=r"precision fp8 on this GPU \(A100\) needs compute capability 8.9"
+        r".*set precision=bf16",
     ):
         launch.check_kernels("fp8")

@@ -1,4 +1,4 @@
-"""Bytes to the ViT's patch rows: the formula, the order of a convolution, the same bits on every body."""
+"""Tests of image_patches: formula, order of a convolution, equal bits on every backend."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def pixels_of(batch, height, width):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_formula_and_order(size):
+def test_patches_match_formula_and_unfold_order(size):
     *shape, patch = size
     pixels = pixels_of(*shape)
     patches = image_patches(pixels, patch, **NORM, dtype=torch.float32)
@@ -41,38 +41,38 @@ def test_formula_and_order(size):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_linear_layer_on_patches_is_the_convolution(dtype):
+def test_linear_layer_on_patches_matches_convolution(dtype):
     weight = torch.randn(
         5, 3, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64
     )
     pixels = pixels_of(2, 8, 12)
     patches = image_patches(pixels, 4, **NORM, dtype=dtype)
-    wanted = (
+    expected = (
         F.conv2d(normalised(pixels, **NORM).double(), weight, stride=4).flatten(2).transpose(1, 2)
     )
-    torch.testing.assert_close(patches.double() @ weight.flatten(1).T, wanted, rtol=0, atol=1e-12)
+    torch.testing.assert_close(patches.double() @ weight.flatten(1).T, expected, rtol=0, atol=1e-12)
 
 
 @needs_cpp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", SIZES)
-def test_cpp_is_the_reference_bit_by_bit(size, dtype, monkeypatch):
+def test_cpp_matches_reference_bitwise(size, dtype, monkeypatch):
     *shape, patch = size
     results = []
-    for body in ("cpp", "reference"):
-        monkeypatch.setenv("IOMM_KERNELS", f"image_patches:{body}")
+    for backend in ("cpp", "reference"):
+        monkeypatch.setenv("IOMM_KERNELS", f"image_patches:{backend}")
         results.append(image_patches(pixels_of(*shape), patch, **NORM, dtype=dtype))
     assert (
         results[0].dtype == dtype and results[0].shape == results[1].shape and torch.equal(*results)
     )
 
 
-def test_without_images_and_from_another_layout():
+def test_empty_batch_and_strided_layout():
     assert image_patches(pixels_of(0, 4, 4), 2, **NORM, dtype=torch.bfloat16).shape == (0, 4, 12)
     pixels = pixels_of(2, 4, 6)
     planar = pixels.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
-    got, wanted = (image_patches(x, 2, **NORM, dtype=torch.float32) for x in (planar, pixels))
-    assert torch.equal(got, wanted) and torch.equal(
+    got, expected = (image_patches(x, 2, **NORM, dtype=torch.float32) for x in (planar, pixels))
+    assert torch.equal(got, expected) and torch.equal(
         normalised(planar, **NORM), normalised(pixels, **NORM)
     )
 
@@ -88,13 +88,13 @@ def test_without_images_and_from_another_layout():
         (torch.zeros(1, 4, 4, 3, dtype=torch.uint8), {"std": (1, 0, 1)}, "std"),
     ],
 )
-def test_bad_input_is_a_value_error(pixels, options, message):
+def test_bad_input_raises_value_error(pixels, options, message):
     with pytest.raises(ValueError, match=message):
         image_patches(pixels, 2, **{**NORM, "dtype": torch.float32, **options})
 
 
 @needs_cpp
-def test_op_is_registered_soundly():
+def test_op_passes_opcheck():
     for dtype in (torch.float32, torch.bfloat16):
         arguments = pixels_of(2, 4, 6), 2, [0.1, 0.2, 0.3], [1.0, 2.0, 3.0], dtype
         torch.library.opcheck(torch.ops.iomm.image_patches.default, arguments)

@@ -1,4 +1,4 @@
-"""The Triton bodies without a GPU: their tests, run anew in a Python that interprets Triton on CPU tensors."""
+"""Tests of the Triton backends without a GPU, in a subprocess with Triton's interpreter."""
 
 import os
 import subprocess
@@ -17,9 +17,9 @@ FILES = sorted(
 )
 
 
-def interpreted(files, marks):
-    if why := triton_support.why_not():
-        pytest.skip(why)
+def run_interpreted(files, marks):
+    if reason := triton_support.why_not():
+        pytest.skip(reason)
     command = [
         sys.executable,
         "-m",
@@ -33,7 +33,7 @@ def interpreted(files, marks):
         "-m",
         marks,
     ]
-    done = subprocess.run(
+    result = subprocess.run(
         [*command, *(str(TESTS / file) for file in files)],
         env={
             **os.environ,
@@ -45,22 +45,22 @@ def interpreted(files, marks):
         text=True,
         timeout=1800,
     )
-    assert done.returncode == 0 and " passed" in done.stdout, (
-        done.stdout[-6000:] + done.stderr[-2000:]
+    assert result.returncode == 0 and " passed" in result.stdout, (
+        result.stdout[-6000:] + result.stderr[-2000:]
     )
-    assert " skipped" not in done.stdout, done.stdout[-6000:]
+    assert " skipped" not in result.stdout, result.stdout[-6000:]
 
 
-@pytest.mark.skipif(triton_support.INTERPRETED, reason="this is the interpreter already")
-def test_bodies_are_right():
-    """All files in one Python: each start costs 4 s."""
-    interpreted(FILES, "not slow")
+@pytest.mark.skipif(triton_support.INTERPRETED, reason="already running in the interpreter")
+def test_backends_pass_in_interpreter():
+    """Run all files in one process, because each start takes 4 s."""
+    run_interpreted(FILES, "not slow")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(triton_support.INTERPRETED, reason="this is the interpreter already")
+@pytest.mark.skipif(triton_support.INTERPRETED, reason="already running in the interpreter")
 @pytest.mark.parametrize(
     "file", [file for file in FILES if "mark.slow" in (TESTS / file).read_text()]
 )
-def test_long_sequences_are_right(file):
-    interpreted([file], "slow")
+def test_slow_backend_tests_pass_in_interpreter(file):
+    run_interpreted([file], "slow")

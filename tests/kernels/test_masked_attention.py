@@ -1,4 +1,4 @@
-"""Masked attention: every body against the specification, values and gradients, with everything empty that can be."""
+"""Tests of masked attention: backends against the specification, also with empty inputs."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from iomm.kernels.masked_attention.triton_op import masked_attention_triton
 
 pytestmark = pytest.mark.usefixtures("poison")
 
-# lengths of the samples, lengths of their prefixes (None: no prefix)
+# (lengths of the samples, lengths of their prefixes or None).
 BATCHES = [
     ([5], [3]),
     ([4, 4], None),
@@ -76,8 +76,8 @@ def sample_of(offsets):
     return torch.repeat_interleave(torch.arange(len(offsets) - 1), offsets.diff().long())
 
 
-def literal(arguments, prefix, causal, scale):
-    """The mask law spelled out as one dense mask over all queries and keys of the batch."""
+def attention_by_dense_mask(arguments, prefix, causal, scale):
+    """Return the attention with the mask rule as one dense mask over the whole batch."""
     q, k, v, offsets = arguments
     owner, place = sample_of(offsets), torch.arange(len(q))
     keys, values, masks = [], [], []
@@ -99,26 +99,28 @@ def literal(arguments, prefix, causal, scale):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
 @pytest.mark.parametrize(("lengths", "prefix_lengths"), BATCHES)
-def test_bodies_agree_in_float64(lengths, prefix_lengths, heads, causal, monkeypatch):
+def test_backends_agree_in_float64(lengths, prefix_lengths, heads, causal, monkeypatch):
     for suffix in [True] if prefix_lengths is None else [True, False]:
         arguments, prefix = inputs(lengths, prefix_lengths, heads, suffix=suffix)
         results = {}
-        for body in ("sdpa", "reference"):
-            monkeypatch.setenv("IOMM_KERNELS", f"masked_attention:{body}")
-            results[body] = value_and_gradients(arguments, prefix, causal=causal, scale=0.4)
-        for mine, specified in zip(results["sdpa"], results["reference"]):
-            assert mine.isfinite().all()
-            torch.testing.assert_close(mine, specified, rtol=1e-12, atol=1e-12)
-        by_mask = literal(arguments, prefix, causal, 0.4)
+        for backend in ("sdpa", "reference"):
+            monkeypatch.setenv("IOMM_KERNELS", f"masked_attention:{backend}")
+            results[backend] = value_and_gradients(arguments, prefix, causal=causal, scale=0.4)
+        for actual, expected in zip(results["sdpa"], results["reference"], strict=True):
+            assert actual.isfinite().all()
+            torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+        by_mask = attention_by_dense_mask(arguments, prefix, causal, 0.4)
         torch.testing.assert_close(results["reference"][0], by_mask, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("lengths", "prefix_lengths"), BATCHES)
-def test_bfloat16_products_on_a_cpu_are_within_their_rounding(
-    lengths, prefix_lengths, causal, monkeypatch
-):
-    """Scores below 4 rounded to 8 bits move a weight by 2^-6 of itself; as much again for all other roundings."""
+def test_bfloat16_on_cpu_is_within_rounding_error(lengths, prefix_lengths, causal, monkeypatch):
+    """The tolerance is 2^-5 of the largest value.
+
+    Rounding scores below 4 to 8 bits changes a weight by up to 2^-6 of itself. All other
+    roundings are allowed the same.
+    """
     arguments, prefix = inputs(lengths, prefix_lengths)
     monkeypatch.setenv("IOMM_KERNELS", "masked_attention:sdpa")
 
@@ -129,7 +131,7 @@ def test_bfloat16_products_on_a_cpu_are_within_their_rounding(
             else x.detach().bfloat16().to(dtype).requires_grad_()
         )
 
-    found, wanted = (
+    got, reference = (
         value_and_gradients(
             [rounded(x, dtype) for x in arguments],
             {name: rounded(x, dtype) for name, x in prefix.items()},
@@ -138,17 +140,17 @@ def test_bfloat16_products_on_a_cpu_are_within_their_rounding(
         )
         for dtype in (torch.bfloat16, torch.float64)
     )
-    for mine, exact in zip(found, wanted):
-        assert mine.dtype == torch.bfloat16 and mine.isfinite().all()
+    for actual, exact in zip(got, reference, strict=True):
+        assert actual.dtype == torch.bfloat16 and actual.isfinite().all()
         torch.testing.assert_close(
-            mine.double(),
+            actual.double(),
             exact,
             rtol=0,
             atol=2**-5 * max(1.0, exact.abs().max().item() if len(exact) else 0.0),
         )
 
 
-def test_gradcheck_of_the_reference():
+def test_reference_passes_gradcheck():
     (q, k, v, offsets), prefix = inputs([2, 0, 2], [1, 2, 0], heads=(2, 1), dim=2)
     *prefix_kv, prefix_offsets = prefix.values()
     for causal in (True, False):
@@ -161,7 +163,7 @@ def test_gradcheck_of_the_reference():
         assert torch.autograd.gradcheck(run, (q, k, v, *prefix_kv))
 
 
-def test_queries_without_keys_give_zeros():
+def test_queries_without_keys_return_zeros():
     arguments, prefix = inputs([3, 2, 4], [2, 0, 5], suffix=False)
     out, *gradients = value_and_gradients(arguments, prefix)
     assert out[3:5].abs().max() == 0 and out[:3].abs().min() > 0
@@ -170,15 +172,15 @@ def test_queries_without_keys_give_zeros():
     assert value_and_gradients(arguments, prefix)[0].abs().max() == 0
 
 
-def test_a_sample_does_not_depend_on_the_others():
+def test_sample_is_independent_of_other_samples():
     arguments, prefix = inputs([3, 5, 2], [4, 0, 6])
     whole = masked_attention(*arguments, **prefix)
     q, k, v, _ = (x[3:8] for x in arguments)
-    alone = masked_attention(q, k, v, offsets_of([5]))
-    torch.testing.assert_close(whole[3:8], alone, rtol=1e-12, atol=1e-12)
+    single = masked_attention(q, k, v, offsets_of([5]))
+    torch.testing.assert_close(whole[3:8], single, rtol=1e-12, atol=1e-12)
 
 
-def test_prefix_without_gradient_gets_none():
+def test_prefix_without_requires_grad_gets_no_gradient():
     arguments, prefix = inputs([3, 2], [4, 1])
     for name in ("prefix_k", "prefix_v"):
         prefix[name] = prefix[name].detach()
@@ -186,7 +188,7 @@ def test_prefix_without_gradient_gets_none():
     assert prefix["prefix_k"].grad is None and arguments[0].grad.abs().max() > 0
 
 
-def test_other_offsets_in_the_same_tensor_are_seen():
+def test_offsets_changed_in_place_invalidate_cached_layout():
     (q, k, v, offsets), _ = inputs([4, 4], None)
     first = masked_attention(q, k, v, offsets)
     offsets[1] = 2
@@ -195,40 +197,42 @@ def test_other_offsets_in_the_same_tensor_are_seen():
     assert (first - second).abs().max() > 0
 
 
-def test_regular_batch_is_plain_attention():
+def test_regular_batch_matches_torch_sdpa():
     (q, k, v, offsets), _ = inputs([6, 6], None, heads=(2, 2))
     dense = [x.view(2, 6, 2, 8).transpose(1, 2) for x in (q, k, v)]
-    wanted = (
+    reference = (
         F.scaled_dot_product_attention(*dense, is_causal=True).transpose(1, 2).reshape(12, 2, 8)
     )
-    torch.testing.assert_close(masked_attention(q, k, v, offsets), wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        masked_attention(q, k, v, offsets), reference, rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_low_precision_is_no_worse_than_the_specification(dtype):
+def test_low_precision_error_is_within_reference_budget(dtype):
     arguments, prefix = inputs([40, 3, 70], [10, 0, 50], dim=64)
     exact = masked_attention_reference(*arguments, *prefix.values(), True, 0.125)
     low = [x.to(dtype) if x.is_floating_point() else x for x in (*arguments, *prefix.values())]
-    got = masked_attention(*low[:4], **dict(zip(prefix, low[4:])))
+    got = masked_attention(*low[:4], **dict(zip(prefix, low[4:], strict=True)))
     same_dtype = masked_attention_reference(*low, True, 0.125)
     ulp = torch.finfo(dtype).eps * exact.abs().max()
     budget = 2 * (same_dtype.double() - exact).abs().max() + ulp
     assert got.dtype == dtype and (got.double() - exact).abs().max() <= budget
 
 
-def test_bad_input_is_a_value_error():
+def test_bad_input_raises_value_error():
     (q, k, v, offsets), prefix = inputs([3, 2], [4, 1])
     bad = [
         ((q, k, None, offsets), {}, "go together"),
-        ((q, None, None, offsets), {}, "nothing to attend"),
+        ((q, None, None, offsets), {}, "no keys to attend to"),
         ((q, k, v, offsets), {"prefix_k": k}, "go together"),
-        ((q, k[:4], v[:4], offsets), {}, "as many as"),
-        ((q, k, v[..., :4], offsets), {}, "alike"),
+        ((q, k[:4], v[:4], offsets), {}, "one suffix key per query"),
+        ((q, k, v[..., :4], offsets), {}, "must both be"),
         ((q[:, :3], k, v, offsets), {}, "multiple"),
         ((q, k.float(), v.float(), offsets), {}, "share dtype"),
         ((q, k, v, offsets.long()), {}, "int32"),
         ((q, k, v, offsets * 2), {}, "end at"),
-        ((q, k, v, offsets[:-1]), prefix, "equally many samples"),
+        ((q, k, v, offsets[:-1]), prefix, "same number of samples"),
         ((q, k, v, offsets.flip(0)), {}, "start at 0"),
         ((q[0], k, v, offsets), {}, "S, A, E"),
     ]
@@ -238,10 +242,10 @@ def test_bad_input_is_a_value_error():
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_rows_behind_the_last_sample_are_zeros(causal, monkeypatch):
-    """A packed tensor of fixed capacity: NaN behind the last sample changes nothing and gets gradient 0."""
+def test_rows_after_last_sample_are_zeros(causal, monkeypatch):
+    """NaN after the last sample of a fixed-capacity tensor has no effect and gradient 0."""
     arguments, prefix = inputs([5, 2, 3], [3, 0, 4])
-    wanted = value_and_gradients(arguments, prefix, causal=causal)
+    reference = value_and_gradients(arguments, prefix, causal=causal)
     extra = torch.full((3, 4, 8), float("nan"), dtype=torch.float64)
     q, k, v = (
         torch.cat((x.detach(), extra[:, : x.shape[1]])).requires_grad_() for x in arguments[:3]
@@ -249,22 +253,22 @@ def test_rows_behind_the_last_sample_are_zeros(causal, monkeypatch):
     wide = dict(prefix)
     for name in ("prefix_k", "prefix_v"):
         wide[name] = torch.cat((prefix[name].detach(), extra[:2, :2])).requires_grad_()
-    for body in ("sdpa", "reference"):
-        monkeypatch.setenv("IOMM_KERNELS", f"masked_attention:{body}")
+    for backend in ("sdpa", "reference"):
+        monkeypatch.setenv("IOMM_KERNELS", f"masked_attention:{backend}")
         out = masked_attention(q, k, v, arguments[3], **wide, causal=causal)
         weight = torch.randn(
-            wanted[0].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+            reference[0].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
         )
         gradients = torch.autograd.grad(
             (out[:10] * weight).sum() + out[10:].sum(), leaves((q, k, v), wide)
         )
-        for mine, own in zip([out, *gradients], wanted):
-            torch.testing.assert_close(mine[: len(own)], own, rtol=1e-12, atol=1e-12)
-            assert not mine[len(own) :].any()
+        for actual, expected in zip([out, *gradients], reference, strict=True):
+            torch.testing.assert_close(actual[: len(expected)], expected, rtol=1e-12, atol=1e-12)
+            assert not actual[len(expected) :].any()
 
 
 def attend_like_flash(q, k, v, offsets, key_offsets, max_queries, max_keys, causal, scale):
-    """What FlashAttention's varlen kernels compute: the causal mask is aligned at the last key of a sample."""
+    """Emulate FlashAttention's varlen kernels, which align the causal mask at the last key."""
     assert max_queries == offsets.diff().max() and max_keys == key_offsets.diff().max()
     out = []
     for b in range(len(offsets) - 1):
@@ -284,25 +288,25 @@ def attend_like_flash(q, k, v, offsets, key_offsets, max_queries, max_keys, caus
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("lengths", "prefix_lengths"), BATCHES)
-def test_keys_are_packed_as_the_varlen_libraries_want_them(lengths, prefix_lengths, causal):
+def test_varlen_key_packing_matches_reference(lengths, prefix_lengths, causal):
     for suffix in [True] if prefix_lengths is None else [True, False]:
         arguments, prefix = inputs(lengths, prefix_lengths, suffix=suffix)
         segments = [prefix.get(name) for name in ("prefix_k", "prefix_v", "prefix_offsets")]
         out = varlen._run(attend_like_flash, *arguments, *segments, causal, 0.4)
-        wanted = masked_attention_reference(*arguments, *segments, causal, 0.4)
+        reference = masked_attention_reference(*arguments, *segments, causal, 0.4)
         weight = torch.randn(
             out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
         )
-        some = leaves(arguments, prefix)
+        inputs_with_grad = leaves(arguments, prefix)
         gradients = [
-            torch.autograd.grad((x * weight).sum(), some, materialize_grads=True)
-            for x in (out, wanted)
+            torch.autograd.grad((x * weight).sum(), inputs_with_grad, materialize_grads=True)
+            for x in (out, reference)
         ]
-        for mine, specified in zip((out, *gradients[0]), (wanted, *gradients[1])):
-            torch.testing.assert_close(mine, specified, rtol=1e-12, atol=1e-12)
+        for actual, expected in zip((out, *gradients[0]), (reference, *gradients[1]), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
-# Triton. Lengths around the tile sizes; (lengths, prefix lengths, heads, head dim).
+# Triton batches with lengths around the tile sizes: (lengths, prefix lengths, heads, head dim).
 TRITON_BATCHES = [
     ([1, 63, 64], None, (2, 2), 32),
     ([65, 0, 1], [64, 3, 0], (4, 2), 32),
@@ -333,7 +337,7 @@ def check_triton(batch, causal, suffix):
 
 @needs_triton
 @pytest.mark.parametrize("batch", TRITON_BATCHES)
-def test_triton_values_and_every_gradient(batch):
+def test_triton_values_and_gradients_match(batch):
     check_triton(batch, True, True)
     check_triton(batch, False, batch[1] is None)
 
@@ -341,7 +345,7 @@ def test_triton_values_and_every_gradient(batch):
 @needs_triton
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", LONG_BATCHES)
-def test_triton_on_long_samples(batch):
+def test_triton_matches_on_long_samples(batch):
     for causal in (True, False):
         check_triton(batch, causal, True)
     if batch[1] is not None:
@@ -349,7 +353,7 @@ def test_triton_on_long_samples(batch):
 
 
 @needs_triton
-def test_triton_rows_behind_the_last_sample_are_zeros():
+def test_triton_rows_after_last_sample_are_zeros():
     arguments, prefix = inputs([5, 2], [3, 4], dim=32)
 
     def widened(x, rows):
@@ -372,24 +376,29 @@ def test_triton_rows_behind_the_last_sample_are_zeros():
 
 
 @needs_triton
-def test_triton_leaves_a_prefix_without_gradient_alone(monkeypatch):
+def test_triton_skips_prefix_without_requires_grad(monkeypatch):
     arguments, prefix = inputs([3, 2], [4, 1], dim=32)
     tensors = cast([*arguments, *(x.detach() for x in prefix.values())])
     out = run_triton(*tensors, causal=True)
-    asked, backward = [], fused._backward
-    monkeypatch.setattr(fused, "_backward", lambda *x: asked.append(backward(*x)) or asked[-1])
+    calls, backward = [], fused._backward
+
+    def recorded(*x):
+        calls.append(backward(*x))
+        return calls[-1]
+
+    monkeypatch.setattr(fused, "_backward", recorded)
     out.sum().backward()
-    assert [x.numel() for x in asked[0][3:]] == [0, 0] and asked[0][1].numel() > 0
+    assert [x.numel() for x in calls[0][3:]] == [0, 0] and calls[0][1].numel() > 0
     assert tensors[4].grad is None and tensors[0].grad.any()
 
 
 @needs_triton
-def test_triton_op_is_registered_soundly():
+def test_triton_op_passes_opcheck():
     for with_prefix, with_suffix in ((True, True), (True, False), (False, True)):
         arguments, prefix = inputs([3, 2], [4, 1], dim=32, suffix=with_suffix)
         tensors = cast([*arguments, *(prefix.values() if with_prefix else (None, None, None))])
         tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
-        # The long one once.
+        # The slow check runs for one case only.
         if with_prefix and with_suffix:
             tests.append("test_aot_dispatch_dynamic")
         torch.library.opcheck(
@@ -425,7 +434,7 @@ def test_triton_compiles_as_one_graph(monkeypatch):
 
 
 @needs_triton
-def test_triton_refuses_other_head_dims(monkeypatch):
+def test_triton_unsupported_head_dim_raises_value_error(monkeypatch):
     monkeypatch.setenv("IOMM_KERNELS", "masked_attention:triton")
     arguments, prefix = inputs([3, 2], None, dim=8)
     with pytest.raises(ValueError, match="head dims"):

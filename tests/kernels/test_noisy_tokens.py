@@ -1,4 +1,4 @@
-"""Noisy tokens and targets: the formula, the token order, the same noise on every body."""
+"""Tests of noisy_tokens: formula, token order, and equal noise on every backend."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def inputs(shape, dtype=torch.float32):
 
 
 def token_order(x, patch):
-    """ "c (h p) (w q) -> (h w) (c p q)", one value at a time."""
+    """Return the tokens of (C, H, W) one value at a time: "c (h p) (w q) -> (h w) (c p q)"."""
     channels, height, width = x.shape
     corners = [(h, w) for h in range(0, height, patch) for w in range(0, width, patch)]
     values = [(c, p, q) for c in range(channels) for p in range(patch) for q in range(patch)]
@@ -37,7 +37,7 @@ def token_order(x, patch):
 
 
 @pytest.mark.parametrize("shape", SHAPES[:5])
-def test_formula_in_float64(shape):
+def test_formula_matches_in_float64(shape):
     *shape, patch = shape
     x, t, n = inputs(shape, torch.float64)
     noisy, target = noisy_tokens(x, t, 9, n, patch)
@@ -53,18 +53,20 @@ def test_formula_in_float64(shape):
 @needs_cpp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_cpp_does_as_the_reference(shape, dtype):
+def test_cpp_matches_reference(shape, dtype):
     *shape, patch = shape
     x, t, n = inputs(shape, dtype)
-    for mine, specified in zip(
-        noisy_tokens(x, t, 2**63, n, patch), noisy_tokens_reference(x, t, 2**63, n, patch)
+    for actual, expected in zip(
+        noisy_tokens(x, t, 2**63, n, patch),
+        noisy_tokens_reference(x, t, 2**63, n, patch),
+        strict=True,
     ):
-        assert mine.dtype == dtype and mine.shape == specified.shape
-        # The noise may differ by 2 ulp of its 5.77 at most, the sum by a rounding.
-        torch.testing.assert_close(mine, specified, rtol=torch.finfo(dtype).eps, atol=1e-6)
+        assert actual.dtype == dtype and actual.shape == expected.shape
+        # The noise, at most 5.77, may differ by 2 ulp, and the sum by one rounding.
+        torch.testing.assert_close(actual, expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
-def test_time_one_is_noise_and_time_zero_the_latents():
+def test_time_one_gives_noise_and_time_zero_latents():
     x, _, n = inputs((2, 4, 4, 4))
     noisy, target = noisy_tokens(x, torch.tensor([0.0, 1.0]), 3, n)
     assert torch.equal(noisy[0], patch_tokens(x)[0])
@@ -73,28 +75,28 @@ def test_time_one_is_noise_and_time_zero_the_latents():
     assert torch.equal(target, z - patch_tokens(x))
 
 
-def test_a_sample_does_not_depend_on_its_batch():
+def test_sample_is_independent_of_batch():
     x, t, n = inputs((4, 3, 8, 8))
     whole = noisy_tokens(x, t, 3, n)
-    some = noisy_tokens(x[1:3], t[1:3], 3, n[1:3])
-    assert all(torch.equal(a[1:3], b) for a, b in zip(whole, some))
+    part = noisy_tokens(x[1:3], t[1:3], 3, n[1:3])
+    assert all(torch.equal(a[1:3], b) for a, b in zip(whole, part, strict=True))
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (0, 4, 4, 4, 2)])
-def test_unpatch_undoes_patch_tokens(shape):
+def test_unpatch_inverts_patch_tokens(shape):
     *shape, patch = shape
     x, _, _ = inputs(shape)
     tokens = patch_tokens(x, patch)
     assert all(torch.equal(tokens[b], token_order(x[b], patch)) for b in range(len(x)))
     assert torch.equal(unpatch(tokens, *shape[2:], patch), x)
-    # Not contiguous
+    # Non-contiguous tokens.
     assert torch.equal(
         unpatch(tokens.repeat(1, 1, 2)[..., : tokens.shape[2]], *shape[2:], patch), x
     )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_gradient_of_unpatch_is_the_packing(dtype):
+def test_unpatch_gradient_is_patch_tokens(dtype):
     tokens = torch.randn(2, 6, 12, dtype=dtype, requires_grad=True)
     weight = torch.randn(2, 3, 4, 6, dtype=dtype)
     (unpatch(tokens, 4, 6) * weight).sum().backward()
@@ -109,11 +111,13 @@ def test_unpatch_compiles_as_one_graph():
     assert torch.equal(compiled(tokens), unpatch(tokens, 4, 6))
 
 
-def test_takes_no_gradient_and_any_layout():
+def test_output_has_no_gradient_and_accepts_any_layout():
     x, t, n = inputs((2, 4, 6, 8))
     strided = x.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1).requires_grad_()
-    got, plain = noisy_tokens(strided, t, 1, n), noisy_tokens(x, t, 1, n)
-    assert all(torch.equal(a, b) and not a.requires_grad for a, b in zip(got, plain))
+    got, expected = noisy_tokens(strided, t, 1, n), noisy_tokens(x, t, 1, n)
+    assert all(
+        torch.equal(a, b) and not a.requires_grad for a, b in zip(got, expected, strict=True)
+    )
 
 
 @pytest.mark.parametrize(
@@ -126,7 +130,7 @@ def test_takes_no_gradient_and_any_layout():
         ((2, 3, 4, 4), 2, 0, "patches"),
     ],
 )
-def test_bad_input_is_a_value_error(shape, batch, patch, message):
+def test_bad_input_raises_value_error(shape, batch, patch, message):
     with pytest.raises(ValueError, match=message):
         noisy_tokens(torch.zeros(shape), torch.zeros(batch), 0, torch.arange(batch), patch)
 
@@ -140,13 +144,13 @@ def test_bad_input_is_a_value_error(shape, batch, patch, message):
         ((1, 4, 12), 3, 4),
     ],
 )
-def test_bad_tokens_are_a_value_error(shape, height, width):
+def test_unpatch_bad_tokens_raise_value_error(shape, height, width):
     with pytest.raises(ValueError, match="tokens"):
         unpatch(torch.zeros(shape), height, width)
 
 
 @needs_cpp
-def test_op_is_registered_soundly():
+def test_op_passes_opcheck():
     torch.library.opcheck(
         torch.ops.iomm.noisy_tokens.default, (*inputs((2, 4, 4, 4))[:2], 3, torch.arange(2), 2)
     )
@@ -155,4 +159,5 @@ def test_op_is_registered_soundly():
 def test_compiles_as_one_graph():
     x, t, n = inputs((2, 4, 4, 4))
     step = torch.compile(lambda x, t, n: noisy_tokens(x, t, 3, n), fullgraph=True, backend="eager")
-    assert all(torch.equal(a, b) for a, b in zip(step(x, t, n), noisy_tokens(x, t, 3, n)))
+    eager = noisy_tokens(x, t, 3, n)
+    assert all(torch.equal(a, b) for a, b in zip(step(x, t, n), eager, strict=True))

@@ -1,4 +1,4 @@
-"""norm_modulate: bodies against the specification, values and every gradient."""
+"""Tests of norm_modulate: backends against the specification, values and every gradient."""
 
 import pytest
 import torch
@@ -15,7 +15,10 @@ pytestmark = pytest.mark.usefixtures("poison")
 
 
 def inputs(batch, length, width, shift=True):
-    """X far from mean 0, and shift and scale as slices of one modulation, as the blocks have them."""
+    """Return x, shift and scale.
+
+    The mean of x is far from 0. Shift and scale are slices of one tensor, as in the blocks.
+    """
     random = torch.Generator().manual_seed(0)
     x = torch.randn(batch, length, width, generator=random, dtype=torch.float64) * 2 + 1
     modulation = torch.randn(batch, 2 * width, generator=random, dtype=torch.float64)
@@ -24,7 +27,7 @@ def inputs(batch, length, width, shift=True):
 
 
 @pytest.mark.parametrize("layer", [True, False])
-def test_gradcheck_and_pytorchs_formula(layer):
+def test_reference_passes_gradcheck_and_matches_torch(layer):
     tensors = inputs(2, 3, 5)
 
     def run(*x):
@@ -43,7 +46,7 @@ def test_gradcheck_and_pytorchs_formula(layer):
     )
 
 
-def test_a_row_is_normalised():
+def test_rows_are_normalised():
     x, *_ = inputs(2, 3, 64)
     zeros = torch.zeros(2, 64, dtype=torch.float64)
     out = norm_modulate(x, zeros, zeros)
@@ -53,7 +56,7 @@ def test_a_row_is_normalised():
 
 
 @pytest.mark.parametrize("change", ["shift", "scale", "dtype", "kind"])
-def test_bad_input_is_a_value_error(change):
+def test_bad_input_raises_value_error(change):
     x, shift, scale = inputs(2, 3, 8)
     with pytest.raises(ValueError, match="must"):
         norm_modulate(
@@ -67,7 +70,7 @@ def test_bad_input_is_a_value_error(change):
 @needs_triton
 @pytest.mark.parametrize("layer", [True, False])
 @pytest.mark.parametrize("shape", [(2, 1, 64), (2, 33, 96), (1, 5, 1536), (2, 0, 8)])
-def test_triton_values_and_every_gradient(shape, layer):
+def test_triton_values_and_gradients_match(shape, layer):
     for shift in (True, False):
         check_against(
             lambda *x: norm_modulate_triton(*x, layer, 1e-6),
@@ -77,7 +80,7 @@ def test_triton_values_and_every_gradient(shape, layer):
 
 
 @needs_triton
-def test_triton_op_is_registered_soundly():
+def test_triton_op_passes_opcheck():
     for shift in (True, False):
         torch.library.opcheck(
             torch.ops.iomm.norm_modulate.default, (*cast(inputs(2, 3, 8, shift)), True, 1e-6)
@@ -97,7 +100,7 @@ def test_triton_compiles_as_one_graph(monkeypatch):
     )
 
 
-def test_default_body_compiles_as_one_graph():
+def test_default_backend_compiles_as_one_graph():
     tensors = cast(inputs(2, 3, 8), torch.float32, "cpu")
 
     def step(*x):

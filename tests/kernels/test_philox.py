@@ -1,4 +1,4 @@
-"""The random numbers: known answers, the same on every body, and the distribution they claim."""
+"""Tests of philox: known answers, equal numbers on every backend, and their distribution."""
 
 import pytest
 import torch
@@ -13,7 +13,10 @@ SEEDS = [0, 1, 2**63 - 1, 2**63, 2**64 - 1]
 
 
 def ulps(a, b):
-    """Largest distance of two float32 tensors in units of the last place; signs may not differ except at zero."""
+    """Return the largest distance of two float32 tensors in units in the last place.
+
+    Signs may differ only at zero.
+    """
 
     def ordered(x):
         bits = x.contiguous().view(torch.int32).long()
@@ -28,7 +31,7 @@ def needs(device):
     )
 
 
-# The published vectors of philox4x32-10 (Random123)
+# The published test vectors of philox4x32-10 (Random123).
 @pytest.mark.parametrize(
     ("counter", "key", "words"),
     [
@@ -41,10 +44,10 @@ def needs(device):
         ),
     ],
 )
-def test_known_answers(counter, key, words, monkeypatch):
+def test_words_match_published_vectors(counter, key, words, monkeypatch):
     block, stream, low, high = counter
     n = (high << 32 | low) - (high >> 31 << 64)
-    # Which numbers the blocks: block 0 becomes `block`
+    # torch.arange numbers the blocks, so this turns block 0 into `block`.
     real = torch.arange
     monkeypatch.setattr(torch, "arange", lambda *args, **kwargs: real(*args, **kwargs) + block)
     got = philox_words(key[1] << 32 | key[0], stream, torch.tensor([n]), 1).flatten()
@@ -54,7 +57,7 @@ def test_known_answers(counter, key, words, monkeypatch):
 @needs("cpu")
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("count", [1, 3, 4, 255, 257, 1000])
-def test_uniform_is_bit_equal(seed, count):
+def test_uniform_matches_reference_bitwise(seed, count):
     got = uniform(seed, 3, SAMPLES, count)
     assert got.shape == (5, count) and got.min() >= 0 and got.max() < 1
     assert torch.equal(got, philox_reference("uniform", seed, 3, SAMPLES, count))
@@ -62,14 +65,14 @@ def test_uniform_is_bit_equal(seed, count):
 
 @needs("cpu")
 @pytest.mark.parametrize("seed", SEEDS)
-def test_normal_agrees_to_two_ulp(seed):
+def test_normal_matches_reference_to_two_ulp(seed):
     got = normal(seed, 2, SAMPLES, 20_001)
     assert ulps(got, philox_reference("normal", seed, 2, SAMPLES, 20_001)) <= 2
 
 
 @needs("cpu")
-def test_both_cpu_builds_draw_the_same_bits():
-    # One process loads one build, so the other one is asked by hand.
+def test_cpu_builds_draw_equal_bits():
+    # A process loads one build, so both are called directly here.
     import ctypes
 
     count, out = 4099, []
@@ -88,13 +91,13 @@ def test_both_cpu_builds_draw_the_same_bits():
     assert all(torch.equal(out[0], values) for values in out)
 
 
-def test_normal_at_the_corners_of_its_words():
+def test_normal_at_extreme_words():
     top, quarter = 0xFFFFFFFF, 1 << 30
     a = torch.tensor([0, top, top, 0x7FFFFFFF, 0x7FFFFFFF, 0x7FFFFFFF, 0x7FFFFFFF])
     b = torch.tensor([0, 0, top, 0, quarter, 2 * quarter, 3 * quarter])
     z = normal_from_words(torch.stack((a, b), -1))
     assert z.isfinite().all()
-    # The largest value there is.
+    # The largest possible value.
     assert z[0, 0].item() == pytest.approx(5.768, abs=1e-3)
     assert z[1].tolist() == [0, 0]
     r = z[3, 0].item()
@@ -102,23 +105,23 @@ def test_normal_at_the_corners_of_its_words():
     assert z[3:].tolist() == [[r, 0], [0, r], [-r, 0], [0, -r]]
 
 
-def test_a_sample_does_not_depend_on_its_batch_or_on_the_length():
+def test_sample_is_independent_of_batch_and_count():
     whole = normal(5, 2, torch.arange(10), 300)
     assert torch.equal(normal(5, 2, torch.tensor([7, 3]), 300), whole[[7, 3]])
     assert torch.equal(normal(5, 2, torch.arange(10), 77), whole[:, :77])
 
 
-def test_streams_seeds_and_samples_are_unrelated():
+def test_streams_seeds_and_samples_are_uncorrelated():
     n = torch.tensor([0, 1, 2**32])
     draws = torch.cat(
         [uniform(seed, stream, n, 10_000) for seed in (0, 2**32) for stream in (0, 1)]
     )
     correlation = torch.corrcoef(draws.double()) - torch.eye(12)
-    # Five standard deviations
+    # Five standard deviations.
     assert correlation.abs().max() < 0.05
 
 
-def test_moments():
+def test_moments_match_distribution():
     u, z = (
         uniform(1, 0, torch.arange(16), 65_536).double(),
         normal(1, 2, torch.arange(16), 65_536).double(),
@@ -128,7 +131,7 @@ def test_moments():
     assert abs((z**3).mean()) < 2e-2 and abs((z**4).mean() - 3) < 5e-2
 
 
-def test_empty_shapes():
+def test_empty_shapes_return_empty_tensors():
     assert uniform(1, 0, torch.arange(3), 0).shape == (3, 0)
     assert normal(1, 0, torch.arange(0), 5).shape == (0, 5)
 
@@ -143,17 +146,17 @@ def test_empty_shapes():
         (1, torch.zeros(1, 1, dtype=torch.int64)),
     ],
 )
-def test_bad_input_is_a_value_error(seed, n):
+def test_bad_input_raises_value_error(seed, n):
     with pytest.raises(ValueError, match="must be"):
         uniform(seed, 0, n, 4)
 
 
 @needs("cpu")
-def test_op_is_registered_soundly():
+def test_op_passes_opcheck():
     torch.library.opcheck(torch.ops.iomm.philox.default, ("normal", 3, 2, torch.arange(3), 10))
 
 
-def test_table_names_every_op_and_reason():
+def test_table_lists_every_op_with_reasons():
     rows = dispatch.table(torch.device("cpu"))
     assert [row[0] for row in rows] == dispatch.ops()
     for _, device, _, others in rows:
@@ -163,21 +166,21 @@ def test_table_names_every_op_and_reason():
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("philox", "op:body"),
+        ("philox", "op:backend"),
         ("nonsense:cpp", "unknown op 'nonsense'"),
-        ("philox:nonsense", "unknown body 'nonsense'"),
+        ("philox:nonsense", "unknown backend 'nonsense'"),
         ("philox:cuda", "cannot run on cpu"),
     ],
 )
-def test_a_wrong_override_is_an_error(value, message, monkeypatch):
+def test_invalid_override_raises_value_error(value, message, monkeypatch):
     monkeypatch.setenv("IOMM_KERNELS", value)
     with pytest.raises(ValueError, match=message):
         uniform(1, 0, torch.arange(2), 4)
 
 
-def test_override_forces_a_body(monkeypatch):
+def test_override_forces_backend(monkeypatch):
     monkeypatch.setenv("IOMM_KERNELS", "philox:reference")
     assert dispatch.pick("philox", torch.device("cpu")) is philox_reference
     row = next(row for row in dispatch.table() if row[0] == "philox")
     assert row[2] == "reference"
-    assert ("cuda", "for cuda only") in row[3]
+    assert ("cuda", "supports only cuda") in row[3]

@@ -1,4 +1,4 @@
-"""qk_norm_rope: bodies against the specification, values and every gradient, one stream and two."""
+"""Tests of qk_norm_rope: backends against the specification, with one and two streams."""
 
 import pytest
 import torch
@@ -15,7 +15,10 @@ pytestmark = pytest.mark.usefixtures("poison")
 
 
 def inputs(batch, length, heads, dim, parts=0, num_condition=0, weights=True):
-    """Arguments of a body without eps. parts: 3 and 2 give a condition of qkv or kv, 0 none."""
+    """Return the arguments of a backend without eps.
+
+    parts 3 and 2 add a condition of qkv or kv, 0 adds none.
+    """
     random = torch.Generator().manual_seed(0)
 
     def normal(*shape):
@@ -50,17 +53,17 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", [(1, 2, 1, 4), (2, 2, 1, 4, 3, 1), (1, 2, 2, 4, 2, 3)])
-def test_gradcheck_and_pytorchs_formula(case):
+def test_reference_passes_gradcheck_and_matches_torch(case):
     tensors = inputs(*case)
     tensors[3:5] = (x.detach() for x in tensors[3:5])
     assert torch.autograd.gradcheck(lambda *x: qk_norm_rope_reference(*x, 1e-6), tensors)
-    for mine, specified in zip(
-        qk_norm_rope_torch(*tensors, 1e-6), qk_norm_rope_reference(*tensors, 1e-6)
+    for actual, expected in zip(
+        qk_norm_rope_torch(*tensors, 1e-6), qk_norm_rope_reference(*tensors, 1e-6), strict=True
     ):
-        torch.testing.assert_close(mine, specified, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_formula_value_by_value():
+def test_formula_matches_value_by_value():
     qkv, q_weight, k_weight, cos, sin, condition, *condition_weights = inputs(2, 3, 2, 4, 3, 2)
     q, k, v = qk_norm_rope(
         qkv, q_weight, k_weight, cos, sin, condition=(condition, *condition_weights)
@@ -72,13 +75,13 @@ def test_formula_value_by_value():
     ):
         x = qkv[1, 2, part, 1]
         x = x / (x.square().mean() + 1e-6).sqrt() * weight
-        turned = [
+        rotated = [
             x[0] * cos[2, 0] - x[1] * sin[2, 0],
             x[0] * sin[2, 0] + x[1] * cos[2, 0],
             x[2] * cos[2, 1] - x[3] * sin[2, 1],
             x[2] * sin[2, 1] + x[3] * cos[2, 1],
         ]
-        torch.testing.assert_close(got[1, 4, 1], torch.stack(turned), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(got[1, 4, 1], torch.stack(rotated), rtol=1e-12, atol=1e-12)
         x = condition[0, 1, part, 0]
         torch.testing.assert_close(
             got[0, 1, 0],
@@ -88,7 +91,7 @@ def test_formula_value_by_value():
         )
 
 
-def test_bad_input_is_a_value_error():
+def test_bad_input_raises_value_error():
     qkv, q_weight, k_weight, cos, sin, condition, *weights = inputs(2, 3, 2, 4, 3, 2)
     for arguments, options in [
         ((qkv[:, :, :2], q_weight, k_weight, cos, sin), {}),
@@ -103,7 +106,7 @@ def test_bad_input_is_a_value_error():
 
 @needs_triton
 @pytest.mark.parametrize("case", CASES)
-def test_triton_values_and_every_gradient(case):
+def test_triton_values_and_gradients_match(case):
     check_against(
         lambda *x: qk_norm_rope_triton(*x, 1e-6),
         lambda *x: qk_norm_rope_reference(*x, 1e-6),
@@ -112,7 +115,7 @@ def test_triton_values_and_every_gradient(case):
 
 
 @needs_triton
-def test_triton_op_is_registered_soundly():
+def test_triton_op_passes_opcheck():
     for case in ((1, 2, 1, 16), (1, 2, 1, 16, 2, 1)):
         torch.library.opcheck(torch.ops.iomm.qk_norm_rope.default, (*cast(inputs(*case)), 1e-6))
 
@@ -130,7 +133,7 @@ def test_triton_compiles_as_one_graph(monkeypatch):
     )
 
 
-def test_default_body_compiles_as_one_graph():
+def test_default_backend_compiles_as_one_graph():
     tensors = cast(inputs(1, 3, 2, 16)[:5], torch.float32, "cpu")
 
     def step(*x):
@@ -142,6 +145,6 @@ def test_default_body_compiles_as_one_graph():
 
 
 @needs_triton
-def test_triton_refuses_other_head_dims():
+def test_triton_unsupported_head_dim_raises_value_error():
     with pytest.raises(ValueError, match="head dim"):
         qk_norm_rope_triton(*cast(inputs(1, 2, 1, 24)), 1e-6)

@@ -1,6 +1,8 @@
-"""Every Triton kernel with every tile it may get compiles for sm_80 and sm_90: no spills, tensor cores, and it fits.
+"""Tests that every Triton kernel compiles for sm_80 and sm_90 with every tile size.
 
-Compiled without a GPU. The default tile of every kernel at head dim 128 is a default test; the others are slow.
+Kernels must not spill, must use tensor cores, and must fit in shared memory. They are compiled
+without a GPU. The default tile of every kernel at head dim 128 is tested by default; the others
+are marked slow.
 """
 
 import importlib
@@ -12,7 +14,7 @@ from iomm.kernels.triton_ops import support as triton_support
 
 pytestmark = pytest.mark.skipif(
     triton_support.INTERPRETED or triton_support.why_not() is not None,
-    reason="the interpreter compiles nothing, and nor does a machine without Triton",
+    reason="needs Triton's compiler (not the interpreter)",
 )
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
@@ -20,7 +22,11 @@ TYPES = {"scale": "fp32", "scale_log2": "fp32", "eps": "fp32"}
 
 
 def argument_type(name, half="bf16"):
-    """Type by name: what counts is an int, sums are float32, offsets int32, every other pointer is half."""
+    """Return the type of an argument by its name.
+
+    Counts and strides are ints, sums are float32, offsets are int32, and every other pointer is
+    half.
+    """
     if name in TYPES:
         return TYPES[name]
     if name.startswith("num_") or name.endswith("_stride"):
@@ -35,11 +41,13 @@ def argument_type(name, half="bf16"):
 def check(kernel, constants, arch, warps, stages, products=False, half="bf16"):
     assert set(constants) <= set(kernel.arg_names), set(constants) - set(kernel.arg_names)
     types = {name: argument_type(name, half) for name in kernel.arg_names if name not in constants}
-    done = compile_for(kernel, types, constants, capability=arch, warps=warps, stages=stages)
-    assert done.stack_bytes == 0, f"spills {done.stack_bytes} bytes"
-    assert done.shared_bytes <= SHARED_LIMIT[arch], f"{done.shared_bytes} bytes of shared memory"
+    compiled = compile_for(kernel, types, constants, capability=arch, warps=warps, stages=stages)
+    assert compiled.stack_bytes == 0, f"spills {compiled.stack_bytes} bytes"
+    assert compiled.shared_bytes <= SHARED_LIMIT[arch], (
+        f"{compiled.shared_bytes} bytes of shared memory"
+    )
     if products:
-        assert ("wgmma.mma" if arch == 90 else "mma.sync") in done.ptx, "no tensor cores"
+        assert ("wgmma.mma" if arch == 90 else "mma.sync") in compiled.ptx, "no tensor cores"
 
 
 def attention_kernel(kind):
@@ -53,8 +61,8 @@ def attention_kernel(kind):
     }[kind]
 
 
-def attention_cases(first_only):
-    """(arch, kernel, head dim, index of the tile, variant) of everything that may be launched, or of defaults alone."""
+def attention_cases(default_only):
+    """Yield (arch, kernel, head dim, tile index, variant) of the default or all other cases."""
     if not triton_support.why_not():
         from iomm.kernels.triton_ops.tiles import CANDIDATES
 
@@ -66,8 +74,8 @@ def attention_cases(first_only):
             )
             for index in range(len(tiles)):
                 for variant in variants:
-                    usual = dim == 128 and index == 0 and variant == "causal"
-                    if usual == first_only:
+                    is_default = dim == 128 and index == 0 and variant == "causal"
+                    if is_default == default_only:
                         yield arch, kind, dim, index, variant
 
 
@@ -94,18 +102,21 @@ def check_attention(arch, kind, dim, index, variant):
 
 
 @pytest.mark.parametrize(("arch", "kind", "dim", "index", "variant"), list(attention_cases(True)))
-def test_attention(arch, kind, dim, index, variant):
+def test_attention_compiles_with_default_tile(arch, kind, dim, index, variant):
     check_attention(arch, kind, dim, index, variant)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("arch", "kind", "dim", "index", "variant"), list(attention_cases(False)))
-def test_attention_with_every_tile(arch, kind, dim, index, variant):
+def test_attention_compiles_with_every_tile(arch, kind, dim, index, variant):
     check_attention(arch, kind, dim, index, variant)
 
 
 def row_cases():
-    """(op, pass, arch, width or head dim, variant) of everything; bf16 at the first width is a default test."""
+    """Return (op, pass, arch, width or head dim, variant) of all cases.
+
+    bf16 at the first width is tested by default.
+    """
     return list(_row_cases())
 
 
@@ -121,7 +132,11 @@ def _row_cases():
 
 
 def check_rows(op, direction, arch, width, variant, half="bf16"):
-    """variant: norm_modulate by layer norm with a shift, not RMS; qk_norm_rope of latents, not of a kv condition."""
+    """Check one row kernel.
+
+    With `variant`, norm_modulate uses layer norm with a shift instead of RMS norm, and
+    qk_norm_rope handles latents instead of a kv condition.
+    """
     module = importlib.import_module(f"iomm.kernels.triton_ops.{op}")
     fused = importlib.import_module(f"iomm.kernels.{op}")
     kernel = getattr(module, f"{direction}_kernel")
@@ -158,12 +173,12 @@ def check_rows(op, direction, arch, width, variant, half="bf16"):
     ("op", "direction", "arch", "width", "variant"),
     [case for case in row_cases() if case[3] in (1536, 128) and case[4]],
 )
-def test_rows(op, direction, arch, width, variant):
+def test_row_kernels_compile_at_default_width(op, direction, arch, width, variant):
     check_rows(op, direction, arch, width, variant)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("half", ["bf16", "fp16"])
 @pytest.mark.parametrize(("op", "direction", "arch", "width", "variant"), row_cases())
-def test_rows_of_every_width(op, direction, arch, width, variant, half):
+def test_row_kernels_compile_at_every_width(op, direction, arch, width, variant, half):
     check_rows(op, direction, arch, width, variant, half)

@@ -1,4 +1,4 @@
-"""A small generator with every Triton body against the same one with PyTorch's: losses of some steps, and gradients."""
+"""Test of a small generator with Triton backends against PyTorch's: losses and gradients."""
 
 import torch
 from kernel_checks import DEVICE, HALF, needs_triton
@@ -12,8 +12,10 @@ CONFIG = GeneratorConfig(width=64, num_heads=2, num_blocks=2, token_dim=16, cond
 
 
 def train(num_steps=3):
-    """Losses of a few steps of SGD, and the last step's gradients: in the third step are the first ones of most weights that are not
-    zero, as the last layer and the gates start at zero.
+    """Return the losses of a few SGD steps and the gradients of the last step.
+
+    The last layer and the gates start at zero, so most weights get their first nonzero gradient
+    in the third step.
     """
     model = new_generator(CONFIG, 0).to(DEVICE, HALF)
     random = torch.Generator().manual_seed(0)
@@ -35,14 +37,14 @@ def train(num_steps=3):
 
 
 @needs_triton
-def test_triton_trains_as_pytorch_does(monkeypatch):
+def test_triton_training_matches_pytorch(monkeypatch):
     losses, gradients = train()
     monkeypatch.setenv("IOMM_KERNELS", ",".join(f"{op}:triton" for op in OPS))
-    got, mine = train()
+    triton_losses, triton_gradients = train()
     slack = 30 * torch.finfo(HALF).eps
-    assert max(abs(a - b) for a, b in zip(got, losses)) <= slack * losses[0]
+    assert max(abs(a - b) for a, b in zip(triton_losses, losses, strict=True)) <= slack * losses[0]
     assert losses[0] != losses[-1]
-    for own, other in zip(mine, gradients, strict=True):
-        assert (own - other).abs().max() <= slack * max(g.abs().max() for g in gradients)
+    for actual, expected in zip(triton_gradients, gradients, strict=True):
+        assert (actual - expected).abs().max() <= slack * max(g.abs().max() for g in gradients)
     again, _ = train()
-    assert got == again
+    assert triton_losses == again

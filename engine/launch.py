@@ -214,7 +214,7 @@ def run(config, args, ranks, watch):
     )
     saver = checkpoint_writer.Saver(
         Path(config.run.dir) / "checkpoints",
-        ranks.apart(),
+        ranks.with_own_group(),
         keep=config.checkpoint.keep,
         keep_every_steps=config.checkpoint.keep_every_steps,
         background=config.checkpoint.background,

@@ -15,14 +15,14 @@ from iomm.engine.parallel.cpu_ranks import free_port
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """This process among the others. `patient` is a gloo group that waits days: for work that only rank 0 does."""
+    """This process among the others. `control_group` is a gloo group that waits days: for work that only rank 0 does."""
 
     rank: int
     local_rank: int
     local_size: int
     size: int
     device: torch.device
-    patient: object
+    control_group: object
 
     @property
     def first(self):
@@ -36,7 +36,7 @@ class Ranks:
                 outcome[0] = work()
             except InputError as error:
                 outcome[1] = str(error)
-        dist.broadcast_object_list(outcome, src=0, group=self.patient)
+        dist.broadcast_object_list(outcome, src=0, group=self.control_group)
         if outcome[1] is not None:
             raise InputError(outcome[1])
         return outcome[0]
@@ -44,12 +44,12 @@ class Ranks:
     def all(self, value):
         """[value of rank 0, value of rank 1, ...], small Python objects, on every rank."""
         values = [None] * self.size
-        dist.all_gather_object(values, value, group=self.patient)
+        dist.all_gather_object(values, value, group=self.control_group)
         return values
 
-    def apart(self):
+    def with_own_group(self):
         """The same ranks in a group of their own, for a thread whose collectives must not meet those of the others."""
-        return replace(self, patient=dist.new_group(backend="gloo", timeout=timedelta(days=7)))
+        return replace(self, control_group=dist.new_group(backend="gloo", timeout=timedelta(days=7)))
 
 
 def take_device(local_rank=None):
@@ -111,7 +111,7 @@ def start(timeout_s, local_rank=None):
         local_size=int(
             os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
         ),
-        patient=dist.new_group(backend="gloo", timeout=timedelta(days=7)),
+        control_group=dist.new_group(backend="gloo", timeout=timedelta(days=7)),
     )
 
 

@@ -112,14 +112,14 @@ class Sharded:
         return int(state["step"]) if state else 0
 
     @torch.no_grad()
-    def restored(self, optimizer_step):
+    def finish_restore(self, optimizer_step):
         """Call after the slots' tensors were overwritten: hands the masters to the working copies."""
         for flat in self.masters:
             self.optimizer.state[flat]["step"].fill_(optimizer_step)
         self.layout.refresh()
 
     @contextmanager
-    def showing(self, flats):
+    def with_weights(self, flats):
         """The module, for forward passes without gradient between two steps, on all ranks alike. Its weights are `flats`
         (shaped like the masters), or the masters where there are none; afterwards all is as it was, to the bit.
         """

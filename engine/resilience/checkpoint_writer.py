@@ -46,7 +46,7 @@ DTYPES = {
 class Saver:
     """Writes the checkpoints of one run, all ranks together. save() copies and returns; a thread writes, reads back, commits.
 
-    `ranks` must have a process group of its own (Ranks.apart): its collectives meet those of training otherwise. A save
+    `ranks` must have a process group of its own (Ranks.with_own_group): its collectives meet those of training otherwise. A save
     that fails (disk full, say) leaves the older checkpoints alone, prints one line on rank 0, and training goes on.
     """
 

@@ -83,7 +83,7 @@ class Linear:
     def slots(self):
         return {"master": self.masters, **self.moments}
 
-    def restored(self, optimizer_step):
+    def finish_restore(self, optimizer_step):
         self.optimizer_step = optimizer_step
 
     def set_lr(self, lr):
@@ -286,7 +286,7 @@ def work(rank, size, run_dir, rendezvous, overrides, options, parent):
         local_size=size,
         size=size,
         device=torch.device("cpu"),
-        patient=dist.new_group(backend="gloo"),
+        control_group=dist.new_group(backend="gloo"),
     )
     config = parse(
         "",
@@ -354,7 +354,7 @@ def work(rank, size, run_dir, rendezvous, overrides, options, parent):
             source.start_step = state.step
             saver = checkpoint_writer.Saver(
                 run_dir / "checkpoints",
-                ranks.apart(),
+                ranks.with_own_group(),
                 keep=config.checkpoint.keep,
                 keep_every_steps=config.checkpoint.keep_every_steps,
                 background=config.checkpoint.background,

@@ -1,9 +1,9 @@
 """Ranks on a CPU that rank 0 starts itself (train.cpu_ranks).
 
-Used when DeepSpeed's launcher or the user started only one process.
-With the demo config, two ranks of one thread train 1.6 times as fast as one rank of two threads,
-because the two threads wait for each other after every small matrix product. launch.py imports this
-module before torch, so it must not load torch.
+Used when DeepSpeed's launcher or the user started only one process. With the demo config, two ranks
+of one thread train 1.6 times as fast as one rank of two threads, because the two threads wait for
+each other after every small matrix product. launch.py imports this module before torch, so it must
+not load torch.
 """
 
 from __future__ import annotations

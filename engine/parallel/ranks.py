@@ -97,9 +97,8 @@ def take_device(local_rank: int | None = None) -> tuple[int, torch.device]:
 def start(timeout_s: float, local_rank: int | None = None) -> Ranks:
     """Join the other ranks and return this process's Ranks.
 
-    The backend is NCCL with a GPU and gloo without.
-    A collective that takes longer than timeout_s ends the run with an error instead of blocking
-    forever.
+    The backend is NCCL with a GPU and gloo without. A collective that takes longer than timeout_s
+    ends the run with an error instead of blocking forever.
     """
     import deepspeed
     from deepspeed.runtime import bf16_optimizer

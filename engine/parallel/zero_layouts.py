@@ -70,7 +70,7 @@ class Stage3:
         persistent = self.optimizer.persistent_parameters
         if persistent:
             persistent[0].all_gather(persistent)
-        # DeepSpeed gathers on a stream of its own, without synchronization.
+        # DeepSpeed gathers on a separate stream and does not synchronize it.
         if self.masters[0].is_cuda:
             torch.cuda.current_stream().synchronize()
 

@@ -1,7 +1,7 @@
 """Fault trials of checkpoints.
 
-Processes die at their k-th file operation, files are damaged, and removals fail.
-Ranks are threads, or two processes that communicate over a pipe.
+Processes die at their k-th file operation, files are damaged, and removals fail. Ranks are threads,
+or two processes that communicate over a pipe.
 """
 
 import errno

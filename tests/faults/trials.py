@@ -377,8 +377,8 @@ PLACES = ("forward", "backward", "step", "load", "save")
 def deaths(folder, num_trials, seed=0):
     """SIGKILL one rank in each part of a step, in a load or in a save.
 
-    The parts are the forward pass, the backward pass and the optimizer's step.
-    Measures how long the other rank takes to exit, and a new start to its first step.
+    The parts are the forward pass, the backward pass and the optimizer's step. Measures how long
+    the other rank takes to exit, and a new start to its first step.
     """
     rng, leaving, starting, named = random.Random(seed), [], [], 0
     for trial in range(num_trials):

@@ -214,7 +214,7 @@ def run(config, args, ranks, watch):
     )
     saver = checkpoint_writer.Saver(
         Path(config.run.dir) / "checkpoints",
-        ranks.apart(),
+        ranks.with_own_group(),
         keep=config.checkpoint.keep,
         keep_every_steps=config.checkpoint.keep_every_steps,
         background=config.checkpoint.background,
@@ -305,7 +305,7 @@ def build(config, ranks, folder=None, say=print):
     state = run_state.State(
         sharded,
         Ema(sharded.masters, config.ema.decay),
-        make_guard(config, say),
+        make_guard(config),
         skips,
         ranks,
         ranks.on_first(lambda: builders.data_facts(source.shards)),
@@ -324,10 +324,8 @@ def start_from(config, model, ranks):
     return f"starts from the {config.run.init_weights if averaged else 'raw'} weights of {folder}"
 
 
-def make_guard(config, say):
-    return LossGuard(
-        config.guard.max_skips, config.guard.spike_sigmas, config.guard.skip_spikes, say
-    )
+def make_guard(config):
+    return LossGuard(config.guard.max_skips, config.guard.spike_sigmas, config.guard.skip_spikes)
 
 
 def open_run_dir(config, args):
@@ -347,7 +345,7 @@ def open_run_dir(config, args):
         )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        checkpoint_writer.take(run_dir)
+        checkpoint_writer.lock_run_dir(run_dir)
     except OSError as error:
         raise InputError(f"run.dir {run_dir} cannot be written: {error.strerror}") from error
 

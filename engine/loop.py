@@ -73,7 +73,7 @@ def train(state, source, config, saver, watch, metrics=None, window=None, evalua
     start, asked = state.step, False
     with Stop() as stop, nullcontext() if metrics is None else metrics.clock:
         while state.step < config.train.steps and not asked:
-            watch.beat(state.step + 1)
+            watch.heartbeat(state.step + 1)
             lr = learning_rate(state.step, config.optim, config.train.steps)
             sharded.set_lr(lr)
             if window is not None:
@@ -90,7 +90,7 @@ def train(state, source, config, saver, watch, metrics=None, window=None, evalua
                     loss[None] / ranks.size,
                     by_time.flatten(),
                     aligned,
-                    loss.new_tensor([len(failures), stop.asked]),
+                    loss.new_tensor([len(failures), stop.requested]),
                 )
             )
             # One message: losses, sums and counts by time, replaced samples, stop.
@@ -104,7 +104,7 @@ def train(state, source, config, saver, watch, metrics=None, window=None, evalua
             try:
                 if lost:
                     state.skips.saw(lost, state.step * batch)
-                guard.saw(state.step, loss, words, applied)
+                guard.record(state.step, loss, words, applied)
             except InputError as error:
                 # on all ranks alike
                 # Weights have learnt from black.
@@ -132,13 +132,13 @@ def train(state, source, config, saver, watch, metrics=None, window=None, evalua
                 or state.step % config.checkpoint.every_steps == 0
                 or state.step == config.train.steps
             ):
-                if any(ranks.all(saver.waits)):
+                if any(ranks.all(saver.would_block)):
                     # A disk may take longer than a step.
-                    watch.rest()
+                    watch.pause()
                 with named("checkpoint"):
                     save(state, config, saver)
             if mistake:
-                watch.rest()
+                watch.pause()
                 saver.wait()
                 raise mistake
             evaluated = {}
@@ -154,7 +154,7 @@ def train(state, source, config, saver, watch, metrics=None, window=None, evalua
             bar.update()
             if window is not None:
                 window.after(state.step)
-        watch.rest()
+        watch.pause()
         folder = saver.wait()
     bar.close()
     if folder is None and state.step > start:
@@ -167,7 +167,7 @@ def train(state, source, config, saver, watch, metrics=None, window=None, evalua
 def evaluate(state, evaluation, saver, watch):
     """What it finds. It comes after the save of its step, and what fails in it (memory, say) does not cost that save."""
     # It may take longer than a step.
-    watch.rest()
+    watch.pause()
     try:
         with named_whole("evaluation"):
             return evaluation(state)

@@ -79,7 +79,7 @@ def restore(state, folder):
                 slot, name, state.sharded.places[name].start, len(piece), first=state.ranks.rank
             )
         )
-    state.sharded.restored(reader.manifest["optimizer_step"])
+    state.sharded.finish_restore(reader.manifest["optimizer_step"])
     state.step, state.gpu_hours = reader.manifest["step"], reader.manifest["gpu_hours"]
     state.guard.restore(reader.manifest["guard"])
     state.skips.restore(reader.manifest["skipped_samples"])

@@ -70,7 +70,7 @@ def test_a_pickle_with_a_right_hash(payload, tmp_path):
             }
         )
     )
-    with pytest.raises(InputError, match="is not safetensors"):
+    with pytest.raises(InputError, match="is not a safetensors file"):
         checkpoint_reader.Reader(folder).full("master", "w")
 
 

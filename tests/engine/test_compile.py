@@ -155,7 +155,7 @@ def test_zero_3_keeps_no_gathered_weight_of_a_compiled_block_for_its_backward_pa
 ):
     """Without DeepSpeed's own linear, as on a GPU. Eager blocks keep every one, by which the test is known to see them."""
     (tmp_path / "kept.py").write_text(KEPT)
-    with open(tmp_path / "said.txt", "w") as said:
+    with open(tmp_path / "said.txt", "w") as output:
         codes = finish(
             start_ranks(
                 2,
@@ -170,7 +170,7 @@ def test_zero_3_keeps_no_gathered_weight_of_a_compiled_block_for_its_backward_pa
                 "train.global_batch=4",
                 "train.steps=2",
                 f"train.compile={str(compiled).lower()}",
-                said=said,
+                output=output,
             )
         )
     assert not any(codes), (tmp_path / "said.txt").read_text()[-4000:]

@@ -53,7 +53,7 @@ def open_pipeline(
     return Pipeline(model, config.data.size_px, origin=origin), config
 
 
-def draw_run(
+def sample_run(
     run_dir: str | Path,
     *,
     num: int = 16,

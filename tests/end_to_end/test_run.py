@@ -623,7 +623,7 @@ def test_a_run_is_complete_whatever_becomes_of_its_pictures(
     def fails(*_, **__):
         raise torch.OutOfMemoryError("no room\nfor pictures")
 
-    monkeypatch.setattr(launch_module, "draw_run", fails)
+    monkeypatch.setattr(launch_module, "sample_run", fails)
     config = parse(
         "", overrides=[f"run.dir={tmp_path}", f"optim.schedule={schedule}", "train.steps=10"]
     )

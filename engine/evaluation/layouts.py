@@ -171,7 +171,7 @@ order, which mixes up their scores. Category scores use only the last of the fou
 60), and the first question of the csv is skipped (issue 61). Published scores have both defects
 too. A picture that is missing or fails is left out of the mean, with one line of output.""",
     "wise verified": """\
-in a checkout of github.com/PKU-YuanGroup/WISE, with vLLM serving the judge model:
+in a checkout of github.com/PKU-YuanGroup/WISE, with vLLM serving the grading model:
   IMAGE_DIR={out} VLLM_API_BASE=http://127.0.0.1:8000/v1 JUDGE_MODEL=Qwen3.5-35B-A3B \\
     bash eval_qwen.sh
 Protocol: verified."""

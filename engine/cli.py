@@ -215,10 +215,10 @@ def cache(args):
 
 
 def sample(args):
-    from iomm.engine.evaluation.sample import draw_run
+    from iomm.engine.evaluation.sample import sample_run
 
     print(
-        draw_run(
+        sample_run(
             args.run, num=args.num, prompts=args.prompt, singles=True, **drawing_settings(args)
         )
     )

@@ -31,7 +31,7 @@ from iomm.engine.config import differences, flat, load_config
 from iomm.engine.data.atomic import whole_file
 from iomm.engine.data.bad_samples import BadSamples
 from iomm.engine.evaluation.heldout import Evaluation, load_hook
-from iomm.engine.evaluation.sample import draw_run
+from iomm.engine.evaluation.sample import sample_run
 from iomm.engine.evaluation.shapes_grades import grade_run
 from iomm.engine.observe.doctor import write_machine
 from iomm.engine.observe.metrics import Metrics, check_wandb
@@ -387,7 +387,7 @@ def finish(config, args, metrics, saver, ranks):
     run_dir = config.run.dir
     try:
         if config.log.sample_images:
-            path = draw_run(
+            path = sample_run(
                 run_dir,
                 num=config.log.sample_images,
                 steps=config.log.sample_steps,

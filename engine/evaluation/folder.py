@@ -1,13 +1,17 @@
-"""The folder of one benchmark: drawn, resumed and checked. What lies where says layouts.py.
+"""Fill, resume and check the folder of one benchmark. The layouts are in layouts.py.
 
-A picture's noise belongs to (seed, prompt id, image index), so the folder is the same from any number of GPUs, in any
-batch, to the rounding of a matrix product; and each PNG carries what it was drawn with, so that nothing mixes two runs.
+The noise of a picture belongs to (seed, prompt id, image index). The folder is therefore the same
+from any number of GPUs and any batch size, up to the rounding of a matrix product. Each PNG records
+its settings, and files of two runs are never mixed in one folder.
 """
 
 import hashlib
 from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any, TypeVar
 
 from PIL import Image
 from tqdm import tqdm
@@ -17,190 +21,265 @@ from iomm.engine import builders
 from iomm.engine.config import positive
 from iomm.engine.data.atomic import whole_file
 from iomm.engine.evaluation import sample
-from iomm.engine.evaluation.layouts import LAYOUTS, next_step, read_items
-from iomm.pipeline import height_width, image_grid
+from iomm.engine.evaluation.layouts import LAYOUTS, Item, Layout, next_step, read_items
+from iomm.pipeline import Pipeline, height_width, image_grid
 
-# Faults of a kind that are named; the others are counted.
-NAMED = 10
+# Number of faults of each kind that are listed. The others are only counted.
+NUM_LISTED = 10
+
+T = TypeVar("T", bound=Hashable)
 
 
 def evaluate(
-    bench,
+    bench: str,
     *,
-    prompts,
-    out,
-    run=None,
-    root=None,
-    num=None,
-    size=None,
-    steps=20,
-    seed=0,
-    guidance=4.0,
-    shift=1.0,
-    weights="ema",
-    batch=16,
-    compiled=False,
-    rank=None,
-    num_ranks=None,
-    check_only=False,
-):
-    """Draws what is not there yet, this rank's share of it, then checks -> exit code: 0 complete, 1 not. Prints.
+    prompts: Sequence[str],
+    out: str | Path,
+    run: str | Path | None = None,
+    root: str | None = None,
+    num: int | None = None,
+    size: tuple[int, int] | None = None,
+    steps: int = 20,
+    seed: int = 0,
+    guidance: float = 4.0,
+    shift: float | str = 1.0,
+    weights: str = "ema",
+    batch: int = 16,
+    compiled: bool = False,
+    rank: int | None = None,
+    num_ranks: int | None = None,
+    check_only: bool = False,
+) -> int:
+    """Sample this rank's missing files of a benchmark, check the folder, and print the result.
 
-    size: (height, width), default the run's own. Ranks need no connection: each draws and checks its share of the
-    prompts. An intact PNG of the same settings stays; one of other settings is an InputError, a damaged one is drawn anew.
+    Ranks need no connection: each samples and checks its share of the prompts. An intact PNG with
+    the same settings is kept, and a damaged one is sampled again.
+
+    Args:
+        bench: name of the benchmark, a key of LAYOUTS.
+        prompts: prompt files.
+        out: folder to fill or check.
+        run: folder of a run, or an exported one. Not needed with check_only.
+        root: folder of the pictures to edit, for imgedit.
+        num: images per prompt, by default the benchmark's.
+        size: (height, width) in pixels, by default the run's.
+        steps: sampler steps.
+        seed: seed of the noise.
+        guidance: classifier-free guidance, 1 for none.
+        shift: time shift of the sampler, see the pipeline.
+        weights: "ema" or "raw".
+        batch: images sampled at once.
+        compiled: use torch.compile.
+        rank: number of this process, by default from the environment, as torchrun sets it.
+        num_ranks: number of processes, by default from the environment.
+        check_only: check the folder without sampling.
+
+    Returns:
+        The exit code: 0 if this rank's share is complete, 1 otherwise.
+
+    Raises:
+        InputError: for invalid settings or prompt files, or if the folder holds other files or PNGs
+            with other settings.
     """
     layout, out = LAYOUTS[bench], Path(out).resolve()
     num = layout.num_images if num is None else num
-    positive("--num", num), positive("--steps", steps), positive("--batch", batch)
+    positive("--num", num)
+    positive("--steps", steps)
+    positive("--batch", batch)
     if num != layout.num_images and bench != "geneval":
-        raise InputError(f"--num: {bench} has {layout.num_images} images a prompt")
+        raise InputError(f"--num: {bench} requires {layout.num_images} image(s) per prompt")
     if bench == "imgedit" and root is None and not check_only:
         raise InputError("imgedit needs --origin-img-root, the folder of the pictures to edit")
     items, name = read_items(layout, prompts, None if check_only else root)
-    own, whose = items, ""
+    own, share = items, ""
     if not check_only:
         if run is None:
             raise InputError(
-                "--run is missing: a run's folder or an exported one; or --check to look at a folder alone"
+                "--run is missing: give the folder of a run or an exported one, "
+                "or --check to check the folder without sampling"
             )
         rank, num_ranks, device = builders.share(rank, num_ranks)
-        own, whose = (
-            items[rank::num_ranks],
-            f"rank {rank} of {num_ranks}: its share of " if num_ranks > 1 else "",
-        )
+        own = items[rank::num_ranks]
+        if num_ranks > 1:
+            share = f"rank {rank} of {num_ranks}, {len(own)} of "
         pipe, _ = sample.open_pipeline(run, weights=weights, device=device)
         pipe.batch, size = batch, height_width(size or pipe.size_px)
         # Raises if the size does not divide.
         pipe.model.frozen[1].grid(*size)
         if bench == "dpg" and size[0] != size[1]:
             raise InputError(
-                f"dpg cuts its grids into squares: --size must be one, got {sample.size_text(size)}"
+                "dpg cuts its grids into squares, so --size must be a square, "
+                f"got {sample.size_text(size)}"
             )
-        if extra := strangers(layout, items, num, out):
+        if extra := unexpected_files(layout, items, num, out):
             raise InputError(
-                f"--out {out} holds what does not belong to {bench}, {extra[0]} first: remove it, or choose another"
+                f"--out {out} contains files that do not belong to {bench}, "
+                f"the first is {extra[0]}. Remove them, or choose another folder."
             )
         settings = dict(steps=steps, seed=seed, guidance=guidance, shift=shift)
-        facts = {"benchmark": name, **sample.drawing_facts(pipe, size, **settings)}
-        draw_share(
+        metadata = {"benchmark": name, **sample.sampling_metadata(pipe, size, **settings)}
+        sample_files(
             pipe.compile() if compiled else pipe,
             layout,
             own,
             num,
             out,
             out.with_name(f".{out.name}.rank-{rank}"),
-            facts,
+            metadata,
             dict(size=size, **settings),
             quiet=rank > 0,
         )
     faults, size = check(layout, items, num, out, own=own, size=size)
     for kind, found in faults.items():
-        for line in found[:NAMED] + (
-            [f"and {len(found) - NAMED} more"] if len(found) > NAMED else []
-        ):
+        for line in found[:NUM_LISTED]:
             print(f"{kind}: {line}")
-    print(
-        f"{whose}{len(items)} prompts of {name} in {out}: "
-        + (
-            ", ".join(f"{len(found)} files {kind}" for kind, found in faults.items() if found)
-            or "complete"
-        )
-    )
+        if len(found) > NUM_LISTED:
+            print(f"{kind}: and {len(found) - NUM_LISTED} more")
+    counts = ", ".join(f"{len(found)} files {kind}" for kind, found in faults.items() if found)
+    print(f"{share}{len(items)} prompts of {name} in {out}: {counts or 'complete'}")
     if any(faults.values()):
         return 1
     if len(items) != layout.num_prompts:
         print(
-            f"the benchmark has {layout.num_prompts} prompts: scores of {len(items)} are not its scores"
+            f"the benchmark has {layout.num_prompts} prompts, "
+            f"so scores of these {len(items)} are not comparable with published ones"
         )
-    if others := sum(
-        not (out / path).exists() for item in items for path in layout.pictures(item, num)
-    ):
+    paths = [out / path for item in items for path in layout.pictures(item, num)]
+    if remaining := sum(not path.exists() for path in paths):
         print(
-            f"{others} files of other ranks are still to come; when all ranks are done, look with --check"
+            f"{remaining} files of other ranks are still missing. "
+            "Run again with --check when all ranks have finished."
         )
     else:
         print(next_step(name, out, size[0], prompts, root))
     return 0
 
 
-def draw_share(pipe, layout, items, num, out, partial, facts, settings, quiet):
-    """Draws the missing files of these items. Each is written under the name `partial` beside the folder and renamed into it:
-    a grader never sees half a file, nor a name that is not its own.
+def sample_files(
+    pipe: Pipeline,
+    layout: Layout,
+    items: Sequence[Item],
+    num: int,
+    out: Path,
+    partial: Path,
+    metadata: dict[str, Any],
+    settings: dict[str, Any],
+    quiet: bool,
+) -> None:
+    """Sample the missing files of these items.
+
+    Each file is written as `partial`, next to the folder, and then renamed. A grader therefore
+    never sees an incomplete file or an unexpected name.
+
+    Args:
+        pipe: the pipeline.
+        layout: the benchmark.
+        items: prompts of this rank.
+        num: images per prompt.
+        out: folder of the benchmark.
+        partial: path of this rank's temporary file.
+        metadata: text chunks of every PNG, without item and prompt.
+        settings: keyword arguments of the pipeline.
+        quiet: do not show a progress bar.
     """
     todo = []
     for item in items:
         for name, data in item.files:
             if not (out / name).is_file() or (out / name).read_bytes() != data:
-                place(partial, out / name, lambda: partial.write_bytes(data))
+                with renamed_to(out / name, partial):
+                    partial.write_bytes(data)
         for name, indices in layout.pictures(item, num).items():
-            if not kept(out / name, {**facts, "item": item.id, "prompt": item.prompt}):
+            if not is_current(out / name, {**metadata, "item": item.id, "prompt": item.prompt}):
                 todo.append((item, name, indices))
-    together = max(1, pipe.batch // max((len(indices) for _, _, indices in todo), default=1))
+    files_per_batch = max(1, pipe.batch // max((len(indices) for _, _, indices in todo), default=1))
     with tqdm(
         total=len(todo), unit="file", desc="evaluate", disable=True if quiet or not todo else None
     ) as bar:
-        for start in range(0, len(todo), together):
-            part = todo[start : start + together]
+        for start in range(0, len(todo), files_per_batch):
+            part = todo[start : start + files_per_batch]
             wanted = [(item, k) for item, _, indices in part for k in indices]
-            texts, numbers = (
-                [item.prompt for item, _ in wanted],
-                [image_number(item.id, k) for item, k in wanted],
-            )
+            texts = [item.prompt for item, _ in wanted]
+            numbers = [image_number(item.id, k) for item, k in wanted]
             if wanted[0][0].image is None:
                 images = pipe(texts, numbers=numbers, **settings)
             else:
-                images = pipe.edit(
-                    [sample.open_image(item.image) for item, _ in wanted],
-                    texts,
-                    numbers=numbers,
-                    **settings,
-                )
+                sources = [sample.open_image(item.image) for item, _ in wanted]
+                images = pipe.edit(sources, texts, numbers=numbers, **settings)
             for item, name, indices in part:
                 own, images = images[: len(indices)], images[len(indices) :]
                 picture = own[0] if len(own) == 1 else image_grid(own, 2, pad_px=0)
-                text = {**facts, "item": item.id, "prompt": item.prompt}
-                place(partial, out / name, lambda: sample.save_png(picture, partial, text))
+                text = {**metadata, "item": item.id, "prompt": item.prompt}
+                with renamed_to(out / name, partial):
+                    sample.save_png(picture, partial, text)
             bar.update(len(part))
-    # What a killed run left.
+    # An interrupted run may have left one.
     partial.unlink(missing_ok=True)
 
 
-def place(partial, path, write):
-    """Has `partial` written and gives it its name. Raises InputError."""
+@contextmanager
+def renamed_to(path: Path, partial: Path) -> Iterator[None]:
+    """Rename `partial`, which the `with` block writes, to `path`. Raises InputError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path, partial=partial):
-            write()
+            yield
     except OSError as error:
         raise InputError(f"--out: {path} cannot be written: {error}") from error
 
 
-def image_number(item_id, index):
-    """Number of an image, whose noise is that of (seed, number): 63 bits of SHA-256 of "<prompt id>/<index>"."""
+def image_number(item_id: str, index: int) -> int:
+    """Return the number of an image, which together with the seed determines its noise.
+
+    It is 63 bits of the SHA-256 of "<prompt id>/<index>".
+    """
     return int.from_bytes(hashlib.sha256(f"{item_id}/{index}".encode()).digest()[:8], "big") >> 1
 
 
-def kept(path, facts):
-    """Whether a picture is there, intact and drawn like this. Raises InputError if it is of something else."""
+def is_current(path: Path, metadata: dict[str, Any]) -> bool:
+    """Return whether a picture exists, is intact, and was sampled with these settings.
+
+    Raises:
+        InputError: if it is intact but was sampled with other settings.
+    """
     if not path.is_file():
         return False
     try:
-        _, text = look(path)
+        _, text = read_png(path)
     except ValueError:
         return False
-    other = differences(text, {key: str(value) for key, value in facts.items()})
+    other = differences(text, {key: str(value) for key, value in metadata.items()})
     if other:
         raise InputError(
-            f"{path} was drawn otherwise ({other}): choose another --out, or remove what is there"
+            f"{path} was sampled with other settings ({other}). "
+            "Choose another --out, or remove the existing files."
         )
     return True
 
 
-def check(layout, items, num, out, *, own, size=None):
-    """-> ({"missing": [...], "extra": [...], "malformed": [...]}, (height, width) of one image).
+def check(
+    layout: Layout,
+    items: Sequence[Item],
+    num: int,
+    out: Path,
+    *,
+    own: Sequence[Item],
+    size: tuple[int, int] | None = None,
+) -> tuple[dict[str, list[str]], tuple[int, int] | None]:
+    """Check the folder of a benchmark.
 
-    Files of the items `own` are read, and what is in the folder is held against all items. size: of one image; unknown, it
-    is that of most pictures. All must be of one set of settings and of their own prompt, where they say it.
+    All pictures must have the same settings and their own prompt, as far as their text chunks
+    record these.
+
+    Args:
+        layout: the benchmark.
+        items: all prompts. Files that belong to none of them are extra.
+        num: images per prompt.
+        out: folder of the benchmark.
+        own: the prompts whose files are read.
+        size: (height, width) of one image, by default that of most pictures.
+
+    Returns:
+        {"missing": [...], "extra": [...], "malformed": [...]} and the size of one image.
     """
     missing, malformed, seen = [], [], {}
     for item in own:
@@ -208,45 +287,39 @@ def check(layout, items, num, out, *, own, size=None):
             if not (out / name).is_file():
                 missing.append(name)
             elif (out / name).read_bytes() != data:
-                malformed.append(f"{name}: not the line of the prompt file")
+                malformed.append(f"{name}: differs from the line of the prompt file")
         for name, indices in layout.pictures(item, num).items():
             if not (out / name).is_file():
                 missing.append(name)
                 continue
             try:
-                (width, height), text = look(out / name)
+                (width, height), text = read_png(out / name)
             except ValueError as error:
                 malformed.append(f"{name}: {error}")
                 continue
-            if (
-                text.pop("prompt", item.prompt) != item.prompt
-                or text.pop("item", item.id) != item.id
-            ):
-                malformed.append(f"{name}: drawn from another prompt")
+            prompt, item_id = text.pop("prompt", item.prompt), text.pop("item", item.id)
+            if prompt != item.prompt or item_id != item.id:
+                malformed.append(f"{name}: sampled from another prompt")
                 continue
             side = 1 if len(indices) == 1 else 2
             if side == 2 and (width != height or width % 2):
-                malformed.append(f"{name}: {width} x {height} px is no 2R x 2R grid")
+                malformed.append(f"{name}: {width} x {height} px is not a 2R x 2R grid")
             else:
                 seen[name] = (height // side, width // side), text
     size = size or most_common(found for found, _ in seen.values())
     usual = dict(most_common(tuple(sorted(text.items())) for _, text in seen.values()) or ())
     for name, (found, text) in seen.items():
         if found != size:
-            malformed.append(
-                f"{name}: {sample.size_text(found)} px an image, wanted {sample.size_text(size)}"
-            )
+            got, expected = sample.size_text(found), sample.size_text(size)
+            malformed.append(f"{name}: {got} px per image, expected {expected}")
         if other := differences(text, usual):
-            malformed.append(f"{name}: drawn otherwise than most ({other})")
-    return {
-        "missing": missing,
-        "extra": strangers(layout, items, num, out),
-        "malformed": malformed,
-    }, size
+            malformed.append(f"{name}: sampled with other settings than most ({other})")
+    extra = unexpected_files(layout, items, num, out)
+    return {"missing": missing, "extra": extra, "malformed": malformed}, size
 
 
-def strangers(layout, items, num, out):
-    """Files and folders in `out` that neither belong to these items nor are the grader's own."""
+def unexpected_files(layout: Layout, items: Sequence[Item], num: int, out: Path) -> list[str]:
+    """Return what `out` contains besides the files of these items and of the grader."""
     expected = {
         Path(name) for item in items for name in (*dict(item.files), *layout.pictures(item, num))
     }
@@ -255,35 +328,40 @@ def strangers(layout, items, num, out):
         path.as_posix()
         for path in (p.relative_to(out) for p in out.rglob("*"))
         if path not in expected
-        and not any(fnmatch(path.as_posix(), own) for own in layout.graders_own)
+        and not any(fnmatch(path.as_posix(), pattern) for pattern in layout.grader_outputs)
     )
 
 
-def look(path):
-    """Intact PNG in RGB -> (its (width, height), its text). Raises ValueError that says what is wrong with it."""
+def read_png(path: Path) -> tuple[tuple[int, int], dict[str, str]]:
+    """Return the (width, height) and the text chunks of an intact RGB PNG.
+
+    Raises:
+        ValueError: if it is damaged or not RGB. The message names the problem.
+    """
     try:
         with Image.open(path, formats=("PNG",)) as image:
-            # the CRC-32 of every chunk
+            # Checks the CRC-32 of every chunk.
             image.verify()
         with Image.open(path, formats=("PNG",)) as image:
             image.load()
             mode, size, text = image.mode, image.size, dict(image.text)
     except Exception as error:
-        # Pillow raises nearly anything on a damaged file
-        raise ValueError(f"no intact PNG ({error})") from error
+        # Pillow raises exceptions of many types for a damaged file.
+        raise ValueError(f"not an intact PNG ({error})") from error
     if mode != "RGB":
-        raise ValueError(f"mode {mode}, wanted RGB")
+        raise ValueError(f"mode {mode}, expected RGB")
     return size, text
 
 
-def differences(text, wanted):
-    """Which keys are otherwise, as words, or ""."""
+def differences(text: dict[str, str], wanted: dict[str, str]) -> str:
+    """Return the differences between two sets of text chunks in words, or ""."""
     keys = [key for key in sorted({*text, *wanted}) if text.get(key) != wanted.get(key)]
     return ", ".join(
-        f"{key} {text.get(key, 'not said')!s:.60} instead of {wanted.get(key, 'none')!s:.60}"
+        f"{key} {text.get(key, 'missing')!s:.60} instead of {wanted.get(key, 'none')!s:.60}"
         for key in keys
     )
 
 
-def most_common(values):
+def most_common(values: Iterable[T]) -> T | None:
+    """Return the most frequent value, or None if there are none."""
     return next((value for value, _ in Counter(values).most_common(1)), None)

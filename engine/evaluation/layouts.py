@@ -1,7 +1,8 @@
-"""Four benchmarks as layouts of a folder: their prompt files, the files that the official grader wants, its command.
+"""Folder layouts of four benchmarks: prompt files, the files a grader expects, its command.
 
-Everything here was read in the graders' own sources, at these commits: djghosh13/geneval af4902f, TencentQQGYLab/ELLA
-3c228f1 (DPG-Bench), PKU-YuanGroup/WISE eb51174, PKU-YuanGroup/ImgEdit 547185d. Prompt files are the user's.
+Everything here follows the sources of the official graders at these commits: djghosh13/geneval
+af4902f, TencentQQGYLab/ELLA 3c228f1 (DPG-Bench), PKU-YuanGroup/WISE eb51174, PKU-YuanGroup/ImgEdit
+547185d. Users provide the prompt files.
 """
 
 import csv
@@ -9,46 +10,55 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
+from typing import Any
 
 from iomm.config import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One prompt. id: its name in the folder; image: file of the picture to edit; files: text files that go with it."""
+    """One prompt of a benchmark."""
 
+    # Name of its files or folder.
     id: str
     prompt: str
+    # File of the picture to edit.
     image: Path | None = None
-    # (path in the folder, bytes)
-    files: tuple = ()
+    # Text files that accompany the images: (path in the folder, bytes).
+    files: tuple[tuple[str, bytes], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """A benchmark. Where a file takes several images, they are the quarters of a grid, row by row."""
+    """A benchmark. A file of several images holds them as the quarters of a grid, row by row."""
 
-    # Of the whole benchmark.
+    # Prompts of the whole benchmark.
     num_prompts: int
-    # A prompt
+    # Images per prompt.
     num_images: int = 1
-    # Prompt files
+    # Maximum number of prompt files.
     max_files: int = 1
-    # (prompt files, origin_img_root) -> (items, name of the benchmark with its protocol)
-    read: Callable
-    # -> {path in the folder: image indices}
-    pictures: Callable = lambda item, num: {f"{item.id}.png": tuple(range(num))}
-    # Patterns of what a grader leaves in the folder and does not stumble over.
-    graders_own: tuple = ()
+    # (prompt files, origin_img_root) -> (items, name of the benchmark including its protocol)
+    read: Callable[[Sequence[str], str | None], tuple[list[Item], str]]
+    # (item, images per prompt) -> {path in the folder: indices of the images in that file}
+    pictures: Callable[[Item, int], dict[str, tuple[int, ...]]] = lambda item, num: {
+        f"{item.id}.png": tuple(range(num))
+    }
+    # Patterns of files that the grader writes into the folder and later ignores.
+    grader_outputs: tuple[str, ...] = ()
 
 
-def read_geneval(paths, root):
-    """evaluation_metadata.jsonl, an object a line: line N belongs to folder N, which gets it back as it is."""
-    lines, items = text_of(paths[0]).removesuffix("\n").split("\n"), []
+def read_geneval(paths: Sequence[str], root: str | None) -> tuple[list[Item], str]:
+    """Read evaluation_metadata.jsonl, one JSON object per line.
+
+    Line N belongs to folder N, which receives an unchanged copy of it.
+    """
+    lines = text_of(paths[0]).removesuffix("\n").split("\n")
+    items = []
     for number, line in enumerate(lines):
         where, name = f"{paths[0]}:{number + 1}", f"{number:05d}"
         files = ((f"{name}/metadata.jsonl", line.encode() + b"\n"),)
@@ -56,26 +66,31 @@ def read_geneval(paths, root):
     return items, "geneval"
 
 
-def read_dpg(paths, root):
-    """A folder of <item_id>.txt, or dpg_bench.csv, which repeats an item's text for every question."""
+def read_dpg(paths: Sequence[str], root: str | None) -> tuple[list[Item], str]:
+    """Read a folder of <item_id>.txt, or dpg_bench.csv, which has one row per question."""
     path = Path(paths[0])
     if path.is_dir():
         texts = {file.stem: text_of(file) for file in sorted(path.glob("*.txt"))}
     else:
-        rows, texts = csv.DictReader(io.StringIO(text_of(path), newline="")), {}
+        rows = csv.DictReader(io.StringIO(text_of(path), newline=""))
+        texts = {}
         if not {"item_id", "text"} <= set(rows.fieldnames or ()):
             raise InputError(
-                f"--prompts {path}: wanted a folder of <item_id>.txt, or a csv with the columns item_id and text"
+                f"--prompts {path}: expected a folder of <item_id>.txt, "
+                "or a csv with the columns item_id and text"
             )
         for row in rows:
             if texts.setdefault(row["item_id"], row["text"]) != row["text"]:
-                raise InputError(f"--prompts {path}: item {row['item_id']} has two texts")
+                raise InputError(f"--prompts {path}: item {row['item_id']} has two different texts")
     return [Item(id=name, prompt=text.strip()) for name, text in texts.items()], "dpg"
 
 
-def read_wise(paths, root):
-    """Lists of objects with prompt_id and Prompt, one or several files. Which protocol they are of, a complete set says
-    itself: prompt 641 is of Space in the legacy files, of Biology in the verified ones, whose ranges are others.
+def read_wise(paths: Sequence[str], root: str | None) -> tuple[list[Item], str]:
+    """Read one or more lists of objects with prompt_id and Prompt.
+
+    The two protocols use different ranges of prompt ids. Prompt 641 therefore identifies the
+    protocol of a complete set: its category is Space in the legacy files and Biology in the
+    verified ones.
     """
     items, category = [], None
     for path in paths:
@@ -84,17 +99,21 @@ def read_wise(paths, root):
             prompt, number = field(entry, "Prompt", path), entry.get("prompt_id")
             if type(number) is not int or not 1 <= number <= 1000:
                 raise InputError(
-                    f"--prompts {path}: prompt_id must be from 1 to 1000, got {number!r}"
+                    f"--prompts {path}: prompt_id must be an integer from 1 to 1000, got {number!r}"
                 )
             items.append(Item(id=str(number), prompt=prompt))
             category = entry.get("Category") if number == 641 else category
     protocol = {"Space": "legacy", "Biology": "verified"}.get(category, "of unknown protocol")
-    protocol += ", rewritten prompts" if any("rewrite" in Path(path).stem for path in paths) else ""
+    if any("rewrite" in Path(path).stem for path in paths):
+        protocol += ", rewritten prompts"
     return items, f"wise {protocol}"
 
 
-def read_imgedit(paths, root):
-    """basic_edit.json, {key: {id, prompt, edit_type}}; the picture to edit is origin_img_root/id. root None: not needed."""
+def read_imgedit(paths: Sequence[str], root: str | None) -> tuple[list[Item], str]:
+    """Read basic_edit.json, {key: {id, prompt, edit_type}}.
+
+    The picture to edit is root/id. With root None the pictures are not needed.
+    """
     entries = parse(text_of(paths[0]), paths[0])
     items = []
     for key, entry in entries.items() if isinstance(entries, dict) else [(None, entries)]:
@@ -105,7 +124,8 @@ def read_imgedit(paths, root):
     missing = [item.image for item in items if item.image is not None and not item.image.is_file()]
     if missing:
         raise InputError(
-            f"--origin-img-root {root}: {len(missing)} of {len(items)} pictures are not there, {missing[0]} first"
+            f"--origin-img-root {root}: {len(missing)} of {len(items)} pictures are missing, "
+            f"the first is {missing[0]}"
         )
     return items, "imgedit"
 
@@ -115,69 +135,91 @@ LAYOUTS = {
         num_prompts=553,
         num_images=4,
         read=read_geneval,
-        graders_own=("*/grid.png",),
+        grader_outputs=("*/grid.png",),
         pictures=lambda item, num: {f"{item.id}/samples/{k:04d}.png": (k,) for k in range(num)},
     ),
     "dpg": Layout(num_prompts=1065, num_images=4, read=read_dpg),
-    "wise": Layout(num_prompts=1000, max_files=3, read=read_wise, graders_own=("Results*",)),
-    "imgedit": Layout(num_prompts=737, read=read_imgedit, graders_own=("result.json",)),
+    "wise": Layout(num_prompts=1000, max_files=3, read=read_wise, grader_outputs=("Results*",)),
+    "imgedit": Layout(num_prompts=737, read=read_imgedit, grader_outputs=("result.json",)),
 }
 
-WISE_TRAPS = """
-Verified (200 prompts changed, 0 or 1 by Qwen) and legacy (three scales of 0 to 2 by GPT-4o, other ranges of ids) are not
-comparable: say which. Both go on from results they find: remove old ones after drawing anew. A missing picture is one line
-of warning, and then no score is printed."""
+WISE_NOTES = """
+The verified protocol (200 prompts changed, scores of 0 or 1 by Qwen) and the legacy one (three
+scales of 0 to 2 by GPT-4o, different ranges of ids) are not comparable: report which one you used.
+Both continue from existing results: delete these after sampling again. A missing picture causes one
+line of warning, and then no score is printed."""
 
-# The official grader's commands, and what it does not tell. Fields are quoted for a shell.
+# The commands of the official graders, and the pitfalls about which they print nothing. Fields are
+# quoted for a shell.
 NEXT = {
     "geneval": """\
 in a checkout of github.com/djghosh13/geneval, on a GPU:
-  python evaluation/evaluate_images.py {out} --outfile {results}.jsonl --model-path <OBJECT_DETECTOR_FOLDER>
+  python evaluation/evaluate_images.py {out} --outfile {results}.jsonl \\
+    --model-path <OBJECT_DETECTOR_FOLDER>
   python evaluation/summary_scores.py {results}.jsonl
-It scores what it finds: a missing folder or picture is left out silently, and any samples/<digits>.png is counted.""",
+It scores the files that it finds: a missing folder or picture is left out silently, and every
+samples/<digits>.png counts.""",
     "dpg": """\
-in a checkout of github.com/TencentQQGYLab/ELLA (8 GPUs; on one, --num_processes 1 and no --multi_gpu):
-  PYTHONHASHSEED=0 accelerate launch --num_machines 1 --num_processes 8 --multi_gpu --mixed_precision fp16 \\
-    dpg_bench/compute_dpg_bench.py --image-root-path {out} --resolution {side} --pic-num 4 --vqa-model mplug \\
-    --res-path {results}.txt
-Its dist_eval.sh gives no --res-path: the results go into the picture folder and count as pictures from then on. Without
-PYTHONHASHSEED=0 each process walks the categories in an order of its own and mixes their scores up. Category scores are of
-the last of the four images alone (ELLA issue 60) and the first question of the csv is skipped (61): published scores are
-so too. A picture that is missing or fails is left out of the mean, with one line of output.""",
+in a checkout of github.com/TencentQQGYLab/ELLA (8 GPUs; on one, --num_processes 1 and no
+--multi_gpu):
+  PYTHONHASHSEED=0 accelerate launch --num_machines 1 --num_processes 8 --multi_gpu \\
+    --mixed_precision fp16 dpg_bench/compute_dpg_bench.py --image-root-path {out} \\
+    --resolution {side} --pic-num 4 --vqa-model mplug --res-path {results}.txt
+Its dist_eval.sh does not pass --res-path: the results then go into the picture folder and count as
+pictures in later runs. Without PYTHONHASHSEED=0 each process visits the categories in a different
+order, which mixes up their scores. Category scores use only the last of the four images (ELLA issue
+60), and the first question of the csv is skipped (issue 61). Published scores have both defects
+too. A picture that is missing or fails is left out of the mean, with one line of output.""",
     "wise verified": """\
-in a checkout of github.com/PKU-YuanGroup/WISE, with vLLM serving the judge:
-  IMAGE_DIR={out} VLLM_API_BASE=http://127.0.0.1:8000/v1 JUDGE_MODEL=Qwen3.5-35B-A3B bash eval_qwen.sh
+in a checkout of github.com/PKU-YuanGroup/WISE, with vLLM serving the grading model:
+  IMAGE_DIR={out} VLLM_API_BASE=http://127.0.0.1:8000/v1 JUDGE_MODEL=Qwen3.5-35B-A3B \\
+    bash eval_qwen.sh
 Protocol: verified."""
-    + WISE_TRAPS,
+    + WISE_NOTES,
     "wise legacy": """\
-in WISE_legacy of a checkout of github.com/PKU-YuanGroup/WISE (its result paths must be absolute, as these are):
+in WISE_legacy of a checkout of github.com/PKU-YuanGroup/WISE (result paths must be absolute, as
+they are here):
   for part in cultural_common_sense natural_science spatio-temporal_reasoning; do
-    python gpt_eval.py --json_path data/${{part}}{rewrite}.json --image_dir {out} --output_dir {results} --max_workers 96 \\
-      --result_full {results}/$part.json --result_scores {results}/$part.jsonl --model gpt-4o-2024-05-13 --api_key KEY; done
+    python gpt_eval.py --json_path data/${{part}}{rewrite}.json --image_dir {out} \\
+      --output_dir {results} --max_workers 96 --result_full {results}/$part.json \\
+      --result_scores {results}/$part.jsonl --model gpt-4o-2024-05-13 --api_key KEY; done
   python Calculate.py {results}/*.jsonl --category all
 Protocol: legacy."""
-    + WISE_TRAPS,
-    "wise of unknown protocol": "tell WISE's protocol: these files lack prompt 641, by which it is known."
-    + WISE_TRAPS,
+    + WISE_NOTES,
+    "wise of unknown protocol": (
+        "find out the WISE protocol: these files lack prompt 641, which would identify it."
+    )
+    + WISE_NOTES,
     "imgedit": """\
-in Benchmark/Basic of a checkout of github.com/PKU-YuanGroup/ImgEdit, with key and url written into basic_bench.py:
+in Benchmark/Basic of a checkout of github.com/PKU-YuanGroup/ImgEdit, after writing key and url into
+basic_bench.py:
   python basic_bench.py --result_img_folder {out} --edit_json {prompts} --origin_img_root {root} \\
     --num_processes 32 --prompts_json prompts.json
-  python step1_get_avgscore.py --result_json {out}/result.json --average_score_json average_score.json
-  python step2_typescore.py --average_score_json average_score.json --basic_edit {prompts} --typescore_json typescore.json
-The flag of basic_bench.py is --edit_json: the --basic_edit of its readme is refused, but step 2 takes it. A missing picture
-is an error entry in result.json, on which step 1 stops.""",
+  python step1_get_avgscore.py --result_json {out}/result.json \\
+    --average_score_json average_score.json
+  python step2_typescore.py --average_score_json average_score.json --basic_edit {prompts} \\
+    --typescore_json typescore.json
+The flag of basic_bench.py is --edit_json. It rejects the --basic_edit of its readme, which step 2
+accepts. A missing picture becomes an error entry in result.json, at which step 1 stops.""",
 }
 
 
-def next_step(name, out, side, paths, root):
-    """What to type next, for a folder of this benchmark with images of `side` pixels."""
+def next_step(name: str, out: Path, side: int, paths: Sequence[str], root: str | None) -> str:
+    """Return the next command to type, with notes on the grader.
+
+    Args:
+        name: name of the benchmark, as read_items returns it.
+        out: folder of the images.
+        side: side of an image in pixels.
+        paths: prompt files.
+        root: folder of the pictures to edit, if known.
+    """
     name, rewritten, _ = name.partition(", rewritten")
     prompts, root = (
         quote(str(Path(path).resolve())) if path else "<origin_img_root>"
         for path in (paths[0], root)
     )
-    return "next, " + NEXT[name].format(
+    return "Next: " + NEXT[name].format(
         out=quote(str(out)),
         results=quote(f"{out}-results"),
         side=side,
@@ -187,49 +229,53 @@ def next_step(name, out, side, paths, root):
     )
 
 
-def read_items(layout, paths, root):
-    """-> (items, name). Raises InputError for prompt files that are not as the benchmark has them."""
+def read_items(layout: Layout, paths: Sequence[str], root: str | None) -> tuple[list[Item], str]:
+    """Return the items of the prompt files and the name of the benchmark, including its protocol.
+
+    Raises:
+        InputError: if the files are not in the benchmark's format.
+    """
     if len(paths) > layout.max_files:
-        raise InputError(f"--prompts: this benchmark has one prompt file, got {len(paths)}")
+        raise InputError(
+            f"--prompts: got {len(paths)} files, but this benchmark has at most {layout.max_files}"
+        )
     items, name = layout.read(paths, root)
+    if not items:
+        raise InputError(f"--prompts {paths[0]} contains no prompts")
     for item in items:
-        # A file name; DPG-Bench cuts it at the first dot.
+        # The id becomes a file name, which DPG-Bench cuts at the first dot.
         if not re.fullmatch(r"[A-Za-z0-9_-]+", item.id):
             raise InputError(
-                f"--prompts {paths[0]}: {item.id!r} cannot be a file name: wanted letters, digits, _ and -"
+                f"--prompts {paths[0]}: the id {item.id!r} cannot be a file name, "
+                "use only letters, digits, _ and -"
             )
-    twice = [item_id for item_id, count in Counter(item.id for item in items).items() if count > 1]
-    if twice or not items:
-        raise InputError(
-            "--prompts: "
-            + (
-                f"{twice[0]} stands there twice; give each prompt once"
-                if twice
-                else "no prompt in it"
-            )
-        )
+    for item_id, count in Counter(item.id for item in items).items():
+        if count > 1:
+            raise InputError(f"--prompts {paths[0]}: duplicate prompt id {item_id!r}")
     return items, name
 
 
-def text_of(path):
+def text_of(path: str | Path) -> str:
+    """Return the text of a prompt file, without a byte order mark. Raises InputError."""
     try:
         return Path(path).read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--prompts {path} cannot be read: {error}") from error
 
 
-def parse(text, where):
+def parse(text: str, where: str | Path) -> Any:
+    """Parse JSON. Raises InputError, which names the place `where`."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"--prompts {where} is not JSON: {error}") from error
 
 
-def field(entry, key, where):
-    """A text of a JSON object that must be there."""
+def field(entry: Any, key: str, where: str | Path) -> str:
+    """Return a required text of a JSON object. Raises InputError, which names the place `where`."""
     value = entry.get(key) if isinstance(entry, dict) else None
     if not isinstance(value, str) or not value.strip():
         raise InputError(
-            f"--prompts {where}: wanted an object with a text {key!r}, got {str(entry)[:60]}"
+            f"--prompts {where}: expected an object with a text {key!r}, got {str(entry)[:60]}"
         )
     return value

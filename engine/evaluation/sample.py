@@ -1,29 +1,43 @@
-"""Pictures from a run: its newest checkpoint, conditions like those of its training; and its export.
+"""Sample, edit and export from a run's newest checkpoint, or from an exported folder.
 
-Every PNG says in its text what it was drawn from and how: prompt, seed, steps, guidance, size, run, step, weights.
+Conditions are built as in the run's training. The text chunks of every PNG record its inputs and
+settings: prompt, seed, steps, guidance, size, run, step, weights.
 """
 
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, PngImagePlugin
+from torch import Tensor
 
 from iomm.config import InputError
 from iomm.engine import builders
+from iomm.engine.config import RunConfig
 from iomm.engine.data.shards import Shards
 from iomm.engine.data.source import ImageSource
 from iomm.masking import visible_mask
-from iomm.pipeline import CARD, Pipeline, height_width, image_grid, sample_pixels, to_images
+from iomm.model import IOMM
+from iomm.pipeline import CARD, Pipeline, height_width, image_grid, to_images
+from iomm.pipeline import draw as sample_pixels
 
 
-def open_pipeline(run_dir, *, weights="ema", device="cpu"):
-    """Folder of a run, or an exported one -> (Pipeline whose origin names run, step and weights; the run's config, or None).
+def open_pipeline(
+    run_dir: str | Path, *, weights: str = "ema", device: str | torch.device = "cpu"
+) -> tuple[Pipeline, RunConfig | None]:
+    """Load the pipeline of a run's newest intact checkpoint, or of an exported folder.
 
-    An exported folder has but one kind of weights. Raises InputError: no run, no checkpoint.
+    Returns:
+        The pipeline, whose `origin` names run, step and weights, and the run's config. The config
+        is None for an exported folder, which has only one kind of weights, so `weights` is ignored.
+
+    Raises:
+        InputError: if `run_dir` is not a run or has no intact checkpoint.
     """
     run_dir = Path(run_dir)
     if (run_dir / CARD).is_file():
@@ -39,67 +53,96 @@ def open_pipeline(run_dir, *, weights="ema", device="cpu"):
     return Pipeline(model, config.data.size_px, origin=origin), config
 
 
-def draw_run(
-    run_dir,
+def sample_run(
+    run_dir: str | Path,
     *,
-    num=16,
-    steps=20,
-    seed=0,
-    prompts=(),
-    guidance=1.0,
-    shift=1.0,
-    size=None,
-    weights="ema",
-    device="cpu",
-    out=None,
-    singles=False,
-):
-    """Writes a PNG grid and returns its path; with `singles` every picture too, in the folder of the grid's name. Its name has
-    the first prompt's words, so that pictures of another prompt stay.
+    num: int = 16,
+    steps: int = 20,
+    seed: int = 0,
+    prompts: Sequence[str] = (),
+    guidance: float = 1.0,
+    shift: float | str = 1.0,
+    size: tuple[int, int] | None = None,
+    weights: str = "ema",
+    device: str | torch.device = "cpu",
+    out: str | Path | None = None,
+    singles: bool = False,
+) -> Path:
+    """Sample images from a run, write them as a PNG grid, and return its path.
 
-    With prompts: `num` pictures, the prompts in turn. Without: of a run on images, the first `num` of its order, below each
-    its visible part, masked as in training, and what the model draws from that; of a run on pairs, pictures of its first
-    captions.
-    size: (height, width). Raises InputError: no run, no checkpoint.
+    With prompts, `num` images use them in turn. Without prompts the result depends on the run. A
+    run on images shows the first `num` of its order, the visible part of each, masked as in
+    training, and the model's reconstruction from that part. A run on pairs shows samples of its
+    first captions.
+
+    Args:
+        run_dir: folder of a run, or an exported one.
+        num: number of images.
+        steps: sampler steps.
+        seed: seed of the noise.
+        prompts: texts to sample from.
+        guidance: classifier-free guidance, 1 for none.
+        shift: time shift of the sampler, see the pipeline.
+        size: (height, width) in pixels, by default the run's.
+        weights: "ema" or "raw".
+        device: device of the model.
+        out: path of the PNG. The default name in the run's folder contains the first words of the
+            first prompt, so grids of different prompts do not overwrite each other.
+        singles: also write every image as a PNG, into a folder with the name of the grid.
+
+    Raises:
+        InputError: if `run_dir` is not a run, has no intact checkpoint, or if the settings are
+            invalid.
     """
     if num < 1 or steps < 1:
         raise InputError(f"--num and --steps must be >= 1, got {num} and {steps}")
     pipe, config = open_pipeline(run_dir, weights=weights, device=device)
-    words = in_a_name(*prompts[:1])
+    words = slug(*prompts[:1])
     if not prompts and config is None:
         raise InputError(
-            f"{run_dir} is an exported folder, without data: say what to draw with --prompt"
+            f"{run_dir} is an exported folder without training data: give a --prompt to sample from"
         )
     if not prompts and config.train.data != "image":
         pairs = Shards(builders.prepare_data(config, progress=False, pairs=True))
         prompts = [pairs.caption(k) for k in range(min(num, len(pairs)))]
     if not prompts and (size or guidance != 1.0):
-        raise InputError("--size and --guidance are for pictures from text: give --prompt")
-    texts = [
-        prompts[i % len(prompts)] if prompts else f"masked image {i} of the run" for i in range(num)
-    ]
+        raise InputError("--size and --guidance apply only to samples from text: give a --prompt")
     if prompts:
+        texts = [prompts[i % len(prompts)] for i in range(num)]
+        # The row names are stored in the PNG, where the report reads them.
         rows = {
             "drawn": pipe(texts, steps=steps, seed=seed, guidance=guidance, shift=shift, size=size)
         }
     else:
+        texts = [f"masked image {i} of the run" for i in range(num)]
         rows = reconstruct(config, pipe.model, num, steps, seed, shift, device)
     step = f"step-{int(pipe.origin['step']):08d}-" if "step" in pipe.origin else ""
     path = png_path(out, run_dir, f"{step}{words}seed{seed}")
-    facts = drawing_facts(
+    metadata = sampling_metadata(
         pipe, size or pipe.size_px, steps=steps, seed=seed, guidance=guidance, shift=shift
     )
-    save_grid(rows, texts, path, {**facts, "prompt": "\n".join(dict.fromkeys(texts))})
-    for i, image in enumerate(rows["drawn"] if singles else ()):
-        save_png(
-            image, path.with_suffix("") / f"{i:04d}.png", {**facts, "prompt": texts[i], "image": i}
-        )
+    save_grid(rows, texts, path, {**metadata, "prompt": "\n".join(dict.fromkeys(texts))})
+    if singles:
+        folder = path.with_suffix("")
+        for i, image in enumerate(rows["drawn"]):
+            save_png(image, folder / f"{i:04d}.png", {**metadata, "prompt": texts[i], "image": i})
     return path
 
 
-def reconstruct(config, model, num, steps, seed, shift, device):
-    """-> {"original", "visible", "drawn"}: the first num images of the run's order, what the MLLM
-    sees of each, and what is drawn from that. PIL images.
+def reconstruct(
+    config: RunConfig,
+    model: IOMM,
+    num: int,
+    steps: int,
+    seed: int,
+    shift: float | str,
+    device: str | torch.device,
+) -> dict[str, list[Image.Image]]:
+    """Reconstruct the first `num` images of a run's order from their visible parts.
+
+    Returns:
+        {"original": the images, "visible": the parts that the MLLM sees, "drawn": the model's
+        samples}.
     """
     mllm, _ = model.frozen
     shards = Shards(builders.prepare_data(config, progress=False))
@@ -122,19 +165,19 @@ def reconstruct(config, model, num, steps, seed, shift, device):
     n_B = batch.n_B.to(device)
     condition = model.condition(batch.vit_pixels_BHWC, n_B)
     image_B = torch.arange(num, device=device)
-    drawn = sample_pixels(
+    samples = sample_pixels(
         model, condition, image_B, size_px=config.data.size_px, steps=steps, seed=seed, shift=shift
     )
     originals = to_images(batch.pixels_BCHW)
     visible = visible_parts(model, n_B, originals)
-    return {"original": originals, "visible": visible, "drawn": to_images(drawn)}
+    return {"original": originals, "visible": visible, "drawn": to_images(samples)}
 
 
-def visible_parts(model, n_B: torch.Tensor, images: list[Image.Image]) -> list[Image.Image]:
-    """Return the images of the sample numbers n_B as the MLLM sees them: hidden patches hatched.
+def visible_parts(model: IOMM, n_B: Tensor, images: list[Image.Image]) -> list[Image.Image]:
+    """Return the images of the sample numbers n_B as the MLLM sees them.
 
-    The mask is that of model.condition(..., n_B); the P image tokens are a square of patches, row
-    by row.
+    Hidden patches are hatched. The mask is the one that model.condition(..., n_B) uses. The P image
+    tokens form a square of patches, row by row.
     """
     mask, seed, num = model.recipe.mask, model.recipe.seed, model.frozen[0].num_image_tokens
     side = math.isqrt(num)
@@ -144,7 +187,7 @@ def visible_parts(model, n_B: torch.Tensor, images: list[Image.Image]) -> list[I
         pixels_HWC = np.array(image)
         y_HW, x_HW = np.indices(pixels_HWC.shape[:2])
         hidden_HW = ~visible_YX[y_HW * side // image.height, x_HW * side // image.width]
-        # stripes, since an even grey could be the background of a picture
+        # Stripes, because an even grey could be the background of a picture.
         stripe_HW = (y_HW + x_HW) // max(1, image.width // 32) % 2 == 0
         pixels_HWC[hidden_HW & stripe_HW] = 150
         pixels_HWC[hidden_HW & ~stripe_HW] = 185
@@ -153,12 +196,24 @@ def visible_parts(model, n_B: torch.Tensor, images: list[Image.Image]) -> list[I
 
 
 def save_grid(
-    rows: dict[str, list[Image.Image]], labels: list[str], path: Path, facts: dict, columns: int = 8
+    rows: dict[str, list[Image.Image]],
+    labels: list[str],
+    path: Path,
+    metadata: dict[str, Any],
+    columns: int = 8,
 ) -> None:
-    """Write equally long rows of pictures as one PNG, `columns` pictures of each beneath another.
+    """Write rows of pictures, all of the same length, as one PNG grid.
 
-    Its text holds `facts` and, under "grid", the JSON that report.read_grid cuts it up by:
+    The grid shows `columns` pictures of each row below each other, then the next ones. Its text
+    chunks hold `metadata` and, under "grid", the JSON with which report.read_grid splits it again:
     {"columns", "rows": names of the rows, "labels": one for each picture of a row}.
+
+    Args:
+        rows: {name of the row: pictures}.
+        labels: one for each picture of a row.
+        path: file to write.
+        metadata: text chunks.
+        columns: maximum number of columns.
     """
     columns = min(columns, len(labels))
     blank = Image.new("RGB", next(iter(rows.values()))[0].size, "white")
@@ -168,62 +223,89 @@ def save_grid(
             line = images[start : start + columns]
             cells += line + [blank] * (columns - len(line))
     grid = {"columns": columns, "rows": list(rows), "labels": labels}
-    save_png(image_grid(cells, columns), path, {**facts, "grid": json.dumps(grid)})
+    save_png(image_grid(cells, columns), path, {**metadata, "grid": json.dumps(grid)})
 
 
 def edit_run(
-    run_dir,
-    image,
-    instruction,
+    run_dir: str | Path,
+    image: str | Path,
+    instruction: str,
     *,
-    steps=20,
-    seed=0,
-    guidance=1.0,
-    shift=1.0,
-    size=None,
-    weights="ema",
-    device="cpu",
-    out=None,
-):
-    """Image file and instruction -> path of the edited PNG. Raises InputError for a file that is no image."""
+    steps: int = 20,
+    seed: int = 0,
+    guidance: float = 1.0,
+    shift: float | str = 1.0,
+    size: tuple[int, int] | None = None,
+    weights: str = "ema",
+    device: str | torch.device = "cpu",
+    out: str | Path | None = None,
+) -> Path:
+    """Edit an image file by an instruction, write the result as a PNG, and return its path.
+
+    Args:
+        run_dir: folder of a run, or an exported one.
+        image: image file.
+        instruction: text of the edit.
+        steps: sampler steps.
+        seed: seed of the noise.
+        guidance: classifier-free guidance, 1 for none.
+        shift: time shift of the sampler, see the pipeline.
+        size: (height, width) in pixels, by default the run's.
+        weights: "ema" or "raw".
+        device: device of the model.
+        out: path of the PNG, by default in the run's folder.
+
+    Raises:
+        InputError: if `image` is not an image, or as in open_pipeline.
+    """
     picture = open_image(image)
     pipe, _ = open_pipeline(run_dir, weights=weights, device=device)
-    path = png_path(out, run_dir, f"edited-{Path(image).stem}-{in_a_name(instruction)}seed{seed}")
+    path = png_path(out, run_dir, f"edited-{Path(image).stem}-{slug(instruction)}seed{seed}")
     edited = pipe.edit(
         picture, instruction, steps=steps, seed=seed, guidance=guidance, shift=shift, size=size
     )
-    facts = drawing_facts(
+    metadata = sampling_metadata(
         pipe, size or pipe.size_px, steps=steps, seed=seed, guidance=guidance, shift=shift
     )
-    save_png(edited, path, {**facts, "prompt": instruction, "source": Path(image).name})
+    save_png(edited, path, {**metadata, "prompt": instruction, "source": Path(image).name})
     return path
 
 
-def open_image(path):
-    """Image file -> PIL image in RGB, upright as its EXIF says. Raises InputError."""
+def open_image(path: str | Path) -> Image.Image:
+    """Open an image file in RGB, rotated as its EXIF data require. Raises InputError."""
     try:
         return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"--image {path}: {error}") from error
 
 
-def parse_size(text):
-    """ "512" or "640x448" (width x height, in pixels) -> (height, width)."""
+def parse_size(text: str) -> tuple[int, int]:
+    """Parse "512" or "640x448" (width x height, in pixels) to (height, width)."""
     match = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
     if match is None:
         raise InputError(
-            f"--size must be a side in pixels, as 512, or WIDTHxHEIGHT, as 640x448; got {text!r}"
+            "--size must be a side in pixels such as 512, or WIDTHxHEIGHT such as 640x448, "
+            f"got {text!r}"
         )
     return int(match[2] or match[1]), int(match[1])
 
 
-def size_text(size):
+def size_text(size: int | tuple[int, int]) -> str:
+    """Return the size of an image as "WIDTHxHEIGHT"."""
     height, width = height_width(size)
     return f"{width}x{height}"
 
 
-def drawing_facts(pipe, size, *, steps, seed, guidance, shift):
-    """What the text of a PNG says of its origin and settings, beside the prompt."""
+def sampling_metadata(
+    pipe: Pipeline,
+    size: int | tuple[int, int],
+    *,
+    steps: int,
+    seed: int,
+    guidance: float,
+    shift: float | str,
+) -> dict[str, Any]:
+    """Return the text chunks of a PNG that record its origin and settings, without the prompt."""
     return {
         **pipe.origin,
         "size": size_text(size),
@@ -234,34 +316,37 @@ def drawing_facts(pipe, size, *, steps, seed, guidance, shift):
     }
 
 
-def save_png(image, path, facts):
-    """Writes a PNG with {word: value} as its text, whatever the path's suffix."""
+def save_png(image: Image.Image, path: Path, metadata: dict[str, Any]) -> None:
+    """Write a PNG with `metadata` as text chunks, whatever the path's suffix."""
     text = PngImagePlugin.PngInfo()
-    for word, value in facts.items():
-        text.add_text(word, str(value))
+    for key, value in metadata.items():
+        text.add_text(key, str(value))
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path, format="PNG", pnginfo=text)
 
 
-def in_a_name(text=""):
-    """What a text gives a file's name: "make it red" -> "make-it-red-"; nothing -> ""."""
+def slug(text: str = "") -> str:
+    """Return a text as part of a file name: "make it red" -> "make-it-red-", "" -> ""."""
     words = "-".join(re.findall(r"\w+", text.lower()))[:40]
     return f"{words}-" if words else ""
 
 
-def png_path(out, run_dir, name):
-    """--out, which must be a PNG, or the place of such a picture in the run's folder."""
+def png_path(out: str | Path | None, run_dir: str | Path, name: str) -> Path:
+    """Return --out, which must be a PNG, or by default a path in the run's folder."""
     path = Path(out) if out else Path(run_dir) / "samples" / f"{name}.png"
     if path.suffix.lower() != ".png":
         raise InputError(f"--out must end in .png, got {out}")
     return path
 
 
-def export_run(run_dir, *, weights="ema", out=None):
-    """Run folder -> folder that diffusers' from_pretrained and Pipeline.from_pretrained load: run/export/<weights>."""
+def export_run(run_dir: str | Path, *, weights: str = "ema", out: str | Path | None = None) -> Path:
+    """Export a run for diffusers' from_pretrained and for Pipeline.from_pretrained.
+
+    Returns the folder, by default run_dir/export/<weights>.
+    """
     pipe, config = open_pipeline(run_dir, weights=weights)
     if config is None:
-        raise InputError(f"{run_dir} is exported already")
+        raise InputError(f"{run_dir} is already an exported folder: give the folder of a run")
     folder = Path(out) if out else Path(run_dir) / "export" / weights
     names = [
         Path(name).resolve() if Path(name).is_dir() else name

@@ -1,9 +1,12 @@
-"""The tiny MLLM of the shapes world: InternVL's architecture at 1 / 1000 of its size, 32 px input, 16 image tokens, width 192.
+"""The tiny MLLM of the shapes dataset: InternVL's architecture at 1 / 1000 of its size.
 
-It learns to understand and never to draw: picture -> caption, caption -> the same caption, picture and instruction -> caption
-of the edited picture, of the world's "train" split only. model.mllm=shapes is the one in WEIGHTS; the head of its
-model.safetensors says how exactly it answers and how it was made. To train another from scratch by the schedule in LEGS, and
-give it to a run as model.mllm=FOLDER (a killed command resumes when it is started again):
+Input pictures have 32 px and become 16 image tokens. The width is 192. The model learns to
+understand, not to generate: picture -> caption, caption -> the same caption, and picture plus
+instruction -> caption of the edited picture. It is trained on the dataset's "train" split only.
+
+model.mllm=shapes selects the one in WEIGHTS. The header of its model.safetensors holds its
+accuracies and how it was made. This command trains another one from scratch on the schedule in
+LEGS, for use as model.mllm=FOLDER. A killed command resumes when it is started again:
 
     python -m iomm.engine.shapes.mllm --out FOLDER
 """
@@ -11,24 +14,29 @@ give it to a run as model.mllm=FOLDER (a killed command resumes when it is start
 import argparse
 import io
 import json
+import logging
 import math
 import shutil
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from iomm.config import InputError
 from iomm.engine.data.atomic import whole_file
-from iomm.engine.shapes.dataset import VERSION, draw, edit, scene
+from iomm.engine.shapes.dataset import VERSION, edit, render, scene
 from iomm.internvl import byte_tokenizer, internvl_config
 from iomm.kernels.dispatch import cpu_has_bf16
 from iomm.mllm import IMAGE, IMAGE_MEAN, IMAGE_STD, RECONSTRUCT, TURN
+
+logger = logging.getLogger("iomm")
 
 VISION = dict(
     hidden_size=128,
@@ -47,29 +55,30 @@ TEXT = dict(
     intermediate_size=512,
     max_position_embeddings=512,
 )
-# What the user says beside a picture that is to be captioned.
-ASKED = ("", RECONSTRUCT, "Describe the image.")
+# User texts that request the caption of a picture.
+CAPTION_PROMPTS = ("", RECONSTRUCT, "Describe the image.")
 WEIGHTS = Path(__file__).parent / "weights"
-# Shares of a batch: picture -> caption, caption -> caption, edits.
+# Share of each task in a batch: picture -> caption, caption -> caption, edits.
 TASKS = {"caption": 0.75, "read": 0.0625, "edit": 0.1875}
-# Of an unfinished run: weights, moments, where it is.
+# The state of an unfinished run: weights, optimizer moments, position in the schedule.
 STATE = "state.pt"
-# Seconds a step took on two cores with bf16, and on two with AVX2 alone.
+# Seconds per step, measured on two cores with bf16 and on two cores with only AVX2.
 STEP_S = 0.3, 1.3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Leg:
-    """A part of the schedule: a warm-up of 100 steps, then a cosine that ends at 0."""
+    """One part of the training schedule: 100 steps of warm-up, then a cosine that ends at 0."""
 
     steps: int
     batch: int
     lr: float
-    # Of the dataset, 3 wordings each.
+    # Number of pictures of the dataset, each with 3 wordings of the prompt.
     images: int
 
 
-# Measured after each leg on one and the other machine: 95.6, 98.8 and 99.4 % of new captions exactly right.
+# Measured after the three legs, on both machines of STEP_S: 95.6, 98.8 and 99.4 % of new pictures
+# were captioned exactly.
 LEGS = (
     Leg(steps=5000, batch=64, lr=1e-3, images=16_000),
     Leg(steps=3000, batch=64, lr=7e-4, images=64_000),
@@ -77,15 +86,29 @@ LEGS = (
 )
 
 
-def create_mllm(folder, *, texts, vision, text, seed=0, vocab_size=512):
-    """Writes a new InternVL with random weights to `folder`, in transformers' own format, and returns the folder.
+def create_mllm(
+    folder: str | Path,
+    *,
+    texts: Iterable[str],
+    vision: dict,
+    text: dict,
+    seed: int = 0,
+    vocab_size: int = 512,
+) -> str | Path:
+    """Write a new InternVL with random weights in transformers' format, and return the folder.
 
-    vision, text: keyword arguments of InternVLVisionConfig and of the decoder's config (Qwen2Config unless model_type
-    says qwen3). texts: strings on which a byte-level BPE vocabulary of at most vocab_size tokens is trained, so that any
-    other text still has an encoding. Weights are drawn on the CPU from `seed`.
+    Args:
+        folder: where to write.
+        texts: strings on which the BPE vocabulary is trained. It is byte-level, so any other text
+            can be encoded as well.
+        vision: keyword arguments of InternVLVisionConfig.
+        text: keyword arguments of the decoder's config, which is a Qwen2Config unless model_type is
+            qwen3.
+        seed: seed of the weights, which are drawn on the CPU.
+        vocab_size: maximum number of tokens in the vocabulary.
     """
     from transformers import InternVLForConditionalGeneration
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
     tokenizer = byte_tokenizer(texts, vocab_size)
     config = internvl_config(
@@ -96,20 +119,20 @@ def create_mllm(folder, *, texts, vision, text, seed=0, vocab_size=512):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = InternVLForConditionalGeneration(config)
-    logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
 class Captioner(nn.Module):
-    """An InternVL with its language-model head, to be trained on turns [user: text, image] -> [assistant: answer].
+    """An InternVL with its language-model head, for training on captions.
 
-    `folder` is one that create_mllm or save wrote. forward(texts, answers, vit_pixels_ICHW, has_image) -> (mean loss of the
-    answers' tokens, (B,) bool: whether the most probable tokens are exactly the answer; greedy decoding gives it then).
+    A sample is one turn: [user: text, image] -> [assistant: answer]. The folder is one that
+    create_mllm or save wrote.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder: str | Path):
         from transformers import AutoTokenizer, InternVLForConditionalGeneration
 
         super().__init__()
@@ -118,27 +141,52 @@ class Captioner(nn.Module):
         )
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
 
-    def forward(self, texts, answers, vit_pixels_ICHW, has_image):
+    def forward(
+        self,
+        texts: Sequence[str],
+        answers: Sequence[str],
+        vit_pixels_ICHW: Tensor | None,
+        has_image: Sequence[bool],
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss and which answers are exactly right.
+
+        Args:
+            texts: B user texts.
+            answers: B target texts.
+            vit_pixels_ICHW: ViT pixels of the samples with an image, in order, or None.
+            has_image: B bools.
+
+        Returns:
+            The mean cross-entropy of the answers' tokens, a scalar, and (B,) bool: True if the most
+            probable tokens are exactly the answer. Greedy decoding then returns it.
+        """
         config = self.internvl.config
         rows = []
         for text, answer, image in zip(texts, answers, has_image, strict=True):
             middle = (
                 IMAGE[0] + "<IMG_CONTEXT>" * config.image_seq_length + IMAGE[1] if image else ""
             )
-            asked, said = (
+            prompt_ids, answer_ids = (
                 self.tokenizer(part, add_special_tokens=False)["input_ids"]
                 for part in (TURN[0] + text + middle + TURN[1], answer + "<|im_end|>")
             )
-            rows.append((torch.tensor(asked + said), torch.tensor([-100] * len(asked) + said)))
+            ids = torch.tensor(prompt_ids + answer_ids)
+            labels = torch.tensor([-100] * len(prompt_ids) + answer_ids)
+            rows.append((ids, labels))
         ids_BT, labels_BT = (
             torch.nn.utils.rnn.pad_sequence(column, batch_first=True, padding_value=padding)
-            for column, padding in zip(zip(*rows), (self.tokenizer.pad_token_id, -100))
+            for column, padding in zip(
+                zip(*rows, strict=True), (self.tokenizer.pad_token_id, -100), strict=True
+            )
         )
-        shown_BT = torch.nn.utils.rnn.pad_sequence(
+        attention_mask_BT = torch.nn.utils.rnn.pad_sequence(
             [torch.ones(len(row), dtype=torch.long) for row, _ in rows], batch_first=True
         )
         logits_BTV = self.internvl(
-            input_ids=ids_BT, attention_mask=shown_BT, pixel_values=vit_pixels_ICHW, use_cache=False
+            input_ids=ids_BT,
+            attention_mask=attention_mask_BT,
+            pixel_values=vit_pixels_ICHW,
+            use_cache=False,
         ).logits[:, :-1]
         labels_BT = labels_BT[:, 1:]
         loss = torch.nn.functional.cross_entropy(
@@ -147,9 +195,10 @@ class Captioner(nn.Module):
         right_BT = (logits_BTV.argmax(-1) == labels_BT) | (labels_BT == -100)
         return loss, right_BT.all(1)
 
-    def save(self, folder, dtype, metadata):
-        """Writes weights of `dtype`, config and tokenizer in transformers' own format; metadata: strings that stand in the
-        head of model.safetensors.
+    def save(self, folder: str | Path, dtype: torch.dtype, metadata: dict[str, str]) -> None:
+        """Write weights of `dtype`, config and tokenizer in transformers' format.
+
+        The metadata are added to the header of model.safetensors.
         """
         from safetensors import safe_open
         from safetensors.torch import load_file, save_file
@@ -162,21 +211,36 @@ class Captioner(nn.Module):
         save_file(load_file(path), path, metadata=metadata)
 
 
+class CaptionBatch(NamedTuple):
+    """The arguments of Captioner.forward."""
+
+    texts: list[str]
+    answers: list[str]
+    # Of the samples that have an image, in order. None if there are none.
+    vit_pixels_ICHW: Tensor | None
+    has_image: list[bool]
+
+
 class Examples:
-    """(text, picture or None, answer) of `num` scenes of a split, from number `start` on; pictures as ViT pixels, kept as
-    bytes. A picture goes through JPEG and the same cubic resize as those that are trained on.
+    """The training examples of `num` scenes of a split, from number `start` on.
+
+    Pictures are stored as uint8 ViT pixels. They have passed through JPEG and the same cubic resize
+    as the pictures of a training run.
     """
 
-    def __init__(self, seed, start, num, split):
+    def __init__(self, seed: int, start: int, num: int, split: str):
         side = VISION["image_size"]
         self.scenes = [scene(seed, i, split) for i in range(start, start + num)]
-        self.pixels_NCHW = torch.stack([vit_bytes(draw(picture), side) for picture in self.scenes])
+        self.pixels_NCHW = torch.stack(
+            [vit_bytes(render(picture), side) for picture in self.scenes]
+        )
         self.seed, self.split = seed, split
         self.editable = [i for i, picture in enumerate(self.scenes) if len(picture.shapes) == 1]
 
-    def batch(self, tasks, numbers):
-        """A task and a number each, which chooses scene and wording -> (texts, answers, vit pixels (I, 3, side, side) of those
-        with a picture, has_image) for Captioner.
+    def batch(self, tasks: Sequence[str], numbers: Sequence[int]) -> CaptionBatch:
+        """Return the batch of one task and one number per sample.
+
+        The number selects the scene and the wording.
         """
         texts, answers, shown = [], [], []
         for task, n in zip(tasks, numbers, strict=True):
@@ -186,11 +250,13 @@ class Examples:
             else:
                 i = n % len(self.scenes)
                 answer = self.scenes[i].caption
-                text = answer if task == "read" else ASKED[n // len(self.scenes) % len(ASKED)]
+                wording = n // len(self.scenes) % len(CAPTION_PROMPTS)
+                text = answer if task == "read" else CAPTION_PROMPTS[wording]
             texts.append(text)
             answers.append(answer)
-            shown += [i] if task != "read" else []
-        return (
+            if task != "read":
+                shown.append(i)
+        return CaptionBatch(
             texts,
             answers,
             normalised(self.pixels_NCHW[shown]) if shown else None,
@@ -198,21 +264,22 @@ class Examples:
         )
 
 
-def normalised(bytes_CHW):
-    """uint8 (..., 3, H, W) -> as the ViT wants it."""
+def normalised(bytes_CHW: Tensor) -> Tensor:
+    """Return uint8 pixels (..., 3, H, W) with the mean and variance that the ViT expects."""
     mean, std = (torch.tensor(x)[:, None, None] for x in (IMAGE_MEAN, IMAGE_STD))
     return (bytes_CHW / 255 - mean) / std
 
 
-def vit_pixels(picture, side, size_px):
-    """PIL image -> (3, side, side) as the loader of a run at size_px hands it to the ViT: JPEG, the VAE's crop, resized from
-    that, normalised.
+def vit_pixels(picture: Image.Image, side: int, size_px: int) -> Tensor:
+    """Return the ViT pixels (3, side, side) that the loader of a run at size_px makes of a picture.
+
+    The loader decodes the JPEG, crops to the VAE's size_px, resizes the crop, and normalises it.
     """
     return normalised(resized(vit_bytes(picture, size_px), side))
 
 
-def vit_bytes(picture, side):
-    """PIL image -> (3, side, side) uint8, through JPEG."""
+def vit_bytes(picture: Image.Image, side: int) -> Tensor:
+    """Return a picture as uint8 (3, side, side), encoded to JPEG, decoded and resized."""
     jpeg = io.BytesIO()
     picture.save(jpeg, "JPEG", quality=92, subsampling=0)
     pixels_HWC = torch.frombuffer(
@@ -222,7 +289,8 @@ def vit_bytes(picture, side):
     return resized(image_1CHW[0], side)
 
 
-def resized(bytes_CHW, side):
+def resized(bytes_CHW: Tensor, side: int) -> Tensor:
+    """Resize uint8 pixels (3, H, W) by cubic interpolation to (3, side, side)."""
     return torch.nn.functional.interpolate(
         bytes_CHW[None], size=(side, side), mode="bicubic", antialias=True
     )[0]
@@ -233,20 +301,23 @@ def train(
     *,
     legs: tuple[Leg, ...] = LEGS,
     seed: int = 0,
-    num_judged: int = 2000,
+    num_scored: int = 2000,
     save_steps: int = 250,
-    say=print,
 ) -> dict[str, float]:
-    """Train the MLLM from scratch, write the folder `out`, and return the accuracies of the last leg.
+    """Train the MLLM from scratch, write it to `out`, and return its accuracies.
 
-    Each leg has an AdamW of its own; after it the weights are rounded to bf16, as in the file, and
-    evaluated. The state of an unfinished run is written to `out`.unfinished every save_steps steps: a
-    killed run that is started again with the same legs and seed resumes there and ends with the same
-    weights. The metadata of the weights hold the accuracies and the settings of every leg.
+    Each leg starts with a new AdamW. After the leg the weights are rounded to bf16, as in the file,
+    and evaluated. The state of an unfinished run is written to `out`.unfinished every save_steps
+    steps. A killed run that is started again with the same legs and seed resumes there and ends
+    with the same weights. The metadata of the weights hold the accuracies and the settings of every
+    leg.
 
     Args:
-        num_judged: pictures of each split on which the accuracies are measured.
-        say: called with each line of progress.
+        out: folder of the weights.
+        legs: the schedule.
+        seed: seed of scenes, weights and batches.
+        num_scored: pictures of each split on which the accuracies are measured.
+        save_steps: steps between two saves of the state.
 
     Raises:
         InputError: if `out` exists, or if the unfinished run has other legs or another seed.
@@ -259,6 +330,7 @@ def train(
         "legs": [asdict(leg) for leg in legs],
         "seed": seed,
         "tasks": TASKS,
+        # Version of the dataset, under the key that existing weight files use.
         "world": VERSION,
     }
     state = resume(folder, settings)
@@ -283,7 +355,7 @@ def train(
         if "optimizer" in state:
             optimizer.load_state_dict(state.pop("optimizer"))
         first, before_s = state["step"], state["seconds"]
-        say(f"leg {i + 1} of {len(legs)}: {leg}, from step {first}")
+        logger.info(f"leg {i + 1} of {len(legs)}: {leg}, from step {first}")
         examples = Examples(seed, 0, leg.images, "train")
         begun = time.monotonic()
         for step in range(first, leg.steps):
@@ -292,19 +364,20 @@ def train(
             done = step + 1
             if done == leg.steps or done % 50 == 0 or done == first + 5:
                 left = leg.steps - done + sum(later.steps for later in legs[i + 1 :])
-                say(
-                    f"step {done} of {leg.steps}  loss {loss:.4f}  {spent_s / (done - first):.2f} s a step  "
-                    f"about {left * spent_s / (done - first) / 3600:.1f} h left"
+                step_s = spent_s / (done - first)
+                logger.info(
+                    f"step {done} of {leg.steps}  loss {loss:.4f}  {step_s:.2f} s/step  "
+                    f"about {left * step_s / 3600:.1f} h left"
                 )
             if done % save_steps == 0 and done < leg.steps:
                 state |= {"leg": i, "step": done, "seconds": before_s + spent_s}
                 save_state(folder, state, model, optimizer)
-        # As in the file; not the buffers, which a resumed run computes anew.
+        # Round as the file does. Buffers are not rounded, because a resumed run recomputes them.
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.copy_(parameter.bfloat16())
         seconds = round(before_s + time.monotonic() - begun)
-        shares = accuracies(model, seed, leg.images, num_judged)
+        shares = accuracies(model, seed, leg.images, num_scored)
         found.append(
             asdict(leg)
             | {
@@ -316,10 +389,10 @@ def train(
                 "found": shares,
             }
         )
-        say(f"leg {i + 1} of {len(legs)}: {shares}")
+        logger.info(f"leg {i + 1} of {len(legs)}: {shares}")
         state |= {"leg": i + 1, "step": 0, "seconds": 0.0, "found": json.dumps(found)}
         save_state(folder, state, model)
-    # Beside the weights that a resumed run starts from.
+    # A folder inside the unfinished run, next to the weights from which a resumed run starts.
     whole = folder / "whole"
     shutil.rmtree(whole, ignore_errors=True)
     model.save(
@@ -334,7 +407,7 @@ def train(
 
 def vocabulary(seed: int) -> list[str]:
     """Return the texts on which the tokenizer is trained."""
-    texts = [RECONSTRUCT, *ASKED]
+    texts = [RECONSTRUCT, *CAPTION_PROMPTS]
     for i in range(2000):
         picture = scene(seed, i)
         texts.append(picture.caption)
@@ -353,14 +426,14 @@ def train_step(
     i: int,
     step: int,
 ) -> float:
-    """Take one step of leg i and return its loss. The batch depends on (seed, i, step) alone."""
+    """Take one step of leg i and return its loss. The batch depends only on (seed, i, step)."""
     for group in optimizer.param_groups:
         group["lr"] = (
             leg.lr * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / leg.steps))
         )
     tasks = [task for task, share in TASKS.items() for _ in range(round(leg.batch * share))]
-    random = torch.Generator().manual_seed(((seed * len(LEGS) + i) << 32) + step)
-    numbers = torch.randint(0, 1 << 40, (len(tasks),), generator=random).tolist()
+    generator = torch.Generator().manual_seed(((seed * len(LEGS) + i) << 32) + step)
+    numbers = torch.randint(0, 1 << 40, (len(tasks),), generator=generator).tolist()
     with torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bf16()):
         loss, _ = model(*examples.batch(tasks, numbers))
     loss.backward()
@@ -372,8 +445,8 @@ def train_step(
 
 def save_state(
     folder: Path, state: dict, model: Captioner, optimizer: torch.optim.Optimizer | None = None
-):
-    """Write the state of an unfinished run, whole or not at all."""
+) -> None:
+    """Write the state of an unfinished run atomically."""
     parts = {"model": model.internvl.state_dict()}
     if optimizer is not None:
         parts["optimizer"] = optimizer.state_dict()
@@ -382,7 +455,11 @@ def save_state(
 
 
 def resume(folder: Path, settings: dict) -> dict | None:
-    """Return the state of an unfinished run with these settings, or None if there is none yet."""
+    """Return the state of an unfinished run, or None if nothing was saved yet.
+
+    Raises:
+        InputError: if the run has other settings.
+    """
     path = folder / STATE
     if not path.exists():
         return None
@@ -395,16 +472,27 @@ def resume(folder: Path, settings: dict) -> dict | None:
     return state
 
 
-def metadata(folder):
-    """{name: text} in the head of a folder's weights."""
+def metadata(folder: str | Path) -> dict[str, str]:
+    """Return the metadata in the header of a folder's weight file."""
     with safe_open(Path(folder) / "model.safetensors", framework="pt") as file:
         return file.metadata()
 
 
 @torch.no_grad()
-def accuracies(model, seed, start, num, batch=100):
-    """{"caption, train": share answered exactly, ...}: pictures that were not trained on, of combinations of colour, shape
-    and role that were ("train") and of those that never were ("test").
+def accuracies(
+    model: Captioner, seed: int, start: int, num: int, batch: int = 100
+) -> dict[str, float]:
+    """Return {"caption, train": share of exact answers, ...} for every task and split.
+
+    The "train" split has combinations of colour, shape and role that occur in training, the "test"
+    split those that never do.
+
+    Args:
+        model: the captioner.
+        seed: seed of the scenes.
+        start: number of the first scene. Scenes from the number of training pictures on are new.
+        num: scenes per split.
+        batch: scenes per forward pass.
     """
     found = {}
     for split in ("train", "test"):
@@ -417,7 +505,7 @@ def accuracies(model, seed, start, num, batch=100):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train the shipped schedule from the command line; return the exit code."""
+    """Train on the shipped schedule from the command line and return the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -425,13 +513,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     steps = sum(leg.steps for leg in LEGS)
+    hours = [steps * step_s / 3600 for step_s in STEP_S]
     print(
-        f"{steps:,} steps in {len(LEGS)} legs: {steps * STEP_S[0] / 3600:.1f} to {steps * STEP_S[1] / 3600:.1f} hours "
-        "on two cores; started again with the same --out, the command resumes",
+        f"{steps:,} steps in {len(LEGS)} legs: {hours[0]:.1f} to {hours[1]:.1f} hours on two "
+        "cores. The same command resumes an interrupted run.",
         flush=True,
     )
+    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    logger.setLevel(logging.INFO)
     try:
-        print(train(args.out, seed=args.seed, say=lambda line: print(line, flush=True)))
+        print(train(args.out, seed=args.seed))
     except InputError as error:
         print(f"iomm: {error}", file=sys.stderr)
         return 2

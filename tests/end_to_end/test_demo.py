@@ -90,7 +90,7 @@ def test_the_run_leaves_what_the_readme_says(demo):
     )
     assert (
         set(json.loads((run_dir / "scores.json").read_text())) == {"image", "text", "real"}
-        and "captions drawn, guidance 2" in said
+        and "samples from captions, guidance 2" in said
     )
     tars = sorted((run_dir.parent / "shared").glob("shapes-4096-*/*.tar"))
     assert len(tars) == 4

@@ -623,7 +623,7 @@ def test_a_run_is_complete_whatever_becomes_of_its_pictures(
     def fails(*_, **__):
         raise torch.OutOfMemoryError("no room\nfor pictures")
 
-    monkeypatch.setattr(launch_module, "draw_run", fails)
+    monkeypatch.setattr(launch_module, "sample_run", fails)
     config = parse(
         "", overrides=[f"run.dir={tmp_path}", f"optim.schedule={schedule}", "train.steps=10"]
     )
@@ -869,17 +869,20 @@ def test_sample_edit_and_export_read_the_run(golden, tmp_path, capsys):
         (["sample", "--run", str(golden), "--num", "0"], "--num and --steps must be >= 1"),
         (
             ["sample", "--run", str(golden), "--size", "64"],
-            "--size and --guidance are for pictures from text",
+            "--size and --guidance apply only to samples from text",
         ),
         (
             ["sample", "--run", str(golden), "--prompt", "x", "--size", "64by3"],
-            "--size must be a side in pixels, as 512, or WIDTHx",
+            "--size must be a side in pixels such as 512, or WIDTHx",
         ),
         (
             ["sample", "--run", str(golden), "--prompt", "x", "--out", str(tmp_path / "x.jpg")],
             "--out must end in .png",
         ),
-        (["sample", "--run", str(golden / "export/raw")], "is an exported folder, without data"),
+        (
+            ["sample", "--run", str(golden / "export/raw")],
+            "is an exported folder without training data",
+        ),
         (
             [
                 "edit",

@@ -1,7 +1,8 @@
-"""Evaluation between steps: the loss is the formula's, alike on any number of ranks and for any run; pictures, scores, hooks."""
+"""Evaluation between steps: the loss on any number of ranks, samples, scores, hooks."""
 
 import io
 import json
+import logging
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -43,8 +44,8 @@ HELD_OUT = 6
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory, mllm):
-    """20 images and 12 pairs in batches of 8, half and half."""
-    folder = tmp_path_factory.mktemp("worlds")
+    """Batches of 8, half of them from 20 images and half from 12 pairs."""
+    folder = tmp_path_factory.mktemp("datasets")
     shards = [
         Shards(
             build_index(
@@ -57,9 +58,9 @@ def source(tmp_path_factory, mllm):
     ]
     plans = [
         FixedSizeSampler(
-            EpochPermutation(3, its.shard_sizes, held_out=held_out(its.shard_sizes, HELD_OUT)), 32
+            EpochPermutation(3, part.shard_sizes, held_out=held_out(part.shard_sizes, HELD_OUT)), 32
         )
-        for its in shards
+        for part in shards
     ]
     return ImageSource(
         Joined(*shards),
@@ -76,14 +77,17 @@ def source(tmp_path_factory, mllm):
     )
 
 
-class Together(Exception):
-    """Carries what a rank says to the others out of its pass, so that ranks can run one after the other."""
+class Gathered(Exception):
+    """Carries the value that a rank contributes to a gather out of its pass.
+
+    Ranks can then run one after the other in one process.
+    """
 
 
 def ranks(rank=0, size=1, others=()):
     def all_of(value):
         if rank:
-            raise Together(value)
+            raise Gathered(value)
         return [value, *others]
 
     return SimpleNamespace(
@@ -96,7 +100,7 @@ def ranks(rank=0, size=1, others=()):
     )
 
 
-def evaluation(source, *overrides, hook=None, **which):
+def evaluation(source, *overrides, hook=None, **rank):
     config = parse(
         "",
         overrides=[
@@ -110,31 +114,35 @@ def evaluation(source, *overrides, hook=None, **which):
             *overrides,
         ],
     )
-    return Evaluation(config, source, ranks(**which), hook)
+    return Evaluation(config, source, ranks(**rank), hook)
 
 
 def masked(evaluation):
-    """The same evaluation with pictures of masked images, as where there are no pairs."""
+    """Return the evaluation with samples from masked images, as in a run without pairs."""
     evaluation.prompts = []
     return evaluation
 
 
-def ask(model, work):
+def run_fixed(model, work):
     with torch.no_grad(), fixed(model):
         return work(model)
 
 
-def test_the_loss_is_that_of_the_formula_at_each_time(source, mllm):
-    model, ours = build(mllm), evaluation(source)
-    found = ask(model, lambda model: {kind: ours.loss(model, kind) for kind in ("image", "pair")})
-    assert ours.heldout["image"].tolist() == held_out_entries([8, 8, 4], HELD_OUT).tolist()
-    assert ours.heldout["pair"].tolist() == [20 + k for k in held_out_entries([8, 4], HELD_OUT)]
+def test_loss_matches_the_formula_at_each_time(source, mllm):
+    model, evaluator = build(mllm), evaluation(source)
+    found = run_fixed(
+        model, lambda model: {kind: evaluator.loss(model, kind) for kind in ("image", "pair")}
+    )
+    assert evaluator.heldout["image"].tolist() == held_out_entries([8, 8, 4], HELD_OUT).tolist()
+    assert evaluator.heldout["pair"].tolist() == [
+        20 + k for k in held_out_entries([8, 4], HELD_OUT)
+    ]
     for kind, result in found.items():
         expected = np.zeros(len(TIMES))
-        for batch in ours.batches(kind, ours.heldout[kind]):
+        for batch in evaluator.batches(kind, evaluator.heldout[kind]):
             assert (
                 batch.has_image == [kind == "image"] * 4
-                and batch.entry_B.tolist()[0] in ours.heldout[kind]
+                and batch.entry_B.tolist()[0] in evaluator.heldout[kind]
             )
             with torch.no_grad(), fixed(model):
                 n_B = batch.n_B + FIRST_N
@@ -158,12 +166,12 @@ def test_the_loss_is_that_of_the_formula_at_each_time(source, mllm):
     assert TIMES == (0.0625, 0.1875, 0.3125, 0.4375, 0.5625, 0.6875, 0.8125, 0.9375)
 
 
-def test_two_ranks_find_what_one_finds_to_the_bit(source, mllm):
+def test_two_ranks_equal_one_bitwise(source, mllm):
     model = build(mllm)
     for work in (
         lambda e: lambda model: e.loss(model, "image"),
         lambda e: lambda model: e.loss(model, "pair"),
-        lambda e: lambda model: [np.asarray(image).tolist() for image in e.pictures(model).drawn],
+        lambda e: lambda model: [np.asarray(image).tolist() for image in e.pictures(model).samples],
         lambda e: (
             lambda model: [
                 np.asarray(image).tolist()
@@ -172,24 +180,27 @@ def test_two_ranks_find_what_one_finds_to_the_bit(source, mllm):
             ]
         ),
     ):
-        one = ask(model, work(evaluation(source)))
-        with pytest.raises(Together) as said:
-            ask(model, work(evaluation(source, rank=1, size=2)))
-        assert ask(model, work(evaluation(source, size=2, others=said.value.args))) == one
+        one = run_fixed(model, work(evaluation(source)))
+        with pytest.raises(Gathered) as gathered:
+            run_fixed(model, work(evaluation(source, rank=1, size=2)))
+        assert run_fixed(model, work(evaluation(source, size=2, others=gathered.value.args))) == one
 
 
-def test_it_depends_on_the_weights_and_on_nothing_else_of_the_run(source, mllm):
-    model, ours = build(mllm), evaluation(source)
-    before = ask(model, lambda model: ours.loss(model, "pair"))
-    images = ask(model, lambda model: ours.loss(model, "image"))
+def test_loss_depends_only_on_weights_and_mask_ratio(source, mllm):
+    model, evaluator = build(mllm), evaluation(source)
+    before = run_fixed(model, lambda model: evaluator.loss(model, "pair"))
+    images = run_fixed(model, lambda model: evaluator.loss(model, "image"))
     recipe = model.recipe = replace(model.recipe, seed=99, caption_drop=1.0)
-    assert ask(model, lambda model: ours.loss(model, "pair")) == before and model.recipe is recipe
-    assert ask(model, lambda model: ours.loss(model, "image")) == images
+    assert (
+        run_fixed(model, lambda model: evaluator.loss(model, "pair")) == before
+        and model.recipe is recipe
+    )
+    assert run_fixed(model, lambda model: evaluator.loss(model, "image")) == images
     model.recipe = replace(recipe, mask=replace(recipe.mask, ratio=0.9))
-    assert ask(model, lambda model: ours.loss(model, "image")) != images
+    assert run_fixed(model, lambda model: evaluator.loss(model, "image")) != images
     with torch.no_grad():
         model.generator.final.weight.mul_(1.1)
-    assert ask(model, lambda model: ours.loss(model, "pair")) != before
+    assert run_fixed(model, lambda model: evaluator.loss(model, "pair")) != before
 
 
 def state_of(model, step):
@@ -216,7 +227,7 @@ def state_of(model, step):
         (None, None),
     ],
 )
-def test_a_row_of_the_log_a_picture_and_a_hook(source, mllm, tmp_path, prompts, shown):
+def test_evaluation_returns_a_log_row_with_grid_and_hook(source, mllm, tmp_path, prompts, shown):
     seen = []
 
     def hook(config, step, images, texts):
@@ -224,14 +235,14 @@ def test_a_row_of_the_log_a_picture_and_a_hook(source, mllm, tmp_path, prompts, 
         return {"brightness": np.float32(0.5), "count": len(images)}
 
     overrides = [f"run.dir={tmp_path}", *([f"evaluate.prompts={prompts}"] if prompts else [])]
-    ours = evaluation(source, *overrides, hook=hook)
-    assert [step for step in range(1, 27) if ours.due(step)] == [10, 20, 25]
-    row = ours(state_of(build(mllm), 20))
+    evaluator = evaluation(source, *overrides, hook=hook)
+    assert [step for step in range(1, 27) if evaluator.due(step)] == [10, 20, 25]
+    row = evaluator(state_of(build(mllm), 20))
     assert set(row) == {"heldout_loss", "samples", "scores", "metrics"} and set(
         row["heldout_loss"]
     ) == {"image", "pair"}
     assert row["metrics"] == {"brightness": 0.5, "count": 5.0}
-    captions = [source.shards.caption(k) for k in ours.heldout["pair"][:5].tolist()]
+    captions = [source.shards.caption(k) for k in evaluator.heldout["pair"][:5].tolist()]
     assert (
         seen == [(str(tmp_path), 20, shown or captions, [(32, 32)] * 5)] and len(set(captions)) > 1
     )
@@ -261,13 +272,13 @@ def test_a_row_of_the_log_a_picture_and_a_hook(source, mllm, tmp_path, prompts, 
     )
 
 
-def test_a_run_on_images_shows_what_it_draws_of_masked_ones(source, mllm, tmp_path):
+def test_run_on_images_samples_from_masked_images(source, mllm, tmp_path):
     bare = SimpleNamespace(
         shards=source.shards.images, latents=None, encoded=False, decoder=source.decoder
     )
-    ours = evaluation(bare, f"run.dir={tmp_path}", "data.heldout=0")
+    evaluator = evaluation(bare, f"run.dir={tmp_path}", "data.heldout=0")
     model = build(mllm)
-    row = ours(state_of(model, 25))
+    row = evaluator(state_of(model, 25))
     assert set(row) == {"samples", "scores"} and Image.open(row["samples"]).size == (
         5 * 34 - 2,
         3 * 34 - 2,
@@ -278,17 +289,20 @@ def test_a_run_on_images_shows_what_it_draws_of_masked_ones(source, mllm, tmp_pa
     grid = read_grid(tmp_path / "samples/evaluate-00000025.png")
     mask = visible_mask(model.recipe.mask, SEED, FIRST_N + torch.arange(5), 16).view(5, 4, 4)
     for visible_YX, *pictures in zip(mask, *(row.values() for row in grid.values()), strict=True):
-        original, visible, drawn = (
+        original, visible, sample = (
             np.asarray(picture).reshape(4, 8, 4, 8, 3).swapaxes(1, 2) for picture in pictures
         )
         assert ((original == visible).all((2, 3, 4)) == visible_YX.numpy()).all() and (
-            drawn != original
+            sample != original
         ).any()
         assert np.unique(visible[~visible_YX.numpy()]).tolist() == [150, 185]
 
 
-def test_the_visible_part_is_that_of_the_image_tokens(mllm):
-    """The image token that changes most with a patch is the one whose patch visible_parts shows or hides."""
+def test_visible_parts_match_the_image_tokens(mllm):
+    """visible_parts shows the patch of a token if and only if the mask keeps the token.
+
+    The token of a patch is the one that changes most when the patch changes.
+    """
     model, image = (
         build(mllm),
         torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)),
@@ -309,32 +323,34 @@ def test_the_visible_part_is_that_of_the_image_tokens(mllm):
                 ) != bool(mask[n, token])
 
 
-def test_pictures_are_scored_against_the_prompt_or_the_caption_of_the_masked_image(
-    source, mllm, tmp_path
-):
+def test_samples_are_scored_against_prompt_or_caption(source, mllm, tmp_path):
     shards = source.shards.images
     bare = SimpleNamespace(shards=shards, latents=None, encoded=False, decoder=source.decoder)
-    ours = evaluation(bare, f"run.dir={tmp_path}")
-    entries = ours.drawn["image"].tolist()
+    evaluator = evaluation(bare, f"run.dir={tmp_path}")
+    entries = evaluator.pictured["image"].tolist()
     real = [Image.open(io.BytesIO(shards.image_bytes(k))).convert("RGB") for k in entries]
     captions = [shards.caption(k) for k in entries]
-    assert all(score(picture, caption)["fits"] for picture, caption in zip(real, captions))
-    assert ours.score(1, Pictures({"drawn": real}, [None] * 5)) == dict.fromkeys(SCORED, 1.0)
-    turned = [*real[:3], *real[3:][::-1]]
-    expected = [score(picture, caption) for picture, caption in zip(turned, captions)]
-    found = ours.score(1, Pictures({"drawn": turned}, [None] * 5))
+    assert all(
+        score(picture, caption)["fits"] for picture, caption in zip(real, captions, strict=True)
+    )
+    assert evaluator.score(1, Pictures({"drawn": real}, [None] * 5)) == dict.fromkeys(SCORED, 1.0)
+    permuted = [*real[:3], *real[3:][::-1]]
+    expected = [
+        score(picture, caption) for picture, caption in zip(permuted, captions, strict=True)
+    ]
+    found = evaluator.score(1, Pictures({"drawn": permuted}, [None] * 5))
     assert (
         found == {key: sum(one[key] for one in expected) / 5 for key in SCORED}
         and found["fits"] == 0.6
     )
-    asked = evaluation(source, "evaluate.prompts=a red circle | a photo of a bench")
+    prompted = evaluation(source, "evaluate.prompts=a red circle | a photo of a bench")
     pictures = Pictures(
         {"drawn": real}, ["a red circle", "a photo of a bench"] * 2 + ["a red circle"]
     )
-    assert asked.score(1, pictures) == {
+    assert prompted.score(1, pictures) == {
         key: sum(score(real[i], "a red circle")[key] for i in (0, 2, 4)) / 3 for key in SCORED
     }
-    assert asked.score(1, pictures._replace(prompts=["a photo of a bench"] * 5)) == {}
+    assert prompted.score(1, pictures._replace(prompts=["a photo of a bench"] * 5)) == {}
     row = dict(
         step=1,
         loss=1.0,
@@ -353,39 +369,48 @@ def test_pictures_are_scored_against_the_prompt_or_the_caption_of_the_masked_ima
     assert "fits 60%" in line(row | {"scores": found}, 10) and "fits" not in line(row, 10)
 
 
-def test_a_scorer_that_fails_and_data_of_other_kinds_cost_no_run(source, mllm, tmp_path, capsys):
-    ours = evaluation(source)
-    assert ours.score(7, Pictures({"drawn": [None]}, ["a red circle"])) == {}
-    assert capsys.readouterr().out.startswith("step 7: the pictures are not scored: ")
+def test_scorer_failure_and_foreign_data_do_not_raise(source, mllm, tmp_path, caplog):
+    evaluator = evaluation(source)
+    assert evaluator.score(7, Pictures({"drawn": [None]}, ["a red circle"])) == {}
+    ((name, level, message),) = caplog.record_tuples
+    assert (name, level) == ("iomm", logging.WARNING)
+    assert message.startswith("step 7: the samples were not scored: ")
     other = evaluation(source, f"run.dir={tmp_path}", "data.shards=photos/*.tar", "data.heldout=0")
     assert set(other(state_of(build(mllm), 20))) == {"samples"}
 
 
-def test_a_hook_that_fails_is_said_and_stops_nothing(source, capsys):
-    ours = evaluation(source, hook=lambda *_: {}["nothing"])
-    assert (
-        ours.ask(7, [], []) == {}
-        and "step 7: the hook failed: KeyError: 'nothing'" in capsys.readouterr().out
-    )
+def test_hook_failure_is_logged_and_not_raised(source, caplog):
+    evaluator = evaluation(source, hook=lambda *_: {}["nothing"])
+    assert evaluator.call_hook(7, [], []) == {}
+    assert caplog.record_tuples == [
+        ("iomm", logging.WARNING, "step 7: the hook failed: KeyError: 'nothing'")
+    ]
 
 
-def test_only_the_command_line_can_name_a_hook():
+def test_unwritable_grid_is_logged_and_not_raised(source, mllm, tmp_path, caplog):
+    (tmp_path / "samples").write_text("a file in the place of the folder")
+    evaluator = evaluation(source, f"run.dir={tmp_path}", "data.heldout=0")
+    assert evaluator(state_of(build(mllm), 20))["samples"] is None
+    assert caplog.messages[0].startswith("step 20: the sample grid was not written: ")
+
+
+def test_hook_comes_only_from_the_command_line():
     assert load_hook("os.path:join")("a", "b") == "a/b"
     assert not [key for key in all_keys(RunConfig) if "hook" in key]
     for name, words in (
         ("nowhere:f", "No module named 'nowhere'"),
         ("os.path:nothing", "has no attribute"),
         ("os.path:sep", "sep is not a function"),
-        ("", "wanted package.module:function"),
+        ("", "expected package.module:function"),
     ):
         with pytest.raises(InputError, match="--hook") as error:
             load_hook(name)
         assert words in str(error.value)
 
 
-def test_a_sample_that_is_not_finite_says_so_and_spoils_no_other(source, mllm):
+def test_nonfinite_sample_affects_only_its_own_loss(source, mllm):
     model = build(mllm)
     batch = next(iter(evaluation(source).batches("pair", evaluation(source).heldout["pair"])))
     batch.pixels_BCHW[1] = float("nan")
-    losses = ask(model, lambda model: losses_at(model, batch))
+    losses = run_fixed(model, lambda model: losses_at(model, batch))
     assert losses[1].isnan().all() and losses[[0, 2, 3]].isfinite().all() and losses.shape == (4, 8)

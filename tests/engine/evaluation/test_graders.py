@@ -1,8 +1,9 @@
-"""Folders for the official graders: complete, resumed, checked, the same from one rank and from two."""
+"""Folders for the official graders: complete, resumed, checked, the same on one and two ranks."""
 
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,7 +28,10 @@ def run(mllm, mllm_folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Small prompt files in the benchmarks' own formats -> {benchmark: arguments}, {benchmark: picture names}."""
+    """Small prompt files in the benchmarks' formats.
+
+    Returns {benchmark: arguments} and {benchmark: picture names}.
+    """
     root = tmp_path_factory.mktemp("prompts")
     (root / "evaluation_metadata.jsonl").write_text(
         "".join(
@@ -96,7 +100,7 @@ def pictures(folder):
     }
 
 
-def draw(bench, run, arguments, out, *more):
+def fill(bench, run, arguments, out, *more):
     return main(
         [
             "evaluate",
@@ -115,52 +119,52 @@ def draw(bench, run, arguments, out, *more):
     )
 
 
-def look(bench, arguments, out, *more):
+def check(bench, arguments, out, *more):
     return main(["evaluate", bench, *arguments[bench], "--out", str(out), "--check", *more])
 
 
 @pytest.fixture(scope="module")
-def drawn(run, files, tmp_path_factory):
-    """All four folders, from one rank in batches of 8."""
-    root = tmp_path_factory.mktemp("drawn")
+def filled(run, files, tmp_path_factory):
+    """All four folders, filled by one rank in batches of 8."""
+    root = tmp_path_factory.mktemp("filled")
     for bench in LAYOUTS:
-        assert draw(bench, run, files[0], root / bench, "--batch", "8") == 0
+        assert fill(bench, run, files[0], root / bench, "--batch", "8") == 0
     return root
 
 
-def copy(drawn, bench, tmp_path):
-    return shutil.copytree(drawn / bench, tmp_path / bench)
+def copy(filled, bench, tmp_path):
+    return shutil.copytree(filled / bench, tmp_path / bench)
 
 
 @pytest.mark.parametrize("bench", LAYOUTS)
-def test_a_folder_holds_what_its_grader_wants_and_nothing_else(drawn, files, bench, capsys):
-    found = pictures(drawn / bench)
+def test_folder_holds_exactly_the_expected_files(filled, files, bench, capsys):
+    found = pictures(filled / bench)
     assert set(found) == files[1][bench]
     side = 2 * SIDE if bench == "dpg" else SIDE
     assert all(picture.shape == (side, side, 3) for picture in found.values())
     others = sorted(
-        p.relative_to(drawn / bench).as_posix()
-        for p in (drawn / bench).rglob("*")
+        p.relative_to(filled / bench).as_posix()
+        for p in (filled / bench).rglob("*")
         if p.is_file() and p.suffix != ".png"
     )
     assert others == (
         ["00000/metadata.jsonl", "00001/metadata.jsonl"] if bench == "geneval" else []
     )
-    # Nothing left beside it.
-    assert sorted(p.name for p in drawn.iterdir()) == sorted(LAYOUTS)
-    assert look(bench, files[0], drawn / bench) == 0
+    # No temporary file is left next to it.
+    assert sorted(p.name for p in filled.iterdir()) == sorted(LAYOUTS)
+    assert check(bench, files[0], filled / bench) == 0
     assert f"the benchmark has {LAYOUTS[bench].num_prompts} prompts" in capsys.readouterr().out
 
 
-def test_geneval_gets_its_own_lines_back(drawn, files):
-    lines = open(files[0]["geneval"][1], "rb").readlines()
-    assert [(drawn / f"geneval/0000{n}/metadata.jsonl").read_bytes() for n in range(2)] == lines
-    found = list(pictures(drawn / "geneval").values())
+def test_geneval_folders_hold_their_prompt_lines(filled, files):
+    lines = Path(files[0]["geneval"][1]).read_bytes().splitlines(keepends=True)
+    assert [(filled / f"geneval/0000{n}/metadata.jsonl").read_bytes() for n in range(2)] == lines
+    found = list(pictures(filled / "geneval").values())
     assert all((a != b).any() for i, a in enumerate(found) for b in found[:i])
 
 
-def test_a_picture_says_what_it_is(drawn):
-    assert Image.open(drawn / "wise/641.png").text == {
+def test_png_records_origin_and_settings(filled):
+    assert Image.open(filled / "wise/641.png").text == {
         "benchmark": "wise verified",
         "run": "runs/tiny",
         "step": "7",
@@ -176,26 +180,26 @@ def test_a_picture_says_what_it_is(drawn):
 
 
 @pytest.mark.parametrize("bench", LAYOUTS)
-def test_two_ranks_and_another_batch_draw_the_same(drawn, run, files, bench, tmp_path, capsys):
+def test_folder_is_independent_of_ranks_and_batch(filled, run, files, bench, tmp_path, capsys):
     out = tmp_path / bench
-    assert draw(bench, run, files[0], out, "--batch", "3", "--rank", "1", "--ranks", "2") == 0
-    assert "files of other ranks are still to come" in capsys.readouterr().out
-    assert look(bench, files[0], out) == 1
-    assert draw(bench, run, files[0], out, "--batch", "3", "--rank", "0", "--ranks", "2") == 0
-    said = capsys.readouterr().out
-    assert "rank 0 of 2: its share of" in said and "complete\n" in said and "next, in" in said
-    assert look(bench, files[0], out) == 0
-    ours, theirs = pictures(out), pictures(drawn / bench)
+    assert fill(bench, run, files[0], out, "--batch", "3", "--rank", "1", "--ranks", "2") == 0
+    assert "files of other ranks are still missing" in capsys.readouterr().out
+    assert check(bench, files[0], out) == 1
+    assert fill(bench, run, files[0], out, "--batch", "3", "--rank", "0", "--ranks", "2") == 0
+    output = capsys.readouterr().out
+    assert "rank 0 of 2, " in output and "complete\n" in output and "Next: in" in output
+    assert check(bench, files[0], out) == 0
+    ours, theirs = pictures(out), pictures(filled / bench)
     assert set(ours) == set(theirs)
     assert all(np.abs(ours[name] - theirs[name]).max() <= 1 for name in ours)
 
 
-def test_a_quarter_of_a_grid_is_the_picture_drawn_alone(drawn, run, files):
+def test_grid_quarter_equals_the_image_sampled_alone(filled, run, files):
     pipe = Pipeline.from_pretrained(run, device="cpu")
     text = next(
         item for item in read_items(LAYOUTS["dpg"], files[0]["dpg"][1:], None)[0] if item.id == "0"
     ).prompt
-    grid = pictures(drawn / "dpg")["0.png"]
+    grid = pictures(filled / "dpg")["0.png"]
     for k, (row, column) in enumerate([(0, 0), (0, SIDE), (SIDE, 0), (SIDE, SIDE)]):
         alone = np.asarray(
             pipe(text, steps=1, guidance=2.0, numbers=[image_number("0", k)])[0]
@@ -213,10 +217,8 @@ def test_image_numbers_are_fixed():
 
 
 @pytest.mark.parametrize("bench", LAYOUTS)
-def test_resuming_draws_what_is_missing_or_damaged_and_keeps_the_rest(
-    drawn, run, files, bench, tmp_path, capsys
-):
-    out = copy(drawn, bench, tmp_path)
+def test_resume_samples_only_missing_or_damaged_files(filled, run, files, bench, tmp_path, capsys):
+    out = copy(filled, bench, tmp_path)
     gone, cut, flipped = sorted(p for p in out.rglob("*.png"))[:3]
     gone.unlink()
     cut.write_bytes(cut.read_bytes()[:-20])
@@ -227,17 +229,19 @@ def test_resuming_draws_what_is_missing_or_damaged_and_keeps_the_rest(
         (out / "00000/metadata.jsonl").write_text("{}")
     kept = {p: p.stat().st_mtime_ns for p in out.rglob("*.png") if p not in (cut, flipped)}
     capsys.readouterr()
-    assert look(bench, files[0], out) == 1
-    said = capsys.readouterr().out
+    assert check(bench, files[0], out) == 1
+    output = capsys.readouterr().out
     assert (
-        f"missing: {gone.relative_to(out)}" in said
-        and f"malformed: {cut.relative_to(out)}: no intact PNG" in said
+        f"missing: {gone.relative_to(out)}" in output
+        and f"malformed: {cut.relative_to(out)}: not an intact PNG" in output
     )
-    assert f"malformed: {flipped.relative_to(out)}: no intact PNG" in said
-    assert ("metadata.jsonl: not the line of the prompt file" in said) == (bench == "geneval")
-    assert draw(bench, run, files[0], out) == 0
+    assert f"malformed: {flipped.relative_to(out)}: not an intact PNG" in output
+    assert ("metadata.jsonl: differs from the line of the prompt file" in output) == (
+        bench == "geneval"
+    )
+    assert fill(bench, run, files[0], out) == 0
     assert all(p.stat().st_mtime_ns == time for p, time in kept.items())
-    ours, theirs = pictures(out), pictures(drawn / bench)
+    ours, theirs = pictures(out), pictures(filled / bench)
     assert set(ours) == set(theirs) and all(
         np.abs(ours[name] - theirs[name]).max() <= 1 for name in ours
     )
@@ -257,74 +261,80 @@ def test_resuming_draws_what_is_missing_or_damaged_and_keeps_the_rest(
         ("imgedit", "1082.jpg", False),
     ],
 )
-def test_what_does_not_belong_there_is_named(drawn, files, bench, name, accepted, tmp_path, capsys):
-    out = copy(drawn, bench, tmp_path)
+def test_extra_files_are_reported(filled, files, bench, name, accepted, tmp_path, capsys):
+    out = copy(filled, bench, tmp_path)
     if name.endswith("/"):
         (out / name).mkdir()
     else:
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_bytes(b"x")
     capsys.readouterr()
-    assert look(bench, files[0], out) == (0 if accepted else 1)
+    assert check(bench, files[0], out) == (0 if accepted else 1)
     assert (f"extra: {name.rstrip('/')}\n" in capsys.readouterr().out) == (not accepted)
 
 
-def test_nothing_is_drawn_into_a_folder_of_something_else(run, files, tmp_path, capsys):
+def test_foreign_folder_is_refused_and_unchanged(run, files, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("x")
-    assert draw("dpg", run, files[0], tmp_path) == 2
-    assert "holds what does not belong to dpg, notes.txt first" in capsys.readouterr().err
-    assert draw("dpg", run, files[0], tmp_path / "notes.txt") == 2
+    assert fill("dpg", run, files[0], tmp_path) == 2
+    assert (
+        "contains files that do not belong to dpg, the first is notes.txt."
+        in capsys.readouterr().err
+    )
+    assert fill("dpg", run, files[0], tmp_path / "notes.txt") == 2
     assert "cannot be written" in capsys.readouterr().err and [
         p.name for p in tmp_path.iterdir()
     ] == ["notes.txt"]
 
 
-def test_wrong_sizes_modes_and_mixed_settings_are_named(drawn, run, files, tmp_path, capsys):
-    out = copy(drawn, "dpg", tmp_path)
+def test_wrong_sizes_modes_and_settings_are_reported(filled, run, files, tmp_path, capsys):
+    out = copy(filled, "dpg", tmp_path)
     Image.new("RGB", (2 * SIDE, SIDE)).save(out / "0.png")
-    assert look("dpg", files[0], out) == 1
-    assert "malformed: 0.png: 32 x 16 px is no 2R x 2R grid" in capsys.readouterr().out
+    assert check("dpg", files[0], out) == 1
+    assert "malformed: 0.png: 32 x 16 px is not a 2R x 2R grid" in capsys.readouterr().out
     Image.new("L", (2 * SIDE, 2 * SIDE)).save(out / "0.png")
-    assert look("dpg", files[0], out) == 1
-    assert "malformed: 0.png: mode L, wanted RGB" in capsys.readouterr().out
+    assert check("dpg", files[0], out) == 1
+    assert "malformed: 0.png: mode L, expected RGB" in capsys.readouterr().out
     Image.new("RGB", (4 * SIDE, 4 * SIDE)).save(out / "0.png")
-    assert look("dpg", files[0], out) == 1
-    assert "malformed: 0.png: 32x32 px an image, wanted 16x16" in capsys.readouterr().out
-    out = copy(drawn, "wise", tmp_path)
-    assert look("wise", files[0], out, "--size", "32") == 1
-    assert "malformed: 1.png: 16x16 px an image, wanted 32x32" in capsys.readouterr().out
+    assert check("dpg", files[0], out) == 1
+    assert "malformed: 0.png: 32x32 px per image, expected 16x16" in capsys.readouterr().out
+    out = copy(filled, "wise", tmp_path)
+    assert check("wise", files[0], out, "--size", "32") == 1
+    assert "malformed: 1.png: 16x16 px per image, expected 32x32" in capsys.readouterr().out
     (out / "1.png").unlink()
-    assert draw("wise", run, files[0], out, "--seed", "1") == 2
-    said = capsys.readouterr().err
-    assert "was drawn otherwise (seed 0 instead of 1)" in said and not (out / "1.png").exists()
+    assert fill("wise", run, files[0], out, "--seed", "1") == 2
+    output = capsys.readouterr().err
+    assert (
+        "was sampled with other settings (seed 0 instead of 1)" in output
+        and not (out / "1.png").exists()
+    )
     other = tmp_path / "other"
-    assert draw("wise", run, files[0], other, "--seed", "1") == 0
+    assert fill("wise", run, files[0], other, "--seed", "1") == 0
     (other / "1.png").rename(out / "1.png")
-    (out / "641.png").write_bytes((drawn / "wise/2.png").read_bytes())
+    (out / "641.png").write_bytes((filled / "wise/2.png").read_bytes())
     capsys.readouterr()
-    assert look("wise", files[0], out) == 1
-    said = capsys.readouterr().out
-    assert "malformed: 1.png: drawn otherwise than most (seed 1 instead of 0)" in said
-    assert "malformed: 641.png: drawn from another prompt" in said
+    assert check("wise", files[0], out) == 1
+    output = capsys.readouterr().out
+    assert "malformed: 1.png: sampled with other settings than most (seed 1 instead of 0)" in output
+    assert "malformed: 641.png: sampled from another prompt" in output
 
 
-def test_a_prompt_without_pictures_and_an_empty_folder(drawn, files, tmp_path, capsys):
+def test_missing_files_are_counted(filled, files, tmp_path, capsys):
     arguments = {"geneval": ["--prompts", str(tmp_path / "three.jsonl")]}
     (tmp_path / "three.jsonl").write_text(
-        open(files[0]["geneval"][1]).read() + '{"prompt": "a photo of a cat"}\n'
+        Path(files[0]["geneval"][1]).read_text() + '{"prompt": "a photo of a cat"}\n'
     )
-    assert look("geneval", arguments, drawn / "geneval") == 1
-    said = capsys.readouterr().out
+    assert check("geneval", arguments, filled / "geneval") == 1
+    output = capsys.readouterr().out
     assert (
-        "missing: 00002/metadata.jsonl\nmissing: 00002/samples/0000.png" in said
-        and "5 files missing" in said
+        "missing: 00002/metadata.jsonl\nmissing: 00002/samples/0000.png" in output
+        and "5 files missing" in output
     )
-    assert look("geneval", arguments, tmp_path / "nothing") == 1
+    assert check("geneval", arguments, tmp_path / "nothing") == 1
     assert "missing: and 5 more" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    "bench, traps",
+    "bench, notes",
     [
         (
             "geneval",
@@ -339,17 +349,17 @@ def test_a_prompt_without_pictures_and_an_empty_folder(drawn, files, tmp_path, c
                 "-results.txt",
             ],
         ),
-        ("wise", ["bash eval_qwen.sh", "Protocol: verified", "say which"]),
-        ("imgedit", ["--edit_json", "the --basic_edit of its readme is refused"]),
+        ("wise", ["bash eval_qwen.sh", "Protocol: verified", "report which one you used"]),
+        ("imgedit", ["--edit_json", "It rejects the --basic_edit of its readme"]),
     ],
 )
-def test_the_next_command_and_its_traps(drawn, files, bench, traps, capsys):
-    assert look(bench, files[0], drawn / bench) == 0
-    said = capsys.readouterr().out
-    assert all(trap in said for trap in [str(drawn / bench), *traps])
+def test_next_step_names_the_command_and_its_pitfalls(filled, files, bench, notes, capsys):
+    assert check(bench, files[0], filled / bench) == 0
+    output = capsys.readouterr().out
+    assert all(note in output for note in [str(filled / bench), *notes])
 
 
-def test_wise_protocols_are_told_apart(tmp_path):
+def test_wise_protocol_is_identified(tmp_path):
     def name(file, category, number=641):
         path = tmp_path / file
         path.write_text(json.dumps([{"Prompt": "x", "Category": category, "prompt_id": number}]))
@@ -375,7 +385,7 @@ def test_wise_protocols_are_told_apart(tmp_path):
         assert command in next_step(protocol, tmp_path, 512, [file], None)
 
 
-def test_dpg_reads_its_csv_as_its_folder(files, tmp_path):
+def test_dpg_csv_and_folder_give_equal_items(files, tmp_path):
     items, _ = read_items(LAYOUTS["dpg"], files[0]["dpg"][1:], None)
     with open(tmp_path / "dpg_bench.csv", "w", newline="") as file:
         writer = csv.writer(file)
@@ -390,41 +400,41 @@ def test_dpg_reads_its_csv_as_its_folder(files, tmp_path):
     "bench, text, message",
     [
         ("geneval", '{"prompt": "x"}\n\n{"prompt": "y"}\n', "prompts:2 is not JSON"),
-        ("geneval", '{"tag": "x"}\n', "wanted an object with a text 'prompt'"),
+        ("geneval", '{"tag": "x"}\n', "expected an object with a text 'prompt'"),
         (
             "dpg",
             "item,text\n1,x\n",
-            "wanted a folder of <item_id>.txt, or a csv with the columns item_id and text",
+            "expected a folder of <item_id>.txt, or a csv with the columns item_id and text",
         ),
         ("dpg", "item_id,text\na.b,x\n", "'a.b' cannot be a file name"),
-        ("dpg", "item_id,text\na,x\na,y\n", "item a has two texts"),
+        ("dpg", "item_id,text\na,x\na,y\n", "item a has two different texts"),
         (
             "wise",
             '[{"Prompt": "x", "prompt_id": 1001}]',
-            "prompt_id must be from 1 to 1000, got 1001",
+            "prompt_id must be an integer from 1 to 1000, got 1001",
         ),
         (
             "wise",
             '[{"Prompt": "x", "prompt_id": 1}, {"Prompt": "y", "prompt_id": 1}]',
-            "1 stands there twice",
+            "duplicate prompt id '1'",
         ),
-        ("wise", "[]", "no prompt in it"),
+        ("wise", "[]", "contains no prompts"),
         ("imgedit", '{"../x": {"id": "a.jpg", "prompt": "x"}}', "'../x' cannot be a file name"),
-        ("imgedit", '["x"]', "wanted an object with a text 'prompt'"),
+        ("imgedit", '["x"]', "expected an object with a text 'prompt'"),
     ],
 )
-def test_bad_prompt_files_are_one_clear_line(bench, text, message, tmp_path, capsys):
+def test_invalid_prompt_files_give_a_one_line_error(bench, text, message, tmp_path, capsys):
     path = tmp_path / "prompts"
     path.write_text(text)
-    assert look(bench, {bench: ["--prompts", str(path)]}, tmp_path / "out") == 2
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1 and said[0].startswith("iomm: ") and message in said[0]
+    assert check(bench, {bench: ["--prompts", str(path)]}, tmp_path / "out") == 2
+    output = capsys.readouterr().err.splitlines()
+    assert len(output) == 1 and output[0].startswith("iomm: ") and message in output[0]
 
 
 @pytest.mark.parametrize(
     "bench, more, message",
     [
-        ("wise", ["--num", "2"], "wise has 1 images a prompt"),
+        ("wise", ["--num", "2"], "wise requires 1 image(s) per prompt"),
         ("dpg", ["--size", "16x32"], "dpg cuts its grids into squares"),
         ("dpg", ["--size", "30"], "image size must be a positive multiple of 4 px"),
         ("dpg", ["--size", "0x"], "--size must be a side in pixels"),
@@ -432,19 +442,21 @@ def test_bad_prompt_files_are_one_clear_line(bench, text, message, tmp_path, cap
         (
             "imgedit",
             ["--origin-img-root", "nowhere"],
-            "--origin-img-root nowhere: 3 of 3 pictures are not there",
+            "--origin-img-root nowhere: 3 of 3 pictures are missing",
         ),
     ],
 )
-def test_bad_requests_draw_nothing(run, files, bench, more, message, tmp_path, capsys):
-    assert draw(bench, run, files[0], tmp_path / "out", *more) == 2
+def test_invalid_settings_write_nothing(run, files, bench, more, message, tmp_path, capsys):
+    assert fill(bench, run, files[0], tmp_path / "out", *more) == 2
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-def test_more_pictures_a_prompt_and_no_run(run, files, tmp_path, capsys):
+def test_num_changes_geneval_and_run_is_required(run, files, tmp_path, capsys):
     out = tmp_path / "geneval"
-    assert draw("geneval", run, files[0], out, "--num", "1") == 0
+    assert fill("geneval", run, files[0], out, "--num", "1") == 0
     assert sorted(pictures(out)) == ["00000/samples/0000.png", "00001/samples/0000.png"]
-    assert look("geneval", files[0], out) == 1 and look("geneval", files[0], out, "--num", "1") == 0
+    assert (
+        check("geneval", files[0], out) == 1 and check("geneval", files[0], out, "--num", "1") == 0
+    )
     assert main(["evaluate", "geneval", *files[0]["geneval"], "--out", str(out)]) == 2
     assert "--run is missing" in capsys.readouterr().err

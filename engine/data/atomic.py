@@ -63,7 +63,7 @@ def whole_folder(path, marker):
 
 
 @contextmanager
-def one_at_a_time(folder):
+def folder_lock(folder):
     """Holds an existing folder's lock; others who ask for it wait. A killed process lets go of it."""
     lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:

@@ -34,7 +34,7 @@ class BadSamples:
     def restore(self, state):
         self.total, self.shards = state["total"], set(state["shards"])
 
-    def saw(self, failures, samples_seen):
+    def record(self, failures, samples_seen):
         """Counts the Failures of one step, of all ranks; samples_seen is that of the run after the step. Must be called
         on all ranks alike. Raises InputError if more than max_fraction of max(samples_seen, 10,000) samples, or samples
         of more than max_shards shards, were skipped so far, or if one could not be replaced.

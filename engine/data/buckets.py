@@ -41,7 +41,7 @@ class BucketSampler:
     ranks. Memory is O(shards x buckets); one pass over the index's sizes at the start (0.3 s for 10 M samples), then
     one position costs O(log shards) and, for a shard not read lately, sorting its samples.
 
-    Two of them make the batches of a mixture (see buckets_of_both): one leads, the other follows its buckets, so that
+    Two of them make the batches of a mixture (see share_buckets): one leads, the other follows its buckets, so that
     step s of either is the b-th batch of the same bucket. What is said of epochs holds for the leader; of the
     follower, each bucket visits all of its samples before any twice.
     """
@@ -176,7 +176,7 @@ def join_small(totals, ratios, wanted):
         totals[:, small] = 0
 
 
-def buckets_of_both(images, pairs):
+def share_buckets(images, pairs):
     """Makes of two BucketSampler, of the images and of the pairs of every batch, those of a mixture: alike joined, so that each
     bucket has enough of either kind, and with the pairs in the lead. They are the fewer; their epochs are those of a run.
     """

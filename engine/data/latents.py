@@ -20,7 +20,7 @@ from iomm.config import InputError, choice
 from iomm.engine.data.archive import Tar
 from iomm.engine.data.atomic import whole_file
 from iomm.engine.data.index import records_crc32
-from iomm.engine.data.samplers import InARow
+from iomm.engine.data.samplers import SequentialSampler
 from iomm.engine.data.shards import Damaged
 from iomm.engine.data.source import ImageSource
 
@@ -218,7 +218,7 @@ class EncodedSamples:
                 device=mllm.device,
                 num_steps=-(-len(entries) // batch),
                 num_threads=num_threads,
-                plan=InARow(entries, size_px, pairs=is_pair),
+                sampler=SequentialSampler(entries, size_px, pairs=is_pair),
             )
             for one in source:
                 bad += [
@@ -265,7 +265,7 @@ def _encode(shards, entries, encode, size_px, dtype, device, batch, num_threads,
         device=torch.device(device),
         num_steps=num_batches,
         num_threads=num_threads,
-        plan=InARow(entries, size_px),
+        sampler=SequentialSampler(entries, size_px),
     )
     latents, bad = [], []
     for one in source:

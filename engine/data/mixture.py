@@ -6,7 +6,7 @@ from iomm.config import InputError
 from iomm.engine.data.samplers import mix
 
 
-def images_of(share, global_batch):
+def num_images_per_batch(share, global_batch):
     """How many images a global batch of images and pairs holds: round(share * G)."""
     if not 0 <= share <= 1:
         raise InputError(

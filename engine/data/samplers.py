@@ -158,7 +158,7 @@ class FixedSizeSampler:
         return np.zeros(len(n), dtype=bool)
 
 
-class InARow:
+class SequentialSampler:
     """The plan of some entries one after the other, all images or all pairs; the last one fills the last batch."""
 
     def __init__(self, entries, size_px, pairs=False):

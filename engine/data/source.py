@@ -104,7 +104,7 @@ class ImageSource:
         flip=False,
         num_threads=2,
         crop="center",
-        plan=None,
+        sampler=None,
         latents=None,
         dtype=torch.float32,
         hw_decoder_load=0.65,
@@ -116,7 +116,7 @@ class ImageSource:
                 f"train.global_batch must be a multiple of train.micro_batch x ranks, got {global_batch} "
                 f"and {micro_batch} x {world_size}"
             )
-        if plan is None and len(shards) < global_batch:
+        if sampler is None and len(shards) < global_batch:
             raise InputError(
                 f"train.global_batch is {global_batch}, but there are only {len(shards)} samples: "
                 "lower it or add data"
@@ -140,7 +140,9 @@ class ImageSource:
         # Nothing is left to decode.
         self.encoded = getattr(latents, "tokens", None) is not None
         self.look_at_pairs = look_at_pairs
-        self.order = plan or FixedSizeSampler(EpochPermutation(seed, shards.shard_sizes), size_px)
+        self.sampler = sampler or FixedSizeSampler(
+            EpochPermutation(seed, shards.shard_sizes), size_px
+        )
         self.decoder = Decoder(
             micro_batch,
             vit_px,
@@ -218,9 +220,9 @@ class ImageSource:
             n = self.positions(step, accumulation_step)
             with self._order_lock:
                 entries, size_px, is_pair = (
-                    self.order(n),
-                    self.order.size_px(step),
-                    self.order.is_pair(n),
+                    self.sampler(n),
+                    self.sampler.size_px(step),
+                    self.sampler.is_pair(n),
                 )
             samples = [
                 _Sample(*sample, size_px)
@@ -257,7 +259,7 @@ class ImageSource:
             first = sample.failure or Failure(sample.n, self.shards.shard(sample.entry), problem)
             sample.failure = Failure(first.n, first.shard, first.problem, fatal)
         with self._order_lock:
-            sample.entry = int(self.order(np.array([sample.n]), sample.attempt)[0])
+            sample.entry = int(self.sampler(np.array([sample.n]), sample.attempt)[0])
 
     def _replace_refused(self, samples, error):
         """Replaces the samples of a batch that DALI refuses; all of them if it does not say which."""

@@ -30,7 +30,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from iomm.config import InputError, choice
-from iomm.engine.data.atomic import one_at_a_time, whole_folder
+from iomm.engine.data.atomic import folder_lock, whole_folder
 from iomm.kernels.philox import EDIT, WORLD, uniform
 
 # A change of what is drawn raises it, so that older folders are drawn again.
@@ -216,7 +216,7 @@ def write_dataset(folder, num_images=4096, size_px=64, seed=0, shard_size=1024, 
     }
     names = [f"{shard:05d}.tar" for shard in range(-(-num_images // shard_size))]
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with one_at_a_time(folder.parent):
+    with folder_lock(folder.parent):
         if not _is_complete(folder, settings, names):
             with whole_folder(folder, MANIFEST) as fresh:
                 for shard, name in enumerate(names):

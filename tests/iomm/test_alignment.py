@@ -496,7 +496,7 @@ def test_the_source_shows_the_vit_what_it_is_asked_for(tmp_path):
                     vit_px=32,
                     device="cpu",
                     num_steps=1,
-                    plan=Plan(),
+                    sampler=Plan(),
                     look_at_pairs=pairs,
                 )
             )

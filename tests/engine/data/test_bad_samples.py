@@ -22,7 +22,7 @@ def test_the_share_is_judged_over_ten_thousand_samples_and_counts_survive_a_chec
     skips = BadSamples(0.01, 5)
     # 100 of 10,000
     for step in range(100):
-        skips.saw([lost(100 * step)], 100 * (step + 1))
+        skips.record([lost(100 * step)], 100 * (step + 1))
     again = BadSamples(0.01, 5)
     again.restore(json.loads(json.dumps(skips.state())))
     for some in (skips, again):
@@ -30,7 +30,7 @@ def test_the_share_is_judged_over_ten_thousand_samples_and_counts_survive_a_chec
             InputError,
             match=r"101 samples of 10050 could not be had, more than data.max_bad_fraction \(0.01\)",
         ):
-            some.saw([lost(10_001)], 10_050)
+            some.record([lost(10_001)], 10_050)
         assert some.total == 101
 
 
@@ -43,7 +43,7 @@ def test_a_rising_rate_stops_above_the_budget(rate, stops):
     try:
         for step in range(300):
             first, last = int(rate * step * batch), int(rate * (step + 1) * batch)
-            skips.saw([lost(step * batch + i) for i in range(last - first)], (step + 1) * batch)
+            skips.record([lost(step * batch + i) for i in range(last - first)], (step + 1) * batch)
         assert not stops
     except InputError:
         assert stops and skips.total / max(batch * (step + 1), 10_000) > 0.01
@@ -52,18 +52,18 @@ def test_a_rising_rate_stops_above_the_budget(rate, stops):
 def test_six_dead_shards_stop():
     skips = BadSamples(0.5, 5)
     for shard in range(5):
-        skips.saw([lost(10 * shard, shard)], 10 * shard + 10)
+        skips.record([lost(10 * shard, shard)], 10 * shard + 10)
     with pytest.raises(
         InputError,
         match=r"samples of 6 shards could not be had, more than data.max_bad_shards \(5\) allows",
     ):
-        skips.saw([lost(60, 5)], 70)
+        skips.record([lost(60, 5)], 70)
 
 
 def test_failures_are_logged_in_order(tmp_path):
     skips = BadSamples(1.0, 5, tmp_path / "skipped.jsonl")
-    skips.saw([lost(5, 1), lost(3)], 8)
-    skips.saw([lost(9)], 16)
+    skips.record([lost(5, 1), lost(3)], 8)
+    skips.record([lost(9)], 16)
     lines = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert [line["n"] for line in lines] == [3, 5, 9] and lines[1] == {
         "n": 5,

@@ -309,7 +309,7 @@ def test_each_sample_once_per_epoch_whatever_is_killed(tmp_path):
                 int(k)
                 for a in range(sources[0].accumulation_steps)
                 for one in sources
-                for k in one.order(one.positions(step, a))
+                for k in one.sampler(one.positions(step, a))
             ]
 
     golden = list(steps(0, 97, 4))

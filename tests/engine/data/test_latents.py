@@ -133,7 +133,7 @@ def test_encoded_mixture_has_the_batches_and_the_loss_of_pixels(world, pairs, ml
     assert encoded.num_bytes == 4 * (39 * 3 * SIZE_PX**2 + 30 * mllm.num_image_tokens * mllm.width)
     model = tiny_model(mllm, vae)
     for got, wanted in zip(
-        batches(both, encoded, plan=plan), batches(both, plan=plan), strict=True
+        batches(both, encoded, sampler=plan), batches(both, sampler=plan), strict=True
     ):
         assert (
             got.n_B.tolist() == wanted.n_B.tolist()

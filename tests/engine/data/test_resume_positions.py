@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iomm.config import InputError
-from iomm.engine.data.buckets import BucketSampler, bucket_sizes, buckets_of_both, join_small
+from iomm.engine.data.buckets import BucketSampler, bucket_sizes, join_small, share_buckets
 from iomm.engine.data.index import build
-from iomm.engine.data.mixture import Joined, MixtureSampler, images_of
+from iomm.engine.data.mixture import Joined, MixtureSampler, num_images_per_batch
 from iomm.engine.data.samplers import EpochPermutation, FixedSizeSampler, held_out, held_out_entries
 from iomm.engine.data.shards import Shards
 from iomm.engine.data.source import ImageSource
@@ -158,7 +158,12 @@ def squares(seed, shard_sizes):
 @given(st.integers(1, 48), st.floats(0, 1), st.integers(0, 10**9), st.integers(0, 10**6))
 def test_a_mixture_holds_exactly_its_share_in_every_batch(batch, share, seed, step):
     plan = MixtureSampler(
-        seed, batch, images_of(share, batch), squares(seed, [40, 24]), squares(seed, [50]), 64
+        seed,
+        batch,
+        num_images_per_batch(share, batch),
+        squares(seed, [40, 24]),
+        squares(seed, [50]),
+        64,
     )
     n = np.arange(step * batch, (step + 1) * batch)
     is_pair = plan.is_pair(n)
@@ -197,7 +202,7 @@ def test_wrong_mixtures_are_one_line():
         InputError,
         match="data.mix, the share of images in a batch, must be between 0 and 1, got 1.5",
     ):
-        images_of(1.5, 8)
+        num_images_per_batch(1.5, 8)
     with pytest.raises(
         InputError,
         match="data.pairs has 3 samples to train on, but every batch of 8 wants 4 of them",
@@ -214,7 +219,7 @@ def test_a_mixture_in_buckets_has_one_shape_and_its_share_in_every_batch(
     seed, batch, share, num_held_out
 ):
     """Pairs lead: each is seen once an epoch. Images follow their shapes: in each, all are seen before one is seen twice."""
-    num_images = images_of(share, batch)
+    num_images = num_images_per_batch(share, batch)
     images, pairs = sizes_only([120, 0, 180], seed), sizes_only([90, 50], seed + 1)
     shapes = bucket_sizes(512, 16)
     kept = [
@@ -227,7 +232,7 @@ def test_a_mixture_in_buckets_has_one_shape_and_its_share_in_every_batch(
             BucketSampler(seed, images, num_images, shapes, held_out=kept[0]),
             BucketSampler(seed, pairs, batch - num_images, shapes, held_out=kept[1]),
         )
-        buckets_of_both(*plans)
+        share_buckets(*plans)
         return *plans, MixtureSampler(seed, batch, num_images, *plans, 300)
 
     follower, leader, plan = make()
@@ -324,7 +329,7 @@ def batches_of(samples, plan, rank=0, world_size=1, micro_batch=4, **options):
             vit_px=24,
             device="cpu",
             num_steps=5,
-            plan=plan,
+            sampler=plan,
             **options,
         )
     )

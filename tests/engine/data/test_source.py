@@ -153,7 +153,7 @@ def test_a_damaged_sample_is_replaced_alike_on_any_number_of_ranks(tmp_path):
     before = joined(source(folder, num_steps=2))
     some = source(folder)
     # neighbours: the first needs a second attempt
-    entries = [int(some.order(np.array([n]))[0]) for n in (5, 6)]
+    entries = [int(some.sampler(np.array([n]))[0]) for n in (5, 6)]
     for entry in entries:
         damage(tars[0], int(some.shards.index.records[entry]["image_offset"]) + 700)
     for world_size, micro_batch in ((1, 4), (2, 2), (4, 1)):
@@ -183,7 +183,7 @@ def test_a_damaged_sample_is_replaced_alike_on_any_number_of_ranks(tmp_path):
 def test_an_image_that_only_dali_refuses_is_replaced(index_dir, whole):
     some = source(index_dir)
     whole_image = some.shards.decodable_bytes
-    entries = some.order(np.array([6, 33, 34, 35]))
+    entries = some.sampler(np.array([6, 33, 34, 35]))
     some.shards.decodable_bytes = lambda k: whole_image(k)[:400] if k in entries else whole_image(k)
     batches = list(some)
     got, wanted = joined(batches), joined(whole)
@@ -213,7 +213,7 @@ def test_where_nothing_can_be_had_batches_stay_full_and_say_so(index_dir):
     with pytest.raises(
         InputError, match=r"sample \d+ is gone; nor could the samples that would take its place"
     ):
-        skips.saw([failure for batch in batches for failure in batch.failures], 8)
+        skips.record([failure for batch in batches for failure in batch.failures], 8)
 
 
 def test_a_shard_that_shrinks_or_vanishes_while_it_is_read_is_no_bus_error(tmp_path):

@@ -242,7 +242,7 @@ def _next_header(fd: int, position: int, num_bytes: int) -> int:
 
 
 def _checksum_fits(header: bytes) -> bool:
-    """Return whether the checksum of a header is right.
+    """Return whether the checksum of a header is valid.
 
     It is the sum of the header's bytes, with its own field counted as blanks. Old tars summed the
     bytes as signed.
@@ -303,7 +303,7 @@ def _past_zeros(fd: int, position: int, num_bytes: int) -> int:
 
 
 def _hint(header: bytes, position: int) -> str:
-    """Return what a file is whose first header is invalid, in parentheses for a message."""
+    """Return the likely type of a file whose first header is invalid, for a message."""
     if position:
         return ""
     if header[:2] == b"\x1f\x8b":

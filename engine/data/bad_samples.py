@@ -61,7 +61,7 @@ class BadSamples:
         """Count the failures of one step. Must be called with the same arguments on all ranks.
 
         Args:
-            failures: those of all ranks in this step.
+            failures: the failures of all ranks in this step.
             samples_seen: samples of the run up to and including this step.
 
         Raises:

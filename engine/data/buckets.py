@@ -226,8 +226,8 @@ def join_small(totals: np.ndarray, ratios: np.ndarray, needed: list[int]) -> np.
 def share_buckets(images: BucketSampler, pairs: BucketSampler) -> None:
     """Make two samplers, of the images and the pairs of every batch, use the same buckets.
 
-    Buckets are merged until each has enough samples of both kinds. The pairs lead: they are the
-    fewer, and their epochs are those of the run.
+    Buckets are merged until each has enough samples of both kinds. The pairs lead because there are
+    fewer of them, so the epochs of the run are the epochs of the pairs.
     """
     joined = join_small(
         np.stack([images.counts.sum(0), pairs.counts.sum(0)]),

@@ -50,7 +50,7 @@ VIT_PX = 16
 
 
 def cache_facts(index: Index, *, vae: str, size_px: int) -> dict[str, Any]:
-    """Return what determines the latents and identifies a cache, as plain values for JSON."""
+    """Return the values that determine the latents and identify a cache, for JSON."""
     return {
         "format": "iomm-latents",
         "version": VERSION,

@@ -171,10 +171,8 @@ def walk(fd: int, num_bytes: int, report: Report | None = None) -> Iterator[Memb
             # A tar that ends in damage is not reported as "no_end" too.
             ended = position >= num_bytes
     if num_bytes and not ended and report is not None:
-        report(
-            "no_end",
-            "the tar has no end-of-archive marker and may have been truncated between two members",
-        )
+        message = "the tar has no end marker and may have been truncated between two members"
+        report("no_end", message)
 
 
 def _read_header(

@@ -128,8 +128,8 @@ class ImageSource:
             device: device of the batches.
             start_step: first step.
             num_steps: last step + 1.
-            flip: mirror a sample if its own random number decides so. A sample with a caption is
-                never mirrored, because the caption may mention left or right.
+            flip: mirror half of the samples, chosen by their own random numbers. A sample with a
+                caption is never mirrored, because the caption may mention left or right.
             num_threads: CPU threads that decode and resize.
             crop: "center", or "random" to let a sample's own random numbers place the crop.
             sampler: order of the samples. By default all samples, in the order of
@@ -286,7 +286,7 @@ class ImageSource:
         return sample
 
     def _replace(self, sample: _Sample, problem: str) -> None:
-        """Replace a sample by the next one of the sampler. Its position has one failure at most."""
+        """Replace a sample by the next one in order, and record a failure once per position."""
         sample.attempt += 1
         fatal = sample.attempt > MAX_ATTEMPTS
         if sample.failure is None or fatal:

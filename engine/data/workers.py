@@ -98,7 +98,7 @@ def validate_shards(
                         else None
                     )
                 except (EOFError, OSError):
-                    workers[workers.index(worker)] = worker.replace("crash")
+                    workers[workers.index(worker)] = worker.replaced("crash")
                     continue
                 if records is not None:
                     progress(len(records) + len(message["rejected"]))
@@ -112,7 +112,7 @@ def validate_shards(
                     )
             for i, worker in enumerate(workers):
                 if worker.is_stuck():
-                    workers[i] = worker.replace("timeout")
+                    workers[i] = worker.replaced("timeout")
                 if not workers[i].shard and waiting:
                     workers[i].take(waiting.popleft())
     finally:
@@ -216,7 +216,7 @@ class _Worker:
             self.shard is not None and number >= 0 and time.monotonic() > since_s + SAMPLE_LIMIT_S
         )
 
-    def replace(self, reason: str) -> "_Worker":
+    def replaced(self, reason: str) -> "_Worker":
         """End this process and return a new one that resumes its shard.
 
         The sample that this process was reading is rejected as `reason`, "crash" or "timeout".

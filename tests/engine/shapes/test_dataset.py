@@ -219,7 +219,7 @@ def test_of_two_that_ask_at_once_one_draws(tmp_path):
 
 def test_a_folder_of_somebody_else_is_not_touched(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(InputError, match="holds something else"):
+    with pytest.raises(InputError, match="holds other files"):
         write_dataset(tmp_path, num_images=2)
     assert os.listdir(tmp_path) == ["thesis.tex"]
 

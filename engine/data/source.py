@@ -281,7 +281,8 @@ class ImageSource:
             except Damaged as error:
                 self._replace(sample, str(error))
         height, width = sample.size_px
-        sample.image, sample.caption = _black(width, height), ""
+        sample.image = _black(width, height)
+        sample.caption = ""
         sample.latents = self.latents.zeros() if self.latents else None
         return sample
 

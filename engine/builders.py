@@ -13,10 +13,10 @@ from iomm.adapter import Connector, QueryAdapter
 from iomm.alignment import PREFIX, AlignmentHead
 from iomm.config import InputError, generator_config
 from iomm.engine.config import load_config, positive
-from iomm.engine.data.buckets import BucketSampler, bucket_sizes, buckets_of_both
+from iomm.engine.data.buckets import BucketSampler, bucket_sizes, share_buckets
 from iomm.engine.data.index import ensure_index, load, records_crc32, warnings_on
 from iomm.engine.data.latents import EncodedSamples, LatentStore, write_cache
-from iomm.engine.data.mixture import Joined, MixtureSampler, images_of
+from iomm.engine.data.mixture import Joined, MixtureSampler, num_images_per_batch
 from iomm.engine.data.samplers import EpochPermutation, FixedSizeSampler, held_out
 from iomm.engine.data.shards import Shards
 from iomm.engine.data.source import ImageSource
@@ -97,7 +97,7 @@ def open_source(config, ranks, mllm, vae, *, index_dir=None, pairs_dir=None):
         flip=data.flip,
         num_threads=data.threads,
         crop=data.crop,
-        plan=make_order(config, images, pairs, vae),
+        sampler=make_order(config, images, pairs, vae),
         latents=latents,
         dtype=torch.bfloat16 if data.precision == "bf16" else torch.float32,
         hw_decoder_load=data.hw_decoder_load,
@@ -136,10 +136,10 @@ def make_order(config, images, pairs, vae):
                 "add data"
             )
         return plan
-    num_images = images_of(data.mix, batch) if images is not None else 0
+    num_images = num_images_per_batch(data.mix, batch) if images is not None else 0
     plans = alone(images, num_images), alone(pairs, batch - num_images)
     if data.buckets and all(plans):
-        buckets_of_both(*plans)
+        share_buckets(*plans)
     return MixtureSampler(seed, batch, num_images, *plans, len(images) if images is not None else 0)
 
 

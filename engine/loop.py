@@ -103,7 +103,7 @@ def train(state, source, config, saver, watch, metrics=None, window=None, evalua
             lost, mistake = sum(ranks.all(failures), []) if failed else [], None
             try:
                 if lost:
-                    state.skips.saw(lost, state.step * batch)
+                    state.skips.record(lost, state.step * batch)
                 guard.record(state.step, loss, words, applied)
             except InputError as error:
                 # on all ranks alike

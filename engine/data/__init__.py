@@ -1,1 +1,1 @@
-"""From tars of images to batches on a device."""
+"""The data path, from tars of images to batches on a device."""

@@ -1,98 +1,140 @@
-"""What samples lie in: a tar, or a folder of files. Only ever read, by position; nothing is extracted."""
+"""Containers of samples: tars and folders of files.
+
+They are read by position. Nothing is written or extracted.
+"""
 
 import errno
 import os
 import re
 import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 SUFFIXES = ("jpg", "jpeg", "png", "webp", "txt", "json")
 BLOCK = 512
-# A pax or long-name member larger than this is damage, not a name.
+# A pax or long-name record larger than this is damage, not a name.
 MAX_NAME_BYTES = 1 << 20
 REGULAR = b"0\x007"
-MAGIC, MAGIC_AT = b"ustar", 257
-# Bytes looked at in one read; a multiple of BLOCK.
-SCAN = 1 << 20
-# links, devices, folders, pipes: their size field says nothing
+MAGIC = b"ustar"
+MAGIC_OFFSET = 257
+# Bytes examined in one read. A multiple of BLOCK.
+SCAN_BYTES = 1 << 20
+# Links, devices, folders and pipes have no data, so their size field is ignored.
 NO_DATA = b"123456"
+
+# Called with a reason and a message.
+Report = Callable[[str, str], None]
+# Name, offset of the data, number of bytes.
+Member = tuple[str, int, int]
 
 
 class TarError(Exception):
-    """The tar is damaged from some byte on. The message says where."""
+    """The tar is damaged from some byte on. The message names the byte."""
 
 
 class Tar:
-    """An open tar. Read with pread, never mapped: a mapped file that shrinks kills its reader with SIGBUS."""
+    """An open tar.
 
-    def __init__(self, path):
-        """Raises OSError if the file cannot be opened, or is none (a pipe would be waited for)."""
+    It is read with pread and never mapped into memory: a mapped file that shrinks kills its reader
+    with SIGBUS.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        """Open the file.
+
+        Raises:
+            OSError: the file cannot be opened, or is not a regular file (a pipe would block).
+        """
         self.path = str(path)
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         if not stat.S_ISREG(os.fstat(self._fd).st_mode):
             raise OSError(errno.EINVAL, "not a regular file")
 
-    def members(self, report=None):
-        """Yields (name, offset, num_bytes) of each regular member; report: see walk."""
-        # A generator, so that it holds the file open.
+    def members(self, report: Report | None = None) -> Iterator[Member]:
+        """Yield (name, offset, num_bytes) of each regular member. See walk for `report`."""
+        # A generator keeps a reference to self, and with it the file open.
         yield from walk(self._fd, os.fstat(self._fd).st_size, report)
 
-    def read(self, offset, num_bytes):
-        """bytes; fewer than num_bytes if the file ends before. Raises OSError."""
+    def read(self, offset: int, num_bytes: int) -> bytes:
+        """Return num_bytes bytes, or fewer if the file ends before. Raises OSError."""
         return os.pread(self._fd, num_bytes, offset)
 
-    def name(self, offset):
-        """Name of the member whose data starts at offset, for messages (a name over 100 bytes is cut by the format)."""
+    def name(self, offset: int) -> str:
+        """Return the name of the member whose data starts at offset, for messages.
+
+        The format cuts a name of over 100 bytes.
+        """
         return _ustar_name(self.read(offset - BLOCK, BLOCK)).decode("utf-8", "replace")
 
-    def __del__(self):
-        # closed by the last thread that holds it, so that dropping it from a cache cannot pull it from under a reader
+    def __del__(self) -> None:
+        # The last thread that holds a reference closes the file. A cache can therefore drop it
+        # while another thread still reads.
         if hasattr(self, "_fd"):
             os.close(self._fd)
 
 
 class Folder:
-    """A folder of files, read as if it were a tar: the offset of a member is its place in the sorted list `files`."""
+    """A folder of files, read as if it were a tar.
 
-    def __init__(self, path, files=None):
-        """Lists the folder and what lies below it, unless the list is given. Raises OSError if it cannot be read."""
+    The offset of a member is its place in the sorted list `files`.
+    """
+
+    def __init__(self, path: str | os.PathLike, files: list[str] | None = None) -> None:
+        """List the folder and its subfolders, unless `files` is given. Raises OSError."""
         self.path = str(path)
-        self.files = (
-            files
-            if files is not None
-            else sorted(
-                str((Path(root) / name).relative_to(path))
-                for root, _, names in os.walk(path)
-                for name in names
-                if name.rpartition(".")[2].lower() in SUFFIXES
-            )
-        )
+        self.files = _list_files(path) if files is None else files
 
-    def members(self, report=None):
-        """Yields (name, offset, num_bytes) of each file."""
+    def members(self, report: Report | None = None) -> Iterator[Member]:
+        """Yield (name, offset, num_bytes) of each file."""
         for offset, name in enumerate(self.files):
             yield name, offset, os.stat(os.path.join(self.path, name)).st_size
 
-    def read(self, offset, num_bytes):
-        """bytes; fewer than num_bytes if the file is shorter, one more if it is longer. Raises OSError."""
+    def read(self, offset: int, num_bytes: int) -> bytes:
+        """Return the bytes of a file. Raises OSError.
+
+        A file shorter than num_bytes yields fewer bytes. A longer file yields one more, by which
+        callers detect it.
+        """
         with open(os.path.join(self.path, self.files[offset]), "rb") as f:
             return f.read(num_bytes + 1)
 
-    def name(self, offset):
+    def name(self, offset: int) -> str:
         return self.files[offset]
 
 
-def walk(fd, num_bytes, report=None):
-    """Yields (name, offset, size) of the regular members of the open tar fd, num_bytes long; offset is where the data
-    starts.
+def _list_files(path: str | os.PathLike) -> list[str]:
+    return sorted(
+        str((Path(root) / name).relative_to(path))
+        for root, _, names in os.walk(path)
+        for name in names
+        if name.rpartition(".")[2].lower() in SUFFIXES
+    )
 
-    ustar, pax and GNU names of any length; links, devices and folders are passed over. Blocks of zeros are stepped
-    over, so members behind a premature end (two tars joined) are found. At a damaged header or member it raises
-    TarError, or with `report` calls report("bad_tar", message) and goes on at the next good header. A tar that does not
-    end in a block of zeros, as the format wants, is reported as "no_end": its writer may have been cut off between two
-    members. (Python's tarfile ends at a bad header, and at every cut, without a word.)
+
+def walk(fd: int, num_bytes: int, report: Report | None = None) -> Iterator[Member]:
+    """Yield (name, offset, size) of the regular members of an open tar.
+
+    Names in ustar, pax and GNU format may have any length. Links, devices and folders are skipped.
+    Blocks of zeros are skipped as well, so members after a premature end (two concatenated tars)
+    are found.
+
+    A damaged header or member raises TarError. With `report`, it is reported as "bad_tar" and
+    reading resumes at the next good header. A tar that does not end in a block of zeros, which the
+    format requires, is reported as "no_end": it may have been truncated between two members.
+    Python's tarfile stops silently at a bad header and at every truncation.
+
+    Args:
+        fd: file descriptor of the tar.
+        num_bytes: length of the file.
+        report: called with (reason, message) for each damage, or None to raise.
+
+    Raises:
+        TarError: the tar is damaged and `report` is None.
     """
-    position, long_name, pax, ended = 0, None, {}, False
+    position = 0
+    long_name = None
+    pax = {}
+    ended = False
     while position < num_bytes:
         try:
             header = os.pread(fd, BLOCK, position)
@@ -112,28 +154,44 @@ def walk(fd, num_bytes, report=None):
                     name = long_name or _ustar_name(header)
                     if "path" in pax:
                         name = pax["path"].encode("utf-8", "surrogateescape")
-                    # how V7 tars write folders
+                    # V7 tars mark folders by a trailing slash.
                     if not name.endswith(b"/"):
                         yield name.decode("utf-8", "surrogateescape"), start, size
-                long_name, pax = None, {}
+                long_name = None
+                pax = {}
             position = start + -(-size // BLOCK) * BLOCK
         except TarError as error:
             if report is None:
                 raise
             position = _next_header(fd, position + BLOCK, num_bytes)
-            left = f"; members go on at byte {position}" if position < num_bytes else ""
-            report("bad_tar", f"{error}{left}")
-            # One report is enough for one end.
-            long_name, pax, ended = None, {}, position >= num_bytes
+            resumed = f"; reading resumes at byte {position}" if position < num_bytes else ""
+            report("bad_tar", f"{error}{resumed}")
+            long_name = None
+            pax = {}
+            # A tar that ends in damage is not reported as "no_end" too.
+            ended = position >= num_bytes
     if num_bytes and not ended and report is not None:
-        report("no_end", "the tar has no end mark: it may have been cut between two members")
+        message = "the tar has no end marker and may have been truncated between two members"
+        report("no_end", message)
 
 
-def _read_header(header, position, num_bytes, pax):
-    """(kind, size, start of the data) of the member whose header stands at position. Raises TarError."""
+def _read_header(
+    header: bytes, position: int, num_bytes: int, pax: dict[str, str]
+) -> tuple[bytes, int, int]:
+    """Return (kind, size, start of the data) of the member whose header is at `position`.
+
+    Args:
+        header: the block at `position`.
+        position: offset of the header in the tar.
+        num_bytes: length of the tar.
+        pax: pax records that precede the member. A size among them overrides the header's.
+
+    Raises:
+        TarError: the header is damaged or claims more data than the tar has.
+    """
     if len(header) < BLOCK or not _checksum_fits(header):
         raise TarError(
-            f"no valid header at byte {position} of {num_bytes}" + _what_instead(header, position)
+            f"no valid header at byte {position} of {num_bytes}" + _hint(header, position)
         )
     kind = header[156:157]
     size = (
@@ -146,23 +204,27 @@ def _read_header(header, position, num_bytes, pax):
         size = 0
     if size < 0 or start + size > num_bytes:
         raise TarError(
-            f"the member at byte {position} claims {size} bytes, {num_bytes - start} are left"
+            f"the member at byte {position} claims {size} bytes, but {num_bytes - start} are left"
         )
     if kind in b"xgLK" and size > MAX_NAME_BYTES:
-        raise TarError(f"the name record at byte {position} claims {size} bytes")
+        raise TarError(
+            f"the name record at byte {position} claims {size} bytes, over the limit of "
+            f"{MAX_NAME_BYTES}"
+        )
     return kind, size, start
 
 
-def _next_header(fd, position, num_bytes):
-    """Where the next good header stands at or after position (a multiple of BLOCK), or num_bytes if there is none.
+def _next_header(fd: int, position: int, num_bytes: int) -> int:
+    """Return the position of the next good header, or num_bytes if there is none.
 
-    Only headers with the magic of POSIX and GNU are found: all tars of this century have it.
+    `position` is where the search starts, a multiple of BLOCK. Only headers with the magic of POSIX
+    and GNU are found. All tars of this century have it.
     """
     while position < num_bytes:
-        chunk = os.pread(fd, SCAN, position)
+        chunk = os.pread(fd, SCAN_BYTES, position)
         at = chunk.find(MAGIC)
         while at >= 0:
-            start = at - MAGIC_AT
+            start = at - MAGIC_OFFSET
             if (
                 start >= 0
                 and start % BLOCK == 0
@@ -177,19 +239,23 @@ def _next_header(fd, position, num_bytes):
     return num_bytes
 
 
-def _checksum_fits(header):
-    """The header's sum with its own field read as blanks; old tars added the bytes up as signed."""
+def _checksum_fits(header: bytes) -> bool:
+    """Return whether the checksum of a header is valid.
+
+    It is the sum of the header's bytes, with its own field counted as blanks. Old tars summed the
+    bytes as signed.
+    """
     try:
-        wanted = int(header[148:156].strip(b" \0"), 8)
+        stored = int(header[148:156].strip(b" \0"), 8)
     except ValueError:
         return False
     rest = header[:148] + header[156:]
     unsigned = sum(rest) + 8 * 0x20
-    return wanted in (unsigned, unsigned - 256 * sum(byte > 127 for byte in rest))
+    return stored in (unsigned, unsigned - 256 * sum(byte > 127 for byte in rest))
 
 
-def _number(field, position):
-    # base 256, for sizes over 8 GiB; 0xff leads a negative one
+def _number(field: bytes, position: int) -> int:
+    # Sizes over 8 GiB are in base 256. A negative one starts with 0xff.
     if field[0] & 0x80:
         return (
             int.from_bytes(field, "big", signed=True)
@@ -202,14 +268,14 @@ def _number(field, position):
         raise TarError(f"the header at byte {position} has no readable size") from None
 
 
-def _ustar_name(header):
+def _ustar_name(header: bytes) -> bytes:
     name = header[:100].split(b"\0", 1)[0]
     prefix = header[345:500].split(b"\0", 1)[0] if header[257:263] == b"ustar\0" else b""
     return prefix + b"/" + name if prefix else name
 
 
-def _pax_records(data, position):
-    """{key: value} of `LENGTH key=value\\n` records."""
+def _pax_records(data: bytes, position: int) -> dict[str, str]:
+    r"""Return {key: value} of `LENGTH key=value\n` records."""
     records = {}
     while data:
         length, _, _ = data.partition(b" ")
@@ -223,10 +289,10 @@ def _pax_records(data, position):
     return records
 
 
-def _past_zeros(fd, position, num_bytes):
-    """Where the run of zero blocks ends; read 1 MiB at a time."""
+def _past_zeros(fd: int, position: int, num_bytes: int) -> int:
+    """Return the position where a run of zero blocks ends, reading 1 MiB at a time."""
     while position < num_bytes:
-        chunk = os.pread(fd, SCAN, position)
+        chunk = os.pread(fd, SCAN_BYTES, position)
         zeros = len(chunk) - len(chunk.lstrip(b"\0"))
         if zeros < len(chunk) or not chunk:
             return position + zeros // BLOCK * BLOCK
@@ -234,11 +300,12 @@ def _past_zeros(fd, position, num_bytes):
     return position
 
 
-def _what_instead(header, position):
+def _hint(header: bytes, position: int) -> str:
+    """Return the likely type of a file whose first header is invalid, for a message."""
     if position:
         return ""
     if header[:2] == b"\x1f\x8b":
-        return " (it is compressed with gzip: unpack it first)"
+        return " (it is compressed with gzip; decompress it first)"
     if header[:4] == b"\x28\xb5\x2f\xfd":
-        return " (it is compressed with zstd: unpack it first)"
+        return " (it is compressed with zstd; decompress it first)"
     return " (it is not a tar)"

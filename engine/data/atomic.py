@@ -1,9 +1,10 @@
-"""Files and folders that appear whole or not at all, and a lock on a folder."""
+"""Atomic writes of files and folders, and a lock on a folder."""
 
 import fcntl
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,12 +12,19 @@ from iomm.config import InputError
 
 
 @contextmanager
-def whole_file(path, *, partial=None, durable=False):
-    """Yield a path to write to; what was written takes the place of `path` when the block ends without an error.
+def whole_file(
+    path: str | os.PathLike, *, partial: str | os.PathLike | None = None, durable: bool = False
+) -> Iterator[Path]:
+    """Yield a path to write to, and move it to `path` when the block ends without an error.
 
-    Readers see the old file or the new one. If the block raises, nothing changes. A killed process leaves at most
-    `partial` behind, by default `.NAME.PID.partial` in the same folder; it must be on the same file system. durable: the
-    content is on the disk before the name is.
+    Readers see the old file or the new one. If the block raises, nothing changes. A killed process
+    leaves at most the partial file behind.
+
+    Args:
+        path: the file to create or replace.
+        partial: where to write, on the same file system. Default `.NAME.PID.partial` in the folder
+            of `path`.
+        durable: flush the content to disk before the file takes its name.
     """
     path = Path(path)
     partial = (
@@ -34,12 +42,15 @@ def whole_file(path, *, partial=None, durable=False):
 
 
 @contextmanager
-def whole_folder(path, marker):
-    """Yields an empty folder beside `path` to write into; it takes the place of `path` when the block ends well.
+def whole_folder(path: str | os.PathLike, marker: str) -> Iterator[Path]:
+    """Yield an empty folder to write into, and move it to `path` when the block succeeds.
 
-    A folder already at `path` is replaced only if it is empty or holds a file called `marker`, by which it is known to
-    be one of ours; anything else raises InputError. If the block raises, nothing changes. A killed process leaves at
-    most a folder `.NAME.*` behind, which nobody reads.
+    An existing folder at `path` is replaced only if it is empty or contains a file named `marker`,
+    which identifies it as written by this project. If the block raises, nothing changes. A killed
+    process leaves at most a folder `.NAME.*` in the same parent, which is never read.
+
+    Raises:
+        InputError: `path` exists and may not be replaced.
     """
     path = Path(path).absolute()
     check_replaceable(path, marker)
@@ -63,8 +74,11 @@ def whole_folder(path, marker):
 
 
 @contextmanager
-def one_at_a_time(folder):
-    """Holds an existing folder's lock; others who ask for it wait. A killed process lets go of it."""
+def folder_lock(folder: str | os.PathLike) -> Iterator[None]:
+    """Hold the exclusive lock of an existing folder, waiting until it is free.
+
+    The lock of a killed process is released by the kernel.
+    """
     lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -73,18 +87,22 @@ def one_at_a_time(folder):
         os.close(lock)
 
 
-def check_replaceable(path, marker):
-    """Raises InputError if `path` exists and is neither an empty folder nor one with a file called `marker`."""
+def check_replaceable(path: str | os.PathLike, marker: str) -> None:
+    """Check that `path` is free to write: missing, an empty folder, or one with a file `marker`.
+
+    Raises:
+        InputError: `path` is a file, or a folder with other files in it.
+    """
     path = Path(path).absolute()
     if path.exists() and not (
         path.is_dir() and (not any(path.iterdir()) or (path / marker).is_file())
     ):
         raise InputError(
-            f"{path} exists and holds something else (it has no {marker}): give another folder or remove it"
+            f"{path} exists and holds other files (no {marker}); choose another folder or remove it"
         )
 
 
-def _umask():
+def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -1,18 +1,32 @@
-"""Samples that were good when they were indexed and cannot be had now: counted, logged, and too many stop the run."""
+"""Samples that were good when they were indexed and are unreadable now.
+
+They are counted and logged. Too many of them stop the run.
+"""
 
 import json
+import logging
+import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from iomm.config import InputError
 
-# A share is judged over at least so many.
-LEAST_SAMPLES = 10_000
+logger = logging.getLogger("iomm")
+
+# Replacements tried for an unreadable sample.
+MAX_ATTEMPTS = 16
+# The fraction of bad samples is taken of at least this number of samples.
+MIN_SAMPLES = 10_000
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Position n of the run got another sample than its own. `fatal`: none could be had, the position holds black."""
+    """A run position n whose own sample was unreadable and has been replaced.
+
+    `fatal`: the replacements were unreadable as well, and the position holds a black image.
+    """
 
     n: int
     shard: int
@@ -21,51 +35,68 @@ class Failure:
 
 
 class BadSamples:
-    """What was skipped in the whole run: `total` positions, in `shards`. Both belong in a checkpoint."""
+    """Counter of the replaced samples of a whole run.
 
-    def __init__(self, max_fraction, max_shards, log_file=None):
-        self.max_fraction, self.max_shards, self.log_file = max_fraction, max_shards, log_file
-        self.total, self.shards = 0, set()
+    `total` positions of `shards` were replaced. Both are part of a checkpoint.
+    """
 
-    def state(self):
-        """Plain values for a checkpoint."""
+    def __init__(
+        self, max_fraction: float, max_shards: int, log_file: str | os.PathLike | None = None
+    ) -> None:
+        self.max_fraction = max_fraction
+        self.max_shards = max_shards
+        self.log_file = log_file
+        self.total = 0
+        self.shards: set[int] = set()
+
+    def state(self) -> dict[str, Any]:
+        """Return the counts as plain values for a checkpoint."""
         return {"total": self.total, "shards": sorted(self.shards)}
 
-    def restore(self, state):
-        self.total, self.shards = state["total"], set(state["shards"])
+    def restore(self, state: dict[str, Any]) -> None:
+        self.total = state["total"]
+        self.shards = set(state["shards"])
 
-    def saw(self, failures, samples_seen):
-        """Counts the Failures of one step, of all ranks; samples_seen is that of the run after the step. Must be called
-        on all ranks alike. Raises InputError if more than max_fraction of max(samples_seen, 10,000) samples, or samples
-        of more than max_shards shards, were skipped so far, or if one could not be replaced.
+    def record(self, failures: Iterable[Failure], samples_seen: int) -> None:
+        """Count the failures of one step. Must be called with the same arguments on all ranks.
+
+        Args:
+            failures: the failures of all ranks in this step.
+            samples_seen: samples of the run up to and including this step.
+
+        Raises:
+            InputError: a sample could not be replaced, or the samples replaced so far are more than
+                max_fraction of max(samples_seen, 10,000), or are of more than max_shards shards.
         """
         failures = sorted(failures, key=lambda failure: failure.n)
         self.total += len(failures)
         self.shards |= {failure.shard for failure in failures}
         if self.log_file and failures:
             self._log(failures)
-        dead = [failure for failure in failures if failure.fatal]
-        if dead:
+        fatal = [failure for failure in failures if failure.fatal]
+        if fatal:
             raise InputError(
-                f"{dead[0].problem}; nor could the samples that would take its place be had: look at the disk"
+                f"{fatal[0].problem}. The {MAX_ATTEMPTS} replacement samples were unreadable as "
+                "well; check the storage"
             )
-        allowed = self.max_fraction * max(samples_seen, LEAST_SAMPLES)
+        allowed = self.max_fraction * max(samples_seen, MIN_SAMPLES)
         if self.total > allowed:
             raise InputError(
-                f"{self.total} samples of {samples_seen} could not be had, more than data.max_bad_fraction "
-                f"({self.max_fraction}) allows; last: {failures[-1].problem}"
+                f"{self.total} of {samples_seen} samples were unreadable, more than "
+                f"data.max_bad_fraction ({self.max_fraction}) allows; last failure: "
+                f"{failures[-1].problem}"
             )
         if len(self.shards) > self.max_shards:
             raise InputError(
-                f"samples of {len(self.shards)} shards could not be had, more than data.max_bad_shards "
-                f"({self.max_shards}) allows; last: {failures[-1].problem}"
+                f"{len(self.shards)} shards had unreadable samples, more than data.max_bad_shards "
+                f"({self.max_shards}) allows; last failure: {failures[-1].problem}"
             )
 
-    def _log(self, failures):
+    def _log(self, failures: list[Failure]) -> None:
         try:
             with open(Path(self.log_file), "a", encoding="utf-8") as f:
                 for failure in failures:
                     f.write(json.dumps(asdict(failure)) + "\n")
         except OSError as error:
-            # a full disk does not end a run
-            print(f"{self.log_file} not written: {error}", flush=True)
+            # A full disk must not end the run.
+            logger.warning("could not write %s: %s", self.log_file, error)

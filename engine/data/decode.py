@@ -1,76 +1,114 @@
-"""DALI graph: encoded images -> VAE pixels and ViT pixels. The only file that knows DALI, and what stands in for it."""
+"""Decode images to VAE pixels and ViT pixels, with DALI or its substitute.
+
+This is the only file that uses DALI. Where DALI is not installed, Pillow and torch replace it.
+"""
 
 import io
+import logging
 from collections import deque
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 
 try:
     from nvidia.dali import fn, types
     from nvidia.dali.pipeline import Pipeline
 except ImportError:
-    # no wheel for this machine: Pillow decodes, and `iomm doctor` says so
+    # There is no wheel for this machine. Pillow decodes instead, and `iomm doctor` reports it.
     fn = types = Pipeline = None
 
 from iomm.config import InputError, choice
 
+logger = logging.getLogger("iomm")
+
 CENTRE = 0.5
-# Grey level that is 0 in [-1, 1]
-LEVEL = 127.5
+# Grey level that becomes 0 in [-1, 1].
+MID_GREY = 127.5
+
+# pixels_BCHW (None if they were not asked for), vit_pixels_IHWC.
+Decoded = tuple[Tensor | None, Tensor]
 
 
 class DecodeError(Exception):
-    """An image of the batch that is due cannot be decoded. DALI does not always say which one."""
+    """An image of the next batch cannot be decoded. DALI does not always report which one."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A batch as the decoder takes it. place_B2: where the crop lies in what is left of each axis, (x, y) in [0, 1]."""
+    """A batch of encoded images, the input of the decoder."""
 
-    # Of bytes
-    images: list
-    # bool: mirrored left to right
+    images: list[bytes]
+    # bool. Mirrored left to right.
     flip_B: np.ndarray
-    # float32
+    # float32, (x, y) in [0, 1]. Position of the crop in the space that it leaves on each axis.
     place_B2: np.ndarray
-    # bool: the ViT looks at it
+    # bool. The ViT sees the sample.
     has_image_B: np.ndarray
-    # (height, width) of the VAE's pixels, of the whole batch
-    size_px: tuple
+    # (height, width) of the VAE pixels of the whole batch.
+    size_px: tuple[int, int]
 
 
 class Decoder:
-    """Decodes batches of images in threads of its own, `prefetch` batches ahead of whoever reads them.
+    """Decoder of batches of images in its own threads, `prefetch` batches ahead of the consumer.
 
-    batches: iterable of Encoded, of at most batch_size images each. Iterating yields, in the same order, (pixels_BCHW,
-    vit_pixels_IHWC) on `device`, in memory of their own: RGB in [-1, 1] at size_px in `dtype` (None unless
-    `vae_pixels`), and of the I samples with has_image_B RGB bytes at vit_px x vit_px, which MLLM.vit_states normalises. An image is resized until it just covers size_px (cubic, antialiased), cropped at its place, and a flipped
-    sample is mirrored; the ViT sees that very crop, resized to its square (cubic, antialiased). EXIF orientation is
-    applied; grey, CMYK and 16-bit images become 8-bit RGB; an alpha channel is dropped. On CUDA nvJPEG decodes, the
-    share hw_decoder_load of baseline JPEGs in hardware. Nothing is read beyond the end of `batches`, and an error
-    raised by it is raised here. An image that DALI refuses costs the whole batch and the pipeline: DecodeError, when
-    that batch is due. resize="torch" leaves only the JPEG to DALI where the device is a CPU, and gives the rest to torch's
-    vectorised resize of bytes: 1.0 ms of CPU for a photograph to 512 px where DALI takes 7.5, within half a grey level
-    of it. On CUDA it changes nothing. Without DALI Pillow decodes on the CPU, in num_threads threads, and torch resizes.
+    A call with an iterable of Encoded yields (pixels_BCHW, vit_pixels_IHWC) of each batch, in
+    order, on `device` and in memory that is not reused:
+
+    - pixels_BCHW is RGB in [-1, 1] at size_px in `dtype`, or None without `vae_pixels`.
+    - vit_pixels_IHWC is RGB bytes at vit_px x vit_px of the I samples with has_image_B.
+      MLLM.vit_states normalises them.
+
+    An image is resized until it just covers size_px (cubic, antialiased) and cropped at its place.
+    A flipped sample is mirrored. The ViT sees the same crop, resized to its square (cubic,
+    antialiased). EXIF orientation is applied. Grey, CMYK and 16-bit images become 8-bit RGB, and an
+    alpha channel is dropped.
+
+    On CUDA nvJPEG decodes, and `hw_decoder_load` is the share of baseline JPEGs that it decodes in
+    hardware. Without DALI Pillow decodes on the CPU in `num_threads` threads, and torch resizes.
+
+    Nothing is read beyond the end of `batches`, and an error raised by `batches` is raised
+    unchanged. An image that DALI refuses costs the whole batch and the pipeline: DecodeError is
+    raised when that batch is due.
     """
 
     def __init__(
         self,
-        batch_size,
-        vit_px,
-        device,
-        num_threads=2,
-        prefetch=2,
+        batch_size: int,
+        vit_px: int,
+        device: torch.device | str,
+        num_threads: int = 2,
+        prefetch: int = 2,
         *,
-        dtype=torch.float32,
-        vae_pixels=True,
-        hw_decoder_load=0.65,
-        resize="torch",
-    ):
+        dtype: torch.dtype = torch.float32,
+        vae_pixels: bool = True,
+        hw_decoder_load: float = 0.65,
+        resize: str = "torch",
+    ) -> None:
+        """Check the settings and log if DALI is missing.
+
+        Args:
+            batch_size: the most images in a batch.
+            vit_px: side of the ViT's square image.
+            device: device of the outputs.
+            num_threads: CPU threads that decode and resize.
+            prefetch: batches decoded ahead.
+            dtype: data type of pixels_BCHW.
+            vae_pixels: return pixels_BCHW.
+            hw_decoder_load: share of baseline JPEGs decoded in hardware, in [0, 1].
+            resize: "dali" or "torch". On a CPU, "torch" uses DALI only to decode, and torch's
+                vectorised resize of bytes for the rest. A photograph at 512 px takes 1.0 ms of CPU
+                where DALI takes 7.5 ms, and differs by less than half a grey level. On CUDA it has
+                no effect.
+
+        Raises:
+            InputError: `resize` or `hw_decoder_load` is out of range.
+        """
         choice("data.resize", resize, ("dali", "torch"))
         if not 0 <= hw_decoder_load <= 1:
             raise InputError(f"data.hw_decoder_load must be between 0 and 1, got {hw_decoder_load}")
@@ -83,26 +121,30 @@ class Decoder:
         self.vae_pixels = vae_pixels
         self.hw_decoder_load = hw_decoder_load
         if fn is None:
-            print(
-                "DALI is missing: Pillow decodes and torch resizes images, on the CPU (iomm doctor)",
-                flush=True,
+            logger.warning(
+                "DALI is not installed: Pillow decodes and torch resizes images on the CPU "
+                "(see `iomm doctor`)"
             )
-        self.by_torch = fn is not None and resize == "torch" and self.device.type == "cpu"
-        # of images, places, sizes, flips: DALI warns of those it does not use
+        self.resize_by_torch = fn is not None and resize == "torch" and self.device.type == "cpu"
+        # Images, places, sizes and flips. DALI warns about inputs that the pipeline does not use.
         self._num_inputs = (
-            1 if self.by_torch else 4 if vae_pixels or self.device.type == "cuda" else 3
+            1 if self.resize_by_torch else 4 if vae_pixels or self.device.type == "cuda" else 3
         )
-        self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._copy_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
-    def __call__(self, batches):
-        """Iterator of (pixels_BCHW, vit_pixels_IHWC) over `batches`; owns a DALI pipeline and frees it at its end."""
-        # They start when there is work.
+    def __call__(self, batches: Iterable[Encoded]) -> Iterator[Decoded]:
+        """Yield the decoded `batches`. The DALI pipeline is freed when the iterator ends.
+
+        Raises:
+            DecodeError: an image of the next batch cannot be decoded.
+        """
+        # The threads start with the first work submitted.
         threads = ThreadPoolExecutor(self.num_threads, thread_name_prefix="resize")
         if fn is None:
             yield from self._by_pillow(batches, threads)
             return
-        # The batches that DALI has taken and not given back.
-        taken = []
+        # Batches that DALI has read and not returned yet.
+        taken: list[Encoded] = []
         pipe = self._pipeline(self._inputs(batches, taken))
         pipe.build()
         try:
@@ -112,11 +154,11 @@ class Decoder:
                 except StopIteration:
                     return
                 except RuntimeError as error:
-                    # DALI's text is all that tells its errors apart
+                    # DALI's errors differ only in their text.
                     if "fn.decoders.image" not in str(error):
                         raise
                     raise DecodeError(str(error)) from None
-                if self.by_torch:
+                if self.resize_by_torch:
                     images = [np.asarray(outputs[0].at(i)) for i in range(len(taken[0].images))]
                     yield self._by_torch(images, taken.pop(0), threads)
                 else:
@@ -125,9 +167,12 @@ class Decoder:
             threads.shutdown(cancel_futures=True)
             del pipe
 
-    def _by_pillow(self, batches, threads):
-        """__call__ without DALI."""
-        waiting, batches = deque(), iter(batches)
+    def _by_pillow(
+        self, batches: Iterable[Encoded], threads: ThreadPoolExecutor
+    ) -> Iterator[Decoded]:
+        """Yield the decoded batches without DALI."""
+        waiting = deque()
+        batches = iter(batches)
         try:
             while True:
                 while len(waiting) <= self.prefetch and (batch := next(batches, None)) is not None:
@@ -144,8 +189,13 @@ class Decoder:
         finally:
             threads.shutdown(cancel_futures=True)
 
-    def _inputs(self, batches, taken):
-        """What DALI reads of each batch: images, places, sizes, and flips if it mirrors anything."""
+    def _inputs(
+        self, batches: Iterable[Encoded], taken: list[Encoded]
+    ) -> Iterator[tuple[Any, ...]]:
+        """Yield DALI's inputs for each batch: images, places, sizes, and flips if it mirrors.
+
+        Each batch is appended to `taken` when DALI reads it.
+        """
         for batch in batches:
             taken.append(batch)
             yield (
@@ -155,8 +205,8 @@ class Decoder:
                 np.asarray(batch.flip_B, dtype=np.int32).reshape(-1, 1),
             )[: self._num_inputs]
 
-    def _finish(self, outputs, batch):
-        """DALI's outputs -> tensors of torch's own."""
+    def _finish(self, outputs: Any, batch: Encoded) -> Decoded:
+        """Copy DALI's outputs into tensors owned by torch."""
         flip_B, has_image_B = (
             torch.as_tensor(np.asarray(x, dtype=bool)) for x in (batch.flip_B, batch.has_image_B)
         )
@@ -168,37 +218,44 @@ class Decoder:
                 else None
             )
             return pixels_BCHW, self._vit_pixels(crops_BHWC[has_image_B], flip_B[has_image_B])
-        # DALI reuses its buffers once `outputs` is dropped, and does not wait for torch's stream then; so the copies
-        # are made on a side stream and waited for there, which does not wait for the training step that is queued.
-        with torch.cuda.stream(self._copies):
+        # DALI reuses its buffers once `outputs` is dropped, without waiting for torch's stream. The
+        # copies are therefore made and synchronised on a side stream, which does not wait for the
+        # training step in the queue.
+        with torch.cuda.stream(self._copy_stream):
             copies = [torch.from_dlpack(output.as_tensor()) for output in outputs]
             copies[-1] = copies[-1][has_image_B.to(self.device)]
             copies = [
                 copy.to(self.dtype if copy.is_floating_point() else copy.dtype, copy=True)
                 for copy in copies
             ]
-        self._copies.synchronize()
+        self._copy_stream.synchronize()
         for copy in copies:
             copy.record_stream(torch.cuda.current_stream(self.device))
         return copies[0] if self.vae_pixels else None, copies[-1]
 
-    def _vit_pixels(self, crops_IHWC, flip_I):
-        """On the CPU: torch's resize of bytes is Pillow's, vectorised: 1.6 ms from 512 to 448 px where DALI takes 20."""
+    def _vit_pixels(self, crops_IHWC: Tensor, flip_I: Tensor) -> Tensor:
+        """Return the ViT's images (I, vit_px, vit_px, 3) of crops on the CPU.
+
+        torch's resize of bytes is a vectorised version of Pillow's. It takes 1.6 ms from 512 to
+        448 px where DALI takes 20 ms.
+        """
         out = self._vit_bytes(len(crops_IHWC))
-        for pixels, crop, flip in zip(out, crops_IHWC, flip_I.tolist()):
+        for pixels, crop, flip in zip(out, crops_IHWC, flip_I.tolist(), strict=True):
             self._write_vit(crop.permute(2, 0, 1)[None], flip, pixels)
         return out
 
-    def _vit_bytes(self, num_images):
+    def _vit_bytes(self, num_images: int) -> Tensor:
         return torch.empty((num_images, self.vit_px, self.vit_px, 3), dtype=torch.uint8)
 
-    def _write_vit(self, crop_1CHW, flip, out_HWC):
-        """Bytes, resized for the ViT, mirrored if flip, into out_HWC."""
+    def _write_vit(self, crop_1CHW: Tensor, flip: bool, out_HWC: Tensor) -> None:
+        """Resize a crop (bytes) for the ViT, mirror it if `flip`, and write it to out_HWC."""
         pixels = resized(crop_1CHW, (self.vit_px, self.vit_px))[0]
         out_HWC.copy_((pixels.flip(-1) if flip else pixels).permute(1, 2, 0))
 
-    def _by_torch(self, images, batch, threads):
-        """Decoded images (HWC bytes, of any size) -> both outputs; one image per thread and turn."""
+    def _by_torch(
+        self, images: list[np.ndarray], batch: Encoded, threads: ThreadPoolExecutor
+    ) -> Decoded:
+        """Resize, crop and mirror decoded images (HWC bytes of any size), one per thread."""
         height, width = batch.size_px
         pixels_BCHW = (
             torch.empty((len(batch.images), 3, height, width), dtype=self.dtype)
@@ -208,20 +265,23 @@ class Decoder:
         places_I = np.cumsum(batch.has_image_B) - 1
         vit_pixels_IHWC = self._vit_bytes(int(np.sum(batch.has_image_B)))
 
-        def finish(i):
+        def finish(i: int) -> None:
             image = torch.from_numpy(images[i]).permute(2, 0, 1)[None]
             scale = max(height / image.shape[-2], width / image.shape[-1])
             image = resized(
                 image,
                 tuple(
                     max(round(side * scale), least)
-                    for side, least in zip(image.shape[-2:], (height, width))
+                    for side, least in zip(image.shape[-2:], (height, width), strict=True)
                 ),
             )
             left, top = (
                 int(float(at) * (side - crop))
                 for at, side, crop in zip(
-                    batch.place_B2[i], (image.shape[-1], image.shape[-2]), (width, height)
+                    batch.place_B2[i],
+                    (image.shape[-1], image.shape[-2]),
+                    (width, height),
+                    strict=True,
                 )
             )
             crop = image[..., top : top + height, left : left + width]
@@ -233,7 +293,7 @@ class Decoder:
         list(threads.map(finish, range(len(batch.images))))
         return pixels_BCHW, vit_pixels_IHWC
 
-    def _pipeline(self, inputs):
+    def _pipeline(self, inputs: Iterator[tuple[Any, ...]]) -> Pipeline:
         cuda = self.device.type == "cuda"
         device = "gpu" if cuda else "cpu"
         cubic = {"interp_type": types.INTERP_CUBIC, "antialias": True, "device": device}
@@ -262,7 +322,7 @@ class Decoder:
                 else {"device": "cpu"}
             )
             images = fn.decoders.image(encoded, output_type=types.RGB, **options)
-            if self.by_torch:
+            if self.resize_by_torch:
                 pipe.set_outputs(images)
                 return pipe
             place, size, *flip = rest
@@ -278,13 +338,13 @@ class Decoder:
             )
             outputs = []
             if self.vae_pixels:
-                # HWC bytes -> CHW float32 in [-1, 1], mirrored where flip is 1.
+                # HWC bytes to CHW float32 in [-1, 1], mirrored where flip is 1.
                 outputs.append(
                     fn.crop_mirror_normalize(
                         images,
                         mirror=flip,
-                        mean=[LEVEL] * 3,
-                        std=[LEVEL] * 3,
+                        mean=[MID_GREY] * 3,
+                        std=[MID_GREY] * 3,
                         dtype=types.FLOAT,
                         output_layout="CHW",
                         device=device,
@@ -298,32 +358,41 @@ class Decoder:
         return pipe
 
 
-def resized(image_1CHW, size):
-    """Bytes to bytes, cubic and antialiased; channels last, as DALI decodes, is torch's fast path and stays."""
+def resized(image_1CHW: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize an image of bytes to (height, width), cubic and antialiased.
+
+    The channels stay last in memory, as DALI decodes them. That is torch's fast path.
+    """
     if tuple(image_1CHW.shape[-2:]) == tuple(size):
         return image_1CHW
     return torch.nn.functional.interpolate(image_1CHW, size=size, mode="bicubic", antialias=True)
 
 
-def write_vae(image_1CHW, flip, out_CHW):
-    """Bytes -> [-1, 1], mirrored if flip, into out_CHW: to the bit what DALI's crop_mirror_normalize gives."""
-    pixels = image_1CHW[0].to(torch.float32, memory_format=torch.contiguous_format).sub_(LEVEL)
-    pixels = pixels.mul_(torch.tensor(1.0) / LEVEL)
+def write_vae(image_1CHW: Tensor, flip: bool, out_CHW: Tensor) -> None:
+    """Scale bytes to [-1, 1], mirror them if `flip`, and write them to out_CHW.
+
+    The result is bitwise equal to that of DALI's crop_mirror_normalize.
+    """
+    pixels = image_1CHW[0].to(torch.float32, memory_format=torch.contiguous_format).sub_(MID_GREY)
+    pixels = pixels.mul_(torch.tensor(1.0) / MID_GREY)
     out_CHW.copy_(pixels.flip(-1) if flip else pixels)
 
 
-def upright(data):
-    """Encoded image -> HWC bytes by Pillow, as DALI gives them. Raises DecodeError."""
+def upright(data: bytes) -> np.ndarray:
+    """Decode an image with Pillow to upright HWC bytes, the same as DALI's. Raises DecodeError."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             return np.array(rgb(ImageOps.exif_transpose(image)))
     except Exception as error:
-        # Pillow's parsers raise OSError, SyntaxError, struct.error, ValueError and more
+        # Pillow's parsers raise OSError, SyntaxError, struct.error, ValueError and more.
         raise DecodeError(f"{type(error).__name__}: {error}") from None
 
 
-def rgb(image):
-    """16-bit grey becomes 8 bits by its upper ones, where Pillow would cut off; alpha is dropped."""
+def rgb(image: Image.Image) -> Image.Image:
+    """Convert an image to 8-bit RGB.
+
+    16-bit grey keeps its upper 8 bits, where Pillow would clip it. An alpha channel is dropped.
+    """
     if image.mode.startswith("I"):
         return Image.fromarray(
             (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
@@ -331,44 +400,52 @@ def rgb(image):
     return image.convert("RGB")
 
 
-def size_by_pillow(data):
+def decoded_sizes(images: list[bytes]) -> list[tuple[int, int] | None]:
+    """Return (height, width), upright, of each image as DALI decodes it, or None if it cannot.
+
+    Images are decoded one by one on the CPU. For errors and checks.
+    """
+    if fn is None:
+        return [_size_by_pillow(image) for image in images]
+    sizes = []
+    while len(sizes) < len(images):
+        # After an error a pipeline refuses all further images, so a new one is needed.
+        sizes += _sizes_until_error(images[len(sizes) :])
+    return sizes
+
+
+def _size_by_pillow(data: bytes) -> tuple[int, int] | None:
     try:
         return upright(data).shape[:2]
     except DecodeError:
         return None
 
 
-def sizes(images):
-    """(height, width), upright, that DALI sees of each image (bytes), or None where it cannot decode it. On the CPU, one
-    by one: for errors and checks.
-    """
-    if fn is None:
-        return [size_by_pillow(image) for image in images]
-    found = []
-    while len(found) < len(images):
-        given = iter(images[len(found) :])
-        pipe = Pipeline(
-            batch_size=1,
-            num_threads=1,
-            device_id=None,
-            prefetch_queue_depth=1,
-            exec_async=False,
-            exec_pipelined=False,
+def _sizes_until_error(images: list[bytes]) -> list[tuple[int, int] | None]:
+    """Return the sizes up to the first image that DALI refuses. It is included, as None."""
+    remaining = iter(images)
+    pipe = Pipeline(
+        batch_size=1,
+        num_threads=1,
+        device_id=None,
+        prefetch_queue_depth=1,
+        exec_async=False,
+        exec_pipelined=False,
+    )
+    with pipe:
+        encoded = fn.external_source(
+            source=lambda: [np.frombuffer(next(remaining), dtype=np.uint8)],
+            batch=True,
+            dtype=types.UINT8,
+            ndim=1,
         )
-        with pipe:
-            encoded = fn.external_source(
-                source=lambda: [np.frombuffer(next(given), dtype=np.uint8)],
-                batch=True,
-                dtype=types.UINT8,
-                ndim=1,
-            )
-            pipe.set_outputs(fn.decoders.image(encoded, output_type=types.RGB).shape())
-        pipe.build()
-        try:
-            while len(found) < len(images):
-                height, width, _ = np.asarray(pipe.run()[0].at(0)).tolist()
-                found.append((height, width))
-        except RuntimeError:
-            # after an error a pipeline refuses everything
-            found.append(None)
-    return found
+        pipe.set_outputs(fn.decoders.image(encoded, output_type=types.RGB).shape())
+    pipe.build()
+    sizes = []
+    try:
+        while len(sizes) < len(images):
+            height, width, _ = np.asarray(pipe.run()[0].at(0)).tolist()
+            sizes.append((height, width))
+    except RuntimeError:
+        sizes.append(None)
+    return sizes

@@ -1,23 +1,24 @@
-"""What Pillow says about an encoded image: good or not, and why not."""
+"""Validation of an encoded image with Pillow."""
 
 import io
 import struct
 import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
 # An allow-list: Pillow would start Ghostscript for an EPS file.
 FORMATS = ("JPEG", "PNG", "WEBP")
-# 256 MB in Pillow, 192 MB in DALI; a PNG of 109 KB can claim 9.5 GB
+# 256 MB in Pillow, 192 MB in DALI. A PNG of 109 KB can claim 9.5 GB.
 MAX_PIXELS = 1 << 26
-# What the index has room for, and what JPEG can say.
+# The limit of the index and of JPEG.
 MAX_SIDE_PX = 65535
 EXIF_ORIENTATION = 0x0112
 # Smaller squares are not searched for padding.
 MIN_PADDED_PX = 64
-# Grey level that JPEG leaves of white beside an edge.
+# The darkest level that JPEG makes of white next to an edge.
 PADDING_LEVEL = 245
 JPEG_FRAMES = {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I", "I;16", "I;16B")
@@ -35,31 +36,52 @@ OTHER_IMAGES = (
 
 
 class Rejected(Exception):
-    """An image or a caption that training will not see. `reason` is one word, counted; the message has the details."""
+    """An image or caption that is excluded from training.
 
-    def __init__(self, reason, detail=""):
+    `reason` is one word, by which rejections are counted. The message has the details.
+    """
+
+    def __init__(self, reason: str, detail: object = "") -> None:
         super().__init__(detail)
         self.reason = reason
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """A good image: its size upright, whether it must be laid on white (`opaque`) before DALI sees it, and `notes`,
-    words that are counted: trailing, icc_bad, alpha, constant, padded.
-    """
+class ImageInfo:
+    """Properties of a good image."""
 
+    # Upright, in pixels.
     width: int
     height: int
+    # The image must be laid on white (see on_white) before DALI decodes it.
     transparent: bool
-    notes: tuple
+    # Remarks that are counted: trailing, icc_bad, alpha, constant, padded.
+    notes: tuple[str, ...]
 
 
-def check_image(data, *, min_size_px, max_aspect, max_pixels=MAX_PIXELS, whole=True):
-    """Verdict on an encoded image as training sees it, EXIF orientation applied. Raises Rejected.
+def check_image(
+    data: bytes,
+    *,
+    min_size_px: int,
+    max_aspect: float,
+    max_pixels: int = MAX_PIXELS,
+    whole: bool = True,
+) -> ImageInfo:
+    """Validate an encoded image as training sees it, with EXIF orientation applied.
 
-    Decodes the whole image, after its header has passed: size and format are judged before anything is allocated. With
-    whole=False only the header is read, of which `data` may be the first bytes. Reasons: truncated, not_image,
-    unsupported, bad_header, too_large, too_small, aspect, animated.
+    The header is checked first, so an image of a bad size or format allocates nothing. Then the
+    whole image is decoded.
+
+    Args:
+        data: the encoded image. With whole=False its first bytes are enough.
+        min_size_px: least length of the shorter edge.
+        max_aspect: largest longer edge / shorter edge.
+        max_pixels: largest number of pixels.
+        whole: decode the image. If False, only its header is read.
+
+    Raises:
+        Rejected: with reason truncated, not_image, unsupported, bad_header, too_large, too_small,
+            aspect or animated.
     """
     kind = _kind(data)
     scan = _check_jpeg_header(data, max_pixels) if kind == "JPEG" else 0
@@ -70,19 +92,16 @@ def check_image(data, *, min_size_px, max_aspect, max_pixels=MAX_PIXELS, whole=T
             _check_size(*image.size, min_size_px, max_aspect, max_pixels)
             if image.mode not in MODES:
                 raise Rejected("unsupported", f"pixel mode {image.mode}")
-            # Of a JPEG (MPO) the first frame is used.
+            # The first frame of a JPEG with several (MPO) is used.
             if kind != "JPEG" and getattr(image, "n_frames", 1) > 1:
                 raise Rejected("animated", f"{image.n_frames} frames")
             width, height = image.size
             if not whole:
-                turned = _is_turned(image)
-                return Verdict(
-                    *((height, width) if turned else (width, height)),
-                    image.has_transparency_data,
-                    (),
-                )
+                if _is_turned(image):
+                    width, height = height, width
+                return ImageInfo(width, height, image.has_transparency_data, ())
             image.load()
-            # After loading: PNG may say it behind the pixels.
+            # PNG may store its orientation after the pixels, so it is known only after loading.
             if _is_turned(image):
                 width, height = height, width
             transparent = image.has_transparency_data and _has_clear_pixels(image)
@@ -93,7 +112,7 @@ def check_image(data, *, min_size_px, max_aspect, max_pixels=MAX_PIXELS, whole=T
                 "constant": _is_constant(image),
                 "padded": _is_padded(image),
             }
-            return Verdict(
+            return ImageInfo(
                 width, height, transparent, tuple(note for note, holds in notes.items() if holds)
             )
     except Rejected:
@@ -103,7 +122,7 @@ def check_image(data, *, min_size_px, max_aspect, max_pixels=MAX_PIXELS, whole=T
     except MemoryError:
         raise Rejected("too_large", "not enough memory to decode it") from None
     except Exception as error:
-        # Pillow's parsers raise OSError, SyntaxError, struct.error, ValueError and more
+        # Pillow's parsers raise OSError, SyntaxError, struct.error, ValueError and more.
         reason = (
             "truncated"
             if "truncated" in str(error).lower() or _ends_early(kind, data)
@@ -112,8 +131,11 @@ def check_image(data, *, min_size_px, max_aspect, max_pixels=MAX_PIXELS, whole=T
         raise Rejected(reason, f"{type(error).__name__}: {error}") from None
 
 
-def opaque(data):
-    """The same image on white, upright, as an uncompressed PNG: for the few that DALI would strip of their alpha."""
+def on_white(data: bytes) -> bytes:
+    """Lay a transparent image on white and return it upright as an uncompressed PNG.
+
+    Few images need this. DALI would drop their alpha channel.
+    """
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         image = ImageOps.exif_transpose(image).convert("RGBA")
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -122,8 +144,8 @@ def opaque(data):
     return out.getvalue()
 
 
-def _kind(data):
-    """Format by the first bytes, whatever the file is called."""
+def _kind(data: bytes) -> str:
+    """Return the format by the first bytes, independent of the file's name."""
     if data[:3] == b"\xff\xd8\xff":
         return "JPEG"
     if data[:8] == b"\x89PNG\r\n\x1a\n":
@@ -135,23 +157,26 @@ def _kind(data):
     ):
         raise Rejected("truncated", f"{len(data)} bytes")
     if data.startswith(OTHER_IMAGES) or data[4:8] == b"ftyp":
-        raise Rejected("unsupported", "neither JPEG, PNG nor WebP")
+        raise Rejected("unsupported", "not a JPEG, PNG or WebP image")
     raise Rejected("not_image", f"starts with {data[:8]!r}")
 
 
-def _check_jpeg_header(data, max_pixels):
-    """Where the scan starts; walks the markers up to it as strictly as DALI's parser. libjpeg would step over garbage,
-    and decode an arithmetic or lossless frame to garbage; an absurd size ends here, before anything is allocated.
+def _check_jpeg_header(data: bytes, max_pixels: int) -> int:
+    """Return the position of the scan, after checking the markers before it.
+
+    The check is as strict as DALI's parser. libjpeg would skip garbage, and decode an arithmetic or
+    lossless frame to garbage. An absurd size is rejected here, before anything is allocated.
     """
-    at, frame = 2, None
+    at = 2
+    frame = None
     while True:
         if at + 4 > len(data):
-            raise Rejected("truncated", "ends inside the header")
+            raise Rejected("truncated", "the data ends inside the header")
         marker = data[at + 1]
         if data[at] != 0xFF or marker < 0xC0:
             raise Rejected("bad_header", f"no marker at byte {at}")
         if marker == 0xD9:
-            raise Rejected("truncated", "ends before the scan")
+            raise Rejected("truncated", "the data ends before the scan")
         if marker == 0xDA:
             break
         if marker in JPEG_FRAMES:
@@ -163,33 +188,40 @@ def _check_jpeg_header(data, max_pixels):
         else:
             at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     if frame is None or len(frame[1]) < 6:
-        raise Rejected("bad_header", "a scan before the frame header")
-    marker, (precision, height, width, components) = frame[0], struct.unpack(">BHHB", frame[1])
+        raise Rejected("bad_header", "the scan precedes the frame header")
+    marker, fields = frame
+    precision, height, width, components = struct.unpack(">BHHB", fields)
     if marker not in (0xC0, 0xC1, 0xC2) or precision != 8 or components not in (1, 3, 4):
         raise Rejected(
             "unsupported", f"JPEG process {marker:#x}, {precision} bits, {components} components"
         )
     if not width or not height:
-        raise Rejected("bad_header", f"claims {width} x {height}")
+        raise Rejected("bad_header", f"the header claims {width} x {height}")
     if width * height > max_pixels:
         raise Rejected("too_large", f"{width} x {height}")
     return at
 
 
-def _check_png_chunks(data):
-    """Walks the chunks to the end and checks their CRCs, as DALI's libpng does; Pillow is content with the pixels."""
-    at, name = 8, b""
+def _check_png_chunks(data: bytes) -> None:
+    """Check the CRCs of all chunks up to the end, as DALI's libpng does.
+
+    Pillow checks only what it needs for the pixels.
+    """
+    at = 8
+    name = b""
     while name != b"IEND":
         length, name = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
         end = at + 8 + length
         if end + 4 > len(data):
-            raise Rejected("truncated", f"ends inside the chunk at byte {at}")
+            raise Rejected("truncated", f"the data ends inside the chunk at byte {at}")
         if zlib.crc32(data[at + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
-            raise Rejected("bad_header", f"the chunk at byte {at} does not fit its CRC")
+            raise Rejected("bad_header", f"the chunk at byte {at} does not match its CRC")
         at = end + 4
 
 
-def _check_size(width, height, min_size_px, max_aspect, max_pixels):
+def _check_size(
+    width: int, height: int, min_size_px: int, max_aspect: float, max_pixels: int
+) -> None:
     if width * height > max_pixels or max(width, height) > MAX_SIDE_PX:
         raise Rejected("too_large", f"{width} x {height}")
     if min(width, height) < min_size_px:
@@ -198,7 +230,7 @@ def _check_size(width, height, min_size_px, max_aspect, max_pixels):
         raise Rejected("aspect", f"{width} x {height}")
 
 
-def _ends_early(kind, data):
+def _ends_early(kind: str, data: bytes) -> bool:
     if kind == "JPEG":
         return b"\xff\xd9" not in data
     if kind == "PNG":
@@ -206,33 +238,34 @@ def _ends_early(kind, data):
     return int.from_bytes(data[4:8], "little") + 8 > len(data)
 
 
-def _is_turned(image):
+def _is_turned(image: Image.Image) -> bool:
+    """Return whether EXIF orientation swaps width and height."""
     return image.getexif().get(EXIF_ORIENTATION) in (5, 6, 7, 8)
 
 
-def _has_clear_pixels(image):
+def _has_clear_pixels(image: Image.Image) -> bool:
     alpha = (
         image.getchannel("A") if "A" in image.getbands() else image.convert("RGBA").getchannel("A")
     )
     return alpha.getextrema()[0] < 255
 
 
-def _has_trailing_bytes(kind, data, scan):
-    """Whether anything stands behind the image: garbage, a second one, the other frames of an MPO."""
+def _has_trailing_bytes(kind: str, data: bytes, scan: int) -> bool:
+    """Return whether bytes follow the image: garbage, a second image, more frames of an MPO."""
     if kind == "JPEG":
-        # entropy-coded data never contains this pair
+        # Entropy-coded data never contains this pair.
         return data.find(b"\xff\xd9", scan) + 2 < len(data)
     if kind == "PNG":
         return data.rfind(b"IEND") + 8 < len(data)
     return int.from_bytes(data[4:8], "little") + 8 + data[4] % 2 < len(data)
 
 
-def _is_icc(profile):
+def _is_icc(profile: Any) -> bool:
     return profile is None or (len(profile) >= 128 and profile[36:40] == b"acsp")
 
 
-def _is_constant(image):
-    """Whether all pixels are equal; four of them say no nearly always."""
+def _is_constant(image: Image.Image) -> bool:
+    """Return whether all pixels are equal. The four corners nearly always decide."""
     right, bottom = image.width - 1, image.height - 1
     corner = image.getpixel((0, 0))
     if any(image.getpixel(place) != corner for place in ((right, 0), (0, bottom), (right, bottom))):
@@ -243,9 +276,11 @@ def _is_constant(image):
     )
 
 
-def _is_padded(image):
-    """Whether it looks padded to a square: two equal white bands, above and below or left and right, and no other
-    white border (pictures of things on white have it all around). img2dataset's resize_mode border does this.
+def _is_padded(image: Image.Image) -> bool:
+    """Return whether an image looks padded to a square, as by img2dataset's resize_mode=border.
+
+    A padded image has two equal white bands, above and below or left and right, and no other white
+    border. Pictures of things on a white background have a border on all sides.
     """
     side, other = image.size
     if side != other or side < MIN_PADDED_PX:
@@ -257,14 +292,14 @@ def _is_padded(image):
     if min(corners) < PADDING_LEVEL:
         return False
     white = np.asarray(image.convert("L")) >= PADDING_LEVEL
-    # rows, columns
+    # Of rows, of columns.
     bands = [_band(white.all(axis=1)), _band(white.all(axis=0))]
     wide = [band for band in bands if min(band) >= side // 50]
     return len(wide) == 1 and abs(wide[0][0] - wide[0][1]) <= side // 50
 
 
-def _band(white):
-    """How many lines are white at the start and at the end."""
+def _band(white: np.ndarray) -> tuple[int, int]:
+    """Return the number of white lines at the start and at the end."""
     if white.all():
         return 0, 0
     return int(np.argmin(white)), int(np.argmin(white[::-1]))

@@ -1,4 +1,7 @@
-"""`iomm index`: reads every sample of every shard once, and lists the good ones."""
+"""Build and load an index: validate every sample of every shard once and list the good ones.
+
+`iomm index` is the command line tool.
+"""
 
 import fcntl
 import hashlib
@@ -8,9 +11,11 @@ import shutil
 import time
 import zlib
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -18,46 +23,72 @@ from tqdm import tqdm
 from iomm.config import InputError
 from iomm.engine.data.atomic import check_replaceable, whole_file, whole_folder
 from iomm.engine.data.patterns import expand
-from iomm.engine.data.validate import RECORD, Rules
-from iomm.engine.data.workers import judge_shards
+from iomm.engine.data.validate import DEFAULT_RULES, RECORD, Rules
+from iomm.engine.data.workers import validate_shards
 
 VERSION = 2
-HEADER, RECORDS, REJECTED = "index.json", "index.bin", "rejected.jsonl"
+HEADER = "index.json"
+RECORDS = "index.bin"
+REJECTED = "rejected.jsonl"
 FORMAT = {"format": "iomm-index", "version": VERSION, "record_bytes": RECORD.itemsize}
-# A data set with more padded squares than this was made with img2dataset's border mode.
+# A dataset with a larger share of padded squares was made with img2dataset's border mode.
 PADDED_SHARE = 0.05
+
+# A path, a glob or a brace list, or several of them. See patterns.expand.
+Patterns = str | os.PathLike | Iterable[str | os.PathLike]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Index:
-    """A loaded index: `records` (N of RECORD, memory-mapped), the shards in order, and how it was made."""
+    """A loaded index: the records of the good samples, the shards in order, and the rules."""
 
     folder: Path
+    # N of RECORD, memory-mapped.
     records: np.ndarray
-    # of {path, bytes, mtime_ns, num_samples}, and files if the shard is a folder
-    shards: list
-    # reason -> count
-    rejected: dict
+    # {path, bytes, mtime_ns, num_samples} each, and files if the shard is a folder.
+    shards: list[dict[str, Any]]
+    # Reason -> count.
+    rejected: dict[str, int]
     # Remark on good samples -> count: trailing, icc_bad, alpha, constant, padded, no_caption.
-    notes: dict
+    notes: dict[str, int]
     rules: Rules
 
 
-def build(shards, out, *, rules=Rules(), progress=True, workers=None, keep=False):
-    """Indexes `shards` (see expand) into the folder `out`, which appears only when complete; returns its path.
+def build(
+    shards: Patterns,
+    out: str | os.PathLike,
+    *,
+    rules: Rules = DEFAULT_RULES,
+    progress: bool = True,
+    workers: int | None = None,
+    keep: bool = False,
+) -> Path:
+    """Index shards into the folder `out`, which appears only when complete. Return its path.
 
-    A good sample is an image (jpg, jpeg, png, webp by name; JPEG, PNG or WebP by its bytes) that decodes fully, and if
-    there is a caption of the same key (txt, else the "caption" of json), a readable one. The others are listed in
-    rejected.jsonl: shard, key, reason, detail. Good samples stand shard by shard in the order in which their keys first
-    appear. `workers` processes (all cores if None) share the shards. What is done is kept beside `out`, shard by
-    shard: a build that was stopped goes on where it was when it is started again, and a second one beside it waits.
-    With `keep`, an index that is there and up to date stays. Raises InputError if nothing matches or no sample is good.
+    A good sample is an image (jpg, jpeg, png or webp by name; JPEG, PNG or WebP by its bytes) that
+    decodes fully. If it has a caption of the same key (txt, else the "caption" of json), that must
+    be readable. All others are listed in rejected.jsonl by shard, key, reason and detail. Good
+    samples are ordered shard by shard, by the first appearance of their key.
+
+    Finished shards are kept in a folder next to `out`. A build that was stopped therefore resumes
+    where it was. A second build of the same index waits for the first.
+
+    Args:
+        shards: the shards, see patterns.expand.
+        out: folder of the index.
+        rules: rules for good samples.
+        progress: show a progress bar.
+        workers: number of processes that share the shards, or None for one per core.
+        keep: do nothing if `out` is up to date already.
+
+    Raises:
+        InputError: no shard matches, no sample is good, or `out` may not be replaced.
     """
     paths = expand(shards)
     entries = [_entry(path) for path in paths]
     check_replaceable(out, HEADER)
     with _parts_folder(out) as parts:
-        # Another process made it while this one waited.
+        # Another process may have built it while this one waited for the lock.
         if keep and _is_current(out, rules):
             shutil.rmtree(parts)
             return Path(out)
@@ -73,10 +104,10 @@ def build(shards, out, *, rules=Rules(), progress=True, workers=None, keep=False
             disable=not progress,
         )
         with bar:
-            work = judge_shards(
+            results = validate_shards(
                 [paths[i] for i in todo], rules, workers or os.cpu_count(), _rate(bar)
             )
-            for number, records, rejected, notes, files in work:
+            for number, records, rejected, notes, files in results:
                 i = todo[number]
                 _write_part(names[i], records, rejected, notes, files)
                 bar.update(entries[i]["bytes"])
@@ -84,33 +115,46 @@ def build(shards, out, *, rules=Rules(), progress=True, workers=None, keep=False
             num_samples, rejected = _join(names, entries, rules, fresh)
             if not num_samples:
                 shutil.rmtree(parts)
-                raise InputError(_nothing_good(paths, rejected))
+                raise InputError(_no_good_sample(paths, rejected))
         shutil.rmtree(parts)
     return Path(out)
 
 
-def _is_current(folder, rules):
+def _is_current(folder: str | os.PathLike, rules: Rules) -> bool:
     try:
         return load(folder).rules == rules
     except InputError:
         return False
 
 
-def _join(names, entries, rules, fresh):
-    """Parts of all shards -> the three files of an index in the folder `fresh`; returns (num_samples, rejected)."""
-    rejected_counts, note_counts = Counter(), Counter()
+def _join(
+    names: list[Path], entries: list[dict[str, Any]], rules: Rules, fresh: Path
+) -> tuple[int, Counter]:
+    """Join the parts of all shards into the three files of an index.
+
+    Args:
+        names: the file of each part.
+        entries: what the index stores of each shard. num_samples is added, and files of a folder.
+        rules: rules for good samples.
+        fresh: an empty folder for the files.
+
+    Returns:
+        The number of good samples, and the number of rejected ones by reason.
+    """
+    rejected_counts = Counter()
+    note_counts = Counter()
     with (
         open(fresh / RECORDS, "wb") as records_file,
         open(fresh / REJECTED, "w", encoding="utf-8") as rejected_file,
     ):
-        for name, entry in zip(names, entries):
+        for name, entry in zip(names, entries, strict=True):
             with open(name, "rb") as f:
-                told = json.loads(f.readline())
+                head = json.loads(f.readline())
                 entry["num_samples"] = records_file.write(f.read()) // RECORD.itemsize
-            if told["files"] is not None:
-                entry["files"] = told["files"]
-            note_counts.update(told["notes"])
-            for line in told["rejected"]:
+            if head["files"] is not None:
+                entry["files"] = head["files"]
+            note_counts.update(head["notes"])
+            for line in head["rejected"]:
                 rejected_counts[line["reason"]] += 1
                 rejected_file.write(json.dumps(line) + "\n")
     num_samples = sum(entry["num_samples"] for entry in entries)
@@ -126,8 +170,11 @@ def _join(names, entries, rules, fresh):
 
 
 @contextmanager
-def _parts_folder(out):
-    """Folder beside `out` for the shards that are done, held by one build at a time. An interrupted build leaves it."""
+def _parts_folder(out: str | os.PathLike) -> Iterator[Path]:
+    """Yield a folder next to `out` for finished shards, locked by one build at a time.
+
+    An interrupted build leaves it behind.
+    """
     out = Path(out).absolute()
     folder = out.with_name(f".{out.name}.parts")
     while True:
@@ -135,11 +182,11 @@ def _parts_folder(out):
         try:
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         except FileNotFoundError:
-            # the build that held it has just removed it
+            # The build that held the lock has just removed the folder.
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            # Not one that was just removed.
+            # The locked folder may have been removed, and even created anew, in the meantime.
             if folder.exists() and os.fstat(lock).st_ino == folder.stat().st_ino:
                 yield folder
                 return
@@ -147,39 +194,49 @@ def _parts_folder(out):
             os.close(lock)
 
 
-def _part_name(entry, rules):
+def _part_name(entry: dict[str, Any], rules: Rules) -> str:
     facts = json.dumps([FORMAT, entry, asdict(rules)], sort_keys=True)
     return hashlib.sha256(facts.encode("utf-8", "surrogateescape")).hexdigest()[:24] + ".part"
 
 
-def _write_part(path, records, rejected, notes, files):
+def _write_part(
+    path: Path,
+    records: np.ndarray,
+    rejected: list[dict[str, str]],
+    notes: dict[str, int],
+    files: list[str] | None,
+) -> None:
     head = json.dumps({"rejected": rejected, "notes": notes, "files": files})
     with whole_file(path) as partial:
         partial.write_bytes(head.encode() + b"\n" + records.tobytes())
 
 
-def load(folder):
-    """The Index in `folder`. Raises InputError if it cannot be read, or if a shard has changed since."""
+def load(folder: str | os.PathLike) -> Index:
+    """Load the index in a folder.
+
+    Raises:
+        InputError: the index is unreadable, or a shard has changed since it was built.
+    """
     folder = Path(folder)
     try:
         header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
         if any(header[key] != value for key, value in FORMAT.items()):
-            raise ValueError("made by another version")
+            raise ValueError("written by another version")
         records = np.memmap(folder / RECORDS, dtype=RECORD, mode="r")
         if {len(records)} != {
             header["num_samples"],
             sum(shard["num_samples"] for shard in header["shards"]),
         }:
-            raise ValueError(f"{RECORDS} does not fit {HEADER}")
+            raise ValueError(f"{RECORDS} does not match {HEADER}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"the index {folder} cannot be read ({error}): run `iomm index` again"
+            f"the index {folder} cannot be read ({error}); run `iomm index` again"
         ) from None
     for shard in header["shards"]:
         now = _entry(shard["path"])
         if now["mtime_ns"] != shard["mtime_ns"] or now["bytes"] != shard["bytes"]:
             raise InputError(
-                f"{shard['path']} has changed since it was indexed: run `iomm index` again"
+                f"{shard['path']} has changed since it was indexed; run `iomm index` again"
             )
     return Index(
         folder=folder,
@@ -189,17 +246,36 @@ def load(folder):
     )
 
 
-def records_crc32(index):
-    """Of all records: by parts, as 10 M samples are 370 MB."""
+def records_crc32(index: Index) -> int:
+    """Return the CRC-32 of all records, computed in parts because 10 M samples are 370 MB."""
     crc = 0
     for start in range(0, len(index.records), 1 << 20):
         crc = zlib.crc32(index.records[start : start + (1 << 20)].tobytes(), crc)
     return crc
 
 
-def ensure_index(shards, cache_root, *, rules=Rules(), progress=True, workers=None):
-    """Folder of an up-to-date index of `shards` by `rules` under cache_root; built if it is missing or a shard has
-    changed. `shards` may be the folder of an index itself: then it is that one, whatever its rules.
+def ensure_index(
+    shards: Patterns,
+    cache_root: str | os.PathLike,
+    *,
+    rules: Rules = DEFAULT_RULES,
+    progress: bool = True,
+    workers: int | None = None,
+) -> Path:
+    """Return the folder of an up-to-date index of `shards` under cache_root.
+
+    It is built if it is missing or a shard has changed. If `shards` is itself the folder of an
+    index, that one is used, whatever its rules.
+
+    Args:
+        shards: the shards, see patterns.expand, or the folder of an index.
+        cache_root: folder of all indexes that training builds.
+        rules: rules for good samples.
+        progress: show a progress bar.
+        workers: number of processes, or None for one per core.
+
+    Raises:
+        InputError: see build and load.
     """
     if isinstance(shards, str | os.PathLike) and (Path(shards) / HEADER).is_file():
         load(shards)
@@ -210,9 +286,12 @@ def ensure_index(shards, cache_root, *, rules=Rules(), progress=True, workers=No
     return build(shards, folder, rules=rules, progress=progress, workers=workers, keep=True)
 
 
-def default_index_dir(shards, cache_root, rules=Rules()):
-    """Where training keeps the index that it makes itself: named by a hash of the resolved list of shards and the
-    rules.
+def default_index_dir(
+    shards: Patterns, cache_root: str | os.PathLike, rules: Rules = DEFAULT_RULES
+) -> Path:
+    """Return the folder in which training keeps an index that it builds itself.
+
+    Its name is a hash of the resolved list of shards and the rules.
     """
     names = "\n".join([*map(str, expand(shards)), json.dumps(asdict(rules), sort_keys=True)])
     return (
@@ -221,32 +300,39 @@ def default_index_dir(shards, cache_root, rules=Rules()):
     )
 
 
-def summary(folder):
-    """One line on the good samples of an index, tables of the rejected ones by reason and of remarks on good ones, and
-    a warning if they look padded (str).
+def summary(folder: str | os.PathLike) -> str:
+    """Return a summary of an index for the console.
+
+    It has one line on the good samples, tables of the rejected ones by reason and of the remarks on
+    good ones, and a warning if the images look padded.
     """
     index = load(folder)
     lines = [f"{len(index.records):,} samples in {len(index.shards):,} shards"]
     lines += [f"  {count:>9,}  {reason}" for reason, count in index.rejected.items()]
-    lines += [f"  listed in {index.folder / REJECTED}"] if index.rejected else []
+    if index.rejected:
+        lines.append(f"  listed in {index.folder / REJECTED}")
     lines += [f"  {count:>9,}  good, but {note}" for note, count in index.notes.items()]
     return "\n".join(lines + warnings_on(index))
 
 
-def warnings_on(index):
-    """Lines on what is wrong with the data as a whole; none if nothing is."""
+def warnings_on(index: Index) -> list[str]:
+    """Return a line for each problem of the dataset as a whole."""
     padded = index.notes.get("padded", 0)
     if padded <= PADDED_SHARE * len(index.records):
         return []
     return [
-        f"warning: {padded:,} of {len(index.records):,} images are padded to a square with white, as img2dataset's "
-        "resize_mode=border does: the model will learn to draw the bars. Make the shards with "
-        "resize_mode=keep_ratio or center_crop"
+        f"warning: {padded:,} of {len(index.records):,} images are padded to a square with white, "
+        "as img2dataset's resize_mode=border does. The model will learn to draw the bars. Make the "
+        "shards with resize_mode=keep_ratio or center_crop"
     ]
 
 
-def _entry(path):
-    """What tells whether a shard has changed. Raises InputError if it is gone."""
+def _entry(path: str | os.PathLike) -> dict[str, Any]:
+    """Return the path, size and time of a shard, by which a change is detected.
+
+    Raises:
+        InputError: the shard does not exist or is unreadable.
+    """
     try:
         status = os.stat(path)
     except OSError as error:
@@ -259,23 +345,23 @@ def _entry(path):
     }
 
 
-def _rate(bar):
-    """Counts samples over all processes and shows images/s on the bar."""
-    started, num_images = time.monotonic(), 0
+def _rate(bar: tqdm) -> Callable[[int], None]:
+    """Return a callback that counts samples of all processes and shows images/s on the bar."""
+    started = time.monotonic()
+    num_images = 0
 
-    def progress(num_samples):
+    def progress(num_samples: int) -> None:
         nonlocal num_images
         num_images += num_samples
-        bar.set_postfix_str(
-            f"{num_images:,} images, {num_images / (time.monotonic() - started + 1e-9):.0f} images/s"
-        )
+        rate = num_images / (time.monotonic() - started + 1e-9)
+        bar.set_postfix_str(f"{num_images:,} images, {rate:.0f} images/s")
 
     return progress
 
 
-def _nothing_good(paths, counts):
+def _no_good_sample(paths: list[Path], counts: Counter) -> str:
     where = str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
     if not counts or set(counts) <= {"incomplete"}:
-        return f"{where}: no images inside (wanted members named *.jpg, *.jpeg, *.png or *.webp)"
+        return f"{where}: no images inside (expected members named *.jpg, *.jpeg, *.png or *.webp)"
     reasons = ", ".join(f"{reason} ({count})" for reason, count in counts.most_common())
     return f"{where}: no usable image; rejected as {reasons}"

@@ -1,18 +1,23 @@
-"""Names of shards -> their paths."""
+"""Resolve names of shards to paths."""
 
 import glob
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from iomm.config import InputError
 
 
-def expand(shards):
-    """Sorted absolute paths that `shards` (a pattern or a list of them) names. Raises InputError if one names nothing.
+def expand(shards: str | os.PathLike | Iterable[str | os.PathLike]) -> list[Path]:
+    """Return the sorted absolute paths that a pattern, or a list of patterns, names.
 
-    A pattern is a path, a glob, a brace list ({00000..00099}, {a,b}), or a folder: its tars if it holds any, else its
-    images. A text may hold several, separated by commas.
+    A pattern is a path, a glob, a brace list ({00000..00099}, {a,b}) or a folder. A folder stands
+    for the tars in it, or for its images if it has no tars. A string may hold several patterns,
+    separated by commas.
+
+    Raises:
+        InputError: a pattern matches nothing, or none is given.
     """
     patterns = [shards] if isinstance(shards, str | os.PathLike) else list(shards)
     patterns = [part for pattern in patterns for part in _parts(os.fspath(pattern))]
@@ -20,12 +25,13 @@ def expand(shards):
     for pattern in patterns:
         pattern = os.path.expanduser(os.fspath(pattern))
         paths = [pattern]
-        # A name with braces or brackets in it may simply exist.
+        # A file may have braces or brackets in its name.
         if not os.path.exists(pattern):
             paths = [path for part in _braces(pattern) for path in glob.glob(part, recursive=True)]
         if not paths:
             raise InputError(
-                f"no shard matches {pattern!r}: give a tar, a folder, a glob or a list like {{00000..00099}}.tar"
+                f"no shard matches {pattern!r}; give a tar, a folder, a glob or a list like "
+                "{00000..00099}.tar"
             )
         for path in map(os.path.abspath, paths):
             tars = (
@@ -33,12 +39,14 @@ def expand(shards):
             )
             found.update(tars or [path])
     if not found:
-        raise InputError("no shards were given: data.shards is a path, a glob or a list of them")
+        raise InputError(
+            "no shards were given; data.shards must be a path, a glob or a list of them"
+        )
     return [Path(path) for path in sorted(found)]
 
 
-def _parts(pattern):
-    """The pattern split at commas outside braces, unless a file is called like all of it."""
+def _parts(pattern: str) -> list[str]:
+    """Split a pattern at commas outside braces, unless it is the name of an existing file."""
     if "," not in pattern or os.path.exists(pattern):
         return [pattern]
     return [
@@ -46,8 +54,8 @@ def _parts(pattern):
     ]
 
 
-def _braces(pattern):
-    """The patterns without braces that a pattern with braces stands for."""
+def _braces(pattern: str) -> list[str]:
+    """Expand the braces of a pattern into a list of patterns."""
     match = re.search(r"\{([^{}]*)\}", pattern)
     if not match:
         return [pattern]

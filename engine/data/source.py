@@ -1,62 +1,69 @@
-"""Batches by run position: read, decoded ahead of the training step, and always full."""
+"""Batches by run position, always full, read and decoded ahead of the training step."""
+
+from __future__ import annotations
 
 import io
 import time
 from collections import deque
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain
 from threading import Lock
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from iomm.config import InputError, choice
-from iomm.engine.data.bad_samples import Failure
-from iomm.engine.data.decode import CENTRE, DecodeError, Decoder, Encoded, sizes
-from iomm.engine.data.samplers import EpochPermutation, FixedSizeSampler
-from iomm.engine.data.shards import Damaged
+from iomm.engine.data.bad_samples import MAX_ATTEMPTS, Failure
+from iomm.engine.data.decode import CENTRE, DecodeError, Decoder, Encoded, decoded_sizes
+from iomm.engine.data.mixture import Joined
+from iomm.engine.data.samplers import EpochPermutation, FixedSizeSampler, Sampler
+from iomm.engine.data.shards import Damaged, Shards
 from iomm.kernels.philox import CROP, FLIP, uniform
 
-# Threads that wait for the disk; a photograph of 80 KB costs them 0.04 ms of CPU.
+if TYPE_CHECKING:
+    from iomm.engine.data.latents import EncodedSamples, LatentStore
+
+# Threads that wait for the disk. A photograph of 80 KB costs them 0.04 ms of CPU.
 NUM_READERS = 4
 BATCHES_READ_AHEAD = 4
 BATCHES_DECODED_AHEAD = 2
-# Samples tried in the place of one that cannot be had.
-MAX_ATTEMPTS = 16
 
 
 @dataclass
 class Batch:
-    """One micro-batch: where its samples stand in the run and in the index, what they are, and the wait for them."""
+    """One micro-batch. Tensors are on the training device, unless a comment states otherwise."""
 
-    # int64, on the CPU; names the sample's random numbers
-    n_B: torch.Tensor
-    # int64, on the CPU
-    entry_B: torch.Tensor
-    # On the device; None if the latents are there.
-    pixels_BCHW: torch.Tensor | None
-    # bytes, on the device; of the samples with has_image, in order (of all with look_at_pairs)
-    vit_pixels_BHWC: torch.Tensor | None
-    # How long the caller waited.
+    # int64, on the CPU. Run positions, which also seed the random numbers of the samples.
+    n_B: Tensor
+    # int64, on the CPU. Index entries.
+    entry_B: Tensor
+    # None if there are latents.
+    pixels_BCHW: Tensor | None
+    # Bytes of the samples with has_image, in order. Of all samples with look_at_pairs.
+    vit_pixels_BHWC: Tensor | None
+    # Seconds for which the caller waited.
     wait_s: float
     # B texts, "" where has_image.
-    captions: list = field(default_factory=list)
-    # B bools: conditioned on its image, not on its caption.
-    has_image: list = field(default_factory=list)
-    # float32, on the device
-    latents_BCHW: torch.Tensor | None = None
-    # On the device; in place of vit_pixels_BHWC, which is None then.
-    image_tokens_IPD: torch.Tensor | None = None
-    # of Failure: samples that were replaced
-    failures: list = field(default_factory=list)
-    # what IOMM.prepare made of the pixels, where it has run ahead
-    prepared: object = None
+    captions: list[str] = field(default_factory=list)
+    # B bools. The sample is conditioned on its image, not on its caption.
+    has_image: list[bool] = field(default_factory=list)
+    # float32.
+    latents_BCHW: Tensor | None = None
+    # Replaces vit_pixels_BHWC, which is then None.
+    image_tokens_IPD: Tensor | None = None
+    # Samples that were replaced.
+    failures: list[Failure] = field(default_factory=list)
+    # Output of IOMM.prepare for the pixels, if it has run ahead of the step.
+    prepared: Any = None
 
     @property
-    def inputs(self):
-        """Arguments of IOMM.forward."""
+    def inputs(self) -> tuple[Any, ...]:
+        """The arguments of IOMM.forward."""
         if self.prepared is not None:
             return (self.prepared,)
         return (
@@ -71,60 +78,88 @@ class Batch:
 
 
 class ImageSource:
-    """Micro-batches of one rank for the steps start_step .. num_steps - 1 of the run, in order.
+    """Micro-batches of one rank for the steps start_step .. num_steps - 1 of a run, in order.
 
-    Global batch b is run positions [b G, (b + 1) G), whatever the number of ranks: micro-batch a of rank r takes b G +
-    (a W + r) m + [0, m), where G = global_batch, m = micro_batch, W = world_size, and a counts the G / (m W)
-    accumulation steps. So the state of the loader is the step. `plan` (see samplers.FixedSizeSampler) says which samples these are;
-    without one, all samples in their order on squares of size_px. A sample is mirrored if `flip` and its own random
-    number say so, but never one with a caption, which may say left or right; crop="random" lets its own numbers choose
-    the place of the crop, else it is the centre. With `latents` (latents.LatentStore) its latents come instead of pixels;
-    with latents.EncodedSamples no image is read at all, and image tokens come as well. look_at_pairs: ViT pixels of pairs
-    too, in their place among the others'.
+    Global batch b is the run positions [b G, (b + 1) G) on any number of ranks. Micro-batch a of
+    rank r takes the positions b G + (a W + r) m + [0, m), where G = global_batch, m = micro_batch,
+    W = world_size, and a counts the G / (m W) accumulation steps. The state of the loader is
+    therefore the step.
 
-    A sample that can no longer be had (damaged on disk, refused by DALI) is replaced by the next one of its plan, up to
-    MAX_ATTEMPTS times, then by black; the batch says so in `failures` (for BadSamples), and is full in any case, so that ranks
-    stay in step. Raises InputError if G is not a multiple of m W or, without a plan, larger than the number of samples.
+    A sample that is unreadable now (damaged on disk, refused by DALI) is replaced by the next one
+    of its sampler, up to MAX_ATTEMPTS times, and then by a black image. The batch lists it in
+    `failures`, the input of BadSamples. Batches are always full, so ranks stay in step.
     """
 
     def __init__(
         self,
-        shards,
+        shards: Shards | Joined,
         *,
-        seed,
-        global_batch,
-        micro_batch,
-        rank,
-        world_size,
-        size_px,
-        vit_px,
-        device,
-        start_step=0,
-        num_steps,
-        flip=False,
-        num_threads=2,
-        crop="center",
-        plan=None,
-        latents=None,
-        dtype=torch.float32,
-        hw_decoder_load=0.65,
-        resize="torch",
-        look_at_pairs=False,
-    ):
+        seed: int,
+        global_batch: int,
+        micro_batch: int,
+        rank: int,
+        world_size: int,
+        size_px: int,
+        vit_px: int,
+        device: torch.device | str,
+        start_step: int = 0,
+        num_steps: int,
+        flip: bool = False,
+        num_threads: int = 2,
+        crop: str = "center",
+        sampler: Sampler | None = None,
+        latents: LatentStore | EncodedSamples | None = None,
+        dtype: torch.dtype = torch.float32,
+        hw_decoder_load: float = 0.65,
+        resize: str = "torch",
+        look_at_pairs: bool = False,
+    ) -> None:
+        """Check the settings. Reading starts with the iteration.
+
+        Args:
+            shards: the samples.
+            seed: seed of the run.
+            global_batch: samples per step of all ranks.
+            micro_batch: samples per micro-batch of one rank.
+            rank: this rank.
+            world_size: number of ranks.
+            size_px: side of the square crops. Only used without a sampler.
+            vit_px: side of the ViT's square image.
+            device: device of the batches.
+            start_step: first step.
+            num_steps: last step + 1.
+            flip: mirror half of the samples, chosen by their own random numbers. A sample with a
+                caption is never mirrored, because the caption may mention left or right.
+            num_threads: CPU threads that decode and resize.
+            crop: "center", or "random" to let a sample's own random numbers place the crop.
+            sampler: order of the samples. By default all samples, in the order of
+                EpochPermutation, on squares of size_px.
+            latents: read latents from here in place of pixels. With EncodedSamples no image is read
+                at all, and image tokens come from there as well.
+            dtype: data type of the pixels.
+            hw_decoder_load: share of baseline JPEGs decoded in hardware, see Decoder.
+            resize: "dali" or "torch", see Decoder.
+            look_at_pairs: return ViT pixels of pairs too, in order with those of the images.
+
+        Raises:
+            InputError: global_batch is not a multiple of micro_batch x world_size, or exceeds the
+                number of samples, or latents are combined with flips or random crops.
+        """
         if global_batch < 1 or micro_batch < 1 or global_batch % (micro_batch * world_size):
             raise InputError(
-                f"train.global_batch must be a multiple of train.micro_batch x ranks, got {global_batch} "
-                f"and {micro_batch} x {world_size}"
+                "train.global_batch must be a multiple of train.micro_batch x ranks, got "
+                f"{global_batch} and {micro_batch} x {world_size}"
             )
-        if plan is None and len(shards) < global_batch:
+        if sampler is None and len(shards) < global_batch:
             raise InputError(
-                f"train.global_batch is {global_batch}, but there are only {len(shards)} samples: "
+                f"train.global_batch is {global_batch}, but there are only {len(shards)} samples; "
                 "lower it or add data"
             )
         choice("data.crop", crop, ("center", "random"))
         if latents and (flip or crop != "center"):
             raise InputError(
-                "data.latents are those of centre crops as they are: set data.flip=false, data.crop=center"
+                "data.latents holds centre crops that are not mirrored; set data.flip=false and "
+                "data.crop=center"
             )
         self.shards = shards
         self.seed = seed
@@ -137,10 +172,12 @@ class ImageSource:
         self.flip = flip
         self.crop = crop
         self.latents = latents
-        # Nothing is left to decode.
+        # Latents and image tokens are in memory, and no image is decoded.
         self.encoded = getattr(latents, "tokens", None) is not None
         self.look_at_pairs = look_at_pairs
-        self.order = plan or FixedSizeSampler(EpochPermutation(seed, shards.shard_sizes), size_px)
+        self.sampler = sampler or FixedSizeSampler(
+            EpochPermutation(seed, shards.shard_sizes), size_px
+        )
         self.decoder = Decoder(
             micro_batch,
             vit_px,
@@ -152,79 +189,78 @@ class ImageSource:
             hw_decoder_load=hw_decoder_load,
             resize=resize,
         )
-        # Readers ask for replacements; orders keep a small cache.
-        self._order_lock = Lock()
+        # Reader threads call the sampler for replacements, and samplers have a cache.
+        self._sampler_lock = Lock()
 
     @property
-    def accumulation_steps(self):
-        """Micro-batches of this rank in one step."""
+    def accumulation_steps(self) -> int:
+        """Number of micro-batches of this rank in one step."""
         return self.global_batch // (self.micro_batch * self.world_size)
 
-    def __len__(self):
-        """Micro-batches in all."""
+    def __len__(self) -> int:
+        """Return the number of micro-batches of this rank."""
         return max(0, self.num_steps - self.start_step) * self.accumulation_steps
 
-    def positions(self, step, accumulation_step):
-        """Run positions (int64 array of m) of a micro-batch of this rank."""
+    def positions(self, step: int, accumulation_step: int) -> np.ndarray:
+        """Return the run positions (int64, (m,)) of a micro-batch of this rank."""
         first = (
             step * self.global_batch
             + (accumulation_step * self.world_size + self.rank) * self.micro_batch
         )
         return np.arange(first, first + self.micro_batch, dtype=np.int64)
 
-    def __iter__(self):
-        """Yields one Batch per micro-batch."""
-        # Batches that the decoder has taken and not yet given back, as lists of _Sample.
-        on_the_way = deque()
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield one Batch per micro-batch."""
+        # Batches that the decoder has read and not returned yet.
+        in_flight: deque[list[_Sample]] = deque()
         with ThreadPoolExecutor(NUM_READERS, thread_name_prefix="reader") as readers:
             read = self._read(readers)
             if self.encoded:
                 for _ in range(len(self)):
-                    asked = time.perf_counter()
+                    started = time.perf_counter()
                     samples = next(read)
-                    yield self._batch(samples, None, None, time.perf_counter() - asked)
+                    yield self._batch(samples, None, None, time.perf_counter() - started)
                 return
-            decoded = self.decoder(self._encoded(read, on_the_way))
+            decoded = self.decoder(self._encoded(read, in_flight))
             try:
                 for _ in range(len(self)):
-                    asked = time.perf_counter()
+                    started = time.perf_counter()
                     while True:
                         try:
                             pixels_BCHW, vit_pixels_BHWC = next(decoded)
                             break
                         except DecodeError as error:
-                            # it took the pipeline with it: what was on the way goes again
+                            # The error ended the pipeline, so all batches in flight are decoded
+                            # again.
                             decoded.close()
-                            self._replace_refused(on_the_way[0], error)
-                            again = list(on_the_way)
-                            on_the_way.clear()
-                            decoded = self.decoder(self._encoded(chain(again, read), on_the_way))
-                    wait_s = time.perf_counter() - asked
-                    yield self._batch(on_the_way.popleft(), pixels_BCHW, vit_pixels_BHWC, wait_s)
+                            self._replace_refused(in_flight[0], error)
+                            again = list(in_flight)
+                            in_flight.clear()
+                            decoded = self.decoder(self._encoded(chain(again, read), in_flight))
+                    wait_s = time.perf_counter() - started
+                    yield self._batch(in_flight.popleft(), pixels_BCHW, vit_pixels_BHWC, wait_s)
             finally:
                 decoded.close()
                 read.close()
                 readers.shutdown(wait=True, cancel_futures=True)
 
-    def _read(self, readers):
-        """Yields lists of _Sample in order, with the next BATCHES_READ_AHEAD batches being read meanwhile."""
+    def _read(self, readers: ThreadPoolExecutor) -> Iterator[list[_Sample]]:
+        """Yield the samples of each micro-batch in order, reading BATCHES_READ_AHEAD ahead."""
         reading = deque()
-        plan = (
+        micro_batches = (
             (step, a)
             for step in range(self.start_step, self.num_steps)
             for a in range(self.accumulation_steps)
         )
-        for step, accumulation_step in plan:
+        for step, accumulation_step in micro_batches:
             n = self.positions(step, accumulation_step)
-            with self._order_lock:
-                entries, size_px, is_pair = (
-                    self.order(n),
-                    self.order.size_px(step),
-                    self.order.is_pair(n),
-                )
+            with self._sampler_lock:
+                entries = self.sampler(n)
+                size_px = self.sampler.size_px(step)
+                is_pair = self.sampler.is_pair(n)
             samples = [
                 _Sample(*sample, size_px)
-                for sample in zip(n.tolist(), entries.tolist(), is_pair.tolist())
+                for sample in zip(n.tolist(), entries.tolist(), is_pair.tolist(), strict=True)
             ]
             reading.append([readers.submit(self._fill, sample) for sample in samples])
             if len(reading) > BATCHES_READ_AHEAD:
@@ -232,8 +268,8 @@ class ImageSource:
         while reading:
             yield [sample.result() for sample in reading.popleft()]
 
-    def _fill(self, sample):
-        """Reads what belongs to a sample, or to the one that takes its place."""
+    def _fill(self, sample: _Sample) -> _Sample:
+        """Read the data of a sample, or of its replacement."""
         while sample.attempt <= MAX_ATTEMPTS:
             k = sample.entry
             try:
@@ -245,38 +281,44 @@ class ImageSource:
             except Damaged as error:
                 self._replace(sample, str(error))
         height, width = sample.size_px
-        sample.image, sample.caption = _black(width, height), ""
+        sample.image = _black(width, height)
+        sample.caption = ""
         sample.latents = self.latents.zeros() if self.latents else None
         return sample
 
-    def _replace(self, sample, problem):
-        """Points the sample at the next one of its plan, and counts its position once."""
+    def _replace(self, sample: _Sample, problem: str) -> None:
+        """Replace a sample by the next one in order, and record a failure once per position."""
         sample.attempt += 1
         fatal = sample.attempt > MAX_ATTEMPTS
         if sample.failure is None or fatal:
             first = sample.failure or Failure(sample.n, self.shards.shard(sample.entry), problem)
             sample.failure = Failure(first.n, first.shard, first.problem, fatal)
-        with self._order_lock:
-            sample.entry = int(self.order(np.array([sample.n]), sample.attempt)[0])
+        with self._sampler_lock:
+            sample.entry = int(self.sampler(np.array([sample.n]), sample.attempt)[0])
 
-    def _replace_refused(self, samples, error):
-        """Replaces the samples of a batch that DALI refuses; all of them if it does not say which."""
-        seen = sizes([sample.image for sample in samples])
-        refused = [sample for sample, size in zip(samples, seen) if size is None] or samples
+    def _replace_refused(self, samples: list[_Sample], error: DecodeError) -> None:
+        """Replace the samples of a batch that DALI refuses, or all of them if none is found."""
+        sizes = decoded_sizes([sample.image for sample in samples])
+        refused = [
+            sample for sample, size in zip(samples, sizes, strict=True) if size is None
+        ] or samples
         for sample in refused:
             detail = (
                 "" if len(refused) < len(samples) else f" ({' '.join(str(error).split())[:200]})"
             )
             self._replace(
                 sample,
-                f"{self.shards.name(sample.entry)}: DALI cannot decode it, though `iomm index` could"
-                + detail,
+                f"{self.shards.name(sample.entry)}: DALI cannot decode it, although `iomm index` "
+                f"could{detail}",
             )
             self._fill(sample)
 
-    def _encoded(self, batches, on_the_way):
+    def _encoded(
+        self, batches: Iterable[list[_Sample]], in_flight: deque[list[_Sample]]
+    ) -> Iterator[Encoded]:
+        """Yield the decoder's inputs, and append each batch to in_flight."""
         for samples in batches:
-            on_the_way.append(samples)
+            in_flight.append(samples)
             n_B = torch.tensor([sample.n for sample in samples])
             is_pair = np.array([sample.is_pair for sample in samples])
             flip_B = np.zeros(len(samples), dtype=bool)
@@ -285,16 +327,21 @@ class ImageSource:
             place_B2 = np.full((len(samples), 2), CENTRE, dtype=np.float32)
             if self.crop == "random":
                 place_B2 = uniform(self.seed, CROP, n_B, 2).numpy()
-            looked_at_B = ~is_pair | self.look_at_pairs
             yield Encoded(
                 [sample.image for sample in samples],
                 flip_B,
                 place_B2,
-                looked_at_B,
+                ~is_pair | self.look_at_pairs,
                 samples[0].size_px,
             )
 
-    def _batch(self, samples, pixels_BCHW, vit_pixels_BHWC, wait_s):
+    def _batch(
+        self,
+        samples: list[_Sample],
+        pixels_BCHW: Tensor | None,
+        vit_pixels_BHWC: Tensor | None,
+        wait_s: float,
+    ) -> Batch:
         latents_BCHW = tokens_IPD = None
         if self.latents:
             latents_BCHW = (
@@ -319,20 +366,20 @@ class ImageSource:
 
 @dataclass
 class _Sample:
-    """One position of the run and what was read for it."""
+    """A run position and the data that was read for it."""
 
     n: int
     entry: int
     is_pair: bool
-    size_px: tuple
+    size_px: tuple[int, int]
     attempt: int = 0
     image: bytes = b""
     caption: str = ""
-    latents: torch.Tensor | None = None
+    latents: Tensor | None = None
     failure: Failure | None = None
 
 
-def _black(width, height):
+def _black(width: int, height: int) -> bytes:
     out = io.BytesIO()
     Image.new("RGB", (width, height)).save(out, "PNG")
     return out.getvalue()

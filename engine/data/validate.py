@@ -1,5 +1,7 @@
-"""One shard -> records of its good samples, and why the others are not. Runs in the worker processes of `iomm index`;
-imports neither torch nor DALI, so that a worker starts in 0.1 s.
+"""Validate one shard: records of its good samples, and the reason for each rejected one.
+
+Runs in the worker processes of `iomm index`. It imports neither torch nor DALI, so a worker starts
+in 0.1 s.
 """
 
 import json
@@ -7,18 +9,23 @@ import os
 import time
 import zlib
 from collections import Counter
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from iomm.config import InputError, choice
-from iomm.engine.data.archive import SUFFIXES, Folder, Tar
+from iomm.engine.data.archive import SUFFIXES, Folder, Member, Tar
 from iomm.engine.data.caption import caption_of_json, caption_of_text
-from iomm.engine.data.image import MAX_PIXELS, Rejected, check_image
+from iomm.engine.data.image import MAX_PIXELS, ImageInfo, Rejected, check_image
 
-# Bits of `flags`
-CAPTION_TXT, CAPTION_JSON, TRANSPARENT, UNVERIFIED = 1, 2, 4, 8
-# packed, little-endian, 37 bytes: 10 M samples are 370 MB
+# Bits of `flags`.
+CAPTION_TXT = 1
+CAPTION_JSON = 2
+TRANSPARENT = 4
+UNVERIFIED = 8
+# Packed and little-endian, 37 bytes. 10 M samples are 370 MB.
 RECORD = np.dtype(
     [
         ("image_offset", "<u8"),
@@ -33,27 +40,32 @@ RECORD = np.dtype(
     ]
 )
 CAPTIONS = {"txt": (CAPTION_TXT, caption_of_text), "json": (CAPTION_JSON, caption_of_json)}
-# Where verify="fast" looks for an image's header first.
+# verify="fast" reads this much of an image first, to find its header.
 HEADER_BYTES = 1 << 16
-# Samples told at once: what a crash costs at most to read again.
+# Samples reported at a time. After a crash at most this many are validated again.
 CHUNK = 256
+
+# Called with key, reason and detail of a rejected sample.
+Reject = Callable[..., None]
+# Suffix, or "image", -> (offset, num_bytes).
+Members = dict[str, tuple[int, int]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """What a good sample is. An index keeps them; another set of rules is another index."""
+    """Rules for good samples. They are stored in the index, and other rules need another index."""
 
     # Of the shorter edge.
     min_size_px: int = 32
-    # Longer edge / shorter edge; a centre crop keeps a tenth of such a picture.
+    # Longer edge / shorter edge. At 10 a centre crop keeps a tenth of the picture.
     max_aspect: float = 10.0
     max_pixels: int = MAX_PIXELS
-    # optional | required: a sample without a caption, or with an empty one, is rejected
+    # optional, or required: a sample without a caption, or with an empty one, is rejected.
     captions: str = "optional"
-    # full: every image is decoded | fast: headers only, no checksums
+    # full: every image is decoded. fast: only headers are read, without checksums.
     verify: str = "full"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         choice("captions", self.captions, ("optional", "required"))
         choice("verify", self.verify, ("full", "fast"))
         if self.min_size_px < 1 or self.max_pixels < 1 or self.max_aspect < 1:
@@ -63,33 +75,74 @@ class Rules:
             )
 
 
-def judge_shard(path, rules, *, start=0, part=0, num_parts=1, poison=(), begin=lambda i: None):
-    """Yields (num_judged, records, rejected, notes) of one shard, CHUNK samples or a second at a time, samples numbered
-    from `start` on; then returns its list of files if it is a folder, else None. Of several parts, CHUNK samples each in
-    turn, only one is looked at: chunks of all parts, sorted by num_judged, are those of the whole.
+DEFAULT_RULES = Rules()
 
-    records: RECORD array. rejected: list of {shard, key, reason, detail}. notes: counts of remarks on good samples.
-    num_judged: samples done in all, from where another call may go on. poison: {number: (reason, detail)} of samples
-    that are not looked at. begin(i) is called before sample i. Damage is told, never raised; what concerns the shard
-    and not one sample comes with key "" and only if start and part are 0.
+
+class Chunk(NamedTuple):
+    """The result for some consecutive samples of a shard."""
+
+    # Samples of the shard that are done, from where another call may resume.
+    num_validated: int
+    # RECORD array of the good samples.
+    records: np.ndarray
+    # {shard, key, reason, detail} of each rejected sample.
+    rejected: list[dict[str, str]]
+    # Counts of remarks on the good samples.
+    notes: dict[str, int]
+
+
+def validate_shard(
+    path: str | os.PathLike,
+    rules: Rules,
+    *,
+    start: int = 0,
+    part: int = 0,
+    num_parts: int = 1,
+    known_bad: dict[int, tuple[str, str]] | None = None,
+    begin: Callable[[int], None] = lambda i: None,
+) -> Generator[Chunk, None, list[str] | None]:
+    """Yield the results for a shard in chunks of CHUNK samples, or of one second.
+
+    Damage is returned as rejections and not raised. Damage of the shard itself has the key "". It
+    is reported only if start and part are 0.
+
+    Args:
+        path: a tar or a folder.
+        rules: rules for good samples.
+        start: number of the first sample to validate.
+        part: which part of the shard to validate. Parts take turns of CHUNK samples. The chunks of
+            all parts, sorted by num_validated, are the chunks of the whole shard.
+        num_parts: number of parts.
+        known_bad: {number: (reason, detail)} of samples that are rejected unread.
+        begin: called with the number of each sample before it is read.
+
+    Returns:
+        The list of files if the shard is a folder, else None.
     """
-    records, rejected, notes = [], [], Counter()
+    known_bad = known_bad or {}
+    records = []
+    rejected = []
+    notes = Counter()
 
-    def reject(key, reason, detail=""):
+    def reject(key: str, reason: str, detail: object = "") -> None:
         rejected.append({"shard": str(path), "key": key, "reason": reason, "detail": str(detail)})
 
-    def told(num_judged):
-        chunk = np.array(records, dtype=RECORD), rejected[:], dict(notes)
-        records.clear(), rejected.clear(), notes.clear()
-        return num_judged, *chunk
+    def take_chunk(num_validated: int) -> Chunk:
+        chunk = Chunk(num_validated, np.array(records, dtype=RECORD), rejected[:], dict(notes))
+        records.clear()
+        rejected.clear()
+        notes.clear()
+        return chunk
 
-    shard, num, last_told_s = None, 0, time.monotonic()
+    shard = None
+    num = 0
+    last_chunk_s = time.monotonic()
     try:
         shard = Folder(path) if os.path.isdir(path) else Tar(path)
         samples = group_by_key(
             shard.members(lambda reason, message: reject("", reason, message)), reject
         )
-        missing = told_missing(path, len(samples) + sum(line["key"] != "" for line in rejected))
+        missing = missing_samples(path, len(samples) + sum(line["key"] != "" for line in rejected))
         if missing:
             reject("", "missing", missing)
         if start or part:
@@ -99,27 +152,29 @@ def judge_shard(path, rules, *, start=0, part=0, num_parts=1, poison=(), begin=l
                 continue
             begin(num - 1)
             try:
-                if num - 1 in poison:
-                    raise Rejected(*poison[num - 1])
-                record, remarks = judge_sample(shard, members, rules)
+                if num - 1 in known_bad:
+                    raise Rejected(*known_bad[num - 1])
+                record, remarks = validate_sample(shard, members, rules)
                 records.append(record)
                 notes.update(remarks)
             except Rejected as error:
                 reject(key, error.reason, error)
-            if num % CHUNK == 0 or time.monotonic() > last_told_s + 1:
-                yield told(num)
-                last_told_s = time.monotonic()
+            if num % CHUNK == 0 or time.monotonic() > last_chunk_s + 1:
+                yield take_chunk(num)
+                last_chunk_s = time.monotonic()
     except OSError as error:
         reject("", "unreadable", error)
-    yield told(num)
+    yield take_chunk(num)
     return getattr(shard, "files", None)
 
 
-def group_by_key(members, reject):
-    """{key: {suffix: (offset, num_bytes)}} in the order of first appearance; names that may not be keys are
-    rejected.
+def group_by_key(members: Iterable[Member], reject: Reject) -> dict[str, Members]:
+    """Return {key: {suffix: (offset, num_bytes)}} in the order in which keys first appear.
+
+    Unsafe names, duplicates and captions without an image are passed to `reject`.
     """
-    samples, twice = {}, set()
+    samples = {}
+    duplicates = set()
     for name, offset, num_bytes in members:
         key, _, suffix = name.rpartition(".")
         suffix = suffix.lower()
@@ -131,10 +186,10 @@ def group_by_key(members, reject):
         sample = samples.setdefault(key, {})
         slot = suffix if suffix in CAPTIONS else "image"
         if slot in sample:
-            twice.add(key)
+            duplicates.add(key)
         sample[slot] = offset, num_bytes
-    for key in twice:
-        # nobody can say which image belongs to which caption
+    for key in duplicates:
+        # It is unknown which image belongs to which caption.
         del samples[key]
         reject(key, "duplicate", "the key has several images or captions")
     for key in [key for key, sample in samples.items() if "image" not in sample]:
@@ -143,25 +198,30 @@ def group_by_key(members, reject):
     return samples
 
 
-def is_safe(name):
+def is_safe(name: str) -> bool:
     return name.isprintable() and not name.startswith("/") and ".." not in name.split("/")
 
 
-def told_missing(path, num_samples):
-    """What is missing by the count that img2dataset writes beside a tar (NAME_stats.json), or None."""
+def missing_samples(path: str | os.PathLike, num_samples: int) -> str | None:
+    """Return how many samples a tar lacks, as text, or None if it lacks none.
+
+    The expected number is in NAME_stats.json, which img2dataset writes next to a tar.
+    """
     try:
         with open(os.path.splitext(path)[0] + "_stats.json", "rb") as f:
-            wanted = json.loads(f.read(1 << 20))["successes"]
-        if isinstance(wanted, int) and wanted > num_samples:
-            return f"{wanted - num_samples} of {wanted} samples that its _stats.json counts"
+            expected = json.loads(f.read(1 << 20))["successes"]
+        if isinstance(expected, int) and expected > num_samples:
+            return f"{expected - num_samples} of {expected} samples counted by its _stats.json"
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        # Most shards have none.
+        # Most shards have no such file.
         pass
     return None
 
 
-def judge_sample(shard, members, rules):
-    """(one RECORD, remarks) of a sample, or raises Rejected."""
+def validate_sample(
+    shard: Tar | Folder, members: Members, rules: Rules
+) -> tuple[tuple[int, ...], list[str]]:
+    """Return (the fields of a RECORD, remarks) of a sample. Raises Rejected."""
     offset, num_bytes = members["image"]
     fast = rules.verify == "fast"
     limits = {
@@ -170,18 +230,23 @@ def judge_sample(shard, members, rules):
         "max_pixels": rules.max_pixels,
     }
     if fast:
-        data, verdict = _header(shard, offset, num_bytes, limits)
+        data, info = _header(shard, offset, num_bytes, limits)
     else:
         data = read_exactly(shard, offset, num_bytes)
-        verdict = check_image(data, **limits)
-    flags = (TRANSPARENT if verdict.transparent else 0) | (UNVERIFIED if fast else 0)
-    remarks, caption, caption_crc32, text = list(verdict.notes), (0, 0), 0, ""
+        info = check_image(data, **limits)
+    flags = (TRANSPARENT if info.transparent else 0) | (UNVERIFIED if fast else 0)
+    remarks = list(info.notes)
+    caption = (0, 0)
+    caption_crc32 = 0
+    text = ""
     for suffix in ("txt", "json"):
         if suffix in members:
             bit, parse = CAPTIONS[suffix]
             caption_data = read_exactly(shard, *members[suffix])
             text = parse(caption_data)
-            flags, caption, caption_crc32 = flags | bit, members[suffix], zlib.crc32(caption_data)
+            flags |= bit
+            caption = members[suffix]
+            caption_crc32 = zlib.crc32(caption_data)
             break
     if not text:
         if rules.captions == "required":
@@ -194,16 +259,30 @@ def judge_sample(shard, members, rules):
         offset,
         num_bytes,
         0 if fast else zlib.crc32(data),
-        verdict.width,
-        verdict.height,
+        info.width,
+        info.height,
         *caption,
         caption_crc32,
         flags,
     ), remarks
 
 
-def _header(shard, offset, num_bytes, limits):
-    """(first bytes, Verdict) by the header alone; the whole image is read only where its header is longer."""
+def _header(
+    shard: Tar | Folder, offset: int, num_bytes: int, limits: dict[str, Any]
+) -> tuple[bytes, ImageInfo]:
+    """Validate the header of an image.
+
+    The whole image is read only where its header is longer than HEADER_BYTES.
+
+    Args:
+        shard: the shard.
+        offset: offset of the image.
+        num_bytes: size of the image.
+        limits: keyword arguments of check_image.
+
+    Returns:
+        The bytes that were read, and the properties of the image.
+    """
     if num_bytes > HEADER_BYTES:
         data = read_exactly(shard, offset, HEADER_BYTES)
         try:
@@ -215,8 +294,12 @@ def _header(shard, offset, num_bytes, limits):
     return data, check_image(data, whole=False, **limits)
 
 
-def read_exactly(shard, offset, num_bytes):
-    """Bytes of a member. Raises Rejected("unreadable")."""
+def read_exactly(shard: Tar | Folder, offset: int, num_bytes: int) -> bytes:
+    """Return the bytes of a member.
+
+    Raises:
+        Rejected: with reason "unreadable", or "too_large" for 4 GiB and more.
+    """
     if num_bytes > 0xFFFFFFFF:
         raise Rejected("too_large", f"{num_bytes} bytes")
     try:

@@ -1,10 +1,12 @@
-"""Processes that judge shards: as many as there are cores, each in limits of memory and time.
+"""Processes that validate shards, one per core, with limits on memory and time.
 
-Image decoders are C code that reads what strangers wrote. A decoder that crashes, hangs or grows takes its process
-down, not the build: the sample that it was at is rejected, and a new process goes on behind it. Processes are started
-anew (no fork: a training process may hold threads and a GPU) and speak JSON and raw records, no pickles.
+Image decoders are C code that reads untrusted input. A decoder that crashes, hangs or exhausts its
+memory takes down its process and not the build. The sample that it was reading is rejected, and a
+new process resumes after it. Processes are spawned and not forked, because a training process may
+hold threads and a GPU. They exchange JSON and raw records, never pickles.
 """
 
+import contextlib
 import json
 import mmap
 import os
@@ -15,38 +17,71 @@ import sys
 import time
 import warnings
 from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 import iomm
 from iomm.config import InputError
-from iomm.engine.data.validate import RECORD, Rules, judge_shard
+from iomm.engine.data.validate import RECORD, Chunk, Rules, validate_shard
 
-# Address space a worker may add, beside 8 bytes a pixel of the largest image allowed.
+# Address space that a worker may add, plus 8 bytes per pixel of the largest image allowed.
 MEMORY_BYTES = 512 << 20
-# A photograph takes 0.01 s, the largest image allowed 1 s, a slow disk some seconds.
+# A photograph takes 0.01 s, the largest image allowed 1 s, a slow disk several seconds.
 SAMPLE_LIMIT_S = 30.0
 IDLE = -1
 
 
-def judge_shards(paths, rules, num_workers, progress=lambda num_samples: None):
-    """Yields (number of the path, records, rejected, notes, files) of each shard, in the order in which they get done.
+class ShardResult(NamedTuple):
+    """The result for a whole shard."""
 
-    Where there are fewer shards than workers, each is judged in parts. `progress` is told of samples as they are
-    judged. Closing the generator ends the processes.
+    # Place of the shard in the list of paths.
+    number: int
+    # RECORD array of the good samples.
+    records: np.ndarray
+    # {shard, key, reason, detail} of each rejected sample.
+    rejected: list[dict[str, str]]
+    # Counts of remarks on the good samples.
+    notes: dict[str, int]
+    # The files of a folder, None for a tar.
+    files: list[str] | None
+
+
+def validate_shards(
+    paths: list[Path],
+    rules: Rules,
+    num_workers: int,
+    progress: Callable[[int], None] = lambda num_samples: None,
+) -> Iterator[ShardResult]:
+    """Yield the result for each shard, in the order in which they complete.
+
+    If there are fewer shards than workers, each shard is validated in parts. Closing the generator
+    ends the processes.
+
+    Args:
+        paths: the shards.
+        rules: rules for good samples.
+        num_workers: number of processes.
+        progress: called with the number of samples that were validated since the last call.
+
+    Raises:
+        InputError: a shard ended two processes before its first sample.
     """
     num_parts = max(1, num_workers // max(1, len(paths)))
-    shards = [
-        _Shard(number, str(path), part, num_parts)
+    parts = [
+        _ShardPart(number, str(path), part, num_parts)
         for number, path in enumerate(paths)
         for part in range(num_parts)
     ]
-    waiting, workers, done = deque(shards), [], defaultdict(list)
+    waiting = deque(parts)
+    workers = []
+    done = defaultdict(list)
     try:
-        for _ in range(min(num_workers, len(shards))):
+        for _ in range(min(num_workers, len(parts))):
             workers.append(_Worker(rules))
             workers[-1].take(waiting.popleft())
         while any(worker.shard for worker in workers):
@@ -59,7 +94,7 @@ def judge_shards(paths, rules, num_workers, progress=lambda num_samples: None):
                     message = json.loads(ready.recv_bytes())
                     records = (
                         np.frombuffer(ready.recv_bytes(), dtype=RECORD)
-                        if "num_judged" in message
+                        if "num_validated" in message
                         else None
                     )
                 except (EOFError, OSError):
@@ -72,9 +107,11 @@ def judge_shards(paths, rules, num_workers, progress=lambda num_samples: None):
                 worker.shard = None
                 done[shard.number].append(shard)
                 if len(done[shard.number]) == num_parts:
-                    yield shard.number, *_joined(done.pop(shard.number)), message["files"]
+                    yield ShardResult(
+                        shard.number, *_joined(done.pop(shard.number)), message["files"]
+                    )
             for i, worker in enumerate(workers):
-                if worker.stuck():
+                if worker.is_stuck():
                     workers[i] = worker.replaced("timeout")
                 if not workers[i].shard and waiting:
                     workers[i].take(waiting.popleft())
@@ -83,51 +120,65 @@ def judge_shards(paths, rules, num_workers, progress=lambda num_samples: None):
             worker.end()
 
 
-class _Shard:
-    """A shard, or a part of one, on its way: how far it is, what was found, which samples not to look at again."""
+class _ShardPart:
+    """Progress of a shard, or of a part of one: what was found so far, and samples to skip."""
 
-    def __init__(self, number, path, part, num_parts):
-        self.number, self.path, self.part, self.num_parts = number, path, part, num_parts
-        self.num_judged, self.poison, self.was_listed_in_vain = 0, {}, False
-        # of (num_judged, records, rejected, notes)
-        self.chunks = []
+    def __init__(self, number: int, path: str, part: int, num_parts: int) -> None:
+        self.number = number
+        self.path = path
+        self.part = part
+        self.num_parts = num_parts
+        self.num_validated = 0
+        # {number of a sample that ended a process: (reason, detail)}.
+        self.known_bad: dict[int, tuple[str, str]] = {}
+        self.failed_before_first_sample = False
+        self.chunks: list[Chunk] = []
 
-    def add(self, message, records):
-        self.num_judged = message["num_judged"]
-        self.chunks.append((self.num_judged, records, message["rejected"], message["notes"]))
+    def add(self, message: dict[str, Any], records: np.ndarray) -> None:
+        self.num_validated = message["num_validated"]
+        self.chunks.append(
+            Chunk(self.num_validated, records, message["rejected"], message["notes"])
+        )
 
-    def task(self):
-        """What a worker is told."""
+    def task(self) -> dict[str, Any]:
+        """Return the message to a worker."""
         return {
             "path": self.path,
-            "start": self.num_judged,
+            "start": self.num_validated,
             "part": self.part,
             "num_parts": self.num_parts,
-            "poison": list(self.poison.items()),
+            "known_bad": list(self.known_bad.items()),
         }
 
 
-def _joined(parts):
-    """(records, rejected, notes) of a whole shard."""
-    parts = sorted(parts, key=lambda shard: shard.part)
+def _joined(
+    parts: list[_ShardPart],
+) -> tuple[np.ndarray, list[dict[str, str]], dict[str, int]]:
+    """Return (records, rejected, notes) of a whole shard."""
+    parts = sorted(parts, key=lambda part: part.part)
     chunks = sorted(
-        (chunk for shard in parts for chunk in shard.chunks), key=lambda chunk: chunk[0]
+        (chunk for part in parts for chunk in part.chunks), key=lambda chunk: chunk.num_validated
     )
     notes = Counter()
     for chunk in chunks:
-        notes.update(chunk[3])
+        notes.update(chunk.notes)
     return (
-        np.concatenate([chunk[1] for chunk in chunks]),
-        [line for chunk in chunks for line in chunk[2]],
+        np.concatenate([chunk.records for chunk in chunks]),
+        [line for chunk in chunks for line in chunk.rejected],
         dict(notes),
     )
 
 
 class _Worker:
-    """A process and the shard that it is at. `at` is memory shared with it: sample number and since when."""
+    """A process and the shard that it validates.
 
-    def __init__(self, rules):
-        self.rules, self.shard = rules, None
+    `at` is memory shared with the process: the number of its current sample and the time at which
+    it started that sample.
+    """
+
+    def __init__(self, rules: Rules) -> None:
+        self.rules = rules
+        self.shard: _ShardPart | None = None
         self.connection, theirs = Pipe()
         memory = os.memfd_create("iomm-index")
         os.truncate(memory, mmap.PAGESIZE)
@@ -151,45 +202,49 @@ class _Worker:
         theirs.close()
         os.close(memory)
 
-    def take(self, shard):
+    def take(self, shard: _ShardPart) -> None:
+        """Send a shard to the process."""
         self.shard = shard
         self.at[:] = IDLE, time.monotonic()
-        try:
+        # If the process has died, the next wait on its connection reports it.
+        with contextlib.suppress(OSError):
             self.connection.send_bytes(json.dumps(shard.task()).encode())
-        except OSError:
-            # It is dead: the next wait says so.
-            pass
 
-    def stuck(self):
+    def is_stuck(self) -> bool:
         number, since_s = self.at
         return (
             self.shard is not None and number >= 0 and time.monotonic() > since_s + SAMPLE_LIMIT_S
         )
 
-    def replaced(self, reason):
-        """Ends this process; a new one goes on with its shard, and does not look at the sample that ended this one. A
-        shard that ends two processes before its first sample raises InputError.
+    def replaced(self, reason: str) -> "_Worker":
+        """End this process and return a new one that resumes its shard.
+
+        The sample that this process was reading is rejected as `reason`, "crash" or "timeout".
+
+        Raises:
+            InputError: the shard has ended two processes before its first sample.
         """
-        number, shard = int(self.at[0]), self.shard
-        # One that crashed is about to be gone: its own exit code says more.
+        number = int(self.at[0])
+        shard = self.shard
+        # A process that crashed exits within the grace period, and its exit code is informative.
         ended_by = self.end(grace_s=0.2)
         detail = (
             f"took over {SAMPLE_LIMIT_S:.0f} s"
             if reason == "timeout"
-            else f"the decoder's process ended: {ended_by}"
+            else f"the decoder's process ended with {ended_by}"
         )
         if number >= 0:
-            shard.poison[number] = reason, detail
-        elif shard.was_listed_in_vain:
-            raise InputError(f"{shard.path} cannot be listed ({detail}): take it out")
+            shard.known_bad[number] = reason, detail
+        elif shard.failed_before_first_sample:
+            raise InputError(f"{shard.path} cannot be listed ({detail}); exclude it from the data")
         else:
-            shard.was_listed_in_vain = True
+            shard.failed_before_first_sample = True
         fresh = _Worker(self.rules)
         fresh.take(shard)
         return fresh
 
-    def end(self, grace_s=0.0):
-        """Ends the process; says how it ended."""
+    def end(self, grace_s: float = 0.0) -> str:
+        """End the process, and kill it after grace_s. Return its signal or exit code."""
         self.connection.close()
         try:
             code = self.process.wait(grace_s)
@@ -199,11 +254,15 @@ class _Worker:
         return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
-def main(connection, memory, rules):
-    """The worker process: takes shards until the parent is gone."""
-    # Ctrl-C is the parent's: it ends us.
+def main(connection: str, memory: str, rules: str) -> None:
+    """Validate shards in a worker process until the parent closes the connection.
+
+    The arguments are the file descriptors of the connection and of the shared memory, and the rules
+    as JSON.
+    """
+    # Ctrl-C is handled by the parent, which ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # damaged EXIF and the like: no reason to reject
+    # Pillow warns of damaged EXIF data and the like, which are no reason to reject an image.
     warnings.simplefilter("ignore")
     rules = Rules(**json.loads(rules))
     connection = Connection(int(connection))
@@ -214,7 +273,7 @@ def main(connection, memory, rules):
     )
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
-    def begin(number):
+    def begin(number: int) -> None:
         at[:] = number, time.monotonic()
 
     while True:
@@ -222,17 +281,17 @@ def main(connection, memory, rules):
             task = json.loads(connection.recv_bytes())
         except EOFError:
             return
-        chunks = judge_shard(
-            task.pop("path"), rules, poison=dict(task.pop("poison")), begin=begin, **task
+        chunks = validate_shard(
+            task.pop("path"), rules, known_bad=dict(task.pop("known_bad")), begin=begin, **task
         )
         while True:
             try:
-                num_judged, records, rejected, notes = next(chunks)
+                num_validated, records, rejected, notes = next(chunks)
             except StopIteration as done:
                 at[0] = IDLE
                 connection.send_bytes(json.dumps({"files": done.value}).encode())
                 break
-            message = {"num_judged": num_judged, "rejected": rejected, "notes": notes}
+            message = {"num_validated": num_validated, "rejected": rejected, "notes": notes}
             connection.send_bytes(json.dumps(message).encode())
             connection.send_bytes(records.tobytes())
 

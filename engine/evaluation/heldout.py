@@ -23,7 +23,7 @@ from torch import Tensor
 from iomm.config import InputError
 from iomm.engine.config import RunConfig
 from iomm.engine.data.mixture import Joined
-from iomm.engine.data.samplers import InARow, held_out_entries
+from iomm.engine.data.samplers import SequentialSampler, held_out_entries
 from iomm.engine.data.source import Batch, ImageSource
 from iomm.engine.evaluation.sample import save_grid, size_text, visible_parts
 from iomm.engine.evaluation.shapes_grades import SCORE_KEYS, mean
@@ -187,7 +187,7 @@ class Evaluation:
             num_steps=-(-len(entries) // (micro_batch * size)),
             num_threads=config.data.threads,
             latents=None if source.encoded else source.latents,
-            plan=InARow(entries, config.data.size_px, pairs=kind == "pair"),
+            sampler=SequentialSampler(entries, config.data.size_px, pairs=kind == "pair"),
             dtype=source.decoder.dtype,
             hw_decoder_load=config.data.hw_decoder_load,
             resize=config.data.resize,

@@ -33,7 +33,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from iomm.config import InputError, choice
-from iomm.engine.data.atomic import one_at_a_time, whole_folder
+from iomm.engine.data.atomic import folder_lock, whole_folder
 from iomm.kernels.philox import EDIT, SCENE, uniform
 
 # Increment it when the rendered pictures change. Older folders are then rendered again.
@@ -257,7 +257,7 @@ def write_dataset(
     }
     names = [f"{shard:05d}.tar" for shard in range(-(-num_images // shard_size))]
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with one_at_a_time(folder.parent):
+    with folder_lock(folder.parent):
         if not _is_complete(folder, settings, names):
             with whole_folder(folder, MANIFEST) as fresh:
                 for shard, name in enumerate(names):

@@ -276,7 +276,7 @@ def test_evaluation_is_of_the_average_and_of_samples_never_trained_on(survivor):
     ] == pytest.approx(logged["mean"], rel=1e-6)
     load_weights(model, checkpoint_reader.newest(run_dir / "checkpoints"), "raw")
     assert loss(model)["mean"] != pytest.approx(logged["mean"], rel=1e-4) and manifest["ema"]
-    visited = set(source.order(np.arange(6 * 16)).tolist())
+    visited = set(source.sampler(np.arange(6 * 16)).tolist())
     assert len(visited) == 64 and visited.isdisjoint(evaluation.heldout["image"].tolist())
 
 

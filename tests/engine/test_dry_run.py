@@ -357,7 +357,7 @@ def test_dry_run_compares_the_run_that_it_would_start_from(tmp_path, model):
 def test_latents_of_something_else_are_refused(tmp_path, model):
     config = load_config("iomm-b-512", [NO_PATHS[0], f"data.latents={tmp_path}"])
     (tmp_path / "latents.json").write_text(json.dumps({"vae": config.model.vae, "size_px": 256}))
-    with pytest.raises(InputError, match="size_px is 256, wanted 512"):
+    with pytest.raises(InputError, match="size_px is 256, expected 512"):
         check_paths(config, model)
 
 

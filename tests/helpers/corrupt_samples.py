@@ -1,4 +1,4 @@
-"""Malformed images, captions and tars, made here, each with the verdict that `iomm index` must reach."""
+"""Malformed images, captions and tars, each with the result that `iomm index` must give."""
 
 import gzip
 import io
@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 
 
-def soft(width, height, seed=0):
-    """A picture that JPEG likes: coarse noise, blown up."""
+def smooth_image(width, height, seed=0):
+    """Return an image that JPEG compresses well: enlarged coarse noise."""
     cells = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(cells).resize((width, height), Image.BICUBIC)
 
@@ -23,21 +23,22 @@ def encode(image, kind="JPEG", **options):
     return out.getvalue()
 
 
-def chunk(kind, body):
-    return len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+def png_chunk(kind, data):
+    return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
 
 
 def big_png(width, height):
-    """A PNG that really has so many pixels, all black, in a thousandth of their size."""
-    packer, rows = zlib.compressobj(9), []
+    """Return a PNG that really has this size. All pixels are black, compressed a thousandfold."""
+    packer = zlib.compressobj(9)
+    rows = []
     row = bytes(1 + width)
     for _ in range(0, height, 100):
         rows.append(packer.compress(row * 100))
     return (
         b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
-        + chunk(b"IDAT", b"".join(rows) + packer.flush())
-        + chunk(b"IEND", b"")
+        + png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+        + png_chunk(b"IDAT", b"".join(rows) + packer.flush())
+        + png_chunk(b"IEND", b"")
     )
 
 
@@ -56,16 +57,18 @@ def exif_of(orientation):
     return exif
 
 
-def moving(kind):
+def animated(kind):
     frames = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
     return encode(frames[0], kind, save_all=True, append_images=frames[1:])
 
 
 def images():
-    """{name: (bytes, verdict)}, 75 cases. A verdict is a reason for rejection, or the set of remarks on a good image. The
-    three that only a checksum can tell, being damaged behind the header, are in `silent`.
+    """Return {name: (bytes, expected)}, 72 cases.
+
+    `expected` is a reason for rejection, or the set of remarks on a good image. undetectable() has
+    three more cases, with damage after the header that only a checksum detects.
     """
-    photo = soft(200, 180)
+    photo = smooth_image(200, 180)
     jpeg = encode(photo)
     frame, scan = jpeg.index(b"\xff\xc0"), jpeg.index(b"\xff\xda")
     progressive, png, webp = (
@@ -77,17 +80,17 @@ def images():
     clear.putalpha(Image.linear_gradient("L").resize(photo.size))
     grey16 = Image.fromarray(np.asarray(photo.convert("L"), dtype=np.uint16) * 257)
     palette = photo.quantize(16)
-    text = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(8 << 20), 9))
+    text = png_chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(8 << 20), 9))
     large = encode(Image.new("L", (9000, 9000)), quality=30)
     return {
-        # 1: next to nothing
+        # 1: almost empty
         "empty": (b"", "truncated"),
         "one_byte": (b"\xff", "truncated"),
         "soi": (b"\xff\xd8", "truncated"),
         "soi_eoi": (b"\xff\xd8\xff\xd9", "truncated"),
         "header_only": (jpeg[:scan], "truncated"),
         "cut_at_sos": (jpeg[: scan + 14], "truncated"),
-        # 2: cut
+        # 2: truncated
         **{
             f"cut_{share}": (jpeg[: len(jpeg) * share // 100], "truncated")
             for share in (10, 50, 90, 99)
@@ -103,24 +106,23 @@ def images():
         "twelve_bit": (with_bytes(jpeg, frame + 4, b"\x0c"), "unsupported"),
         "five_components": (with_bytes(jpeg, frame + 9, b"\x05"), "unsupported"),
         "lossless": (with_bytes(jpeg, frame + 1, b"\xc3"), "unsupported"),
-        # 5
-        # Libjpeg fills in the standard tables, as for MJPEG.
+        # 5: no Huffman tables, for which libjpeg uses the standard ones as for MJPEG; arithmetic
         "no_dht": (without_segment(jpeg, b"\xff\xc4"), set()),
         "arithmetic": (with_bytes(jpeg, frame + 1, b"\xc9"), "unsupported"),
-        # 6, 7, 8: too large, said or real
+        # 6, 7, 8: too large, by the header or in fact
         "jpeg_bomb": (with_bytes(jpeg, frame + 5, struct.pack(">HH", 65500, 65500)), "too_large"),
         "png_bomb": (big_png(30000, 30000), "too_large"),
         "png_144_mpx": (big_png(12000, 12000), "too_large"),
         "jpeg_81_mpx": (large, "too_large"),
-        # 9: something behind the image
+        # 9: bytes after the image
         "trailing": (jpeg + os.urandom(1 << 20), {"trailing"}),
         "two_jpegs": (jpeg + jpeg, {"trailing"}),
         "mpo": (encode(photo, "MPO", save_all=True, append_images=[photo]), {"trailing"}),
-        # 10: something before it
+        # 10: bytes before the image
         "newline_first": (b"\r\n" + jpeg, "not_image"),
         "mark_first": (b"\xef\xbb\xbf" + jpeg, "not_image"),
         "gzip": (gzip.compress(jpeg), "not_image"),
-        # 11, 12: no images
+        # 11, 12: not images
         "random": (np.random.default_rng(1).bytes(5000), "not_image"),
         "zeros": (bytes(5000), "not_image"),
         "html": (b"<html><body>404 Not Found</body></html>", "not_image"),
@@ -144,13 +146,13 @@ def images():
             f"turned_{turn}": (encode(photo, exif=exif_of(turn)), set()) for turn in (2, 3, 6, 8, 9)
         },
         "bad_exif": (encode(photo, exif=b"Exif\0\0garbage"), set()),
-        # 17, 18
+        # 17, 18: profile, size, content
         "bad_icc": (encode(photo, icc_profile=b"garbage" * 30), {"icc_bad"}),
-        "one_pixel": (encode(soft(1, 1)), "too_small"),
-        "line": (encode(soft(1, 4000)), "too_small"),
-        "strip": (encode(soft(4000, 8)), "too_small"),
-        "ribbon": (encode(soft(65500, 16)), "too_small"),
-        "long": (encode(soft(1000, 40)), "aspect"),
+        "one_pixel": (encode(smooth_image(1, 1)), "too_small"),
+        "line": (encode(smooth_image(1, 4000)), "too_small"),
+        "strip": (encode(smooth_image(4000, 8)), "too_small"),
+        "ribbon": (encode(smooth_image(65500, 16)), "too_small"),
+        "long": (encode(smooth_image(1000, 40)), "aspect"),
         "constant": (encode(Image.new("RGB", (64, 48), "red")), {"constant"}),
         # 19, 20, 21: other formats under a .jpg name
         "is_png": (png, set()),
@@ -158,9 +160,9 @@ def images():
         "is_bmp": (encode(photo, "BMP"), "unsupported"),
         "is_tiff": (encode(photo, "TIFF"), "unsupported"),
         "is_gif": (encode(photo, "GIF"), "unsupported"),
-        "moving_gif": (moving("GIF"), "unsupported"),
+        "animated_gif": (animated("GIF"), "unsupported"),
         "is_avif": (b"\0\0\0\x1cftypavif\0\0\0\0" + bytes(200), "unsupported"),
-        "moving_webp": (moving("WEBP"), "animated"),
+        "animated_webp": (animated("WEBP"), "animated"),
         "webp_half": (webp[: len(webp) // 2], "truncated"),
         # 22, 23: PNG
         "png_bad_crc": (
@@ -173,10 +175,14 @@ def images():
     }
 
 
-def silent():
-    """(whole JPEG, three damages inside its entropy-coded data): every decoder takes them."""
-    jpeg = encode(soft(400, 300))
-    start, middle = jpeg.index(b"\xff\xda") + 14, len(jpeg) // 2
+def undetectable():
+    """Return (a JPEG, {name: the JPEG with damage that no decoder detects}).
+
+    The damage is inside the entropy-coded data.
+    """
+    jpeg = encode(smooth_image(400, 300))
+    start = jpeg.index(b"\xff\xda") + 14
+    middle = len(jpeg) // 2
     random = np.random.default_rng(2)
     bits = bytearray(jpeg)
     for at in random.integers(start, len(jpeg) - 2, 20):
@@ -190,17 +196,17 @@ def silent():
 
 def rgb16_png(image):
     rows = np.asarray(image, dtype=">u2") * 257
-    body = b"".join(b"\0" + row.astype(">u2").tobytes() for row in rows)
+    pixels = b"".join(b"\0" + row.astype(">u2").tobytes() for row in rows)
     return (
         b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", struct.pack(">IIBBBBB", *image.size, 16, 2, 0, 0, 0))
-        + chunk(b"IDAT", zlib.compress(body))
-        + chunk(b"IEND", b"")
+        + png_chunk(b"IHDR", struct.pack(">IIBBBBB", *image.size, 16, 2, 0, 0, 0))
+        + png_chunk(b"IDAT", zlib.compress(pixels))
+        + png_chunk(b"IEND", b"")
     )
 
 
 def captions():
-    """{name: (suffix, bytes, text or None where the sample must be rejected)}, 25 cases."""
+    """Return {name: (suffix, bytes, text, or None if it must be rejected)}, 25 cases."""
     return {
         "plain": ("txt", b"a dog", "a dog"),
         "umlaut": ("txt", "ein Bär".encode(), "ein Bär"),
@@ -231,7 +237,7 @@ def captions():
 
 
 def tar_of(members, form=tarfile.USTAR_FORMAT):
-    """Bytes of a tar of (name, bytes) pairs or TarInfos."""
+    """Return the bytes of a tar of (name, bytes) pairs or TarInfos."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=form) as tar:
         for member in members:
@@ -244,24 +250,28 @@ def tar_of(members, form=tarfile.USTAR_FORMAT):
     return out.getvalue()
 
 
-def special(name, kind, target=""):
+def special_member(name, kind, target=""):
     info = tarfile.TarInfo(name)
     info.type, info.linkname = kind, target
     return info
 
 
 def tars(num=20):
-    """{name: (bytes, number of good samples, {reason: count})}, of shards with `num` samples of jpg, txt, json. Damage is
-    at the middle sample. What is lost without a trace in the file, a cut between two members, shows as no_end.
+    """Return {name: (bytes, number of good samples, {reason: count})}.
+
+    The tars have `num` samples of jpg, txt and json, with damage at the middle one. A truncation
+    between two members leaves no trace except the missing end mark, and is rejected as no_end.
     """
-    jpeg = encode(soft(48, 40))
-    half, size = num // 2, 512 + -(-len(jpeg) // 512) * 512
+    jpeg = encode(smooth_image(48, 40))
+    half = num // 2
+    size = 512 + -(-len(jpeg) // 512) * 512
     samples = [
         [(f"{i:04d}.jpg", jpeg), (f"{i:04d}.txt", b"a dog"), (f"{i:04d}.json", b"{}")]
         for i in range(num)
     ]
     flat = [member for sample in samples for member in sample]
-    whole, at = tar_of(flat), half * (size + 2 * 1024)
+    whole = tar_of(flat)
+    at = half * (size + 2 * 1024)
     end = len(whole.rstrip(b"\0")) // 512 * 512 + 512
     bare = whole[: num * (size + 2 * 1024)]
 
@@ -274,7 +284,7 @@ def tars(num=20):
             setattr(info, key, value)
         return changed(0, info.tobuf(tarfile.GNU_FORMAT)[:512])
 
-    # Its txt and json stay behind.
+    # The txt and json of the lost image remain.
     lost = {"bad_tar": 1, "incomplete": 1}
     odd = [("good.jpg", jpeg)]
     return {
@@ -305,10 +315,10 @@ def tars(num=20):
         "dot_dot": (tar_of([*odd, ("../../up.jpg", jpeg)]), 1, {"bad_name": 1}),
         "absolute": (tar_of([*odd, ("/etc/root.jpg", jpeg)]), 1, {"bad_name": 1}),
         "control": (tar_of([*odd, ("bell\a.jpg", jpeg)]), 1, {"bad_name": 1}),
-        "symlink": (tar_of([*odd, special("s.jpg", tarfile.SYMTYPE, "/etc/passwd")]), 1, {}),
-        "hardlink": (tar_of([*odd, special("h.jpg", tarfile.LNKTYPE, "good.jpg")]), 1, {}),
-        "pipe": (tar_of([*odd, special("p.jpg", tarfile.FIFOTYPE)]), 1, {}),
-        "device": (tar_of([*odd, special("d.jpg", tarfile.CHRTYPE)]), 1, {}),
+        "symlink": (tar_of([*odd, special_member("s.jpg", tarfile.SYMTYPE, "/etc/passwd")]), 1, {}),
+        "hardlink": (tar_of([*odd, special_member("h.jpg", tarfile.LNKTYPE, "good.jpg")]), 1, {}),
+        "pipe": (tar_of([*odd, special_member("p.jpg", tarfile.FIFOTYPE)]), 1, {}),
+        "device": (tar_of([*odd, special_member("d.jpg", tarfile.CHRTYPE)]), 1, {}),
         "dotted_keys": (
             tar_of(
                 [

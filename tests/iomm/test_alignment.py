@@ -508,7 +508,7 @@ def test_source_gives_vit_pixels_of_pairs_on_request(tmp_path):
                     vit_px=32,
                     device="cpu",
                     num_steps=1,
-                    plan=Plan(),
+                    sampler=Plan(),
                     look_at_pairs=pairs,
                 )
             )

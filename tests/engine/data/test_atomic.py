@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic writes of files: a file appears complete or not at all."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from iomm.engine.data.atomic import whole_file
 
 
 @pytest.mark.parametrize("durable", [False, True])
-def test_a_file_takes_its_name_when_it_is_written(tmp_path, durable):
+def test_file_appears_only_when_complete(tmp_path, durable):
     path = tmp_path / "a.json"
     for text in ("old", "new"):
         with whole_file(path, durable=durable) as partial:
@@ -20,7 +20,7 @@ def test_a_file_takes_its_name_when_it_is_written(tmp_path, durable):
         assert path.read_text() == text and os.listdir(tmp_path) == ["a.json"]
 
 
-def test_an_error_changes_nothing(tmp_path):
+def test_error_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.json"
     path.write_text("old")
     with pytest.raises(OSError, match="disk"), whole_file(path) as partial:
@@ -29,15 +29,17 @@ def test_an_error_changes_nothing(tmp_path):
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.json"]
 
 
-def test_a_kill_leaves_the_old_file(tmp_path):
+def test_kill_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.json"
     path.write_text("old")
     code = (
-        f"import os\nfrom iomm.engine.data.atomic import whole_file\nwith whole_file({str(path)!r}) as partial:\n"
+        "import os\n"
+        "from iomm.engine.data.atomic import whole_file\n"
+        f"with whole_file({str(path)!r}) as partial:\n"
         "    partial.write_text('half')\n    os.kill(os.getpid(), 9)\n"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
     assert path.read_text() == "old"
-    with whole_file(path, partial=tmp_path / "beside") as partial:
+    with whole_file(path, partial=tmp_path / "partial") as partial:
         partial.write_text("new")
-    assert path.read_text() == "new" and not (tmp_path / "beside").exists()
+    assert path.read_text() == "new" and not (tmp_path / "partial").exists()

@@ -1,4 +1,4 @@
-"""The zoo: every malformed image, caption and tar lands in its class; nothing stops a run, nothing crashes it."""
+"""Every malformed image, caption and tar is rejected with its reason, and none stops a run."""
 
 import json
 import os
@@ -17,7 +17,7 @@ import torch
 
 from iomm.config import InputError
 from iomm.engine.data.archive import Tar
-from iomm.engine.data.decode import sizes
+from iomm.engine.data.decode import decoded_sizes
 from iomm.engine.data.image import Rejected, check_image
 from iomm.engine.data.index import build, load
 from iomm.engine.data.shards import Damaged, Shards
@@ -32,7 +32,8 @@ def write(path, data):
     return path
 
 
-def verdicts(folder):
+def rejections(folder):
+    """Return {key: reason} and {reason: count} of the rejected samples of an index."""
     lines = [json.loads(line) for line in (folder / "rejected.jsonl").read_text().splitlines()]
     return {line["key"]: line["reason"] for line in lines}, Counter(
         line["reason"] for line in lines
@@ -62,31 +63,34 @@ def images():
     return corrupt_samples.images()
 
 
-def test_75_images_get_their_verdicts_and_every_batch_is_full(images, tmp_path):
-    whole, silent = corrupt_samples.silent()
-    assert len(images) + len(silent) == 75
+def test_75_images_are_classified_and_batches_are_full(images, tmp_path):
+    _, undetectable = corrupt_samples.undetectable()
+    assert len(images) + len(undetectable) == 75
     members = [(f"{name}.jpg", data) for name, (data, _) in images.items()]
     folder = build(
         write(tmp_path / "corrupt.tar", corrupt_samples.tar_of(members)),
         tmp_path / "index",
         progress=False,
     )
-    rejected, _ = verdicts(folder)
+    rejected, _ = rejections(folder)
     assert rejected == {
-        name: verdict for name, (_, verdict) in images.items() if isinstance(verdict, str)
+        name: expected for name, (_, expected) in images.items() if isinstance(expected, str)
     }
-    good = {name: verdict for name, (_, verdict) in images.items() if not isinstance(verdict, str)}
+    good = {
+        name: expected for name, (_, expected) in images.items() if not isinstance(expected, str)
+    }
     shards = Shards(folder)
     assert [shards.name(k).split(": ")[1] for k in range(len(shards))] == [
         f"{name}.jpg" for name in good
     ]
-    notes = Counter(note for verdict in good.values() for note in verdict)
+    notes = Counter(note for expected in good.values() for note in expected)
     assert {
         note: count for note, count in load(folder).notes.items() if note != "no_caption"
     } == notes
-    # in batches together, and all of a batch alike, on two ranks: no error, no replacement, the same samples as on one
+    # On two ranks, all images in one index, and then an index of 8 copies of one image, raise no
+    # error and need no replacement.
     for copies in (1, 8):
-        # Every fourth of them: 2 s and not 8
+        # Every fourth image takes 2 s. All would take 8 s.
         for name in [None] if copies == 1 else sorted(good)[::4]:
             if copies > 1:
                 data = images[name][0]
@@ -107,22 +111,31 @@ def test_75_images_get_their_verdicts_and_every_batch_is_full(images, tmp_path):
                 )
 
 
-def test_each_image_alone(images):
-    """Fast, and within memory, each for itself: at most 1 s and 256 MB above the process at rest."""
-    code = (
-        "import resource, sys, time, pickle; from iomm.engine.data.image import Rejected, check_image\n"
-        "cases = pickle.load(sys.stdin.buffer); peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "try: check_image(cases.pop('grey')[0], min_size_px=32, max_aspect=10)\n"
-        "except Rejected: pass\n"
-        "rest = peak()\n"
-        "for name, (data, verdict) in cases.items():\n"
-        "    start = time.process_time()\n"
-        "    try: check_image(data, min_size_px=32, max_aspect=10)\n"
-        "    except Rejected as error: assert error.reason == verdict, (name, error.reason)\n"
-        "    took = time.process_time() - start\n"
-        "    assert took < 1, (name, took)\n"
-        "print((peak() - rest) / 1024)"
-    )
+def test_each_image_is_checked_fast_and_within_memory(images):
+    """Each image takes at most 1 s, and 256 MB above the idle process."""
+    code = """
+import pickle, resource, sys, time
+from iomm.engine.data.image import Rejected, check_image
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+cases = pickle.load(sys.stdin.buffer)
+try:
+    check_image(cases.pop("grey")[0], min_size_px=32, max_aspect=10)
+except Rejected:
+    pass
+idle = peak()
+for name, (data, expected) in cases.items():
+    start = time.process_time()
+    try:
+        check_image(data, min_size_px=32, max_aspect=10)
+    except Rejected as error:
+        assert error.reason == expected, (name, error.reason)
+    took_s = time.process_time() - start
+    assert took_s < 1, (name, took_s)
+print((peak() - idle) / 1024)
+"""
     done = subprocess.run(
         [sys.executable, "-c", code],
         input=pickle.dumps(images),
@@ -134,30 +147,31 @@ def test_each_image_alone(images):
     assert float(done.stdout) <= 256
 
 
-def test_what_only_a_checksum_can_tell_is_replaced_after_indexing(tmp_path):
-    whole, silent = corrupt_samples.silent()
-    for name, damaged in silent.items():
-        # No decoder objects
+def test_damage_that_only_a_checksum_detects_is_replaced(tmp_path):
+    whole, undetectable = corrupt_samples.undetectable()
+    for damaged in undetectable.values():
+        # Decoders accept it.
         assert len(damaged) == len(whole) and check_image(damaged, min_size_px=32, max_aspect=10)
     path = write(
         tmp_path / "a.tar", corrupt_samples.tar_of([(f"{i}.jpg", whole) for i in range(8)])
     )
     folder = build(path, tmp_path / "index", progress=False)
-    some = source(folder, num_steps=1)
+    records = Shards(folder).index.records
     data, status = bytearray(path.read_bytes()), path.stat()
-    for k, damaged in enumerate(silent.values()):
-        offset = int(some.shards.index.records[k]["image_offset"])
+    for k, damaged in enumerate(undetectable.values()):
+        offset = int(records[k]["image_offset"])
         data[offset : offset + len(whole)] = damaged
     path.write_bytes(data)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     failures = [failure for batch in source(folder, num_steps=1) for failure in batch.failures]
-    assert len(failures) == 3 and all(
-        "its bytes are not those" in failure.problem for failure in failures
-    )
+    assert len(failures) == 3 and all("its bytes differ" in failure.problem for failure in failures)
 
 
 def test_25_captions(tmp_path):
-    cases, jpeg = corrupt_samples.captions(), corrupt_samples.encode(corrupt_samples.soft(40, 40))
+    cases, jpeg = (
+        corrupt_samples.captions(),
+        corrupt_samples.encode(corrupt_samples.smooth_image(40, 40)),
+    )
     assert len(cases) == 25
     members = [
         member
@@ -166,7 +180,7 @@ def test_25_captions(tmp_path):
     ]
     path = write(tmp_path / "a.tar", corrupt_samples.tar_of(members))
     shards = Shards(build(path, tmp_path / "index", progress=False))
-    assert verdicts(tmp_path / "index")[0] == {
+    assert rejections(tmp_path / "index")[0] == {
         name: "caption" for name, (_, _, text) in cases.items() if text is None
     }
     texts = [text for _, _, text in cases.values() if text is not None]
@@ -179,10 +193,10 @@ def test_25_captions(tmp_path):
 
 @pytest.mark.parametrize("name", corrupt_samples.tars())
 def test_tars(name, tmp_path):
-    """Good samples and reported ones add up to what was put in; each good one reads back; nothing else is written."""
-    data, num_good, wanted = corrupt_samples.tars()[name]
+    """Good samples read back, the others are reported, and no file but the index is written."""
+    data, num_good, expected = corrupt_samples.tars()[name]
     path = write(tmp_path / "a.tar", data)
-    jpeg = corrupt_samples.encode(corrupt_samples.soft(48, 40))
+    jpeg = corrupt_samples.encode(corrupt_samples.smooth_image(48, 40))
     try:
         folder = build(path, tmp_path / "index", progress=False)
     except InputError as error:
@@ -190,31 +204,34 @@ def test_tars(name, tmp_path):
         assert sorted(os.listdir(tmp_path)) == ["a.tar"]
         return
     shards = Shards(folder)
-    assert len(shards) == num_good and verdicts(folder)[1] == wanted
+    assert len(shards) == num_good and rejections(folder)[1] == expected
     assert all(shards.image_bytes(k) == jpeg for k in range(len(shards)))
     assert sorted(os.listdir(tmp_path)) == ["a.tar", "index"]
 
 
-def test_a_count_beside_the_tar_tells_what_a_cut_hides(tmp_path):
-    """img2dataset writes NAME_stats.json: a tar cut between two members lacks samples by that count."""
-    data, num_good, _ = corrupt_samples.tars()["cut_at_member"]
+def test_stats_json_reveals_missing_samples(tmp_path):
+    """A tar truncated between two members has fewer samples than img2dataset's NAME_stats.json."""
+    data, _, _ = corrupt_samples.tars()["cut_at_member"]
     write(tmp_path / "a.tar", data)
     (tmp_path / "a_stats.json").write_text(json.dumps({"count": 25, "successes": 20}))
     folder = build(tmp_path / "a.tar", tmp_path / "index", progress=False)
     lines = [json.loads(line) for line in (folder / "rejected.jsonl").read_text().splitlines()]
     assert {line["reason"]: line["detail"] for line in lines}[
         "missing"
-    ] == "10 of 20 samples that its _stats.json counts"
+    ] == "10 of 20 samples counted by its _stats.json"
 
 
-def test_a_pipe_in_place_of_a_shard_is_no_wait(tmp_path):
+def test_pipe_as_shard_does_not_block(tmp_path):
     os.mkfifo(tmp_path / "pipe.tar")
     with pytest.raises(OSError, match="not a regular file"):
         Tar(tmp_path / "pipe.tar")
 
 
 def mutated(seeds, number):
-    """Mutation `number`: a flip, a cut, a splice, a changed length field, or several, of one of the seeds."""
+    """Return mutation `number` of one of the seeds.
+
+    It has one to three changes: a bit flip, a truncation, a splice, or a changed length field.
+    """
     random = np.random.default_rng(number)
     data = bytearray(seeds[number % len(seeds)])
     for _ in range(int(random.integers(1, 4))):
@@ -232,7 +249,7 @@ def mutated(seeds, number):
         elif kind == 3:
             data[at : at + 2] = random.bytes(2)
         else:
-            # Lengths and sizes stand in the header.
+            # Lengths and sizes are in the header.
             at = int(random.integers(0, min(len(data), 700)))
             data[at : at + 4] = int(
                 random.choice([0, 1, 0xFFFF, 0xFFFFFFFF, 0x7FFFFFFF, 1 << 20])
@@ -241,11 +258,11 @@ def mutated(seeds, number):
 
 
 def seeds():
-    photo = corrupt_samples.soft(120, 90)
+    photo = corrupt_samples.smooth_image(120, 90)
     return (
         [
             corrupt_samples.encode(
-                corrupt_samples.soft(120, 90, seed),
+                corrupt_samples.smooth_image(120, 90, seed),
                 "JPEG",
                 subsampling=seed % 3,
                 progressive=seed % 2 == 1,
@@ -270,18 +287,16 @@ def seeds():
 
 @pytest.mark.parametrize("num", [500, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_mutations(num):
-    """No crash, none over 2 s, memory within 256 MB; and all that passes the gate decodes in DALI too."""
-    some = seeds()
-    assert len(some) == 20
-    check_image(some[0], min_size_px=32, max_aspect=10)
-    rest, slowest, accepted, reasons = (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-        0.0,
-        [],
-        Counter(),
-    )
+    """No mutation crashes, takes over 2 s or 256 MB, and all accepted ones decode in DALI."""
+    originals = seeds()
+    assert len(originals) == 20
+    check_image(originals[0], min_size_px=32, max_aspect=10)
+    idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    slowest = 0.0
+    accepted = []
+    reasons = Counter()
     for number in range(num):
-        data = mutated(some, number)
+        data = mutated(originals, number)
         start = time.process_time()
         try:
             check_image(data, min_size_px=32, max_aspect=10)
@@ -289,10 +304,9 @@ def test_mutations(num):
         except Rejected as error:
             reasons[error.reason] += 1
         slowest = max(slowest, time.process_time() - start)
-    grown_mb = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - rest) / 1024
+    grown_mb = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - idle) / 1024
     assert slowest < 2 and grown_mb <= 256
-    seen = sizes(accepted)
-    refused = sum(size is None for size in seen)
+    refused = sum(size is None for size in decoded_sizes(accepted))
     print(
         json.dumps(
             {
@@ -308,8 +322,8 @@ def test_mutations(num):
     assert refused == 0
 
 
-def test_1000_bit_flips_are_all_caught_by_the_checksum(tmp_path):
-    whole, _ = corrupt_samples.silent()
+def test_checksum_detects_1000_bit_flips(tmp_path):
+    whole, _ = corrupt_samples.undetectable()
     path = write(tmp_path / "a.tar", corrupt_samples.tar_of([("0.jpg", whole)]))
     shards = Shards(build(path, tmp_path / "index", progress=False))
     start = int(shards.index.records[0]["image_offset"])
@@ -320,7 +334,7 @@ def test_1000_bit_flips_are_all_caught_by_the_checksum(tmp_path):
         for at in random.integers(first, len(whole) - 2, 1000).tolist():
             bit = 1 << int(random.integers(0, 8))
             os.pwrite(f.fileno(), bytes([whole[at] ^ bit]), start + at)
-            with pytest.raises(Damaged, match="its bytes are not those that were indexed"):
+            with pytest.raises(Damaged, match="its bytes differ from those that were indexed"):
                 shards.image_bytes(0)
             caught += 1
             os.pwrite(f.fileno(), whole[at : at + 1], start + at)

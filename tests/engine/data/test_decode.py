@@ -1,4 +1,4 @@
-"""Decoding by DALI against Pillow: photographs, colour modes, orientation, and the plan of batches."""
+"""Decoding with DALI compared to Pillow: photographs, colour modes, orientation, batches."""
 
 import io
 
@@ -8,14 +8,17 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 
 from iomm.config import InputError
-from iomm.engine.data.decode import DecodeError, Decoder, Encoded, sizes
+from iomm.engine.data.decode import DecodeError, Decoder, Encoded, decoded_sizes
 from iomm.engine.data.image import check_image
 
 CPU = torch.device("cpu")
 
 
 def photograph(width, height, seed=0):
-    """Soft shading, hard edges and fine texture at once: what a resize filter can get wrong."""
+    """Return an image with soft shading, hard edges and fine texture.
+
+    They reveal the errors of a resize filter.
+    """
     random = np.random.default_rng(seed)
     pixels = np.zeros((height, width, 3), dtype=np.float32)
     for cells, strength in ((3, 120), (9, 60), (40, 40)):
@@ -35,8 +38,8 @@ def photograph(width, height, seed=0):
 
 
 @pytest.fixture(params=["dali", "pillow"])
-def either(request, monkeypatch):
-    """With DALI, and as if it were missing."""
+def backend(request, monkeypatch):
+    """Run a test with DALI, and again as if DALI were not installed."""
     if request.param == "pillow":
         monkeypatch.setattr("iomm.engine.data.decode.fn", None)
 
@@ -48,7 +51,7 @@ def encode(image, kind="JPEG", **options):
 
 
 def by_pillow(data, size_px, vit_px, flip=False):
-    """The contract of Decoder in Pillow: levels 0..255 of the VAE's and the ViT's picture."""
+    """Return what Decoder must return, computed with Pillow: levels 0..255 for VAE and ViT."""
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
     scale = size_px / min(image.size)
     image = image.resize([round(side * scale) for side in image.size], Image.BICUBIC)
@@ -61,7 +64,7 @@ def by_pillow(data, size_px, vit_px, flip=False):
 
 
 def batch(images, size_px, flips=None, places=None, has_image=None):
-    """Encoded, by default centred crops that the ViT sees too, not mirrored."""
+    """Return an Encoded batch, by default of centred crops that the ViT sees, not mirrored."""
     size_px = size_px if isinstance(size_px, tuple) else (size_px, size_px)
     return Encoded(
         images,
@@ -75,7 +78,7 @@ def batch(images, size_px, flips=None, places=None, has_image=None):
 
 
 def decode(images, size_px=96, vit_px=56, flips=None, batch_size=None, resize="dali", **options):
-    """Levels 0..255 (B, size, size, 3) of both outputs."""
+    """Return levels 0..255, (B, size, size, 3), of both outputs."""
     flips = np.zeros(len(images), dtype=bool) if flips is None else flips
     size = batch_size or len(images)
     batches = [
@@ -83,23 +86,25 @@ def decode(images, size_px=96, vit_px=56, flips=None, batch_size=None, resize="d
         for i in range(0, len(images), size)
     ]
     pixels, vit_pixels = (
-        torch.cat(parts) for parts in zip(*Decoder(size, vit_px, CPU, resize=resize)(batches))
+        torch.cat(parts)
+        for parts in zip(*Decoder(size, vit_px, CPU, resize=resize)(batches), strict=True)
     )
     assert pixels.dtype == torch.float32 and vit_pixels.dtype == torch.uint8
     return ((pixels + 1) / 2 * 255).permute(0, 2, 3, 1).numpy(), vit_pixels.float().numpy()
 
 
-def error(got, wanted):
-    return np.abs(got - wanted).mean()
+def mean_error(got, expected):
+    return np.abs(got - expected).mean()
 
 
-@pytest.mark.usefixtures("either")
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("resize", ["dali", "torch"])
-def test_photographs_agree_with_pillow(resize):
-    """Mean absolute error below half a grey level of 255, for both outputs, at every size, ratio, subsampling and JPEG
-    process.
+def test_photographs_match_pillow(resize):
+    """The mean absolute error of both outputs is below half a grey level of 255.
+
+    This holds at every size, aspect ratio, subsampling and JPEG process.
     """
-    sizes = [(640, 480), (481, 640), (333, 517), (96, 96), (97, 211), (1200, 301), (70, 60)]
+    image_sizes = [(640, 480), (481, 640), (333, 517), (96, 96), (97, 211), (1200, 301), (70, 60)]
     options = [
         {"subsampling": 0},
         {"subsampling": 1},
@@ -108,52 +113,52 @@ def test_photographs_agree_with_pillow(resize):
     ]
     images = [
         encode(photograph(*size, seed), **option)
-        for seed, size in enumerate(sizes)
+        for seed, size in enumerate(image_sizes)
         for option in options
     ]
     flips = np.arange(len(images)) % 3 == 1
     pixels, vit_pixels = decode(images, flips=flips, resize=resize)
-    for data, flip, got, vit_got in zip(images, flips, pixels, vit_pixels):
-        wanted, vit_wanted = by_pillow(data, 96, 56, flip)
-        assert error(got, wanted) < 0.5 and error(vit_got, vit_wanted) < 0.5
+    for data, flip, got, vit_got in zip(images, flips, pixels, vit_pixels, strict=True):
+        expected, vit_expected = by_pillow(data, 96, 56, flip)
+        assert mean_error(got, expected) < 0.5 and mean_error(vit_got, vit_expected) < 0.5
 
 
-@pytest.mark.usefixtures("either")
-def test_png_and_webp_agree_with_pillow():
+@pytest.mark.usefixtures("backend")
+def test_png_and_webp_match_pillow():
     image = photograph(200, 150)
     images = [encode(image, "PNG"), encode(image, "WEBP", lossless=True)]
-    for data, got in zip(images, decode(images)[0]):
-        assert error(got, by_pillow(data, 96, 56)[0]) < 0.5
+    for data, got in zip(images, decode(images)[0], strict=True):
+        assert mean_error(got, by_pillow(data, 96, 56)[0]) < 0.5
 
 
-@pytest.mark.usefixtures("either")
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize(
     "mode, kind", [("L", "JPEG"), ("CMYK", "JPEG"), ("L", "PNG"), ("P", "PNG"), ("1", "PNG")]
 )
 def test_colour_modes_become_rgb(mode, kind):
     image = photograph(128, 160)
-    # No dither: on such noise Pillow's rounding between its two passes alone costs two levels.
+    # Without dither. On its noise, Pillow's rounding between the two passes would cost two levels.
     if mode == "1":
         image = image.convert("L").point(lambda level: 255 * (level > 128))
     data = encode(image.convert(mode), kind)
-    assert error(decode([data])[0][0], by_pillow(data, 96, 56)[0]) < 1.0
+    assert mean_error(decode([data])[0][0], by_pillow(data, 96, 56)[0]) < 1.0
 
 
-@pytest.mark.usefixtures("either")
+@pytest.mark.usefixtures("backend")
 def test_sixteen_bit_grey_is_scaled():
     levels = np.asarray(photograph(96, 96).convert("L"))
     data = encode(Image.fromarray(levels.astype(np.uint16) * 257), "PNG")
-    assert error(decode([data])[0][0], levels[:, :, None].repeat(3, 2)) < 0.6
+    assert mean_error(decode([data])[0][0], levels[:, :, None].repeat(3, 2)) < 0.6
 
 
-@pytest.mark.usefixtures("either")
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(orientation):
     image = photograph(160, 120)
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encode(image, exif=exif)
-    assert error(decode([data])[0][0], by_pillow(data, 96, 56)[0]) < 0.5
+    assert mean_error(decode([data])[0][0], by_pillow(data, 96, 56)[0]) < 0.5
 
 
 def test_range_of_the_outputs():
@@ -168,9 +173,9 @@ def test_range_of_the_outputs():
     assert (vit_pixels[0] == 255).all() and (vit_pixels[1] == 0).all()
 
 
-@pytest.mark.usefixtures("either")
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("num_batches", [0, 1, 2, 7])
-def test_every_batch_once_in_order_and_nothing_beyond(num_batches):
+def test_batches_are_read_once_and_in_order(num_batches):
     taken = []
 
     def batches():
@@ -180,32 +185,32 @@ def test_every_batch_once_in_order_and_nothing_beyond(num_batches):
 
     got = list(Decoder(1, 16, CPU)(batches()))
     assert taken == list(range(num_batches))
-    # read after the last one: an earlier batch must not have been overwritten by a later one
+    # Compared after the last batch, because a later batch must not overwrite an earlier one.
     assert [round(float((pixels.mean() + 1) / 2 * 255)) for pixels, _ in got] == [
         10 * level for level in taken
     ]
 
 
-@pytest.mark.usefixtures("either")
-def test_the_same_bytes_give_the_same_bits_in_any_batch():
+@pytest.mark.usefixtures("backend")
+def test_pixels_do_not_depend_on_the_batch():
     images = [encode(photograph(120 + 7 * seed, 150, seed)) for seed in range(8)]
     one, four = decode(images, batch_size=1), decode(images, batch_size=4)
     assert np.array_equal(one[0], four[0]) and np.array_equal(one[1], four[1])
 
 
-@pytest.mark.usefixtures("either")
-def test_an_error_of_the_plan_arrives_as_it_is():
+@pytest.mark.usefixtures("backend")
+def test_error_of_the_source_is_raised_unchanged():
     def batches():
         yield batch([encode(photograph(50, 50))], 32)
         raise InputError("shard 7 changed")
 
-    with pytest.raises(InputError, match="^shard 7 changed$"):
+    with pytest.raises(InputError, match=r"^shard 7 changed$"):
         list(Decoder(1, 16, CPU)(batches()))
 
 
-@pytest.mark.usefixtures("either")
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("kept_bytes", [0.02, 0.5, 0.95])
-def test_a_refused_image_stops_when_its_batch_is_due(kept_bytes):
+def test_undecodable_image_raises_when_its_batch_is_due(kept_bytes):
     good = encode(photograph(150, 150))
     bad = good[: int(kept_bytes * len(good))]
     decoder = Decoder(3, 16, CPU)
@@ -213,13 +218,13 @@ def test_a_refused_image_stops_when_its_batch_is_due(kept_bytes):
     next(decoded)
     with pytest.raises(DecodeError):
         next(decoded)
-    assert sizes([good, bad, b"", good]) == [(150, 150), None, None, (150, 150)]
+    assert decoded_sizes([good, bad, b"", good]) == [(150, 150), None, None, (150, 150)]
 
 
-@pytest.mark.usefixtures("either")
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("resize", ["dali", "torch"])
-def test_a_crop_lies_where_it_is_told_and_covers_any_size(resize):
-    """Wide and tall targets, at corners and in between, against Pillow."""
+def test_crop_is_at_its_place_for_any_size(resize):
+    """Wide and tall targets, at corners and in between, match Pillow."""
     image = photograph(300, 200)
     data = encode(image, "PNG")
     for size_px, place in (
@@ -232,35 +237,42 @@ def test_a_crop_lies_where_it_is_told_and_covers_any_size(resize):
         scale = max(height / 200, width / 300)
         resized = image.resize((round(300 * scale), round(200 * scale)), Image.BICUBIC)
         left, top = (
-            int((side - crop) * at) for side, crop, at in zip(resized.size, (width, height), place)
+            int((side - crop) * at)
+            for side, crop, at in zip(resized.size, (width, height), place, strict=True)
         )
-        wanted = resized.crop((left, top, left + width, top + height))
+        expected = resized.crop((left, top, left + width, top + height))
         pixels, vit_pixels = decode([data], size_px, 56, places=[place], resize=resize)
-        assert error(pixels[0], np.asarray(wanted, np.float32)) < 0.5
+        assert mean_error(pixels[0], np.asarray(expected, np.float32)) < 0.5
         assert (
-            error(vit_pixels[0], np.asarray(wanted.resize((56, 56), Image.BICUBIC), np.float32))
+            mean_error(
+                vit_pixels[0], np.asarray(expected.resize((56, 56), Image.BICUBIC), np.float32)
+            )
             < 0.5
         )
 
 
 @pytest.mark.parametrize("resize", ["dali", "torch"])
-def test_bf16_is_the_rounded_float32_and_vae_pixels_may_be_left_out(resize):
+def test_bf16_is_rounded_float32_and_vae_pixels_are_optional(resize):
     images = [encode(photograph(120 + 7 * seed, 150, seed)) for seed in range(3)]
     encoded = batch(images, 96, [True, False, True], has_image=[True, False, True])
     ((pixels, vit_pixels),) = Decoder(3, 56, CPU, resize=resize)([encoded])
     ((half, vit_half),) = Decoder(3, 56, CPU, dtype=torch.bfloat16, resize=resize)([encoded])
     assert half.dtype == torch.bfloat16 and vit_half.dtype == torch.uint8
     assert torch.equal(half, pixels.bfloat16()) and torch.equal(vit_half, vit_pixels)
-    ((nothing, alone),) = Decoder(3, 56, CPU, vae_pixels=False, resize=resize)([encoded])
-    # Of the samples that the ViT sees.
-    assert nothing is None and torch.equal(alone, vit_pixels) and len(alone) == 2
+    ((no_pixels, vit_only),) = Decoder(3, 56, CPU, vae_pixels=False, resize=resize)([encoded])
+    # The ViT sees two of the three samples.
+    assert no_pixels is None and torch.equal(vit_only, vit_pixels) and len(vit_only) == 2
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_planner_and_decoder_agree_on_every_size_and_orientation(kind):
-    """The size that the index plans with is the size that DALI decodes: 20 sizes x 8 orientations of each format."""
+def test_index_and_decoder_agree_on_size_and_orientation(kind):
+    """The size in the index is the size that DALI decodes.
+
+    20 sizes x 8 orientations of each format.
+    """
     random = np.random.default_rng(0)
-    images, planned = [], []
+    images = []
+    indexed = []
     for width, height in random.integers(32, 120, (20, 2)).tolist():
         for orientation in range(1, 9):
             exif = Image.Exif()
@@ -270,17 +282,17 @@ def test_planner_and_decoder_agree_on_every_size_and_orientation(kind):
                 kind,
                 exif=exif,
             )
-            verdict = check_image(data, min_size_px=32, max_aspect=10)
+            info = check_image(data, min_size_px=32, max_aspect=10)
             images.append(data)
-            planned.append((verdict.height, verdict.width))
+            indexed.append((info.height, info.width))
             assert ImageOps.exif_transpose(Image.open(io.BytesIO(data))).size == (
-                verdict.width,
-                verdict.height,
+                info.width,
+                info.height,
             )
-    assert sizes(images) == planned
-    # the pixels too: a photograph of each orientation, within 2/255 on average
+    assert decoded_sizes(images) == indexed
+    # The pixels of a photograph of each orientation match within 2/255 on average.
     for orientation in range(1, 9):
         exif = Image.Exif()
         exif[0x0112] = orientation
         data = encode(photograph(160, 120), kind, exif=exif)
-        assert error(decode([data])[0][0], by_pillow(data, 96, 56)[0]) < 2
+        assert mean_error(decode([data])[0][0], by_pillow(data, 96, 56)[0]) < 2

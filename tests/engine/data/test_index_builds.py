@@ -1,4 +1,7 @@
-"""Builds of the index: stopped and gone on, several at once, crashing and hanging decoders, headers only, padding, speed."""
+"""Builds of the index.
+
+Resume after a kill, concurrent builds, crashing and hanging decoders, headers only, padding, speed.
+"""
 
 import json
 import os
@@ -34,23 +37,32 @@ def files_of(folder):
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dataset")
     write_dataset(folder / "tars", num_images=120, size_px=48, shard_size=20)
     return folder / "tars"
 
 
 @pytest.fixture(scope="module")
-def golden(world, tmp_path_factory):
-    return files_of(build(world, tmp_path_factory.mktemp("golden") / "index", progress=False))
+def golden(dataset, tmp_path_factory):
+    return files_of(build(dataset, tmp_path_factory.mktemp("golden") / "index", progress=False))
 
 
-def test_a_killed_build_goes_on_where_it_was(world, golden, tmp_path):
-    """Killed after each shard, by SIGKILL: every start reads only what is missing, and the index is the same."""
+def test_killed_build_resumes_with_the_same_index(dataset, golden, tmp_path):
+    """After a SIGKILL at each shard, a build reads only the missing shards.
+
+    The index is the same as that of an undisturbed build.
+    """
     code = (
-        "import sys, time\nfrom iomm.engine.data import index\nreal, left = index._write_part, [1]\n"
-        "def slow(*args):\n    real(*args)\n    print('part', flush=True)\n    time.sleep(0.5)\nindex._write_part = slow\n"
-        f"index.build({str(world)!r}, {str(tmp_path / 'index')!r}, progress=False, workers=1)"
+        "import time\n"
+        "from iomm.engine.data import index\n"
+        "real = index._write_part\n"
+        "def slow(*args):\n"
+        "    real(*args)\n"
+        "    print('part', flush=True)\n"
+        "    time.sleep(0.5)\n"
+        "index._write_part = slow\n"
+        f"index.build({str(dataset)!r}, {str(tmp_path / 'index')!r}, progress=False, workers=1)"
     )
     for _ in range(3):
         process = subprocess.Popen(
@@ -64,22 +76,25 @@ def test_a_killed_build_goes_on_where_it_was(world, golden, tmp_path):
     parts = list((tmp_path / ".index.parts").glob("*.part"))
     assert len(parts) >= 3
     parts[0].unlink()
-    judged = []
-    real = workers.judge_shards
+    validated = []
+    real = workers.validate_shards
+
+    def recorded(paths, *rest):
+        validated.extend(paths)
+        return real(paths, *rest)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "iomm.engine.data.index.judge_shards",
-            lambda paths, *rest: judged.extend(paths) or real(paths, *rest),
-        )
-        folder = build(world, tmp_path / "index", progress=False)
-    assert len(judged) == 6 - len(parts) + 1 and files_of(folder) == golden
+        patch.setattr("iomm.engine.data.index.validate_shards", recorded)
+        folder = build(dataset, tmp_path / "index", progress=False)
+    assert len(validated) == 6 - len(parts) + 1 and files_of(folder) == golden
     assert os.listdir(tmp_path) == ["index"]
 
 
-def test_one_shard_is_shared_by_all_workers(tmp_path, monkeypatch):
-    """The index does not depend on how many there are, also where some samples are bad."""
+def test_index_is_the_same_for_any_number_of_workers(tmp_path, monkeypatch):
+    """All workers share one shard in which some samples are bad."""
     jpegs = [
-        corrupt_samples.encode(corrupt_samples.soft(40, 40, seed), quality=50) for seed in range(4)
+        corrupt_samples.encode(corrupt_samples.smooth_image(40, 40, seed), quality=50)
+        for seed in range(4)
     ]
     (tmp_path / "a.tar").write_bytes(
         corrupt_samples.tar_of(
@@ -102,10 +117,12 @@ def test_one_shard_is_shared_by_all_workers(tmp_path, monkeypatch):
     )
 
 
-def test_two_builds_at_once_make_one_index(world, golden, tmp_path):
+def test_concurrent_builds_make_one_index(dataset, golden, tmp_path):
     done = []
     threads = [
-        threading.Thread(target=lambda: done.append(ensure_index(world, tmp_path, progress=False)))
+        threading.Thread(
+            target=lambda: done.append(ensure_index(dataset, tmp_path, progress=False))
+        )
         for _ in range(2)
     ]
     for thread in threads:
@@ -119,8 +136,8 @@ def test_two_builds_at_once_make_one_index(world, golden, tmp_path):
     )
 
 
-def test_an_index_may_be_named_in_place_of_its_shards(world, tmp_path):
-    folder = build(world, tmp_path / "index", progress=False)
+def test_index_folder_is_accepted_as_shards(dataset, tmp_path):
+    folder = build(dataset, tmp_path / "index", progress=False)
     assert (
         ensure_index(folder, tmp_path / "cache", progress=False) == folder
         and not (tmp_path / "cache").exists()
@@ -128,26 +145,26 @@ def test_an_index_may_be_named_in_place_of_its_shards(world, tmp_path):
 
 
 @pytest.fixture
-def evil(monkeypatch, tmp_path):
-    """Workers whose decoder crashes, hangs or grows at images whose bytes say so."""
+def faulty_decoder(monkeypatch, tmp_path):
+    """A decoder in the workers that crashes, hangs or fills its memory at marked images."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text("""
 import os, signal, sys, time
-import iomm.engine.data.validate as judge
-real = judge.check_image
-def evil(data, **options):
+from iomm.engine.data import validate
+real = validate.check_image
+def faulty(data, **options):
     if data.endswith(b"CRASH"): os.kill(os.getpid(), signal.SIGSEGV)
     if data.endswith(b"HANG"): time.sleep(1000)
     if data.endswith(b"GROW"): bytearray(3 << 30)
     return real(data, **options)
-judge.check_image = evil
+validate.check_image = faulty
 """)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'site'}{os.pathsep}{ROOT}")
     monkeypatch.setattr(workers, "SAMPLE_LIMIT_S", 1.5)
 
 
-def test_a_decoder_that_crashes_hangs_or_grows_costs_one_sample(evil, tmp_path):
-    jpeg = corrupt_samples.encode(corrupt_samples.soft(40, 40))
+def test_crashing_or_hanging_decoder_costs_one_sample(faulty_decoder, tmp_path):
+    jpeg = corrupt_samples.encode(corrupt_samples.smooth_image(40, 40))
     ends = {3: b"CRASH", 4: b"CRASH", 11: b"HANG", 15: b"GROW", 19: b"CRASH"}
     (tmp_path / "a.tar").write_bytes(
         corrupt_samples.tar_of([(f"{i:02d}.jpg", jpeg + ends.get(i, b"")) for i in range(20)])
@@ -164,20 +181,23 @@ def test_a_decoder_that_crashes_hangs_or_grows_costs_one_sample(evil, tmp_path):
     assert "signal 11" in lines[0]["detail"] and len(Shards(folder)) == 15
 
 
-def test_headers_alone_are_enough_for_those_who_trust_their_data(tmp_path):
-    """verify=fast reads sizes, not pixels: damage behind the header is met, and replaced, while training."""
-    jpeg = corrupt_samples.encode(corrupt_samples.soft(700, 500), quality=100)
+def test_fast_verification_reads_only_headers(tmp_path):
+    """verify=fast reads sizes and no pixels.
+
+    A sample that is damaged after its header is replaced during training.
+    """
+    jpeg = corrupt_samples.encode(corrupt_samples.smooth_image(700, 500), quality=100)
     long_header = corrupt_samples.encode(
-        corrupt_samples.soft(100, 80), icc_profile=os.urandom(300_000)
+        corrupt_samples.smooth_image(100, 80), icc_profile=os.urandom(300_000)
     )
-    clear = corrupt_samples.encode(corrupt_samples.soft(100, 80).convert("RGBA"), "PNG")
+    clear = corrupt_samples.encode(corrupt_samples.smooth_image(100, 80).convert("RGBA"), "PNG")
     assert len(jpeg) > 1 << 16
     members = [
         ("whole.jpg", jpeg),
         ("cut.jpg", jpeg[:-900]),
         ("profile.jpg", long_header),
         ("clear.png", clear),
-        ("tiny.jpg", corrupt_samples.encode(corrupt_samples.soft(8, 8))),
+        ("tiny.jpg", corrupt_samples.encode(corrupt_samples.smooth_image(8, 8))),
         ("html.jpg", b"<html>"),
         ("empty.jpg", b""),
         ("headless.jpg", jpeg[:200]),
@@ -221,20 +241,25 @@ def test_headers_alone_are_enough_for_those_who_trust_their_data(tmp_path):
     )
 
 
-def test_padding_is_noticed(tmp_path):
-    """img2dataset's border mode pads to a white square; pictures of things on white are none."""
+def test_padding_is_detected(tmp_path):
+    """img2dataset's border mode pads to a white square.
+
+    Pictures of things on a white background do not count as padded.
+    """
     bordered = []
     for seed, size in enumerate([(256, 160), (150, 256), (256, 200)]):
         square = Image.new("RGB", (256, 256), "white")
-        square.paste(corrupt_samples.soft(*size, seed), tuple((256 - side) // 2 for side in size))
+        square.paste(
+            corrupt_samples.smooth_image(*size, seed), tuple((256 - side) // 2 for side in size)
+        )
         bordered.append(corrupt_samples.encode(square))
     thing = Image.new("RGB", (256, 256), "white")
-    thing.paste(corrupt_samples.soft(150, 120), (50, 60))
+    thing.paste(corrupt_samples.smooth_image(150, 120), (50, 60))
     others = [
-        corrupt_samples.encode(corrupt_samples.soft(256, 256)),
+        corrupt_samples.encode(corrupt_samples.smooth_image(256, 256)),
         corrupt_samples.encode(thing),
         corrupt_samples.encode(Image.new("RGB", (256, 256), "white")),
-        corrupt_samples.encode(corrupt_samples.soft(256, 160)),
+        corrupt_samples.encode(corrupt_samples.smooth_image(256, 160)),
     ]
     (tmp_path / "a.tar").write_bytes(
         corrupt_samples.tar_of([(f"{i}.jpg", data) for i, data in enumerate(bordered + others)])
@@ -242,12 +267,12 @@ def test_padding_is_noticed(tmp_path):
     folder = build(tmp_path / "a.tar", tmp_path / "index", progress=False)
     assert load(folder).notes["padded"] == 3 and load(folder).notes["constant"] == 1
     assert (
-        "warning: 3 of 7 images are padded to a square with white, as img2dataset's resize_mode=border"
-        in summary(folder)
-    )
+        "warning: 3 of 7 images are padded to a square with white, "
+        "as img2dataset's resize_mode=border"
+    ) in summary(folder)
 
 
-def test_wrong_rules_are_one_line():
+def test_wrong_rules_raise_input_error():
     for options, message in [
         ({"verify": "no"}, "verify must be one of full, fast"),
         ({"min_size_px": 0}, "must be >= 1, got 0"),
@@ -257,12 +282,15 @@ def test_wrong_rules_are_one_line():
             Rules(**options)
 
 
-def test_each_sample_once_per_epoch_whatever_is_killed(tmp_path):
-    """40 shards x 250 of which 3 % are bad; 10 kills at random steps, then half the ranks: nothing is missing or twice,
-    and the sequence is that of the run that nobody disturbed.
+def test_samples_occur_once_per_epoch_despite_kills(tmp_path):
+    """After 10 kills at random steps, and a change of ranks, no sample is missing or repeated.
+
+    The sequence is that of an undisturbed run. The dataset has 40 shards of 250 samples, and 3 % of
+    them are bad.
     """
     jpegs = [
-        corrupt_samples.encode(corrupt_samples.soft(40, 40, seed), quality=50) for seed in range(8)
+        corrupt_samples.encode(corrupt_samples.smooth_image(40, 40, seed), quality=50)
+        for seed in range(8)
     ]
     random = np.random.default_rng(0)
     bad = set(random.choice(10_000, 300, replace=False).tolist())
@@ -287,7 +315,7 @@ def test_each_sample_once_per_epoch_whatever_is_killed(tmp_path):
     numbers = {k: int(shards.name(k).rpartition(": ")[2][:5]) for k in range(9700)}
 
     def steps(first, last, world_size):
-        """Entries of the steps, rank by rank as each would decode them."""
+        """Yield the entries of each step, rank by rank, in the order in which they are decoded."""
         sources = [
             ImageSource(
                 shards,
@@ -308,18 +336,18 @@ def test_each_sample_once_per_epoch_whatever_is_killed(tmp_path):
             yield [
                 int(k)
                 for a in range(sources[0].accumulation_steps)
-                for one in sources
-                for k in one.order(one.positions(step, a))
+                for source in sources
+                for k in source.sampler(source.positions(step, a))
             ]
 
     golden = list(steps(0, 97, 4))
-    at, world_size, run = 0, 4, []
+    at = 0
+    world_size = 4
+    run = []
     for kill in sorted(random.integers(1, 97, 10).tolist()):
-        run, at = (
-            run[:at] + list(steps(at, kill, world_size)),
-            max(at, kill - int(random.integers(0, 3))),
-        )
-        # From the last checkpoint, on half the ranks.
+        run = run[:at] + list(steps(at, kill, world_size))
+        # Resume from the last checkpoint, later on half the ranks.
+        at = max(at, kill - int(random.integers(0, 3)))
         world_size = 2 if kill > 40 else 4
     run = run[:at] + list(steps(at, 97, 1))
     assert run == golden
@@ -329,14 +357,12 @@ def test_each_sample_once_per_epoch_whatever_is_killed(tmp_path):
 
 @pytest.fixture(scope="module")
 def ten_million(tmp_path_factory):
-    """An index of 10 M samples in 1,000 shards; all shards are links to one tar of the shapes world's first samples."""
+    """An index of 10 M samples in 1,000 shards. All shards are links to one small tar."""
     folder = tmp_path_factory.mktemp("many")
     (tar,) = write_dataset(folder / "tars", num_images=64, size_px=48, shard_size=64)
     small = build(tar, folder / "small", progress=False)
-    header, records = (
-        json.loads((small / "index.json").read_text()),
-        np.fromfile(small / "index.bin", RECORD),
-    )
+    header = json.loads((small / "index.json").read_text())
+    records = np.fromfile(small / "index.bin", RECORD)
     (folder / "index").mkdir()
     for shard in range(1000):
         (folder / f"{shard:04d}.tar").symlink_to(tar)
@@ -353,14 +379,14 @@ def ten_million(tmp_path_factory):
     return folder / "index"
 
 
-def test_ten_million_samples_are_400_mb_and_start_within_two_seconds(ten_million):
+def test_ten_million_samples_fit_400_mb_and_start_in_two_seconds(ten_million):
     assert (ten_million / "index.bin").stat().st_size + (
         ten_million / "index.json"
     ).stat().st_size <= 400e6
     started = time.process_time()
     shards = Shards(ten_million)
     loaded_s = time.process_time() - started
-    some = iter(
+    batches = iter(
         ImageSource(
             shards,
             seed=0,
@@ -375,15 +401,16 @@ def test_ten_million_samples_are_400_mb_and_start_within_two_seconds(ten_million
             start_step=99_000,
         )
     )
-    assert len(next(some).n_B) == 32
+    assert len(next(batches).n_B) == 32
     first_s = time.process_time() - started
-    some.close()
+    batches.close()
     assert loaded_s < 1 and first_s < 2
     started = time.process_time()
-    plan = BucketSampler(0, shards.index, 1024, bucket_sizes(512, 16))
-    plan(np.arange(10**9, 10**9 + 1024))
+    sampler = BucketSampler(0, shards.index, 1024, bucket_sizes(512, 16))
+    sampler(np.arange(10**9, 10**9 + 1024))
     print(
-        f"10 M samples: index {loaded_s:.2f} s, first batch {first_s:.2f} s, buckets {time.process_time() - started:.2f} s"
+        f"10 M samples: index {loaded_s:.2f} s, first batch {first_s:.2f} s, "
+        f"buckets {time.process_time() - started:.2f} s"
     )
     assert time.process_time() - started < 5
     assert EpochPermutation(0, shards.shard_sizes).total == 10_000_000

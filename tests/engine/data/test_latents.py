@@ -1,4 +1,7 @@
-"""Cached latents: the same batches and losses to the latents' rounding, made by any number of ranks, resumed, checked."""
+"""Cached latents give the same batches, and the same losses up to the rounding of the latents.
+
+Caches are written by any number of ranks, resumed and verified.
+"""
 
 import os
 from types import SimpleNamespace
@@ -35,8 +38,8 @@ def vae():
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dataset")
     return Shards(
         build(
             write_dataset(folder / "tars", num_images=30, size_px=48, shard_size=16),
@@ -51,20 +54,20 @@ def small_files(monkeypatch):
     monkeypatch.setattr(latents_module, "ROWS", 8)
 
 
-def write(world, out, vae, **options):
+def write(dataset, out, vae, **options):
     return write_cache(
-        world, out, vae, **{"vae_name": "pixel:4", "size_px": SIZE_PX, "batch": 3} | options
+        dataset, out, vae, **{"vae_name": "pixel:4", "size_px": SIZE_PX, "batch": 3} | options
     )
 
 
-def store(world, out):
-    return LatentStore(out, world.index, vae="pixel:4", size_px=SIZE_PX)
+def store(dataset, out):
+    return LatentStore(out, dataset.index, vae="pixel:4", size_px=SIZE_PX)
 
 
-def batches(world, latents=None, num_steps=4, **options):
+def batches(dataset, latents=None, num_steps=4, **options):
     return list(
         ImageSource(
-            world,
+            dataset,
             seed=1,
             global_batch=8,
             micro_batch=4,
@@ -116,151 +119,151 @@ def in_memory(shards, mllm, vae, rank=0, size=1, others=()):
     return EncodedSamples(shards, mllm, vae, size_px=SIZE_PX, ranks=ranks, batch=4)
 
 
-def test_encoded_mixture_has_the_batches_and_the_loss_of_pixels(world, pairs, mllm, vae):
-    """Latents are equal to the bit, image tokens to the rounding of a matrix product in another batch."""
-    both = Joined(world, pairs)
-    plan = MixtureSampler(
-        1,
-        8,
-        5,
-        *(
-            FixedSizeSampler(EpochPermutation(1, its.shard_sizes), SIZE_PX)
-            for its in (world, pairs)
-        ),
-        len(world),
-    )
+def test_encoded_mixture_matches_the_batches_and_loss_of_pixels(dataset, pairs, mllm, vae):
+    """Latents are bitwise equal. Image tokens differ by the rounding of a matrix product."""
+    both = Joined(dataset, pairs)
+    samplers = [
+        FixedSizeSampler(EpochPermutation(1, shards.shard_sizes), SIZE_PX)
+        for shards in (dataset, pairs)
+    ]
+    sampler = MixtureSampler(1, 8, 5, *samplers, len(dataset))
     encoded = in_memory(both, mllm, vae)
     assert encoded.num_bytes == 4 * (39 * 3 * SIZE_PX**2 + 30 * mllm.num_image_tokens * mllm.width)
     model = tiny_model(mllm, vae)
-    for got, wanted in zip(
-        batches(both, encoded, plan=plan), batches(both, plan=plan), strict=True
+    for got, expected in zip(
+        batches(both, encoded, sampler=sampler), batches(both, sampler=sampler), strict=True
     ):
         assert (
-            got.n_B.tolist() == wanted.n_B.tolist()
-            and got.entry_B.tolist() == wanted.entry_B.tolist()
+            got.n_B.tolist() == expected.n_B.tolist()
+            and got.entry_B.tolist() == expected.entry_B.tolist()
         )
         assert (
-            got.captions == wanted.captions
-            and got.has_image == wanted.has_image
+            got.captions == expected.captions
+            and got.has_image == expected.has_image
             and not all(got.has_image)
         )
         assert got.pixels_BCHW is None and got.vit_pixels_BHWC is None
-        assert torch.equal(got.latents_BCHW, wanted.pixels_BCHW)
-        torch.testing.assert_close(got.image_tokens_IPD, mllm.image_tokens(wanted.vit_pixels_BHWC))
+        assert torch.equal(got.latents_BCHW, expected.pixels_BCHW)
+        torch.testing.assert_close(
+            got.image_tokens_IPD, mllm.image_tokens(expected.vit_pixels_BHWC)
+        )
         with torch.no_grad():
-            torch.testing.assert_close(model(*got.inputs)[1], model(*wanted.inputs)[1])
+            torch.testing.assert_close(model(*got.inputs)[1], model(*expected.inputs)[1])
 
 
-def test_ranks_encode_a_share_each(world, mllm, vae):
+def test_each_rank_encodes_a_share(dataset, mllm, vae):
     parts = []
-    ranks = SimpleNamespace(rank=0, size=2, all=lambda value: [value, value])
-    for ranks.rank in (0, 1):
-        ranks.all = lambda value: parts.append(value) or [value]
-        EncodedSamples(world, mllm, vae, size_px=SIZE_PX, ranks=ranks, batch=4)
-    ranks.all = lambda value: parts
-    together, alone = (
-        EncodedSamples(world, mllm, vae, size_px=SIZE_PX, ranks=ranks, batch=4),
-        in_memory(world, mllm, vae),
-    )
+
+    def collect(value):
+        parts.append(value)
+        return [value]
+
+    for rank in (0, 1):
+        ranks = SimpleNamespace(rank=rank, size=2, all=collect)
+        EncodedSamples(dataset, mllm, vae, size_px=SIZE_PX, ranks=ranks, batch=4)
+    ranks = SimpleNamespace(rank=1, size=2, all=lambda value: parts)
+    together = EncodedSamples(dataset, mllm, vae, size_px=SIZE_PX, ranks=ranks, batch=4)
+    alone = in_memory(dataset, mllm, vae)
     assert [len(part[False][0]) for part in parts] == [15, 15]
     assert torch.equal(together.latents_NCHW, alone.latents_NCHW)
     torch.testing.assert_close(together.tokens_IPD, alone.tokens_IPD)
 
 
-def test_unreadable_sample_is_replaced_in_every_epoch(world, mllm, vae, monkeypatch):
-    real = world.decodable_bytes
+def test_unreadable_sample_is_replaced_in_every_epoch(dataset, mllm, vae, monkeypatch):
+    real = dataset.decodable_bytes
 
     def broken(k):
         if k == 5:
             raise Damaged("sample 5 is gone")
         return real(k)
 
-    monkeypatch.setattr(world, "decodable_bytes", broken)
-    encoded = in_memory(world, mllm, vae)
+    monkeypatch.setattr(dataset, "decodable_bytes", broken)
+    encoded = in_memory(dataset, mllm, vae)
     assert encoded.bad == {5}
-    seen = batches(world, encoded, num_steps=8)
+    seen = batches(dataset, encoded, num_steps=8)
     assert 5 not in [entry for batch in seen for entry in batch.entry_B.tolist()]
-    hit = [
-        n
-        for batch in batches(world, num_steps=8)
-        for failure in batch.failures
-        for n in [failure.n]
-    ]
+    hit = [failure.n for batch in batches(dataset, num_steps=8) for failure in batch.failures]
     assert [failure.n for batch in seen for failure in batch.failures] == hit and len(hit) == 3
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_same_batches_latents_in_place_of_pixels(world, vae, tmp_path, dtype):
-    assert write(world, tmp_path / "cache", vae, dtype=dtype) == 30
-    cached = batches(world, store(world, tmp_path / "cache"))
+def test_cached_batches_match_those_of_pixels(dataset, vae, tmp_path, dtype):
+    assert write(dataset, tmp_path / "cache", vae, dtype=dtype) == 30
+    cached = batches(dataset, store(dataset, tmp_path / "cache"))
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
-    for got, wanted in zip(cached, batches(world), strict=True):
+    for got, expected in zip(cached, batches(dataset), strict=True):
         assert (
-            got.n_B.tolist() == wanted.n_B.tolist()
-            and got.entry_B.tolist() == wanted.entry_B.tolist()
+            got.n_B.tolist() == expected.n_B.tolist()
+            and got.entry_B.tolist() == expected.entry_B.tolist()
         )
-        assert got.pixels_BCHW is None and torch.equal(got.vit_pixels_BHWC, wanted.vit_pixels_BHWC)
-        assert torch.equal(got.latents_BCHW, vae.encode(wanted.pixels_BCHW).to(kind).float())
+        assert got.pixels_BCHW is None and torch.equal(
+            got.vit_pixels_BHWC, expected.vit_pixels_BHWC
+        )
+        assert torch.equal(got.latents_BCHW, vae.encode(expected.pixels_BCHW).to(kind).float())
 
 
-def test_losses_agree_to_the_rounding_of_the_latents(world, mllm, vae, tmp_path):
-    """fp32 training on bf16 latents: exactly the loss of the rounded latents, and that is within their rounding,
-    relative 2^-9 of values up to 1, of the loss of the pixels.
+def test_losses_agree_up_to_the_rounding_of_the_latents(dataset, mllm, vae, tmp_path):
+    """Training in fp32 on bf16 latents gives exactly the loss of the rounded latents.
+
+    It differs from the loss of the pixels by their rounding, relative 2^-9 of values up to 1.
     """
-    write(world, tmp_path / "cache", vae)
+    write(dataset, tmp_path / "cache", vae)
     model = tiny_model(mllm, vae)
-    for got, wanted in zip(
-        batches(world, store(world, tmp_path / "cache"), 2),
-        batches(world, num_steps=2),
+    for got, expected in zip(
+        batches(dataset, store(dataset, tmp_path / "cache"), 2),
+        batches(dataset, num_steps=2),
         strict=True,
     ):
         with torch.no_grad():
             cached, _, _ = model(got.pixels_BCHW, got.vit_pixels_BHWC, got.n_B, got.latents_BCHW)
-            exact, _, _ = model(wanted.pixels_BCHW, wanted.vit_pixels_BHWC, wanted.n_B)
+            exact, _, _ = model(expected.pixels_BCHW, expected.vit_pixels_BHWC, expected.n_B)
             rounded, _, _ = model(
-                wanted.pixels_BCHW.bfloat16().float(), wanted.vit_pixels_BHWC, wanted.n_B
+                expected.pixels_BCHW.bfloat16().float(), expected.vit_pixels_BHWC, expected.n_B
             )
         assert torch.equal(cached, rounded)
         # |d(e^2)| <= 2 e d + d^2
         assert abs(cached - exact) < 2 * exact.sqrt() * 2**-9 + 2**-18
 
 
-def test_ranks_share_the_work_and_a_stopped_cache_goes_on(world, vae, tmp_path):
-    write(world, tmp_path / "whole", vae)
-    assert write(world, tmp_path / "parts", vae, rank=1, num_ranks=2) == 8 + 6
+def test_ranks_share_the_work_and_a_stopped_cache_resumes(dataset, vae, tmp_path):
+    write(dataset, tmp_path / "whole", vae)
+    assert write(dataset, tmp_path / "parts", vae, rank=1, num_ranks=2) == 8 + 6
     with pytest.raises(
         InputError,
-        match="lacks 2 of 4 files, latents-00000.safetensors first: run the same `iomm cache` again",
+        match=(
+            r"lacks 2 of 4 files, the first is latents-00000\.safetensors; "
+            "run the same `iomm cache` again"
+        ),
     ):
-        store(world, tmp_path / "parts")
-    assert write(world, tmp_path / "parts", vae, rank=0, num_ranks=2) == 16
+        store(dataset, tmp_path / "parts")
+    assert write(dataset, tmp_path / "parts", vae, rank=0, num_ranks=2) == 16
     os.remove(tmp_path / "parts" / "latents-00002.safetensors")
-    assert write(world, tmp_path / "parts", vae) == 8
+    assert write(dataset, tmp_path / "parts", vae) == 8
     for path in sorted((tmp_path / "whole").iterdir()):
         assert (tmp_path / "parts" / path.name).read_bytes() == path.read_bytes()
     assert len(list((tmp_path / "parts").iterdir())) == 5
 
 
-def test_damaged_latents_and_images_are_replaced(world, vae, tmp_path, monkeypatch):
-    real = world.decodable_bytes
+def test_damaged_latents_and_images_are_replaced(dataset, vae, tmp_path, monkeypatch):
+    real = dataset.decodable_bytes
 
     def broken(k):
         if k == 5:
             raise Damaged("sample 5 is gone")
         return real(k)
 
-    monkeypatch.setattr(world, "decodable_bytes", broken)
-    write(world, tmp_path / "cache", vae)
-    monkeypatch.setattr(world, "decodable_bytes", real)
+    monkeypatch.setattr(dataset, "decodable_bytes", broken)
+    write(dataset, tmp_path / "cache", vae)
+    monkeypatch.setattr(dataset, "decodable_bytes", real)
     file = tmp_path / "cache" / "latents-00001.safetensors"
     data = bytearray(file.read_bytes())
     data[-3] ^= 4
-    # Of entry 15
+    # Latents of entry 15.
     file.write_bytes(data)
     with open(tmp_path / "cache" / "latents-00003.safetensors", "r+b") as f:
-        # entries 24 to 29
+        # Entries 24 to 29.
         f.truncate(600)
-    cached = store(world, tmp_path / "cache")
+    cached = store(dataset, tmp_path / "cache")
     bad = {5, 15, *range(24, 30)}
     for k in range(30):
         if k in bad:
@@ -268,11 +271,11 @@ def test_damaged_latents_and_images_are_replaced(world, vae, tmp_path, monkeypat
                 cached.read(k)
         else:
             assert cached.read(k).shape == (3, SIZE_PX, SIZE_PX)
-    failures = [failure for batch in batches(world, cached) for failure in batch.failures]
+    failures = [failure for batch in batches(dataset, cached) for failure in batch.failures]
     hit = [
         n
-        for batch in batches(world)
-        for n, entry in zip(batch.n_B.tolist(), batch.entry_B.tolist())
+        for batch in batches(dataset)
+        for n, entry in zip(batch.n_B.tolist(), batch.entry_B.tolist(), strict=True)
         if entry in bad
     ]
     assert [failure.n for failure in failures] == hit and not any(
@@ -280,31 +283,33 @@ def test_damaged_latents_and_images_are_replaced(world, vae, tmp_path, monkeypat
     )
 
 
-def test_wrong_caches_are_one_line(world, vae, tmp_path):
-    write(world, tmp_path / "cache", vae)
+def test_wrong_caches_raise_input_error(dataset, vae, tmp_path):
+    write(dataset, tmp_path / "cache", vae)
     with pytest.raises(
-        InputError, match="is a cache of something else .*dtype 'bf16' became 'fp16'"
+        InputError, match=r"made with different settings .*dtype is 'bf16', expected 'fp16'"
     ):
-        write(world, tmp_path / "cache", vae, dtype="fp16")
-    with pytest.raises(InputError, match="is of something else .*size_px is 32, wanted 64"):
-        LatentStore(tmp_path / "cache", world.index, vae="pixel:4", size_px=64)
-    with pytest.raises(InputError, match="has no latents.json: make it with `iomm cache`"):
-        store(world, tmp_path)
+        write(dataset, tmp_path / "cache", vae, dtype="fp16")
+    with pytest.raises(
+        InputError, match=r"made with different settings .*size_px is 32, expected 64"
+    ):
+        LatentStore(tmp_path / "cache", dataset.index, vae="pixel:4", size_px=64)
+    with pytest.raises(InputError, match=r"has no latents\.json; create it with `iomm cache`"):
+        store(dataset, tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
-    with pytest.raises(InputError, match="mine holds something else"):
-        write(world, tmp_path / "mine", vae)
-    with pytest.raises(InputError, match="set data.flip=false"):
-        batches(world, store(world, tmp_path / "cache"), flip=True)
-    with pytest.raises(InputError, match="data.latents are those of centre crops"):
+    with pytest.raises(InputError, match="mine holds other files"):
+        write(dataset, tmp_path / "mine", vae)
+    with pytest.raises(InputError, match=r"set data\.flip=false"):
+        batches(dataset, store(dataset, tmp_path / "cache"), flip=True)
+    with pytest.raises(InputError, match=r"data\.latents are those of centre crops"):
         parse("data: {latents: memory, crop: random}")
-    with pytest.raises(InputError, match="set data.latents=memory, no data.pairs"):
+    with pytest.raises(InputError, match=r"set data\.latents=memory, no data\.pairs"):
         parse("data: {latents: x, pairs: shapes}")
-    with pytest.raises(InputError, match="data.latents=memory, or leave data.latents out"):
+    with pytest.raises(InputError, match=r"data\.latents=memory, or leave data\.latents out"):
         parse("data: {latents: x}\ntrain: {data: pair}")
 
 
-def test_the_command(tmp_path, capsys):
+def test_cache_command(tmp_path, capsys):
     settings = [f"run.dir={tmp_path / 'run'}", "data.num_images=20"]
     for rank in ("0", "1"):
         assert (

@@ -1,4 +1,8 @@
-"""Plans: aspect-ratio buckets and mixtures. Every sample once per epoch, the same for any reader, shapes as promised."""
+"""Samplers of aspect-ratio buckets and mixtures.
+
+Every sample occurs once per epoch, every reader gets the same order, and batches have the right
+shapes.
+"""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -7,11 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from iomm.config import InputError
-from iomm.engine.data.buckets import BucketSampler, bucket_sizes, buckets_of_both, join_small
+from iomm.engine.data.buckets import BucketSampler, bucket_sizes, join_small, share_buckets
 from iomm.engine.data.index import build
-from iomm.engine.data.mixture import Joined, MixtureSampler, images_of
+from iomm.engine.data.mixture import Joined, MixtureSampler, num_images_per_batch
 from iomm.engine.data.samplers import EpochPermutation, FixedSizeSampler, held_out, held_out_entries
 from iomm.engine.data.shards import Shards
 from iomm.engine.data.source import ImageSource
@@ -21,14 +26,14 @@ from iomm.engine.shapes.dataset import write_dataset
 
 @dataclass
 class SizesOnly:
-    """What BucketSampler needs of an Index."""
+    """The attributes of an Index that BucketSampler uses."""
 
     records: np.ndarray
     shards: list
 
 
 def sizes_only(shard_sizes, seed=0):
-    """An index of random sizes, landscape more often than portrait."""
+    """Return an index of random sizes, more often landscape than portrait."""
     random = np.random.default_rng(seed)
     records = np.zeros(sum(shard_sizes), dtype=RECORD)
     ratio = np.exp(random.normal(0.15, 0.4, len(records)))
@@ -54,8 +59,8 @@ def test_bucket_sizes(size_px, multiple_px, num):
         assert (width, height) in found
 
 
-def run_of(plan, global_batch, num_steps):
-    return plan(np.arange(num_steps * global_batch)).reshape(num_steps, global_batch)
+def run_of(sampler, global_batch, num_steps):
+    return sampler(np.arange(num_steps * global_batch)).reshape(num_steps, global_batch)
 
 
 @settings(deadline=None, max_examples=12)
@@ -65,51 +70,56 @@ def run_of(plan, global_batch, num_steps):
     st.sampled_from([1, 4, 7, 16]),
     st.integers(1, 3),
 )
-def test_each_bucket_visits_each_of_its_samples_once_per_epoch(
-    shard_sizes, seed, batch, group_shards
-):
-    """After E epochs each sample has been seen E times, but for those left over by its bucket, fewer than a batch and
-    seen E - 1 times: they open the bucket's next epoch.
+def test_bucket_visits_its_samples_once_per_epoch(shard_sizes, seed, batch, group_shards):
+    """After E epochs each sample has been visited E times.
+
+    Exceptions are the left-over samples of a bucket. They are fewer than a batch, have been visited
+    E - 1 times, and open the bucket's next epoch.
     """
     index = sizes_only(shard_sizes, seed)
-    plan = BucketSampler(seed, index, batch, bucket_sizes(512, 16), group_shards)
-    assert (plan.totals >= batch).all() and plan.totals.sum() == len(index.records)
-    epochs = [int(plan._batches_before(epoch).sum()) for epoch in range(4)]
-    steps, home = run_of(plan, batch, epochs[3]), {}
+    sampler = BucketSampler(seed, index, batch, bucket_sizes(512, 16), group_shards)
+    assert (sampler.totals >= batch).all() and sampler.totals.sum() == len(index.records)
+    epochs = [int(sampler._batches_before(epoch).sum()) for epoch in range(4)]
+    steps = run_of(sampler, batch, epochs[3])
+    shape_of = {}
     for step, entries in enumerate(steps):
-        size = plan.size_px(step)
-        # One shape a batch, one a sample.
-        assert {home.setdefault(entry, size) for entry in entries.tolist()} == {size}
+        size = sampler.size_px(step)
+        # A batch has one shape, and so does a sample.
+        assert {shape_of.setdefault(entry, size) for entry in entries.tolist()} == {size}
     for epoch in (1, 2, 3):
         visits = Counter(steps[: epochs[epoch]].ravel().tolist())
-        for size, total in zip(plan.sizes, plan.totals):
-            times = Counter(visits[entry] for entry, its in home.items() if its == size)
+        for size, total in zip(sampler.sizes, sampler.totals, strict=True):
+            times = Counter(visits[entry] for entry, shape in shape_of.items() if shape == size)
             assert times[epoch] == total - total * epoch % batch and set(times) <= {
                 epoch,
                 epoch - 1,
             }
-    assert len(home) == len(index.records)
+    assert len(shape_of) == len(index.records)
 
 
-def test_an_epoch_holds_the_batches_that_its_passes_complete():
+def test_epoch_holds_the_batches_that_its_passes_complete():
     index = sizes_only([400] * 5)
-    plan = BucketSampler(3, index, 16, bucket_sizes(512, 16))
-    per_epoch = [int((plan.totals * (e + 1) // 16 - plan.totals * e // 16).sum()) for e in range(4)]
-    assert abs(sum(per_epoch) - 4 * 2000 / 16) <= len(plan.sizes)
-    first = [plan.size_px(step) for step in range(per_epoch[0])]
-    assert Counter(first) == {size: total // 16 for size, total in zip(plan.sizes, plan.totals)}
+    sampler = BucketSampler(3, index, 16, bucket_sizes(512, 16))
+    per_epoch = [
+        int((sampler.totals * (e + 1) // 16 - sampler.totals * e // 16).sum()) for e in range(4)
+    ]
+    assert abs(sum(per_epoch) - 4 * 2000 / 16) <= len(sampler.sizes)
+    first = [sampler.size_px(step) for step in range(per_epoch[0])]
+    assert Counter(first) == {
+        size: total // 16 for size, total in zip(sampler.sizes, sampler.totals, strict=True)
+    }
     assert first != sorted(first) and first != [
-        plan.size_px(per_epoch[0] + step) for step in range(per_epoch[0])
+        sampler.size_px(per_epoch[0] + step) for step in range(per_epoch[0])
     ]
 
 
-def test_a_picture_lands_in_the_nearest_shape():
+def test_image_gets_the_nearest_shape():
     index = sizes_only([800])
     found = bucket_sizes(512, 16)
-    plan = BucketSampler(0, index, 1, found)
-    for step, (entry,) in enumerate(run_of(plan, 1, 800)):
+    sampler = BucketSampler(0, index, 1, found)
+    for step, (entry,) in enumerate(run_of(sampler, 1, 800)):
         ratio = index.records["width"][entry] / index.records["height"][entry]
-        height, width = plan.size_px(step)
+        height, width = sampler.size_px(step)
         nearest = min(abs(np.log(w / h / ratio)) for h, w in found)
         assert abs(np.log(width / height / ratio)) == pytest.approx(nearest, abs=1e-9)
 
@@ -119,19 +129,19 @@ def test_random_access_needs_no_replay():
     sequential = run_of(BucketSampler(5, index, 8, bucket_sizes(512, 16)), 8, 800)
     fresh = BucketSampler(5, index, 8, bucket_sizes(512, 16))
     for step in (799, 3, 500, 0, 421):
-        # Each rank asks for its own part only.
+        # Each rank reads only its own part.
         for rank in range(4):
             n = np.arange(step * 8 + 2 * rank, step * 8 + 2 * rank + 2)
             assert fresh(n).tolist() == sequential[step, 2 * rank : 2 * rank + 2].tolist()
-    # Replacements stay in the bucket.
-    again = fresh(np.arange(400, 408), attempt=1)
-    assert {tuple(bucket_of(fresh, index, entry)) for entry in again} == {fresh.size_px(50)}
+    # Replacements come from the same bucket.
+    replacements = fresh(np.arange(400, 408), attempt=1)
+    assert {tuple(bucket_of(fresh, index, entry)) for entry in replacements} == {fresh.size_px(50)}
 
 
-def bucket_of(plan, index, entry):
-    shard = int(np.searchsorted(plan.first_entry + plan.num_samples, entry, side="right"))
-    bucket = plan._buckets(shard)[entry - plan.first_entry[shard]]
-    return plan.sizes[int(np.flatnonzero(plan.used == bucket)[0])]
+def bucket_of(sampler, index, entry):
+    shard = int(np.searchsorted(sampler.first_entry + sampler.num_samples, entry, side="right"))
+    bucket = sampler._buckets(shard)[entry - sampler.first_entry[shard]]
+    return sampler.sizes[int(np.flatnonzero(sampler.used == bucket)[0])]
 
 
 def test_small_buckets_join_their_neighbours():
@@ -142,11 +152,13 @@ def test_small_buckets_join_their_neighbours():
         join_small(np.array([[10, 20]]), ratios[:2], [64])
 
 
-def test_a_bucket_that_lacks_one_kind_joins_a_neighbour():
+def test_bucket_without_one_kind_joins_a_neighbour():
     ratios = np.array([0.5, 0.8, 1.0, 1.3, 2.0])
     images, pairs = [50, 50, 50, 50, 50], [0, 9, 90, 0, 3]
     assert join_small(np.array([images, pairs]), ratios, [4, 4]).tolist() == [1, 1, 2, 2, 2]
-    with pytest.raises(InputError, match="wants 8 samples of a kind, but there are only 7 samples"):
+    with pytest.raises(
+        InputError, match="needs 8 samples of one kind, but there are only 7 samples"
+    ):
         join_small(np.array([[10, 20], [0, 7]]), ratios[:2], [8, 8])
 
 
@@ -156,65 +168,72 @@ def squares(seed, shard_sizes):
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 48), st.floats(0, 1), st.integers(0, 10**9), st.integers(0, 10**6))
-def test_a_mixture_holds_exactly_its_share_in_every_batch(batch, share, seed, step):
-    plan = MixtureSampler(
-        seed, batch, images_of(share, batch), squares(seed, [40, 24]), squares(seed, [50]), 64
+def test_mixture_has_its_exact_share_in_every_batch(batch, share, seed, step):
+    sampler = MixtureSampler(
+        seed,
+        batch,
+        num_images_per_batch(share, batch),
+        squares(seed, [40, 24]),
+        squares(seed, [50]),
+        64,
     )
     n = np.arange(step * batch, (step + 1) * batch)
-    is_pair = plan.is_pair(n)
+    is_pair = sampler.is_pair(n)
     assert (~is_pair).sum() == round(share * batch)
-    assert ((plan(n) >= 64) == is_pair).all()
-    # And evenly: any m neighbours hold their share to within one image.
+    assert ((sampler(n) >= 64) == is_pair).all()
+    # The kinds are spread evenly: any m neighbours have their share to within one image.
     for m in {1, 2, 4, batch}:
         for start in range(batch - m + 1):
             assert (
                 abs((~is_pair[start : start + m]).sum() - m * round(share * batch) / batch)
                 < 1 + 1e-9
             )
-    assert plan(n[::-1]).tolist() == plan(n)[::-1].tolist()
+    assert sampler(n[::-1]).tolist() == sampler(n)[::-1].tolist()
 
 
-def test_each_source_of_a_mixture_keeps_its_own_epochs():
+def test_each_source_of_a_mixture_has_its_own_epochs():
     images, pairs = squares(1, [30, 34]), squares(1, [25])
-    plan = MixtureSampler(1, 10, 3, images, pairs, 64)
+    sampler = MixtureSampler(1, 10, 3, images, pairs, 64)
     n = np.arange(10 * 200)
-    is_pair, entries = plan.is_pair(n), plan(n)
+    is_pair, entries = sampler.is_pair(n), sampler(n)
     assert entries[~is_pair].max() < 64 <= entries[is_pair].min()
-    # as sets per epoch: the turn shuffles within a batch, so compare batch by batch
+    # Batches are rotated, so they are compared as sets.
     for step in range(200):
-        here = slice(10 * step, 10 * step + 10)
-        assert set(entries[here][~is_pair[here]]) == set(
+        batch = slice(10 * step, 10 * step + 10)
+        assert set(entries[batch][~is_pair[batch]]) == set(
             images(np.arange(3 * step, 3 * step + 3)).tolist()
         )
-        assert set(entries[here][is_pair[here]]) == {
+        assert set(entries[batch][is_pair[batch]]) == {
             64 + k for k in pairs(np.arange(7 * step, 7 * step + 7)).tolist()
         }
     assert len({tuple(is_pair[10 * step : 10 * step + 10]) for step in range(200)}) > 3
 
 
-def test_wrong_mixtures_are_one_line():
+def test_wrong_mixtures_raise_input_error():
     with pytest.raises(
         InputError,
-        match="data.mix, the share of images in a batch, must be between 0 and 1, got 1.5",
+        match=r"data\.mix, the share of images in a batch, must be between 0 and 1, got 1\.5",
     ):
-        images_of(1.5, 8)
+        num_images_per_batch(1.5, 8)
     with pytest.raises(
         InputError,
-        match="data.pairs has 3 samples to train on, but every batch of 8 wants 4 of them",
+        match=r"data\.pairs has 3 samples to train on, but every batch of 8 needs 4 of them",
     ):
         MixtureSampler(0, 8, 4, squares(0, [9]), squares(0, [3]), 9)
-    with pytest.raises(InputError, match="data.shards has 0 samples"):
+    with pytest.raises(InputError, match=r"data\.shards has 0 samples"):
         MixtureSampler(0, 8, 4, None, squares(0, [30]), 0)
 
 
 @pytest.mark.parametrize(
     "seed, batch, share, num_held_out", [(0, 8, 0.5, 0), (1, 7, 0.4, 40), (2, 12, 0.25, 40)]
 )
-def test_a_mixture_in_buckets_has_one_shape_and_its_share_in_every_batch(
-    seed, batch, share, num_held_out
-):
-    """Pairs lead: each is seen once an epoch. Images follow their shapes: in each, all are seen before one is seen twice."""
-    num_images = images_of(share, batch)
+def test_mixture_in_buckets_has_one_shape_and_its_exact_share(seed, batch, share, num_held_out):
+    """Pairs lead, and each is visited once per epoch.
+
+    Images follow the shapes of the pairs. In each shape all images are visited before one is
+    visited twice.
+    """
+    num_images = num_images_per_batch(share, batch)
     images, pairs = sizes_only([120, 0, 180], seed), sizes_only([90, 50], seed + 1)
     shapes = bucket_sizes(512, 16)
     kept = [
@@ -223,28 +242,29 @@ def test_a_mixture_in_buckets_has_one_shape_and_its_share_in_every_batch(
     ]
 
     def make():
-        plans = (
+        samplers = (
             BucketSampler(seed, images, num_images, shapes, held_out=kept[0]),
             BucketSampler(seed, pairs, batch - num_images, shapes, held_out=kept[1]),
         )
-        buckets_of_both(*plans)
-        return *plans, MixtureSampler(seed, batch, num_images, *plans, 300)
+        share_buckets(*samplers)
+        return *samplers, MixtureSampler(seed, batch, num_images, *samplers, 300)
 
-    follower, leader, plan = make()
+    follower, leader, sampler = make()
     assert (
         follower.sizes == leader.sizes
         and (follower.totals >= num_images).all()
         and (leader.totals >= batch - num_images).all()
     )
     num_steps = int(leader._batches_before(3).sum())
-    entries = run_of(plan, batch, num_steps)
-    is_pair = plan.is_pair(np.arange(num_steps * batch)).reshape(num_steps, batch)
+    entries = run_of(sampler, batch, num_steps)
+    is_pair = sampler.is_pair(np.arange(num_steps * batch)).reshape(num_steps, batch)
     assert ((~is_pair).sum(1) == num_images).all() and ((entries >= 300) == is_pair).all()
-    visits, by_shape = Counter(entries.ravel().tolist()), {}
+    visits = Counter(entries.ravel().tolist())
+    by_shape = {}
     for step in range(num_steps):
-        assert plan.size_px(step) == follower.size_px(step) == leader.size_px(step)
+        assert sampler.size_px(step) == follower.size_px(step) == leader.size_px(step)
         for entry in entries[step].tolist():
-            by_shape.setdefault((entry < 300, plan.size_px(step)), set()).add(entry)
+            by_shape.setdefault((entry < 300, sampler.size_px(step)), set()).add(entry)
     for (is_image, shape), seen in by_shape.items():
         source, index, first = (follower, images, 0) if is_image else (leader, pairs, 300)
         assert all(bucket_of(source, index, entry - first) == shape for entry in seen)
@@ -259,13 +279,14 @@ def test_a_mixture_in_buckets_has_one_shape_and_its_share_in_every_batch(
     }
     assert len(never) == 2 * num_held_out and not never & set(visits)
     assert {k for k in visits if k >= 300} | {k for k in never if k >= 300} == set(range(300, 440))
-    # From anywhere, by any rank.
+    # Any rank can start at any position.
     *_, fresh = make()
     for step in (num_steps - 1, 0, num_steps // 2):
         for place in (0, batch - 1):
             assert fresh(np.array([step * batch + place])).tolist() == [entries[step, place]]
-    again = plan(np.arange(batch), attempt=1)
-    assert ((again >= 300) == is_pair[0]).all() and set(again.tolist()).isdisjoint(never)
+    replacements = sampler(np.arange(batch), attempt=1)
+    assert ((replacements >= 300) == is_pair[0]).all()
+    assert set(replacements.tolist()).isdisjoint(never)
 
 
 @settings(deadline=None, max_examples=40)
@@ -273,32 +294,34 @@ def test_a_mixture_in_buckets_has_one_shape_and_its_share_in_every_batch(
     st.lists(st.integers(0, 50), min_size=1, max_size=8).filter(lambda sizes: sum(sizes) > 4),
     st.data(),
 )
-def test_what_is_held_out_is_spread_over_the_shards_and_never_visited(shard_sizes, data):
+def test_held_out_samples_are_spread_and_never_visited(shard_sizes, data):
     total = sum(shard_sizes)
     num = data.draw(st.integers(0, total - 1))
     kept, entries = held_out(shard_sizes, num), held_out_entries(shard_sizes, num)
     assert kept.sum() == len(set(entries)) == len(entries) == num and (kept <= shard_sizes).all()
-    assert all(abs(mine - size * num / total) < 1 for mine, size in zip(kept, shard_sizes))
+    assert all(
+        abs(count - size * num / total) < 1 for count, size in zip(kept, shard_sizes, strict=True)
+    )
     order = EpochPermutation(5, shard_sizes, held_out=kept)
     for epoch in range(2):
         seen = order(np.arange(epoch * order.total, (epoch + 1) * order.total)).tolist()
         assert sorted([*seen, *entries]) == list(range(total))
 
 
-def test_nothing_held_out_changes_nothing_and_everything_is_refused():
+def test_held_out_none_is_identity_and_all_is_refused():
     assert (
         EpochPermutation(3, [9, 8])(np.arange(40)).tolist()
         == EpochPermutation(3, [9, 8], held_out=held_out([9, 8], 0))(np.arange(40)).tolist()
     )
     with pytest.raises(
-        InputError, match="data.heldout must leave samples to train on: got 17 of 17"
+        InputError, match=r"data\.heldout must leave samples to train on: got 17 of 17"
     ):
         held_out([9, 8], 17)
 
 
 @pytest.fixture(scope="module")
-def two_worlds(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("worlds")
+def two_datasets(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("datasets")
     return [
         Shards(
             build(
@@ -311,7 +334,7 @@ def two_worlds(tmp_path_factory):
     ]
 
 
-def batches_of(samples, plan, rank=0, world_size=1, micro_batch=4, **options):
+def batches_of(samples, sampler, rank=0, world_size=1, micro_batch=4, **options):
     return list(
         ImageSource(
             samples,
@@ -324,18 +347,20 @@ def batches_of(samples, plan, rank=0, world_size=1, micro_batch=4, **options):
             vit_px=24,
             device="cpu",
             num_steps=5,
-            plan=plan,
+            sampler=sampler,
             **options,
         )
     )
 
 
-def test_a_mixed_batch_has_captions_for_pairs_and_vit_pixels_for_images(two_worlds):
-    images, pairs = two_worlds
-    plan = MixtureSampler(3, 8, 4, *(squares(3, shards.shard_sizes) for shards in two_worlds), 20)
+def test_mixed_batch_has_captions_and_vit_pixels(two_datasets):
+    images, pairs = two_datasets
+    sampler = MixtureSampler(
+        3, 8, 4, *(squares(3, shards.shard_sizes) for shards in two_datasets), 20
+    )
     samples = Joined(images, pairs)
-    one = batches_of(samples, plan, flip=True)
-    for batch in one:
+    flipped_batches = batches_of(samples, sampler, flip=True)
+    for batch in flipped_batches:
         assert batch.has_image == [k < 20 for k in batch.entry_B.tolist()]
         assert batch.captions == [
             "" if k < 20 else pairs.caption(k - 20) for k in batch.entry_B.tolist()
@@ -346,22 +371,27 @@ def test_a_mixed_batch_has_captions_for_pairs_and_vit_pixels_for_images(two_worl
             24,
             3,
         )
-    plain = batches_of(samples, plan)
-    # What a caption calls left stays left.
-    for flipped, straight in zip(one, plain):
+    # Pairs are not mirrored, because the caption may mention left or right.
+    for flipped, straight in zip(flipped_batches, batches_of(samples, sampler), strict=True):
         for i, has_image in enumerate(flipped.has_image):
             assert has_image or (flipped.pixels_BCHW[i] == straight.pixels_BCHW[i]).all()
-    two = [batch for rank in range(2) for batch in batches_of(samples, plan, rank, 2, flip=True)]
-    pixels = {n: pixel for batch in two for n, pixel in zip(batch.n_B.tolist(), batch.pixels_BCHW)}
+    two_ranks = [
+        batch for rank in range(2) for batch in batches_of(samples, sampler, rank, 2, flip=True)
+    ]
+    pixels = {
+        n: pixel
+        for batch in two_ranks
+        for n, pixel in zip(batch.n_B.tolist(), batch.pixels_BCHW, strict=True)
+    }
     assert all(
         (pixels[n] == pixel).all()
-        for batch in one
-        for n, pixel in zip(batch.n_B.tolist(), batch.pixels_BCHW)
+        for batch in flipped_batches
+        for n, pixel in zip(batch.n_B.tolist(), batch.pixels_BCHW, strict=True)
     )
 
 
-def test_pairs_alone(two_worlds):
-    _, pairs = two_worlds
+def test_batches_of_pairs_only(two_datasets):
+    _, pairs = two_datasets
     for batch in batches_of(
         Joined(None, pairs), MixtureSampler(3, 8, 0, None, squares(3, pairs.shard_sizes), 0)
     ):
@@ -372,24 +402,22 @@ def test_pairs_alone(two_worlds):
         )
 
 
-def test_a_batch_of_a_bucket_has_its_shape(tmp_path):
-    from PIL import Image
-
+def test_batch_of_a_bucket_has_its_shape(tmp_path):
     (tmp_path / "photos").mkdir()
     for i, size in enumerate([(90, 40), (40, 90), (64, 60)] * 12):
         Image.new("RGB", size, (7 * i, 0, 255 - 7 * i)).save(tmp_path / "photos" / f"{i:02d}.png")
     shards = Shards(build(tmp_path / "photos", tmp_path / "index", progress=False))
-    plan = BucketSampler(3, shards.index, 8, bucket_sizes(32, 4))
-    shapes = {(height, width) for height, width in plan.sizes}
+    sampler = BucketSampler(3, shards.index, 8, bucket_sizes(32, 4))
+    shapes = {(height, width) for height, width in sampler.sizes}
     assert len(shapes) == 3
     seen = set()
     for rank in range(2):
-        for i, batch in enumerate(batches_of(shards, plan, rank, 2)):
-            assert batch.pixels_BCHW.shape[-2:] == plan.size_px(i) and batch.vit_pixels_BHWC.shape[
-                1:
-            ] == (24, 24, 3)
+        for i, batch in enumerate(batches_of(shards, sampler, rank, 2)):
+            assert batch.pixels_BCHW.shape[-2:] == sampler.size_px(
+                i
+            ) and batch.vit_pixels_BHWC.shape[1:] == (24, 24, 3)
             seen.add(tuple(batch.pixels_BCHW.shape[-2:]))
-            for entry, pixels in zip(batch.entry_B.tolist(), batch.pixels_BCHW):
+            for entry, pixels in zip(batch.entry_B.tolist(), batch.pixels_BCHW, strict=True):
                 colour = shards.name(entry).split(": ")[1].split(".")[0]
                 assert round(float((pixels[0].mean() + 1) * 127.5)) == 7 * int(colour)
     assert seen <= shapes and len(seen) > 1

@@ -1,4 +1,4 @@
-"""The order of samples: exactly once per epoch, random access, no visible structure, local reads."""
+"""Order of samples: once per epoch, random access, no visible structure, local reads."""
 
 import time
 
@@ -37,13 +37,13 @@ def test_random_access_equals_sequential(seed, shard_sizes, group_shards, data):
 
 @settings(deadline=None, max_examples=100)
 @given(st.integers(1, 10**12), seeds.map(lambda s: s % 2**64), st.integers(1, 50))
-def test_permute_stays_inside_and_never_collides(size, key, count):
+def test_permute_is_a_bijection(size, key, count):
     x = np.unique(np.linspace(0, size - 1, count).astype(np.int64))
     y = permute(x, np.int64(size), np.uint64(key))
     assert ((y >= 0) & (y < size)).all() and len(np.unique(y)) == len(y)
 
 
-def test_epochs_and_seeds_differ():
+def test_epochs_and_seeds_give_different_orders():
     order = EpochPermutation(7, [50] * 20)
     n = np.arange(order.total)
     rows = [order(n + epoch * order.total) for epoch in range(3)] + [
@@ -51,12 +51,12 @@ def test_epochs_and_seeds_differ():
     ]
     for i, a in enumerate(rows):
         for b in rows[:i]:
-            # Two random orders of 1,000 agree in one place on average.
+            # Two random orders of 1,000 samples agree in one place on average.
             assert (a == b).mean() < 0.01
 
 
-def test_the_order_is_these_numbers():
-    """Pinned: another order would silently change what a resumed run trains on."""
+def test_order_is_pinned():
+    """A different order would silently change the samples of a resumed run."""
     assert EpochPermutation(0, [5, 0, 7, 3], group_shards=2)(np.arange(30)).tolist() == PINNED
 
 
@@ -96,7 +96,10 @@ PINNED = [
 
 @pytest.mark.parametrize("total", [2, 3, 4, 5, 7, 16])
 def test_every_place_is_equally_likely(total):
-    """Chi-square of (position, entry) over many keys, each cell expecting 1,000: within six standard deviations."""
+    """The chi-square of (position, entry) is within six standard deviations of chance.
+
+    Each cell expects 1,000 counts over many keys.
+    """
     keys = mix(np.arange(1000 * total, dtype=np.uint64), 1)
     x = np.arange(total)
     y = permute(np.tile(x, len(keys)), np.int64(total), np.repeat(keys, total)).reshape(-1, total)
@@ -106,8 +109,8 @@ def test_every_place_is_equally_likely(total):
     assert abs(chi2 - freedom) < 6 * np.sqrt(2 * freedom), (chi2, freedom)
 
 
-def test_small_permutations_are_all_reached_evenly():
-    """All 24 orders of four samples, 1,000 expected each."""
+def test_permutations_of_four_are_equally_likely():
+    """All 24 orders of four samples occur, 1,000 times each on average."""
     keys = mix(np.arange(24000, dtype=np.uint64), 2)
     y = permute(np.tile(np.arange(4), len(keys)), np.int64(4), np.repeat(keys, 4)).reshape(-1, 4)
     counts = np.unique(y @ [64, 16, 4, 1], return_counts=True)[1]
@@ -117,9 +120,10 @@ def test_small_permutations_are_all_reached_evenly():
 
 
 @pytest.mark.parametrize("total", [1000, 1024, 4096, 9999, 100_000])
-def test_no_visible_structure(total):
-    """Rank correlation at lags 0 to 32, of neighbours and of strides: each within five standard deviations of
-    chance.
+def test_order_has_no_visible_structure(total):
+    """Rank correlations are within five standard deviations of chance.
+
+    Lags are 0 to 32 and the neighbours of a stride.
     """
     x = np.arange(total)
     y = permute(x, np.int64(total), mix(np.zeros(1, np.uint64), 3))
@@ -127,7 +131,7 @@ def test_no_visible_structure(total):
     assert abs(np.corrcoef(x, y)[0, 1]) < bound
     for lag in [1, 2, 3, 4, 8, 16, 31, 32, int(np.sqrt(total)), int(np.sqrt(total)) + 1]:
         assert abs(np.corrcoef(y[lag:], y[:-lag])[0, 1]) < bound, lag
-    # Of a random order: Poisson with mean 1
+    # The differences of a random order are Poisson distributed with mean 1.
     steps = np.bincount(np.diff(y) % total, minlength=total)
     assert steps.max() < 12
     assert abs((steps == 0).mean() - np.exp(-1)) < 0.03
@@ -138,7 +142,7 @@ def test_reads_stay_within_a_group_of_shards():
     shard = order(np.arange(order.total)) // 100
     for start in range(0, order.total, 400):
         assert len(np.unique(shard[start : start + 400])) == 4
-    # The groups are made of shuffled shards.
+    # A group consists of shards that are not neighbours.
     assert len(np.unique(shard[::400] // 4)) > 4
 
 
@@ -148,10 +152,10 @@ def test_ten_million_samples_need_no_memory_per_sample():
     entries = order(np.arange(1024) + 10**11)
     assert len(np.unique(entries)) == 1024
     assert time.perf_counter() - started < 1.0
-    assert sum(a.nbytes for a in order._plan(10**11 // order.total)) < 100_000
+    assert sum(a.nbytes for a in order._layout(10**11 // order.total)) < 100_000
 
 
-def test_wrong_input_is_one_line():
+def test_wrong_input_raises_input_error():
     for sizes in ([], [0, 0]):
         with pytest.raises(InputError, match="no samples"):
             EpochPermutation(0, sizes)

@@ -1,4 +1,4 @@
-"""Batches of stage 1: the same samples on any number of ranks, exact resume, reads ahead, damage."""
+"""Batches of images: equal on any number of ranks, exact resume, read-ahead, and damage."""
 
 import os
 import threading
@@ -17,13 +17,14 @@ from iomm.engine.data.source import ImageSource
 from iomm.engine.shapes.dataset import write_dataset
 from iomm.kernels.philox import CROP, FLIP, uniform
 
-# 72 samples of 30: three epochs, and no batch boundary falls on the end of one
-G, STEPS = 8, 9
+# 72 of 30 samples span three epochs, and no epoch ends at a batch boundary.
+G = 8
+STEPS = 9
 
 
 @pytest.fixture(scope="module")
 def index_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
+    folder = tmp_path_factory.mktemp("dataset")
     return build(
         write_dataset(folder / "tars", num_images=30, size_px=48, shard_size=8),
         folder / "index",
@@ -51,20 +52,24 @@ def source(index_dir, rank=0, world_size=1, micro_batch=4, num_steps=STEPS, **op
 
 
 def joined(batches):
-    """{n: (entry, pixels, vit pixels)} over batches; every n once."""
+    """Return {n: (entry, pixels, vit pixels)} of batches in which every n occurs once."""
     samples = {}
     for batch in batches:
         for n, entry, pixels, vit_pixels in zip(
-            batch.n_B.tolist(), batch.entry_B.tolist(), batch.pixels_BCHW, batch.vit_pixels_BHWC
+            batch.n_B.tolist(),
+            batch.entry_B.tolist(),
+            batch.pixels_BCHW,
+            batch.vit_pixels_BHWC,
+            strict=True,
         ):
             assert n not in samples
             samples[n] = entry, pixels, vit_pixels
     return samples
 
 
-def assert_equal(got, wanted):
-    assert got.keys() == wanted.keys()
-    for n, (entry, pixels, vit_pixels) in wanted.items():
+def assert_equal(got, expected):
+    assert got.keys() == expected.keys()
+    for n, (entry, pixels, vit_pixels) in expected.items():
         assert (
             got[n][0] == entry
             and torch.equal(got[n][1], pixels)
@@ -77,7 +82,7 @@ def whole(index_dir):
     return list(source(index_dir))
 
 
-def test_batches(index_dir, whole):
+def test_batches_follow_the_sampler(index_dir, whole):
     assert len(whole) == len(source(index_dir)) == 2 * STEPS
     order = EpochPermutation(11, Shards(index_dir).shard_sizes)
     for i, batch in enumerate(whole):
@@ -95,9 +100,9 @@ def test_batches(index_dir, whole):
 
 
 @pytest.mark.parametrize("world_size, micro_batch", [(1, 8), (1, 1), (2, 4), (2, 2), (4, 1)])
-def test_any_number_of_ranks_sees_the_same_samples(index_dir, whole, world_size, micro_batch):
+def test_samples_are_the_same_on_any_number_of_ranks(index_dir, whole, world_size, micro_batch):
     ranks = [list(source(index_dir, rank, world_size, micro_batch)) for rank in range(world_size)]
-    # Equal in every global batch, hence in all.
+    # The samples are equal in every global batch.
     for step in range(STEPS):
         per_step = G // micro_batch // world_size
         parts = [
@@ -107,30 +112,36 @@ def test_any_number_of_ranks_sees_the_same_samples(index_dir, whole, world_size,
 
 
 @pytest.mark.parametrize("start_step", [1, 4, 8])
-def test_resumed_in_the_middle_it_goes_on_the_same(index_dir, whole, start_step):
+def test_resume_continues_the_same_sequence(index_dir, whole, start_step):
     tail = list(source(index_dir, start_step=start_step))
     assert len(tail) == 2 * (STEPS - start_step)
     assert_equal(joined(tail), joined(whole[2 * start_step :]))
 
 
-def test_flips_come_from_the_sample_number(index_dir, whole):
-    plain = joined(source(index_dir, flip=False))
+def test_flips_depend_only_on_the_sample_number(index_dir, whole):
+    unflipped = joined(source(index_dir, flip=False))
     flips = uniform(11, FLIP, torch.arange(G * STEPS), 1)[:, 0] < 0.5
     assert 0.3 < flips.float().mean() < 0.7
     for n, (_, pixels, vit_pixels) in joined(whole).items():
-        turned = [
-            image.flip(axis) if flips[n] else image for image, axis in zip(plain[n][1:], (-1, -2))
+        expected = [
+            image.flip(axis) if flips[n] else image
+            for image, axis in zip(unflipped[n][1:], (-1, -2), strict=True)
         ]
-        assert torch.equal(pixels, turned[0]) and torch.equal(vit_pixels, turned[1])
+        assert torch.equal(pixels, expected[0]) and torch.equal(vit_pixels, expected[1])
 
 
-def test_it_reads_nothing_beyond_the_plan_and_leaves_no_thread(index_dir):
+def test_source_reads_only_its_samples_and_leaves_no_thread(index_dir):
     before = threading.active_count()
-    some = source(index_dir, num_steps=2)
+    two_steps = source(index_dir, num_steps=2)
     read = []
-    shards_read = some.shards.decodable_bytes
-    some.shards.decodable_bytes = lambda k: read.append(k) or shards_read(k)
-    batches = list(some)
+    real = two_steps.shards.decodable_bytes
+
+    def recorded(k):
+        read.append(k)
+        return real(k)
+
+    two_steps.shards.decodable_bytes = recorded
+    batches = list(two_steps)
     assert sorted(read) == sorted(entry for batch in batches for entry in batch.entry_B.tolist())
     stopped = iter(source(index_dir))
     next(stopped)
@@ -139,23 +150,23 @@ def test_it_reads_nothing_beyond_the_plan_and_leaves_no_thread(index_dir):
 
 
 def damage(path, at):
-    """Flips a bit as a disk would: the file's time stays."""
+    """Flip one bit as a faulty disk would, without a change of the file's time."""
     data, status = bytearray(path.read_bytes()), path.stat()
     data[at] ^= 1
     path.write_bytes(data)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-def test_a_damaged_sample_is_replaced_alike_on_any_number_of_ranks(tmp_path):
-    """By the next one in the order; named, counted once, and everything else stays as it was."""
+def test_replacement_is_the_same_on_any_number_of_ranks(tmp_path):
+    """The next sample replaces it. It is reported once, and no other sample changes."""
     tars = write_dataset(tmp_path / "tars", num_images=12, size_px=48, shard_size=12)
     folder = build(tars, tmp_path / "index", progress=False)
     before = joined(source(folder, num_steps=2))
-    some = source(folder)
-    # neighbours: the first needs a second attempt
-    entries = [int(some.order(np.array([n]))[0]) for n in (5, 6)]
+    reader = source(folder)
+    # They are neighbours, so the first one needs a second attempt.
+    entries = [int(reader.sampler(np.array([n]))[0]) for n in (5, 6)]
     for entry in entries:
-        damage(tars[0], int(some.shards.index.records[entry]["image_offset"]) + 700)
+        damage(tars[0], int(reader.shards.index.records[entry]["image_offset"]) + 700)
     for world_size, micro_batch in ((1, 4), (2, 2), (4, 1)):
         batches = [
             batch
@@ -167,11 +178,11 @@ def test_a_damaged_sample_is_replaced_alike_on_any_number_of_ranks(tmp_path):
         failures = sorted(
             (failure for batch in batches for failure in batch.failures), key=lambda f: f.n
         )
-        # Once an epoch, of 12 samples.
+        # Each damaged sample occurs once per epoch of 12 samples.
         hit = [n for n, (entry, _, _) in before.items() if entry in entries]
         assert [failure.n for failure in failures] == hit == [f.n for f in failures if not f.fatal]
         for failure in failures:
-            assert failure.shard == 0 and "its bytes are not those" in failure.problem
+            assert failure.shard == 0 and "its bytes differ" in failure.problem
         n = 7
         assert after[5][0] == after[6][0] == before[n][0]
         assert_equal(
@@ -180,57 +191,61 @@ def test_a_damaged_sample_is_replaced_alike_on_any_number_of_ranks(tmp_path):
         )
 
 
-def test_an_image_that_only_dali_refuses_is_replaced(index_dir, whole):
-    some = source(index_dir)
-    whole_image = some.shards.decodable_bytes
-    entries = some.order(np.array([6, 33, 34, 35]))
-    some.shards.decodable_bytes = lambda k: whole_image(k)[:400] if k in entries else whole_image(k)
-    batches = list(some)
-    got, wanted = joined(batches), joined(whole)
-    hit = [n for n, (entry, _, _) in wanted.items() if entry in entries]
+def test_image_refused_by_dali_is_replaced(index_dir, whole):
+    reader = source(index_dir)
+    whole_image = reader.shards.decodable_bytes
+    entries = reader.sampler(np.array([6, 33, 34, 35]))
+    reader.shards.decodable_bytes = lambda k: (
+        whole_image(k)[:400] if k in entries else whole_image(k)
+    )
+    batches = list(reader)
+    got, expected = joined(batches), joined(whole)
+    hit = [n for n, (entry, _, _) in expected.items() if entry in entries]
     failures = [failure for batch in batches for failure in batch.failures]
     assert [failure.n for failure in failures] == hit
-    assert all("DALI cannot decode it, though" in failure.problem for failure in failures)
-    assert got[6][0] == wanted[7][0] and got[33][0] == wanted[36][0]
+    assert all("DALI cannot decode it, although" in failure.problem for failure in failures)
+    assert got[6][0] == expected[7][0] and got[33][0] == expected[36][0]
     assert_equal(
         {k: v for k, v in got.items() if k not in hit},
-        {k: v for k, v in wanted.items() if k not in hit},
+        {k: v for k, v in expected.items() if k not in hit},
     )
 
 
-def test_where_nothing_can_be_had_batches_stay_full_and_say_so(index_dir):
-    some = source(index_dir, num_steps=1)
+def test_batches_stay_full_when_all_samples_are_unreadable(index_dir):
+    reader = source(index_dir, num_steps=1)
 
     def gone(k):
         raise Damaged(f"sample {k} is gone")
 
-    some.shards.decodable_bytes = gone
-    batches = list(some)
+    reader.shards.decodable_bytes = gone
+    batches = list(reader)
     assert [len(batch.pixels_BCHW) for batch in batches] == [4, 4]
     assert all(failure.fatal for batch in batches for failure in batch.failures)
     assert all((batch.pixels_BCHW == -1).all() for batch in batches)
-    skips = BadSamples(1.0, 10)
+    bad_samples = BadSamples(1.0, 10)
     with pytest.raises(
-        InputError, match=r"sample \d+ is gone; nor could the samples that would take its place"
+        InputError, match=r"sample \d+ is gone. The 16 replacement samples were unreadable as well"
     ):
-        skips.saw([failure for batch in batches for failure in batch.failures], 8)
+        bad_samples.record([failure for batch in batches for failure in batch.failures], 8)
 
 
-def test_a_shard_that_shrinks_or_vanishes_while_it_is_read_is_no_bus_error(tmp_path):
+def test_shrinking_or_deleted_shard_is_no_bus_error(tmp_path):
     tars = write_dataset(tmp_path / "tars", num_images=40, size_px=48, shard_size=20)
     folder = build(tars, tmp_path / "index", progress=False)
     batches = iter(source(folder, num_steps=30))
     got = [next(batches)]
     os.truncate(tars[0], 30_000)
-    # An open file stays readable.
+    # A deleted file stays readable while it is open.
     os.remove(tars[1])
     got += list(batches)
     failures = [failure for batch in got for failure in batch.failures]
     assert len(got) == 60 and failures and {failure.shard for failure in failures} == {0}
-    assert all("bytes are there; the shard changed" in failure.problem for failure in failures)
+    assert all(
+        "bytes were read because the shard has changed" in failure.problem for failure in failures
+    )
 
 
-def test_random_crops_come_from_the_sample_number(tmp_path):
+def test_random_crops_depend_only_on_the_sample_number(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (48, 96, 3), dtype=np.uint8)
     (tmp_path / "photos").mkdir()
     for i in range(8):
@@ -250,10 +265,14 @@ def test_random_crops_come_from_the_sample_number(tmp_path):
         )
 
 
-def test_wrong_input_is_one_line(index_dir):
-    with pytest.raises(InputError, match="multiple of train.micro_batch x ranks, got 8 and 3 x 1"):
+def test_wrong_input_raises_input_error(index_dir):
+    with pytest.raises(
+        InputError, match=r"multiple of train\.micro_batch x ranks, got 8 and 3 x 1"
+    ):
         source(index_dir, micro_batch=3)
     with pytest.raises(InputError, match="got 8 and 8 x 2"):
         source(index_dir, micro_batch=8, world_size=2)
-    with pytest.raises(InputError, match="train.global_batch is 32, but there are only 30 samples"):
+    with pytest.raises(
+        InputError, match=r"train\.global_batch is 32, but there are only 30 samples"
+    ):
         source(index_dir, global_batch=32)

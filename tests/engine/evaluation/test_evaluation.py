@@ -73,7 +73,7 @@ def source(tmp_path_factory, mllm):
         vit_px=mllm.vit_px,
         device="cpu",
         num_steps=5,
-        plan=MixtureSampler(3, 8, 4, *plans, 20),
+        sampler=MixtureSampler(3, 8, 4, *plans, 20),
     )
 
 

@@ -229,7 +229,7 @@ def test_concurrent_writers_render_once(tmp_path):
 
 def test_write_dataset_refuses_a_foreign_folder(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(InputError, match="holds something else"):
+    with pytest.raises(InputError, match="holds other files"):
         write_dataset(tmp_path, num_images=2)
     assert os.listdir(tmp_path) == ["thesis.tex"]
 

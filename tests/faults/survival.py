@@ -31,7 +31,7 @@ sys.path[1:1] = [str(ROOT / "tests"), str(ROOT / "tests/helpers")]
 import torch
 from faults import disk, real, trials
 
-from benchmarks.checkpoint import measure
+from benchmarks.micro import measure_saves
 from iomm.engine.observe.doctor import cpu_name, git
 
 RESULTS = ROOT / "benchmarks/results/survival.json"
@@ -65,7 +65,7 @@ def tests(*arguments):
 
 def bounded_loss(folder, num_saves):
     """The demo's state saved so often; the intervals that its times ask for, with the loss at a fault and the stall."""
-    found = measure(folder, parameters=5.5e6, step_s=0.65, num_saves=num_saves)
+    found = measure_saves(folder, parameters=5.5e6, step_s=0.65, num_saves=num_saves)
     return {
         "saves": num_saves,
         "mib": found["bytes"] >> 20,

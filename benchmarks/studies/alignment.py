@@ -23,7 +23,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.lib.harness import Bench
-from benchmarks.report import above_0, command, label
+from benchmarks.report import positive, command, label
 from benchmarks.studies.findings import T_95, widened
 from benchmarks.studies.recipes import read, write
 from iomm.engine.config import load_config
@@ -86,8 +86,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=above_0(int), default=250)
-    parser.add_argument("--seeds", type=above_0(int), default=3, help=f"up to {len(T_95)}")
+    parser.add_argument("--steps", type=positive(int), default=250)
+    parser.add_argument("--seeds", type=positive(int), default=3, help=f"up to {len(T_95)}")
     parser.add_argument("--results", default=str(ROOT / "benchmarks/results"))
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args(argv)

@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import tempfile
 
-from benchmarks.report import above_0
+from benchmarks.report import positive
 from iomm.engine.observe.doctor import machine
 
 RUNS = {"bf16": ("bf16", 0), "fp8": ("fp8", 0), "bf16, another seed": ("bf16", 1)}
@@ -102,7 +102,7 @@ def main():
     )
     parser.add_argument(
         "--steps",
-        type=above_0(int),
+        type=positive(int),
         help=f"default: {STEPS[True]} with a GPU, {STEPS[False]} without",
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")

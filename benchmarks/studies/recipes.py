@@ -46,7 +46,7 @@ from threading import Lock
 
 import torch
 
-from benchmarks.report import above_0
+from benchmarks.report import positive
 from benchmarks.studies.demo import launch
 from benchmarks.studies.findings import (
     SPLITS,
@@ -598,17 +598,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="cpu-smoke: minutes, for the slow tests; cpu-night: two cores, --status prints the "
         "hours; gpu: recipes and editing on one GPU, not run yet",
     )
-    parser.add_argument("--seeds", type=above_0(int), help="default: the budget's")
+    parser.add_argument("--seeds", type=positive(int), help="default: the budget's")
     parser.add_argument(
         "--steps",
-        type=above_0(int),
+        type=positive(int),
         nargs=2,
         metavar=("STAGE_1", "STAGE_2"),
         help="default: the budget's",
     )
     parser.add_argument(
         "--jobs",
-        type=above_0(int),
+        type=positive(int),
         help="cells side by side, of one thread each; default: the budget's",
     )
     parser.add_argument(

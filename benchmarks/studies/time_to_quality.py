@@ -59,7 +59,7 @@ from torch import Tensor
 from benchmarks.lib.ablations import swapped
 from benchmarks.lib.baseline import BaselineModel, Trainer, engine_draws
 from benchmarks.lib.harness import Bench
-from benchmarks.report import above_0, command, label, time_to_quality
+from benchmarks.report import positive, command, label, time_to_quality
 from benchmarks.studies.recipes import write
 from iomm.config import PRESETS, InputError
 from iomm.engine import builders, launch
@@ -725,9 +725,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--stage", choices=tuple(launch.STAGES), default="pretrain")
     parser.add_argument("--config", help="default: the stage's demo")
-    parser.add_argument("--seconds", type=above_0(float), help="own time a variant")
-    parser.add_argument("--slice", type=above_0(float), default=20.0, help="seconds of a turn")
-    parser.add_argument("--seeds", type=above_0(int), default=3)
+    parser.add_argument("--seconds", type=positive(float), help="own time a variant")
+    parser.add_argument("--slice", type=positive(float), default=20.0, help="seconds of a turn")
+    parser.add_argument("--seeds", type=positive(int), default=3)
     parser.add_argument(
         "--variants",
         type=listed(variant_name),
@@ -736,25 +736,25 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--losses",
-        type=listed(above_0(float)),
+        type=listed(positive(float)),
         default=[],
         help="held-out losses to reach, separated by commas; default: those that the first variant "
         "has after a quarter, half and all of its time",
     )
     parser.add_argument(
         "--scores",
-        type=listed(above_0(float)),
+        type=listed(positive(float)),
         default=list(SCORES),
         help="strict scores to reach, separated by commas",
     )
-    parser.add_argument("--threads", type=above_0(int), help="CPU threads; default: all cores")
+    parser.add_argument("--threads", type=positive(int), help="CPU threads; default: all cores")
     parser.add_argument(
         "--per-kind",
-        type=above_0(int),
+        type=positive(int),
         default=8,
         help="pictures that are scored of each kind of caption",
     )
-    parser.add_argument("--draw-steps", type=above_0(int), default=20, help="Euler steps of each")
+    parser.add_argument("--draw-steps", type=positive(int), default=20, help="Euler steps of each")
     parser.add_argument("--results", default=str(ROOT / "benchmarks/results"))
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args(argv)

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.report import short
+from benchmarks.report import short_commits
 from benchmarks.studies import findings
 from benchmarks.studies.findings import (
     ABOVE,
@@ -553,8 +553,8 @@ def test_rows_name_the_commits_of_their_runs(tmp_path, played):
     sorted((tmp_path / "runs/cpu-smoke").glob("finetune-*"))[0].joinpath("machine.json").unlink()
     assert {*commits().pop().split(", ")} == {"a" * 40, "unknown"}
     assert (
-        short(f"{'a' * 40}, {'b' * 40} and changes") == "aaaaaaaaa, bbbbbbbbb+"
-        and short("c" * 40) == "ccccccccc"
+        short_commits(f"{'a' * 40}, {'b' * 40} and changes") == "aaaaaaaaa, bbbbbbbbb+"
+        and short_commits("c" * 40) == "ccccccccc"
     )
 
 

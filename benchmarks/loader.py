@@ -56,7 +56,7 @@ NUM_CORES, ROUNDS, BATCHES_A_ROUND, WARM_UP = 2, 5, 8, 4
 
 
 class PillowDataset(torch.utils.data.Dataset):
-    """The usual code: open, convert, resize, crop, to tensor, normalise; in the run's data order."""
+    """The usual pipeline (open, convert, resize, crop, normalise), in the run's data order."""
 
     def __init__(self, index_dir: Path, order: Callable):
         self.index_dir, self.order, self.shards = index_dir, order, None

@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks.report import positive, command
+from benchmarks.report import command, positive
 from iomm.config import InputError
 from iomm.engine.parallel import ranks as group
 

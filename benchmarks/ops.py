@@ -102,13 +102,15 @@ def check(case: Case, backend: Callable, device: str, dtype: torch.dtype) -> flo
         equal = all(torch.equal(a, b) for a, b in zip(got, same_dtype, strict=True))
         return 0.0 if equal else float("inf")
     worst = 0.0
-    for mine, theirs, wanted in zip(
+    for mine, theirs, expected in zip(
         got, same_dtype, run_whole(case.reference, exact_inputs), strict=True
     ):
-        if wanted.numel():
-            mine, theirs, wanted = (x.detach().double().cpu() for x in (mine, theirs, wanted))
-            budget = 2 * (theirs - wanted).abs().max() + torch.finfo(dtype).eps * wanted.abs().max()
-            ratio = ((mine - wanted).abs().max() / budget).item()
+        if expected.numel():
+            mine, theirs, expected = (x.detach().double().cpu() for x in (mine, theirs, expected))
+            budget = (
+                2 * (theirs - expected).abs().max() + torch.finfo(dtype).eps * expected.abs().max()
+            )
+            ratio = ((mine - expected).abs().max() / budget).item()
             worst = max(worst, ratio) if ratio == ratio else float("inf")
     return worst
 
@@ -249,9 +251,9 @@ def cuda_ops_once() -> None:
                 moved = [x.cuda() if isinstance(x, Tensor) else x for x in inputs]
                 tolerance = 0 if case.exact else torch.finfo(dtype).eps
                 outputs = run_whole(case.backends["cuda"], moved)
-                for got, wanted in zip(outputs, run_whole(case.reference, inputs), strict=True):
+                for got, expected in zip(outputs, run_whole(case.reference, inputs), strict=True):
                     torch.testing.assert_close(
-                        got.cpu(), wanted, rtol=tolerance, atol=tolerance and 1e-6
+                        got.cpu(), expected, rtol=tolerance, atol=tolerance and 1e-6
                     )
     torch.cuda.synchronize()
 

@@ -33,7 +33,7 @@ sys.path[1:1] = [str(ROOT / "tests"), str(ROOT / "tests/helpers")]
 import torch
 from faults import disk, real, trials
 
-from benchmarks.checkpoint import measure
+from benchmarks.micro import measure_saves
 from iomm.engine.observe.doctor import cpu_name, git
 
 RESULTS = ROOT / "benchmarks/results/survival.json"
@@ -67,7 +67,7 @@ def tests(*arguments):
 
 def bounded_loss(folder, num_saves):
     """Save the demo's state, and return what a fault loses at the planned intervals."""
-    found = measure(folder, parameters=5.5e6, step_s=0.65, num_saves=num_saves)
+    found = measure_saves(folder, parameters=5.5e6, step_s=0.65, num_saves=num_saves)
     return {
         "saves": num_saves,
         "mib": found["bytes"] >> 20,

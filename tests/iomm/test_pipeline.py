@@ -217,7 +217,7 @@ def script(name):
 def test_sampling_rate_becomes_readme_rows(folder):
     pipe = folder[1]
     pipe.batch = 2
-    row = script("sampling").sampling_rate(pipe, steps=3, guidance=2.0, size=(16, 32), batches=2)
+    row = script("micro").sampling_rate(pipe, steps=3, guidance=2.0, size=(16, 32), batches=2)
     pipe.batch = 16
     assert row["images_per_s"] > 0 and len(row["batch_s"]) == 2 and row["batch"] == 2
     flops = pipe.model.generator.flops_per_image((4, 8), row["num_condition"])

@@ -411,7 +411,8 @@ def test_wait_until_free_waits_for_a_training_run(tmp_path):
     code = (
         "import sys, time; from pathlib import Path\n"
         "from iomm.engine.resilience import checkpoint_writer\n"
-        "folder = Path(sys.argv[1]); checkpoint_writer.lock_run_dir(folder); print('taken', flush=True)\n"
+        "folder = Path(sys.argv[1]); checkpoint_writer.lock_run_dir(folder)\n"
+        "print('taken', flush=True)\n"
         "time.sleep(1); (folder / 'ended').touch()"
     )
     with subprocess.Popen(

@@ -33,7 +33,9 @@ def start_server(settings: tuple[tuple[str, str], ...]) -> None:
         os.environ.update(before)
 
 
-def run_script(script: str, arguments: Sequence[str], environment: dict, output: str) -> None:
+def run_script(
+    script: str, arguments: Sequence[str], environment: dict[str, str], output: str
+) -> None:
     """Run a script as `python SCRIPT ARGUMENTS` would, with stdout and stderr appended to a file."""
     file = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     for number in (1, 2):

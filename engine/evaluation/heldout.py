@@ -32,8 +32,7 @@ from iomm.engine.shapes.scorer import score as score_picture
 from iomm.flow import velocity_loss
 from iomm.kernels.noisy_tokens import noisy_tokens
 from iomm.model import IOMM, grid
-from iomm.pipeline import draw as sample_pixels
-from iomm.pipeline import to_images
+from iomm.pipeline import sample_pixels, to_images
 
 if TYPE_CHECKING:
     from iomm.engine.parallel.ranks import Ranks

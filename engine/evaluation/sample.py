@@ -23,8 +23,7 @@ from iomm.engine.data.shards import Shards
 from iomm.engine.data.source import ImageSource
 from iomm.masking import visible_mask
 from iomm.model import IOMM
-from iomm.pipeline import CARD, Pipeline, height_width, image_grid, to_images
-from iomm.pipeline import draw as sample_pixels
+from iomm.pipeline import CARD, Pipeline, height_width, image_grid, sample_pixels, to_images
 
 
 def open_pipeline(

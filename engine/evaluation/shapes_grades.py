@@ -22,8 +22,7 @@ from iomm.engine.shapes.scorer import parse, score, score_edit
 from iomm.masking import visible_mask
 from iomm.mllm import RECONSTRUCT
 from iomm.model import IOMM
-from iomm.pipeline import draw as sample_pixels
-from iomm.pipeline import to_images
+from iomm.pipeline import sample_pixels, to_images
 from iomm.vae import Latents
 
 # What the model is conditioned on: a caption; a picture, masked as in training; a picture and an

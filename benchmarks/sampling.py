@@ -26,7 +26,7 @@ def sampling_rate(pipeline, *, steps=20, guidance=4.0, size=None, batches=3, com
     model, size, num = pipeline.model, height_width(size or pipeline.size_px), pipeline.batch
     mllm, vae = model.frozen
     texts = [f"{i} red circles beside a blue square" for i in range(num)]
-    num_condition = model.read(mllm.condition(texts[:1]))[0].shape[1]
+    num_condition = model.encode_condition(mllm.condition(texts[:1]))[0].shape[1]
     settings = dict(guidance=guidance, size=size)
     pipeline(texts, steps=1, **settings)
     seconds = []

@@ -344,7 +344,8 @@ def prepared_bytes(model, config, micro_batch):
         values = rows * columns * model.alignment.target_width
         target = num_aligned(config, micro_batch) * values * config.dtype.itemsize
     return (
-        micro_batch * (latents + mllm.prefix_numbers(num_prefix) * config.dtype.itemsize) + target
+        micro_batch * (latents + mllm.num_prefix_elements(num_prefix) * config.dtype.itemsize)
+        + target
     )
 
 

@@ -14,7 +14,7 @@ from iomm.engine.parallel.prefetch import Prefetcher
 from iomm.engine.resilience.preemption import Stop
 from iomm.engine.state import save
 from iomm.flow import loss_by_time
-from iomm.profiling import each, named, whole
+from iomm.profiling import named, named_each, named_whole
 
 
 def train_step(sharded, batches, factor=None, look_ahead=None):
@@ -29,7 +29,7 @@ def train_step(sharded, batches, factor=None, look_ahead=None):
     """
     losses, by_time, wait_s, failures, seen, aligned = [], 0, 0.0, [], [], []
     # One micro-batch each
-    for batch in each("data", batches):
+    for batch in named_each("data", batches):
         # R: samples x train.noise_draws.
         loss, loss_R, t_R, *align_I = sharded(*batch.inputs)
         losses.append(loss_R.mean() if align_I else loss.detach())
@@ -169,7 +169,7 @@ def evaluate(state, evaluation, saver, watch):
     # It may take longer than a step.
     watch.rest()
     try:
-        with whole("evaluation"):
+        with named_whole("evaluation"):
             return evaluation(state)
     except Exception:
         saver.wait()

@@ -234,7 +234,7 @@ def norms(config, names, present):
     ]
 
 
-def describe(config, patch):
+def to_diffusers_config(config, patch):
     """GeneratorConfig -> diffusers' config.json. Raises InputError for what their class cannot say."""
     if config.kind == "mmdit":
         if config.rope_theta != 10000.0:
@@ -278,7 +278,7 @@ def describe(config, patch):
     return description if config.norm_affine else description | {NORM_FREE: True}
 
 
-def understand(description, where):
+def from_diffusers_config(description, where):
     """Diffusers' config.json -> (GeneratorConfig, patch). Raises InputError unless it describes one of our shapes."""
     read, patch = dict(description), 1
     try:
@@ -313,7 +313,7 @@ def understand(description, where):
         if isinstance(error, InputError):
             raise
         raise InputError(f"{where} lacks or misstates {error}") from error
-    wanted = describe(config, patch)
+    wanted = to_diffusers_config(config, patch)
     free = {"axes_lens", "pooled_projection_dim", "out_channels"}
     wrong = [
         f"{key}={read.get(key)!r} (wanted {value!r})"

@@ -80,7 +80,7 @@ class MLLM(Frozen):
         side = self.vit_px // config.vision_config.patch_size[0]
         self.num_image_tokens = int(side * config.downsample_ratio) ** 2
         self.max_positions = config.text_config.max_position_embeddings
-        self.heads, self.finish = heads, finish
+        self.project_qkv, self.finish_layer = project_qkv, finish_layer
 
     def compile_parts(self, backend="inductor"):
         """Layers of the ViT and either half of a decoder layer become graphs of torch.compile: one for all layers alike.
@@ -88,9 +88,9 @@ class MLLM(Frozen):
         """
         for layer in self.backbone.vision_tower.encoder.layer:
             layer.forward = torch.compile(layer.forward, fullgraph=True, backend=backend)
-        self.heads, self.finish = (
+        self.project_qkv, self.finish_layer = (
             torch.compile(part, dynamic=True, fullgraph=True, backend=backend)
-            for part in (heads, finish)
+            for part in (project_qkv, finish_layer)
         )
 
     @property
@@ -198,7 +198,7 @@ class MLLM(Frozen):
         seen, own = layers * num_queries * num_prefix * pair, layers * num_queries**2 * pair
         return prefix, linears + seen + own, linears + seen + 2 * own
 
-    def prefix_numbers(self, num_prefix):
+    def num_prefix_elements(self, num_prefix):
         """How many numbers one image's condition is: its tokens, and the keys and values that `prefix` keeps of them."""
         text = self.backbone.config.text_config
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -221,7 +221,7 @@ class MLLM(Frozen):
             x_SD = torch.empty(num_queries, self.width, dtype=dtype, requires_grad=True)
             rotary = (torch.empty(1, num_queries, layer.self_attn.head_dim, dtype=dtype),) * 2
         return (
-            lambda: finish(layer, x_SD, attention(*heads(layer, x_SD, rotary)))
+            lambda: finish_layer(layer, x_SD, attention(*project_qkv(layer, x_SD, rotary)))
         ), layer.parameters()
 
     @torch.no_grad()
@@ -302,10 +302,10 @@ class MLLM(Frozen):
         cache = []
         for i, layer in enumerate(decoder.layers):
             whole = outputs or i < len(decoder.layers) - 1
-            q, k, v = self.heads(layer, x_TD, rotary, with_query=whole)
+            q, k, v = self.project_qkv(layer, x_TD, rotary, with_query=whole)
             cache.append((k, v))
             if whole:
-                x_TD = self.finish(
+                x_TD = self.finish_layer(
                     layer, x_TD, masked_attention(q, k, v, condition.offsets, causal=True)
                 )
         return cache, decoder.norm(x_TD) if outputs else None
@@ -328,7 +328,7 @@ class MLLM(Frozen):
             0, batch * num + 1, num, dtype=torch.int32, device=queries_BQD.device
         )
         for layer, (prefix_k, prefix_v) in zip(decoder.layers, cache, strict=True):
-            q, k, v = self.heads(layer, x_SD, rotary)
+            q, k, v = self.project_qkv(layer, x_SD, rotary)
             mixed = masked_attention(
                 q,
                 k,
@@ -339,11 +339,11 @@ class MLLM(Frozen):
                 prefix_offsets=condition.offsets,
                 causal=causal,
             )
-            x_SD = self.finish(layer, x_SD, mixed)
+            x_SD = self.finish_layer(layer, x_SD, mixed)
         return decoder.norm(x_SD).view(batch, num, width)
 
 
-def heads(layer, x_TD, rotary, with_query=True):
+def project_qkv(layer, x_TD, rotary, with_query=True):
     """Queries (or None), keys and values of one decoder layer, rotated: (T, A, E), (T, G, E), (T, G, E)."""
     attention = layer.self_attn
     x_TD = layer.input_layernorm(x_TD)
@@ -362,7 +362,7 @@ def heads(layer, x_TD, rotary, with_query=True):
     )
 
 
-def finish(layer, x_TD, mixed_TAE):
+def finish_layer(layer, x_TD, mixed_TAE):
     """The rest of a decoder layer after its attention: output projection, residual, feed-forward."""
     x_TD = x_TD + layer.self_attn.o_proj(mixed_TAE.flatten(-2))
     return x_TD + layer.mlp(layer.post_attention_layernorm(x_TD))

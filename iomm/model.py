@@ -144,7 +144,7 @@ class IOMM(nn.Module):
         # steps 2, 3, 4, 5
         given = sample[0] if isinstance(sample[0], Prepared) else self.prepare(*sample)
         # steps 6, 7
-        hidden_BCD, lengths_B = self.read(given.condition, given.prefix)
+        hidden_BCD, lengths_B = self.encode_condition(given.condition, given.prefix)
         hidden_RCD, lengths_R = self.for_each_draw(hidden_BCD), self.for_each_draw(lengths_B)
         inputs = given.noisy_RNK, given.t_R, hidden_RCD, lengths_R, given.grid
         if self.alignment is None:
@@ -272,7 +272,7 @@ class IOMM(nn.Module):
         with named("prefix"):
             return mllm.prefix(condition, outputs=self.recipe.adapter.conditions == "all")
 
-    def read(self, condition, prefix=None):
+    def encode_condition(self, condition, prefix=None):
         """Condition (and its `prefix`, if that is there) -> what conditions the generator, (B, C, D), and its lengths (B,) or
         None: steps 6 and 7.
 

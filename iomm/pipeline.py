@@ -212,7 +212,7 @@ class Pipeline:
                 tokens_IPD = mllm.image_tokens(
                     torch.cat([self._vit_pixels(picture) for picture in pictures[part]])
                 )
-            pixels = draw(
+            pixels = sample_pixels(
                 self.model,
                 mllm.condition(read, tokens_IPD),
                 number_B[part].to(device),
@@ -225,7 +225,7 @@ class Pipeline:
 
 
 @torch.no_grad()
-def draw(
+def sample_pixels(
     model,
     condition,
     image_B,
@@ -246,12 +246,12 @@ def draw(
     """
     mllm, vae = model.frozen
     rows, columns = grid = vae.grid(*height_width(size_px))
-    read_BCD, lengths_B = model.read(condition)
+    read_BCD, lengths_B = model.encode_condition(condition)
     if row_B is not None:
         read_BCD, lengths_B = read_BCD[row_B], None if lengths_B is None else lengths_B[row_B]
     empty_BCD = None
     if guidance != 1.0:
-        empty_1CD, _ = model.read(mllm.condition([""]))
+        empty_1CD, _ = model.encode_condition(mllm.condition([""]))
         # conditions "all": as long as the prompt
         if lengths_B is not None or empty_1CD.shape[1] != read_BCD.shape[1]:
             own_B = (

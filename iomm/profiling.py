@@ -26,7 +26,7 @@ def named(name):
 
 
 @contextmanager
-def whole(name):
+def named_whole(name):
     """A named part whose inner parts are ranges of the trace alone: the clock takes all of its time for this one."""
     with named(name):
         token = RUNNING.set(None)
@@ -36,7 +36,7 @@ def whole(name):
             RUNNING.reset(token)
 
 
-def each(name, items):
+def named_each(name, items):
     """The items, each fetched inside a named part."""
     items, end = iter(items), object()
     while True:

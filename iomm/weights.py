@@ -12,7 +12,13 @@ from safetensors.torch import load_file, save_file
 
 from iomm.config import InputError
 from iomm.generator import empty_generator
-from iomm.layout import TEXT_EMBEDDER, Layout, check_tensors, describe, understand
+from iomm.layout import (
+    TEXT_EMBEDDER,
+    Layout,
+    check_tensors,
+    from_diffusers_config,
+    to_diffusers_config,
+)
 
 CONFIG, STEM = "config.json", "diffusion_pytorch_model"
 INDEX = f"{STEM}.safetensors.index.json"
@@ -27,7 +33,7 @@ def export_generator(
     `state`: another state dict of the same names, such as the EMA's. `dtype`: of the file, the weights' own by default.
     config.json goes last, so that a folder cut short by a kill is no model.
     """
-    description = describe(model.config, patch)
+    description = to_diffusers_config(model.config, patch)
     theirs = Layout(model.config, patch).to_theirs(model.state_dict() if state is None else state)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,7 +70,7 @@ def load_generator(folder, *, device="cpu", dtype=None):
     Raises InputError that says what is missing, unknown, damaged or of a shape that this engine does not have.
     """
     folder = Path(folder)
-    config, patch = understand(read_json(folder / CONFIG), folder / CONFIG)
+    config, patch = from_diffusers_config(read_json(folder / CONFIG), folder / CONFIG)
     if (folder / INDEX).is_file():
         weight_map = read_json(folder / INDEX).get("weight_map")
         files = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []

@@ -65,8 +65,8 @@ def whole_pass(mllm, queries_BQD, condition, cache, *, causal=True):
     x_SD, rotary = torch.cat(tokens), decoder.rotary_emb(queries_BQD, torch.cat(positions)[None])
     offsets = condition.offsets + num * torch.arange(batch + 1, dtype=torch.int32, device=device)
     for layer in decoder.layers:
-        q, k, v = mllm.heads(layer, x_SD, rotary)
-        x_SD = mllm.finish(layer, x_SD, masked_attention(q, k, v, offsets, causal=causal))
+        q, k, v = mllm.project_qkv(layer, x_SD, rotary)
+        x_SD = mllm.finish_layer(layer, x_SD, masked_attention(q, k, v, offsets, causal=causal))
     return decoder.norm(x_SD)[torch.cat(is_query).to(device)].view(batch, num, width)
 
 

@@ -23,7 +23,7 @@ from iomm.engine.data.source import Batch
 from iomm.engine.parallel.optim import STACK_BYTES, orthogonal_stack, stacks_of
 from iomm.flow import sample_time
 from iomm.kernels.philox import CAPTION_DROP, NOISE, TIME, normal, uniform
-from iomm.layout import Layout, describe
+from iomm.layout import Layout, to_diffusers_config
 from iomm.masking import visible_mask
 from iomm.mllm import IMAGE, MLLM, RECONSTRUCT, TURN
 from iomm.vae import Latents
@@ -109,7 +109,7 @@ class BaselineModel(nn.Module):
         self.before = mllm.token_ids(TURN[0] + RECONSTRUCT + IMAGE[0])
         self.after = mllm.token_ids(IMAGE[1] + TURN[1])
         self.generator = FluxTransformer2DModel(
-            **{k: v for k, v in describe(shape, vae.patch).items() if k != "_class_name"}
+            **{k: v for k, v in to_diffusers_config(shape, vae.patch).items() if k != "_class_name"}
         )
         self.adapter = Adapter(adapter.num_queries, mllm.width, mllm.width // adapter.head_dim)
 

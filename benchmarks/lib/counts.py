@@ -171,7 +171,7 @@ def step_counts():
     optimizer.zero_grad()
     count("vae", lambda: model.encode(pixels, n_B))
     condition = count("vit and condition", lambda: model.condition(vit_pixels, n_B))
-    count("adapter and MLLM", lambda: model.read(condition))
+    count("adapter and MLLM", lambda: model.encode_condition(condition))
     loss = count("forward", lambda: model(pixels, vit_pixels, n_B))[0]
     count("backward", loss.backward)
     count("optimizer", optimizer.step)

@@ -25,7 +25,7 @@ from iomm.engine.shapes.scorer import score as score_picture
 from iomm.flow import velocity_loss
 from iomm.kernels.noisy_tokens import noisy_tokens
 from iomm.model import grid
-from iomm.pipeline import draw, to_images
+from iomm.pipeline import sample_pixels, to_images
 
 # Between image (0) and noise (1)
 TIMES = tuple((i + 0.5) / 8 for i in range(8))
@@ -188,7 +188,9 @@ class Evaluation:
                 mine += zip(
                     numbers,
                     to_images(
-                        draw(model, condition, number_B, guidance=evaluate.guidance, **settings)
+                        sample_pixels(
+                            model, condition, number_B, guidance=evaluate.guidance, **settings
+                        )
                     ),
                 )
             prompts = [self.prompts[n % len(self.prompts)] for n in range(num)]
@@ -201,7 +203,8 @@ class Evaluation:
                 if batch.latents_BCHW is None
                 else model.frozen[1].decode(batch.latents_BCHW)
             )
-            originals, drawn = to_images(looks), to_images(draw(model, condition, n_B, **settings))
+            originals = to_images(looks)
+            drawn = to_images(sample_pixels(model, condition, n_B, **settings))
             visible = visible_parts(model, n_B + FIRST_N, originals)
             mine += zip(batch.n_B.tolist(), originals, visible, drawn)
         num = len(self.drawn["image"])
@@ -284,7 +287,9 @@ def losses_at(model, batch):
         if batch.latents_BCHW is not None
         else model.encode(batch.pixels_BCHW, n_B)
     )
-    read = model.read(model.condition(batch.vit_pixels_BHWC, n_B, batch.captions, batch.has_image))
+    read = model.encode_condition(
+        model.condition(batch.vit_pixels_BHWC, n_B, batch.captions, batch.has_image)
+    )
     losses = []
     for t in TIMES:
         t_B = torch.full((len(n_B),), t, device=n_B.device)

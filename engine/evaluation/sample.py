@@ -17,7 +17,7 @@ from iomm.engine import builders
 from iomm.engine.data.shards import Shards
 from iomm.engine.data.source import ImageSource
 from iomm.masking import visible_mask
-from iomm.pipeline import CARD, Pipeline, draw, height_width, image_grid, to_images
+from iomm.pipeline import CARD, Pipeline, height_width, image_grid, sample_pixels, to_images
 
 
 def open_pipeline(run_dir, *, weights="ema", device="cpu"):
@@ -122,7 +122,7 @@ def reconstruct(config, model, num, steps, seed, shift, device):
     n_B = batch.n_B.to(device)
     condition = model.condition(batch.vit_pixels_BHWC, n_B)
     image_B = torch.arange(num, device=device)
-    drawn = draw(
+    drawn = sample_pixels(
         model, condition, image_B, size_px=config.data.size_px, steps=steps, seed=seed, shift=shift
     )
     originals = to_images(batch.pixels_BCHW)

@@ -19,8 +19,7 @@ from iomm.engine.shapes.scorer import kept, parse, score
 from iomm.masking import visible_mask
 from iomm.mllm import RECONSTRUCT
 from iomm.model import IOMM
-from iomm.pipeline import draw as draw_pixels
-from iomm.pipeline import to_images
+from iomm.pipeline import sample_pixels, to_images
 
 # What the model is shown: a caption; a picture, masked as in training; a picture and an instruction.
 WAYS = ("text", "image", "edit")
@@ -124,7 +123,7 @@ def grade(
             positions=model.recipe.mask.positions,
         )
         pictures += to_images(
-            draw_pixels(
+            sample_pixels(
                 model, condition, n_B, size_px=size_px, steps=steps, guidance=guidance, seed=seed
             )
         )

@@ -70,8 +70,8 @@ def pixels(batch, height, width, dtype=torch.float32):
 
 
 def test_ragged_prefixes_and_other_layers_need_no_graphs_of_their_own(folder):
-    """One graph a ViT layer; of `heads` one in the prefix, its last layer's without queries, and two with gradient (the
-    first layer's input is a view of the queries); of `finish` one without and two with gradient.
+    """One graph a ViT layer; of `project_qkv` one in the prefix, its last layer's without queries, and two with gradient (the
+    first layer's input is a view of the queries); of `finish_layer` one without and two with gradient.
     """
     mllm = load_mllm(str(folder), dtype=torch.float32)
     mllm.compile_parts(backend="eager")

@@ -58,7 +58,7 @@ def main():
 
     encode, read, call, step, train, train_step = (
         IOMM.encode,
-        IOMM.read,
+        IOMM.encode_condition,
         zero.Sharded.__call__,
         zero.Sharded.step,
         loop.train,
@@ -103,7 +103,8 @@ def main():
         record["applied"].append(result[2])
         return result
 
-    IOMM.read, zero.Sharded.__call__, zero.Sharded.step = read_spoilt, call_spoilt, step_spoilt
+    IOMM.encode_condition = read_spoilt
+    zero.Sharded.__call__, zero.Sharded.step = call_spoilt, step_spoilt
     loop.train, loop.train_step = train_recorded, step_recorded
     code = launch.main(sys.argv[3:])
     with open(f"{report}-rank{launch.os.environ['RANK']}.json", "w") as file:

@@ -92,7 +92,7 @@ def test_alignment_is_the_mean_over_a_samples_noise_draws(mllm, pairs):
     _, latents_RND = model.velocity(
         given.noisy_RNK,
         given.t_R,
-        model.read(given.condition)[0].repeat_interleave(2, 0),
+        model.encode_condition(given.condition)[0].repeat_interleave(2, 0),
         None,
         given.grid,
         tap=model.recipe.align.block_in(4),

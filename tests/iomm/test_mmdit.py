@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from iomm.config import PRESETS, GeneratorConfig, InputError, generator_config
 from iomm.generator import empty_generator, new_generator
-from iomm.layout import Layout, describe
+from iomm.layout import Layout, to_diffusers_config
 from iomm.mmdit import MMDiT, grid_tables
 
 SMALL = GeneratorConfig(width=64, num_heads=2, num_blocks=2, token_dim=12, condition_dim=20)
@@ -43,7 +43,9 @@ def twin(model, dtype=torch.float64):
     from diffusers import FluxTransformer2DModel
 
     description = {
-        key: value for key, value in describe(model.config, 1).items() if key != "_class_name"
+        key: value
+        for key, value in to_diffusers_config(model.config, 1).items()
+        if key != "_class_name"
     }
     theirs = FluxTransformer2DModel(**description).to(dtype)
     theirs.load_state_dict(Layout(model.config, 1).to_theirs(model.state_dict()), strict=True)

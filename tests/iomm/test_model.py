@@ -15,7 +15,7 @@ from iomm.kernels.noisy_tokens import noisy_tokens
 from iomm.kernels.philox import CAPTION_DROP, TIME, uniform
 from iomm.masking import visible_mask
 from iomm.mllm import IMAGE, RECONSTRUCT, TURN
-from iomm.pipeline import draw
+from iomm.pipeline import sample_pixels
 
 
 @pytest.mark.parametrize(
@@ -59,11 +59,11 @@ def test_guidance_with_ragged_conditions(mllm):
     """All outputs of prompts of three lengths, guided: each picture is the one drawn alone."""
     model = build(mllm, conditions="all").eval()
     texts = ["", "one", RECONSTRUCT]
-    together = draw(
+    together = sample_pixels(
         model, mllm.condition(texts), torch.arange(3), size_px=SIZE, steps=2, guidance=3.0
     )
     for i, text in enumerate(texts):
-        alone = draw(
+        alone = sample_pixels(
             model, mllm.condition([text]), torch.tensor([i]), size_px=SIZE, steps=2, guidance=3.0
         )
         assert torch.allclose(alone[0], together[i], atol=1e-4)
@@ -271,7 +271,7 @@ def test_noise_draws_are_the_mean_over_times_and_noises_of_one_condition(mllm, s
         and loss_R.shape == (9,)
         and torch.allclose(loss, loss_R.mean())
     )
-    read = model.read(model.condition(inputs[1], n_B))
+    read = model.encode_condition(model.condition(inputs[1], n_B))
     for k in range(3):
         n_B_of_draw = n_B * 3 + k
         noisy_BNK, target_BNK = noisy_tokens(inputs[0], t_R[k::3], 3, n_B_of_draw, 4)

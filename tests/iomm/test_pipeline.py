@@ -11,7 +11,7 @@ from PIL import Image
 from toy_models import build
 
 from iomm.config import InputError
-from iomm.pipeline import Pipeline, draw, image_grid, to_images
+from iomm.pipeline import Pipeline, image_grid, sample_pixels, to_images
 
 SETTINGS = dict(steps=2, guidance=2.0)
 
@@ -76,9 +76,11 @@ def test_seed_and_number_make_a_picture_in_any_list(folder):
 
 def test_the_mllm_reads_each_text_of_a_batch_once_and_the_empty_prompt_once(folder, monkeypatch):
     pipe, read = folder[1], []
-    original = pipe.model.read
+    original = pipe.model.encode_condition
     monkeypatch.setattr(
-        pipe.model, "read", lambda condition: read.append(condition.batch) or original(condition)
+        pipe.model,
+        "encode_condition",
+        lambda condition: read.append(condition.batch) or original(condition),
     )
     pipe(["a red circle", "two", "a red circle", "a red circle"], steps=3, guidance=2.0)
     assert read == [2, 1]
@@ -189,7 +191,7 @@ def test_pixels_become_images_and_images_a_grid():
 def test_draw_without_guidance_never_reads_the_empty_prompt(folder):
     pipe = folder[1]
     condition = pipe.model.frozen[0].condition(["x"])
-    assert draw(pipe.model, condition, torch.tensor([0]), size_px=32, steps=1).shape == (
+    assert sample_pixels(pipe.model, condition, torch.tensor([0]), size_px=32, steps=1).shape == (
         1,
         3,
         32,

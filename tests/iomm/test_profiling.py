@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from iomm import profiling
-from iomm.profiling import Clock, each, named, whole
+from iomm.profiling import Clock, named, named_each, named_whole
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_the_split_sums_to_the_step_and_what_is_nested_counts_once(ticks):
                 ticks(4)
             ticks(8)
         ticks(16)
-        for _ in each("data", iter("ab")):
+        for _ in named_each("data", iter("ab")):
             ticks(32)
         split, beside = clock.read()
         assert (
@@ -47,7 +47,7 @@ def test_the_split_sums_to_the_step_and_what_is_nested_counts_once(ticks):
 def test_a_whole_part_keeps_the_time_of_those_in_it(ticks):
     clock = Clock("cpu")
     with clock:
-        with whole("evaluation"), named("generator"):
+        with named_whole("evaluation"), named("generator"):
             ticks(2)
         with named("generator"):
             ticks(4)

@@ -12,7 +12,7 @@ from iomm.generator import empty_generator, new_generator
 from iomm.kernels.noisy_tokens import patch_tokens, unpatch
 from iomm.layers import rope_tables
 from iomm.layout import NORM_FREE as NORM_FREE_KEY
-from iomm.layout import Layout, describe
+from iomm.layout import Layout, to_diffusers_config
 from iomm.single_stream import SingleStream, joint_tables
 
 PATCH = 2
@@ -51,7 +51,7 @@ def twin(model, dtype=torch.float64):
 
     description = {
         key: value
-        for key, value in describe(model.config, PATCH).items()
+        for key, value in to_diffusers_config(model.config, PATCH).items()
         if key not in ("_class_name", NORM_FREE_KEY)
     }
     theirs = ZImageTransformer2DModel(**description).to(dtype)

@@ -16,7 +16,7 @@ from test_single_stream import run_twin as run_zimage
 
 from iomm.config import PRESETS, InputError
 from iomm.generator import empty_generator, new_generator
-from iomm.layout import Layout, describe, understand
+from iomm.layout import Layout, from_diffusers_config, to_diffusers_config
 from iomm.weights import export_generator, load_generator, load_module, save_module
 
 CONFIGS = pytest.mark.parametrize(
@@ -103,8 +103,11 @@ def test_another_state_and_another_dtype_are_exported_by_choice(tmp_path):
 @CONFIGS
 @pytest.mark.parametrize("patch", [2, 1])
 def test_a_config_survives_its_description(config, patch):
-    assert understand(describe(config, patch), "here")[0] == config
-    assert understand(json.loads(json.dumps(describe(config, patch))), "here")[0] == config
+    assert from_diffusers_config(to_diffusers_config(config, patch), "here")[0] == config
+    assert (
+        from_diffusers_config(json.loads(json.dumps(to_diffusers_config(config, patch))), "here")[0]
+        == config
+    )
 
 
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name != "demo"])
@@ -113,7 +116,7 @@ def test_the_presets_fit_diffusers_models_exactly(preset):
     import diffusers
 
     config = PRESETS[preset]
-    description = describe(config, 2)
+    description = to_diffusers_config(config, 2)
     with torch.device("meta"):
         theirs = getattr(diffusers, description.pop("_class_name"))(**description)
     assert Layout(config, 2).shapes == {

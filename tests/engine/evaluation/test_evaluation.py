@@ -143,7 +143,7 @@ def test_the_loss_is_that_of_the_formula_at_each_time(source, mllm):
                     noisy_tokens(latents, torch.full((4,), t), SEED, n_B, model.frozen[1].patch)
                     for t in (0.0, 1.0)
                 )
-                read = model.read(
+                read = model.encode_condition(
                     model.condition(batch.vit_pixels_BHWC, n_B, batch.captions, batch.has_image)
                 )
                 for i, t in enumerate(TIMES):

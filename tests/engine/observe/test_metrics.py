@@ -17,7 +17,7 @@ from PIL import Image
 from iomm.config import InputError
 from iomm.engine.observe import metrics
 from iomm.engine.observe.metrics import Metrics, check_wandb, line, scalars
-from iomm.profiling import named, whole
+from iomm.profiling import named, named_whole
 
 RANKS = SimpleNamespace(size=2, device=torch.device("cpu"))
 STEPS = 10
@@ -111,7 +111,7 @@ def test_what_an_evaluation_found_stands_in_the_row_and_its_time_is_not_the_step
     before = one.gpu_hours
     with one.clock, named("checkpoint"):
         time.sleep(0.02)
-    with one.clock, whole("evaluation"):
+    with one.clock, named_whole("evaluation"):
         time.sleep(0.05)
     picture = tmp_path / "grid.png"
     Image.new("RGB", (4, 3)).save(picture)

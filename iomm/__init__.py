@@ -1,7 +1,8 @@
 """IOMM: image-only training for unified multimodal models.
 
-In a source checkout `iomm.kernels` and `iomm.engine` are the folders beside this one; an installed
-wheel holds all three. The root of the checkout joins this package's path only if they are there.
+In a source checkout `iomm.kernels` and `iomm.engine` are the neighbouring folders `kernels` and
+`engine`, so the root of the checkout joins this package's path if it has them. An installed wheel
+contains all three.
 """
 
 from pathlib import Path

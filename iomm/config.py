@@ -1,30 +1,35 @@
-"""What a model is made of: presets and their shapes.
+"""Configuration of the model: generator shapes and presets, mask, adapter, alignment.
 
 Shape letters, used as suffixes of tensor names in the whole project:
 
-    B images (or captions) in a batch   P image tokens of the MLLM before masking, V visible after it
-    T condition tokens (packed)         Q residual queries
-    C tokens that condition the generator
-    N latent tokens   L = C + N         K values in one latent token (channels x patch x patch)
-    D width           A attention heads G key-value heads    E head dim
+    B images (or captions) in a batch
+    P image tokens of the MLLM before masking       V visible image tokens after it
+    T condition tokens, packed                      Q residual queries
+    C tokens that condition the generator           N latent tokens, L = C + N
+    K values in one latent token: channels x patch x patch
+    D width         A attention heads         G key-value heads         E head dim
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 
 class InputError(ValueError):
-    """Something that the user gave is wrong. The message is one line: what, what was wanted, what to do."""
+    """An error in the user's input.
+
+    The message is one line: what was wrong, what was expected, what to do.
+    """
 
 
-def choice(key, value, allowed):
-    """Raises InputError unless `value` is one of `allowed`."""
+def choice(key: str, value: object, allowed: Collection) -> None:
+    """Raise InputError unless `value` is one of `allowed`."""
     if value not in allowed:
         raise InputError(f"{key} must be one of {', '.join(map(str, allowed))}; got {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratorConfig:
-    """Shape of a generator. `token_dim` (K) follows from the VAE, `condition_dim` from the MLLM."""
+    """Shape of a generator. The VAE determines `token_dim` (K), the MLLM `condition_dim`."""
 
     # mmdit: dual-stream FLUX blocks | single_stream: Z-Image blocks
     kind: str = "mmdit"
@@ -32,54 +37,61 @@ class GeneratorConfig:
     width: int
     # A
     num_heads: int
-    # dual-stream blocks (mmdit) or layers (single_stream)
+    # Dual-stream blocks (mmdit) or layers (single_stream).
     num_blocks: int
-    # single-stream FLUX blocks after the dual-stream ones
+    # Single-stream FLUX blocks after the dual-stream ones (mmdit only).
     num_single_blocks: int = 0
-    # single_stream only: refiners of latents and of condition, each
+    # Refiner layers for the latents, and as many for the condition (single_stream only).
     num_refiner_blocks: int = 0
     # K
     token_dim: int = 64
     # Width of the MLLM.
     condition_dim: int = 1536
     rope_theta: float = 10000.0
-    # single_stream only: RMS norms carry a learned scale
+    # RMS norms have a learned scale (single_stream only).
     norm_affine: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         choice("generator.kind", self.kind, ("mmdit", "single_stream"))
         if min(self.width, self.num_heads, self.num_blocks, self.token_dim, self.condition_dim) < 1:
             raise InputError(f"generator sizes must be >= 1, got {self}")
         if self.width % self.num_heads:
             raise InputError(
-                f"generator.width must be a multiple of num_heads, got {self.width} and {self.num_heads}"
+                "generator.width must be a multiple of num_heads, "
+                f"got {self.width} and {self.num_heads}"
             )
         if self.kind == "single_stream" and self.num_single_blocks:
             raise InputError(
-                "generator.num_single_blocks is for kind mmdit; a single_stream's layers are num_blocks"
+                "generator.num_single_blocks is only for kind mmdit. "
+                "Set the layers of a single_stream with num_blocks."
             )
         if self.kind == "mmdit" and (self.num_refiner_blocks or not self.norm_affine):
             raise InputError(
-                "generator.num_refiner_blocks and norm_affine are for kind single_stream"
+                "generator.num_refiner_blocks and norm_affine are only for kind single_stream"
             )
         if any(dim % 2 for dim in self.rope_axes) or sum(self.rope_axes) != self.head_dim:
             multiple = 32 if self.kind == "mmdit" else 16
             raise InputError(
-                f"generator head dim must be a multiple of {multiple} (rotary axes), got {self.head_dim}"
+                f"generator head dim must be a multiple of {multiple} (rotary axes), "
+                f"got {self.head_dim}"
             )
 
     @property
-    def head_dim(self):
+    def head_dim(self) -> int:
+        """E, width of one attention head."""
         return self.width // self.num_heads
 
     @property
-    def depth(self):
-        """Blocks that the latents pass one after another, refiners excepted."""
+    def depth(self) -> int:
+        """Number of blocks in sequence, without refiners."""
         return self.num_blocks + self.num_single_blocks
 
     @property
-    def rope_axes(self):
-        """Rotary dims of the (index, row, column) axes: at E = 128 FLUX's (16, 56, 56) or Z-Image's (32, 48, 48)."""
+    def rope_axes(self) -> tuple[int, int, int]:
+        """Rotary dims of the (index, row, column) axes.
+
+        At E = 128 they are FLUX's (16, 56, 56) or Z-Image's (32, 48, 48).
+        """
         index, place = (2, 7) if self.kind == "mmdit" else (4, 6)
         return self.head_dim * index // 16, self.head_dim * place // 16, self.head_dim * place // 16
 
@@ -101,26 +113,26 @@ PRESETS = {
 }
 
 
-def generator_config(preset, *, token_dim, condition_dim):
-    """The preset's shape for this VAE and this MLLM."""
+def generator_config(preset: str, *, token_dim: int, condition_dim: int) -> GeneratorConfig:
+    """Return the shape of a preset for a VAE and an MLLM with these dims."""
     choice("model.preset", preset, tuple(PRESETS))
     return replace(PRESETS[preset], token_dim=token_dim, condition_dim=condition_dim)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskConfig:
-    """Which image tokens the MLLM does not see (Algorithm 1, step 4)."""
+    """Which image tokens are hidden from the MLLM (Algorithm 1, step 4)."""
 
     # Probability that an image token is hidden.
     ratio: float = 0.85
     # drop: hidden tokens never enter the MLLM | zero: they enter as zeros
     mode: str = "drop"
-    # bernoulli: each with probability ratio | fixed: exactly round((1 - ratio) P) stay
+    # bernoulli: each is hidden with probability ratio | fixed: exactly round((1 - ratio) P) stay
     count: str = "bernoulli"
-    # original: visible tokens keep their position ids | compact: renumbered
+    # original: visible tokens keep their position ids | compact: they are renumbered
     positions: str = "original"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0.0 <= self.ratio <= 1.0:
             raise InputError(f"mask.ratio must be between 0 and 1, got {self.ratio}")
         choice("mask.mode", self.mode, ("drop", "zero"))
@@ -130,11 +142,11 @@ class MaskConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """What is appended to the condition before the MLLM reads it (Algorithm 1, step 6)."""
+    """What is appended to the condition before the MLLM (Algorithm 1, step 6)."""
 
-    # rqa: queries cross-attend to the condition | metaquery: queries alone | none
+    # rqa: queries cross-attend to the condition | metaquery: only learned queries | none
     kind: str = "rqa"
-    # Number of residual queries (Q)
+    # Number of residual queries (Q).
     num_queries: int = 256
     # Head dim (E) of the cross-attention.
     head_dim: int = 128
@@ -145,7 +157,7 @@ class AdapterConfig:
     # Transformer layers between the MLLM and the generator.
     connector_layers: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         choice("adapter.kind", self.kind, ("rqa", "metaquery", "none"))
         choice("adapter.attention", self.attention, ("causal", "bidirectional"))
         choice("adapter.conditions", self.conditions, ("query", "all"))
@@ -155,30 +167,37 @@ class AdapterConfig:
         if self.connector_layers < 0:
             raise InputError(f"adapter.connector_layers must be >= 0, got {self.connector_layers}")
         if self.kind == "none" and self.conditions == "query":
-            raise InputError("adapter.kind none has no queries: set adapter.conditions=all")
+            raise InputError("adapter.kind none has no queries. Set adapter.conditions=all.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AlignConfig:
-    """Alignment of a generator block with the frozen ViT (REPA, arXiv 2410.06940): beyond the paper, off."""
+    """Alignment of a generator block with the frozen ViT (REPA, arXiv 2410.06940).
 
-    # Weight of the alignment loss beside the velocity loss; 0 turns alignment off.
+    It is beyond the paper and off by default.
+    """
+
+    # Weight of the alignment loss added to the velocity loss; 0 turns alignment off.
     weight: float = 0.0
     # Generator block that is aligned, counted from 1; 0: a third of the depth, rounded up.
     block: int = 0
     # vit | projector: the ViT's last hidden states, or the image tokens that the MLLM reads
     target: str = "vit"
-    # Align pairs too; the ViT then encodes their images for this alone.
+    # Align pairs too; the ViT then encodes their images only for the alignment.
     pairs: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         choice("align.target", self.target, ("vit", "projector"))
         for name in ("weight", "block"):
             if getattr(self, name) < 0:
                 raise InputError(f"align.{name} must be >= 0, got {getattr(self, name)}")
 
     def block_in(self, depth: int) -> int:
-        """Return the block's number in a generator of `depth` blocks. Raises InputError beyond the last."""
+        """Return the number of the aligned block in a generator of `depth` blocks.
+
+        Raises:
+            InputError: if the generator has fewer blocks.
+        """
         if self.block > depth:
             raise InputError(
                 f"align.block must be at most {depth}, the generator's number of blocks, "

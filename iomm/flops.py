@@ -1,44 +1,64 @@
-"""FLOPs and tokens of one sample of a training step, from sizes alone: what MFU and the dry run are computed from.
+"""FLOPs and tokens of one sample of a training step, computed from sizes alone.
 
-A matrix product of m x k and k x n counts 2 m n k; norms, activations and softmax count nothing. A backward pass to inputs
-and weights counts twice its forward pass. The parts count themselves (MLLM.vit_flops, QueryAdapter.flops and so on).
+MFU and the dry run are based on these counts. A matrix product of m x k and k x n counts 2 m n k;
+norms, activations and softmax count nothing. A backward pass to inputs and weights counts twice its
+forward pass. Each module counts itself (MLLM.vit_flops, QueryAdapter.flops and so on).
 """
 
+from __future__ import annotations
+
 import math
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from iomm.mllm import IMAGE, RECONSTRUCT, TURN
 
+if TYPE_CHECKING:
+    from iomm.model import IOMM
 
-def attention_flops(num_queries, num_keys, width):
-    """Forward FLOPs of `attend` on one sequence: two products, 2 m n k each."""
+
+def attention_flops(num_queries: int, num_keys: int, width: int) -> int:
+    """Return the forward FLOPs of `attend` on one sequence: two products, 2 m n k each."""
     return 4 * num_queries * num_keys * width
 
 
-def linear_flops(module, num_tokens):
-    """Forward FLOPs of all linears inside `module` on one sequence. From their sizes: ZeRO-3 leaves weights empty."""
+def linear_flops(module: nn.Module, num_tokens: int) -> int:
+    """Return the forward FLOPs of all linear layers inside `module` on one sequence.
+
+    They are counted from the layers' sizes, because ZeRO-3 leaves the weights empty.
+    """
     linears = [part for part in module.modules() if isinstance(part, nn.Linear)]
     return sum(2 * num_tokens * linear.in_features * linear.out_features for linear in linears)
 
 
-def flops_per_image(model, size_px, num_text=None, **sample):
-    """Return the FLOPs that one sample of a training step needs: the sum of flops_by_part."""
+def flops_per_image(model: IOMM, size_px: int, num_text: int | None = None, **sample: Any) -> float:
+    """Return the FLOPs of one sample of a training step, the sum of `flops_by_part`."""
     return sum(flops_by_part(model, size_px, num_text, **sample).values())
 
 
-def flops_by_part(model, size_px, num_text=None, *, image=True, cached=False, tokens_cached=False):
-    """Return {part: FLOPs} that one sample of a training step of an IOMM needs.
+def flops_by_part(
+    model: IOMM,
+    size_px: int,
+    num_text: int | None = None,
+    *,
+    image: bool = True,
+    cached: bool = False,
+    tokens_cached: bool = False,
+) -> dict[str, float]:
+    """Return {part: FLOPs} of one sample of a training step.
 
-    Frozen encoders and the prefix run forward, the queries forward and backward to their inputs; adapter, connector,
-    alignment head and generator train (3 x forward).
+    The frozen encoders and the prefix run forward. The queries run forward, and backward to their
+    inputs. Adapter, connector, alignment head and generator are trained and count 3 x forward.
 
     Args:
-        num_text: text tokens of the sample; None to ask the tokenizer for the fixed prompt's.
-        image: conditioned on its visible image tokens; else a pair, on its caption alone, without ViT unless pairs are
-            aligned.
-        cached: latents are read, without VAE.
-        tokens_cached: image tokens are read, without ViT.
+        model: the model, on any device.
+        size_px: side of the square image in pixels.
+        num_text: text tokens of the sample; None for those of the fixed prompt.
+        image: whether the sample is conditioned on its visible image tokens. If not, it is a pair,
+            conditioned on its caption, and the ViT runs only if pairs are aligned.
+        cached: latents are read from a cache, so the VAE does not run.
+        tokens_cached: image tokens are read from a cache, so the ViT does not run.
     """
     (mllm, vae), recipe = model.frozen, model.recipe
     num_prefix, num_condition = condition_tokens(model, num_text, image)
@@ -66,29 +86,34 @@ def flops_by_part(model, size_px, num_text=None, *, image=True, cached=False, to
     return parts
 
 
-def tokens_per_image(model, size_px, num_text=None, *, image=True):
-    """Return the tokens that the generator reads of one sample: latent tokens N + condition tokens C, the latter in the
-    mean over masks, in each of its noise draws. num_text and image as in flops_by_part.
+def tokens_per_image(
+    model: IOMM, size_px: int, num_text: int | None = None, *, image: bool = True
+) -> float:
+    """Return the number of tokens that the generator reads for one sample.
+
+    Each noise draw reads N latent tokens and C condition tokens, where C is the mean over masks. `num_text` and
+    `image` are as in `flops_by_part`.
     """
-    once = (
-        math.prod(model.frozen[1].grid(size_px, size_px))
-        + condition_tokens(model, num_text, image)[1]
-    )
-    return model.recipe.noise_draws * once
+    num_latents = math.prod(model.frozen[1].grid(size_px, size_px))
+    _, num_condition = condition_tokens(model, num_text, image)
+    return model.recipe.noise_draws * (num_latents + num_condition)
 
 
-def condition_tokens(model, num_text=None, image=True):
-    """Return (tokens before the queries, C): what the MLLM reads of a sample and what the generator reads of the MLLM, in
-    the mean over masks.
+def condition_tokens(
+    model: IOMM, num_text: int | None = None, image: bool = True
+) -> tuple[float, float]:
+    """Return how many tokens the MLLM reads before the queries, and C of the generator.
+
+    Both are means over masks. `num_text` and `image` are as in `flops_by_part`.
     """
     mllm, mask = model.frozen[0], model.recipe.mask
-    text = (
-        len(mllm.token_ids("".join(TURN) + "".join(IMAGE) + RECONSTRUCT))
-        if num_text is None
-        else num_text
-    )
-    shown = mllm.num_image_tokens * (1 if mask.mode == "zero" else 1 - mask.ratio) if image else 0
-    num_queries = 0 if model.adapter is None else model.recipe.adapter.num_queries
-    return text + shown, num_queries + (
-        text + shown if model.recipe.adapter.conditions == "all" else 0
-    )
+    if num_text is None:
+        num_text = len(mllm.token_ids("".join(TURN) + "".join(IMAGE) + RECONSTRUCT))
+    visible = 0
+    if image:
+        visible = mllm.num_image_tokens * (1 if mask.mode == "zero" else 1 - mask.ratio)
+    num_prefix = num_text + visible
+    num_condition = 0 if model.adapter is None else model.recipe.adapter.num_queries
+    if model.recipe.adapter.conditions == "all":
+        num_condition = num_condition + num_prefix
+    return num_prefix, num_condition

@@ -1,31 +1,59 @@
-"""Where an InternVL comes from: a checkpoint, or a known shape with random weights or none.
+"""Create an InternVL: from a checkpoint, or of a known shape with random weights or none.
 
-A door to transformers; engine/shapes/mllm.py, which makes and trains a small one, is the other.
+Only this module and engine/shapes/mllm.py, which creates and trains a small InternVL, may import
+transformers.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from iomm.config import InputError, choice
 from iomm.mllm import MLLM, RECONSTRUCT
 
+if TYPE_CHECKING:
+    from transformers import InternVLConfig, PreTrainedTokenizerFast
 
-def is_folder(name):
-    """Whether `name` is a local folder; if not, it is a hub id. Raises InputError for what can be neither."""
+
+def is_folder(name: str) -> bool:
+    """Return whether `name` is a local folder. If not, it is a hub id.
+
+    Raises:
+        InputError: if it can be neither.
+    """
     local = Path(name).is_dir()
     if not local and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
         raise InputError(
-            f"model.mllm: no folder {name}; give a folder or a hub id such as OpenGVLab/InternVL3-2B-hf"
+            f"model.mllm: no folder {name}. Give an existing folder, or a hub id such as "
+            "OpenGVLab/InternVL3-2B-hf."
         )
     return local
 
 
-def load_mllm(name, *, revision=None, dtype=torch.bfloat16, device="cpu"):
-    """Loads a frozen InternVL from a local folder or a hub id in transformers' own format, safetensors only; random:<shape>
-    makes one of a known shape (RANDOM), with random weights: for measuring, it understands nothing.
+def load_mllm(
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+) -> MLLM:
+    """Load a frozen InternVL in transformers' own format.
 
-    Never runs code from the checkpoint. Raises InputError when there is none or it is of another architecture.
+    Only safetensors are read, and no code from the checkpoint is run.
+
+    Args:
+        name: a local folder, a hub id, or random:<shape> for random weights of a known shape
+            (RANDOM_SHAPES), which is useful only for measurements.
+        revision: commit of the hub checkpoint.
+        dtype: dtype of the weights.
+        device: device of the weights.
+
+    Raises:
+        InputError: if there is no such checkpoint or it has another architecture.
     """
     from transformers import AutoConfig, AutoTokenizer, InternVLModel
     from transformers.utils import logging
@@ -39,17 +67,16 @@ def load_mllm(name, *, revision=None, dtype=torch.bfloat16, device="cpu"):
         config = AutoConfig.from_pretrained(name, **options)
         if config.model_type != "internvl":
             raise InputError(
-                f"model.mllm: {name} is a {config.model_type} checkpoint; "
-                "wanted InternVL in transformers' format (its hub names end in -hf)"
+                f"model.mllm: {name} is a {config.model_type} checkpoint. Expected InternVL in "
+                "transformers' format, whose hub ids end in -hf."
             )
         internvl, report = InternVLModel.from_pretrained(
             name, use_safetensors=True, dtype=dtype, output_loading_info=True, **options
         )
-        # Transformers would go on with random numbers.
+        # Transformers would initialize missing weights at random.
         if report["missing_keys"]:
-            raise InputError(
-                f"model.mllm: {name} lacks the weights {', '.join(sorted(report['missing_keys'])[:5])}"
-            )
+            missing = ", ".join(sorted(report["missing_keys"])[:5])
+            raise InputError(f"model.mllm: {name} lacks the weights {missing}")
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError) as error:
         if isinstance(error, InputError):
@@ -81,9 +108,10 @@ INTERNVL3_2B = {
     ),
 }
 
-# InternVL3-2B's widths by four and depth by 19 / 4, as the preset iomm-b-quarter. 49 image tokens and not 64, because the
-# prompt's 21 tokens cannot shrink: so prompt, image and 64 queries are a quarter of IOMM-B's 533. 7 ViT layers, and not 5,
-# make up for its smaller image.
+# InternVL3-2B with its widths divided by 4 and its depth by 19 / 4, like the preset iomm-b-quarter.
+# It has 49 image tokens instead of 64, because the prompt's 21 tokens cannot shrink: prompt, image
+# and 64 queries are then a quarter of IOMM-B's 533 tokens. It has 7 ViT layers instead of 5 to make
+# up for the smaller image.
 INTERNVL3_QUARTER = {
     "vision": dict(
         hidden_size=256,
@@ -105,19 +133,28 @@ INTERNVL3_QUARTER = {
     ),
 }
 
-KNOWN = {"OpenGVLab/InternVL3-2B-hf": INTERNVL3_2B}
-RANDOM = {"internvl3-2b": INTERNVL3_2B, "internvl3-quarter": INTERNVL3_QUARTER}
+# Hub ids whose shape is known without a network.
+HUB_SHAPES = {"OpenGVLab/InternVL3-2B-hf": INTERNVL3_2B}
+# Shapes of random:<shape>.
+RANDOM_SHAPES = {"internvl3-2b": INTERNVL3_2B, "internvl3-quarter": INTERNVL3_QUARTER}
 
 
-def random_shape(name):
-    """random:<shape> -> keyword arguments of `internvl_config`. Raises InputError for an unknown shape."""
+def random_shape(name: str) -> dict[str, dict]:
+    """Return the keyword arguments of `internvl_config` for random:<shape>.
+
+    Raises:
+        InputError: if the shape is unknown.
+    """
     shape = name.partition(":")[2]
-    choice("model.mllm random:", shape, tuple(RANDOM))
-    return RANDOM[shape]
+    choice("model.mllm random:", shape, tuple(RANDOM_SHAPES))
+    return RANDOM_SHAPES[shape]
 
 
-def internvl_config(vision, text, **more):
-    """InternVLConfig from keyword arguments of its parts; the decoder is Qwen2 unless text says model_type qwen3."""
+def internvl_config(vision: dict, text: dict, **more: Any) -> InternVLConfig:
+    """Return an InternVLConfig from keyword arguments of its parts.
+
+    The decoder is Qwen2, unless `text` sets model_type to qwen3.
+    """
     from transformers import AutoConfig, InternVLConfig, InternVLVisionConfig
 
     vision = InternVLVisionConfig(**vision)
@@ -129,24 +166,28 @@ def internvl_config(vision, text, **more):
     )
 
 
-def shape_of_mllm(vision, text):
-    """An MLLM of this shape on the meta device, without weights and tokenizer: for counting."""
+def meta_mllm(vision: dict, text: dict) -> MLLM:
+    """Return an MLLM of this shape on the meta device, without tokenizer, for counting."""
     from transformers import InternVLModel
 
     with torch.device("meta"):
         return MLLM(InternVLModel(internvl_config(vision, text)), None)
 
 
-def mllm_without_weights(name, revision=None):
-    """The MLLM that load_mllm would load, on the meta device, without tokenizer. InternVL3-2B is known without a
-    network; of another hub id the config is fetched. Raises InputError.
+def mllm_without_weights(name: str, revision: str | None = None) -> MLLM:
+    """Return the MLLM that `load_mllm` would load, on the meta device and without tokenizer.
+
+    The shape of InternVL3-2B is known without a network. For other hub ids the config is fetched.
+
+    Raises:
+        InputError: if there is no such checkpoint or it has another architecture.
     """
     from transformers import AutoConfig, InternVLModel
 
-    if name in KNOWN:
-        return shape_of_mllm(**KNOWN[name])
+    if name in HUB_SHAPES:
+        return meta_mllm(**HUB_SHAPES[name])
     if name.startswith("random:"):
-        return shape_of_mllm(**random_shape(name))
+        return meta_mllm(**random_shape(name))
     local = is_folder(name)
     try:
         config = AutoConfig.from_pretrained(
@@ -158,14 +199,18 @@ def mllm_without_weights(name, revision=None):
         ) from error
     if config.model_type != "internvl":
         raise InputError(
-            f"model.mllm: {name} is a {config.model_type} checkpoint; wanted InternVL in transformers' format"
+            f"model.mllm: {name} is a {config.model_type} checkpoint. Expected InternVL in "
+            "transformers' format, whose hub ids end in -hf."
         )
     with torch.device("meta"):
         return MLLM(InternVLModel(config), None)
 
 
-def byte_tokenizer(texts, vocab_size=512):
-    """Byte-level BPE of at most vocab_size tokens trained on `texts`, with the special tokens of Qwen2.5 and InternVL."""
+def byte_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer of at most `vocab_size` tokens on `texts`.
+
+    It has the special tokens of Qwen2.5 and InternVL.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -190,13 +235,21 @@ def byte_tokenizer(texts, vocab_size=512):
     )
 
 
-def prompt_tokenizer():
-    """One that knows the words of the turn and of the fixed prompt, so that these are 21 tokens, as with Qwen2.5's."""
+def prompt_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a byte tokenizer trained on the words of the user turn and the fixed prompt.
+
+    They become 21 tokens, as with Qwen2.5's tokenizer.
+    """
     return byte_tokenizer([RECONSTRUCT, "user\n", "assistant\n"] * 2)
 
 
-def random_mllm(shape, dtype, device, seed=0):
-    """An MLLM of this shape whose weights are drawn on `device`, from a seed, without touching the disk."""
+def random_mllm(
+    shape: dict[str, dict], dtype: torch.dtype, device: torch.device | str, seed: int = 0
+) -> MLLM:
+    """Return an MLLM of this shape with weights drawn from a seed on `device`.
+
+    Nothing is read from or written to the disk.
+    """
     from transformers import InternVLModel
 
     device = torch.device(device)

@@ -1,59 +1,68 @@
-"""Parts that both generators are made of: linears, rotary tables, time embedding, attention, fresh weights."""
+"""Layers that both generators share.
+
+Linear layers, rotary tables, time embedding, attention and weight initialization.
+"""
 
 import hashlib
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from iomm.kernels.fp8_linear import MULTIPLE, fp8_linear
 from iomm.kernels.masked_attention.sdpa import dense_attention
 
-# Names of linears: blocks start closed, velocity at 0
+# Linear layers that start at zero. Blocks then start as the identity and the velocity as 0.
 ZERO_AT_START = ("modulation", "final_modulation", "final")
 
 
 class TokenLinear(nn.Linear):
-    """Linear on every token of a block, which is where a generator's work is: (..., in) -> (..., out).
+    """Linear layer applied to every token of a block: (..., in) -> (..., out).
 
-    `fp8`: forward and backward products take their sides in fp8. Linears on one row a sample (times) or at either end of
-    the generator stay nn.Linear: they cost nothing, and what they round the whole model sees.
+    These layers do most of a generator's work. With `fp8`, the forward and backward products take
+    fp8 operands. Linear layers on one row per sample (times) and at either end of the generator
+    stay nn.Linear: they are cheap, and their rounding errors would affect the whole model.
     """
 
     fp8 = False
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return fp8_linear(x, self.weight, self.bias) if self.fp8 else super().forward(x)
 
 
-def use_fp8(model):
-    """Turns fp8 on in every TokenLinear whose sizes its products can have."""
+def use_fp8(model: nn.Module) -> None:
+    """Turn on fp8 in every TokenLinear whose sizes fp8 products support."""
     for part in model.modules():
         if isinstance(part, TokenLinear):
             part.fp8 = part.in_features % MULTIPLE == 0 and part.out_features % MULTIPLE == 0
 
 
 class FusedLinear(TokenLinear):
-    """Linear (..., in) -> (..., sum(parts)): several matrices of one input as one product.
+    """Several linear layers with the same input, computed as one product.
 
-    `parts` are the output sizes. Fresh weights and exports treat each part as a matrix of its own.
+    It maps (..., in) to (..., sum(parts)). `parts` are the output sizes. Initialization and exports treat each part as a separate matrix.
     """
 
-    def __init__(self, in_features, parts, bias=True):
+    def __init__(self, in_features: int, parts: Sequence[int], bias: bool = True):
         super().__init__(in_features, sum(parts), bias=bias)
         self.parts = tuple(parts)
 
 
-def at_least_float32(x):
-    """`x` in float32, or in float64 if it comes so: half types lose too much in sines, norms and sums."""
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return `x` in float32, or unchanged in float64.
+
+    16-bit types lose too much precision in sines, norms and sums.
+    """
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def sinusoids(t_B, num_features):
-    """Times (B,), unitless -> (B, num_features): cosines, then sines, of t times frequencies from 1 to 1/10000.
+def sinusoids(t_B: Tensor, num_features: int) -> Tensor:
+    """Return the features (B, num_features) of unitless times (B,): cosines, then sines.
 
-    FLUX's and Z-Image's features. The frequencies are float32 as theirs are, the rest at least float32.
+    The arguments are t times frequencies from 1 to 1/10000, as in FLUX and Z-Image. The frequencies
+    are float32, as theirs are; everything else is at least float32.
     """
     half = num_features // 2
     exponents = torch.arange(half, dtype=torch.float32, device=t_B.device) / half
@@ -62,28 +71,42 @@ def sinusoids(t_B, num_features):
 
 
 class TimeEmbedding(nn.Module):
-    """Times (B,) in [0, 1] -> vectors (B, width_out): 256 sinusoids of 1000 t, linear, SiLU, linear.
+    """Embed times (B,) in [0, 1] as vectors (B, width_out).
 
-    t is scaled and turned into sinusoids in float32 even in a bf16 model, where t alone would be off by up to
-    0.2 % (diffusers rounds it; the difference is gone in float32).
+    The layers are 256 sinusoids of 1000 t, linear, SiLU, linear. t is scaled and turned into
+    sinusoids in float32 even in a bf16 model, where rounding t would change it by up to 0.2 %.
+    diffusers rounds it; in float32 both agree.
     """
 
     num_features = 256
 
-    def __init__(self, width_hidden, width_out):
+    def __init__(self, width_hidden: int, width_out: int):
         super().__init__()
         self.linear_in = nn.Linear(self.num_features, width_hidden)
         self.linear_out = nn.Linear(width_hidden, width_out)
 
-    def forward(self, t_B):
+    def forward(self, t_B: Tensor) -> Tensor:
         features = sinusoids(at_least_float32(t_B) * 1000, self.num_features)
         return self.linear_out(F.silu(self.linear_in(features.to(self.linear_in.weight.dtype))))
 
 
-def rope_tables(positions_LX, axes, theta, device, dtype):
-    """Integer positions (L, axes) -> cosines, sines (L, E / 2); axis a turns axes[a] / 2 pairs. RoPE, arXiv 2104.09864.
+def rope_tables(
+    positions_LX: Tensor,
+    axes: Sequence[int],
+    theta: float,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Return rotary cosines and sines (L, E / 2) of integer positions.
 
-    The angles are float64 and only the results are rounded to `dtype`.
+    Source: RoPE, arXiv 2104.09864. The angles are float64; only the results are rounded to `dtype`.
+
+    Args:
+        positions_LX: positions (L, number of axes).
+        axes: head dims per axis. Axis a rotates axes[a] / 2 pairs.
+        theta: base of the frequencies.
+        device: device of the results.
+        dtype: dtype of the results.
     """
     angles_LF = torch.cat(
         [
@@ -96,38 +119,46 @@ def rope_tables(positions_LX, axes, theta, device, dtype):
     return angles_LF.cos().to(device, dtype), angles_LF.sin().to(device, dtype)
 
 
-def grid_positions(index, rows, columns):
-    """(N, 3) positions (index, row, column) of a grid of latent tokens, rows first."""
+def grid_positions(index: int, rows: int, columns: int) -> Tensor:
+    """Return the positions (index, row, column) of a row-major grid of latent tokens: (N, 3)."""
     return torch.cartesian_prod(torch.tensor([index]), torch.arange(rows), torch.arange(columns))
 
 
-def attend(q_BLAE, k_BLAE, v_BLAE, shown_BL=None):
-    """Softmax attention, (B, L, A, E) -> (B, L, D). `shown_BL`: bool, keys that may be seen; None, the rule, for all.
+def attend(
+    q_BLAE: Tensor, k_BLAE: Tensor, v_BLAE: Tensor, key_mask_BL: Tensor | None = None
+) -> Tensor:
+    """Return softmax attention (B, L, D) of q, k and v (B, L, A, E).
 
-    A mask is for ragged conditions only.
+    `key_mask_BL` is True for keys that may be attended to. Only ragged conditions need it.
     """
     q, k, v = (x.transpose(1, 2) for x in (q_BLAE, k_BLAE, v_BLAE))
-    heads_BALE = dense_attention(q, k, v, None if shown_BL is None else shown_BL[:, None, None])
+    mask = None if key_mask_BL is None else key_mask_BL[:, None, None]
+    heads_BALE = dense_attention(q, k, v, mask)
     return heads_BALE.transpose(1, 2).flatten(2)
 
 
-def gate_residual(x_BLD, gate_BD, y_BLD):
-    """Return x + gate y (B, L, D): a branch joins the residual stream, by one gate per sample."""
+def gate_residual(x_BLD: Tensor, gate_BD: Tensor, y_BLD: Tensor) -> Tensor:
+    """Add a branch to the residual stream: x + gate y (B, L, D), with one gate per sample."""
     return x_BLD + gate_BD[:, None] * y_BLD
 
 
-def generator_for(seed, name):
-    """A CPU generator for the parameter `name`: its numbers depend on seed and name, not on any order or rank."""
+def generator_for(seed: int, name: str) -> torch.Generator:
+    """Return a CPU random generator for the parameter `name`.
+
+    Its numbers depend on seed and name, not on the order of initialization or the rank.
+    """
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 @torch.no_grad()
-def init_weights(model, seed):
-    """Sets every linear and norm: Xavier-uniform matrices, zero biases, unit norm scales; ZERO_AT_START all zero.
+def init_weights(model: nn.Module, seed: int) -> None:
+    """Initialize every linear layer and RMS norm of `model` from `seed`.
 
-    This is DiT's start (arXiv 2212.09748, section 3 "adaLN-Zero", and its released code), with the time embedding
-    Xavier-uniform like the rest. Draws on the CPU in float32, so that the device and the dtype do not matter.
+    Matrices are Xavier-uniform, biases zero, norm scales one, and ZERO_AT_START layers all zero.
+    This is DiT's initialization (arXiv 2212.09748, section 3 "adaLN-Zero", and its released code),
+    except that the time embedding is Xavier-uniform like the rest. Numbers are drawn on the CPU in
+    float32, so the result does not depend on the device, and on the dtype only by rounding.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.RMSNorm) and module.weight is not None:

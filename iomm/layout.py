@@ -1,9 +1,16 @@
-"""How a generator's tensors and shape are named in diffusers: FluxTransformer2DModel and ZImageTransformer2DModel.
+"""Tensor names, shapes and configs of our generators in diffusers' format.
 
-Tables and arithmetic only; diffusers itself is not needed here, and iomm/weights.py does the files.
+MMDiT maps to FluxTransformer2DModel, SingleStream to ZImageTransformer2DModel. This module holds
+only tables and arithmetic and does not import diffusers. iomm/weights.py reads and writes the
+files.
 """
 
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from iomm.config import GeneratorConfig, InputError
 from iomm.generator import empty_generator
@@ -28,7 +35,7 @@ FLUX_LATENT_STREAM = {
 FLUX_CONDITION_STREAM = {
     "modulation": "norm1_context.linear",
     "qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    # In the last block.
+    # The last block has no queries of the condition.
     "kv": ("attn.add_k_proj", "attn.add_v_proj"),
     "q_norm": "attn.norm_added_q",
     "k_norm": "attn.norm_added_k",
@@ -57,15 +64,20 @@ ZIMAGE_LAYER = {
     "modulation": "adaLN_modulation.0",
 }
 PADS = {"latent_pad_1D": "x_pad_token", "condition_pad_1D": "cap_pad_token"}
-# Our own key in config.json; diffusers ignores it and reads ones.
+# Our addition to config.json for norms without a scale. diffusers ignores it, and reads scales of
+# one from the weights.
 NORM_FREE = "iomm_parameter_free_norms"
 TEXT_EMBEDDER = "time_text_embed.text_embedder."
-# diffusers' default; our pooled text vector is always zero, and so are its weights
+# diffusers' default. Our pooled text vector is always zero, and so are its weights.
 POOLED_DIM = 768
 
+Shape = tuple[int, ...]
 
-def under(ours, theirs, names):
-    """The table `names` with prefixes on both sides."""
+
+def prefixed(
+    ours: str, theirs: str, names: Mapping[str, str | tuple[str, ...]]
+) -> dict[str, tuple[str, ...]]:
+    """Return the table `names` with a prefix on either side."""
     return {
         f"{ours}.{our}": tuple(
             f"{theirs}.{their}" for their in ([value] if isinstance(value, str) else value)
@@ -74,21 +86,21 @@ def under(ours, theirs, names):
     }
 
 
-def module_names(config, patch):
-    """Our module -> their modules, in the order in which their rows are stacked in ours."""
+def module_names(config: GeneratorConfig, patch: int) -> dict[str, tuple[str, ...]]:
+    """Return {our module: their modules}, in the order in which ours stacks their rows."""
     if config.kind == "mmdit":
         names = {ours: (theirs,) for ours, theirs in FLUX.items()}
         for index in range(config.num_blocks):
-            names |= under(
+            names |= prefixed(
                 f"blocks.{index}.latent_stream", f"transformer_blocks.{index}", FLUX_LATENT_STREAM
             )
-            names |= under(
+            names |= prefixed(
                 f"blocks.{index}.condition_stream",
                 f"transformer_blocks.{index}",
                 FLUX_CONDITION_STREAM,
             )
         for index in range(config.num_single_blocks):
-            names |= under(
+            names |= prefixed(
                 f"single_blocks.{index}", f"single_transformer_blocks.{index}", FLUX_SINGLE
             )
         return names
@@ -107,24 +119,33 @@ def module_names(config, patch):
         ("blocks", "layers", config.num_blocks),
     ):
         for index in range(count):
-            names |= under(f"{ours}.{index}", f"{theirs}.{index}", ZIMAGE_LAYER)
+            names |= prefixed(f"{ours}.{index}", f"{theirs}.{index}", ZIMAGE_LAYER)
     return names
 
 
 class Layout:
-    """How the tensors of a generator of this shape lie in diffusers' model. `patch` is the VAE's, for Z-Image alone.
+    """How the tensors of a generator of this shape are arranged in diffusers' model.
 
-    pieces    our parameter -> [(their tensor, its rows)], stacked in that order
-    fillers   their tensor -> (shape, value) where ours has nothing, or fewer rows, and the value changes no output:
-              zeros for the pooled text vector and the last condition output, ones for parameter-free norms
-    shapes    their tensor -> shape, all of them
+    Attributes:
+        pieces: {our parameter: [(their tensor, its number of rows)]}, stacked in that order.
+        fillers: {their tensor: (shape, value)} where we have no tensor, or fewer rows. The value
+            changes no output: zero for the pooled text vector and the last condition output, one
+            for parameter-free norms.
+        shapes: {their tensor: shape}, for all their tensors.
+        model_shapes: {our parameter: shape}.
     """
 
-    def __init__(self, config, patch):
+    def __init__(self, config: GeneratorConfig, patch: int):
+        """Build the layout. `patch` is the VAE's and affects only Z-Image.
+
+        Raises:
+            InputError: if the patch does not fit the token dim.
+        """
         self.config, self.patch = config, patch
         if config.kind == "single_stream" and config.token_dim % patch**2:
             raise InputError(
-                f"a token of {config.token_dim} numbers is no patch of {patch} x {patch}: give the VAE's patch"
+                f"a token of {config.token_dim} numbers cannot be a patch of {patch} x {patch}. "
+                "Pass the VAE's patch."
             )
         names = module_names(config, patch)
         self.model_shapes, self.pieces, self.shapes, present = {}, {}, {}, set()
@@ -143,18 +164,20 @@ class Layout:
                     their: (count, *parameter.shape[1:]) for their, count in self.pieces[name]
                 }
             present.add(module_name)
-        self.fillers = (
-            flux_fillers(config)
-            if config.kind == "mmdit"
-            else {
+        if config.kind == "mmdit":
+            self.fillers = flux_fillers(config)
+        else:
+            self.fillers = {
                 f"{theirs}.weight": ((width,), 1.0)
-                for theirs, width in norms(config, names, present)
+                for theirs, width in norms_without_scale(config, names, present)
             }
-        )
         self.shapes |= {their: shape for their, (shape, _) in self.fillers.items()}
 
-    def reorder(self, name, tensor, back=False):
-        """A latent token's numbers are (channel, row, column) in ours and FLUX, (row, column, channel) in Z-Image."""
+    def reorder(self, name: str, tensor: Tensor, back: bool = False) -> Tensor:
+        """Reorder the numbers of a latent token from our order to theirs, or back.
+
+        They are (channel, row, column) in ours and in FLUX, but (row, column, channel) in Z-Image.
+        """
         if self.config.kind == "mmdit" or name not in (
             "latents_in.weight",
             "final.weight",
@@ -170,8 +193,12 @@ class Layout:
         order = (order.argsort() if back else order).to(tensor.device)
         return tensor[:, order] if name == "latents_in.weight" else tensor[order]
 
-    def to_theirs(self, state):
-        """Our state dict -> theirs."""
+    def to_theirs(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Convert our state dict to theirs.
+
+        Raises:
+            InputError: if a tensor is missing, unknown or of another shape.
+        """
         check_tensors(
             "generator",
             {name: tuple(tensor.shape) for name, tensor in state.items()},
@@ -180,22 +207,21 @@ class Layout:
         theirs = {}
         for name, pieces in self.pieces.items():
             tensors = self.reorder(name, state[name]).split([rows for _, rows in pieces])
-            theirs |= {their: tensor for (their, _), tensor in zip(pieces, tensors)}
+            theirs |= {their: tensor for (their, _), tensor in zip(pieces, tensors, strict=True)}
         like = state["latents_in.weight"]
         for their, (shape, value) in self.fillers.items():
             rest = like.new_full((shape[0] - len(theirs.get(their, ())), *shape[1:]), value)
             theirs[their] = torch.cat((theirs[their], rest)) if their in theirs else rest
         return theirs
 
-    def to_ours(self, name, read):
-        """Our parameter `name` from `read(their name)`."""
-        return self.reorder(
-            name, torch.cat([read(their)[:rows] for their, rows in self.pieces[name]]), back=True
-        )
+    def to_ours(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
+        """Return our parameter `name`, where `read` returns their tensor of a given name."""
+        stacked = torch.cat([read(their)[:rows] for their, rows in self.pieces[name]])
+        return self.reorder(name, stacked, back=True)
 
 
-def flux_fillers(config):
-    """What FLUX has and MMDiT has not -> (shape, 0)."""
+def flux_fillers(config: GeneratorConfig) -> dict[str, tuple[Shape, float]]:
+    """Return {tensor: (shape, 0)} for the tensors that FLUX has and MMDiT lacks."""
     width, last = config.width, f"transformer_blocks.{config.num_blocks - 1}"
     shapes = {
         "time_text_embed.text_embedder.linear_1": (width, POOLED_DIM),
@@ -211,15 +237,15 @@ def flux_fillers(config):
         }
     weights = {f"{module}.weight": (shape, 0.0) for module, shape in shapes.items()}
     weights |= {f"{module}.bias": (shape[:1], 0.0) for module, shape in shapes.items()}
-    return (
-        weights
-        if config.num_single_blocks
-        else weights | {f"{last}.attn.norm_added_q.weight": ((config.head_dim,), 0.0)}
-    )
+    if not config.num_single_blocks:
+        weights[f"{last}.attn.norm_added_q.weight"] = ((config.head_dim,), 0.0)
+    return weights
 
 
-def norms(config, names, present):
-    """[(their norm, width)] of the norms that a parameter-free SingleStream has without a scale."""
+def norms_without_scale(
+    config: GeneratorConfig, names: dict[str, tuple[str, ...]], present: set[str]
+) -> list[tuple[str, int]]:
+    """Return [(their norm, width)] of the parameter-free norms of a SingleStream."""
     if config.norm_affine:
         return []
     sizes = {
@@ -234,12 +260,17 @@ def norms(config, names, present):
     ]
 
 
-def to_diffusers_config(config, patch):
-    """GeneratorConfig -> diffusers' config.json. Raises InputError for what their class cannot say."""
+def to_diffusers_config(config: GeneratorConfig, patch: int) -> dict[str, Any]:
+    """Return the contents of diffusers' config.json for a generator.
+
+    Raises:
+        InputError: if diffusers' class does not support the shape.
+    """
     if config.kind == "mmdit":
         if config.rope_theta != 10000.0:
             raise InputError(
-                f"FluxTransformer2DModel has rope theta 10000 and cannot hold this generator's {config.rope_theta}"
+                "FluxTransformer2DModel has rope theta 10000 and does not support this generator's "
+                f"{config.rope_theta}"
             )
         return {
             "_class_name": "FluxTransformer2DModel",
@@ -272,14 +303,22 @@ def to_diffusers_config(config, patch):
         "rope_theta": config.rope_theta,
         "t_scale": 1000.0,
         "axes_dims": list(config.rope_axes),
-        # Positions that their tables hold: condition tokens, rows, columns.
+        # Sizes of their position tables: condition tokens, rows, columns.
         "axes_lens": [1024, 512, 512],
     }
     return description if config.norm_affine else description | {NORM_FREE: True}
 
 
-def from_diffusers_config(description, where):
-    """Diffusers' config.json -> (GeneratorConfig, patch). Raises InputError unless it describes one of our shapes."""
+def from_diffusers_config(
+    description: Mapping[str, Any], where: Path | str
+) -> tuple[GeneratorConfig, int]:
+    """Return the GeneratorConfig and the patch that diffusers' config.json describes.
+
+    `where` is the file's name for error messages.
+
+    Raises:
+        InputError: unless it describes a shape that our generators support.
+    """
     read, patch = dict(description), 1
     try:
         if read.get("_class_name") == "FluxTransformer2DModel":
@@ -306,38 +345,42 @@ def from_diffusers_config(description, where):
             )
         else:
             raise InputError(
-                f"{where} describes {read.get('_class_name', 'no diffusers model')}; "
-                "wanted FluxTransformer2DModel or ZImageTransformer2DModel"
+                f"{where} describes {read.get('_class_name', 'no diffusers model')}. "
+                "Expected FluxTransformer2DModel or ZImageTransformer2DModel."
             )
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{where} lacks or misstates {error}") from error
-    wanted = to_diffusers_config(config, patch)
-    free = {"axes_lens", "pooled_projection_dim", "out_channels"}
+        raise InputError(f"{where} has a missing or invalid entry: {error}") from error
+    expected = to_diffusers_config(config, patch)
+    unchecked = {"axes_lens", "pooled_projection_dim", "out_channels"}
     wrong = [
-        f"{key}={read.get(key)!r} (wanted {value!r})"
-        for key, value in wanted.items()
-        if key not in free and read.get(key) != value
+        f"{key}={read.get(key)!r} (expected {value!r})"
+        for key, value in expected.items()
+        if key not in unchecked and read.get(key) != value
     ]
     if read.get("out_channels") not in (None, read.get("in_channels")):
-        wrong.append(f"out_channels={read['out_channels']!r} (wanted in_channels)")
+        wrong.append(f"out_channels={read['out_channels']!r} (expected in_channels)")
     if wrong:
-        raise InputError(
-            f"{where} describes a shape that this engine does not have: {', '.join(wrong)}"
-        )
+        raise InputError(f"{where} describes an unsupported shape: {', '.join(wrong)}")
     return config, patch
 
 
-def check_tensors(where, got, wanted):
-    """Raises InputError that lists the names that are missing, unknown or of another shape (name -> shape, both)."""
-    problems = [f"missing {name}" for name in wanted if name not in got] + [
-        f"unknown {name}" for name in got if name not in wanted
+def check_tensors(
+    where: Path | str, got: Mapping[str, Shape], expected: Mapping[str, Shape]
+) -> None:
+    """Compare two mappings from tensor name to shape.
+
+    Raises:
+        InputError: with a list of the names that are missing, unknown or of another shape.
+    """
+    problems = [f"missing {name}" for name in expected if name not in got] + [
+        f"unknown {name}" for name in got if name not in expected
     ]
     problems += [
-        f"{name} has shape {got[name]}, wanted {wanted[name]}"
-        for name in wanted
-        if name in got and got[name] != wanted[name]
+        f"{name} has shape {got[name]}, expected {expected[name]}"
+        for name in expected
+        if name in got and got[name] != expected[name]
     ]
     if problems:
-        raise InputError(f"{where}: {len(problems)} tensors do not fit: {'; '.join(problems)}")
+        raise InputError(f"{where}: {len(problems)} tensors do not match: {'; '.join(problems)}")

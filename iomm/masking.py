@@ -1,14 +1,16 @@
-"""Which image tokens the MLLM sees: a pure function of (seed, sample number)."""
+"""Which image tokens the MLLM sees, as a pure function of (seed, sample number)."""
 
 import torch
+from torch import Tensor
 
+from iomm.config import MaskConfig
 from iomm.kernels.visible_tokens import visible_tokens
 
 
-def visible_mask(config, seed, n_B, num_tokens):
-    """MaskConfig, seed, sample numbers (B,) -> (B * P,) bool, True where the token stays visible.
+def visible_mask(config: MaskConfig, seed: int, n_B: Tensor, num_tokens: int) -> Tensor:
+    """Return a bool mask (B * P,) of the image tokens of samples n_B, True where visible.
 
-    The same for sample n in whatever batch, on whatever rank it is drawn.
+    The mask of sample n does not depend on the batch or the rank.
     """
     index_V, _, _ = visible_tokens(seed, n_B, num_tokens, config.ratio, config.count)
     visible = torch.zeros(len(n_B) * num_tokens, dtype=torch.bool, device=n_B.device)

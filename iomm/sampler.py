@@ -1,8 +1,13 @@
-"""From noise to an image: the probability-flow ODE dx/dt = F(x, t, condition) from t = 1 to t = 0."""
+"""From noise to an image: integrate dx/dt = F(x, t, condition) from t = 1 to t = 0.
 
+This is the probability-flow ODE of the rectified flow in flow.py.
+"""
+
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 
 from iomm.config import InputError, choice
 from iomm.flow import flux_shift, shift_time
@@ -10,44 +15,62 @@ from iomm.kernels.philox import SAMPLER, normal
 
 METHODS = ("euler", "heun")
 
+# (x_BNK, t_B, condition_BCD) -> velocity_BNK.
+VelocityFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-def image_noise(seed, image_B, num_tokens, token_dim):
-    """Standard normal (B, N, K) float32 for the images numbered `image_B` (int64), each by seed and number alone."""
+
+def image_noise(seed: int, image_B: Tensor, num_tokens: int, token_dim: int) -> Tensor:
+    """Return standard normal noise (B, N, K) in float32.
+
+    The noise of an image depends only on the seed and its number in `image_B` (int64).
+    """
     return normal(seed, SAMPLER, image_B, num_tokens * token_dim).unflatten(
         1, (num_tokens, token_dim)
     )
 
 
-def step_times(steps, shift=1.0):
-    """The steps + 1 times from 1 to 0, float64: equal steps, then the resolution shift."""
+def step_times(steps: int, shift: float = 1.0) -> Tensor:
+    """Return the steps + 1 times from 1 to 0 in float64.
+
+    The steps are equal before the resolution shift is applied.
+
+    Raises:
+        InputError: unless steps >= 1 and shift > 0.
+    """
     if steps < 1:
         raise InputError(f"sampler steps must be >= 1, got {steps}")
     return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift)
 
 
-def guided(velocity_fn, condition_BCD, uncondition_BCD, guidance):
-    """-> F(x, t) = F_u + guidance (F_c - F_u), classifier-free guidance (arXiv 2207.12598) with weight 1 = none.
+def guided(
+    velocity_fn: VelocityFn,
+    condition_BCD: Tensor,
+    uncondition_BCD: Tensor | None,
+    guidance: float,
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the function F(x, t) = F_u + guidance (F_c - F_u): classifier-free guidance.
 
-    Both halves run as one doubled batch; in two passes only where their condition lengths differ.
+    Source: arXiv 2207.12598; a guidance of 1 means none. Both halves run as one doubled batch, or
+    in two passes if their condition lengths differ.
+
+    Raises:
+        InputError: if guidance is not 1 and there is no unconditional condition.
     """
     if guidance == 1.0:
         return lambda x, t_B: velocity_fn(x, t_B, condition_BCD)
     if uncondition_BCD is None:
         raise InputError(
-            f"guidance {guidance} needs an unconditional condition; give one or set guidance to 1"
+            f"guidance {guidance} needs an unconditional condition. Pass one, or set guidance to 1."
         )
 
-    def velocity(x, t_B):
+    def velocity(x: Tensor, t_B: Tensor) -> Tensor:
         if condition_BCD.shape == uncondition_BCD.shape:
             both = torch.cat((condition_BCD, uncondition_BCD))
-            conditioned, unconditioned = velocity_fn(
-                torch.cat((x, x)), torch.cat((t_B, t_B)), both
-            ).chunk(2)
+            doubled = velocity_fn(torch.cat((x, x)), torch.cat((t_B, t_B)), both)
+            conditioned, unconditioned = doubled.chunk(2)
         else:
-            conditioned, unconditioned = (
-                velocity_fn(x, t_B, condition_BCD),
-                velocity_fn(x, t_B, uncondition_BCD),
-            )
+            conditioned = velocity_fn(x, t_B, condition_BCD)
+            unconditioned = velocity_fn(x, t_B, uncondition_BCD)
         unconditioned = unconditioned.to(x.dtype)
         return unconditioned + guidance * (conditioned.to(x.dtype) - unconditioned)
 
@@ -56,20 +79,33 @@ def guided(velocity_fn, condition_BCD, uncondition_BCD, guidance):
 
 @torch.no_grad()
 def sample(
-    velocity_fn,
-    noise_BNK,
-    condition_BCD,
-    uncondition_BCD=None,
+    velocity_fn: VelocityFn,
+    noise_BNK: Tensor,
+    condition_BCD: Tensor,
+    uncondition_BCD: Tensor | None = None,
     *,
-    steps,
-    method="euler",
-    shift=1.0,
-    guidance=1.0,
-):
-    """Noise -> image tokens (B, N, K) in the noise's dtype, at least float32, whatever dtype the velocity comes in.
+    steps: int,
+    method: str = "euler",
+    shift: float | str = 1.0,
+    guidance: float = 1.0,
+) -> Tensor:
+    """Integrate noise to image tokens (B, N, K).
 
-    `velocity_fn(x_BNK, t_B, condition_BCD) -> velocity_BNK`; float32 times. Euler calls it `steps` times,
-    Heun twice as often. shift: of the times (flow.shift_time); "flux" for FLUX's by the number of tokens.
+    The result has the dtype of the noise, at least float32, whatever the dtype of the velocity.
+
+    Args:
+        velocity_fn: the velocity, called with float32 times.
+        noise_BNK: noise at t = 1.
+        condition_BCD: condition tokens.
+        uncondition_BCD: condition tokens of the empty prompt, for guidance.
+        steps: number of steps. Euler calls `velocity_fn` once per step, Heun twice.
+        method: "euler" or "heun".
+        shift: resolution shift of the times (`flow.shift_time`), or "flux" for FLUX's, which
+            depends on the number of tokens.
+        guidance: weight of classifier-free guidance; 1 means none.
+
+    Raises:
+        InputError: if an argument is out of range.
     """
     choice("sampler method", method, METHODS)
     velocity = guided(velocity_fn, condition_BCD, uncondition_BCD, guidance)
@@ -78,9 +114,8 @@ def sample(
     for t, t_next in pairwise(times):
         slope = velocity(x, torch.full((len(x),), t, device=x.device)).to(x.dtype)
         if method == "heun":
-            ahead = x + (t_next - t) * slope
-            slope = (
-                slope + velocity(ahead, torch.full((len(x),), t_next, device=x.device)).to(x.dtype)
-            ) / 2
+            x_euler = x + (t_next - t) * slope
+            slope_next = velocity(x_euler, torch.full((len(x),), t_next, device=x.device))
+            slope = (slope + slope_next.to(x.dtype)) / 2
         x = x + (t_next - t) * slope
     return x

@@ -1,14 +1,18 @@
-"""Weights on disk: generators as diffusers' folders and back bit for bit, other parts as one safetensors file.
+"""Weights on disk: generators as diffusers folders, other modules as safetensors files.
 
-Only safetensors and JSON are read, so nothing is ever unpickled. diffusers itself is not needed here.
+A generator that is exported and loaded again is bitwise equal. Only safetensors and JSON are read,
+so nothing is ever unpickled. This module does not import diffusers.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from iomm.config import InputError
 from iomm.generator import empty_generator
@@ -19,6 +23,8 @@ from iomm.layout import (
     from_diffusers_config,
     to_diffusers_config,
 )
+from iomm.mmdit import MMDiT
+from iomm.single_stream import SingleStream
 
 CONFIG, STEM = "config.json", "diffusion_pytorch_model"
 INDEX = f"{STEM}.safetensors.index.json"
@@ -26,12 +32,28 @@ MAX_SHARD_BYTES = 5_000_000_000
 
 
 def export_generator(
-    model, folder, *, patch=2, state=None, dtype=None, max_shard_bytes=MAX_SHARD_BYTES
-):
-    """Writes `model` as a folder for diffusers' from_pretrained: config.json and safetensors, sharded above 5 GB.
+    model: MMDiT | SingleStream,
+    folder: Path | str,
+    *,
+    patch: int = 2,
+    state: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a generator as a folder for diffusers' from_pretrained.
 
-    `state`: another state dict of the same names, such as the EMA's. `dtype`: of the file, the weights' own by default.
-    config.json goes last, so that a folder cut short by a kill is no model.
+    The folder holds config.json and safetensors. config.json is written last, so a folder left incomplete by a kill is not a model.
+
+    Args:
+        model: the generator.
+        folder: folder to write. An export that is already there is replaced.
+        patch: the VAE's patch.
+        state: a state dict to write instead of the model's, with the same names, e.g. the EMA's.
+        dtype: dtype of the files. Defaults to that of the weights.
+        max_shard_bytes: size above which the weights are split into several files.
+
+    Raises:
+        InputError: if diffusers does not support the shape, or `state` does not fit the model.
     """
     description = to_diffusers_config(model.config, patch)
     theirs = Layout(model.config, patch).to_theirs(model.state_dict() if state is None else state)
@@ -64,10 +86,18 @@ def export_generator(
     (folder / CONFIG).write_text(json.dumps(description, indent=2) + "\n")
 
 
-def load_generator(folder, *, device="cpu", dtype=None):
-    """The generator in a diffusers folder, in eval mode; `dtype` is the file's by default.
+def load_generator(
+    folder: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> MMDiT | SingleStream:
+    """Load the generator in a diffusers folder, in eval mode.
 
-    Raises InputError that says what is missing, unknown, damaged or of a shape that this engine does not have.
+    `dtype` defaults to that of the files.
+
+    Raises:
+        InputError: if something is missing, unknown, damaged or of an unsupported shape.
     """
     folder = Path(folder)
     config, patch = from_diffusers_config(read_json(folder / CONFIG), folder / CONFIG)
@@ -90,7 +120,8 @@ def load_generator(folder, *, device="cpu", dtype=None):
     )
     if any(tensors[name].any() for name in pooled):
         raise InputError(
-            f"{folder} uses a pooled text vector ({TEXT_EMBEDDER} is not zero); this engine has none"
+            f"{folder} uses a pooled text vector ({TEXT_EMBEDDER} is not zero). "
+            "Models with one are not supported."
         )
     model = empty_generator(
         config,
@@ -103,29 +134,45 @@ def load_generator(folder, *, device="cpu", dtype=None):
     return model.eval()
 
 
-def save_module(module, path, *, state=None, dtype=None):
-    """Writes the state dict of any module (adapter, connector), or `state`, as one safetensors file."""
+def save_module(
+    module: nn.Module,
+    path: Path | str,
+    *,
+    state: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write the state dict of a module, or `state`, as one safetensors file.
+
+    The module is for example an adapter or a connector. `dtype` defaults to that of the weights.
+    """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_tensors(module.state_dict() if state is None else state, Path(path), dtype)
 
 
 @torch.no_grad()
-def load_module(module, path):
-    """Fills `module` from a file of save_module. Raises InputError that lists misfits; then nothing changes."""
+def load_module(module: nn.Module, path: Path | str) -> None:
+    """Load a file written by `save_module` into `module`.
+
+    Raises:
+        InputError: with a list of the tensors that do not match. `module` is then unchanged.
+    """
     tensors, own = read_tensors(Path(path)), module.state_dict()
     check_tensors(
         path,
-        *(
-            {name: tuple(tensor.shape) for name, tensor in state.items()}
-            for state in (tensors, own)
-        ),
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        {name: tuple(tensor.shape) for name, tensor in own.items()},
     )
     for name, tensor in own.items():
         tensor.copy_(tensors[name])
 
 
-def write_tensors(tensors, path, dtype=None):
-    """One safetensors file, complete or not there: written beside itself, then renamed. Tensors may share memory."""
+def write_tensors(
+    tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype | None = None
+) -> None:
+    """Write one safetensors file atomically. Tensors may share memory.
+
+    The tensors go to a temporary file in the same folder, which is then renamed.
+    """
     copies = {
         name: tensor.detach().to("cpu", dtype or tensor.dtype, copy=True).contiguous()
         for name, tensor in tensors.items()
@@ -135,20 +182,28 @@ def write_tensors(tensors, path, dtype=None):
     part.replace(path)
 
 
-def read_tensors(path):
-    """Name -> tensor of a safetensors file, on the CPU. Raises InputError if it is missing or damaged."""
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return {name: tensor} of a safetensors file, on the CPU.
+
+    Raises:
+        InputError: if the file is missing or damaged.
+    """
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"cannot read {path} as safetensors: {error}") from error
 
 
-def read_json(path):
-    """The JSON object in a file. Raises InputError if it is missing or something else."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Raises:
+        InputError: if the file is missing or does not contain a JSON object.
+    """
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path} as JSON: {error}") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path} must hold a JSON object")
+        raise InputError(f"{path} must contain a JSON object")
     return content

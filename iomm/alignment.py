@@ -1,8 +1,8 @@
 """Alignment of the generator with the frozen ViT, beyond the paper.
 
-This is REPA (arXiv 2410.06940). A small head projects the latents of one block and pulls them towards the
-ViT's tokens of the clean image, which are computed anyway for a sample conditioned on its image. The head exists only in
-training; sampling and exports do not use it.
+This is REPA (arXiv 2410.06940). A small head projects the latents of one block and pulls them
+towards the ViT's tokens of the clean image, which are computed anyway for a sample conditioned on
+its image. The head exists only in training; sampling and exports do not use it.
 """
 
 import math

@@ -91,8 +91,8 @@ def tokens_per_image(
 ) -> float:
     """Return the number of tokens that the generator reads for one sample.
 
-    Each noise draw reads N latent tokens and C condition tokens, where C is the mean over masks. `num_text` and
-    `image` are as in `flops_by_part`.
+    Each noise draw reads N latent tokens and C condition tokens, where C is the mean over masks.
+    `num_text` and `image` are as in `flops_by_part`.
     """
     num_latents = math.prod(model.frozen[1].grid(size_px, size_px))
     _, num_condition = condition_tokens(model, num_text, image)

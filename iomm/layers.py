@@ -42,7 +42,8 @@ def use_fp8(model: nn.Module) -> None:
 class FusedLinear(TokenLinear):
     """Several linear layers with the same input, computed as one product.
 
-    It maps (..., in) to (..., sum(parts)). `parts` are the output sizes. Initialization and exports treat each part as a separate matrix.
+    It maps (..., in) to (..., sum(parts)). `parts` are the output sizes. Initialization and exports
+    treat each part as a separate matrix.
     """
 
     def __init__(self, in_features: int, parts: Sequence[int], bias: bool = True):

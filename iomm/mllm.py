@@ -1,4 +1,4 @@
-"""The frozen multimodal LLM: image tokens, text tokens and two passes, prefix and queries.
+"""The frozen multimodal LLM: image tokens, text tokens, and the prefix and query passes.
 
 The prefix (prompt and image tokens) runs without gradients, the queries with them. The weights stay
 in transformers' own modules, which internvl.py loads or creates. The two passes over them are
@@ -134,8 +134,8 @@ class MLLM(Frozen):
     def image_tokens(self, vit_pixels: Tensor) -> Tensor:
         """Return the image tokens (B, P, D), without gradient.
 
-        `vit_pixels` is as in `vit_states`. The result equals transformers' get_image_features, without its hooks on every layer, which
-        torch.compile cannot trace.
+        `vit_pixels` is as in `vit_states`. The result equals transformers' get_image_features,
+        without its hooks on every layer, which torch.compile cannot trace.
         """
         return self.project(self.vit_states(vit_pixels))
 

@@ -105,11 +105,11 @@ class Clock:
             self.marks.append((self.running[-1] if self.running else OTHER, self.now()))
 
     def read(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Return the seconds of each part since the previous read.
+        """Return the seconds of each part since the previous read, or since creation.
 
-        The first read starts when the clock was created. The first result is of the clock's own stream. It sums to all of that time, "other"
-        included. The second is of parts on other streams, which ran at the same time. Waits until
-        the device has reached this point.
+        The first dict is of the clock's own stream and sums to all of that time, "other" included.
+        The second is of parts on other streams, which ran at the same time. Waits until the device
+        has reached this point.
         """
         self.marks.append((self.running[-1] if self.running else OTHER, self.now()))
         marks, self.marks = self.marks, self.marks[-1:]

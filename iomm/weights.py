@@ -42,7 +42,8 @@ def export_generator(
 ) -> None:
     """Write a generator as a folder for diffusers' from_pretrained.
 
-    The folder holds config.json and safetensors. config.json is written last, so a folder left incomplete by a kill is not a model.
+    The folder holds config.json and safetensors. config.json is written last, so a folder left
+    incomplete by a kill is not a model.
 
     Args:
         model: the generator.

@@ -1,4 +1,4 @@
-"""FLOPs and tokens of one sample of a training step, computed from sizes alone.
+"""FLOPs and tokens of one sample of a training step, computed only from sizes.
 
 MFU and the dry run are based on these counts. A matrix product of m x k and k x n counts 2 m n k;
 norms, activations and softmax count nothing. A backward pass to inputs and weights counts twice its

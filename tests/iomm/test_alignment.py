@@ -1,4 +1,4 @@
-"""Alignment with the ViT: its formula, the grids, what it leaves alone, and runs with it."""
+"""Alignment with the ViT: loss, grids, FLOPs and memory, and whole runs with a head."""
 
 import json
 import math
@@ -47,14 +47,14 @@ GENERATORS = {
 
 
 def aligned(mllm, generator="mmdit", weight=0.5, share=1.0, **settings):
-    """A tiny IOMM with a head. settings: of AlignConfig."""
+    """Return a tiny IOMM with an alignment head. `settings` are those of AlignConfig."""
     model, align = build(mllm), AlignConfig(weight=weight, **settings)
     shape = dict(width=64, num_heads=2, token_dim=48, condition_dim=mllm.width)
     model.generator = new_generator(GeneratorConfig(**shape, **GENERATORS[generator]), 0)
     model.alignment = AlignmentHead(align, 64, mllm)
     model.alignment.init_weights(0)
     draw = torch.Generator().manual_seed(1)
-    # Blocks that start as the identity would hide one from the next.
+    # Fresh blocks are the identity, and the latents after each of them would be equal.
     with torch.no_grad():
         for p in model.generator.parameters():
             p.add_(torch.randn(p.shape, generator=draw) * 0.05)
@@ -63,7 +63,10 @@ def aligned(mllm, generator="mmdit", weight=0.5, share=1.0, **settings):
 
 
 def mixture(n_B, has_image, every=False):
-    """Arguments of `prepare` for images and pairs; `every`: ViT pixels of pairs too."""
+    """Return arguments of `prepare` for images and pairs.
+
+    With `every`, they include the ViT pixels of pairs.
+    """
     vae_pixels, vit_pixels = pixels(n_B)
     captions = [
         "" if image else f"{n} red circles"
@@ -82,8 +85,8 @@ def gradients(model, *inputs):
 
 
 @pytest.mark.parametrize("pairs", [False, True])
-def test_alignment_is_the_mean_over_a_samples_noise_draws(mllm, pairs):
-    """Of images alone and of pairs too; the weight counts samples, not draws."""
+def test_alignment_loss_is_averaged_over_noise_draws(mllm, pairs):
+    """Test it for images only and with aligned pairs. The weight is per sample, not per draw."""
     model, n_B, has_image = aligned(mllm, pairs=pairs), torch.arange(4), [True, False, True, False]
     inputs = mixture(n_B, has_image, every=pairs)
     model.recipe = replace(model.recipe, noise_draws=2)
@@ -109,14 +112,14 @@ def test_alignment_is_the_mean_over_a_samples_noise_draws(mllm, pairs):
 
 
 def axis_matrix(length, side):
-    """Weights (length, side) of one axis: means of windows, or lines between neighbours."""
+    """Return weights (length, side) of one axis: window means, or linear interpolation."""
     weights = torch.zeros(length, side, dtype=torch.float64)
     for i in range(length):
         if length <= side:
             first, last = i * side // length, -(-(i + 1) * side // length)
             weights[i, first:last] = 1 / (last - first)
         else:
-            # centre of cell i among the centres of the tokens; the ends are held
+            # Position of the centre of cell i among the centres of the tokens, clamped at the ends.
             at = max((i + 0.5) * side / length - 0.5, 0.0)
             low = min(math.floor(at), side - 1)
             weights[i, low] += 1 - (at - low)
@@ -127,7 +130,7 @@ def axis_matrix(length, side):
 @pytest.mark.parametrize(
     "grid", [(4, 4), (2, 2), (8, 8), (3, 3), (5, 7), (2, 8), (8, 2), (1, 16), (4, 6)], ids=str
 )
-def test_tokens_are_resampled_axis_by_axis(grid):
+def test_on_grid_resamples_each_axis_independently(grid):
     tokens = torch.randn(3, 16, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def reference(tokens):
@@ -144,10 +147,11 @@ def test_tokens_are_resampled_axis_by_axis(grid):
 
 
 @pytest.mark.parametrize("size", [(32, 32), (16, 64), (64, 16)], ids=str)
-def test_the_vit_sees_the_whole_crop_stretched(size):
-    """What the geometry rests on: the ViT's pixels on the latent grid are the VAE's, in any bucket.
+def test_vit_sees_the_whole_crop_stretched(size):
+    """Resampled to the latent grid, the ViT's pixels match the VAE's in every bucket.
 
-    Another layout of that square (its middle, turned, mirrored) is further away by a multiple.
+    `on_grid` relies on this. Other arrangements of the square (its centre, transposed, mirrored)
+    have at least three times the error.
     """
     draw = np.random.default_rng(0)
     small = Image.fromarray(draw.integers(0, 255, (6, 6, 3), dtype=np.uint8))
@@ -179,8 +183,8 @@ def np_png(image):
     return out.getvalue()
 
 
-def test_both_targets_are_row_major_squares(mllm):
-    """Image token (r, c) is made of the patches at rows 2 r, 2 r + 1 and columns 2 c, 2 c + 1."""
+def test_alignment_targets_are_row_major_squares(mllm):
+    """Image token (r, c) covers the patches at rows 2 r, 2 r + 1 and columns 2 c, 2 c + 1."""
     rows_columns = torch.cartesian_prod(torch.arange(8.0), torch.arange(8.0)).view(1, 8, 8, 2)
     shuffled = mllm.backbone.pixel_shuffle(rows_columns, scale_factor=0.5).view(4, 4, 4, 2)
     centres = torch.cartesian_prod(torch.arange(4.0), torch.arange(4.0)).view(4, 4, 2) * 2 + 0.5
@@ -189,7 +193,7 @@ def test_both_targets_are_row_major_squares(mllm):
     patches = mllm.backbone.vision_tower.embeddings.patch_embeddings
     assert states.shape == (1, 64, mllm.vit_width)
     bright = torch.zeros(1, 3, 32, 32)
-    # patch (1, 6)
+    # Patch (1, 6).
     bright[..., 4:8, 24:28] = 1.0
     seen = patches(bright)
     seen = (seen[0] if isinstance(seen, tuple) else seen).flatten(0, 1)
@@ -204,7 +208,7 @@ def literal(projected_IND, target_IND):
     return (1 - (unit[0] * unit[1]).sum(-1)).mean(1)
 
 
-def test_the_loss_is_its_formula():
+def test_alignment_loss_matches_its_formula():
     draw = torch.Generator().manual_seed(0)
     projected, target = (
         torch.randn(3, 5, 7, generator=draw, dtype=torch.float64) for _ in range(2)
@@ -238,8 +242,11 @@ def test_the_loss_is_its_formula():
         ("single_stream", 3),
     ],
 )
-def test_gradients_are_those_of_the_formula(mllm_folder, generator, block, target):
-    """Velocity loss + weight x mean of 1 - cos(MLP(latents of the block), target), in float64."""
+def test_alignment_gradients_match_the_formula(mllm_folder, generator, block, target):
+    """Compare with the formula in float64.
+
+    It is velocity loss + weight x mean of 1 - cos(MLP(latents of the block), target).
+    """
     mllm = load_mllm(str(mllm_folder), dtype=torch.float64)
     model, n_B, held = (
         aligned(mllm, generator, block=block, target=target).double(),
@@ -258,10 +265,8 @@ def test_gradients_are_those_of_the_formula(mllm_folder, generator, block, targe
     loss, loss_B, _, align_I = model(*pixels(n_B), n_B)
     hook.remove()
     latents = held["out"]
-    if (
-        latents.shape[1] > 64
-        # The joint sequence: condition first in FLUX, latents first in Z-Image.
-    ):
+    # In a joint sequence the condition comes first in FLUX, the latents first in Z-Image.
+    if latents.shape[1] > 64:
         latents = latents[:, -64:] if generator == "mmdit" else latents[:, :64]
     head = model.alignment
     hidden = torch.nn.functional.silu(latents @ head.linear_in.weight.T + head.linear_in.bias)
@@ -276,27 +281,28 @@ def test_gradients_are_those_of_the_formula(mllm_folder, generator, block, targe
         wanted = on_grid(seen.pooler_output, (8, 8))
     assert (literal(projected, wanted) - align_I).abs().max() <= 1e-12
     assert (loss - (loss_B.mean() + 0.5 * literal(projected, wanted).mean())).abs() <= 1e-12
-    # The whole gradient is that of the velocity loss without a head, and that of the formula.
+    # The gradient is the sum of the velocity loss's without a head and the formula's.
     model.zero_grad()
     literal(projected, wanted).mean().mul(0.5).backward()
     theirs = {name: p.grad for name, p in model.named_parameters()}
     model.alignment = None
     plain = gradients(model, *pixels(n_B), n_B)
-    del ours[
-        "adapter.to_k.bias"
-        # A bias of all keys cancels in the softmax: its gradient is rounding alone.
-    ]
+    # A bias shared by all keys cancels in the softmax, so its gradient is only rounding error.
+    del ours["adapter.to_k.bias"]
     for name, grad in ours.items():
         parts = [g for g in (theirs.get(name), plain.get(name)) if g is not None]
-        # The adapter's gradient comes through Qwen2's norms, which compute in float32 always.
+        # The adapter's gradient passes through Qwen2's norms, which always compute in float32.
         eps = torch.finfo(torch.float32 if name.startswith("adapter.") else torch.float64).eps
         assert (grad - sum(parts)).abs().max() <= 64 * eps * grad.abs().max(), name
     assert all(ours[name].abs().max() > 0 for name in ours if name.startswith("alignment."))
     assert all(p.grad is None for p in mllm.parameters())
 
 
-def test_the_velocity_s_numbers_do_not_know_of_the_head(mllm):
-    """Losses and times, to the bit; without a weight there is no head and no fourth result."""
+def test_velocity_loss_does_not_depend_on_the_head(mllm):
+    """Velocity losses and times are bitwise equal with and without the head.
+
+    With weight 0 there is no head and no fourth result.
+    """
     model, n_B = aligned(mllm), torch.arange(4)
     loss, loss_B, t_B, align_I = model(*pixels(n_B), n_B)
     model.alignment = None
@@ -320,7 +326,7 @@ def test_the_velocity_s_numbers_do_not_know_of_the_head(mllm):
     ) and "align" not in work(plain, load_config(PIXELS))
 
 
-def test_the_vit_runs_once(mllm, monkeypatch):
+def test_vit_runs_once_per_batch(mllm, monkeypatch):
     ran = []
     for name in ("vit_states", "project"):
         work = getattr(mllm, name)
@@ -329,7 +335,7 @@ def test_the_vit_runs_once(mllm, monkeypatch):
         )
     n_B, has_image = torch.arange(4), [True, False, True, False]
     for settings, inputs, wanted in [
-        (dict(), (*pixels(n_B), n_B), [("vit_states", 4), ("project", 4)]),
+        ({}, (*pixels(n_B), n_B), [("vit_states", 4), ("project", 4)]),
         (dict(target="projector"), (*pixels(n_B), n_B), [("vit_states", 4), ("project", 4)]),
         (dict(share=0.5), mixture(n_B, has_image), [("vit_states", 2), ("project", 2)]),
         (dict(share=0.5), mixture(n_B, [False] * 4), []),
@@ -354,7 +360,7 @@ def test_the_vit_runs_once(mllm, monkeypatch):
 
 
 @pytest.mark.parametrize("target", ["vit", "projector"])
-def test_pairs_are_left_out_of_the_mean_or_aligned_on_demand(mllm, target):
+def test_pairs_are_aligned_only_on_request(mllm, target):
     n_B, has_image = torch.arange(6), [True, False, False, True, False, True]
     chosen = torch.tensor(has_image)
     model = aligned(mllm, target=target, share=0.5)
@@ -371,8 +377,11 @@ def test_pairs_are_left_out_of_the_mean_or_aligned_on_demand(mllm, target):
     )
 
 
-def test_micro_batches_of_any_kind_add_up_to_the_batch(mllm):
-    """Four of six samples are images; in micro-batches of three (3 images and 1) and of one."""
+def test_micro_batch_gradients_average_to_the_batch(mllm):
+    """Cut six samples, four of them images, into micro-batches of three and of one.
+
+    The micro-batches of three have three images and one image.
+    """
     n_B, has_image = torch.arange(6), [True, True, True, False, False, True]
     model = aligned(mllm, share=4 / 6)
     whole = gradients(model, *mixture(n_B, has_image))
@@ -386,14 +395,12 @@ def test_micro_batches_of_any_kind_add_up_to_the_batch(mllm):
             assert torch.allclose(mean, grad, rtol=1e-3, atol=1e-6), name
 
 
-def test_pairs_alone_call_the_same_modules_and_give_the_head_zeros(mllm):
+def test_unaligned_pairs_give_the_head_zero_gradients(mllm):
     model, n_B, called = aligned(mllm, share=0.5), torch.arange(3), []
     for name, module in model.named_modules():
         module.register_forward_hook(lambda *_, name=name: called.append(name))
-        if name.startswith(
-            ("alignment", "generator.blocks")
-            # What gets a gradient at its entrance.
-        ):
+        # These modules receive a gradient at their output.
+        if name.startswith(("alignment", "generator.blocks")):
             module.register_full_backward_pre_hook(
                 lambda *_, name=name: called.append(f"back {name}")
             )
@@ -417,20 +424,20 @@ def test_pairs_alone_call_the_same_modules_and_give_the_head_zeros(mllm):
 @pytest.mark.parametrize(
     "settings, has_image",
     [
-        (dict(), [True] * 4),
+        ({}, [True] * 4),
         (dict(share=0.5), [True, False, False, True]),
         (dict(share=0.5), [False] * 4),
         (dict(pairs=True, target="projector"), [True, False, False, True]),
     ],
     ids=str,
 )
-def test_what_was_prepared_ahead_gives_the_same_bits(mllm, settings, has_image):
+def test_prepared_batch_gives_bitwise_equal_results(mllm, settings, has_image):
     model, n_B = aligned(mllm, **settings), torch.arange(4)
     inputs = mixture(n_B, has_image, every=settings.get("pairs", False))
     prepared = model.prepare(*inputs)
     assert {id(x) for x in walk(prepared)} == {id(x) for x in prepared.tensors()}
     assert prepared.align_IND is not None and not any(x.requires_grad for x in prepared.tensors())
-    assert all(torch.equal(a, b) for a, b in zip(model(prepared), model(*inputs)))
+    assert all(torch.equal(a, b) for a, b in zip(model(prepared), model(*inputs), strict=True))
     found = gradients(model, prepared), gradients(model, *inputs)
     assert all(
         torch.equal(found[0][name], found[1][name])
@@ -439,19 +446,24 @@ def test_what_was_prepared_ahead_gives_the_same_bits(mllm, settings, has_image):
     )
 
 
-def test_cached_latents_are_aligned_as_pixels_are(mllm):
+def test_cached_latents_give_the_same_alignment(mllm):
     model, n_B = aligned(mllm), torch.arange(3)
     vae_pixels, vit_pixels = pixels(n_B)
     latents = model.frozen[1].encode(vae_pixels)
     assert all(
         torch.equal(a, b)
-        for a, b in zip(model(None, vit_pixels, n_B, latents), model(vae_pixels, vit_pixels, n_B))
+        for a, b in zip(
+            model(None, vit_pixels, n_B, latents), model(vae_pixels, vit_pixels, n_B), strict=True
+        )
     )
 
 
 @pytest.mark.parametrize("generator", GENERATORS)
-def test_buckets_are_aligned_with_the_whole_image(mllm, generator):
-    """16 x 64 pixels are 4 x 16 latent tokens: rows of 8 are pooled, columns of 8 interpolated."""
+def test_alignment_of_a_bucket_uses_the_whole_image(mllm, generator):
+    """Images of 16 x 64 pixels have 4 x 16 latent tokens.
+
+    Of the ViT's 8 x 8 tokens, the rows are pooled and the columns interpolated.
+    """
     model, n_B = aligned(mllm, generator), torch.arange(2)
     vae_pixels, vit_pixels = (
         torch.rand(2, 3, 16, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1,
@@ -466,12 +478,12 @@ def test_buckets_are_aligned_with_the_whole_image(mllm, generator):
     assert align_I.shape == (2,) and model.alignment.linear_in.weight.grad.abs().max() > 0
 
 
-def test_the_source_shows_the_vit_what_it_is_asked_for(tmp_path):
+def test_source_gives_vit_pixels_of_pairs_on_request(tmp_path):
     folder = write_dataset(tmp_path / "tars", num_images=16, size_px=32, shard_size=8)
     shards = Shards(build_index(folder, tmp_path / "index", progress=False))
 
     class Plan:
-        """Every second sample is a pair."""
+        """A plan in which every second sample is a pair."""
 
         def __call__(self, n, attempt=0):
             return np.asarray(n) % 16
@@ -517,7 +529,7 @@ def test_the_source_shows_the_vit_what_it_is_asked_for(tmp_path):
 
 
 class Engine:
-    """Stands in for zero.Sharded: gradients add up, every second pass is the last."""
+    """Stand-in for zero.Sharded: accumulates gradients, and every second pass is the last."""
 
     def __init__(self, model):
         self.model, self.passes, self.last_micro_batch = model, 0, False
@@ -533,7 +545,7 @@ class Engine:
         return self.passes % 2 == 0
 
 
-def test_the_step_logs_the_velocity_loss_and_names_what_is_not_finite(mllm):
+def test_step_logs_velocity_loss_and_nonfinite_samples(mllm):
     model, n_B, has_image = aligned(mllm, share=0.25), torch.arange(4), [True, False, False, False]
 
     def batches():
@@ -566,8 +578,8 @@ def test_the_step_logs_the_velocity_loss_and_names_what_is_not_finite(mllm):
 # Counts
 
 
-def test_counted_flops_are_those_of_the_flop_counter(mllm):
-    """Exactly: what the head adds to a pass forward and back, and what the projector takes."""
+def test_alignment_flops_match_the_flop_counter(mllm):
+    """The head adds exactly the counted FLOPs to both passes, and so does the projector."""
     n_B = torch.arange(2)
 
     def count(work):
@@ -590,9 +602,9 @@ def test_counted_flops_are_those_of_the_flop_counter(mllm):
     )
 
 
-def test_a_pair_costs_what_it_is_aligned_for(mllm):
+def test_flops_of_a_pair_depend_on_its_alignment(mllm):
     for settings, vit, head in [
-        (dict(), 0, False),
+        ({}, 0, False),
         (dict(pairs=True), mllm.vit_flops(projector=False), True),
         (dict(pairs=True, target="projector"), mllm.vit_flops(), True),
     ]:
@@ -605,7 +617,7 @@ def test_a_pair_costs_what_it_is_aligned_for(mllm):
         )
 
 
-def test_the_plan_knows_of_the_head():
+def test_dry_run_counts_the_head():
     paths = ["data.shards=shapes", "data.pairs=shapes", "run.init=null"]
     without, plan = (
         make_plan(load_config("iomm-b-512", [*paths, *more]), ranks=8)
@@ -625,7 +637,7 @@ def test_the_plan_knows_of_the_head():
 
 
 @pytest.mark.parametrize("target", ["vit", "projector"])
-def test_bytes_kept_and_prepared_are_those_of_a_real_pass(target):
+def test_dry_run_bytes_match_a_real_pass(target):
     from iomm.engine.shapes.mllm import WEIGHTS
     from iomm.model import IOMM
     from iomm.vae import load_vae
@@ -704,13 +716,13 @@ def test_muon_leaves_the_head_to_adamw(mllm):
         ),
     ],
 )
-def test_mistakes_are_named(overrides, message):
+def test_invalid_alignment_settings_are_rejected(overrides, message):
     with pytest.raises(InputError) as error:
         parse("", overrides=overrides)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_blocks_are_counted_from_1_and_a_third_is_rounded_up():
+def test_default_block_is_a_third_of_the_depth():
     assert [AlignConfig().block_in(depth) for depth in (1, 2, 3, 4, 19, 30)] == [1, 1, 1, 2, 7, 10]
     assert AlignConfig(block=4).block_in(4) == 4
     pairs = ["align.weight=1", "align.pairs=true", "train.data=pair"]
@@ -730,7 +742,7 @@ from iomm.engine import loop
 from iomm.engine.parallel import ranks as group
 from iomm.engine.cli import main as iomm
 from iomm.engine.launch import main as launch
-group.stop = lambda: None     # DeepSpeed makes its groups once a process
+group.stop = lambda: None     # DeepSpeed creates its groups once per process
 PRESETS["demo"] = GeneratorConfig(width=64, num_heads=2, num_blocks=2)
 root, *settings = sys.argv[1:]
 on = "align.weight=0.5"
@@ -759,12 +771,15 @@ run("broken", on)
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Folder of the runs of RUNS: one rank, ZeRO-3, micro-batches of one image or one pair."""
+    """Return the folder with the runs of RUNS.
+
+    They use one rank, ZeRO-3 and micro-batches of one image or one pair.
+    """
     folder = tmp_path_factory.mktemp("align")
-    world = folder / "world"
-    write_dataset(world, num_images=24, size_px=32, seed=1, shard_size=12)
+    dataset = folder / "dataset"
+    write_dataset(dataset, num_images=24, size_px=32, seed=1, shard_size=12)
     done = subprocess.run(
-        [sys.executable, "-c", RUNS, str(folder), *settings(world)],
+        [sys.executable, "-c", RUNS, str(folder), *settings(dataset)],
         cwd=ROOT,
         env=environment(),
         text=True,
@@ -773,16 +788,16 @@ def runs(tmp_path_factory):
         stderr=subprocess.STDOUT,
     )
     assert done.returncode == 0, done.stdout
-    (folder / "said.txt").write_text(done.stdout)
+    (folder / "output.txt").write_text(done.stdout)
     return folder
 
 
-def settings(world):
+def settings(dataset):
     return [
         "--config",
         PIXELS,
-        f"data.shards={world}",
-        f"data.pairs={world}",
+        f"data.shards={dataset}",
+        f"data.pairs={dataset}",
         "train.data=mix",
         "train.steps=3",
         "train.global_batch=4",
@@ -801,7 +816,7 @@ def settings(world):
     ]
 
 
-def test_a_run_trains_its_head_and_logs_both_losses(runs):
+def test_run_trains_the_head_and_logs_both_losses(runs):
     mix, whole, off = (rows(runs / name / "log.jsonl") for name in ("mix", "whole", "off"))
     assert len(mix) == 3 and all(
         row["align_loss"] is None and "align" not in row["time_s"] for row in off
@@ -811,7 +826,7 @@ def test_a_run_trains_its_head_and_logs_both_losses(runs):
     assert (
         mix[0]["grad_norm"] > off[0]["grad_norm"] and mix[-1]["align_loss"] < mix[0]["align_loss"]
     )
-    # Whatever the micro-batch
+    # The losses do not depend on the micro-batch.
     for one, other in zip(mix, whole, strict=True):
         for key in ("loss", "align_loss", "grad_norm"):
             assert one[key] == pytest.approx(other[key], rel=1e-4), key
@@ -822,7 +837,7 @@ def test_a_run_trains_its_head_and_logs_both_losses(runs):
     )
 
 
-def test_a_resumed_run_is_bitwise_the_same(runs):
+def test_resumed_run_is_bitwise_equal(runs):
     mix, again = (rows(runs / name / "log.jsonl")[-1] for name in ("mix", "again"))
     assert all(mix[key] == again[key] for key in ("step", "loss", "align_loss", "grad_norm"))
     assert hashes(runs / "mix") == hashes(runs / "again")
@@ -832,12 +847,12 @@ def test_a_resumed_run_is_bitwise_the_same(runs):
     } <= set(slots)
 
 
-def test_sampling_export_and_the_next_stage_do_without_the_head(runs, monkeypatch):
+def test_sampling_export_and_init_drop_the_head(runs, monkeypatch):
     monkeypatch.setitem(PRESETS, "demo", GeneratorConfig(width=64, num_heads=2, num_blocks=2))
     for name in ("mix", "added"):
         config, model, _ = load_run(runs / name)
         assert config.align.weight and model.alignment is None
-    files = [path for path in (runs / "mix/export/ema").iterdir()]
+    files = list((runs / "mix/export/ema").iterdir())
     assert files and not any(
         "align" in path.name or b"alignment" in path.read_bytes() for path in files
     )
@@ -856,7 +871,7 @@ def test_sampling_export_and_the_next_stage_do_without_the_head(runs, monkeypatc
     assert len(shapes["mix"]) == len(shapes["off"]) + 6 == len(shapes["added"])
 
 
-def test_an_alignment_loss_that_is_not_finite_skips_the_step(runs):
+def test_nonfinite_alignment_loss_skips_the_step(runs):
     broken, mix = (rows(runs / name / "log.jsonl") for name in ("broken", "mix"))
     assert [row["skipped_steps"] for row in broken] == [0, 1, 1] and broken[1]["grad_norm"] is None
     assert (
@@ -866,19 +881,20 @@ def test_an_alignment_loss_that_is_not_finite_skips_the_step(runs):
     )
     line = next(
         line
-        for line in (runs / "said.txt").read_text().splitlines()
+        for line in (runs / "output.txt").read_text().splitlines()
         if "step 2 skipped on all ranks" in line
     )
-    assert (
-        len(json.loads(f"[{line.partition('not finite: ')[2]}]")) == 2
-        # The two images of the step.
-    )
+    # The two images of the step.
+    assert len(json.loads(f"[{line.partition('not finite: ')[2]}]")) == 2
 
 
 @pytest.mark.slow
-def test_two_ranks_of_which_one_has_pairs_alone(runs, tmp_path):
-    """Each micro-batch is an image on one rank, a pair on the other: none hangs; then resumed."""
-    given = [*settings(runs / "world"), "align.weight=0.5"]
+def test_two_ranks_when_one_has_only_pairs(runs, tmp_path):
+    """Train and resume when each micro-batch is an image on one rank and a pair on the other.
+
+    No rank may hang.
+    """
+    given = [*settings(runs / "dataset"), "align.weight=0.5"]
     done = start(2, f"run.dir={tmp_path / 'two'}", *given)
     assert done.returncode == 0, done.stdout
     done = start(

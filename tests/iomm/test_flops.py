@@ -1,4 +1,7 @@
-"""Counted work per image at IOMM-B's true shapes, on the meta device: the table of the method, literal beside ours."""
+"""FLOPs per image at IOMM-B's true shapes, on the meta device.
+
+The results are the table in iomm/README.md, for literal Algorithm 1 and for this implementation.
+"""
 
 import pytest
 import torch
@@ -8,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from iomm.adapter import QueryAdapter
 from iomm.config import AdapterConfig, generator_config
 from iomm.generator import empty_generator
-from iomm.internvl import INTERNVL3_2B, shape_of_mllm
+from iomm.internvl import INTERNVL3_2B, meta_mllm
 
 T = 1e12
 TEXT, IMAGE, QUERIES, RATIO = 12, 256, 256, 0.85
@@ -23,25 +26,28 @@ def counted(work):
 
 @pytest.fixture(scope="module")
 def mllm():
-    return shape_of_mllm(**INTERNVL3_2B)
+    return meta_mllm(**INTERNVL3_2B)
 
 
-def test_parameters_of_the_mllm_and_of_the_adapter(mllm):
+def test_mllm_and_adapter_parameter_counts(mllm):
     assert sum(p.numel() for p in mllm.parameters()) == pytest.approx(1.856e9, rel=0.01)
     with torch.device("meta"):
         adapter = QueryAdapter(AdapterConfig(), mllm.width)
     assert 28.5e6 < sum(p.numel() for p in adapter.parameters()) < 29.5e6
 
 
-def test_vit_is_counted_within_a_percent(mllm):
+def test_vit_flops_are_within_one_percent(mllm):
     pixels = torch.empty(1, 3, 448, 448, device="meta")
     assert mllm.vit_flops() / T == pytest.approx(
         counted(lambda: mllm.image_tokens(pixels)), rel=0.01
     )
 
 
-def test_table_of_the_method(mllm):
-    """Prints the table of work per image (pytest -s); every row is within 2 % of what the method states, the MLLM's at 0.55 or less."""
+def test_flops_match_the_readme_table(mllm):
+    """Print the table of FLOPs per image (pytest -s) and compare it with iomm/README.md.
+
+    Every row is within 2 %, and the MLLM takes at most 0.55 of the literal pass.
+    """
     x = torch.empty(1, LITERAL, mllm.width, device="meta", requires_grad=True)
     decoder = mllm.backbone.language_model
 
@@ -60,7 +66,7 @@ def test_table_of_the_method(mllm):
     literal_dit, ours_dit = (
         3 * generator.flops_per_image((32, 32), c) / T for c in (LITERAL, QUERIES)
     )
-    # the VAE's is counted in tests/iomm/test_vae.py
+    # The VAE is counted in tests/iomm/test_vae.py.
     vae, vit = 1.118, mllm.vit_flops() / T
     rows = {
         "VAE encoder forward": (vae, vae),
@@ -68,7 +74,7 @@ def test_table_of_the_method(mllm):
         "MLLM": (literal_mllm, ours_mllm),
         "DiT forward + backward": (literal_dit, ours_dit),
     }
-    rows["sum"] = tuple(map(sum, zip(*rows.values())))
+    rows["sum"] = tuple(map(sum, zip(*rows.values(), strict=True)))
     print("\nTFLOP per image, stage 1, 512 px       literal    ours")
     for name, (literal, ours) in rows.items():
         print(f"{name:<36} {literal:>9.2f} {ours:>7.2f}")

@@ -1,4 +1,4 @@
-"""Prefix without gradient, queries with it: the same numbers as transformers' own pass with an attention mask."""
+"""The two passes of the MLLM against transformers' forward pass with an attention mask."""
 
 import pytest
 import torch
@@ -29,10 +29,13 @@ def mllm(folder):
 
 
 def literal(mllm, texts, image_tokens, has_image, visible, queries_BQD, causal):
-    """Algorithm 1 as written: whole sequences through transformers' forward, hidden tokens barred by a 4D mask."""
+    """Run Algorithm 1 literally: whole sequences through transformers' forward pass.
+
+    Hidden tokens are excluded by a 4D mask.
+    """
     batch, num_image = len(texts), mllm.num_image_tokens
     rows, keeps, images = [], [], iter(range(batch))
-    for text, image in zip(texts, has_image):
+    for text, image in zip(texts, has_image, strict=True):
         before = mllm.token_ids("<|im_start|>user\n" + text + ("<img>" if image else ""))
         after = mllm.token_ids(("</img>" if image else "") + "<|im_end|>\n<|im_start|>assistant\n")
         embed = mllm.backbone.get_input_embeddings()
@@ -45,14 +48,14 @@ def literal(mllm, texts, image_tokens, has_image, visible, queries_BQD, causal):
         rows.append(torch.cat(parts))
         keeps.append(keep + [True] * len(after))
     hidden = []
-    for row, keep, queries_QD in zip(rows, keeps, queries_BQD):
+    for row, keep, queries_QD in zip(rows, keeps, queries_BQD, strict=True):
         x = torch.cat((row, queries_QD))[None]
         length = x.shape[1]
         see = torch.ones(length, length, dtype=torch.bool).tril()
         if not causal:
             see[-Q:, -Q:] = True
         see &= torch.tensor(keep + [True] * Q)[None]
-        # A hidden row may look at itself: nobody looks at it.
+        # A hidden row may attend to itself, as no other row attends to it.
         see |= torch.eye(length, dtype=torch.bool)
         mask = torch.zeros(1, 1, length, length, dtype=x.dtype).masked_fill(
             ~see, torch.finfo(x.dtype).min
@@ -104,7 +107,10 @@ def test_split_pass_equals_transformers_forward(mllm, ratio, batch, kinds):
 
 
 def test_prefix_outputs_equal_transformers_forward(mllm):
-    """adapter.conditions: all, as Algorithm 1 writes it: hidden tokens times zero, every output."""
+    """Test adapter.conditions=all as in the text of Algorithm 1.
+
+    Hidden tokens are multiplied by zero, and every output is returned.
+    """
     tokens = mllm.image_tokens(torch.randn(2, 3, 32, 32, dtype=torch.float64))
     visible = torch.arange(2 * mllm.num_image_tokens) % 3 == 0
     queries = torch.randn(2, Q, mllm.width, dtype=torch.float64, requires_grad=True)
@@ -121,8 +127,8 @@ def test_prefix_outputs_equal_transformers_forward(mllm):
     assert (grads[0] - grads[1]).abs().max() <= 1e-12 * grads[1].abs().max()
 
 
-def test_qwen3_decoders_are_read_too(tmp_path):
-    """InternVL3.5's decoder: norms on queries and keys, its own head dim."""
+def test_qwen3_decoder_equals_transformers_forward(tmp_path):
+    """InternVL3.5's decoder normalises queries and keys and has a separate head dim."""
     create_mllm(
         tmp_path / "m",
         texts=["a b"],
@@ -139,7 +145,7 @@ def test_qwen3_decoders_are_read_too(tmp_path):
     assert (ours - theirs).abs().max() <= 1e-12 * theirs.abs().max()
 
 
-def test_image_tokens_are_those_of_transformers(mllm):
+def test_image_tokens_equal_transformers(mllm):
     pixels = torch.randn(3, 3, 32, 32, dtype=torch.float64)
     with torch.no_grad():
         theirs = mllm.backbone.get_image_features(pixels).pooler_output
@@ -147,8 +153,11 @@ def test_image_tokens_are_those_of_transformers(mllm):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bytes_are_embedded_as_transformers_embeds_normalised_pixels(folder, dtype):
-    """On a CPU with the same bits; by patch rows and one product, as on a GPU, within twice the convolution's own error."""
+def test_byte_embeddings_match_normalised_pixels(folder, dtype):
+    """On a CPU, embeddings of bytes and of normalised pixels are bitwise equal.
+
+    Patch rows and one matrix product, as on a GPU, are within twice the convolution's own error.
+    """
     mllm, random = load_mllm(str(folder), dtype=dtype), torch.Generator().manual_seed(0)
     pixels = torch.randint(
         0, 256, (3, mllm.vit_px, mllm.vit_px, 3), generator=random, dtype=torch.uint8
@@ -158,7 +167,7 @@ def test_bytes_are_embedded_as_transformers_embeds_normalised_pixels(folder, dty
         mllm.backbone.vision_tower.embeddings,
     )
     assert torch.equal(mllm.vit_states(pixels), mllm.vit_states(floats))
-    same, got = embeddings(floats.to(dtype)), mllm.embedded_rows(pixels)
+    same, got = embeddings(floats.to(dtype)), mllm.embed_bytes(pixels)
     exact = embeddings.double()(floats.to(dtype).double())
     budget = 2 * (same.double() - exact).abs().max() + torch.finfo(dtype).eps * exact.abs().max()
     assert (
@@ -168,7 +177,7 @@ def test_bytes_are_embedded_as_transformers_embeds_normalised_pixels(folder, dty
     )
 
 
-def test_zero_keeps_hidden_tokens_as_zeros(mllm):
+def test_mode_zero_keeps_hidden_tokens_as_zeros(mllm):
     tokens = torch.randn(2, mllm.num_image_tokens, mllm.width, dtype=torch.float64)
     visible = torch.arange(2 * mllm.num_image_tokens) % 3 == 0
     zeroed = mllm.condition(["", "x"], tokens, visible=visible, mode="zero")
@@ -178,7 +187,7 @@ def test_zero_keeps_hidden_tokens_as_zeros(mllm):
     )
 
 
-def test_positions_survive_dropping_or_are_compact(mllm):
+def test_positions_have_gaps_or_are_compact(mllm):
     tokens = torch.randn(1, mllm.num_image_tokens, mllm.width, dtype=torch.float64)
     visible = torch.zeros(mllm.num_image_tokens, dtype=torch.bool)
     visible[[2, 5]] = True
@@ -192,7 +201,7 @@ def test_positions_survive_dropping_or_are_compact(mllm):
     ) == len(compact.tokens_TD)
 
 
-def test_prefix_keeps_no_graph_and_stays_frozen(mllm):
+def test_prefix_has_no_graph_and_stays_frozen(mllm):
     mllm.train()
     assert not any(module.training for module in mllm.modules())
     assert not any(p.requires_grad for p in mllm.parameters())
@@ -200,18 +209,18 @@ def test_prefix_keeps_no_graph_and_stays_frozen(mllm):
     assert not any(k.requires_grad or v.requires_grad for k, v in mllm.prefix(condition)[0])
 
 
-def test_errors_say_what_was_wanted(mllm, tmp_path):
-    with pytest.raises(InputError, match="context of 256: shorten it"):
+def test_errors_state_what_was_expected(mllm, tmp_path):
+    with pytest.raises(InputError, match=r"context of 256\. Shorten the prompt"):
         mllm.condition(["a red circle " * 200])
     with pytest.raises(InputError, match="no folder"):
         load_mllm(str(tmp_path / "none"))
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(InputError, match="is a bert checkpoint; wanted InternVL"):
+    with pytest.raises(InputError, match=r"is a bert checkpoint\. Expected InternVL"):
         load_mllm(str(tmp_path))
 
 
 @pytest.mark.parametrize("positions", ["original", "compact"])
-def test_the_end_that_the_host_knows_is_the_largest(mllm, positions):
+def test_condition_end_is_the_largest_position(mllm, positions):
     tokens, visible = (
         torch.randn(2, mllm.num_image_tokens, mllm.width, dtype=torch.float64),
         torch.arange(128) % 5 == 0,

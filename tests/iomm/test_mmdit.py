@@ -1,4 +1,7 @@
-"""MMDiT against diffusers' FluxTransformer2DModel: outputs and every gradient, sizes, counts, fresh weights."""
+"""MMDiT against diffusers' FluxTransformer2DModel: outputs and every gradient.
+
+Also parameter counts, FLOPs and fresh weights.
+"""
 
 from dataclasses import replace
 
@@ -39,7 +42,7 @@ def inputs(config, grid, num_condition, batch=2, dtype=torch.float64):
 
 
 def twin(model, dtype=torch.float64):
-    """Diffusers' model with our weights."""
+    """Return diffusers' model with our weights."""
     from diffusers import FluxTransformer2DModel
 
     description = {
@@ -85,12 +88,15 @@ def test_outputs_and_all_gradients_equal_diffusers(config, grid, num_condition):
             parameter.grad, layout.to_ours(name, their_gradients.__getitem__)
         )
     worst = max(errors, key=errors.get)
-    # measured: 2e-15
+    # Measured: 2e-15.
     assert all(error <= 1e-10 for error in errors.values()), f"{worst}: {errors[worst]:.1e}"
 
 
-def test_what_only_theirs_has_is_dead():
-    """Whatever stands in the tensors that ours leaves out (the pooled vector's aside), theirs computes the same."""
+def test_tensors_only_in_diffusers_have_no_effect():
+    """Tensors that only diffusers has do not change its output and get no gradient.
+
+    Those of the pooled text vector are not included.
+    """
     theirs = twin(randomize(MMDiT(SMALL).double()))
     arguments = *inputs(SMALL, (3, 4), 5), (3, 4)
     before = run_twin(theirs, *arguments)
@@ -109,7 +115,7 @@ def test_what_only_theirs_has_is_dead():
     )
 
 
-def test_float32_is_as_near_to_the_exact_result_as_diffusers():
+def test_float32_error_is_no_worse_than_diffusers():
     ours = randomize(MMDiT(MIXED).double())
     exact = ours(*inputs(MIXED, (5, 3), 6), (5, 3))
     ours.float()
@@ -119,7 +125,7 @@ def test_float32_is_as_near_to_the_exact_result_as_diffusers():
     assert (got - exact).abs().max() <= budget
 
 
-def test_bfloat16_stays_near():
+def test_bfloat16_error_is_no_worse_than_diffusers():
     ours = randomize(MMDiT(MIXED).double())
     exact = ours(*inputs(MIXED, (4, 4), 6), (4, 4))
     ours.bfloat16()
@@ -134,7 +140,7 @@ def test_bfloat16_stays_near():
 @pytest.mark.parametrize(
     "preset, low, high", [("iomm-b", 1.55e9, 1.65e9), ("iomm-l", 2.65e9, 2.8e9)]
 )
-def test_presets_have_the_papers_size(preset, low, high):
+def test_presets_have_the_papers_parameter_counts(preset, low, high):
     assert low < count(empty_generator(PRESETS[preset], device="meta")) < high
 
 
@@ -142,7 +148,7 @@ def test_presets_have_the_papers_size(preset, low, high):
     "config", [SMALL, MIXED, PRESETS["iomm-b"]], ids=["dual", "dual+single", "iomm-b"]
 )
 @pytest.mark.parametrize("grid, num_condition", [((32, 32), 256), ((5, 7), 11)])
-def test_counted_flops_agree_with_pytorch(config, grid, num_condition):
+def test_flops_match_pytorch_flop_counter(config, grid, num_condition):
     model = empty_generator(config, device="meta")
     arguments = (
         torch.empty(shape, device="meta")
@@ -157,7 +163,7 @@ def test_counted_flops_agree_with_pytorch(config, grid, num_condition):
     assert model.flops_per_image(grid, num_condition) == counter.get_total_flops()
 
 
-def test_fresh_weights_depend_on_the_seed_alone():
+def test_fresh_weights_depend_only_on_the_seed():
     torch.manual_seed(1)
     first = new_generator(MIXED, 3)
     torch.manual_seed(2)
@@ -174,7 +180,7 @@ def test_fresh_weights_depend_on_the_seed_alone():
         assert not (drawn and torch.equal(one, three)), name
 
 
-def test_fresh_blocks_are_the_identity_and_the_fresh_velocity_is_zero():
+def test_fresh_blocks_are_identity_and_velocity_is_zero():
     model = new_generator(SMALL, 0)
     noisy, t, condition = inputs(SMALL, (3, 3), 4, dtype=torch.float32)
     assert not model(noisy, t, condition, (3, 3)).any()
@@ -183,14 +189,11 @@ def test_fresh_blocks_are_the_identity_and_the_fresh_velocity_is_zero():
         model.blocks[0](latents, torch.randn(2, 4, 64), torch.randn(2, 64), *tables)[0], latents
     )
     q, k, v = model.blocks[0].latent_stream.qkv.weight.chunk(3)
-    assert all(
-        abs(part.std() / (2 / 128) ** 0.5 - 1) < 0.05
-        for part in (q, k, v)
-        # Xavier of 64 x 64, not of 192 x 64
-    )
+    # Xavier of 64 x 64, not of 192 x 64.
+    assert all(abs(part.std() / (2 / 128) ** 0.5 - 1) < 0.05 for part in (q, k, v))
 
 
-def test_a_table_made_while_sampling_serves_training():
+def test_rope_table_from_sampling_works_in_training():
     model, grid = randomize(MMDiT(SMALL)), (2, 11)
     with torch.inference_mode():
         model(*inputs(SMALL, grid, 3, dtype=torch.float32), grid)
@@ -210,19 +213,21 @@ def test_blocks_compile_as_one_graph():
 @pytest.mark.parametrize(
     "changes", [{"num_blocks": 0}, {"num_heads": 3}, {"width": 48}, {"kind": "unet"}]
 )
-def test_a_shape_that_cannot_be_is_refused(changes):
+def test_invalid_generator_shape_is_rejected(changes):
     with pytest.raises(InputError, match="generator"):
         replace(SMALL, **changes)
 
 
-def test_the_presets_follow_vae_and_mllm():
+def test_generator_config_takes_dims_of_vae_and_mllm():
     config = generator_config("demo", token_dim=48, condition_dim=64)
     assert (config.token_dim, config.condition_dim, config.rope_axes) == (48, 64, (4, 14, 14))
 
 
-def test_a_larger_picture_has_the_positions_of_a_smaller_one_and_more():
-    """From 512 to 1024 px as FLUX does it: row and column are counted, never rescaled, so the upper left quarter has the
-    angles that it had. Equal to diffusers' ids and rotary embedding at both sizes.
+def test_larger_image_extends_the_rope_positions():
+    """From 512 to 1024 px, rows and columns are counted and never rescaled, as in FLUX.
+
+    The upper left quarter of the larger image has the angles of the smaller image. At both sizes
+    they equal those of diffusers' ids and rotary embedding.
     """
     from diffusers import FluxPipeline
     from diffusers.models.transformers.transformer_flux import FluxPosEmbed
@@ -237,8 +242,8 @@ def test_a_larger_picture_has_the_positions_of_a_smaller_one_and_more():
     for side, ours in tables.items():
         ids = FluxPipeline._prepare_latent_image_ids(1, side, side, "cpu", torch.float32)
         theirs = FluxPosEmbed(theta=10000, axes_dim=list(config.rope_axes))(ids)
-        for mine, other in zip(ours, theirs):
-            # Theirs says each angle twice.
+        for mine, other in zip(ours, theirs, strict=True):
+            # Theirs contains each angle twice.
             assert torch.equal(mine, other[:, ::2]) and torch.equal(mine, other[:, 1::2])
-    for small, large in zip(tables[32], tables[64]):
+    for small, large in zip(tables[32], tables[64], strict=True):
         assert torch.equal(large.unflatten(0, (64, 64))[:32, :32].flatten(0, 1), small)

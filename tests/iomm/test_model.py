@@ -1,4 +1,7 @@
-"""Algorithm 1 whole: a pure function of the sample, the same on one rank and on two, gradients where they belong."""
+"""Algorithm 1 end to end: the loss is a pure function of the sample.
+
+Also gradients, mixed batches of images and pairs, and FLOPs.
+"""
 
 from dataclasses import replace
 
@@ -21,7 +24,7 @@ from iomm.pipeline import sample_pixels
 @pytest.mark.parametrize(
     "settings",
     [
-        dict(),
+        {},
         dict(kind="metaquery"),
         dict(attention="bidirectional"),
         dict(mode="zero"),
@@ -35,7 +38,7 @@ from iomm.pipeline import sample_pixels
     ],
     ids=str,
 )
-def test_a_sample_does_not_depend_on_its_batch(mllm, settings):
+def test_loss_of_a_sample_does_not_depend_on_its_batch(mllm, settings):
     model = build(mllm, **settings)
     n_B = torch.arange(100, 104)
     _, whole_B, t_B = model(*pixels(n_B), n_B)
@@ -47,7 +50,7 @@ def test_a_sample_does_not_depend_on_its_batch(mllm, settings):
     assert torch.equal(again, whole_B)
 
 
-def test_ragged_conditions_fill_up_with_pad_tokens_in_a_single_stream(mllm):
+def test_single_stream_pads_ragged_conditions(mllm):
     model = build(mllm, generator="single_stream", conditions="all")
     n_B = torch.arange(4)
     loss, _, _ = model(*pixels(n_B), n_B)
@@ -56,7 +59,10 @@ def test_ragged_conditions_fill_up_with_pad_tokens_in_a_single_stream(mllm):
 
 
 def test_guidance_with_ragged_conditions(mllm):
-    """All outputs of prompts of three lengths, guided: each picture is the one drawn alone."""
+    """Images of prompts of three lengths equal the images sampled alone.
+
+    The generator is conditioned on all outputs, with guidance.
+    """
     model = build(mllm, conditions="all").eval()
     texts = ["", "one", RECONSTRUCT]
     together = sample_pixels(
@@ -69,8 +75,8 @@ def test_guidance_with_ragged_conditions(mllm):
         assert torch.allclose(alone[0], together[i], atol=1e-4)
 
 
-def test_images_and_pairs_in_one_batch_are_what_they_are_apart(mllm):
-    """One fused forward for both kinds: each sample's loss is the one that it has in a batch of its own kind."""
+def test_mixed_batch_equals_separate_batches(mllm):
+    """In a mixed batch, each sample has the loss that it has in a batch of only its kind."""
     model, n_B = build(mllm), torch.arange(6)
     has_image = [True, False, False, True, False, True]
     captions = ["" if image else f"{n} red circles" for n, image in enumerate(has_image)]
@@ -87,9 +93,11 @@ def test_images_and_pairs_in_one_batch_are_what_they_are_apart(mllm):
     )
 
 
-def test_one_forward_for_both_kinds_and_nothing_padded(mllm, monkeypatch):
-    """Each part runs once over the whole batch: the ViT on images alone, the decoder's prefix on the very tokens of each
-    sample, the generator on all.
+def test_mixed_batch_runs_each_part_once_without_padding(mllm, monkeypatch):
+    """Each module runs once per mixed batch, without padding.
+
+    The ViT runs only on images, the decoder's prefix exactly on the tokens of each sample, and the
+    generator on all samples.
     """
     model, n_B, ran = build(mllm), torch.arange(6), []
     has_image = [True, False, False, True, False, True]
@@ -116,7 +124,7 @@ def test_one_forward_for_both_kinds_and_nothing_padded(mllm, monkeypatch):
     dropped = (uniform(3, CAPTION_DROP, n_B, 1)[:, 0] < 0.1).tolist()
     texts = [
         "" if drop else caption
-        for caption, image, drop in zip(captions, has_image, dropped)
+        for caption, image, drop in zip(captions, has_image, dropped, strict=True)
         if not image
     ]
     tokens = (
@@ -127,7 +135,7 @@ def test_one_forward_for_both_kinds_and_nothing_padded(mllm, monkeypatch):
     assert ran == [("image_tokens", 3), ("prefix", tokens), ("queries", (6, 8)), ("velocity", 6)]
 
 
-def test_captions_are_dropped_from_pairs_alone(mllm):
+def test_captions_are_dropped_only_from_pairs(mllm):
     model, n_B, has_image = build(mllm), torch.arange(4), [True, False, True, False]
     vit_pixels = pixels(n_B)[1][torch.tensor(has_image)]
     model.recipe = replace(model.recipe, caption_drop=1.0)
@@ -137,22 +145,25 @@ def test_captions_are_dropped_from_pairs_alone(mllm):
         .tolist()
     )
     model.recipe = replace(model.recipe, caption_drop=0.0)
-    told = (
+    kept = (
         model.condition(vit_pixels, n_B, ["", "a red circle", "", "two"], has_image)
         .offsets.diff()
         .tolist()
     )
     empty = len(mllm.condition([""]).tokens_TD)
-    assert [bare[0], bare[2]] == [told[0], told[2]] and bare[1] == bare[3] == empty < min(told)
+    assert [bare[0], bare[2]] == [kept[0], kept[2]] and bare[1] == bare[3] == empty < min(kept)
 
 
-def test_captions_go_through_the_tokenizer_in_the_chat_format(mllm):
-    """The chat template that transformers' conversion gives InternVL checkpoints, here for text alone, on one user turn: the
-    same tokens as a caption's condition.
+def test_captions_are_tokenized_in_the_chat_format(mllm):
+    """A caption's condition has the tokens that the checkpoint's chat template gives.
+
+    The template is the one of InternVL checkpoints converted by transformers, reduced to text. It
+    is applied to one user turn.
     """
     mllm.tokenizer.chat_template = (
-        "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n'}}{{ message['content'] }}{{'<|im_end|>\n'}}"
-        "{% endfor %}{% if add_generation_prompt %}{{'<|im_start|>assistant\n' }}{% endif %}"
+        "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n'}}"
+        "{{ message['content'] }}{{'<|im_end|>\n'}}{% endfor %}"
+        "{% if add_generation_prompt %}{{'<|im_start|>assistant\n' }}{% endif %}"
     )
     turn = [{"role": "user", "content": 'two blue squares, "left" of a red one'}]
     ids = mllm.tokenizer.apply_chat_template(
@@ -163,18 +174,18 @@ def test_captions_go_through_the_tokenizer_in_the_chat_format(mllm):
     assert condition.positions_T.tolist() == list(range(len(ids)))
 
 
-def test_captions_are_dropped_by_sample_at_the_rate_asked_for(mllm):
+def test_captions_are_dropped_per_sample_at_the_set_rate(mllm):
     model, n_B = build(mllm), torch.arange(400)
     condition = model.condition(torch.empty(0, 3, 32, 32), n_B, ["a b c"] * 400, [False] * 400)
     empty = len(mllm.condition([""]).tokens_TD)
     dropped = condition.offsets.diff() == empty
-    # 40 expected, 6 the standard deviation
+    # 40 are expected, with a standard deviation of 6.
     assert 20 <= int(dropped.sum()) <= 60
     half = model.condition(torch.empty(0, 3, 32, 32), n_B[200:], ["a b c"] * 200, [False] * 200)
     assert torch.equal(half.offsets.diff() == empty, dropped[200:])
 
 
-def test_two_ranks_draw_what_one_draws(mllm):
+def test_two_ranks_draw_the_same_numbers_as_one(mllm):
     one, mask, seed = torch.arange(32, 48), MaskConfig(ratio=0.6), 11
     latents = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     for two in (one[:8], one[8:]):
@@ -189,31 +200,31 @@ def test_two_ranks_draw_what_one_draws(mllm):
             noisy_tokens(latents[n - 32], uniform(seed, TIME, n, 1)[:, 0], seed, n, 2)
             for n in (two, one)
         )
-        assert all(torch.equal(h, w[rows]) for h, w in zip(half, whole))
+        assert all(torch.equal(h, w[rows]) for h, w in zip(half, whole, strict=True))
 
 
-def test_gradients_reach_all_that_trains_and_nothing_else(mllm):
+def test_gradients_reach_only_trained_parameters(mllm):
     model, n_B = build(mllm), torch.arange(4)
     assert not any(name.startswith("frozen") for name, _ in model.named_parameters())
     model(*pixels(n_B), n_B)[0].backward()
     assert all(
         p.grad is not None and p.grad.abs().max() > 0
         for name, p in model.named_parameters()
-        # A bias of all keys cancels in the softmax.
+        # A bias shared by all keys cancels in the softmax.
         if not name.endswith(("to_k.bias",))
     )
     assert all(p.grad is None for p in mllm.parameters())
 
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0])
-def test_nothing_hidden_and_everything_hidden(mllm, ratio):
+def test_loss_is_finite_at_mask_ratios_zero_and_one(mllm, ratio):
     model, n_B = build(mllm, ratio=ratio), torch.arange(3)
-    loss, loss_B, _ = model(*pixels(n_B), n_B)
+    loss, _, _ = model(*pixels(n_B), n_B)
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(model.adapter.queries_QD.grad).all()
 
 
-def test_a_fresh_adapter_hands_over_tokens_of_ordinary_size(mllm):
+def test_fresh_adapter_outputs_have_token_scale(mllm):
     adapter = QueryAdapter(AdapterConfig(num_queries=8, head_dim=16), mllm.width)
     adapter.init_weights(0)
     condition = mllm.condition(
@@ -225,13 +236,13 @@ def test_a_fresh_adapter_hands_over_tokens_of_ordinary_size(mllm):
     assert torch.equal(adapter(condition)[0], adapter.queries_QD)
 
 
-def test_counted_flops_are_those_of_the_flop_counter(mllm):
+def test_flops_match_the_flop_counter(mllm):
     model = build(mllm, ratio=0.0)
     visible = torch.ones(mllm.num_image_tokens, dtype=torch.bool)
     vit = torch.randn(1, 3, 32, 32)
 
     def count(work):
-        # the CPU's fused attention is unknown to the counter; the plain one is two matrix products
+        # The counter does not know the CPU's fused attention. The math backend's is two products.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             result = work()
         return counter.get_total_flops(), result
@@ -249,36 +260,40 @@ def test_counted_flops_are_those_of_the_flop_counter(mllm):
     flops, hidden = count(lambda: mllm.queries(queries, condition, cache))
     assert flops == pytest.approx(forward, rel=0.01)
     flops, _ = count(lambda: hidden.sum().backward())
-    # The torch body pads prefix and suffix into one tensor, so it also computes the prefix's gradients, used by nobody.
+    # The torch backend pads prefix and suffix into one tensor, so it also computes the prefix's
+    # gradients, which are not used.
     unused = 3 * 8 * num_prefix * 4 * mllm.width
     assert flops == pytest.approx(backward + unused, rel=0.01)
 
 
 @pytest.mark.parametrize(
-    "settings", [dict(), dict(conditions="all"), dict(connector_layers=1)], ids=str
+    "settings", [{}, dict(conditions="all"), dict(connector_layers=1)], ids=str
 )
-def test_noise_draws_are_the_mean_over_times_and_noises_of_one_condition(mllm, settings):
-    """Draw k of sample n has the time and the noise of number n x draws + k, and the condition of n, which is made once."""
+def test_noise_draws_share_one_condition(mllm, settings):
+    """Draw k of sample n uses the time and noise of number n x draws + k.
+
+    All draws share the condition of n, which is computed once. The loss is the mean over draws.
+    """
     model, n_B, ran = build(mllm, **settings), torch.arange(5, 8), []
     inputs = pixels(n_B)
-    single = {k: replace(model.recipe, noise_draws=k) for k in (1, 3)}
-    model.recipe = single[3]
+    recipes = {k: replace(model.recipe, noise_draws=k) for k in (1, 3)}
+    model.recipe = recipes[3]
     loss, loss_R, t_R = model(*inputs, n_B)
-    model.recipe = single[1]
+    model.recipe = recipes[1]
     n_R = (n_B[:, None] * 3 + torch.arange(3)).flatten()
     assert (
         torch.equal(t_R, uniform(3, TIME, n_R, 1)[:, 0])
         and loss_R.shape == (9,)
         and torch.allclose(loss, loss_R.mean())
     )
-    read = model.encode_condition(model.condition(inputs[1], n_B))
+    hidden = model.encode_condition(model.condition(inputs[1], n_B))
     for k in range(3):
         n_B_of_draw = n_B * 3 + k
         noisy_BNK, target_BNK = noisy_tokens(inputs[0], t_R[k::3], 3, n_B_of_draw, 4)
-        velocity_BNK = model.velocity(noisy_BNK, t_R[k::3], *read, (8, 8))
+        velocity_BNK = model.velocity(noisy_BNK, t_R[k::3], *hidden, (8, 8))
         wanted_B = (velocity_BNK - target_BNK).square().flatten(1).mean(1)
         assert torch.allclose(loss_R[k::3], wanted_B, rtol=1e-5)
-    model.recipe, queries = single[3], mllm.queries
+    model.recipe, queries = recipes[3], mllm.queries
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             mllm,
@@ -287,8 +302,9 @@ def test_noise_draws_are_the_mean_over_times_and_noises_of_one_condition(mllm, s
         )
         model(*inputs, n_B)
     assert ran == [3]
-    parts = {
-        k: (setattr(model, "recipe", single[k]), flops_by_part(model, SIZE))[1] for k in (1, 3)
-    }
+    parts = {}
+    for k in (1, 3):
+        model.recipe = recipes[k]
+        parts[k] = flops_by_part(model, SIZE)
     assert {part for part in parts[1] if parts[1][part] != parts[3][part]} == {"generator"}
     assert parts[3]["generator"] == 3 * parts[1]["generator"]

@@ -1,4 +1,4 @@
-"""Pictures from an exported folder: round trip, seeds, prompts, editing, bad input."""
+"""Images from an exported folder: round trip, seeds, prompts, editing, invalid input."""
 
 import importlib.util
 import sys
@@ -18,7 +18,7 @@ SETTINGS = dict(steps=2, guidance=2.0)
 
 @pytest.fixture(
     scope="module",
-    params=[dict(), dict(connector_layers=1, conditions="all")],
+    params=[{}, dict(connector_layers=1, conditions="all")],
     ids=["rqa", "connector, all"],
 )
 def folder(request, mllm, mllm_folder, tmp_path_factory):
@@ -32,24 +32,26 @@ def arrays(images):
     return [np.asarray(image) for image in images]
 
 
-def test_an_exported_folder_draws_the_same(folder):
+def test_exported_folder_samples_the_same_images(folder):
     path, pipe = folder
     again = Pipeline.from_pretrained(path, device="cpu")
     for name, tensor in pipe.model.state_dict().items():
         assert torch.equal(tensor, again.model.state_dict()[name]), name
     assert again.origin == {"run": "runs/tiny"}
     prompts = ["a red circle", ""]
-    for ours, theirs in zip(arrays(pipe(prompts, **SETTINGS)), arrays(again(prompts, **SETTINGS))):
+    for ours, theirs in zip(
+        arrays(pipe(prompts, **SETTINGS)), arrays(again(prompts, **SETTINGS)), strict=True
+    ):
         assert np.abs(ours.astype(int) - theirs.astype(int)).max() <= 1
 
 
-def test_the_generator_loads_in_diffusers(folder):
+def test_generator_loads_in_diffusers(folder):
     import diffusers
 
     diffusers.FluxTransformer2DModel.from_pretrained(folder[0])
 
 
-def test_picture_i_is_the_same_in_any_list(folder):
+def test_image_does_not_depend_on_its_list(folder):
     pipe = folder[1]
     both = arrays(pipe(["a red circle", "two blue squares"], seed=3, **SETTINGS))
     first = arrays(pipe("a red circle", seed=3, **SETTINGS))
@@ -62,7 +64,7 @@ def test_picture_i_is_the_same_in_any_list(folder):
     assert np.abs(both[1].astype(int) - split[1].astype(int)).max() <= 1
 
 
-def test_seed_and_number_make_a_picture_in_any_list(folder):
+def test_image_depends_on_seed_and_number(folder):
     pipe = folder[1]
     three = arrays(
         pipe(
@@ -74,19 +76,19 @@ def test_seed_and_number_make_a_picture_in_any_list(folder):
     assert np.abs(three[0].astype(int) - three[2]).max() > 10
 
 
-def test_the_mllm_reads_each_text_of_a_batch_once_and_the_empty_prompt_once(folder, monkeypatch):
-    pipe, read = folder[1], []
+def test_mllm_reads_each_distinct_prompt_once(folder, monkeypatch):
+    pipe, sizes = folder[1], []
     original = pipe.model.encode_condition
     monkeypatch.setattr(
         pipe.model,
         "encode_condition",
-        lambda condition: read.append(condition.batch) or original(condition),
+        lambda condition: sizes.append(condition.batch) or original(condition),
     )
     pipe(["a red circle", "two", "a red circle", "a red circle"], steps=3, guidance=2.0)
-    assert read == [2, 1]
+    assert sizes == [2, 1]
 
 
-def test_pictures_need_not_be_square(folder):
+def test_images_need_not_be_square(folder):
     pipe = folder[1]
     assert [image.size for image in pipe(["a red circle", "two"], size=(16, 48), **SETTINGS)] == [
         (48, 16)
@@ -97,14 +99,14 @@ def test_pictures_need_not_be_square(folder):
     )
 
 
-def test_edits_in_a_list_are_those_made_alone(folder):
+def test_edits_do_not_depend_on_their_list(folder):
     pipe = folder[1]
     images = [Image.new("RGB", (40, 30), color) for color in ("red", "blue", "green")]
     texts = ["make it red", "make it much larger", "make it red"]
     pipe.batch = 2
     together = arrays(pipe.edit(images, texts, numbers=[3, 1, 2], **SETTINGS))
     pipe.batch = 16
-    for image, text, number, edited in zip(images, texts, [3, 1, 2], together):
+    for image, text, number, edited in zip(images, texts, [3, 1, 2], together, strict=True):
         assert (
             np.abs(
                 np.asarray(pipe.edit(image, text, numbers=[number], **SETTINGS)).astype(int)
@@ -114,7 +116,7 @@ def test_edits_in_a_list_are_those_made_alone(folder):
         )
 
 
-def test_bfloat16_draws_about_the_same(folder):
+def test_bfloat16_images_are_close_to_float32(folder):
     exact = arrays(folder[1]("a red circle", **SETTINGS))[0].astype(int)
     half = arrays(
         Pipeline.from_pretrained(folder[0], device="cpu", dtype=torch.bfloat16)(
@@ -143,7 +145,7 @@ def test_editing_depends_on_image_and_instruction(folder):
     [
         (lambda pipe: pipe(5), "prompt must be a text or a list of texts, got 5"),
         (lambda pipe: pipe([]), "prompt must be a text or a list of texts"),
-        (lambda pipe: pipe("long " * 300), "exceeds the MLLM's context of 256: shorten it"),
+        (lambda pipe: pipe("long " * 300), "exceeds the MLLM's context of 256. Shorten"),
         (
             lambda pipe: pipe("", size=30),
             "image size must be a positive multiple of 4 px, got 30 x 30",
@@ -161,34 +163,34 @@ def test_editing_depends_on_image_and_instruction(folder):
         (lambda pipe: pipe.edit(Image.new("RGB", (8, 8)), None), "instruction must be a text"),
         (
             lambda pipe: pipe.edit([], ["x"]),
-            "edit wants an image for each instruction, got 0 and 1",
+            "edit needs an image for each instruction, got 0 images and 1 instructions",
         ),
         (
             lambda pipe: pipe(["x", "y"], numbers=[1]),
-            "numbers must be one for each image, got 1 for 2",
+            "numbers must have one entry for each image, got 1 for 2",
         ),
     ],
 )
-def test_bad_input_is_a_clear_value_error(folder, call, message):
+def test_bad_input_raises_value_error(folder, call, message):
     with pytest.raises(ValueError) as error:
         call(folder[1])
     assert isinstance(error.value, InputError) and message in str(error.value)
 
 
-def test_a_folder_of_another_model_is_refused(folder, tmp_path):
-    with pytest.raises(InputError, match="iomm.json"):
+def test_folder_of_another_model_is_rejected(folder, tmp_path):
+    with pytest.raises(InputError, match=r"iomm\.json"):
         Pipeline.from_pretrained(tmp_path)
     with pytest.raises(InputError, match="was trained with latent tokens of 48"):
         Pipeline.from_pretrained(folder[0], vae="pixel:8", device="cpu")
 
 
-def test_pixels_become_images_and_images_a_grid():
+def test_to_images_and_image_grid():
     images = to_images(torch.tensor([-1.0, 0.0, 1.0, 3.0])[:, None, None, None].expand(4, 3, 5, 6))
     assert [image.getpixel((0, 0))[0] for image in images] == [0, 128, 255, 255]
     assert image_grid(images, 3).size == (3 * 8 - 2, 2 * 7 - 2)
 
 
-def test_draw_without_guidance_never_reads_the_empty_prompt(folder):
+def test_sample_pixels_without_guidance(folder):
     pipe = folder[1]
     condition = pipe.model.frozen[0].condition(["x"])
     assert sample_pixels(pipe.model, condition, torch.tensor([0]), size_px=32, steps=1).shape == (
@@ -200,7 +202,10 @@ def test_draw_without_guidance_never_reads_the_empty_prompt(folder):
 
 
 def script(name):
-    """A file of benchmarks/ as a module; those put the root on sys.path first, which is undone."""
+    """Import a file of benchmarks/ as a module.
+
+    These scripts put the root first on sys.path, which is undone.
+    """
     path = Path(__file__).resolve().parents[2] / "benchmarks" / f"{name}.py"
     spec, before = importlib.util.spec_from_file_location(f"{name}_benchmark", path), list(sys.path)
     module = importlib.util.module_from_spec(spec)
@@ -209,7 +214,7 @@ def script(name):
     return module
 
 
-def test_the_rate_of_drawing_becomes_rows_of_the_readme(folder):
+def test_sampling_rate_becomes_readme_rows(folder):
     pipe = folder[1]
     pipe.batch = 2
     row = script("sampling").sampling_rate(pipe, steps=3, guidance=2.0, size=(16, 32), batches=2)
@@ -226,9 +231,9 @@ def test_the_rate_of_drawing_becomes_rows_of_the_readme(folder):
 
 
 @pytest.mark.slow
-def test_compiled_blocks_draw_the_same(folder):
+def test_compiled_blocks_sample_the_same_images(folder):
     pipe = Pipeline.from_pretrained(folder[0], device="cpu")
     prompts = ["a red circle", "two", "a red circle"]
     before = arrays(pipe(prompts, **SETTINGS))
-    for ours, theirs in zip(arrays(pipe.compile()(prompts, **SETTINGS)), before):
+    for ours, theirs in zip(arrays(pipe.compile()(prompts, **SETTINGS)), before, strict=True):
         assert np.abs(ours.astype(int) - theirs).max() <= 1

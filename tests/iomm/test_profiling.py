@@ -1,4 +1,4 @@
-"""Named parts of a step: their seconds sum to the step, nested ones count once, and without a clock nothing is kept."""
+"""Named parts of a step: their seconds sum to the step, and nested parts count once."""
 
 import threading
 
@@ -10,7 +10,7 @@ from iomm.profiling import Clock, named, named_each, named_whole
 
 @pytest.fixture
 def ticks(monkeypatch):
-    """perf_counter that only the test moves: ticks(seconds)."""
+    """Replace perf_counter by a clock that only the returned function advances."""
     now = [100.0]
     monkeypatch.setattr(profiling.time, "perf_counter", lambda: now[0])
 
@@ -20,7 +20,7 @@ def ticks(monkeypatch):
     return ticks
 
 
-def test_the_split_sums_to_the_step_and_what_is_nested_counts_once(ticks):
+def test_parts_sum_to_the_step_and_nested_count_once(ticks):
     clock = Clock("cpu")
     with clock:
         ticks(1)
@@ -32,11 +32,10 @@ def test_the_split_sums_to_the_step_and_what_is_nested_counts_once(ticks):
         ticks(16)
         for _ in named_each("data", iter("ab")):
             ticks(32)
-        split, beside = clock.read()
-        assert (
-            split == {"other": 1 + 16 + 64, "generator": 10, "vae": 4, "data": 0} and beside == {}
-        )
-        # A read in the middle of a part cuts it in two.
+        own, other_streams = clock.read()
+        assert own == {"other": 1 + 16 + 64, "generator": 10, "vae": 4, "data": 0}
+        assert other_streams == {}
+        # A read in the middle of a part splits its time in two.
         with named("optimizer"):
             ticks(3)
             assert clock.read()[0]["optimizer"] == 3
@@ -44,7 +43,7 @@ def test_the_split_sums_to_the_step_and_what_is_nested_counts_once(ticks):
         assert clock.read()[0]["optimizer"] == 5
 
 
-def test_a_whole_part_keeps_the_time_of_those_in_it(ticks):
+def test_named_whole_keeps_the_time_of_inner_parts(ticks):
     clock = Clock("cpu")
     with clock:
         with named_whole("evaluation"), named("generator"):
@@ -57,17 +56,17 @@ def test_a_whole_part_keeps_the_time_of_those_in_it(ticks):
     }
 
 
-def test_an_error_closes_its_parts(ticks):
+def test_error_closes_its_parts(ticks):
     clock = Clock("cpu")
     with clock:
         with pytest.raises(ZeroDivisionError), named("outer"), named("inner"):
             ticks(1)
-            1 / 0
+            raise ZeroDivisionError
         ticks(2)
     assert clock.read()[0] == {"outer": 0, "inner": 1, "other": 2}
 
 
-def test_parts_outside_of_the_clock_or_in_other_threads_are_not_its_own(ticks):
+def test_parts_of_other_threads_are_not_timed(ticks):
     clock = Clock("cpu")
 
     def work():
@@ -82,8 +81,11 @@ def test_parts_outside_of_the_clock_or_in_other_threads_are_not_its_own(ticks):
     assert clock.read()[0] == {"other": 4}
 
 
-def test_a_gpu_is_timed_by_events_and_other_streams_stand_beside(ticks, monkeypatch):
-    """With stand-ins for the device: the split is of the clock's own stream, events are used again, read waits."""
+def test_gpu_is_timed_by_events_on_its_own_stream(ticks, monkeypatch):
+    """Test a GPU with stand-ins for streams and events.
+
+    Parts on other streams are returned separately, events are reused, and only `read` waits.
+    """
     made, waited, current = [], [], ["main"]
 
     class Stream:
@@ -107,7 +109,7 @@ def test_a_gpu_is_timed_by_events_and_other_streams_stand_beside(ticks, monkeypa
             waited.append(self)
 
         def elapsed_time(self, other):
-            # milliseconds, as CUDA's
+            # In milliseconds, like CUDA's.
             return (other.at - self.at) * 1e3
 
     monkeypatch.setattr(profiling.torch.cuda, "Event", Event)
@@ -123,7 +125,8 @@ def test_a_gpu_is_timed_by_events_and_other_streams_stand_beside(ticks, monkeypa
                 ticks(4)
             current[0] = "main"
         assert not waited
-        split, beside = clock.read()
-        assert split == {"other": 0, "generator": 6} and beside == {"vae": 4} and len(waited) == 2
+        own, other_streams = clock.read()
+        assert own == {"other": 0, "generator": 6} and other_streams == {"vae": 4}
+        assert len(waited) == 2
         waited.clear()
     assert len(made) == 6

@@ -1,4 +1,6 @@
-"""The sampler against diffusers' scheduler, an analytic case, guidance, and noise that belongs to its image."""
+"""The sampler against diffusers' scheduler and an analytic case; guidance and noise."""
+
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from iomm.sampler import guided, image_noise, sample, step_times
 
 
 def field(x, t_B, condition_BCD):
-    """Some smooth velocity that uses everything."""
+    """Return a smooth velocity that depends on every argument."""
     t = t_B[:, None, None].to(x.dtype)
     return (
         torch.sin(2 * x) * (1 + t) - 0.3 * x * t**2 + condition_BCD.mean(dim=(1, 2), keepdim=True)
@@ -33,13 +35,13 @@ def test_euler_equals_diffusers_scheduler(steps, shift):
         t_B = (timestep / 1000).expand(3)
         x = scheduler.step(field(x, t_B, condition), timestep, x, return_dict=False)[0]
     got = sample(field, noise, condition, steps=steps, shift=shift)
-    # measured: 5e-7
+    # Measured: 5e-7.
     assert (got - x).abs().max() < 1e-6 * max(1, x.abs().max())
 
 
 @pytest.mark.parametrize("num_tokens", [256, 1024, 4096])
-def test_the_flux_shift_is_that_of_diffusers(num_tokens):
-    """Its pipeline's mu and its scheduler's exponential shift, at 256, 512 and 1024 px."""
+def test_flux_shift_equals_diffusers(num_tokens):
+    """Compare with its pipeline's mu and its scheduler's shift at 256, 512 and 1024 px."""
     import numpy
     from diffusers import FlowMatchEulerDiscreteScheduler
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
@@ -59,7 +61,10 @@ def test_the_flux_shift_is_that_of_diffusers(num_tokens):
 
 
 def gaussian(mean, std):
-    """The exact velocity E[z - x | x_t] where data are N(mean, std^2): everything is jointly normal."""
+    """Return the exact velocity E[z - x | x_t] for data from N(mean, std^2).
+
+    It has a closed form because x, z and x_t are jointly normal.
+    """
 
     def velocity(x, t_B, condition_BCD):
         t = t_B[:, None, None].double()
@@ -69,7 +74,10 @@ def gaussian(mean, std):
 
 
 def gaussian_errors(method, steps):
-    """Error of mean and of deviation. The flow is affine in the noise: images at +-1 measure both without chance."""
+    """Return the errors of the mean and of the standard deviation.
+
+    The flow is affine in the noise, so noises of +1 and -1 measure both without randomness.
+    """
     mean, std = 1.7, 0.4
     noise = torch.tensor([1.0, -1.0], dtype=torch.float64)[:, None, None]
     up, down = sample(
@@ -79,9 +87,9 @@ def gaussian_errors(method, steps):
 
 
 @pytest.mark.parametrize("method, order", [("euler", 1), ("heun", 2)])
-def test_gaussian_data_are_recovered_at_the_methods_order(method, order):
+def test_gaussian_error_shrinks_at_the_methods_order(method, order):
     coarse, fine = gaussian_errors(method, 50), gaussian_errors(method, 100)
-    # measured: 6.5e-3, 3.0e-5
+    # Measured: 6.5e-3 (Euler) and 3.0e-5 (Heun).
     assert max(fine) < {"euler": 7e-3, "heun": 4e-5}[method]
     assert coarse[1] / fine[1] == pytest.approx(2**order, rel=0.1)
 
@@ -89,12 +97,12 @@ def test_gaussian_data_are_recovered_at_the_methods_order(method, order):
 def test_gaussian_samples_have_mean_and_variance():
     noise = image_noise(5, torch.arange(4), 50, 100)
     x = sample(gaussian(-0.5, 2.0), noise, torch.zeros(4, 1, 1), steps=100, method="heun")
-    # Standard error of the mean in deviations; of the deviation: 0.7 of it.
+    # Standard error of the mean, in standard deviations. That of the deviation is 0.71 of it.
     error = 1 / noise.numel() ** 0.5
     assert abs(x.mean() + 0.5) < 4 * 2 * error and abs(x.std() / 2 - 1) < 4 * 0.71 * error
 
 
-def test_guidance_runs_as_one_doubled_batch_and_combines_exactly():
+def test_guidance_runs_as_one_doubled_batch():
     calls, noise = [], torch.randn(3, 5, 4)
     condition, uncondition = torch.randn(3, 2, 4), torch.zeros(3, 2, 4)
 
@@ -105,7 +113,7 @@ def test_guidance_runs_as_one_doubled_batch_and_combines_exactly():
     got = sample(velocity, noise, condition, uncondition, steps=4, guidance=4.0)
     assert calls == [6] * 4
     x = noise
-    for t, t_next in zip(*[step_times(4)[i:] for i in (0, 1)]):
+    for t, t_next in pairwise(step_times(4)):
         t_B = t.float().expand(3)
         bare = field(x, t_B, uncondition)
         x = x + (t_next - t).item() * (bare + 4.0 * (field(x, t_B, condition) - bare))
@@ -120,7 +128,7 @@ def test_guidance_runs_as_one_doubled_batch_and_combines_exactly():
     )
 
 
-def test_heun_calls_twice_a_step_and_bfloat16_velocities_keep_float32_images():
+def test_heun_calls_twice_per_step_and_keeps_float32():
     calls = []
 
     def velocity(x, t_B, condition_BCD):
@@ -133,7 +141,7 @@ def test_heun_calls_twice_a_step_and_bfloat16_velocities_keep_float32_images():
     assert x.dtype == torch.float32 and len(calls) == 6 and calls[0] == 1.0 and calls[-1] == 0.0
 
 
-def test_an_image_does_not_depend_on_its_batch():
+def test_image_does_not_depend_on_its_batch():
     whole = image_noise(3, torch.tensor([0, 1, 2, 7]), 6, 4)
     assert torch.equal(whole[3:], image_noise(3, torch.tensor([7]), 6, 4))
     assert not torch.equal(whole[3:], image_noise(4, torch.tensor([7]), 6, 4)) and whole.shape == (
@@ -157,6 +165,6 @@ def test_an_image_does_not_depend_on_its_batch():
         ({"steps": 4, "guidance": 2.0}, "guidance"),
     ],
 )
-def test_bad_options_are_refused(options, message):
+def test_invalid_sampler_options_are_rejected(options, message):
     with pytest.raises(InputError, match=message):
         sample(field, torch.randn(1, 2, 2), torch.zeros(1, 1, 1), **options)

@@ -1,4 +1,7 @@
-"""SingleStream against diffusers' ZImageTransformer2DModel: outputs, every gradient, sizes, counts, fresh weights."""
+"""SingleStream against diffusers' ZImageTransformer2DModel: outputs and every gradient.
+
+Also parameter counts, FLOPs and fresh weights.
+"""
 
 from dataclasses import replace
 
@@ -46,7 +49,7 @@ def inputs(config, grid, num_condition, batch=2, dtype=torch.float64):
 
 
 def twin(model, dtype=torch.float64):
-    """Diffusers' model with our weights."""
+    """Return diffusers' model with our weights."""
     from diffusers import ZImageTransformer2DModel
 
     description = {
@@ -60,7 +63,10 @@ def twin(model, dtype=torch.float64):
 
 
 def run_twin(theirs, noisy, t, condition, grid):
-    """Their velocity in our conventions: time 1 - t, sign turned, tokens packed as ours."""
+    """Return their velocity in our conventions.
+
+    Their time is 1 - t, their sign is opposite, and they do not pack tokens.
+    """
     latents = unpatch(noisy, grid[0] * PATCH, grid[1] * PATCH, PATCH)
     images = theirs(
         list(latents[:, :, None].unbind()), 1 - t, list(condition.unbind()), return_dict=False
@@ -94,7 +100,7 @@ def test_outputs_and_all_gradients_equal_diffusers(config, grid, num_condition):
     }
     for name, parameter in ours.named_parameters():
         if unpadded.get(name):
-            # Zero and not None: no pad token anywhere.
+            # There is no pad token, so the gradient is zero, but not None.
             assert not parameter.grad.any()
             assert not their_gradients[layout.pieces[name][0][0]].any()
         else:
@@ -102,11 +108,11 @@ def test_outputs_and_all_gradients_equal_diffusers(config, grid, num_condition):
                 parameter.grad, layout.to_ours(name, their_gradients.__getitem__)
             )
     worst = max(errors, key=errors.get)
-    # measured: 4e-15
+    # Measured: 4e-15.
     assert all(error <= 1e-10 for error in errors.values()), f"{worst}: {errors[worst]:.1e}"
 
 
-def test_float32_is_as_near_to_the_exact_result_as_diffusers():
+def test_float32_error_is_no_worse_than_diffusers():
     ours, grid = randomize(SingleStream(SMALL).double()), (5, 7)
     exact = ours(*inputs(SMALL, grid, 9), grid)
     ours.float()
@@ -116,25 +122,25 @@ def test_float32_is_as_near_to_the_exact_result_as_diffusers():
     assert (got - exact).abs().max() <= budget
 
 
-def test_a_batch_is_its_samples():
+def test_batch_equals_its_samples():
     model, grid = randomize(SingleStream(SMALL).double()), (3, 3)
     noisy, t, condition = inputs(SMALL, grid, 5, batch=3)
     together = model(noisy, t, condition, grid)
     alone = torch.cat(
         [model(noisy[i : i + 1], t[i : i + 1], condition[i : i + 1], grid) for i in range(3)]
     )
-    # measured: 1.4e-15; a batch sums in another order
+    # Measured: 1.4e-15. A batch sums in another order.
     assert relative_error(together, alone) <= 1e-14
 
 
-def test_the_preset_has_6_billion_parameters():
+def test_preset_has_6_billion_parameters():
     model = empty_generator(PRESETS["iomm-xl"], device="meta")
     assert 5.7e9 < sum(parameter.numel() for parameter in model.parameters()) < 6.3e9
 
 
 @pytest.mark.parametrize("config", [SMALL, PRESETS["iomm-xl"]], ids=["small", "iomm-xl"])
 @pytest.mark.parametrize("grid, num_condition", [((32, 32), 256), ((5, 7), 11)])
-def test_counted_flops_agree_with_pytorch(config, grid, num_condition):
+def test_flops_match_pytorch_flop_counter(config, grid, num_condition):
     model = empty_generator(config, device="meta")
     arguments = (
         torch.empty(shape, device="meta")
@@ -149,7 +155,7 @@ def test_counted_flops_agree_with_pytorch(config, grid, num_condition):
     assert model.flops_per_image(grid, num_condition) == counter.get_total_flops()
 
 
-def test_fresh_weights_depend_on_the_seed_alone_and_draw_nothing():
+def test_fresh_weights_depend_only_on_the_seed():
     torch.manual_seed(1)
     first = new_generator(SMALL, 3)
     torch.manual_seed(2)
@@ -173,15 +179,15 @@ def test_layers_compile_as_one_graph():
     assert torch.equal(model(*arguments), expected)
 
 
-def test_a_shape_of_the_other_kind_is_refused():
+def test_settings_of_the_other_kind_are_rejected():
     with pytest.raises(InputError, match="num_single_blocks"):
         replace(SMALL, num_single_blocks=1)
     with pytest.raises(InputError, match="norm_affine"):
         GeneratorConfig(width=64, num_heads=2, num_blocks=1, norm_affine=False)
 
 
-def test_a_larger_picture_has_the_positions_of_a_smaller_one_and_more():
-    """As Z-Image does it: row and column are counted from 0 at any size, and what they count is not rescaled."""
+def test_larger_image_extends_the_rope_positions():
+    """Rows and columns are counted from 0 at any size and never rescaled, as in Z-Image."""
     from diffusers import ZImageTransformer2DModel
 
     config = PRESETS["iomm-xl"]
@@ -196,7 +202,7 @@ def test_a_larger_picture_has_the_positions_of_a_smaller_one_and_more():
         )
         for side in (32, 64)
     )
-    for few, many in zip(small, large):
+    for few, many in zip(small, large, strict=True):
         assert torch.equal(
             many[: 64 * 64].unflatten(0, (64, 64))[:32, :32].flatten(0, 1), few[: 32 * 32]
         )

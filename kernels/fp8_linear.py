@@ -16,7 +16,7 @@ from iomm.kernels.dispatch import pick, register
 
 
 def fp8_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """Return x W^T + b in the dtype of x, differentiable in all three.
+    """Return x W^T + b in the dtype of x, differentiable in x, weight and bias.
 
     x has shape (..., I) and the result (..., O). A value that is not finite makes every result NaN.
 

@@ -21,7 +21,7 @@ def norm_modulate(
     kind: str = "layer",
     eps: float = 1e-6,
 ) -> Tensor:
-    """Return norm(x) (1 + scale) + shift, differentiable in all three.
+    """Return norm(x) (1 + scale) + shift, differentiable in x, shift and scale.
 
     The result is (B, L, D) in the dtype of x.
 

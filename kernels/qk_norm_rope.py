@@ -52,22 +52,24 @@ def qk_norm_rope(
             f"cos and sin must be ({length}, {dim // 2}), "
             f"got {tuple(cos_NF.shape)} and {tuple(sin_NF.shape)}"
         )
-    parts, q_weight, k_weight = condition or (None, None, None)
-    if parts is not None and (
-        parts.dim() != 5
-        or parts.shape[2] not in (2, 3)
-        or parts.dtype != qkv_BNPAE.dtype
-        or (parts.shape[0], *parts.shape[3:]) != (batch, heads, dim)
+    projections, q_weight, k_weight = condition or (None, None, None)
+    if projections is not None and (
+        projections.dim() != 5
+        or projections.shape[2] not in (2, 3)
+        or projections.dtype != qkv_BNPAE.dtype
+        or (projections.shape[0], *projections.shape[3:]) != (batch, heads, dim)
     ):
         raise ValueError(
             f"the condition must be (B, C, 2 or 3, A, E) to match qkv {tuple(qkv_BNPAE.shape)} in "
-            f"{qkv_BNPAE.dtype}, got {tuple(parts.shape)} in {parts.dtype}"
+            f"{qkv_BNPAE.dtype}, got {tuple(projections.shape)} in {projections.dtype}"
         )
     for weight in (q_weight_E, k_weight_E, q_weight, k_weight):
         if weight is not None and weight.shape != (dim,):
             raise ValueError(f"weights must be ({dim},), got {tuple(weight.shape)}")
     run = pick("qk_norm_rope", qkv_BNPAE.device, qkv_BNPAE.dtype)
-    return run(qkv_BNPAE, q_weight_E, k_weight_E, cos_NF, sin_NF, parts, q_weight, k_weight, eps)
+    return run(
+        qkv_BNPAE, q_weight_E, k_weight_E, cos_NF, sin_NF, projections, q_weight, k_weight, eps
+    )
 
 
 def _joint(

@@ -4,10 +4,11 @@ The project has one mask rule. Query i of a sample sees all of that sample's pre
 its suffix keys, the ones up to i (causal) or all (bidirectional).
 
 Backends, in order of preference until benchmarks/ops.py has timed them on a GPU:
-    sdpa        any device and dtype; pads ragged batches. First, because it is tested on every
-    machine varlen      CUDA, bf16 and fp16: torch.nn.attention.varlen on concatenated keys flash
-    CUDA, bf16 and fp16: the flash-attn package on concatenated keys triton      CUDA, bf16 and
-    fp16, head dim 32, 64 or 128: two key segments, prefix without gradient, no host sync
+    sdpa        any device and dtype. Pads ragged batches. First, as it is tested everywhere
+    varlen      CUDA, bf16 and fp16. torch.nn.attention.varlen on concatenated keys
+    flash       CUDA, bf16 and fp16. The flash-attn package on concatenated keys
+    triton      CUDA, bf16 and fp16, head dim 32, 64 or 128. Two key segments, prefix without
+                gradient, no host synchronisation
     reference   the specification
 They differ only in rounding. `IOMM_KERNELS=masked_attention:triton` selects one.
 """

@@ -82,7 +82,7 @@ class QueryAdapter(nn.Module):
         x_BQD = x_BQD + self.to_out(attended.flatten(-2)).view_as(x_BQD)
         return x_BQD + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x_BQD)), approximate="tanh"))
 
-    def flops(self, condition_tokens: int) -> int:
+    def flops(self, condition_tokens: float) -> float:
         """Return the forward FLOPs of one image with this many condition tokens.
 
         Each matrix product counts 2 m n k.
@@ -153,7 +153,7 @@ class Connector(nn.Module):
             x_BCD = layer(x_BCD, key_mask_BC)
         return x_BCD
 
-    def flops(self, num_tokens: int) -> int:
+    def flops(self, num_tokens: float) -> float:
         """Return the forward FLOPs of one image: 2 m n k of every matrix product."""
         return sum(
             linear_flops(layer, num_tokens)

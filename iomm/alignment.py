@@ -46,7 +46,7 @@ class AlignmentHead(nn.Module):
         hidden = F.silu(self.linear_hidden(F.silu(self.linear_in(latents_IND))))
         return self.linear_out(hidden)
 
-    def flops(self, num_tokens: int) -> int:
+    def flops(self, num_tokens: int) -> float:
         """Return the forward FLOPs of one image: 2 m n k of every matrix product."""
         return linear_flops(self, num_tokens)
 

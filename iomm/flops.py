@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from iomm.model import IOMM
 
 
-def attention_flops(num_queries: int, num_keys: int, width: int) -> int:
+def attention_flops(num_queries: float, num_keys: float, width: int) -> float:
     """Return the forward FLOPs of `attend` on one sequence: two products, 2 m n k each."""
     return 4 * num_queries * num_keys * width
 
 
-def linear_flops(module: nn.Module, num_tokens: int) -> int:
+def linear_flops(module: nn.Module, num_tokens: float) -> float:
     """Return the forward FLOPs of all linear layers inside `module` on one sequence.
 
     They are counted from the layers' sizes, because ZeRO-3 leaves the weights empty.

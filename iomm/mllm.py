@@ -154,9 +154,9 @@ class MLLM(Frozen):
             embedded = tower.embeddings(vit_pixels.to(self.dtype))
         elif vit_pixels.is_cuda:
             embedded = self.embed_bytes(vit_pixels)
-        # On a CPU a single matrix product is no faster (LOG.md, 2026-11-30), and it rounds
-        # differently from the convolution of earlier runs.
         else:
+            # On a CPU a single matrix product is no faster (LOG.md, 2026-11-30), and it rounds
+            # differently from the convolution of earlier runs.
             embedded = tower.embeddings(
                 normalised(vit_pixels, IMAGE_MEAN, IMAGE_STD).to(self.dtype)
             )
@@ -218,34 +218,28 @@ class MLLM(Frozen):
         return total
 
     def decoder_flops(
-        self, num_prefix: int, num_queries: int, outputs: bool = False
-    ) -> tuple[int, int, int]:
+        self, num_prefix: float, num_queries: int, outputs: bool = False
+    ) -> tuple[float, float, float]:
         """Return the FLOPs of one image: (prefix, queries forward, queries backward).
 
-        The backward pass counts activations only: weights are frozen, and the prefix's keys and
-        values get no gradient. Attention counts its whole rectangle, causal or not, as
-        FlopCounterMode does. `outputs` is as in `prefix`.
+        `num_prefix` may be a mean over masks. The backward pass counts activations only: weights
+        are frozen, and the prefix's keys and values get no gradient. Attention counts its whole
+        rectangle, causal or not, as FlopCounterMode does. `outputs` is as in `prefix`.
         """
         text = self.backbone.config.text_config
-        layers, num_heads, width = (
-            text.num_hidden_layers,
-            text.num_attention_heads,
-            text.hidden_size,
-        )
-        head_dim = self.head_dim
+        width, head_dim = text.hidden_size, self.head_dim
+        layers, num_heads = text.num_hidden_layers, text.num_attention_heads
         keys = 4 * width * text.num_key_value_heads * head_dim
         rest = 4 * width * num_heads * head_dim + 6 * width * text.intermediate_size
         pair = 4 * num_heads * head_dim
         whole = layers if outputs else layers - 1
         prefix = layers * num_prefix * keys + whole * (num_prefix * rest + num_prefix**2 * pair)
         linears = layers * num_queries * (keys + rest)
-        to_prefix, to_queries = (
-            layers * num_queries * num_prefix * pair,
-            layers * num_queries**2 * pair,
-        )
+        to_prefix = layers * num_queries * num_prefix * pair
+        to_queries = layers * num_queries**2 * pair
         return prefix, linears + to_prefix + to_queries, linears + to_prefix + 2 * to_queries
 
-    def num_prefix_elements(self, num_prefix: int) -> int:
+    def num_prefix_elements(self, num_prefix: float) -> float:
         """Return the number of elements held for the condition of one image.
 
         These are its tokens, and the keys and values that `prefix` returns for them.

@@ -284,7 +284,7 @@ class MMDiT(nn.Module):
         """
         init_weights(self, seed)
 
-    def flops_per_image(self, grid: tuple[int, int], num_condition: int) -> int:
+    def flops_per_image(self, grid: tuple[int, int], num_condition: float) -> float:
         """Return the forward FLOPs of one image: 2 m n k of every matrix product."""
         num_latents, width = grid[0] * grid[1], self.config.width
         num_joint = num_latents + num_condition

@@ -107,7 +107,7 @@ class Layer(nn.Module):
         q, k, v = qk_norm_rope(qkv, self.q_norm.weight, self.k_norm.weight, cos_LF, sin_LF, eps=EPS)
         return self.out(attend(q, k, v))
 
-    def flops(self, num_tokens: int) -> int:
+    def flops(self, num_tokens: float) -> float:
         """Return the forward FLOPs on one sequence: 2 m n k of every matrix product."""
         linears = linear_flops(self, num_tokens)
         # The modulation runs on one row per sample, not on every token.
@@ -264,7 +264,7 @@ class SingleStream(nn.Module):
                 torch.empty(pad_1D.shape).normal_(std=0.02, generator=generator_for(seed, name))
             )
 
-    def flops_per_image(self, grid: tuple[int, int], num_condition: int) -> int:
+    def flops_per_image(self, grid: tuple[int, int], num_condition: float) -> float:
         """Return the forward FLOPs of one image: 2 m n k of every matrix product.
 
         Pad tokens are included.

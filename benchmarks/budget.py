@@ -1,8 +1,12 @@
-"""The budget of stage 1 on 1 to 512 GPUs, from counts: python benchmarks/budget.py [--out FOLDER]
+"""Predict the budget of stage 1 on 1 to 512 GPUs from counts.
 
-Counted: FLOPs (engine/dry_run.py), bytes of what is no matrix product, ZeRO-3's messages (benchmarks/lib/traffic.py), optimizer, EMA,
-checkpoint. Assumed: rates, all in ASSUMED and MACHINES, each with its source. The result is step time, GPU-hours and where
-the budget breaks, as printed tables and, with --out, as budget.json and budget.png in that folder. Nothing is measured here.
+    python benchmarks/budget.py [--out FOLDER]
+
+Counted are FLOPs (engine/dry_run.py), the bytes of everything except matrix products, ZeRO-3's
+messages (benchmarks/lib/traffic.py), optimizer, EMA and checkpoint. Assumed are the rates; they are
+all in ASSUMED and MACHINES, each with its source. The result is step time, GPU-hours and the limits
+of scaling, as printed tables and, with --out, as budget.json and budget.png in that folder. Nothing
+is measured here.
 """
 
 from pathlib import Path
@@ -14,25 +18,28 @@ ROOT = enter(__file__)
 import argparse
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from typing import NamedTuple
 
 from torch import nn
 
-from benchmarks.lib.traffic import count_traffic, row_bytes
+from benchmarks.lib.traffic import Message, Traffic, count_traffic, row_bytes
 from benchmarks.report import pyplot
-from iomm.engine.config import load_config
+from iomm.engine.config import RunConfig, load_config
 from iomm.engine.dry_run import build_without_weights, largest, make_plan, memory
 from iomm.engine.observe.doctor import machine
 from iomm.engine.parallel.optim import make_optimizer, spread
 from iomm.engine.resilience.checkpoint_interval import plan as checkpoint_plan
 from iomm.flops import attention_flops
+from iomm.model import IOMM
 
-# Everything that is not counted, each with its source. "Ours": chosen by us with no measurement behind it yet.
+# Everything that is not counted, with its source. "ours" is our own estimate, not yet measured.
 ASSUMED = {
     "share of the matmul rate, transformer products": (
         0.80,
-        "ours: 1536 to 10240 wide products against 8192^3, tiles apart",
+        "ours: 1536 to 10240 wide products against 8192^3, without the effect of tiles",
     ),
     "share of the matmul rate, VAE convolutions": (
         0.50,
@@ -49,7 +56,7 @@ ASSUMED = {
     "share of the copy rate, row kernels": (0.80, "ours: the predictions of LOG.md, 78 to 87 %"),
     "share of a GPU's time lost between kernels": (
         0.05,
-        "ours: ragged prefixes make the host wait for the GPU twice a pass",
+        "ours: ragged prefixes make the host wait for the GPU twice per pass",
     ),
     "host seconds a launch": (
         5e-6,
@@ -67,18 +74,19 @@ ASSUMED = {
     "to pinned memory, B/s": (40e9, "ours: PCIe 5 x16 carries 64 GB/s"),
     "checkpoint to disk, B/s": (
         5e9,
-        "ours: one shared file system, all ranks together, and back for the check",
+        "ours: one shared file system, all ranks together, and reading back for the check",
     ),
     "share of memory that a run may fill": (
         0.95,
-        "ours: a context and the allocator's gaps, as benchmarks/lib/harness.py takes it",
+        "ours: the rest is the context and the allocator's gaps, as in benchmarks/lib/harness.py",
     ),
-    "CPU cores a GPU": (12, "ours: 96 cores beside 8 GPUs; data.threads of them decode"),
+    "CPU cores a GPU": (12, "ours: 96 cores for 8 GPUs; data.threads of them decode"),
 }
-# Matmul and copy rates: measured on an H200 (769 to 798 TFLOP/s, the lower taken; 4.3 TB/s read + write, of 4.8). H100 and H800
-# are the same chip (989 TFLOP/s dense bf16) with 3.35 TB/s: copy scaled alike. NVLink: data sheets, both directions 900 GB/s,
-# 400 on the H800; half each way. Network: one 400 Gb/s InfiniBand port a GPU, 50 GB/s each way (DGX H100). Memory: what
-# nvidia-smi says of such cards.
+# Matmul and copy rates were measured on an H200 (769 to 798 TFLOP/s, of which the lower is used;
+# 4.3 TB/s read + write, of 4.8). H100 and H800 are the same chip (989 TFLOP/s dense bf16) with
+# 3.35 TB/s, so their copy rate is scaled accordingly. NVLink is from data sheets: 900 GB/s in both
+# directions together, 400 on the H800, half of it each way. Network: one 400 Gb/s InfiniBand port
+# per GPU, 50 GB/s each way (DGX H100). Memory is what nvidia-smi reports for these cards.
 GIB = 2**30
 MACHINES = {
     "H200": {
@@ -104,28 +112,54 @@ MACHINES = {
     },
 }
 NODE = 8
-# NCCL's own model of a ring (src/graph/tuning.cc, 2.18 and later): microseconds at the start, a hop over NVLink, a hop over
-# the network; share of the bandwidth. It takes the fastest of three protocols.
+# NCCL's own model of a ring (src/graph/tuning.cc, 2.18 and later): microseconds at the start, for a
+# hop over NVLink, and for a hop over the network; share of the bandwidth. NCCL uses the fastest of
+# the three protocols.
 PROTOCOLS = {
     "LL": (6.6, 0.6 * 1.8, 2.7, 0.25),
     "LL128": (14.0, 1.9, 4.0, 0.92),
     "Simple": (8.4, 3.4, 14.0, 1.0),
 }
-# Multiprocessors of the chip; a product is cut into tiles of 128 x 128
+# Multiprocessors of the chip; a product is split into tiles of 128 x 128.
 SMS, TILE = 132, 128
 CONFIGS, GPUS = ("iomm-b-512", "iomm-l-512", "iomm-xl-512"), (1, 8, 16, 32, 64, 128, 256, 512)
-# GPU-hours of B's stage 1 on H800; images/s a GPU; our aims.
-PAPER_HOURS, PAPER_RATE, AIMS = 1000, 30.6, (61, 80)
-# What a run may set and the defaults do not: 4 GB of bf16 kept, copies in a node (where there are several).
+# The paper's GPU-hours of IOMM-B's stage 1 on H800, the images/s per GPU they imply, and our goals
+# for that rate online and with cached latents.
+PAPER_HOURS, PAPER_RATE, GOALS = 1000, 30.6, (61, 80)
+# Settings that differ from the defaults: keep 4 GB of bf16 weights, and a second copy of the
+# weights within each node (if there are several).
 TUNED = {"max_live_parameters": 2_000_000_000, "hpz_partition_size": NODE}
 
 
-def assumed(name):
+class Inputs(NamedTuple):
+    """A config with what is counted from it."""
+
+    config: RunConfig
+    # On the meta device.
+    model: IOMM
+    # FLOPs per image by part.
+    flops: dict[str, float]
+
+
+class PassSeconds(NamedTuple):
+    """Seconds of compute of one micro-batch."""
+
+    frozen_forward: float
+    generator_forward: float
+    frozen_backward: float
+    generator_backward: float
+
+
+def assumed(name: str) -> float:
+    """Return an assumed value."""
     return ASSUMED[name][0]
 
 
-def link_s(message, machine):
-    """Seconds of one collective alone on the links: rings over all rails of a node; all_to_all: the port of each GPU."""
+def link_s(message: Message, machine: dict[str, float]) -> float:
+    """Return the seconds of one collective that has the links to itself.
+
+    Rings use all rails of a node; all_to_all uses each GPU's own port.
+    """
     group, nodes = message.group, math.ceil(message.group / NODE)
     if group == 1:
         return 0.0
@@ -144,50 +178,63 @@ def link_s(message, machine):
     )
 
 
-def filled(rows, width):
-    """Share of the chip that the tiles of a (rows x width) product keep busy; the last wave is rarely full."""
+def filled(rows: int, width: int) -> float:
+    """Return the share of the chip that the tiles of a (rows x width) product keep busy.
+
+    It is below 1 because the last wave of tiles is rarely full.
+    """
     tiles = math.ceil(rows / TILE) * math.ceil(width / TILE)
     return tiles / (math.ceil(tiles / SMS) * SMS)
 
 
 @cache
-def parts(name):
-    """(config, model on the meta device, FLOPs an image by part)."""
+def inputs(name: str) -> Inputs:
+    """Return what a config's budget is counted from."""
     config = load_config(name, ["data.shards=shapes"])
-    return config, build_without_weights(config), make_plan(config, NODE).flops
+    return Inputs(config, build_without_weights(config), make_plan(config, NODE).flops)
 
 
-def configured(name, ranks, tuned):
-    config = parts(name)[0]
-    settings = (
-        {key: value for key, value in TUNED.items() if ranks > NODE or key != "hpz_partition_size"}
-        if tuned
-        else {}
-    )
+def configured(name: str, ranks: int, tuned: bool) -> RunConfig:
+    """Return a config, with the tuned settings that apply to this number of ranks if `tuned`."""
+    config, settings = inputs(name).config, {}
+    if tuned:
+        settings = {
+            key: value
+            for key, value in TUNED.items()
+            if ranks > NODE or key != "hpz_partition_size"
+        }
     return replace(config, zero=replace(config.zero, **settings))
 
 
 @cache
-def messages_of(name, ranks, tuned=False):
-    return count_traffic(parts(name)[1], configured(name, ranks, tuned), ranks)
+def messages_of(name: str, ranks: int, tuned: bool = False) -> Traffic:
+    """Return the messages of a step."""
+    return count_traffic(inputs(name).model, configured(name, ranks, tuned), ranks)
 
 
 @cache
-def memory_of(name, ranks, tuned, micro_batch):
-    """Bytes on a GPU, what frozen encoders need while they run aside (engine/dry_run.py)."""
-    return sum(memory(parts(name)[1], configured(name, ranks, tuned), ranks, micro_batch).values())
+def memory_of(name: str, ranks: int, tuned: bool, micro_batch: int) -> float:
+    """Return the bytes on a GPU, without what the frozen encoders need while they run.
 
-
-def micro_batch_s(name, micro_batch, machine, latents=False):
-    """(seconds forward of frozen parts, of the generator; backward of the frozen, of the generator) for one micro-batch.
-    latents: they come from a cache, the VAE does not run.
+    engine/dry_run.py counts them.
     """
-    config, model, flops = parts(name)
+    config = configured(name, ranks, tuned)
+    return sum(memory(inputs(name).model, config, ranks, micro_batch).values())
+
+
+def micro_batch_s(
+    name: str, micro_batch: int, machine: dict[str, float], latents: bool = False
+) -> PassSeconds:
+    """Return the seconds of compute of one micro-batch.
+
+    latents: the latents come from a cache and the VAE does not run.
+    """
+    config, model, flops = inputs(name)
     generator, grid = model.generator, model.frozen[1].grid(*[config.data.size_px] * 2)
     rows = {"latent_stream": math.prod(grid), "condition_stream": config.adapter.num_queries}
     tokens, width = sum(rows.values()), generator.config.width
     blocks = [m for m in generator.modules() if isinstance(m, generator.block_classes)]
-    # FLUX's last block has a fifth less: 0.1 % of the sum.
+    # FLUX's last block does a fifth less, which is 0.1 % of the sum.
     attention = len(blocks) * attention_flops(tokens, tokens, width)
     products, rate = (
         flops["generator"] / 3 - attention,
@@ -216,7 +263,7 @@ def micro_batch_s(name, micro_batch, machine, latents=False):
         + moved["generator"][1]
     )
     again += once * min(config.train.recompute, len(blocks)) / len(blocks)
-    # Queries forward and backward are alike; the prefix is small.
+    # The queries take as long forward as backward, and the prefix is small.
     mllm = (flops["MLLM"] + flops["adapter"]) / 2
     frozen = (flops["ViT"] + mllm) / rate + sum(moved[part][0] for part in ("ViT", "MLLM"))
     if not latents:
@@ -226,28 +273,32 @@ def micro_batch_s(name, micro_batch, machine, latents=False):
             + moved["VAE"][0]
         )
     seconds = frozen, once, mllm / rate + moved["MLLM"][1], again
-    return [
-        micro_batch * s / (1 - assumed("share of a GPU's time lost between kernels"))
-        for s in seconds
-    ]
+    lost = assumed("share of a GPU's time lost between kernels")
+    return PassSeconds(*(micro_batch * s / (1 - lost) for s in seconds))
 
 
-def host_s(name, visits):
-    """Seconds that the host needs to issue one micro-batch."""
-    _, model, _ = parts(name)
+def host_s(name: str, visits: list[tuple[bool, int]]) -> float:
+    """Return the seconds that the host needs to issue one micro-batch."""
+    model = inputs(name).model
     text, vision = (
         getattr(model.frozen[0].backbone.config, part) for part in ("text_config", "vision_config")
     )
     blocks = sum(isinstance(m, model.leaves) for m in model.modules())
     passes = 3 * blocks + (1 + 3) * text.num_hidden_layers + vision.num_hidden_layers
-    return passes * assumed("launches a block and pass") * assumed("host seconds a launch") + len(
-        visits
-    ) * assumed("host seconds a ZeRO-3 visit")
+    launches = passes * assumed("launches a block and pass")
+    return launches * assumed("host seconds a launch") + len(visits) * assumed(
+        "host seconds a ZeRO-3 visit"
+    )
 
 
-def pass_s(traffic, messages, seconds, machine):
-    """Seconds of one micro-batch with its messages. One link, one message at a time; a message starts when the module that
-    issues it does (gathers) or ends (gradients), and a module waits for its weights. Conservative: no host runs ahead.
+def pass_s(
+    traffic: Traffic, messages: list[Message], seconds: PassSeconds, machine: dict[str, float]
+) -> float:
+    """Return the seconds of one micro-batch with its messages.
+
+    There is one link, which carries one message at a time. A message starts when the module that
+    issues it starts (gathers) or ends (gradients), and a module waits for its weights. This is
+    conservative, because no host issues work ahead of the GPU.
     """
     frozen, once, frozen_again, again = seconds
     total = {
@@ -273,14 +324,16 @@ def pass_s(traffic, messages, seconds, machine):
     return max(clock, link)
 
 
-def update_s(name, ranks, accumulation, machine):
-    """Seconds of optimizer, EMA and fp32 accumulation on one rank's shard. Bytes a value: accumulation 10 a micro-batch;
-    norm 4, clip 8, flattening 8, check of masters and moments 12, AdamW 28, working copy 6, EMA 12.
+def update_s(name: str, ranks: int, accumulation: int, machine: dict[str, float]) -> float:
+    """Return the seconds of optimizer, EMA and fp32 accumulation on one rank's shard.
+
+    Bytes per value: accumulation 10 per micro-batch; norm 4, clip 8, flattening 8, check of masters
+    and moments 12, AdamW 28, working copy 6, EMA 12.
     """
-    config, model, _ = parts(name)
+    config, model, _ = inputs(name)
     values = sum(p.numel() for p in model.parameters()) / ranks
     moved = values * (10 * accumulation + 66 + (12 if config.ema.decay else 0))
-    # Newton-Schulz; fused parts taken as one.
+    # FLOPs of Newton-Schulz; fused matrices are counted as one.
     costs = [
         5 * (4 * min(p.shape) ** 2 * max(p.shape) + 2 * min(p.shape) ** 3)
         for group in make_optimizer(model, config.optim).param_groups
@@ -288,7 +341,7 @@ def update_s(name, ranks, accumulation, machine):
         for p in group["params"]
     ]
     owners, load = spread(costs, ranks), [0.0] * ranks
-    for cost, owner in zip(costs, owners):
+    for cost, owner in zip(costs, owners, strict=True):
         load[owner] += cost
     return moved / (machine["copy"] * assumed("share of the copy rate, row kernels")) + max(
         load
@@ -296,13 +349,32 @@ def update_s(name, ranks, accumulation, machine):
 
 
 def estimate(
-    name, gpu, ranks, tuned=False, latents=False, batch=None, micro_batch=None, **measured
-):
-    """One run -> dict of seconds a step by part, images/s a GPU, GPU-hours of stage 1, checkpoint and loader; None where not
-    one image fits into memory. batch: defaults to the config's; micro_batch: to the config's, halved until it fits;
-    measured: rates that replace those of MACHINES.
+    name: str,
+    gpu: str,
+    ranks: int,
+    tuned: bool = False,
+    latents: bool = False,
+    batch: int | None = None,
+    micro_batch: int | None = None,
+    **measured: float,
+) -> dict | None:
+    """Estimate a run.
+
+    Args:
+        name: name of the config.
+        gpu: key of MACHINES.
+        ranks: number of GPUs.
+        tuned: use the settings TUNED.
+        latents: the latents come from a cache.
+        batch: global batch; default: the config's.
+        micro_batch: default: the config's, halved until it fits into memory.
+        measured: rates that replace those of MACHINES.
+
+    Returns:
+        Seconds per step by part, images/s per GPU, GPU-hours of stage 1, and the demands on
+        checkpoint and loader; None if not even one image fits into memory.
     """
-    (config, model, flops), traffic = parts(name), messages_of(name, ranks, tuned)
+    (config, model, flops), traffic = inputs(name), messages_of(name, ranks, tuned)
     kind, batch = {**MACHINES[gpu], **measured}, batch or config.train.global_batch
     if micro_batch is None:
         micro_batch = largest(
@@ -365,79 +437,78 @@ def estimate(
 
 
 @cache
-def loader():
-    """The newest measurement of benchmarks/loader.py on a CPU: decoding there, not on the GPU."""
+def loader() -> dict:
+    """Return the newest result of benchmarks/loader.py with decoding on the CPU."""
     return json.loads(
         sorted((ROOT / "benchmarks/results").glob("loader-cpu-*.json"))[-1].read_text()
     )
 
 
-def breaks(name, gpu, runs):
-    """Where the budget breaks, in sentences; runs: estimates as configured, by number of GPUs."""
-    config, small = (
-        parts(name)[0],
-        sum(message.kind == "all_gather" for message in messages_of(name, NODE).step),
-    )
-    limits = {
-        "weights and gradients that compute does not hide cost over 5 % of a step": lambda r: (
-            r["exposed_s"] > 0.05 * r["step_s"]
-        ),
-        **(
-            {
-                f"gathering the {small} parameters that stay whole, one message each after a step, costs over 5 %": lambda r: (
-                    r["after_s"] > 0.05 * r["step_s"]
-                )
-            }
-            if small
-            else {}
-        ),
-        "the host issues work more slowly than the GPU does it": lambda r: (
+def scaling_limits(name: str, gpu: str, runs: list[dict]) -> list[str]:
+    """Return the limits of scaling in sentences.
+
+    runs: estimates as configured, by number of GPUs.
+    """
+    config = inputs(name).config
+    batch, micro_batch = config.train.global_batch, config.train.micro_batch
+    save_steps = config.checkpoint.every_steps
+    num_whole = sum(message.kind == "all_gather" for message in messages_of(name, NODE).step)
+    limits: dict[str, Callable[[dict], bool]] = {
+        "communication of weights and gradients that compute does not hide costs over 5 % of a "
+        "step": lambda r: r["exposed_s"] > 0.05 * r["step_s"],
+    }
+    if num_whole:
+        limits[
+            f"gathering the {num_whole} unpartitioned parameters, one message each after a step, "
+            "costs over 5 %"
+        ] = lambda r: r["after_s"] > 0.05 * r["step_s"]
+    limits |= {
+        "the host issues work more slowly than the GPU executes it": lambda r: (
             r["host_needed_s"] > r["compute_s"] + r["exposed_s"]
         ),
-        f"the global batch of {config.train.global_batch} leaves micro-batches below {config.train.micro_batch}": lambda r: (
-            config.train.global_batch < config.train.micro_batch * r["gpus"]
+        f"the global batch of {batch} leaves micro-batches below {micro_batch}": lambda r: (
+            batch < micro_batch * r["gpus"]
         ),
-        f"a checkpoint every {config.checkpoint.every_steps} steps is not on the disk before the next": lambda r: (
-            r["checkpoint_write_s"] > config.checkpoint.every_steps * r["step_s"]
+        f"a checkpoint every {save_steps} steps is not on disk before the next one": lambda r: (
+            r["checkpoint_write_s"] > save_steps * r["step_s"]
         ),
     }
-    said = []
+    sentences = []
     for what, holds in limits.items():
         at = next((run["gpus"] for run in runs if holds(run)), None)
-        said.append(
-            f"{what}: " + (f"from {at} GPUs on" if at else f"nowhere up to {runs[-1]['gpus']} GPUs")
-        )
+        where = f"from {at} GPUs on" if at else f"nowhere up to {runs[-1]['gpus']} GPUs"
+        sentences.append(f"{what}: {where}")
     small = [
-        run["gpus"]
-        for run in runs
-        if run["micro_batch"]
-        < min(config.train.micro_batch, config.train.global_batch // run["gpus"])
+        run["gpus"] for run in runs if run["micro_batch"] < min(micro_batch, batch // run["gpus"])
     ]
     missing = sorted(set(GPUS) - {run["gpus"] for run in runs})
-    said.append(
-        f"micro-batches of {config.train.micro_batch} need more memory than that many GPUs have: "
-        + (
-            f"{'with ' + ', '.join(map(str, missing)) + ' not even one image fits, ' if missing else ''}"
-            f"halved until they fit with {', '.join(map(str, small))}"
-            if small or missing
-            else "nowhere"
+    where = "nowhere"
+    if small or missing:
+        none_fits = f"with {', '.join(map(str, missing))} not even one image fits, "
+        where = (
+            f"{none_fits if missing else ''}halved until they fit with {', '.join(map(str, small))}"
         )
+    sentences.append(
+        f"micro-batches of {micro_batch} need more memory than this number of GPUs has: {where}"
     )
     cores, most = (
         max(r["cores_per_gpu"] for r in runs),
         max(runs, key=lambda r: r["read_bytes_per_s"]),
     )
-    said.append(
-        f"decoding on the CPU takes {cores:.2f} cores a GPU of {assumed('CPU cores a GPU')}, storage gives at most "
-        f"{most['read_bytes_per_s'] / 1e9:.1f} GB/s (at {most['gpus']} GPUs): the loader is not the limit"
+    sentences.append(
+        f"decoding on the CPU takes {cores:.2f} of {assumed('CPU cores a GPU')} cores per GPU, "
+        f"storage provides at most {most['read_bytes_per_s'] / 1e9:.1f} GB/s (at {most['gpus']} "
+        "GPUs): the loader is not the limit"
     )
     assert cores < assumed("CPU cores a GPU")
-    return [f"{config.model.preset} on {gpu}: {sentence}" for sentence in said]
+    return [f"{config.model.preset} on {gpu}: {sentence}" for sentence in sentences]
 
 
-def table(runs):
+def table(runs: list[dict]) -> str:
+    """Return estimates as a table."""
     lines = [
-        "GPUs  micro x acc   step s  compute  exposed  host   after  update  images/s/GPU  of matmul  GPU-hours  GiB"
+        "GPUs  micro x acc   step s  compute  exposed  host   after  update  images/s/GPU  "
+        "of matmul  GPU-hours  GiB"
     ]
     for r in runs:
         shares = "".join(
@@ -445,14 +516,15 @@ def table(runs):
             for key in ("compute_s", "exposed_s", "host_s", "after_s", "update_s")
         )
         lines.append(
-            f"{r['gpus']:>4}  {r['micro_batch']:>5} x {r['accumulation']:<4}{r['step_s']:>8.3f} {shares}"
-            f"{r['images_per_s']:>12.1f}{r['of_matmul_rate']:>11.1%}{r['gpu_hours']:>11,.0f}{r['memory_gib']:>6.0f}"
+            f"{r['gpus']:>4}  {r['micro_batch']:>5} x {r['accumulation']:<4}{r['step_s']:>8.3f} "
+            f"{shares}{r['images_per_s']:>12.1f}{r['of_matmul_rate']:>11.1%}"
+            f"{r['gpu_hours']:>11,.0f}{r['memory_gib']:>6.0f}"
         )
     return "\n".join(lines)
 
 
-def draw(results, path):
-    """GPU-hours and efficiency against GPUs, a column a model; dashed: tuned."""
+def draw(results: dict, path: Path) -> None:
+    """Draw GPU-hours and efficiency over the number of GPUs, a column per model; dashed: tuned."""
     if (plt := pyplot()) is None:
         return
     figure, axes = plt.subplots(
@@ -462,7 +534,7 @@ def draw(results, path):
     for column, name in enumerate(CONFIGS):
         top, bottom = axes[:, column]
         for gpu, hows in results[name].items():
-            for (how, runs), style in zip(hows.items(), ("-", "--")):
+            for (how, runs), style in zip(hows.items(), ("-", "--"), strict=True):
                 x = [r["gpus"] for r in runs]
                 top.plot(
                     x,
@@ -499,7 +571,7 @@ def draw(results, path):
             xscale="log",
             xlabel="GPUs",
             ylim=(0, 1.1),
-            ylabel="images/s a GPU, share of that on the fewest" if not column else None,
+            ylabel="images/s per GPU over that on the fewest GPUs" if not column else None,
         )
         bottom.set_xticks(GPUS, [str(n) for n in GPUS])
         for axis in (top, bottom):
@@ -509,7 +581,7 @@ def draw(results, path):
     figure.savefig(path, dpi=110)
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -530,24 +602,24 @@ def main(argv=None):
         }
         for name in CONFIGS
     }
-    words = []
+    limits = []
     for name, by_gpu in results.items():
         for gpu, runs in by_gpu.items():
             for how in runs:
                 print(f"\n{name} on {gpu}, {how}\n{table(runs[how])}")
-        words += breaks(name, "H800", by_gpu["H800"]["as configured"])
+        limits += scaling_limits(name, "H800", by_gpu["H800"]["as configured"])
     one = {gpu: results[CONFIGS[0]][gpu]["as configured"][0]["images_per_s"] for gpu in MACHINES}
     cached = {gpu: estimate(CONFIGS[0], gpu, 1, latents=True)["images_per_s"] for gpu in MACHINES}
-    words.append(
+    limits.append(
         f"{CONFIGS[0]} on one GPU: "
         + ", ".join(
             f"{gpu} {one[gpu]:.1f} images/s online and {cached[gpu]:.1f} with cached latents"
             for gpu in MACHINES
         )
-        + f"; the paper's {PAPER_HOURS} H800 GPU-hours mean {PAPER_RATE}, our aims are {AIMS[0]} online and "
-        f"{AIMS[1]} with latents"
+        + f"; the paper's {PAPER_HOURS} H800 GPU-hours imply {PAPER_RATE}, our goals are "
+        f"{GOALS[0]} online and {GOALS[1]} with latents"
     )
-    print("\nWhere the budget breaks\n" + "\n".join(f"  {sentence}" for sentence in words))
+    print("\nLimits of scaling\n" + "\n".join(f"  {sentence}" for sentence in limits))
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "budget.json").write_text(
@@ -558,7 +630,7 @@ def main(argv=None):
                     "machines": MACHINES,
                     "protocols": PROTOCOLS,
                     "tuned": TUNED,
-                    "breaks": words,
+                    "breaks": limits,
                     "results": results,
                 },
                 indent=1,

@@ -1,14 +1,19 @@
-"""The loader against Pillow and torch's DataLoader: right first, then timed, in one process in turn.
+"""Compare the loader with Pillow and torch's DataLoader.
 
-    python benchmarks/loader.py                            photographs drawn here, on this machine's first two cores
-    python benchmarks/loader.py --shards 'photos/*.tar'    your own
-    python benchmarks/loader.py --gpu                      decode on the GPU, and what that takes from a training step
+    python benchmarks/loader.py                            drawn photographs, on this machine's
+                                                           first two cores
+    python benchmarks/loader.py --shards 'photos/*.tar'    your own photographs
+    python benchmarks/loader.py --gpu                      decode on the GPU, and how much that
+                                                           slows a training step
 
-Both sides make the same of each image: 512 px VAE pixels in [-1, 1] and normalised 448 px ViT pixels, float32, cubic and
-antialiased. The DataLoader has a process per core and reads the same tars by the same index. "ours" resizes with torch,
-as a run on a CPU does by default; "ours_dali" with DALI (data.resize=dali). Numbers are medians over rounds in which the
-sides take turns, and go to benchmarks/results/loader-<device>-<date>.json. On a machine that others use at the same time
-(`load`) images/s say little; CPU time per image, over all threads and processes, still does.
+The pixels of both sides are compared first. Both sides convert each image to 512 px VAE pixels in
+[-1, 1] and normalised 448 px ViT pixels, in float32 with antialiased cubic resizing. The DataLoader
+has a process per core and reads the same tars by the same index. "ours" resizes with torch, as a
+run on a CPU does by default; "ours_dali" resizes with DALI (data.resize=dali).
+
+Figures are medians over rounds in which the sides take turns in one process, and are written to
+benchmarks/results/loader-<device>-<date>.json. On a machine that is shared with other work (`load`)
+images/s mean little, but CPU time per image over all threads and processes remains meaningful.
 """
 
 import sys
@@ -28,10 +33,12 @@ import statistics
 import tarfile
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from PIL import Image, ImageFilter, ImageOps
+from torch import Tensor
 
 from benchmarks.report import command
 from iomm.engine.data.buckets import BucketSampler, bucket_sizes
@@ -48,23 +55,24 @@ SIZE_PX, VIT_PX, BATCH = 512, 448, 16
 NUM_CORES, ROUNDS, BATCHES_A_ROUND, WARM_UP = 2, 5, 8, 4
 
 
-class ByPillow(torch.utils.data.Dataset):
-    """What people write: open, convert, resize, crop, to tensor, normalise. In the order of the run."""
+class PillowDataset(torch.utils.data.Dataset):
+    """The usual pipeline (open, convert, resize, crop, normalise), in the run's data order."""
 
-    def __init__(self, index_dir, order):
+    def __init__(self, index_dir: Path, order: Callable):
         self.index_dir, self.order, self.shards = index_dir, order, None
 
-    def __len__(self):
+    def __len__(self) -> int:
         return 1 << 30
 
-    def __getitem__(self, n):
-        # Each worker opens its own.
+    def __getitem__(self, n: int) -> tuple[Tensor, Tensor]:
+        # Each worker process opens the shards itself.
         if self.shards is None:
             self.shards = Shards(self.index_dir)
-        return by_pillow(self.shards.image_bytes(int(self.order(n))))
+        return decode_with_pillow(self.shards.image_bytes(int(self.order(n))))
 
 
-def by_pillow(data):
+def decode_with_pillow(data: bytes) -> tuple[Tensor, Tensor]:
+    """Return the VAE pixels and the ViT pixels of an image file, (3, H, W) float32."""
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
     scale = SIZE_PX / min(image.size)
     image = image.resize([round(side * scale) for side in image.size], Image.BICUBIC)
@@ -74,13 +82,22 @@ def by_pillow(data):
     return tensor(image, (0.5,) * 3, (0.5,) * 3), tensor(small, IMAGE_MEAN, IMAGE_STD)
 
 
-def tensor(image, mean, std):
+def tensor(
+    image: Image.Image, mean: tuple[float, float, float], std: tuple[float, float, float]
+) -> Tensor:
+    """Convert an image to a normalised float32 tensor (3, H, W)."""
     x = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).contiguous().float().div_(255)
     return x.sub_(torch.tensor(mean).view(3, 1, 1)).div_(torch.tensor(std).view(3, 1, 1))
 
 
-def ours(index_dir, device="cpu", num_threads=NUM_CORES, dtype=torch.float32, resize="dali"):
-    """Batches without end."""
+def ours(
+    index_dir: Path,
+    device: str = "cpu",
+    num_threads: int = NUM_CORES,
+    dtype: torch.dtype = torch.float32,
+    resize: str = "dali",
+) -> ImageSource:
+    """Return our loader, an endless source of batches."""
     return ImageSource(
         Shards(index_dir),
         seed=0,
@@ -98,35 +115,41 @@ def ours(index_dir, device="cpu", num_threads=NUM_CORES, dtype=torch.float32, re
     )
 
 
-def check(index_dir, resize):
-    """Largest mean absolute difference of a picture to Pillow's, in grey levels of 255; both outputs."""
+def check(index_dir: Path, resize: str) -> list[float]:
+    """Compare our pixels with Pillow's.
+
+    Returns:
+        For VAE and ViT pixels, the largest mean absolute difference of an image, in grey levels of
+        255. They must be below 1.
+    """
     shards, worst = Shards(index_dir), [0.0, 0.0]
     batches = iter(ours(index_dir, resize=resize))
     for batch in (next(batches) for _ in range(3)):
         vit_pixels_BCHW = normalised(batch.vit_pixels_BHWC, IMAGE_MEAN, IMAGE_STD)
         for k, pixels, vit_pixels in zip(
-            batch.entry_B.tolist(), batch.pixels_BCHW, vit_pixels_BCHW
+            batch.entry_B.tolist(), batch.pixels_BCHW, vit_pixels_BCHW, strict=True
         ):
-            wanted, vit_wanted = by_pillow(shards.image_bytes(k))
+            expected, vit_expected = decode_with_pillow(shards.image_bytes(k))
             std = torch.tensor(IMAGE_STD).view(3, 1, 1)
-            worst[0] = max(worst[0], float((pixels - wanted).abs().mean() * 127.5))
-            worst[1] = max(worst[1], float(((vit_pixels - vit_wanted) * std).abs().mean() * 255))
+            worst[0] = max(worst[0], float((pixels - expected).abs().mean() * 127.5))
+            worst[1] = max(worst[1], float(((vit_pixels - vit_expected) * std).abs().mean() * 255))
     batches.close()
     assert max(worst) < 1, (
-        f"pixels differ from Pillow's by {worst} levels on average: nothing is timed"
+        f"pixels differ from Pillow's by {worst} levels on average, so nothing is timed"
     )
     return worst
 
 
-def images_per_s(batches, num_batches):
+def images_per_s(batches: Iterator, num_batches: int) -> float:
+    """Take this many batches and return the images/s."""
     started = time.perf_counter()
     for _ in range(num_batches):
         next(batches)
     return num_batches * BATCH / (time.perf_counter() - started)
 
 
-def cpu_s():
-    """CPU time of this process and of its living children."""
+def cpu_s() -> float:
+    """Return the CPU time of this process and its living children in seconds."""
     ticks = 0
     for child in multiprocessing.active_children():
         fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
@@ -134,13 +157,15 @@ def cpu_s():
     return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 
-def against_pillow(index_dir):
-    """Images/s and CPU time of all sides, round by round. A side that waits has full queues and rests: each turn first
-    takes WARM_UP batches that do not count.
+def compare_with_pillow(index_dir: Path) -> dict:
+    """Measure images/s and CPU time of all sides round by round, and their ratios.
+
+    A side that is not being timed fills its queues and then idles, so each turn first takes WARM_UP
+    batches that do not count.
     """
     shards = Shards(index_dir)
     loader = torch.utils.data.DataLoader(
-        ByPillow(index_dir, EpochPermutation(0, shards.shard_sizes)),
+        PillowDataset(index_dir, EpochPermutation(0, shards.shard_sizes)),
         batch_size=BATCH,
         num_workers=NUM_CORES,
         prefetch_factor=2,
@@ -157,7 +182,7 @@ def against_pillow(index_dir):
             before = cpu_s()
             rate[name].append(images_per_s(batches, BATCHES_A_ROUND))
             cpu_ms[name].append(1e3 * (cpu_s() - before) / (BATCH * BATCHES_A_ROUND))
-            # Its queues fill before the next one's turn.
+            # Let its queues fill before the next side is timed.
             time.sleep(1)
     for name in ("ours", "ours_dali"):
         sides[name].close()
@@ -169,8 +194,8 @@ def against_pillow(index_dir):
         }
     for name in ("ours", "ours_dali"):
         for unit, found in (
-            ("wall", [a / b for a, b in zip(rate[name], rate["pillow"])]),
-            ("cpu", [b / a for a, b in zip(cpu_ms[name], cpu_ms["pillow"])]),
+            ("wall", [a / b for a, b in zip(rate[name], rate["pillow"], strict=True)]),
+            ("cpu", [b / a for a, b in zip(cpu_ms[name], cpu_ms["pillow"], strict=True)]),
         ):
             report |= {
                 f"{name}_{unit}_ratio": statistics.median(found),
@@ -179,8 +204,11 @@ def against_pillow(index_dir):
     return report
 
 
-def readers(index_dir):
-    """CPU time of reading (pread, CRC-32), as a share of one core at 100 images/s."""
+def measure_reader(index_dir: Path) -> dict[str, float]:
+    """Measure the CPU time of reading (pread, CRC-32).
+
+    Returns ms per image, and the share of one core at 100 images/s.
+    """
     shards, seconds = Shards(index_dir), []
     for _ in range(ROUNDS):
         started = time.thread_time()
@@ -193,8 +221,12 @@ def readers(index_dir):
     }
 
 
-def ten_million(index_dir, folder):
-    """Seconds from nothing open to the first batch of 32, and to a plan of buckets, with 10 M samples in 1,000 shards."""
+def measure_ten_million(index_dir: Path, folder: Path) -> dict[str, float]:
+    """Measure opening an index of 10 M samples in 1,000 shards.
+
+    Returns the size of the index, the seconds until the first batch, and the seconds until a plan
+    of buckets. Nothing is open at the start of either time.
+    """
     index = Shards(index_dir).index
     shard, records = (
         dict(index.shards[0]),
@@ -219,7 +251,7 @@ def ten_million(index_dir, folder):
         batches = iter(ours(many))
         next(batches)
         first.append(time.perf_counter() - started)
-        # Of several batches read and decoded ahead.
+        # Includes several batches that were prefetched.
         first_cpu.append(time.process_time() - started_cpu)
         batches.close()
         started = time.perf_counter()
@@ -236,21 +268,24 @@ def ten_million(index_dir, folder):
     }
 
 
-def on_gpu(index_dir):
-    """Images/s of decoding on the GPU, and how much slower a matrix product runs while 80 images/s are decoded."""
+def measure_gpu(index_dir: Path) -> dict[str, float]:
+    """Measure decoding on the GPU.
+
+    Returns images/s, and how much slower matrix products run while 80 images/s are decoded.
+    """
     batches = iter(ours(index_dir, "cuda", num_threads=8, dtype=torch.bfloat16))
     images_per_s(batches, 20)
     rate = statistics.median(images_per_s(batches, 40) for _ in range(ROUNDS))
     x = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
 
-    def products_s(fed):
+    def products_s(decode: bool) -> float:
         torch.cuda.synchronize()
-        started, taken = time.perf_counter(), 0
-        for step in range(400):
+        started, num_taken = time.perf_counter(), 0
+        for _ in range(400):
             x @ x
-            while fed and taken * BATCH < 80 * (time.perf_counter() - started):
+            while decode and num_taken * BATCH < 80 * (time.perf_counter() - started):
                 next(batches)
-                taken += 1
+                num_taken += 1
             torch.cuda.synchronize()
         return time.perf_counter() - started
 
@@ -260,8 +295,11 @@ def on_gpu(index_dir):
     return {"gpu_images_per_s": rate, "gpu_time_taken_at_80_images_per_s": slower}
 
 
-def draw_photographs(folder, num=128):
-    """Tars of JPEGs of 650 to 900 px: soft shading, hard edges, grain; about 100 KB each."""
+def draw_photographs(folder: Path, num: int = 128) -> Path:
+    """Write two tars of JPEGs of 650 to 900 px into a new folder and return it.
+
+    The images have soft shading, hard edges and grain, and about 100 KB each.
+    """
     folder.mkdir()
     for shard in range(2):
         with tarfile.open(folder / f"{shard}.tar", "w") as tar:
@@ -290,15 +328,15 @@ def draw_photographs(folder, num=128):
     return folder
 
 
-def facts_of():
-    """What a number depends on."""
+def facts_of() -> dict:
+    """Return the machine, versions and load that a time depends on."""
     return machine() | {"pillow": importlib.metadata.version("pillow"), "load": os.getloadavg()[0]}
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--shards", help="tars of photographs; default: drawn here")
-    parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--shards", help="tars of photographs; default: drawn ones")
+    parser.add_argument("--gpu", action="store_true", help="decode on the GPU")
     args = parser.parse_args()
     if not args.gpu:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:NUM_CORES])
@@ -322,20 +360,16 @@ def main():
             "batch": BATCH,
         }
         if args.gpu:
-            report |= on_gpu(index_dir)
+            report |= measure_gpu(index_dir)
         else:
             report["mean_difference_levels"] = {
                 resize: check(index_dir, resize) for resize in ("dali", "torch")
             }
-            report |= (
-                against_pillow(index_dir) | readers(index_dir) | ten_million(index_dir, folder)
-            )
-    path = (
-        ROOT
-        / "benchmarks"
-        / "results"
-        / f"loader-{'gpu' if args.gpu else 'cpu'}-{report['machine']['date']}.json"
-    )
+            report |= compare_with_pillow(index_dir)
+            report |= measure_reader(index_dir)
+            report |= measure_ten_million(index_dir, folder)
+    device = "gpu" if args.gpu else "cpu"
+    path = ROOT / f"benchmarks/results/loader-{device}-{report['machine']['date']}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))

@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks.report import above_0, command
+from benchmarks.report import command, positive
 from iomm.config import InputError
 from iomm.engine.parallel import ranks as group
 
@@ -130,9 +130,9 @@ def measure_saves(folder: Path | str, *, parameters: float, step_s: float, num_s
 def checkpoint(argv: list[str]) -> None:
     """Measure what a save costs."""
     parser = subcommand_parser("checkpoint")
-    parser.add_argument("--parameters", type=above_0(float), default=5.5e6)
-    parser.add_argument("--step-s", type=above_0(float), default=0.65, help="seconds of a step")
-    parser.add_argument("--saves", type=above_0(int), default=10)
+    parser.add_argument("--parameters", type=positive(float), default=5.5e6)
+    parser.add_argument("--step-s", type=positive(float), default=0.65, help="seconds of a step")
+    parser.add_argument("--saves", type=positive(int), default=10)
     args = parser.parse_args(argv)
     from iomm.engine.observe.doctor import machine
 
@@ -213,11 +213,11 @@ def sampling(argv: list[str]) -> None:
     """Measure images/s from text."""
     parser = subcommand_parser("sampling")
     parser.add_argument("--run", required=True, help="run folder or exported model folder")
-    parser.add_argument("--batch", type=above_0(int), default=16)
-    parser.add_argument("--steps", type=above_0(int), default=20)
+    parser.add_argument("--batch", type=positive(int), default=16)
+    parser.add_argument("--steps", type=positive(int), default=20)
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--size", help="side in pixels, or WIDTHxHEIGHT; default: the run's")
-    parser.add_argument("--batches", type=above_0(int), default=3)
+    parser.add_argument("--batches", type=positive(int), default=3)
     parser.add_argument(
         "--compile", action="store_true", help="add a second row measured with torch.compile"
     )
@@ -280,7 +280,7 @@ def startup(argv: list[str]) -> None:
     """Measure what a start costs, in fresh interpreters."""
     parser = subcommand_parser("startup")
     parser.add_argument("--config", default="demo-cpu")
-    parser.add_argument("--runs", type=above_0(int), default=5)
+    parser.add_argument("--runs", type=positive(int), default=5)
     parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args(argv)

@@ -1,13 +1,17 @@
-"""Every op, every body: right first, then timed. One command for a machine with a GPU, the same for one without.
+"""Check every backend of every op, then time it.
 
-    python benchmarks/ops.py               the C++ bodies and PyTorch's formulas on this CPU, under a minute
-    python benchmarks/ops.py --gpu         builds, checks every body in bf16 against float64, runs compute-sanitizer on
-                                           the CUDA ops, times, prints the targets; under 8 minutes
-    python benchmarks/ops.py --gpu --tiles         and times the other tiles of masked_attention
-    pytest benchmarks/ops.py --benchmark-only      the same bodies as rows of pytest-benchmark, to compare two checkouts
+    python benchmarks/ops.py                    the C++ backends and PyTorch's formulas on this CPU,
+                                                under a minute
+    python benchmarks/ops.py --gpu              builds, checks every backend in bf16 against
+                                                float64, runs compute-sanitizer on the CUDA ops,
+                                                times, prints the targets; under 8 minutes
+    python benchmarks/ops.py --gpu --tiles      also times the other tiles of masked_attention
+    pytest benchmarks/ops.py --benchmark-only   the same backends as rows of pytest-benchmark, to
+                                                compare two checkouts
 
-Nothing is timed if a check fails. Times are medians on random data; on a GPU CUDA graphs are replayed, with the cache
-swept in between. Numbers go to benchmarks/results/ops-<device>-<date>.json with machine, versions and commit.
+Nothing is timed if a check fails. Times are medians on random data. On a GPU, CUDA graphs are
+replayed and the cache is swept between two runs. Results are written to
+benchmarks/results/ops-<device>-<date>.json with machine, versions and commit.
 """
 
 import sys
@@ -23,23 +27,35 @@ import os
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from benchmarks.lib.op_cases import cases, token_cases
+from benchmarks.lib.op_cases import Case, cases, token_cases
 from iomm.engine.observe.doctor import machine
 from iomm.kernels import native
 
+if TYPE_CHECKING:
+    import pytest
+
 LIMIT_S = 480
+# Runs a function repeatedly; returns (median ms, how it was timed).
+Timer = Callable[[Callable], tuple[float, str]]
 
 
-def leaves_of(inputs):
-    return [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+def leaves_of(inputs: list) -> list[Tensor]:
+    """Return the inputs that require a gradient."""
+    return [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
 
 
-def run_whole(body, inputs, seed=0):
-    """Outputs of body(*inputs), then the gradients of all that wants one; `seed` draws the outputs' gradients."""
-    out = body(*inputs)
+def run_whole(backend: Callable, inputs: list, seed: int = 0) -> list[Tensor]:
+    """Return the outputs of backend(*inputs), then the gradients of the inputs that require one.
+
+    seed: seed of the outputs' gradients, which are random.
+    """
+    out = backend(*inputs)
     outputs = [x for x in (out if isinstance(out, (tuple, list)) else [out]) if x is not None]
     leaves = leaves_of(inputs)
     if not leaves:
@@ -49,62 +65,67 @@ def run_whole(body, inputs, seed=0):
 
 
 @functools.cache
-def _drawn(shape, seed):
+def _drawn(shape: torch.Size, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @functools.cache
-def _weight(shape, dtype, device, seed):
+def _weight(shape: torch.Size, dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
     return _drawn(shape, seed).to(device, dtype)
 
 
-def weight_of(x, seed):
-    """A fixed random tensor like x."""
+def weight_of(x: Tensor, seed: int) -> Tensor:
+    """Return a fixed random tensor like x."""
     return _weight(x.shape, x.dtype, x.device, seed)
 
 
-def check(case, body, device, dtype):
-    """Largest error over the budget: twice what the specification makes in the same dtype, plus one ulp; NaN fails."""
+def check(case: Case, backend: Callable, device: str, dtype: torch.dtype) -> float:
+    """Return a backend's largest error over the budget; NaN counts as infinite.
+
+    The budget is twice the error of the reference in the same dtype, plus one ulp.
+    """
     exact_inputs, dtype = case.check(), case.dtype or dtype
 
-    # Anew for each: an optimizer's step is in place.
-    def cast():
+    # Called for each run, as the step of an optimizer works in place.
+    def cast() -> list:
         return [
             x.detach()
             .to(device, dtype if x.dtype == torch.float64 else x.dtype, copy=True)
             .requires_grad_(x.requires_grad)
-            if isinstance(x, torch.Tensor)
+            if isinstance(x, Tensor)
             else x
             for x in exact_inputs
         ]
 
-    got, same_dtype = run_whole(body, cast()), run_whole(case.reference, cast())
+    got, same_dtype = run_whole(backend, cast()), run_whole(case.reference, cast())
     if case.exact:
-        return (
-            0.0
-            if all(torch.equal(a, b) for a, b in zip(got, same_dtype, strict=True))
-            else float("inf")
-        )
+        equal = all(torch.equal(a, b) for a, b in zip(got, same_dtype, strict=True))
+        return 0.0 if equal else float("inf")
     worst = 0.0
-    for mine, theirs, wanted in zip(
+    for mine, theirs, expected in zip(
         got, same_dtype, run_whole(case.reference, exact_inputs), strict=True
     ):
-        if wanted.numel():
-            mine, theirs, wanted = (x.detach().double().cpu() for x in (mine, theirs, wanted))
-            budget = 2 * (theirs - wanted).abs().max() + torch.finfo(dtype).eps * wanted.abs().max()
-            ratio = ((mine - wanted).abs().max() / budget).item()
+        if expected.numel():
+            mine, theirs, expected = (x.detach().double().cpu() for x in (mine, theirs, expected))
+            budget = (
+                2 * (theirs - expected).abs().max() + torch.finfo(dtype).eps * expected.abs().max()
+            )
+            ratio = ((mine - expected).abs().max() / budget).item()
             worst = max(worst, ratio) if ratio == ratio else float("inf")
     return worst
 
 
 @functools.cache
-def sweep():
-    """Larger than any cache: filled between two timings."""
+def sweep() -> Tensor:
+    """Return a buffer larger than any cache, to be filled between two timings."""
     return torch.empty(2**28, dtype=torch.uint8, device="cuda")
 
 
-def median_gpu(fn, budget_s=0.3):
-    """(median ms, how) of fn(): a CUDA graph of it, or its calls where it cannot be captured."""
+def median_gpu(fn: Callable, budget_s: float = 0.3) -> tuple[float, str]:
+    """Return (median ms of fn(), how it was timed).
+
+    Timed is a CUDA graph ("graph"), or the calls themselves if they cannot be captured ("calls").
+    """
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(3):
@@ -114,7 +135,8 @@ def median_gpu(fn, budget_s=0.3):
     try:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            kept = fn()  # noqa: F841  the graph writes into it
+            # Kept alive because the graph writes into it.
+            kept = fn()  # noqa: F841
         run, how = graph.replay, "graph"
     except RuntimeError:
         torch.cuda.synchronize()
@@ -130,7 +152,8 @@ def median_gpu(fn, budget_s=0.3):
     return sorted(times)[len(times) // 2], how
 
 
-def median_cpu(fn, budget_s=0.25):
+def median_cpu(fn: Callable, budget_s: float = 0.25) -> tuple[float, str]:
+    """Return (median ms of fn(), "calls")."""
     fn()
     times, begun = [], time.monotonic()
     while len(times) < 5 or (time.monotonic() - begun < budget_s and len(times) < 500):
@@ -140,8 +163,13 @@ def median_cpu(fn, budget_s=0.25):
     return sorted(times)[len(times) // 2], "calls"
 
 
-def ceilings(device="cuda", dtype=torch.bfloat16):
-    """(bytes/s of a device copy, read and write counted; FLOP/s of a product of 8192^3, on a CPU of 2048^3)."""
+def ceilings(
+    device: str | torch.device = "cuda", dtype: torch.dtype = torch.bfloat16
+) -> tuple[float, float]:
+    """Measure the copy bandwidth in bytes/s and the rate of a matrix product in FLOP/s.
+
+    The copy counts reads and writes. The product is of 8192^3, on a CPU of 2048^3.
+    """
     cuda = torch.device(device).type == "cuda"
     timer, side = (median_gpu, 8192) if cuda else (median_cpu, 2048)
     source = torch.randn(2**29 if cuda else 2**26, device=device, dtype=dtype)
@@ -152,17 +180,21 @@ def ceilings(device="cuda", dtype=torch.bfloat16):
     return 2 * source.nbytes / copy_ms * 1e3, 2 * side**3 / product_ms * 1e3
 
 
-def build():
+def build() -> None:
+    """Build the native extensions in place."""
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     print((done.stdout + done.stderr).strip().splitlines()[-1])
     if done.returncode:
-        raise SystemExit("the build failed: run `python setup.py build_ext --inplace` to see why")
+        raise SystemExit("the build failed. Run `python setup.py build_ext --inplace` to see why")
     native.load.cache_clear()
 
 
-def sanitize():
-    """{tool: verdict} of compute-sanitizer on the CUDA ops at odd sizes. What it finds is said, and stands in the result."""
+def sanitize() -> dict[str, str]:
+    """Run compute-sanitizer on the CUDA ops at odd sizes and return {tool: verdict}.
+
+    Its findings are printed, and do not end the benchmark.
+    """
     tool = shutil.which("compute-sanitizer") or shutil.which(
         "/usr/local/cuda/bin/compute-sanitizer"
     )
@@ -199,8 +231,8 @@ def sanitize():
     return verdicts
 
 
-def cuda_ops_once():
-    """The ops of csrc/ at the sizes of the checks, against the specification on the CPU: few other kernels run."""
+def cuda_ops_once() -> None:
+    """Check the ops of csrc/ against the reference on the CPU, running few other kernels."""
     from iomm.kernels.philox import philox_compiled, philox_reference
 
     n = torch.tensor([0, 5, 2**40])
@@ -211,35 +243,44 @@ def cuda_ops_once():
         )
     for dtype in (torch.bfloat16, torch.float32):
         for case in token_cases("cuda", dtype):
-            if "cuda" in case.bodies:
+            if "cuda" in case.backends:
                 inputs = [
-                    x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype == torch.float64 else x
+                    x.to(dtype) if isinstance(x, Tensor) and x.dtype == torch.float64 else x
                     for x in case.check()
                 ]
-                moved = [x.cuda() if isinstance(x, torch.Tensor) else x for x in inputs]
+                moved = [x.cuda() if isinstance(x, Tensor) else x for x in inputs]
                 tolerance = 0 if case.exact else torch.finfo(dtype).eps
-                outputs = run_whole(case.bodies["cuda"], moved)
-                for got, wanted in zip(outputs, run_whole(case.reference, inputs), strict=True):
+                outputs = run_whole(case.backends["cuda"], moved)
+                for got, expected in zip(outputs, run_whole(case.reference, inputs), strict=True):
                     torch.testing.assert_close(
-                        got.cpu(), wanted, rtol=tolerance, atol=tolerance and 1e-6
+                        got.cpu(), expected, rtol=tolerance, atol=tolerance and 1e-6
                     )
     torch.cuda.synchronize()
 
 
-def measure(device, dtype, timer, save):
-    """(cases, rows): every body of every case checked, then timed; save(rows) after each case. Raises SystemExit if one of
-    ours is wrong.
+def failure(case: Case, name: str, error: Exception) -> str:
+    """Return a line about a backend that raised an exception."""
+    return f"{case.op} {case.name} {name} fails: {type(error).__name__}: {str(error).strip()[:300]}"
+
+
+def measure(
+    device: str, dtype: torch.dtype, timer: Timer, save: Callable[[list[dict]], None]
+) -> tuple[list[Case], list[dict]]:
+    """Check every backend of every case, then time them; return the cases and the rows.
+
+    save(rows) is called after each case.
+
+    Raises:
+        SystemExit: if a backend of ours is wrong.
     """
     ready, rows, failed = list(cases(device, dtype)), [], []
     for case in ready:
-        for name, body in case.bodies.items():
+        for name, backend in case.backends.items():
             try:
-                ratio = check(case, body, device, dtype)
+                ratio = check(case, backend, device, dtype)
             except Exception as error:
-                # a library that refuses: said below, and only ours must run
-                print(
-                    f"{case.op} {case.name} {name} fails: {type(error).__name__}: {str(error).strip()[:300]}"
-                )
+                # A library may refuse a case. It is reported, and only our backends must run.
+                print(failure(case, name, error))
                 ratio = float("inf")
             if not ratio <= 1:
                 failed.append(
@@ -257,40 +298,45 @@ def measure(device, dtype, timer, save):
                         "error_over_budget": round(ratio, 3),
                     }
                 )
-    _drawn.cache_clear(), _weight.cache_clear()
+    _drawn.cache_clear()
+    _weight.cache_clear()
     for _, line in failed:
         print(line)
     if any(ours for ours, _ in failed):
-        raise SystemExit("nothing is timed, as bodies of ours are wrong")
+        raise SystemExit("nothing is timed because backends of ours are wrong")
     worst = max(row["error_over_budget"] for row in rows)
-    print(f"{len(rows)} bodies checked, the worst at {worst:.2f} of its budget")
+    print(f"{len(rows)} backends checked, the worst at {worst:.2f} of its budget")
     for case in ready:
         inputs = case.time()
         for row in [row for row in rows if (row["op"], row["case"]) == (case.op, case.name)]:
             try:
                 time_row(row, case, inputs, timer)
             except Exception as error:
-                # at its true size; the others' times are not lost by it
-                print(
-                    f"{case.op} {case.name} {row['body']} fails: {type(error).__name__}: {str(error).strip()[:300]}"
-                )
+                # A backend may fail at the real size only; keep the times of the others.
+                print(failure(case, row["body"], error))
                 rows.remove(row)
         del inputs
         save([row for row in rows if "ms" in row])
-        _drawn.cache_clear(), _weight.cache_clear()
+        _drawn.cache_clear()
+        _weight.cache_clear()
     return ready, rows
 
 
-def time_row(row, case, inputs, timer):
-    body = case.bodies[row["body"]]
-    row["ms"], row["timed"] = timer(lambda: run_whole(body, inputs))
+def time_row(row: dict, case: Case, inputs: list, timer: Timer) -> None:
+    """Add the time of a backend to its row."""
+    backend = case.backends[row["body"]]
+    row["ms"], row["timed"] = timer(lambda: run_whole(backend, inputs))
     row["bytes"], row["flops"] = case.bytes, case.flops
 
 
-def report(ready, rows, bandwidth, rate):
-    """Prints the table: ms, share of the ceiling, and how often faster ours is than the others, with the target."""
+def report(ready: list[Case], rows: list[dict], bandwidth: float, rate: float) -> None:
+    """Print a table and add its figures to the rows.
+
+    Columns: ms, share of the ceiling, and the other backends' times over ours with the targets.
+    """
     print(
-        f"\n{'op':<17} {'case':<28} {'body':<10} {'ms':>8} {'share':>6}   the others' time over ours, wanted"
+        f"\n{'op':<17} {'case':<28} {'backend':<10} {'ms':>8} {'share':>6}   "
+        "the others' time over ours (target)"
     )
     for case in ready:
         of_case = {r["body"]: r for r in rows if (r["op"], r["case"]) == (case.op, case.name)}
@@ -300,7 +346,8 @@ def report(ready, rows, bandwidth, rate):
             row["share"] = round(work / row["ms"] * 1e3 / ceiling, 3) if ceiling and work else None
             text = ""
             if name == case.ours:
-                # An eager call's gaps are no work of the op: it is compared with calls alone, a graph with graphs.
+                # Calls are compared with calls and graphs with graphs, as an eager call has gaps
+                # that are not work of the op.
                 others = {
                     other: r["ms"]
                     for other, r in of_case.items()
@@ -328,8 +375,11 @@ def report(ready, rows, bandwidth, rate):
             print(f"{case.op:<17} {case.name:<28} {name:<10} {row['ms']:8.3f} {share:>6}   {text}")
 
 
-def time_tiles(deadline):
-    """Times every candidate tile of masked_attention at head dim 128 on the query pass; prints ms, best first."""
+def time_tiles(deadline: float) -> None:
+    """Time every candidate tile of masked_attention at head dim 128 on the query pass.
+
+    Prints ms, best first. deadline: no tile is started after this moment of time.monotonic().
+    """
     from iomm.kernels.triton_ops import tiles
 
     arch = 90 if torch.cuda.get_device_capability() >= (9, 0) else 80
@@ -342,31 +392,35 @@ def time_tiles(deadline):
             if time.monotonic() < deadline:
                 tiles.CANDIDATES[key] = [tile]
                 found.append(
-                    (median_gpu(lambda: run_whole(case.bodies["triton"], inputs))[0], tile)
+                    (median_gpu(lambda: run_whole(case.backends["triton"], inputs))[0], tile)
                 )
         tiles.CANDIDATES[key] = kept
         found.sort(key=lambda pair: pair[0])
         print(f"tiles of {kernel}: " + "; ".join(f"{ms:.3f} ms {tile}" for ms, tile in found))
 
 
-def pytest_generate_tests(metafunc):
-    """Rows of pytest-benchmark: one per op, size and body."""
+def pytest_generate_tests(metafunc: "pytest.Metafunc") -> None:
+    """Generate a row of pytest-benchmark per op, size and backend."""
     device, dtype = (
         ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     )
-    rows = [(case, body, device, dtype) for case in cases(device, dtype) for body in case.bodies]
+    rows = [
+        (case, backend, device, dtype) for case in cases(device, dtype) for backend in case.backends
+    ]
     metafunc.parametrize(
-        "case, body, device, dtype",
+        "case, backend, device, dtype",
         rows,
-        ids=[f"{case.op}-{case.name}-{body}" for case, body, *_ in rows],
+        ids=[f"{case.op}-{case.name}-{backend}" for case, backend, *_ in rows],
     )
 
 
-def test_body(case, body, device, dtype, benchmark):
-    run, inputs = case.bodies[body], case.time()
-    assert check(case, run, device, dtype) <= 1, "wrong: not timed"
+def test_backend(
+    case: Case, backend: str, device: str, dtype: torch.dtype, benchmark: Callable
+) -> None:
+    run, inputs = case.backends[backend], case.time()
+    assert check(case, run, device, dtype) <= 1, "the backend is wrong and is not timed"
 
-    def whole():
+    def whole() -> None:
         run_whole(run, inputs)
         if device == "cuda":
             torch.cuda.synchronize()
@@ -374,8 +428,8 @@ def test_body(case, body, device, dtype, benchmark):
     benchmark(whole)
 
 
-def facts_of(threads):
-    """What a number depends on."""
+def facts_of(threads: int) -> dict:
+    """Return the machine, versions and load that a time depends on."""
     return machine() | {
         "threads": threads,
         "load": os.getloadavg()[0],
@@ -383,7 +437,7 @@ def facts_of(threads):
     }
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
         "--gpu", action="store_true", help="build, check, sanitize and time on the GPU"
@@ -394,7 +448,7 @@ def main():
         help="with --gpu: time all candidate tiles of masked_attention",
     )
     parser.add_argument(
-        "--threads", type=int, help="of the CPU's bodies; 1 where others share the machine"
+        "--threads", type=int, help="CPU threads; use 1 if the machine is shared with other work"
     )
     parser.add_argument("--cuda-ops-once", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -402,15 +456,16 @@ def main():
     if args.threads:
         torch.set_num_threads(args.threads)
     if (args.gpu or args.cuda_ops_once) and not torch.cuda.is_available():
-        raise SystemExit("there is no GPU here: leave out --gpu")
+        raise SystemExit("no GPU here: omit --gpu")
     if args.cuda_ops_once:
-        return cuda_ops_once()
+        cuda_ops_once()
+        return
     facts = {"device": "cuda" if args.gpu else "cpu", "machine": facts_of(torch.get_num_threads())}
     target = (
         ROOT / "benchmarks" / "results" / f"ops-{facts['device']}-{facts['machine']['date']}.json"
     )
 
-    def save(rows):
+    def save(rows: list[dict]) -> None:
         target.parent.mkdir(exist_ok=True)
         target.write_text(
             json.dumps(

@@ -1,10 +1,15 @@
-"""Write the generated parts of the READMEs: python benchmarks/report.py [--check]
+"""Write the generated parts of the READMEs.
 
-    benchmarks/README.md   tables of benchmarks/results/*.json in sections; one function a kind of result file picks the figures
-    engine/README.md       every config key with its type, default and meaning, from the dataclasses and their comments
-    kernels/README.md      every op with its backends in the order of preference, from their registrations
+    python benchmarks/report.py [--check]
 
-With --check nothing is written; the exit code is 1 if a part is out of date.
+    benchmarks/README.md   tables of benchmarks/results/*.json by section; one function per kind of
+                           result file selects the figures
+    engine/README.md       every config key with its type, default and meaning, from the
+                           dataclasses and their comments
+    kernels/README.md      every op with its backends in order of preference, from their
+                           registrations
+
+With --check nothing is written, and the exit code is 1 if a part is out of date.
 """
 
 import argparse
@@ -12,8 +17,10 @@ import importlib
 import json
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from iomm.checkout import enter
 
@@ -22,7 +29,9 @@ ROOT = enter(__file__)
 from iomm.config import InputError
 
 START, END = "<!-- generated: {} (python benchmarks/report.py) -->", "<!-- /generated -->"
-# Section of benchmarks/README.md -> the kinds of result file that it shows.
+# The rows of a table: what was measured, and the figure.
+Rows = Iterator[tuple[str, str]]
+# Section of benchmarks/README.md -> the kinds of result files in its table.
 SECTIONS = {
     "speed": ("throughput", "precision", "ops", "loader", "sampling", "startup"),
     "reliability": ("survival", "data-reliability", "checkpoint"),
@@ -30,29 +39,31 @@ SECTIONS = {
 }
 
 
-def label(kind, settings):
-    """What result files of a run with these settings are called."""
+def label(kind: str, settings: list[str]) -> str:
+    """Return the name of the result files of a kind for runs with these settings."""
     return "-".join([kind, *(setting.replace("=", "-").replace("/", "-") for setting in settings)])
 
 
-def above_0(kind):
-    """An argparse type: numbers of this kind above 0, and below infinity."""
+def positive(kind: type) -> Callable[[str], int | float]:
+    """Return an argparse type that accepts finite numbers of this kind above 0."""
 
-    def read(text):
+    def read(text: str) -> int | float:
         try:
             if 0 < (number := kind(text)) < float("inf"):
                 return number
         except ValueError:
             pass
-        raise argparse.ArgumentTypeError(
-            f"must be a {'whole ' * (kind is int)}number above 0, got {text}"
-        )
+        number_words = "whole number" if kind is int else "number"
+        raise argparse.ArgumentTypeError(f"must be a {number_words} above 0, got {text}")
 
     return read
 
 
-def command(main):
-    """Exit code of a script: a mistake of who runs it is one line, and 2."""
+def command(main: Callable[[], int | None]) -> int | None:
+    """Run a script's main() and return its exit code.
+
+    An InputError, which is a mistake of the user, is printed as one line; the exit code is then 2.
+    """
     try:
         return main()
     except InputError as error:
@@ -60,12 +71,15 @@ def command(main):
         return 2
 
 
-def pyplot():
-    """Matplotlib's pyplot, to draw into files; where it is missing None, and one line says so."""
+def pyplot() -> ModuleType | None:
+    """Return matplotlib's pyplot for drawing into files.
+
+    If matplotlib is missing, print a line about it and return None.
+    """
     try:
         import matplotlib
     except ImportError:
-        print("no PNG: matplotlib is missing (pip install matplotlib)")
+        print("no PNG: matplotlib is not installed (pip install matplotlib)")
         return None
     matplotlib.use("agg")
     from matplotlib import pyplot
@@ -73,7 +87,8 @@ def pyplot():
     return pyplot
 
 
-def demo(result):
+def demo(result: dict) -> Rows:
+    """Yield a row per stage, and the share of correct samples per kind of condition."""
     one, two = result["pretrain"], result["finetune"]
     given = "".join(f" {setting}" for setting in result.get("settings", ()))
     for name, found in (
@@ -81,13 +96,15 @@ def demo(result):
         (f"default run{given}, stage 2", two),
     ):
         yield (
-            f"{name}: {found['steps']} steps of {found['global_batch']} images, {found['precision']}",
-            f"{found['command_s']:.0f} s in all, {found['training_s']:.0f} s of it training, {found['images_per_s']:.0f} images/s, loss "
-            f"{found['first_loss']:.2f} -> {found['last_loss']:.2f}",
+            f"{name}: {found['steps']} steps of {found['global_batch']} images, "
+            f"{found['precision']}",
+            f"{found['command_s']:.0f} s in total, {found['training_s']:.0f} s of them training, "
+            f"{found['images_per_s']:.0f} images/s, loss {found['first_loss']:.2f} -> "
+            f"{found['last_loss']:.2f}",
         )
     for way, shown in (("image", "masked images"), ("text", "captions")):
         yield (
-            f"samples from {shown} that are right, after stage 1 and after stage 2",
+            f"correct samples from {shown}, after stage 1 and after stage 2",
             "; ".join(
                 f"{words} {one[key][way]:.0%} and {two[key][way]:.0%}"
                 for key, words in (
@@ -99,7 +116,8 @@ def demo(result):
         )
 
 
-def loader(result):
+def loader(result: dict) -> Rows:
+    """Yield decoding on a GPU, or the loader against Pillow, the index and the reader."""
     if "gpu_images_per_s" in result:
         yield (
             "decoding on the GPU, photographs to 512 px",
@@ -110,11 +128,13 @@ def loader(result):
     low, high = result["ours_wall_ratio_range"]
     yield (
         "loader on two cores, photographs to 512 px, against Pillow and torch's DataLoader",
-        f"{result['ours_wall_ratio']:.2f} x the images/s ({low:.2f} to {high:.2f}), {result['ours_cpu_ratio']:.2f} x less CPU time per image",
+        f"{result['ours_wall_ratio']:.2f} x the images/s ({low:.2f} to {high:.2f}), "
+        f"{result['ours_cpu_ratio']:.2f} x less CPU time per image",
     )
     yield (
         "index of 10 M samples",
-        f"{result['index_mb_at_10m']:.0f} MB, first batch after {result['first_batch_s_at_10m']:.1f} s",
+        f"{result['index_mb_at_10m']:.0f} MB, first batch after "
+        f"{result['first_batch_s_at_10m']:.1f} s",
     )
     yield (
         "reading 100 images/s from tars",
@@ -122,7 +142,8 @@ def loader(result):
     )
 
 
-def data_reliability(result):
+def data_reliability(result: dict) -> Rows:
+    """Yield the trials D1 to D8 on damaged and unusual data."""
     mutations, flips, tars = (
         result["mutations"],
         result["bit_flips_in_entropy_data"],
@@ -141,12 +162,13 @@ def data_reliability(result):
     )
     yield (
         "D3: silent pixel damage is caught",
-        f"{flips['trials']:,} single-bit flips: {flips['caught_by_the_checksum']:,} caught by the checksum",
+        f"{flips['trials']:,} single-bit flips: {flips['caught_by_the_checksum']:,} caught by the "
+        "checksum",
     )
     yield (
         "D4: damaged tars lose nothing silently",
         f"{tars['cases']} damaged tars: "
-        f"{tars['good_and_reported_samples_as_wanted']} yield and report the samples that they should",
+        f"{tars['good_and_reported_samples_as_wanted']} yield and report the expected samples",
     )
     yield (
         "D5: every sample exactly once per epoch",
@@ -164,7 +186,8 @@ def data_reliability(result):
     )
 
 
-def ops(result):
+def ops(result: dict) -> Rows:
+    """Yield a row per backend that was compared with the PyTorch reference."""
     for row in result["rows"]:
         if row.get("speedups", {}).get("reference"):
             yield (
@@ -173,15 +196,18 @@ def ops(result):
             )
 
 
-def checkpoint(result):
+def checkpoint(result: dict) -> Rows:
+    """Yield what a save costs."""
     yield (
-        f"saving {result['parameters'] / 1e6:.1f} M parameters with moments and EMA, {result['bytes'] / 2**20:.0f} MiB",
-        f"training waits {result['stall_s'] * 1e3:.0f} ms, the checkpoint is committed after {result['commit_s']:.2f} s and verified in "
-        f"{result['verify_s']:.2f} s",
+        f"saving {result['parameters'] / 1e6:.1f} M parameters with moments and EMA, "
+        f"{result['bytes'] / 2**20:.0f} MiB",
+        f"training is blocked for {result['stall_s'] * 1e3:.0f} ms, the checkpoint is committed "
+        f"after {result['commit_s']:.2f} s and verified in {result['verify_s']:.2f} s",
     )
 
 
-def precision(result):
+def precision(result: dict) -> Rows:
+    """Yield the loss in fp8 against bf16."""
     fp8 = result["runs"]["fp8"]
     yield (
         f"fp8 against bf16, loss after {result['steps']} steps",
@@ -190,36 +216,50 @@ def precision(result):
     )
 
 
-def sampling(result):
+def sampling(result: dict) -> Rows:
+    """Yield a row per sampling rate, eager and compiled."""
     for row in result["rows"]:
         passes = f"{row['steps']} steps" + (" x 2 (guidance)" if row["guidance"] != 1 else "")
+        compiled = ", compiled" if row["compiled"] else ""
         yield (
-            f"sampling from text, {row['size_px'][1]} x {row['size_px'][0]} px, generator of {row['parameters'] / 1e6:.0f} M, {passes}, batch "
-            f"{row['batch']}, {row['dtype']}{', compiled' if row['compiled'] else ''}",
-            f"{row['images_per_s']:.3g} images/s, generator at {row['generator_tflops']:.3g} TFLOP/s",
+            f"sampling from text, {row['size_px'][1]} x {row['size_px'][0]} px, generator of "
+            f"{row['parameters'] / 1e6:.0f} M, {passes}, batch {row['batch']}, "
+            f"{row['dtype']}{compiled}",
+            f"{row['images_per_s']:.3g} images/s, generator at {row['generator_tflops']:.3g} "
+            "TFLOP/s",
         )
 
 
-def throughput(result):
-    rows, batch = result["rows"], result["images_a_step"]
-    ours, bare = (
-        rows["ours"],
-        (
-            "run.dir",
-            "train.",
-            "data.max_bad_fraction",
-            "data.shards=",
-            "data.heldout=",
-            "evaluate.",
-            "precision",
-        ),
+def baseline_name(name: str) -> str:
+    """Return the name of a row or variant with the old spelling "plain" replaced by "baseline".
+
+    Older result files, and users of older versions, have the old spelling.
+    """
+    word, comma, rest = name.partition(",")
+    return f"baseline{comma}{rest}" if word == "plain" else name
+
+
+def throughput(result: dict) -> Rows:
+    """Yield our step, the shares of its parts, the baseline, the ablations and the projection."""
+    batch, ours = result["images_a_step"], result["rows"]["ours"]
+    # Changes that every measurement makes are not part of the config's name.
+    always_changed = (
+        "run.dir",
+        "train.",
+        "data.max_bad_fraction",
+        "data.shards=",
+        "data.heldout=",
+        "evaluate.",
+        "precision",
     )
-    whose = f"`{' '.join([result['config'], *(c for c in result['changed'] if not c.startswith(bare))])}`, {result['precision']}"
+    changed = [change for change in result["changed"] if not change.startswith(always_changed)]
+    whose = f"`{' '.join([result['config'], *changed])}`, {result['precision']}"
     mfu = f", mfu {result['mfu']:.1%}" if result["mfu"] else ""
     yield (
         f"training step, {whose}, {batch} images",
-        f"{ours['s'] * 1e3:.0f} ms, {ours['images_per_s']:.2f} images/s, {result['of_matmul_rate']:.0%} of this machine's matmul rate{mfu}, "
-        f"peak memory {result['peak_memory_gib']:.1f} GiB",
+        f"{ours['s'] * 1e3:.0f} ms, {ours['images_per_s']:.2f} images/s, "
+        f"{result['of_matmul_rate']:.0%} of this machine's matmul rate{mfu}, peak memory "
+        f"{result['peak_memory_gib']:.1f} GiB",
     )
     if "split_s" in result:
         total = sum(result["split_s"].values())
@@ -229,10 +269,11 @@ def throughput(result):
             ", ".join(f"{part} {s / total:.0%}" for part, s in parts if s / total >= 0.01),
         )
     for name, found in result["ratios"].items():
-        kind = name.removeprefix("plain").removeprefix(", ")
+        kind = baseline_name(name).removeprefix("baseline").removeprefix(", ")
         yield (
-            f"step of the plain PyTorch baseline{f' ({kind})' if kind else ''} / our step, {whose}",
-            f"{found['median']:.2f} x ({found['low']:.2f} to {found['high']:.2f}); by FLOPs alone {found['counted']:.2f} x",
+            f"step of the PyTorch baseline{f' ({kind})' if kind else ''} / our step, {whose}",
+            f"{found['median']:.2f} x ({found['low']:.2f} to {found['high']:.2f}); by FLOPs alone "
+            f"{found['counted']:.2f} x",
         )
     for name, found in result.get("ablations", {}).items():
         yield (
@@ -244,14 +285,14 @@ def throughput(result):
         paper = found["paper_gpu_hours"]
         yield (
             f"projected from that step, {whose}",
-            f"stage 1 {found['stage_1_gpu_hours']:,.0f} GPU-hours (paper "
-            f"{paper[0]:,}), stage 2 {found['stage_2_gpu_hours']:,.1f} (paper {paper[1]})",
+            f"stage 1 {found['stage_1_gpu_hours']:,.0f} GPU-hours (paper {paper[0]:,}), "
+            f"stage 2 {found['stage_2_gpu_hours']:,.1f} (paper {paper[1]})",
         )
 
 
-def time_to_quality(result: dict) -> Iterator[tuple[str, str]]:
-    """Yield a row for every quality: each variant's time, and the first one's over it."""
-    # As the summary of the file takes them.
+def time_to_quality(result: dict) -> Rows:
+    """Yield a row per quality: each variant's time, and the first one's time over it."""
+    # The same runs as in the file's summary: the seeds that are done, or all if none is.
     runs = [run for run in result["runs"] if run["done"]] or result["runs"]
     settings = ", ".join([*result["overrides"], result["precision"], f"{len(runs)} seed(s)"])
     words = {"loss": "held-out velocity loss", "score": "strict score"}
@@ -261,14 +302,14 @@ def time_to_quality(result: dict) -> Iterator[tuple[str, str]]:
     for (what, target), rows in by_quality.items():
         yield (
             f"training time to a {words[what]} of {target:g}, `{result['config']}` ({settings}); "
-            f"{rows[0]['variant']}'s over it",
-            "; ".join(in_time(row) for row in rows),
+            f"ratios: {baseline_name(rows[0]['variant'])}'s time over the variant's",
+            "; ".join(time_in_words(row) for row in rows),
         )
 
 
-def in_time(row: dict) -> str:
+def time_in_words(row: dict) -> str:
     """Return a variant's median time to a quality over the seeds, and its ratios, in words."""
-    name, found = row["variant"], row.get("ratio")
+    name, found = baseline_name(row["variant"]), row.get("ratio")
     if None in row["s"] and found is None:
         return f"{name} reached it in {row['reached']} of {len(row['s'])} seeds"
     figure = f"{name} {statistics.median(row['s']):.0f} s"
@@ -279,24 +320,26 @@ def in_time(row: dict) -> str:
     if row["ratio_steps"]:
         figure += f", {row['ratio_steps']['median']:.2f} x in steps"
     if row.get("ratio_encoded"):
-        figure += f", {row['ratio_encoded']['median']:.2f} x with the encoding before training"
+        figure += f", {row['ratio_encoded']['median']:.2f} x including the encoding"
     return figure
 
 
-def startup(result):
+def startup(result: dict) -> Rows:
+    """Yield what a start costs."""
     yield (
         f"start of a run, `{result['config']}`",
         f"imports {result['import_s']:.1f} s, ranks {result['ranks_s']:.1f} s, build "
-        f"{result['build_s']:.1f} s, first step {result['first_step_s']:.1f} s, second {result['second_step_s']:.1f} s",
+        f"{result['build_s']:.1f} s, first step {result['first_step_s']:.1f} s, second "
+        f"{result['second_step_s']:.1f} s",
     )
 
 
-def sizes_in_words(found):
+def sizes_in_words(found: dict) -> str:
     """Return one sentence on resuming with another number of ranks."""
     exact = [path for path, row in found.items() if row["bitwise_to_the_end"]]
     drift = max(row["worst_relative"] for row in found.values())
     rest = (
-        f"; else the loss drifts by at most {drift:.0e} of itself in 50 steps"
+        f"; otherwise the loss drifts by at most {drift:.0e} (relative) in 50 steps"
         if len(exact) < len(found)
         else ""
     )
@@ -306,69 +349,97 @@ def sizes_in_words(found):
         and row["loads"] == row["bitwise_loads"]
         for row in found.values()
     )
+    equal = "same samples in the same order, state and first loss bitwise equal"
     return (
-        f"{', '.join(found)} ranks: {'same samples in the same order, state and first loss bitwise equal' if in_order else 'NOT EQUAL'}; "
-        f"bitwise equal to the end for {' and '.join(exact)}{rest}"
+        f"{', '.join(found)} ranks: {equal if in_order else 'NOT EQUAL'}; bitwise equal to the end "
+        f"for {' and '.join(exact)}{rest}"
     )
 
 
-def hangs_in_words(found):
+def hangs_in_words(found: dict | list) -> str:
+    """Return one sentence on hangs that were detected."""
     found = found[0] if isinstance(found, list) else found
     return (
-        f"{found['trials']} hangs of five kinds: {found['found_named_and_stacks_saved']} found, the rank named, all stacks saved; at "
-        f"most {found['slowest_s_beyond_the_limit']} s after guard.hang_s"
+        f"{found['trials']} hangs of five kinds: {found['found_named_and_stacks_saved']} detected, "
+        f"with the rank named and all stacks saved, at most {found['slowest_s_beyond_the_limit']} "
+        "s after guard.hang_s"
     )
 
 
-def deaths_in_words(found):
+def deaths_in_words(found: dict) -> str:
+    """Return one sentence on ranks that were killed."""
     named = (
         f", {found['and_named_the_dead']} named the dead rank"
         if "and_named_the_dead" in found
         else ""
     )
     return (
-        f"{found['trials']} SIGKILLs of a rank: {found['survivor_gone_within_5_s']} jobs ended within 5 s (slowest {found['slowest_s']} s)"
-        f"{named}; {found['first_step_of_the_next_start_within_60_s']} restarts trained within 60 s (slowest {found['slowest_start_s']} s)"
+        f"{found['trials']} SIGKILLs of a rank: {found['survivor_gone_within_5_s']} jobs ended "
+        f"within 5 s (slowest {found['slowest_s']} s){named}; "
+        f"{found['first_step_of_the_next_start_within_60_s']} restarts trained within 60 s "
+        f"(slowest {found['slowest_start_s']} s)"
     )
 
 
-def cases_in_words(found):
-    return f"{found['cases']} cases: {found['as_promised']} as promised"
+def cases_in_words(found: dict) -> str:
+    """Return one sentence on cases with an expected outcome."""
+    return f"{found['cases']} cases: {found['as_promised']} as specified"
 
 
-# Trial of tests/faults/survival.py -> (code and promise, its counts -> a sentence). In this order in the table.
+def kill_chain_in_words(found: dict) -> str:
+    """Return one sentence on a run that was killed over and over."""
+    equal = found["final_state_and_log_equal_to_a_run_without_kills"]
+    return (
+        f"{found['kills']:,} SIGKILLs of a rank, both ranks or the launcher, "
+        f"{found['kills_during_a_save']} during a save: {found['commits_lost']} commits lost; "
+        f"final state and log {'equal' if equal else 'DIFFER FROM'} an uninterrupted run's"
+    )
+
+
+def bounded_loss_in_words(found: dict) -> str:
+    """Return one phrase on what a fault costs by number of GPUs."""
+    costs = [
+        f"{found[f'on_{n}_gpus'].partition(' GPU-h')[0]} GPU-hours on {n} GPUs"
+        for n in (8, 64, 256)
+    ]
+    return f"at most {', '.join(costs)} with the interval that a run recommends"
+
+
+# Trial of tests/faults/survival.py -> (code and promise, function from its counts to a sentence),
+# in the order of the table.
 PROMISES = {
     "kill_chain": (
         "C1: a committed checkpoint is never lost",
-        lambda f: (
-            f"{f['kills']:,} SIGKILLs of a rank, both ranks or the launcher, {f['kills_during_a_save']} during a save: {f['commits_lost']} commits "
-            f"lost; final state and log {'equal' if f['final_state_and_log_equal_to_a_run_without_kills'] else 'DIFFER FROM'} an uninterrupted run's"
-        ),
+        kill_chain_in_words,
     ),
     "crash_points": (
         "C2: every crash point of a save is safe",
         lambda f: (
-            f"killed at each of the {f['crash_points']} file operations of a save: {f['recovered']} recovered"
+            f"killed at each of the {f['crash_points']} file operations of a save: "
+            f"{f['recovered']} recovered"
         ),
     ),
     "damages": (
         "C4: no damaged checkpoint is loaded",
         lambda f: (
-            f"{f['cases']} damaged checkpoints, {f['of_them_single_bits']} of them by a single bit: {f['detected']} detected before anything "
-            f"was loaded, {f['fell_back']} fell back to the one before"
+            f"{f['cases']} damaged checkpoints, {f['of_them_single_bits']} of them by a single "
+            f"bit: {f['detected']} detected before anything was loaded, {f['fell_back']} times the "
+            "previous checkpoint was used"
         ),
     ),
     "damaged_starts": (
         "C4: a start skips a damaged checkpoint",
         lambda f: (
-            f"{f['starts']} runs: {f['went_on_from_the_one_before_and_ended_at_the_same_bits']} resumed from the previous checkpoint and ended "
-            "with the same bits"
+            f"{f['starts']} runs: "
+            f"{f['went_on_from_the_one_before_and_ended_at_the_same_bits']} resumed from the "
+            "previous checkpoint and ended with the same bits"
         ),
     ),
     "bitwise_resumes": (
         "C5: a resume is bitwise exact",
         lambda f: (
-            f"{f['trials']} kills at awkward moments: {f['bitwise']} runs went on with the same losses, samples and final state"
+            f"{f['trials']} kills at difficult moments: {f['bitwise']} runs resumed with the same "
+            "losses, samples and final state"
         ),
     ),
     "world_sizes": ("C6: the number of ranks may change", sizes_in_words),
@@ -377,73 +448,82 @@ PROMISES = {
     "retention": (
         "C10: removing old checkpoints is safe",
         lambda f: (
-            f"{f['saves']} saves with {f['refused']} refused removals and {f['killed']} kills: a sound checkpoint after each of {f['sound_after_each']}"
+            f"{f['saves']} saves with {f['refused']} refused removals and {f['killed']} kills: a "
+            f"sound checkpoint after {f['sound_after_each']} of them"
         ),
     ),
     "deaths": ("F1: a dead rank ends the job", deaths_in_words),
     "real_deaths": ("F1 with the real model under ZeRO-3", deaths_in_words),
-    "hangs": ("F2: a hang is found and explained", hangs_in_words),
+    "hangs": ("F2: a hang is detected and explained", hangs_in_words),
     "false_alarms": (
         "F2: no false alarms",
         lambda f: (
-            f"{f['steps']:,} steps, slow ones and slow disks among them: {f['alarms']} alarms"
+            f"{f['steps']:,} steps, including slow steps and slow disks: {f['alarms']} alarms"
         ),
     ),
     "requests_to_stop": (
         "F4: preemption loses nothing",
         lambda f: (
-            f"{f['trials']} times SIGTERM or SIGUSR1 at a random moment: {f['same_step_committed_and_requeue_code']} saved the last step on all "
-            f"ranks and exited with 75, at most {f['slowest_exit_s']} s later"
+            f"{f['trials']} times SIGTERM or SIGUSR1 at a random moment: "
+            f"{f['same_step_committed_and_requeue_code']} jobs saved the last step on all ranks "
+            f"and exited with code 75 within {f['slowest_exit_s']} s"
         ),
     ),
     "interrupted_starts": (
         "F6: a killed start does not block the next, real model",
         lambda f: (
-            f"{f['trials']} SIGKILLs during compilation, indexing or connecting: {f['next_start_trains_within_60_s']} restarts trained within "
-            f"60 s (slowest {f['slowest_start_s']} s), nothing left behind in {f['no_process_shared_memory_descriptor_or_port_left']}"
+            f"{f['trials']} SIGKILLs during compilation, indexing or connecting: "
+            f"{f['next_start_trains_within_60_s']} restarts trained within 60 s (slowest "
+            f"{f['slowest_start_s']} s); no process, shared memory, descriptor or port was left "
+            f"over in {f['no_process_shared_memory_descriptor_or_port_left']}"
         ),
     ),
     "nonfinite": (
         "N1: NaN and infinity never reach weights, real model",
         lambda f: (
-            f"{f['injections']} injections: weights, moments and EMA bitwise unchanged on both ranks in {f['every_bit_unchanged_on_both_ranks']}, "
-            f"the samples named in {f['samples_named']}; {f['good_steps_that_counted']} of {f['good_steps_between']} good steps between counted"
+            f"{f['injections']} injections: weights, moments and EMA bitwise unchanged on both "
+            f"ranks in {f['every_bit_unchanged_on_both_ranks']}, the samples named in "
+            f"{f['samples_named']}; {f['good_steps_that_counted']} of {f['good_steps_between']} "
+            "good steps in between applied"
         ),
     ),
     "hostile": ("S1: nothing that is loaded runs code", cases_in_words),
     "mistakes": ("S3: a mistake in a config fails at the start", cases_in_words),
     "bounded_loss": (
-        "O3: what one fault can cost is bounded",
-        lambda f: (
-            "at most "
-            + ", ".join(
-                f"{f[f'on_{n}_gpus'].partition(' GPU-h')[0]} GPU-hours on {n} GPUs"
-                for n in (8, 64, 256)
-            )
-            + " with the interval that a run recommends"
-        ),
+        "O3: the cost of a single fault is bounded",
+        bounded_loss_in_words,
     ),
 }
 
 
-def rows_of(result):
-    """Yield the figures of a result that names its own rows: {"rows": {what: figure}}, or {"trials": ...} of survival.py."""
-    for name, (what, in_words) in PROMISES.items() if "trials" in result else ():
+def rows_of(result: dict) -> Rows:
+    """Yield the figures of a result that names its own rows.
+
+    These are {"rows": {what: figure}}, or {"trials": ...} of tests/faults/survival.py.
+    """
+    if "trials" not in result:
+        for what, count in result.get("rows", {}).items():
+            yield what, str(count)
+        return
+    for name, (what, in_words) in PROMISES.items():
         if "found" in result["trials"].get(name, {}):
             found = result["trials"][name]["found"]
-            broke = isinstance(found, dict) and found.get("broke_off")
-            yield what, f"broke off: {broke}" if broke else in_words(found)
-    for what, count in {} if "trials" in result else result.get("rows", {}).items():
-        yield what, str(count)
+            reason = isinstance(found, dict) and found.get("broke_off")
+            yield what, f"aborted: {reason}" if reason else in_words(found)
 
 
-def short(commits):
-    """ "COMMIT, COMMIT and changes" -> nine digits of each, "+" after one with changes."""
-    return ", ".join(commit[:9] + "+" * ("changes" in commit) for commit in commits.split(", "))
+def short_commits(commits: str) -> str:
+    """Shorten commits to nine digits each, with "+" after one that had uncommitted changes.
+
+    The input has the form "COMMIT, COMMIT and changes".
+    """
+    return ", ".join(
+        f"{commit[:9]}+" if "changes" in commit else commit[:9] for commit in commits.split(", ")
+    )
 
 
-def table(section):
-    """Return Markdown: a row for every figure of a section of benchmarks/README.md."""
+def table(section: str) -> str:
+    """Return the Markdown table of a section of benchmarks/README.md, a row per figure."""
     kinds = {
         "demo": demo,
         "loader": loader,
@@ -469,32 +549,34 @@ def table(section):
                 if name in result.get("trials", {})
             }
             for what, figure in kinds[kind](result):
-                # A row measured on its own day.
+                # Some rows were measured on another day or commit than the rest of their file.
                 facts = {
                     **result["machine"],
                     **result.get("of", {}).get(what, {}),
                     **trials.get(what, {}),
                 }
-                rows.append(
-                    f"| {what} | {figure} | [{facts['date']}](results/{path.name}), {facts['device']}, {short(facts['commit'])} |"
+                measured = (
+                    f"[{facts['date']}](results/{path.name}), {facts['device']}, "
+                    f"{short_commits(facts['commit'])}"
                 )
+                rows.append(f"| {what} | {figure} | {measured} |")
     return "\n".join(rows)
 
 
-def escaped(text):
-    """Return a text as the content of a Markdown table cell; code spans stay as they are."""
+def escaped(text: str) -> str:
+    """Escape a text for a Markdown table cell; code spans stay as they are."""
     return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
 
 
-def as_yaml(value):
-    """Return a default as one writes it in a config."""
+def as_yaml(value: Any) -> str:
+    """Return a default in the notation of a config file."""
     if isinstance(value, tuple):
         return f"[{', '.join(map(as_yaml, value))}]"
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def keys_table():
-    """Return Markdown: a row for every config key; * marks those that a resumed run may change."""
+def keys_table() -> str:
+    """Return the Markdown table of config keys; * marks those that a resumed run may change."""
     from iomm.engine.config import FREE_KEYS, RunConfig
     from iomm.engine.config_parser import documented
 
@@ -506,43 +588,44 @@ def keys_table():
     return "\n".join(rows)
 
 
-def ops_table():
-    """Return Markdown: a row for every backend of every op, in the order in which they are preferred."""
+def ops_table() -> str:
+    """Return the Markdown table of ops, a row per backend in order of preference."""
     from iomm.kernels import dispatch
 
     rows = ["| op | backend | runs on | status |", "|---|---|---|---|"]
     for op in dispatch.ops():
         module = importlib.import_module(f"iomm.kernels.{op}")
         what = " ".join(module.__doc__.strip().partition("\n\n")[0].split())
-        bodies = dispatch._bodies[op]
+        backends = dispatch._bodies[op]
         first = {
-            device: next(body for body in bodies if not body.devices or device in body.devices)
+            device: next(b for b in backends if not b.devices or device in b.devices)
             for device in ("cpu", "cuda")
         }
-        for i, body in enumerate(bodies):
+        for i, backend in enumerate(backends):
             chosen = [
-                name for device, name in (("cpu", "CPU"), ("cuda", "GPU")) if first[device] is body
+                name
+                for device, name in (("cpu", "CPU"), ("cuda", "GPU"))
+                if first[device] is backend
             ]
             status = (
                 f"default on {' and '.join(chosen)}"
                 if chosen
-                else body.note or f"after {bodies[i - 1].name}"
+                else backend.note or f"after {backends[i - 1].name}"
             )
-            if body.name == "reference":
+            if backend.name == "reference":
                 status = f"the specification; {status}" if chosen else "the specification"
             where = (
-                " and ".join({"cpu": "CPU", "cuda": "GPU"}[device] for device in body.devices)
+                " and ".join({"cpu": "CPU", "cuda": "GPU"}[device] for device in backend.devices)
                 or "CPU and GPU"
             )
             file = Path(module.__file__).resolve().relative_to(ROOT / "kernels").as_posix()
             name = f"[`{op}`]({file}): {escaped(what)}" if i == 0 else ""
-            rows.append(
-                f"| {name} | {body.name} | {where}{f', {body.dtype_names}' if body.dtypes else ''} | {status} |"
-            )
+            dtypes = f", {backend.dtype_names}" if backend.dtypes else ""
+            rows.append(f"| {name} | {backend.name} | {where}{dtypes} | {status} |")
     return "\n".join(rows)
 
 
-def parts():
+def parts() -> dict[str, dict[str, str]]:
     """Return {README: {name of a generated part: its Markdown}}."""
     return {
         "benchmarks/README.md": {section: table(section) for section in SECTIONS},
@@ -551,20 +634,21 @@ def parts():
     }
 
 
-def written(text, name, generated):
+def written(text: str, name: str, generated: str) -> str:
     """Return a README's text with `generated` between the marks of that part.
 
-    Raises ValueError unless the part's first mark stands there once, with an end mark below it.
+    Raises:
+        ValueError: unless the part has exactly one start mark, with an end mark below it.
     """
     start = START.format(name)
     before, _, rest = text.partition(start)
     old, end, after = rest.partition(END)
     if text.count(start) != 1 or not end or "<!-- generated" in old:
-        raise ValueError(f"the README must hold {start} once, and {END} below it")
+        raise ValueError(f"the README must contain {start} once, with {END} below it")
     return f"{before}{start}\n{generated}\n{END}{after}"
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,34 +1,42 @@
-"""The step of benchmarks/lib/harness.py with one thing changed: each idea switched off, and what is not on by default switched on."""
+"""The step of benchmarks/lib/harness.py with one thing changed.
+
+Each idea is switched off in turn, and features that are off by default are switched on.
+"""
 
 import os
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, pairwise
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from benchmarks.lib.harness import Bench
 from iomm.engine.parallel.prefetch import Prefetcher
 from iomm.kernels import dispatch, fp8_linear
 from iomm.kernels.masked_attention import masked_attention
 from iomm.layers import TokenLinear, use_fp8
+from iomm.mllm import MLLM, Condition
 
 
 @contextmanager
-def swapped(thing, **values):
-    """Attributes of a thing, other ones for a while."""
-    before = {name: getattr(thing, name) for name in values}
+def swapped(target: Any, **values: Any) -> Iterator[None]:
+    """Set attributes of an object within a context."""
+    before = {name: getattr(target, name) for name in values}
     for name, value in values.items():
-        setattr(thing, name, value)
+        setattr(target, name, value)
     try:
         yield
     finally:
         for name, value in before.items():
-            setattr(thing, name, value)
+            setattr(target, name, value)
 
 
 @contextmanager
-def bodies(choice):
-    """IOMM_KERNELS, another one for a while."""
+def kernel_choice(choice: str) -> Iterator[None]:
+    """Set IOMM_KERNELS within a context."""
     before = os.environ.pop("IOMM_KERNELS", None)
     os.environ["IOMM_KERNELS"] = choice
     try:
@@ -40,25 +48,33 @@ def bodies(choice):
 
 
 @contextmanager
-def in_fp8(generator):
-    """The generator's products in fp8 for a while; torch.compile makes graphs of that too, in the first step."""
+def in_fp8(generator: nn.Module) -> Iterator[None]:
+    """Run the generator's products in fp8 within a context.
+
+    torch.compile makes graphs for that as well, in the first step.
+    """
     use_fp8(generator)
     try:
         yield
     finally:
         for part in generator.modules():
             if isinstance(part, TokenLinear):
-                # And not False: graphs look at whether a part has one of its own.
+                # Deleted, not set to False: the graphs' guards check that the attribute exists.
                 vars(part).pop("fp8", None)
 
 
-def whole_pass(mllm, queries_BQD, condition, cache, *, causal=True):
-    """Like MLLM.queries, without the prefix split: prompt, image tokens and queries in one pass with ordinary autograd."""
+def whole_pass(
+    mllm: MLLM, queries_BQD: Tensor, condition: Condition, cache: None, *, causal: bool = True
+) -> Tensor:
+    """Compute MLLM.queries without the prefix split.
+
+    Prompt, image tokens and queries take one pass with ordinary autograd.
+    """
     decoder, (batch, num, width) = mllm.backbone.language_model, queries_BQD.shape
     bounds, device = condition.offsets.tolist(), queries_BQD.device
     steps = torch.arange(num, device=device)
     tokens, positions, is_query = [], [], []
-    for b, (start, stop) in enumerate(zip(bounds, bounds[1:])):
+    for b, (start, stop) in enumerate(pairwise(bounds)):
         tokens += [condition.tokens_TD[start:stop], queries_BQD[b]]
         positions += [condition.positions_T[start:stop], condition.end_B[b] + steps]
         is_query += [torch.zeros(stop - start, dtype=torch.bool), torch.ones(num, dtype=torch.bool)]
@@ -70,10 +86,12 @@ def whole_pass(mllm, queries_BQD, condition, cache, *, causal=True):
     return decoder.norm(x_SD)[torch.cat(is_query).to(device)].view(batch, num, width)
 
 
-def ablations(bench):
-    """{row: step with one idea switched off}, and {row: step with something switched on that is not by default}. Those that
-    torch.compile makes new graphs for come last. The Triton bodies of row kernels have no row: compiled blocks have chosen
-    theirs (benchmarks/ops.py --gpu times them).
+def ablations(bench: Bench) -> dict[str, Callable[[], float]]:
+    """Return {row: step with one thing changed}.
+
+    Rows for which torch.compile makes new graphs come last. The Triton backends of the row kernels
+    have no rows, because compiled blocks have already chosen theirs (benchmarks/ops.py --gpu times
+    them).
     """
     model, mllm, recipe = bench.model, bench.model.frozen[0], bench.model.recipe
     rows = {
@@ -91,32 +109,33 @@ def ablations(bench):
     late = {}
     own = [
         f"{op}:reference"
-        for op, _, body, _ in dispatch.table(bench.device)
-        if body in ("cpp", "cuda")
+        for op, _, backend, _ in dispatch.table(bench.device)
+        if backend in ("cpp", "cuda")
     ]
     if own:
-        rows["no compiled ops of ours"] = lambda: [bodies(",".join(own))]
+        rows["no compiled ops of ours"] = lambda: [kernel_choice(",".join(own))]
     else:
-        print("no row for our compiled ops: none is in use here (iomm doctor says why)")
+        print("no row for our compiled ops: none is in use here (iomm doctor lists the reasons)")
     if bench.compiled:
         rows["no torch.compile"] = lambda: [torch.compiler.set_stance("force_eager")]
     if bench.device.type == "cuda":
-        for body in ("triton", "varlen"):
-            if dict(refusals("masked_attention", bench.device)).get(body, "unknown") is None:
-                late[f"masked_attention by {body}"] = lambda body=body: [
-                    bodies(f"masked_attention:{body}")
+        for backend in ("triton", "varlen"):
+            if dict(refusals("masked_attention", bench.device)).get(backend, "unknown") is None:
+                late[f"masked_attention by {backend}"] = lambda backend=backend: [
+                    kernel_choice(f"masked_attention:{backend}")
                 ]
         if fp8_linear.why_not() is None and bench.config.precision != "fp8":
             late["fp8 in the generator's blocks (precision=fp8)"] = lambda: [
                 in_fp8(model.generator)
             ]
-    # Last of all: its lengths make graphs for any length, which from then on are taken for one length too.
+    # The very last, as its varying lengths create dynamic-shape graphs, which are used for fixed
+    # lengths from then on.
     late["all outputs condition (adapter.conditions=all)"] = lambda: [
         swapped(model, recipe=replace(recipe, adapter=replace(recipe.adapter, conditions="all")))
     ]
 
-    def inside(contexts):
-        def run():
+    def inside(contexts: Callable[[], list[AbstractContextManager]]) -> Callable[[], float]:
+        def run() -> float:
             with ExitStack() as stack:
                 for context in contexts():
                     stack.enter_context(context)
@@ -125,24 +144,27 @@ def ablations(bench):
         return run
 
     steps = {name: inside(contexts) for name, contexts in rows.items()}
-    held = bench.next()
+    batches = bench.next()
     ready = [
         replace(
             batch,
             latents_BCHW=model.encode(batch.pixels_BCHW, batch.n_B.to(bench.device)).float(),
             pixels_BCHW=None,
         )
-        for batch in held
+        for batch in batches
     ]
     steps["latents at hand (data.latents, without its reads)"] = lambda: bench.step(ready)
     if bench.device.type == "cuda":
-        ahead = Prefetcher(bench.batches, model.prepare, bench.device)
-        steps["encoded ahead on a stream of its own (train.overlap)"] = lambda: bench.step(
-            islice(ahead, bench.source.accumulation_steps), ahead.fetch
+        prefetch = Prefetcher(bench.batches, model.prepare, bench.device)
+        steps["encoded ahead on a separate stream (train.overlap)"] = lambda: bench.step(
+            islice(prefetch, bench.source.accumulation_steps), prefetch.fetch
         )
     return steps | {name: inside(contexts) for name, contexts in late.items()}
 
 
-def refusals(op, device):
-    """[(body, why it cannot run here, or None)]."""
-    return [(body.name, body.refusal(device.type, torch.bfloat16)) for body in dispatch._bodies[op]]
+def refusals(op: str, device: torch.device) -> list[tuple[str, str | None]]:
+    """Return [(backend, why it cannot run here, or None)]."""
+    return [
+        (backend.name, backend.refusal(device.type, torch.bfloat16))
+        for backend in dispatch._bodies[op]
+    ]

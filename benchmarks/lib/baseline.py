@@ -1,16 +1,21 @@
-"""Algorithm 1 as the paper writes it, in plain PyTorch: the baseline of benchmarks/throughput.py and time_to_quality.py.
+"""Algorithm 1 as the paper writes it, in plain PyTorch.
 
-The way a good engineer would in an afternoon: transformers' decoder forward with an attention mask and ordinary autograd
-(hidden tokens stay in the sequence and nobody sees them, position ids are the original ones), diffusers' FLUX transformer,
-scaled_dot_product_attention, bf16 autocast over fp32 weights, fused AdamW, torch.compile on the blocks. One process, no
-partitioning: what DeepSpeed costs on one GPU is ours to bear. Captioned samples are padded to the longest of their batch.
+This is the baseline of benchmarks/throughput.py and benchmarks/studies/time_to_quality.py.
 
-It computes the same function as iomm/model.py: with the same weights (`load`), the same pixels and the same draws the
-losses and the gradients agree (tests/benchmarks/test_baseline.py). The frozen modules are the very ones that ours holds.
+Written the way a good engineer would in an afternoon: transformers' decoder forward with an
+attention mask and ordinary autograd (hidden tokens stay in the sequence but are masked, and
+position ids are the original ones), diffusers' FLUX transformer, scaled_dot_product_attention,
+bf16 autocast over fp32 weights, fused AdamW, torch.compile on the blocks. It runs in one process
+without partitioning, so DeepSpeed's overhead on one GPU counts against our engine. Captioned
+samples are padded to the longest of their batch.
+
+It computes the same function as iomm/model.py: with the same weights (`load`), pixels and draws,
+losses and gradients agree (tests/benchmarks/test_baseline.py). The frozen modules are the same
+objects as in our model.
 """
 
-import contextlib
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
@@ -18,7 +23,8 @@ import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
-from iomm.engine.config import RunConfig
+from iomm.config import AdapterConfig, GeneratorConfig
+from iomm.engine.config import OptimSection, RunConfig
 from iomm.engine.data.source import Batch
 from iomm.engine.parallel.optim import STACK_BYTES, orthogonal_stack, stacks_of
 from iomm.flow import sample_time
@@ -30,9 +36,9 @@ from iomm.vae import Latents
 
 
 class Adapter(nn.Module):
-    """Residual query adapter: learned queries cross-attend to the condition, then a feed-forward; pre-norm."""
+    """Residual query adapter: learned queries, pre-norm cross-attention and feed-forward."""
 
-    def __init__(self, num_queries, width, num_heads):
+    def __init__(self, num_queries: int, width: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
         self.queries_QD = nn.Parameter(torch.randn(num_queries, width) * width**-0.5)
@@ -42,15 +48,22 @@ class Adapter(nn.Module):
         self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(width, width) for _ in range(4))
         self.mlp_in, self.mlp_out = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
-    def forward(self, condition_BCD, shown_BC):
-        """shown_BC: bool, condition tokens that may be seen; None for all."""
+    def forward(self, condition_BCD: Tensor, visible_BC: Tensor | None) -> Tensor:
+        """Return the queries after attending to the condition (B, Q, D).
+
+        visible_BC: bool, True for condition tokens that may be attended to; None for all.
+        """
         x_BQD = self.queries_QD.expand(len(condition_BCD), -1, -1)
-        seen_BCD = self.condition_norm(condition_BCD)
+        normed_BCD = self.condition_norm(condition_BCD)
         q, k, v = (
             y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for y in (self.to_q(self.query_norm(x_BQD)), self.to_k(seen_BCD), self.to_v(seen_BCD))
+            for y in (
+                self.to_q(self.query_norm(x_BQD)),
+                self.to_k(normed_BCD),
+                self.to_v(normed_BCD),
+            )
         )
-        mask = None if shown_BC is None else shown_BC[:, None, None]
+        mask = None if visible_BC is None else visible_BC[:, None, None]
         read = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
         x_BQD = x_BQD + self.to_out(read)
         return x_BQD + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x_BQD)), approximate="tanh"))
@@ -58,11 +71,15 @@ class Adapter(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Draws:
-    """The random numbers of a batch: which image tokens stay visible, the times in [0, 1], the noise of the latents."""
+    """The random draws for a batch.
 
-    visible_BP: torch.Tensor
-    t_B: torch.Tensor
-    noise_BCHW: torch.Tensor
+    visible_BP: bool, True for image tokens that stay visible; t_B: times in [0, 1]; noise_BCHW:
+    noise of the latents.
+    """
+
+    visible_BP: Tensor
+    t_B: Tensor
+    noise_BCHW: Tensor
 
 
 def engine_draws(
@@ -70,8 +87,8 @@ def engine_draws(
 ) -> tuple[Draws, list | None]:
     """Return the random numbers that IOMM draws for these samples, and their texts.
 
-    The texts are the captions that IOMM reads, "" where it drops one and None where a sample is
-    conditioned on its image; the list is None where all samples are.
+    The texts are the captions that condition the samples: "" for a dropped caption, None for a
+    sample that is conditioned on its image. The list is None if all samples are.
     """
     n_B, seed = batch.n_B.to(batch.vit_pixels_BHWC.device), config.run.seed
     rows, columns = (side // vae.factor for side in batch.pixels_BCHW.shape[-2:])
@@ -87,23 +104,46 @@ def engine_draws(
     dropped = uniform(seed, CAPTION_DROP, n_B, 1)[:, 0] < config.train.caption_drop
     texts = [
         None if image else "" if drop else caption
-        for image, drop, caption in zip(batch.has_image, dropped.tolist(), batch.captions)
+        for image, drop, caption in zip(
+            batch.has_image, dropped.tolist(), batch.captions, strict=True
+        )
     ]
     return draws, texts
 
 
 class BaselineModel(nn.Module):
-    """Generator and adapter, trained; MLLM and VAE, frozen, shared with ours, whose compiled ViT and encoder it runs too.
+    """A trained generator and adapter on a frozen MLLM and VAE.
 
-    every: all MLLM outputs condition the generator and hidden tokens are zeros that are seen, as the text of Algorithm 1
-    reads; else the outputs at the queries do, and nobody sees a hidden token.
+    The frozen modules are shared with our model, including its compiled ViT and VAE encoder.
     """
 
-    def __init__(self, shape, adapter, mllm, vae, *, ratio, every=False, autocast=False):
-        """shape: GeneratorConfig; adapter: AdapterConfig; mllm, vae: MLLM and FluxVAE, whose modules it takes."""
+    def __init__(
+        self,
+        shape: GeneratorConfig,
+        adapter: AdapterConfig,
+        mllm: MLLM,
+        vae: Latents,
+        *,
+        ratio: float,
+        every: bool = False,
+        autocast: bool = False,
+    ):
+        """Build the trained parts and take the frozen ones.
+
+        Args:
+            shape: shape of the generator.
+            adapter: shape of the query adapter.
+            mllm: the MLLM, whose modules are shared.
+            vae: FluxVAE, whose modules are shared.
+            ratio: share of hidden image tokens in fresh draws.
+            every: condition the generator on all MLLM outputs and replace hidden tokens by visible
+                zeros, as the text of Algorithm 1 reads. By default only the outputs at the queries
+                condition it, and hidden tokens are masked.
+            autocast: run in bf16 autocast.
+        """
         super().__init__()
         self.shape, self.ratio, self.every, self.autocast = shape, ratio, every, autocast
-        # In a tuple: parameters() gives what trains.
+        # In a tuple, so that parameters() yields only what trains.
         self.frozen = mllm, vae
         self.patch, self.num_image = vae.patch, mllm.num_image_tokens
         self.before = mllm.token_ids(TURN[0] + RECONSTRUCT + IMAGE[0])
@@ -114,8 +154,8 @@ class BaselineModel(nn.Module):
         self.adapter = Adapter(adapter.num_queries, mllm.width, mllm.width // adapter.head_dim)
 
     @torch.no_grad()
-    def load(self, state):
-        """Takes the weights of an IOMM without a connector: name -> tensor, as its state_dict has them."""
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Load the state_dict of an IOMM without a connector."""
         parts = {
             part: {
                 name.removeprefix(f"{part}."): tensor
@@ -127,16 +167,17 @@ class BaselineModel(nn.Module):
         self.generator.load_state_dict(Layout(self.shape, self.patch).to_theirs(parts["generator"]))
         self.adapter.load_state_dict(parts["adapter"])
 
-    def compile_blocks(self):
-        """Every block one graph; ViT and VAE are compiled by their owner."""
+    def compile_blocks(self) -> None:
+        """Compile every block as one graph; our model compiles the ViT and the VAE."""
         for block in (
             *self.generator.transformer_blocks,
             *self.frozen[0].backbone.language_model.layers,
         ):
-            # A graph for lengths in general would take the place of those for one length.
+            # A dynamic-shape graph would replace the faster graphs for a fixed length.
             block.compile(dynamic=False)
 
-    def draw(self, batch, latents_BCHW):
+    def draw(self, batch: int, latents_BCHW: Tensor) -> Draws:
+        """Return fresh draws for a batch of this size."""
         device = latents_BCHW.device
         return Draws(
             visible_BP=torch.rand(batch, self.num_image, device=device) >= self.ratio,
@@ -144,11 +185,21 @@ class BaselineModel(nn.Module):
             noise_BCHW=torch.randn_like(latents_BCHW),
         )
 
-    def loss(self, pixels_BCHW, vit_pixels_ICHW, draws=None, texts=None):
-        """Mean squared error of the velocity; `draws` default to fresh ones.
+    def loss(
+        self,
+        pixels_BCHW: Tensor,
+        vit_pixels_ICHW: Tensor,
+        draws: Draws | None = None,
+        texts: list | None = None,
+    ) -> Tensor:
+        """Return the mean squared error of the velocity.
 
-        texts: the captions that condition the samples, None for one conditioned on its image, in whose order the vit_pixels
-        are; no list where all samples are images.
+        Args:
+            pixels_BCHW: pixels of the VAE in [-1, 1].
+            vit_pixels_ICHW: pixels of the ViT for the samples conditioned on their image, in order.
+            draws: random draws; fresh ones by default.
+            texts: the captions that condition the samples, None for one conditioned on its image;
+                no list if all samples are.
         """
         mllm, vae = self.frozen
         latents_BCHW = vae.encode(pixels_BCHW)
@@ -163,23 +214,23 @@ class BaselineModel(nn.Module):
             velocity_BNK.to(latents_BCHW.dtype), self.tokens(draws.noise_BCHW - latents_BCHW)
         )
 
-    def arithmetic(self, device):
-        return (
-            torch.autocast(device.type, torch.bfloat16)
-            if self.autocast
-            else contextlib.nullcontext()
-        )
+    def arithmetic(self, device: torch.device) -> AbstractContextManager:
+        return torch.autocast(device.type, torch.bfloat16) if self.autocast else nullcontext()
 
-    def condition(self, image_IPD, visible_BP, texts=None):
-        """[prompt, image tokens, prompt, RQA's queries] through the whole MLLM -> what conditions the generator (B, C, D); with
-        `texts` of some samples [caption, RQA's queries].
+    def condition(
+        self, image_IPD: Tensor | None, visible_BP: Tensor, texts: list | None = None
+    ) -> Tensor:
+        """Return what conditions the generator (B, C, D).
+
+        The whole MLLM reads [prompt, image tokens, prompt, RQA's queries], or for samples with a
+        text [caption, RQA's queries].
         """
         mllm, batch, device = self.frozen[0].backbone, len(visible_BP), visible_BP.device
         positions_BL = None
         with torch.no_grad():
             if texts is not None:
-                condition_BCD, shown_BC, end_B = self.mixed(image_IPD, visible_BP, texts)
-                where_BC = torch.arange(shown_BC.shape[1], device=device).expand(batch, -1)
+                condition_BCD, visible_BC, end_B = self.mixed(image_IPD, visible_BP, texts)
+                where_BC = torch.arange(visible_BC.shape[1], device=device).expand(batch, -1)
                 after_BQ = end_B[:, None] + torch.arange(
                     len(self.adapter.queries_QD), device=device
                 )
@@ -194,22 +245,23 @@ class BaselineModel(nn.Module):
                 if self.every:
                     image_IPD = image_IPD * visible_BP[..., None]
                 condition_BCD = torch.cat((before, image_IPD, after), dim=1)
-                shown_BC = (
+                visible_BC = (
                     None
                     if self.every
                     else F.pad(visible_BP, (len(self.before), len(self.after)), value=True)
                 )
-        queries_BQD = self.adapter(condition_BCD, shown_BC)
+        queries_BQD = self.adapter(condition_BCD, visible_BC)
         whole_BLD = torch.cat((condition_BCD, queries_BQD.to(condition_BCD.dtype)), dim=1)
         mask = None
         if not self.every:
-            shown_BL = F.pad(shown_BC, (0, queries_BQD.shape[1]), value=True)
-            length = shown_BL.shape[1]
+            visible_BL = F.pad(visible_BC, (0, queries_BQD.shape[1]), value=True)
+            length = visible_BL.shape[1]
             mask = (
-                shown_BL[:, None, None]
+                visible_BL[:, None, None]
                 & torch.ones(length, length, dtype=torch.bool, device=device).tril()
             )
-        # As a dict transformers takes a mask as it is; None is causal. Otherwise it would look at positions on the host.
+        # transformers uses a mask in a dict unchanged, and None is causal. Otherwise it would read
+        # the positions on the host.
         hidden_BLD = mllm.language_model(
             inputs_embeds=whole_BLD,
             attention_mask={"full_attention": mask},
@@ -221,12 +273,15 @@ class BaselineModel(nn.Module):
     def mixed(
         self, image_IPD: Tensor | None, visible_BP: Tensor, texts: list
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the condition tokens of images and captions (B, C, D), which of them are seen
-        (B, C), and each sample's position id behind its own tokens (B,).
+        """Embed a batch of images and captions.
 
-        Rows are padded behind to the longest. Hidden tokens and padding are not seen.
+        Rows are right-padded to the longest. Hidden tokens and padding are not visible.
+
+        Returns:
+            The condition tokens (B, C, D), which of them are visible (B, C), and each sample's
+            position id after its own tokens (B,).
         """
-        assert not self.every, "all outputs as condition are implemented for images alone"
+        assert not self.every, "all outputs as condition are implemented for images only"
         mllm, device = self.frozen[0], visible_BP.device
         image_row = [*self.before, *[0] * self.num_image, *self.after]
         rows = [
@@ -237,15 +292,16 @@ class BaselineModel(nn.Module):
         end_B = torch.tensor([len(row) for row in rows], device=device)
         ids_BC = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
         condition_BCD = mllm.backbone.get_input_embeddings()(ids_BC)
-        shown_BC = torch.arange(longest, device=device) < end_B[:, None]
+        visible_BC = torch.arange(longest, device=device) < end_B[:, None]
         images = [b for b, text in enumerate(texts) if text is None]
         if images:
             place = slice(len(self.before), len(self.before) + self.num_image)
             condition_BCD[images, place] = image_IPD.to(condition_BCD.dtype)
-            shown_BC[images, place] = visible_BP[images]
-        return condition_BCD, shown_BC, end_B
+            visible_BC[images, place] = visible_BP[images]
+        return condition_BCD, visible_BC, end_B
 
-    def velocity(self, noisy_BCHW, condition_BCD, t_B):
+    def velocity(self, noisy_BCHW: Tensor, condition_BCD: Tensor, t_B: Tensor) -> Tensor:
+        """Return the predicted velocity of noisy latents, as tokens."""
         rows, columns = (side // self.patch for side in noisy_BCHW.shape[-2:])
         device = noisy_BCHW.device
         places = torch.cartesian_prod(
@@ -262,17 +318,17 @@ class BaselineModel(nn.Module):
             return_dict=False,
         )[0]
 
-    def tokens(self, x_BCHW):
-        """2 x 2 latents -> one token, FLUX's order."""
+    def tokens(self, x_BCHW: Tensor) -> Tensor:
+        """Fold 2 x 2 latents into one token, in FLUX's order."""
         x = F.pixel_unshuffle(x_BCHW, self.patch)
         return x.flatten(2).transpose(1, 2)
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon with Nesterov momentum, its update as large as AdamW's.
+    """Muon with Nesterov momentum and an update as large as AdamW's.
 
-    Orthogonalised by the engine's own function, in its stacks of matrices of one shape (as
-    engine/parallel/optim.py), so that neither side gains by it.
+    It orthogonalises with the engine's own function, in its stacks of equally shaped matrices
+    (engine/parallel/optim.py), so neither side gains an advantage from it.
     """
 
     def __init__(
@@ -302,25 +358,29 @@ class Muon(torch.optim.Optimizer):
                     state["momentum_buffer"] = torch.zeros_like(p)
                 buffer = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
                 updates.append(p.grad.lerp(buffer, group["momentum"]))
-            for p, update in zip(
-                with_gradient,
-                orthogonal_stack(updates, self.newton_schulz_steps) if updates else [],
-            ):
+            orthogonal = orthogonal_stack(updates, self.newton_schulz_steps) if updates else []
+            for p, update in zip(with_gradient, orthogonal, strict=True):
                 if group["weight_decay"]:
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update.view_as(p), alpha=-group["lr"])
 
 
 class Trainer:
-    """Optimizer and average around a BaselineModel; `step` is one optimizer step on a batch."""
+    """The optimizers and the weight average of a BaselineModel."""
 
-    def __init__(self, plain, optim, decay):
-        """optim: OptimSection, whose kind muon means the matrices of blocks and adapter; decay: of the average, 0 for none."""
-        self.plain, self.clip, self.decay, self.steps = plain, optim.clip, decay, 0
-        self.parameters = [p for p in plain.parameters() if p.requires_grad]
+    def __init__(self, baseline: BaselineModel, optim: OptimSection, decay: float):
+        """Create the optimizers.
+
+        Args:
+            baseline: the model to train.
+            optim: with kind "muon", the matrices of blocks and adapter are trained by Muon.
+            decay: decay of the average; 0 for none.
+        """
+        self.baseline, self.clip, self.decay, self.steps = baseline, optim.clip, decay, 0
+        self.parameters = [p for p in baseline.parameters() if p.requires_grad]
         layers = {
             id(part.weight)
-            for name, part in plain.named_modules()
+            for name, part in baseline.named_modules()
             if isinstance(part, nn.Linear)
             and any(where in name for where in ("transformer_blocks.", "adapter."))
             and "norm" not in name
@@ -359,13 +419,13 @@ class Trainer:
     ) -> Tensor:
         """Take one optimizer step over `num` micro-batches and return their mean loss.
 
-        draws: returns the numbers and texts of a batch (engine_draws); fresh numbers and images
-        alone if not given.
+        draws: function from a batch to its draws and texts (engine_draws). By default the draws
+        are fresh and all samples are conditioned on their image.
         """
         losses = []
         for batch in batches:
             given = draws(batch) if draws else ()
-            loss = self.plain.loss(batch.pixels_BCHW, batch.vit_pixels_BHWC, *given) / num
+            loss = self.baseline.loss(batch.pixels_BCHW, batch.vit_pixels_BHWC, *given) / num
             loss.backward()
             losses.append(loss.detach())
         if self.clip:
@@ -374,7 +434,7 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad()
         if self.average:
-            # Rises to its value as the engine's does (engine/parallel/ema.py).
+            # The decay ramps up as the engine's does (engine/parallel/ema.py).
             decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
             torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
         self.steps += 1

@@ -1,11 +1,16 @@
-"""What a step does, in numbers that are the same on every day: python benchmarks/lib/counts.py [--write]
+"""Count the work of a step, in numbers that do not depend on the machine.
 
-    work        FLOPs of one image by part, at the real shapes, for ours and for plain PyTorch; bytes that autograd keeps
-    step        aten calls (views aside), bytes that they read and write, new tensors and FLOPs of one training step of
-                demo-cpu on two images, in eager mode on a CPU, by part; and the graph breaks of a generator's blocks
+    python benchmarks/lib/counts.py [--write]
 
-benchmarks/lib/counts.json holds them; tests/benchmarks/test_counts.py compares exactly, and --write makes the file anew: a change that
-moves them commits the new numbers. Those of a step hold for one version of torch, which the file names.
+    work        FLOPs of one image by part, at the real shapes, for our model and the baseline;
+                bytes that autograd keeps
+    step        aten calls (without views), bytes that they read and write, new tensors and FLOPs of
+                one training step of demo-cpu on two images, in eager mode on a CPU, by part; and
+                the graph breaks of a generator's blocks
+
+benchmarks/lib/counts.json holds these counts, and tests/benchmarks/test_counts.py compares them
+exactly. --write rewrites the file; a change that moves the counts commits the new ones. The counts
+of a step are valid for one version of torch, which the file names.
 """
 
 from iomm.checkout import enter
@@ -14,6 +19,8 @@ ROOT = enter(__file__)
 
 import argparse
 import json
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -25,58 +32,73 @@ from benchmarks.lib.baseline import BaselineModel
 from iomm.config import generator_config
 from iomm.engine import dry_run
 from iomm.engine.builders import mllm_name, vae_name
-from iomm.engine.config import load_config
+from iomm.engine.config import RunConfig, load_config
 from iomm.flops import flops_per_image
 from iomm.internvl import mllm_without_weights, prompt_tokenizer
 from iomm.mllm import IMAGE, RECONSTRUCT, TURN
+from iomm.model import IOMM
 from iomm.vae import vae_without_weights
 
 FILE = ROOT / "benchmarks/lib/counts.json"
-# Write without reading what was there.
-BLIND = "aten::copy_", "aten::zero_", "aten::fill_"
+# Ops that write a tensor without reading it.
+WRITE_ONLY = "aten::copy_", "aten::zero_", "aten::fill_"
 
 
 class Count(TorchDispatchMode):
-    """Counts what runs inside: `calls` of aten and our own ops that are no views, `bytes` that they read and write,
-    `tensors` that they make anew. Code of torch.compile is not seen: count in eager mode.
+    """Counts what runs inside the context.
+
+    `calls` are calls of aten and our own ops except views, `bytes` what they read and write, and
+    `tensors` how many new tensors they make. Code of torch.compile is invisible to this mode, so
+    count in eager mode.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.calls = self.bytes = self.tensors = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self,
+        func: torch._ops.OpOverload,
+        types: tuple,
+        args: tuple = (),
+        kwargs: dict | None = None,
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         made = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
         known = {x.untyped_storage()._cdata for x in given}
         new = [x for x in made if x.untyped_storage()._cdata not in known]
         writes, written = func._schema.is_mutable, []
-        # Gradients count as read alone: AdamW scales them in place only when asked to.
+        # Gradients count as only read: AdamW scales them in place only on request.
         if writes:
-            kinds = {**dict(zip((a.name for a in func._schema.arguments), args)), **(kwargs or {})}
+            arguments = func._schema.arguments
+            # Arguments after the last positional one are in kwargs, or have their default.
+            values = dict(zip((a.name for a in arguments), args, strict=False)) | (kwargs or {})
             written = [
-                kinds.get(a.name)
-                for a in func._schema.arguments
+                values.get(a.name)
+                for a in arguments
                 if a.alias_info is not None and a.alias_info.is_write and a.name != "grads"
             ]
         if new or writes or not made:
             self.calls += 1
             self.tensors += len(new)
             self.bytes += size(given) + (size([written, new]) if writes else size(made))
-            self.bytes -= size(written) if func._schema.name in BLIND else 0
+            self.bytes -= size(written) if func._schema.name in WRITE_ONLY else 0
         return out
 
 
-def size(tree):
-    """Bytes of all tensors in it."""
+def size(tree: Any) -> int:
+    """Return the bytes of all tensors in a tree."""
     return sum(
         x.numel() * x.element_size() for x in tree_leaves(tree) if isinstance(x, torch.Tensor)
     )
 
 
-def plain_flops(config, every=False):
-    """FLOPs of one image in benchmarks/lib/baseline.py, forward and backward, counted on the meta device."""
+def baseline_flops(config: RunConfig, every: bool = False) -> int:
+    """Return the FLOPs of one image in the baseline, forward and backward.
+
+    Counted on the meta device. every: with all outputs as condition.
+    """
     mllm, vae = (
         mllm_without_weights(mllm_name(config)),
         vae_without_weights(vae_name(config), config.model.patch),
@@ -85,19 +107,23 @@ def plain_flops(config, every=False):
     shape = generator_config(config.model.preset, token_dim=vae.token_dim, condition_dim=mllm.width)
     size = config.data.size_px
     with torch.device("meta"):
-        plain = BaselineModel(
+        baseline = BaselineModel(
             shape, config.adapter, mllm, vae, ratio=config.mask.ratio, every=every
         )
-        # the fused attention of some devices is unknown to the counter; the plain one is two products
+        # The counter does not know the fused attention of some devices; the math backend consists
+        # of two products, which it does know.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            plain.loss(
+            baseline.loss(
                 torch.empty(1, 3, size, size), torch.empty(1, 3, mllm.vit_px, mllm.vit_px)
             ).backward()
     return counter.get_total_flops()
 
 
-def part_flops(model, size_px):
-    """IOMM with a tokenizer -> {part: FLOPs of one image}, forward and, where there is one, backward."""
+def part_flops(model: IOMM, size_px: int) -> dict[str, float]:
+    """Return {part: FLOPs of one image}, forward and, where it has one, backward.
+
+    The model's MLLM must have a tokenizer.
+    """
     mllm, vae = model.frozen
     adapter, text = (
         model.recipe.adapter,
@@ -116,13 +142,19 @@ def part_flops(model, size_px):
     }
 
 
-def counted(name):
-    """A config as it is counted: in float32 where it leaves the precision to the machine."""
-    return load_config(name, ["data.shards=shapes"] + ["precision=fp32"] * (name == "demo-cpu"))
+def counted(name: str) -> RunConfig:
+    """Load a config to count; in float32 if it leaves the precision to the machine."""
+    overrides = ["data.shards=shapes"]
+    if name == "demo-cpu":
+        overrides.append("precision=fp32")
+    return load_config(name, overrides)
 
 
-def work(name):
-    """Of one image: FLOPs by part, and of plain; bytes that autograd keeps of the generator."""
+def work(name: str) -> dict:
+    """Return the work for one image of a config.
+
+    FLOPs by part and of the baseline, and the bytes that autograd keeps for the generator.
+    """
     config = counted(name)
     model = dry_run.build_without_weights(config)
     model.frozen[0].tokenizer = prompt_tokenizer()
@@ -133,20 +165,23 @@ def work(name):
         },
         "activation_bytes": dry_run.activation_bytes(model, config, 1),
     }
-    for row, every in (("plain", False), ("plain, all outputs", True)):
-        found[row] = {"flops": plain_flops(config, every)}
+    for row, every in (("baseline", False), ("baseline, all outputs", True)):
+        found[row] = {"flops": baseline_flops(config, every)}
         found[row]["ratio"] = round(found[row]["flops"] / ours, 4)
     return found
 
 
-def step_counts():
-    """Of one step of demo-cpu on two images, without loader and ranks: by part, in eager mode."""
+def step_counts() -> dict:
+    """Return the counts of a step of demo-cpu on two images by part, in eager mode.
+
+    Loader and ranks are not included.
+    """
     from iomm.engine import builders
     from iomm.engine.parallel.optim import make_optimizer
 
     config = counted("demo-cpu")
     model = builders.build_model(config, "cpu")
-    mllm, vae = model.frozen
+    mllm, _ = model.frozen
     draw = torch.Generator().manual_seed(0)
     size, batch = config.data.size_px, 2
     pixels = torch.rand(batch, 3, size, size, generator=draw) * 2 - 1
@@ -157,13 +192,13 @@ def step_counts():
     optimizer = make_optimizer(model, config.optim)
     found = {}
 
-    def count(part, work):
+    def count(part: str, work: Callable[[], Any]) -> Any:
         with Count() as counter:
             result = work()
         found[part] = {"calls": counter.calls, "bytes": counter.bytes, "tensors": counter.tensors}
         return result
 
-    # Plans of attention are made here.
+    # Attention plans are made in this pass, which is not counted by part.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as flops:
         model(pixels, vit_pixels, n_B)[0].backward()
     found["flops"] = flops.get_total_flops()
@@ -178,8 +213,11 @@ def step_counts():
     return found
 
 
-def graph_breaks():
-    """Of a generator's block, as torch.compile(fullgraph=True) takes it: 0, or this raises."""
+def graph_breaks() -> int:
+    """Return the graph breaks of a generator's blocks.
+
+    With torch.compile(fullgraph=True) this is 0, or the call raises.
+    """
     from torch._dynamo.utils import counters
 
     from iomm.config import GeneratorConfig
@@ -195,7 +233,7 @@ def graph_breaks():
     return sum(counters["graph_break"].values())
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--write", action="store_true", help=f"rewrite {FILE.relative_to(ROOT)}")
     args = parser.parse_args()

@@ -1,33 +1,53 @@
-"""The run that benchmarks/throughput.py measures: the engine's own step, rows that take turns, and what their times say."""
+"""The harness of benchmarks/throughput.py.
 
+It builds the engine's own run, times alternatives in turn, and summarises their times.
+"""
+
+import argparse
 import statistics
 import time
+from collections.abc import Callable, Iterable
 from itertools import islice
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from benchmarks.loader import draw_photographs
 from iomm.config import PRESETS, InputError
 from iomm.engine import launch, loop
 from iomm.engine.builders import assemble
-from iomm.engine.config import load_config
+from iomm.engine.config import RunConfig, load_config
+from iomm.engine.data.source import Batch
 from iomm.engine.dry_run import build_without_weights, largest, memory, size
 from iomm.engine.parallel.optim import learning_rate
+from iomm.engine.parallel.ranks import Ranks
+from iomm.model import IOMM
 from iomm.profiling import Clock, named
 
 STAND_INS = {
     "OpenGVLab/InternVL3-2B-hf": "random:internvl3-2b",
     "black-forest-labs/FLUX.1-schnell/vae": "random:flux",
 }
-# Rounds of every row that do not count: compiling, attention plans, allocator.
+# Untimed rounds of every row, for compilation, attention plans and the allocator.
 WARM_UP = {"cpu": 1, "cuda": 3}
-# micro-batches a step: one rank of many updates a small share, one GPU alone everything
+# Micro-batches per step. One rank of many updates only a small share of the parameters, a single
+# GPU all of them.
 PASSES = {"cpu": 1, "cuda": 4}
 
 
-def prepare(args, device, folder):
-    """(RunConfig as it is measured, [what was changed]). Raises InputError: it does not fit, or plain is no rival for it."""
+def prepare(args: argparse.Namespace, device: str, folder: Path) -> tuple[RunConfig, list[str]]:
+    """Return the config to measure and the overrides that were added to it.
+
+    Hub models are replaced by random weights and missing photographs by drawn ones. On a GPU the
+    micro-batch is reduced until it fits; if the baseline does not fit at all, `args.against` is
+    set to None.
+
+    Raises:
+        InputError: if a single image does not fit, or the baseline does not compute this config.
+    """
     config = load_config(args.config, args.overrides)
     if args.against and (
         PRESETS[config.model.preset].kind != "mmdit"
@@ -37,8 +57,8 @@ def prepare(args, device, folder):
         or config.train.noise_draws != 1
     ):
         raise InputError(
-            "--against plain is Algorithm 1 on images with the RQA, no connector, FLUX's blocks and train.noise_draws=1: leave it "
-            "out, or give a config of these"
+            "--against baseline implements Algorithm 1 on images with the RQA, no connector, "
+            "FLUX's blocks and train.noise_draws=1. Omit it, or choose such a config"
         )
     changes = [
         f"run.dir={folder / 'run'}",
@@ -59,26 +79,32 @@ def prepare(args, device, folder):
     config = load_config(args.config, [*args.overrides, *changes])
     micro_batch = config.train.micro_batch or config.train.global_batch
     if device == "cuda":
-        # A context, an allocator's gaps.
-        room, wanted = torch.cuda.get_device_properties(0).total_memory * 0.95, micro_batch
         model = build_without_weights(config)
-        micro_batch = largest(wanted, lambda num: needed(model, config, num, args.against), room)
+
+        def needed(num: int) -> float:
+            return memory_needed(model, config, num, args.against)
+
+        # The CUDA context and the allocator's gaps take the rest.
+        available = torch.cuda.get_device_properties(0).total_memory * 0.95
+        available_gib = f"{available / 2**30:.0f} GiB"
+        requested = micro_batch
+        micro_batch = largest(requested, needed, available)
         if not micro_batch and args.against:
             print(
-                f"no comparison: plain beside ours needs {needed(model, config, 1, args.against) / 2**30:.0f} GiB at one image, this GPU has "
-                f"{room / 2**30:.0f}"
+                f"no comparison: our run and the baseline need {needed(1) / 2**30:.0f} GiB for one "
+                f"image, this GPU has {available_gib}"
             )
             args.against = None
-            micro_batch = largest(wanted, lambda num: needed(model, config, num, None), room)
+            micro_batch = largest(requested, needed, available)
         if not micro_batch:
             raise InputError(
-                f"one image a pass needs {needed(model, config, 1, None) / 2**30:.0f} GiB, this GPU has {room / 2**30:.0f}: give a "
-                "smaller model"
+                f"one image per pass needs {needed(1) / 2**30:.0f} GiB, this GPU has "
+                f"{available_gib}. Choose a smaller model"
             )
-        if micro_batch < wanted:
+        if micro_batch < requested:
             print(
-                f"micro-batch {micro_batch} and not {wanted}: {needed(model, config, wanted, args.against) / 2**30:.0f} GiB do not "
-                f"fit into {room / 2**30:.0f}",
+                f"micro-batch reduced from {requested} to {micro_batch}: "
+                f"{needed(requested) / 2**30:.0f} GiB do not fit into {available_gib}",
                 flush=True,
             )
     changes += [
@@ -88,10 +114,13 @@ def prepare(args, device, folder):
     return load_config(args.config, [*args.overrides, *changes]), changes
 
 
-def needed(model, config, micro_batch, against):
-    """Bytes on one GPU: the run's, and the larger of what stands beside it: for parts alone an unsharded copy, its gradients and
-    random ones in fp32; plain's weights, gradients, moments and average in fp32 and its weights once more in bf16, with
-    activations half as large again as ours (assumed: autocast keeps norms in fp32).
+def memory_needed(model: IOMM, config: RunConfig, micro_batch: int, against: str | None) -> float:
+    """Return the bytes that a measurement needs on one GPU.
+
+    These are the run's own bytes and the larger of two additions. Timing parts alone adds an
+    unsharded copy, its gradients and random ones in fp32. The baseline adds weights, gradients,
+    moments and average in fp32, the weights once more in bf16, and activations half as large again
+    as ours (assumed, because autocast keeps norms in fp32).
     """
     parts, trained = memory(model, config, 1, micro_batch), size(model)
     kept = sum(number for part, number in parts.items() if part.startswith("activations"))
@@ -99,10 +128,25 @@ def needed(model, config, micro_batch, against):
 
 
 class Bench:
-    """Our run and what is measured of it. `deadline(share)` is a moment of time.monotonic()."""
+    """A run of the engine under measurement."""
 
-    def __init__(self, config, ranks, limit_s=0.0, begun=0.0, fresh=False):
-        """fresh: keep the weights that a run starts from; else they are moved, so that no zero is multiplied (`wake`)."""
+    def __init__(
+        self,
+        config: RunConfig,
+        ranks: Ranks,
+        limit_s: float = 0.0,
+        begun: float = 0.0,
+        fresh: bool = False,
+    ):
+        """Build the run.
+
+        Args:
+            config: what to train.
+            ranks: the joined ranks.
+            limit_s: time limit of the whole measurement.
+            begun: when the measurement began, as time.monotonic() has it.
+            fresh: keep the initial weights. By default they are perturbed (`perturb_weights`).
+        """
         self.config, self.ranks, self.device = config, ranks, ranks.device
         self.begun, self.limit_s = begun, limit_s
         launch.prepare_process(config, ranks)
@@ -111,23 +155,28 @@ class Bench:
         self.model = self.state.sharded.engine.module
         self.compiled = config.train.compiled(self.device)
         if not fresh:
-            self.wake()
+            self.perturb_weights()
 
     @torch.no_grad()
-    def wake(self):
-        """Moves all masters away from where they start: there gates and velocity are zero, and multiplying zeros takes a
-        GPU less power and time (13 % measured on products).
+    def perturb_weights(self) -> None:
+        """Add noise to all masters and set the average to them.
+
+        Initial gates and velocities are zero, and multiplying zeros takes a GPU less power and time
+        (13 % measured on products).
         """
         state, draw = self.state, torch.Generator(self.device).manual_seed(0)
         state.sharded.slots()
         for flat in state.sharded.masters:
             flat.add_(torch.randn(flat.shape, generator=draw, device=self.device), alpha=0.02)
         state.sharded.restored(0)
-        for average, flat in zip(state.ema.flats, state.sharded.masters):
+        for average, flat in zip(state.ema.flats, state.sharded.masters, strict=False):
             average.copy_(flat)
 
-    def weights(self, flats=None):
-        """Name -> whole fp32 tensor of what trains, of the masters or of `flats` shaped like them; one rank holds them all."""
+    def weights(self, flats: list[Tensor] | None = None) -> dict[str, Tensor]:
+        """Return name -> whole fp32 tensor of all trained parameters; for a single rank only.
+
+        flats: tensors of the masters' shapes to read instead of the masters.
+        """
         sharded = self.state.sharded
         flats = flats or sharded.masters
         return {
@@ -137,15 +186,17 @@ class Bench:
             for name, place in sharded.places.items()
         }
 
-    def step(self, batches=None, look_ahead=None):
-        """What engine/loop.py does in a step, its log, guard and checkpoints aside."""
+    def step(
+        self, batches: Iterable[Batch] | None = None, look_ahead: Callable[[], None] | None = None
+    ) -> float:
+        """Take a step of engine/loop.py without log, guard and checkpoints; return its loss."""
         state, config = self.state, self.config
         state.sharded.set_lr(learning_rate(state.step, config.optim, config.train.steps))
         batches = (
             islice(self.batches, self.source.accumulation_steps) if batches is None else batches
         )
         loss, by_time, applied, *_ = loop.train_step(state.sharded, batches, look_ahead=look_ahead)
-        assert applied, "a step was skipped: its gradient is not finite"
+        assert applied, "a step was skipped because its gradient is not finite"
         with named("ema"):
             state.ema.update(state.step)
         state.step += 1
@@ -153,19 +204,39 @@ class Bench:
         dist.all_reduce(sums)
         return sums.tolist()[0]
 
-    def next(self):
+    def next(self) -> list[Batch]:
+        """Return the micro-batches of the next step."""
         return list(islice(self.batches, self.source.accumulation_steps))
 
-    def deadline(self, share):
+    def deadline(self, share: float) -> float:
+        """Return when this share of the time limit has passed, as time.monotonic() has it."""
         return self.begun + share * self.limit_s
 
-    def wait(self):
+    def wait(self) -> None:
+        """Wait for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def in_turn(self, rows, rounds, deadline, warm_up=None):
-        """{row: [seconds]}: every row once a round, in an order that rotates; at least 3 rounds, then until `deadline`.
-        `cpu_s` then holds the CPU time of the same, over all threads: what says something where others compute too.
+    def time_in_turn(
+        self,
+        rows: dict[str, Callable[[], Any]],
+        rounds: int,
+        deadline: float,
+        warm_up: int | None = None,
+    ) -> dict[str, list[float]]:
+        """Time every row once per round, in a rotating order.
+
+        Afterwards `self.cpu_s` holds the CPU time of the same calls over all threads, which stays
+        meaningful on a machine that is shared with other work.
+
+        Args:
+            rows: name -> function to time.
+            rounds: most timed rounds.
+            deadline: end after this moment of time.monotonic(), but not before 3 timed rounds.
+            warm_up: untimed rounds; WARM_UP by default.
+
+        Returns:
+            {row: seconds of each timed round}.
         """
         warm_up = WARM_UP[self.device.type] if warm_up is None else warm_up
         times, names = {name: [] for name in rows}, list(rows)
@@ -183,8 +254,8 @@ class Bench:
                     self.cpu_s[name].append(time.process_time() - started_cpu)
         return times
 
-    def split(self, num_steps):
-        """{part: median seconds} within the step, on the device's own timeline."""
+    def split(self, num_steps: int) -> dict[str, float]:
+        """Return {part: median seconds} within the step, on the device's own timeline."""
         clock, found = Clock(self.device), []
         with clock:
             for _ in range(num_steps):
@@ -196,7 +267,8 @@ class Bench:
         }
 
 
-def summary(seconds, batch):
+def summary(seconds: list[float], batch: int) -> dict[str, float]:
+    """Return median, fastest and slowest step and the median's images/s."""
     return {
         "steps": len(seconds),
         "s": statistics.median(seconds),
@@ -206,9 +278,9 @@ def summary(seconds, batch):
     }
 
 
-def ratio(over, under):
-    """Median, 10th and 90th percentile of over / under, round by round."""
-    found = sorted(a / b for a, b in zip(over, under))
+def ratio(over: list[float], under: list[float]) -> dict[str, float]:
+    """Return median, 10th and 90th percentile of over / under, taken round by round."""
+    found = sorted(a / b for a, b in zip(over, under, strict=True))
     return {
         "median": statistics.median(found),
         "low": found[round(0.1 * (len(found) - 1))],
@@ -216,8 +288,11 @@ def ratio(over, under):
     }
 
 
-def whole_copy(bench):
-    """An IOMM with our weights that no ZeRO cuts up, for what is run alone; its frozen parts are the same modules."""
+def unsharded_copy(bench: Bench) -> IOMM:
+    """Return an IOMM with our weights but without ZeRO, to run its parts alone.
+
+    Its frozen parts are the same modules.
+    """
     config, model = bench.config, bench.model
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
     mllm, vae = model.frozen

@@ -1,8 +1,15 @@
-"""What benchmarks/ops.py measures: per op its bodies, inputs to check, inputs to time, and the least bytes or FLOPs."""
+"""The cases of benchmarks/ops.py.
 
+Each case holds an op's backends, inputs to check, inputs to time, and the least bytes or FLOPs.
+"""
+
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from iomm.config import InputError
 from iomm.engine.parallel.optim import adamw_torch
@@ -30,72 +37,94 @@ from iomm.kernels.visible_tokens import visible_tokens_compiled, visible_tokens_
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One row of the table: an op at one size. Bodies and reference take what `check` and `time` return."""
+    """An op at one size. Backends and reference take the inputs that `check` and `time` return."""
 
     op: str
     name: str
-    # name -> function
-    bodies: dict
-    reference: callable
-    # () -> small float64 inputs on the CPU, odd sizes
-    check: callable
-    # () -> inputs of the real size, on the device, in its dtype
-    time: callable
+    # Name -> function.
+    backends: dict[str, Callable]
+    reference: Callable
+    # Returns small float64 inputs of odd sizes on the CPU.
+    check: Callable[[], list]
+    # Returns inputs of the real size, on the device and in its dtype.
+    time: Callable[[], list]
     # Least bytes of memory traffic, forward and backward.
     bytes: int = 0
     flops: int = 0
-    # The body of ours that is under test, empty: none.
+    # Our backend under test; empty for none.
     ours: str = ""
-    # Other body -> wanted: its time over ours.
-    targets: dict = field(default_factory=dict)
-    # wanted: share of the copy bandwidth
+    # Other backend -> target for its time over ours.
+    targets: dict[str, float] = field(default_factory=dict)
+    # Target for the share of the copy bandwidth.
     share: float = 0.0
-    # Every bit equal to the reference.
+    # The result must equal the reference's bit by bit.
     exact: bool = False
     differentiable: bool = True
-    # To check in, if not that of the run.
+    # The dtype to check in, if not the run's.
     dtype: torch.dtype | None = None
 
 
-def normal(*shape, grad=False, seed=[0]):
-    seed[0] += 1
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed[0]), dtype=torch.float64)
+SEEDS = count(1)
+
+
+def normal(*shape: int, grad: bool = False) -> Tensor:
+    """Return float64 values on the CPU, from a new seed at every call."""
+    x = torch.randn(
+        shape, generator=torch.Generator().manual_seed(next(SEEDS)), dtype=torch.float64
+    )
     return x.requires_grad_(grad)
 
 
-def drawn(device, dtype, *shape, grad=False):
-    """Random values made on the device: large inputs."""
+def drawn(device: str, dtype: torch.dtype, *shape: int, grad: bool = False) -> Tensor:
+    """Return random values that are drawn on the device, for large inputs."""
     return torch.randn(shape, device=device, dtype=dtype).requires_grad_(grad)
 
 
-def offsets(lengths):
+def offsets(lengths: list[int]) -> Tensor:
+    """Return the offsets of packed sequences of these lengths, int32."""
     return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
-def ragged(batch, mean, seed=0):
-    """`batch` lengths around `mean`, half to one and a half of it."""
+def ragged(batch: int, mean: int, seed: int = 0) -> list[int]:
+    """Return `batch` random lengths from half to one and a half of `mean`."""
     random = torch.Generator().manual_seed(seed)
     return torch.randint(max(1, mean // 2), mean * 3 // 2 + 1, (batch,), generator=random).tolist()
 
 
 def attention_case(
-    name,
-    device,
-    dtype,
+    name: str,
+    device: str,
+    dtype: torch.dtype,
     *,
-    lengths,
-    prefixes,
-    heads,
-    dim,
-    causal=True,
-    suffix=True,
-    prefix_grad=False,
-    **rest,
-):
-    """masked_attention, forward and backward. Counts 2 products forward and 5 backward over the visible pairs."""
+    lengths: list[int],
+    prefixes: list[int] | None,
+    heads: tuple[int, int],
+    dim: int,
+    causal: bool = True,
+    suffix: bool = True,
+    prefix_grad: bool = False,
+    **rest: Any,
+) -> Case:
+    """Return a case of masked_attention, forward and backward.
+
+    FLOPs count 2 products forward and 5 backward over the visible pairs.
+
+    Args:
+        name: name of the case.
+        device: device type to time on.
+        dtype: dtype of the timed inputs.
+        lengths: number of queries of each sequence.
+        prefixes: length of each sequence's prefix; None for no prefix.
+        heads: number of query heads and of key heads.
+        dim: width of a head.
+        causal: queries attend causally to the suffix.
+        suffix: the queries have keys and values of their own.
+        prefix_grad: keys and values of the prefix need gradients.
+        rest: further fields of the case.
+    """
     query_heads, key_heads = heads
 
-    def make(lengths, prefixes, draw):
+    def make(lengths: list[int], prefixes: list[int] | None, draw: Callable) -> list:
         total, before = sum(lengths), sum(prefixes or [0])
         return [
             draw(total, query_heads, dim, grad=True),
@@ -108,23 +137,24 @@ def attention_case(
             offsets(prefixes) if prefixes else None,
         ]
 
-    def run(body):
-        return lambda *x: body(*x, causal, dim**-0.5)
+    def run(backend: Callable) -> Callable:
+        return lambda *x: backend(*x, causal, dim**-0.5)
 
-    bodies = {"sdpa": run(masked_attention_sdpa)}
+    backends = {"sdpa": run(masked_attention_sdpa)}
     if device == "cuda":
         if not varlen.varlen_why_not():
-            bodies["varlen"] = run(varlen.masked_attention_varlen)
+            backends["varlen"] = run(varlen.masked_attention_varlen)
         if not varlen.flash_why_not():
-            bodies["flash"] = run(varlen.masked_attention_flash)
+            backends["flash"] = run(varlen.masked_attention_flash)
         if not triton_support.why_not():
-            bodies["triton"] = run(masked_attention_triton)
-    pairs = sum(p * n for p, n in zip(prefixes or [0] * len(lengths), lengths))
-    pairs += sum(n * (n + 1) // 2 if causal else n * n for n in lengths) if suffix else 0
+            backends["triton"] = run(masked_attention_triton)
+    pairs = sum(p * n for p, n in zip(prefixes or [0] * len(lengths), lengths, strict=True))
+    if suffix:
+        pairs += sum(n * (n + 1) // 2 if causal else n * n for n in lengths)
     return Case(
         op="masked_attention",
         name=name,
-        bodies=bodies,
+        backends=backends,
         reference=run(masked_attention_reference),
         check=lambda: make([65, 1, 0, 130], [3, 64, 5, 0] if prefixes else None, normal),
         time=lambda: [
@@ -139,17 +169,30 @@ def attention_case(
     )
 
 
-def row_case(op, torch_body, triton_body, reference, device, make, dtype, **rest):
-    """An op over rows: PyTorch's formula, the same compiled, and Triton's."""
-    bodies = {"torch": torch_body}
+def row_case(
+    op: str,
+    torch_backend: Callable,
+    triton_backend: Callable,
+    reference: Callable,
+    device: str,
+    make: tuple[Callable, Callable],
+    dtype: torch.dtype,
+    **rest: Any,
+) -> Case:
+    """Return a case of an op over rows: PyTorch's formula, the same compiled, and Triton's kernel.
+
+    make: functions that return the small inputs to check and the large ones to time, from a
+    function that draws a tensor.
+    """
+    backends = {"torch": torch_backend}
     if device == "cuda":
-        bodies["compile"] = torch.compile(torch_body, fullgraph=True, dynamic=False)
+        backends["compile"] = torch.compile(torch_backend, fullgraph=True, dynamic=False)
         if not triton_support.why_not():
-            bodies["triton"] = triton_body
+            backends["triton"] = triton_backend
     small, large = make
     return Case(
         op=op,
-        bodies=bodies,
+        backends=backends,
         reference=reference,
         check=lambda: small(normal),
         ours="triton",
@@ -160,12 +203,12 @@ def row_case(op, torch_body, triton_body, reference, device, make, dtype, **rest
     )
 
 
-def rows_of(device, dtype):
-    """Cases of norm_modulate and qk_norm_rope."""
+def row_cases(device: str, dtype: torch.dtype) -> Iterator[Case]:
+    """Yield the cases of norm_modulate and qk_norm_rope."""
     batch, length, width, heads = (32, 1024, 1536, 12) if device == "cuda" else (4, 64, 192, 6)
     size = batch * length * width * torch.finfo(dtype).bits // 8
 
-    def modulated(batch, length, width):
+    def modulated(batch: int, length: int, width: int) -> Callable:
         return lambda draw: [
             draw(batch, length, width, grad=True),
             draw(batch, width, grad=True),
@@ -184,8 +227,8 @@ def rows_of(device, dtype):
         bytes=5 * size,
     )
 
-    def heads_of(batch, length, num_condition, heads, dim):
-        def make(draw):
+    def heads_of(batch: int, length: int, num_condition: int, heads: int, dim: int) -> Callable:
+        def make(draw: Callable) -> list:
             angles = draw(length, dim // 2).float()
             weights = [draw(dim, grad=True) for _ in range(4)]
             return [
@@ -213,10 +256,10 @@ def rows_of(device, dtype):
     )
 
 
-def token_cases(device, dtype):
-    """Cases of the ops with C++ and CUDA bodies."""
+def token_cases(device: str, dtype: torch.dtype) -> Iterator[Case]:
+    """Yield the cases of the ops with C++ and CUDA backends."""
     ours = "cuda" if device == "cuda" else "cpp"
-    there = native.why_not(device) is None
+    is_built = native.why_not(device) is None
     goal = {
         "ours": ours,
         "targets": {"reference": 1.0},
@@ -224,13 +267,13 @@ def token_cases(device, dtype):
         "differentiable": False,
     }
 
-    def bodies(compiled, reference):
-        return ({ours: compiled} if there else {}) | {"reference": reference}
+    def backends(compiled: Callable, reference: Callable) -> dict[str, Callable]:
+        return ({ours: compiled} if is_built else {}) | {"reference": reference}
 
     many, value = (512 if device == "cuda" else 32), torch.finfo(dtype).bits // 8
     latents = many * 16 * 64 * 64 * value
 
-    def noisy(batch, channels, height, width, draw):
+    def noisy(batch: int, channels: int, height: int, width: int, draw: Callable) -> list:
         return [
             draw(batch, channels, height, width),
             torch.rand(batch),
@@ -239,27 +282,28 @@ def token_cases(device, dtype):
             2,
         ]
 
-    def placed(x):
-        return [y.to(device) if isinstance(y, torch.Tensor) else y for y in x]
+    def placed(x: list) -> list:
+        return [y.to(device) if isinstance(y, Tensor) else y for y in x]
 
-    draw = lambda *shape: drawn(device, dtype, *shape)  # noqa: E731
+    def draw(*shape: int) -> Tensor:
+        return drawn(device, dtype, *shape)
+
     yield Case(
         op="noisy_tokens",
         name=f"{many} x 16 x 64 x 64",
         bytes=3 * latents,
-        bodies=bodies(noisy_tokens_compiled, noisy_tokens_reference),
+        backends=backends(noisy_tokens_compiled, noisy_tokens_reference),
         reference=noisy_tokens_reference,
         check=lambda: noisy(3, 16, 6, 68, normal),
         time=lambda: placed(noisy(many, 16, 64, 64, draw)),
         **goal,
     )
 
-    def pixels(batch, height, width):
+    def pixels(batch: int, height: int, width: int) -> list:
         random = torch.Generator().manual_seed(0)
-        bytes_of = torch.randint(
-            0, 256, (batch, height, width, 3), generator=random, dtype=torch.uint8
-        )
-        return [bytes_of, 14, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225], dtype]
+        shape = (batch, height, width, 3)
+        pixels_BHWC = torch.randint(0, 256, shape, generator=random, dtype=torch.uint8)
+        return [pixels_BHWC, 14, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225], dtype]
 
     images = 32 if device == "cuda" else 8
     yield Case(
@@ -267,7 +311,7 @@ def token_cases(device, dtype):
         name=f"{images} x 448 x 448 x 3",
         bytes=images * 448 * 448 * 3 * (1 + value),
         exact=True,
-        bodies=bodies(image_patches_compiled, image_patches_reference),
+        backends=backends(image_patches_compiled, image_patches_reference),
         reference=image_patches_reference,
         check=lambda: pixels(2, 28, 266),
         time=lambda: placed(pixels(images, 448, 448)),
@@ -275,14 +319,14 @@ def token_cases(device, dtype):
     )
     for fixed in (False, True):
 
-        def packed(batch, capacity, fixed=fixed):
+        def packed(batch: int, capacity: int, fixed: bool = fixed) -> list:
             return [7, torch.arange(batch) + 2**35, 256, 0.85, fixed, capacity]
 
         yield Case(
             op="visible_tokens",
             name=f"32 x 256, {'fixed' if fixed else 'bernoulli'}, packed",
             exact=True,
-            bodies=bodies(visible_tokens_compiled, visible_tokens_reference),
+            backends=backends(visible_tokens_compiled, visible_tokens_reference),
             reference=visible_tokens_reference,
             check=lambda packed=packed: packed(37, 1300),
             time=lambda packed=packed: placed(packed(32, 1423)),
@@ -290,8 +334,23 @@ def token_cases(device, dtype):
         )
 
 
-def adamw_reference(flat, grad, exp_avg, exp_avg_sq, step, *, lr, betas, eps, weight_decay):
-    """AdamW (Loshchilov and Hutter, 2019, algorithm 2 with the rate as torch has it), in place."""
+def adamw_reference(
+    flat: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """Apply a step of AdamW in place.
+
+    Loshchilov and Hutter, 2019, algorithm 2, with the learning rate as in torch. The arguments are
+    those of the backends of optim.adamw.
+    """
     step += 1
     exp_avg.lerp_(grad, 1 - betas[0])
     exp_avg_sq.lerp_(grad.square(), 1 - betas[1])
@@ -299,21 +358,25 @@ def adamw_reference(flat, grad, exp_avg, exp_avg_sq, step, *, lr, betas, eps, we
     flat.sub_(lr * (first / (second.sqrt() + eps) + weight_decay * flat))
 
 
-def adamw_case(device):
-    """AdamW over one flat fp32 shard, IOMM-B's (1,620 M parameters) on one of 8 GPUs. torch, the default of optim.adamw, is to
-    be the fastest of those installed; else choose the other.
+def adamw_case(device: str) -> Case:
+    """Return the case of AdamW over one flat fp32 shard.
+
+    The shard is that of IOMM-B (1,620 M parameters) on one of 8 GPUs. torch, the default of
+    optim.adamw, should be the fastest of the installed ones; otherwise choose the other.
     """
-    bodies, numel = {"torch": adamw_torch}, 202_545_080 if device == "cuda" else 1_000_000
+    backends, numel = {"torch": adamw_torch}, 202_545_080 if device == "cuda" else 1_000_000
     if device == "cuda" and torch.cuda.is_available():
         try:
-            bodies["apex"] = adamw_backend("apex", torch.device(device))
+            backends["apex"] = adamw_backend("apex", torch.device(device))
         except InputError as error:
             print(error)
 
-    def run(name, body):
-        def step(flat, grad, exp_avg, exp_avg_sq):
+    def run(name: str, backend: Callable) -> Callable:
+        def step(
+            flat: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor
+        ) -> tuple[Tensor, Tensor, Tensor]:
             number = torch.full((), 9.0, device=flat.device if name == "torch" else "cpu")
-            body(
+            backend(
                 flat,
                 grad,
                 exp_avg,
@@ -331,7 +394,7 @@ def adamw_case(device):
     return Case(
         op="adamw",
         name=f"{numel / 1e6:.0f} M fp32",
-        bodies={name: run(name, body) for name, body in bodies.items()},
+        backends={name: run(name, backend) for name, backend in backends.items()},
         reference=run("reference", adamw_reference),
         dtype=torch.float32,
         differentiable=False,
@@ -347,8 +410,8 @@ def adamw_case(device):
     )
 
 
-def cases(device, dtype):
-    """All rows of the table on a device type."""
+def cases(device: str, dtype: torch.dtype) -> Iterator[Case]:
+    """Yield all cases for a device type."""
     if device == "cuda":
         queries = {"lengths": [256] * 32, "heads": (12, 2), "dim": 128}
         yield attention_case(
@@ -409,6 +472,6 @@ def cases(device, dtype):
             heads=(6, 2),
             dim=32,
         )
-    yield from rows_of(device, dtype)
+    yield from row_cases(device, dtype)
     yield from token_cases(device, dtype)
     yield adamw_case(device)

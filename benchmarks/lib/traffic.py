@@ -1,25 +1,35 @@
-"""What ZeRO-3 sends in one optimizer step, counted from the modules by DeepSpeed's own rules; nothing is run. And what the
-row kernels between matrix products move through memory.
+"""Count what ZeRO-3 sends in an optimizer step, and what the row kernels move through memory.
 
-The rules are those of deepspeed/runtime/zero/partitioned_param_coordinator.py (0.19) once its trace is complete, from the
-second micro-batch on: a module's weights are gathered when it is entered, up to prefetch_bucket_size more ahead of their use,
-and they go when it is left unless they come again within max_reuse_distance. tests/benchmarks/test_traffic.py holds the count against
-the bytes that two ranks send. Known limits: every parameter is taken to get a gradient (single-stream pad tokens get none
-at lengths that are multiples of 32), and with max_live_parameters below one block gathers came out 1.3 % too few.
+The messages are counted from the modules by DeepSpeed's own rules, without running anything. The
+row kernels are those between the matrix products.
+
+The rules are those of deepspeed/runtime/zero/partitioned_param_coordinator.py (0.19) once its trace
+is complete, which is from the second micro-batch on. A module's weights are gathered when it is
+entered, and up to prefetch_bucket_size more are prefetched. They are released when the module is
+left, unless they are used again within max_reuse_distance. tests/benchmarks/test_traffic.py
+compares the count with the bytes that two ranks send.
+
+Known limits: every parameter is assumed to get a gradient (single-stream pad tokens get none at
+lengths that are multiples of 32), and with max_live_parameters below one block the gathers were
+counted 1.3 % too low.
 """
 
 import math
 from collections import Counter, deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from iomm.engine.config import RunConfig
 from iomm.engine.dry_run import NUM_TEXT
 from iomm.engine.parallel.optim import make_optimizer
 from iomm.engine.parallel.zero import deepspeed_config
+from iomm.model import IOMM
 
-# DeepSpeed's own, where deepspeed_config leaves them out (runtime/zero/config.py).
+# DeepSpeed's defaults for settings that deepspeed_config leaves out (runtime/zero/config.py).
 DEFAULTS = {
     "stage3_prefetch_bucket_size": 50_000_000,
     "stage3_param_persistence_threshold": 100_000,
@@ -33,8 +43,10 @@ DEFAULTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Message:
-    """One collective over `group` ranks. size_bytes: of the whole tensor, padding included (all_to_all: of what one rank
-    holds). It is issued at visit `issued` and waited for at visit `needed`.
+    """One collective over `group` ranks.
+
+    size_bytes: size of the whole tensor including padding (all_to_all: of one rank's input). The
+    message is issued at visit `issued` and waited for at visit `needed`.
     """
 
     kind: str
@@ -44,26 +56,35 @@ class Message:
     needed: int = 0
 
     @property
-    def sent_bytes(self):
-        """What one rank sends, by the ring algorithm: every rank's share passes every other rank once."""
+    def sent_bytes(self) -> int:
+        """Return the bytes that one rank sends.
+
+        By the ring algorithm every rank's share passes every other rank once.
+        """
         passes = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "all_to_all": 1}[self.kind]
         return passes * self.size_bytes * (self.group - 1) // self.group
 
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """visits: (is backward, values of weights used there) for every module in the order of a micro-batch. first, later: the
-    messages of a step's first micro-batch and of each other (they differ with hierarchical partitioning alone). step: those
-    of the optimizer's step.
+    """The messages of an optimizer step.
+
+    Attributes:
+        visits: (is backward, number of weights used) for every module in the order of a
+            micro-batch.
+        first: messages of a step's first micro-batch.
+        later: messages of each later micro-batch. They differ from the first one's only with
+            hierarchical partitioning.
+        step: messages of the optimizer's step.
     """
 
-    visits: list
-    first: list
-    later: list
-    step: list
+    visits: list[tuple[bool, int]]
+    first: list[Message]
+    later: list[Message]
+    step: list[Message]
 
-    def sent_bytes(self, accumulation):
-        """{kind: bytes that one rank sends in a step of so many micro-batches}."""
+    def sent_bytes(self, accumulation: int) -> dict[str, int]:
+        """Return {kind: bytes that one rank sends in a step of `accumulation` micro-batches}."""
         sent = Counter()
         for messages, times in ((self.first, 1), (self.later, accumulation - 1), (self.step, 1)):
             for message in messages:
@@ -73,7 +94,11 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Visit:
-    """A module entered on the way forward or back: its direct parameters, all inside it, whether it is a ZeRO-3 leaf."""
+    """A module entered in the forward or backward pass.
+
+    direct: ids of its direct parameters; inside: ids of all parameters in it; leaf: True if it is a
+    ZeRO-3 leaf module.
+    """
 
     direct: tuple
     inside: tuple
@@ -81,14 +106,35 @@ class Visit:
     backward: bool
 
     @property
-    def own(self):
-        """Parameters that are gathered for it."""
+    def own(self) -> tuple:
+        """Ids of the parameters that are gathered for this module."""
         return self.inside if self.leaf else self.direct
 
 
-def count_traffic(model, config, ranks, **settings):
-    """IOMM (weights may be on the meta device), RunConfig, number of ranks -> Traffic. settings: keys of DeepSpeed's
-    zero_optimization that replace the config's.
+# (visit, True on entering and False on leaving the module).
+Trace = list[tuple[Visit, bool]]
+
+
+class Gather(NamedTuple):
+    """Parameters that are gathered in one message."""
+
+    parameters: list[int]
+    # Number of ranks that take part.
+    group: int
+    # Visit that issues it.
+    issued: int
+    # Visit that needs it.
+    needed: int
+
+
+def count_traffic(model: IOMM, config: RunConfig, ranks: int, **settings: Any) -> Traffic:
+    """Count the messages of an optimizer step.
+
+    Args:
+        model: its weights may be on the meta device.
+        config: the run.
+        ranks: number of ranks.
+        settings: keys of DeepSpeed's zero_optimization that override the config's.
     """
     whole = deepspeed_config(config, torch.device("cuda"), 1, 1)
     settings = {**DEFAULTS, **whole["zero_optimization"], **settings}
@@ -101,15 +147,18 @@ def count_traffic(model, config, ranks, **settings):
         p for p, number in numel.items() if number <= settings["stage3_param_persistence_threshold"]
     }
 
-    def message(kind, parameters, width, **where):
+    def message(kind: str, parameters: Iterable[int], width: int, **where: int) -> Message:
         return Message(
             kind=kind,
             size_bytes=width * sum(-(-numel[p] // ranks) * ranks for p in parameters),
             **where,
         )
 
-    def micro_batch(copied):
-        """Messages of one; `copied`: parameters of which the ranks of a machine already hold a second copy."""
+    def micro_batch(copied: set[int]) -> list[Message]:
+        """Return the messages of a micro-batch.
+
+        copied: parameters of which the ranks of a machine already hold a second copy.
+        """
         gathers = [
             message("all_gather", part, itemsize, group=group, issued=issued, needed=needed)
             for part, group, issued, needed in gathered(
@@ -129,14 +178,14 @@ def count_traffic(model, config, ranks, **settings):
         for p in model.parameters()
         if id(p) in persistent
     ]
-    # Whether all is finite.
+    # The check that all gradients are finite.
     after += [Message(kind="all_reduce", size_bytes=4, group=ranks)]
     for group in make_optimizer(model, config.optim).param_groups:
         cuts = [-(-p.numel() // ranks) for p in group["params"]]
         parts = sub_groups(cuts, settings["sub_group_size"])
-        # Norm of the gradient, float64
+        # The norm of the gradient, in float64.
         after += [Message(kind="all_reduce", size_bytes=8, group=ranks)] * len(parts)
-        # fp32 updates to their owners and back
+        # The fp32 updates are sent to their owners and back.
         if group["kind"] == "muon" and ranks > 1:
             after += [
                 Message(kind="all_to_all", size_bytes=4 * sum(part), group=ranks) for part in parts
@@ -149,8 +198,11 @@ def count_traffic(model, config, ranks, **settings):
     )
 
 
-def sub_groups(cuts, size):
-    """Numbers of values, cut where their sum reaches `size`: each part is one flat tensor of the optimizer."""
+def sub_groups(cuts: list[int], size: int) -> list[list[int]]:
+    """Split a list of numbers of values wherever their sum reaches `size`.
+
+    Each part is one flat tensor of the optimizer.
+    """
     parts = [[]]
     for cut in cuts:
         if sum(parts[-1]) >= size:
@@ -159,18 +211,21 @@ def sub_groups(cuts, size):
     return parts
 
 
-def trace_of(model):
-    """[(Visit, True on entering, False on leaving)] of one pass forward and back: parts in the order of IOMM.forward, inside
-    them the order in which modules were made; back the other way round.
+def trace_of(model: IOMM) -> Trace:
+    """Return the trace of a forward and a backward pass.
 
-    IOMM.dtype looks at generator.final.weight: DeepSpeed takes that for a parameter of IOMM itself.
+    The parts of IOMM are visited in the order of IOMM.forward, and the modules inside them in the
+    order of their creation; the backward pass visits them in reverse.
     """
-    leaves, asked = model.leaves, (id(model.generator.final.weight),)
+    # IOMM.dtype reads generator.final.weight, so DeepSpeed treats it as a parameter of IOMM itself.
+    leaves, direct_of_model = model.leaves, (id(model.generator.final.weight),)
 
-    def walk(module, children, backward):
+    def walk(
+        module: nn.Module, children: Callable[[nn.Module], list[nn.Module]], backward: bool
+    ) -> Trace:
         if not any(True for _ in module.parameters()):
             return []
-        # Never called
+        # A ModuleList is never called itself.
         if isinstance(module, nn.ModuleList):
             return [
                 event for child in children(module) for event in walk(child, children, backward)
@@ -179,7 +234,7 @@ def trace_of(model):
         direct, inside = (
             tuple(id(p) for p in module.parameters(recurse=recurse)) for recurse in (False, True)
         )
-        visit = Visit(asked if module is model else direct, inside, leaf, backward)
+        visit = Visit(direct_of_model if module is model else direct, inside, leaf, backward)
         inner = (
             []
             if leaf
@@ -187,7 +242,7 @@ def trace_of(model):
         )
         return [(visit, True), *inner, (visit, False)]
 
-    def forward(module):
+    def forward(module: nn.Module) -> list[nn.Module]:
         if module is model:
             parts = model.adapter, model.connector, model.generator, model.alignment
             return [part for part in parts if part is not None]
@@ -196,12 +251,29 @@ def trace_of(model):
     return walk(model, forward, False) + walk(model, lambda module: forward(module)[::-1], True)
 
 
-def gathered(trace, numel, persistent, copied, ranks, settings):
-    """[(parameters gathered in one message, ranks that take part, visit that issues it, visit that needs it)]."""
+def gathered(
+    trace: Trace,
+    numel: dict[int, int],
+    persistent: set[int],
+    copied: set[int],
+    ranks: int,
+    settings: dict,
+) -> list[Gather]:
+    """Return the gathers of a micro-batch.
+
+    Args:
+        trace: the order of modules.
+        numel: number of values of each parameter, by id.
+        persistent: parameters that are never partitioned.
+        copied: parameters of which the ranks of a machine already hold a second copy.
+        ranks: number of ranks.
+        settings: DeepSpeed's zero_optimization.
+    """
     visits = [visit for visit, entered in trace if entered]
     queue = deque((p, step) for step, visit in enumerate(visits) for p in visit.own)
-    available, copied, latest, held, step, found = set(persistent), set(copied), {}, 0, 0, []
-    hpz, reuse, ahead_of_use = (
+    available, copied, latest = set(persistent), set(copied), {}
+    num_live, step, found = 0, 0, []
+    hpz, reuse, prefetch_bucket = (
         settings[key]
         for key in (
             "zero_hpz_partition_size",
@@ -210,13 +282,13 @@ def gathered(trace, numel, persistent, copied, ranks, settings):
         )
     )
 
-    def gather(parameters, needed):
+    def gather(parameters: list[int], needed: int) -> int:
         for part, group in (
             ([p for p in parameters if p in copied], hpz),
             ([p for p in parameters if p not in copied], ranks),
         ):
             if part:
-                found.append((part, group, step, needed))
+                found.append(Gather(part, group, step, needed))
         if hpz > 1:
             copied.update(parameters)
         available.update(parameters)
@@ -224,54 +296,51 @@ def gathered(trace, numel, persistent, copied, ranks, settings):
 
     for visit, entered in trace:
         if entered:
-            held += gather([p for p in visit.own if p not in available], step)
+            num_live += gather([p for p in visit.own if p not in available], step)
             fresh, taken = {p for p in visit.own if latest.get(p, -1) < step}, set()
             while queue and len(taken) < len(fresh):
                 p, at = queue.popleft()
                 latest[p] = at
                 taken.add(p)
-            limit, ahead, total = (
-                min(settings["stage3_max_live_parameters"] - held, ahead_of_use),
-                [],
-                0,
-            )
+            limit = min(settings["stage3_max_live_parameters"] - num_live, prefetch_bucket)
+            prefetched, total = [], 0
             while queue and total < limit:
                 p, at = queue.popleft()
                 latest[p] = max(latest.get(p, -1), at)
-                if p not in available and p not in ahead:
-                    ahead.append(p)
+                if p not in available and p not in prefetched:
+                    prefetched.append(p)
                     total += numel[p]
-            if ahead:
-                held += gather(
-                    ahead,
+            if prefetched:
+                num_live += gather(
+                    prefetched,
                     next(
                         i
                         for i in range(step + 1, len(visits))
-                        if not set(ahead).isdisjoint(visits[i].own)
+                        if not set(prefetched).isdisjoint(visits[i].own)
                     ),
                 )
             step += 1
             continue
         free = {p for p in visit.own if p not in persistent and latest.get(p, -1) <= step}
         if visit.inside != visits[0].inside:
-            # In use until IOMM is left.
+            # These stay in use until IOMM is left.
             free.difference_update(visits[0].own)
         passed = 0
         for later in visits[step:]:
             if passed >= reuse:
                 break
-            # as DeepSpeed does it: by what is left, not by what comes
+            # DeepSpeed decides by the module that is left, not by the later one.
             coming = later.inside if visit.leaf else later.direct
             free.difference_update(coming)
             passed += sum(numel[p] for p in coming)
         free &= available
         available -= free
-        held -= sum(numel[p] for p in free)
+        num_live -= sum(numel[p] for p in free)
     return found
 
 
-def scattered(trace, numel, bucket):
-    """[(parameters whose gradients are reduced in one message, visit after which it is issued)]."""
+def scattered(trace: Trace, numel: dict[int, int], bucket: int) -> list[tuple[list[int], int]]:
+    """Return [(parameters whose gradients are reduced in one message, visit after which)]."""
     found, waiting, step, root = [], [], 0, trace[0][0]
     for visit, entered in trace:
         step += entered
@@ -284,9 +353,11 @@ def scattered(trace, numel, bucket):
     return [*found, (waiting, step - 1)] if waiting else found
 
 
-def row_bytes(model, config):
-    """{part: (bytes forward, bytes backward)} of an image for all that is no matrix product: every tensor that a kernel reads or
-    writes, once, in bf16. The small numbers are passes over a (tokens x width) tensor, counted as in benchmarks/lib/op_cases.py.
+def row_bytes(model: IOMM, config: RunConfig) -> dict[str, tuple[float, float]]:
+    """Return {part: (bytes forward, bytes backward)} of an image without the matrix products.
+
+    Every tensor that a kernel reads or writes is counted once, in bf16. The small numbers are
+    passes over a (tokens x width) tensor, counted as in benchmarks/lib/op_cases.py.
     """
     (mllm, vae), generator = model.frozen, model.generator
     width, tokens = (
@@ -294,11 +365,11 @@ def row_bytes(model, config):
         math.prod(vae.grid(*[config.data.size_px] * 2)) + config.adapter.num_queries,
     )
     blocks = sum(isinstance(module, generator.block_classes) for module in generator.modules())
-    # 2 norms, rope, 2 gated residuals, GELU at 4 x; backward also bias and residual sums
+    # 2 norms, rope, 2 gated residuals, GELU at 4 x; backward also bias and residual sums.
     if generator.config.kind == "mmdit":
         forward, backward = 2 * 2 + 6 + 2 * 3 + 2 * 4, 2 * 3 + 8 + 2 * 3 + 3 * 4 + 9 + 2 * 3
     else:
-        # 4 RMS norms, rope, 2 gated residuals, SwiGLU at 8/3 x; backward also residual sums
+        # 4 RMS norms, rope, 2 gated residuals, SwiGLU at 8/3 x; backward also residual sums.
         forward, backward = 4 * 2 + 6 + 2 * 3 + 3 * 8 / 3, 4 * 3 + 8 + 2 * 3 + 5 * 8 / 3 + 2 * 3
     text, vision = mllm.backbone.config.text_config, mllm.backbone.config.vision_config
     prefix, queries = (
@@ -311,7 +382,7 @@ def row_bytes(model, config):
     )
     patches = (vision.image_size[0] // vision.patch_size[0]) ** 2 + 1
     maps, side = 0, config.data.size_px
-    # A residual block: 2 group norms, each read twice and written once; a sum.
+    # A residual block has 2 group norms, each read twice and written once, and a sum.
     for down in vae.backbone.encoder.down_blocks:
         maps += sum(
             side**2 * (3 * resnet.norm1.num_channels + 6 * resnet.norm2.num_channels)
@@ -320,12 +391,12 @@ def row_bytes(model, config):
         side //= 2 if down.downsamplers else 1
     return {
         "generator": tuple(2 * tokens * width * blocks * passes for passes in (forward, backward)),
-        # 2 norms, rope, 2 residual sums, SwiGLU
+        # 2 norms, rope, 2 residual sums, SwiGLU.
         "MLLM": (
             layers * (prefix + queries) * (2 * 2 + 4 + 2 * 3 + 3 * gate),
             layers * queries * (2 * 3 + 4 + 2 * 2 + 5 * gate),
         ),
-        # 2 norms, heads apart, 2 scaled residuals, GELU at 4 x
+        # 2 norms, splitting into heads, 2 scaled residuals, GELU at 4 x.
         "ViT": (
             2
             * patches

@@ -1,13 +1,14 @@
-"""Held-out loss of stage 1 by weight and block of the alignment: python benchmarks/studies/alignment.py
-
-Each cell trains the default run's model from the same weights, on the same samples with the same masks, times and noise, and
-evaluates its average (EMA) on held-out images at fixed times. Differences to the cell without alignment are taken seed by
-seed, so that what a seed changes for all cells cancels.
+"""Measure the held-out loss of stage 1 by weight and block of the alignment.
 
     python benchmarks/studies/alignment.py --steps 250 --seeds 3 [section.key=value ...]
 
-Writes benchmarks/results/alignment-<config>-<device>-<date>.json after every run; a killed command that is started again on
-the same day with the same arguments continues.
+Each cell trains the default run's model from the same weights, on the same samples with the same
+masks, times and noise, and evaluates its average (EMA) on held-out images at fixed times.
+Differences to the cell without alignment are taken seed by seed, which cancels what a seed changes
+in all cells.
+
+Writes benchmarks/results/alignment-<config>-<device>-<date>.json after every run. A killed command
+resumes when it is started again on the same day with the same arguments.
 """
 
 from iomm.checkout import enter
@@ -23,7 +24,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.lib.harness import Bench
-from benchmarks.report import above_0, command, label
+from benchmarks.report import command, label, positive
 from benchmarks.studies.findings import T_95, widened
 from benchmarks.studies.recipes import read, write
 from iomm.engine.config import load_config
@@ -43,7 +44,7 @@ CELLS = {
 def heldout_loss(
     overrides: list[str], weight: float, block: int, seed: int, steps: int, ranks: group.Ranks
 ) -> dict:
-    """Train a cell and return {"mean", "by_time"}: the held-out velocity loss of its average."""
+    """Train a cell and return the held-out velocity loss of its average, {"mean", "by_time"}."""
     config = load_config(
         "demo",
         [
@@ -58,22 +59,25 @@ def heldout_loss(
     evaluation = Evaluation(config, bench.source, ranks)
     for _ in range(steps):
         bench.step()
-    # Its reader threads
+    # Ends the reader threads.
     bench.batches.close()
     return evaluation(bench.state)["heldout_loss"]["image"]
 
 
 def rows(runs: dict) -> dict[str, str]:
-    """{cell: {seed: heldout_loss's result}} -> {what: figure} for the README; cells without all seeds are left out."""
-    plain, found = runs.get("no alignment", {}), {}
+    """Return {cell: figure} for the README; cells without all seeds are left out.
+
+    runs: {cell: {seed: result of heldout_loss}}.
+    """
+    without, found = runs.get("no alignment", {}), {}
     for cell, by_seed in runs.items():
-        if set(by_seed) != set(plain):
+        if set(by_seed) != set(without):
             continue
-        losses = [by_seed[seed]["mean"] for seed in sorted(plain)]
+        losses = [by_seed[seed]["mean"] for seed in sorted(without)]
         text = f"held-out loss {statistics.mean(losses):.4f}"
         if cell != "no alignment":
-            changes = [by_seed[seed]["mean"] - plain[seed]["mean"] for seed in sorted(plain)]
-            # by Student's t alone
+            changes = [by_seed[seed]["mean"] - without[seed]["mean"] for seed in sorted(without)]
+            # The infinite bounds leave only Student's t.
             change = widened(changes, math.inf, -math.inf)
             text += f", {change.mean:+.4f} against none"
             if len(changes) > 1:
@@ -86,16 +90,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=above_0(int), default=250)
-    parser.add_argument("--seeds", type=above_0(int), default=3, help=f"up to {len(T_95)}")
+    parser.add_argument("--steps", type=positive(int), default=250)
+    parser.add_argument("--seeds", type=positive(int), default=3, help=f"up to {len(T_95) + 1}")
     parser.add_argument("--results", default=str(ROOT / "benchmarks/results"))
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args(argv)
     facts, settings = machine(), {"steps": args.steps, "overrides": args.overrides}
-    path = (
-        Path(args.results)
-        / f"{label('alignment-demo', args.overrides)}-{'cuda' if facts['gpu'] else 'cpu'}-{facts['date']}.json"
-    )
+    device = "cuda" if facts["gpu"] else "cpu"
+    name = f"{label('alignment-demo', args.overrides)}-{device}-{facts['date']}"
+    path = Path(args.results) / f"{name}.json"
     kept = read(path)
     runs = kept["runs"] if kept.get("settings") == settings else {}
     ranks = group.start(600)

@@ -1,8 +1,11 @@
-"""The README's default command, both stages, run and read: python benchmarks/studies/demo.py [train.steps=3000 ...]
+"""Run the README's default command, both stages, and collect its results.
 
-Writes benchmarks/results/demo[-<settings>]-<device>-<date>.json: seconds from start to end and in training, images/s, first
-and last loss, scores; and benchmarks/figures/demo[-<settings>].png: pictures of both stages over their steps, side by side.
-Settings apply to both stages. With --out the runs are kept, and an interrupted one is continued.
+    python benchmarks/studies/demo.py [train.steps=3000 ...]
+
+Writes benchmarks/results/demo[-<settings>]-<device>-<date>.json with seconds from start to end and
+in training, images/s, first and last loss, and scores. Also writes
+benchmarks/figures/demo[-<settings>].png with samples of both stages over their steps, side by side.
+Settings apply to both stages. With --out the runs are kept, and an interrupted run is resumed.
 """
 
 import sys
@@ -18,6 +21,8 @@ import statistics
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
+from typing import IO
 
 from PIL import Image
 
@@ -27,12 +32,15 @@ from iomm.engine.evaluation.shapes_grades import overall
 from iomm.engine.observe.doctor import machine
 from iomm.engine.parallel.cpu_ranks import free_port
 
-# Kinds of captions of one shape.
+# The kinds of captions with a single shape.
 SINGLE = "single_object", "colors"
 
 
-def launch(*arguments, said=None):
-    """One start of the engine on one device, at a free port -> its exit code; `said`: a file for what it prints."""
+def launch(*arguments: str, output: IO | None = None) -> int:
+    """Run the engine on one device, at a free port, and return its exit code.
+
+    output: file for what the run prints; default: this process's own.
+    """
     command = [
         str(Path(sys.executable).with_name("deepspeed")),
         "--num_gpus",
@@ -42,18 +50,16 @@ def launch(*arguments, said=None):
         str(ROOT / "engine/launch.py"),
         *arguments,
     ]
-    return subprocess.run(command, cwd=ROOT, stdout=said, stderr=said).returncode
+    return subprocess.run(command, cwd=ROOT, stdout=output, stderr=output).returncode
 
 
-def side_by_side(run_dirs, path, gap_px=24):
+def side_by_side(run_dirs: Sequence[Path], path: Path, gap_px: int = 24) -> None:
     """Write the progress sheets of several runs as one PNG, left to right, on white."""
     sheets = [
         Image.open(run_dir / "samples" / "progress.png").convert("RGB") for run_dir in run_dirs
     ]
-    width, height = (
-        sum(sheet.width for sheet in sheets) + gap_px * (len(sheets) - 1),
-        max(sheet.height for sheet in sheets),
-    )
+    width = sum(sheet.width for sheet in sheets) + gap_px * (len(sheets) - 1)
+    height = max(sheet.height for sheet in sheets)
     joined, left = Image.new("RGB", (width, height), "white"), 0
     for sheet in sheets:
         joined.paste(sheet, (left, 0))
@@ -62,19 +68,15 @@ def side_by_side(run_dirs, path, gap_px=24):
     joined.save(path)
 
 
-def stage(which, run_dir, *arguments):
-    """Run a stage -> what is reported of it."""
+def run_stage(stage: str, run_dir: Path, *arguments: str) -> dict:
+    """Run a stage and return its results."""
     started = time.perf_counter()
-    if code := launch("--stage", which, "--resume", "auto", *arguments, f"run.dir={run_dir}"):
+    if code := launch("--stage", stage, "--resume", "auto", *arguments, f"run.dir={run_dir}"):
         sys.exit(code)
-    seconds, rows = (
-        time.perf_counter() - started,
-        [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()],
-    )
-    scores, config = (
-        json.loads((run_dir / "scores.json").read_text()),
-        load_config(str(run_dir / "config.yaml")),
-    )
+    seconds = time.perf_counter() - started
+    rows = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    scores = json.loads((run_dir / "scores.json").read_text())
+    config = load_config(str(run_dir / "config.yaml"))
     return {
         "command_s": seconds,
         "training_s": sum(row["step_s"] for row in rows),
@@ -100,14 +102,14 @@ def stage(which, run_dir, *arguments):
     }
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "settings", nargs="*", help="of both stages, as engine/launch.py takes them"
+        "settings", nargs="*", help="settings of both stages, in the form of engine/launch.py"
     )
-    parser.add_argument("--out", help="folder of the two runs; default: one that is removed")
+    parser.add_argument("--out", help="folder to keep the two runs in; default: a temporary one")
     args = parser.parse_args()
     name = label("demo", args.settings)
     with tempfile.TemporaryDirectory() as folder:
@@ -115,16 +117,13 @@ def main():
         result = {
             "machine": machine(),
             "settings": args.settings,
-            "pretrain": stage("pretrain", first, *args.settings),
-            "finetune": stage("finetune", second, "--init", str(first), *args.settings),
+            "pretrain": run_stage("pretrain", first, *args.settings),
+            "finetune": run_stage("finetune", second, "--init", str(first), *args.settings),
         }
         side_by_side((first, second), ROOT / f"benchmarks/figures/{name}.png")
     facts = result["machine"]
-    path = (
-        ROOT
-        / "benchmarks/results"
-        / f"{name}-{'cuda' if facts['gpu'] else 'cpu'}-{facts['date']}.json"
-    )
+    device = "cuda" if facts["gpu"] else "cpu"
+    path = ROOT / f"benchmarks/results/{name}-{device}-{facts['date']}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(path)
 

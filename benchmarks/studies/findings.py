@@ -1,9 +1,9 @@
-"""The paper's findings and whether the cells of recipes.py reproduce them.
+"""Compare the paper's findings with the cells of recipes.py.
 
-All intervals are at 95 %. At either end an interval reaches as far as the wider of two: Student's t
-over the seeds, each of which is scored on scenes of its own, so that their spread includes the
-error of training and of the pictures; and Wilson's score interval over all pictures (Newcombe's
-for a difference), for seeds that agree by chance.
+All intervals are at 95 %. Each end of an interval is the wider of two. The first is Student's t
+over the seeds; each seed is scored on different scenes, so their spread includes the errors of
+training and of the pictures. The second is Wilson's score interval over all pictures (Newcombe's
+for a difference), which matters when seeds agree by chance.
 """
 
 import math
@@ -19,9 +19,9 @@ T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 Z_95 = 1.960
 # Combinations of colour, shape and role.
 SPLITS = {"train": "seen", "test": "unseen"}
-# A difference of shares up to which the paper's "as good as" holds here.
+# The largest difference of shares that counts as the paper's "as good as".
 LEVEL = 0.05
-# The share from which on a model has learned enough for a level comparison.
+# The smallest share at which a model has learned enough for an "as good as" comparison.
 LEARNED = 0.2
 ABOVE, NO_WORSE, AS_GOOD = (0.0, math.inf), (-LEVEL, math.inf), (-LEVEL, LEVEL)
 
@@ -35,7 +35,7 @@ class Interval(NamedTuple):
 
 
 def wilson(share: float, pictures: int) -> tuple[float, float]:
-    """Return Wilson's score interval of a share of so many pictures (Wilson 1927)."""
+    """Return Wilson's score interval of a share of `pictures` pictures (Wilson 1927)."""
     square = Z_95**2 / pictures
     centre = (share + square / 2) / (1 + square)
     half = Z_95 / (1 + square) * math.sqrt(share * (1 - share) / pictures + square / (4 * pictures))
@@ -43,17 +43,17 @@ def wilson(share: float, pictures: int) -> tuple[float, float]:
 
 
 def newcombe(a: float, b: float, pictures: int) -> tuple[float, float]:
-    """Return the interval of a - b, two shares of so many pictures each.
+    """Return the interval of a - b, two shares of `pictures` pictures each.
 
-    Newcombe 1998, method 10, which assumes independent pictures. Those of two cells are of the same
-    scenes, so that their errors partly cancel: the interval is wide rather than narrow.
+    Newcombe 1998, method 10, which assumes independent pictures. The pictures of two cells show the
+    same scenes, so their errors partly cancel and the interval is too wide rather than too narrow.
     """
     (a_low, a_high), (b_low, b_high) = wilson(a, pictures), wilson(b, pictures)
     return a - b - math.hypot(a - a_low, b_high - b), a - b + math.hypot(a_high - a, b - b_low)
 
 
 def widened(values: list[float], low: float, high: float) -> Interval:
-    """Return the mean of the seeds' values, with the wider of the given interval and of t."""
+    """Return the seeds' mean with the wider of the given interval and Student's t."""
     mean = statistics.mean(values)
     half = 0.0
     if len(values) > 1:
@@ -62,13 +62,13 @@ def widened(values: list[float], low: float, high: float) -> Interval:
 
 
 def interval(shares: list[float], pictures: int) -> Interval:
-    """Return the interval of a share from those of the seeds, of so many pictures each."""
+    """Return the interval of a share from the seeds' shares of `pictures` pictures each."""
     found = widened(shares, *wilson(statistics.mean(shares), pictures * len(shares)))
     return Interval(found.mean, max(0.0, found.low), min(1.0, found.high))
 
 
 def difference(a: list[float], b: list[float], pictures: int) -> Interval:
-    """Return the interval of a - b from the shares of two cells, by seed in the same order."""
+    """Return the interval of a - b from two cells' shares, given in the same order of seeds."""
     both = newcombe(statistics.mean(a), statistics.mean(b), pictures * len(a))
     return widened([one - other for one, other in zip(a, b, strict=True)], *both)
 
@@ -78,10 +78,10 @@ def verdict(found: Interval, agree: tuple[float, float], *, seeds: int, best: fl
 
     Args:
         found: difference of two shares.
-        agree: the differences with which the paper's finding holds.
-        seeds: how many; from one alone nothing follows about training.
-        best: the larger share. Models that learned next to nothing are as good as each other, which
-            says nothing: below LEARNED no level comparison is decided.
+        agree: range of differences that agree with the paper's finding.
+        seeds: number of seeds; a single one decides nothing about training.
+        best: the larger share. Two models that learned next to nothing are equally good, which
+            means nothing, so below LEARNED no "as good as" comparison is decided.
     """
     if seeds == 1 or (agree[0] < 0 and best < LEARNED):
         return "not decided"
@@ -94,7 +94,10 @@ def verdict(found: Interval, agree: tuple[float, float], *, seeds: int, best: fl
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """A finding on two cells, the paper's figures, and the differences that agree with it."""
+    """A finding of the paper about two cells.
+
+    paper: the paper's figures; agree: range of differences that agree with the finding.
+    """
 
     what: str
     experiment: str
@@ -152,7 +155,7 @@ FINDINGS = (
         agree=NO_WORSE,
     ),
     Finding(
-        what="without captions in fine-tuning those of pre-training are missed",
+        what="without captions in fine-tuning, captions in pre-training help",
         experiment="recipes",
         one="pair -> image",
         other="image -> image",
@@ -218,7 +221,7 @@ FINDINGS = (
     ),
 )
 
-# Of an experiment: {cell: {seed: {"text, train": {"fits": share, ..., "pictures": how many}, ...}}}
+# An experiment: {cell: {seed: {"text, train": {"fits": share, ..., "pictures": number}, ...}}}.
 Cells = dict[str, dict[int, dict[str, dict[str, float]]]]
 
 
@@ -228,13 +231,13 @@ def figure_of(experiment: str) -> tuple[str, str]:
 
 
 def shares_of(seeds: dict[int, dict], way: str, key: str) -> tuple[list[float], int]:
-    """Return the shares of the seeds in order and how many pictures each is of."""
+    """Return the shares in order of the seeds, and the number of pictures of each."""
     rows = [seeds[seed][way] for seed in sorted(seeds)]
     return [row[key] for row in rows], rows[0]["pictures"]
 
 
 def compare(finding: Finding, cells: Cells, split: str) -> dict:
-    """Return what the cells show of a finding, over the seeds that both have; {} without any."""
+    """Compare a finding's two cells over the seeds that both have; return {} without any."""
     one, other = cells.get(finding.one, {}), cells.get(finding.other, {})
     common = sorted(set(one) & set(other))
     if not common:
@@ -255,7 +258,7 @@ def compare(finding: Finding, cells: Cells, split: str) -> dict:
 
 
 def compared(experiments: dict[str, Cells]) -> list[dict]:
-    """Return a row a finding: what the paper says, and what seen and unseen combinations show."""
+    """Return a row per finding with the paper's figures and ours, seen and unseen combinations."""
     return [
         {
             "what": finding.what,
@@ -271,7 +274,7 @@ def compared(experiments: dict[str, Cells]) -> list[dict]:
 
 
 def in_words(row: dict) -> str:
-    """Return a side of a row as text, "0.62, 0.41: +0.21 (+0.10 to +0.32), reproduced"."""
+    """Return a comparison as text: "0.62, 0.41: +0.21 (+0.10 to +0.32), reproduced"."""
     if not row:
         return "not run"
     mean, low, high = row["difference"].values()
@@ -281,7 +284,7 @@ def in_words(row: dict) -> str:
 
 
 def findings_table(rows: list[dict]) -> str:
-    """Return Markdown: what the paper says and what was found here."""
+    """Return a Markdown table of the paper's figures and ours."""
     lines = ["| finding | paper | here, seen combinations | here, unseen |", "|---|---|---|---|"]
     lines += [
         f"| {row['what']} | {row['paper']} | {in_words(row['seen'])} | {in_words(row['unseen'])} |"
@@ -313,7 +316,7 @@ def summary(cells: Cells) -> dict[str, dict[str, dict[str, dict]]]:
 
 
 def draw(experiments: dict[str, Cells], path: Path, limits: dict[str, float]) -> None:
-    """Write a PNG: for each experiment the figure that decides it, a row a cell.
+    """Draw a PNG with the deciding figure of each experiment, a row per cell.
 
     limits: {way: share that real pictures reach}, drawn as a dashed line.
     """
@@ -322,7 +325,7 @@ def draw(experiments: dict[str, Cells], path: Path, limits: dict[str, float]) ->
     heights = [len(cells) + 1.5 for cells in experiments.values()]
     figure = plt.Figure(figsize=(8, 0.34 * sum(heights)), layout="constrained")
     axes = figure.subplots(len(experiments), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for axis, (name, cells) in zip(axes, experiments.items()):
+    for axis, (name, cells) in zip(axes, experiments.items(), strict=True):
         way, key = figure_of(name)
         for split, shift, marker, colour in (
             ("train", -0.12, "o", "tab:blue"),

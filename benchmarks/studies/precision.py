@@ -1,9 +1,12 @@
-"""Whether training in fp8 follows training in bf16: python benchmarks/studies/precision.py [--steps N] [section.key=value ...]
+"""Compare training in fp8 with training in bf16.
 
-Three runs by the engine on the shapes world, one after the other: bf16, fp8, and bf16 from another seed, which says how far
-apart two sound runs are. Without a GPU it is the demo; with one it is IOMM-B's generator at its own token counts (1024
-latents of 64 px images, 256 queries). Writes benchmarks/results/precision-<device>-<date>.json: curves, means over the last
-tenth of the steps, images/s. Only one made on a GPU is the record that `precision: fp8` waits for.
+    python benchmarks/studies/precision.py [--steps N] [section.key=value ...]
+
+The engine makes three runs on the shapes dataset, one after the other: bf16, fp8, and bf16 from
+another seed, which shows how much two correct runs differ. Without a GPU the model is the demo;
+with one it is IOMM-B's generator at its own token counts (1024 latents of 64 px images, 256
+queries). Writes benchmarks/results/precision-<device>-<date>.json with the curves, means over the
+last tenth of the steps, and images/s. Only a result from a GPU is evidence for `precision: fp8`.
 """
 
 import sys
@@ -20,7 +23,7 @@ import statistics
 import subprocess
 import tempfile
 
-from benchmarks.report import above_0
+from benchmarks.report import positive
 from iomm.engine.observe.doctor import machine
 
 RUNS = {"bf16": ("bf16", 0), "fp8": ("fp8", 0), "bf16, another seed": ("bf16", 1)}
@@ -36,12 +39,15 @@ ON_A_GPU = [
     "optim.warmup_steps=50",
     "ema.decay=0",
 ]
-# With a GPU: 302 TFLOP a step, three runs in ten minutes; without.
+# By whether there is a GPU. With one, a step takes 302 TFLOP and three runs fit in ten minutes.
 STEPS = {True: 100, False: 300}
 
 
-def run(folder, precision, seed, steps, overrides):
-    """One launch -> rows of log.jsonl. Another seed draws other images, weights, masks and noise of the same world."""
+def run(folder: str, precision: str, seed: int, steps: int, overrides: list[str]) -> list[dict]:
+    """Train a run and return the rows of its log.jsonl.
+
+    Another seed draws other images, weights, masks and noise from the same dataset.
+    """
     arguments = [
         f"run.dir={folder}",
         f"precision={precision}",
@@ -63,12 +69,13 @@ def run(folder, precision, seed, steps, overrides):
         check=True,
     )
     rows = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-    # On a GPU 15 GB each, more than a rented disk has room for.
+    # A run takes 15 GB on a GPU; three of them may not fit on a rented disk.
     shutil.rmtree(folder)
     return rows
 
 
-def summary(rows):
+def summary(rows: list[dict]) -> dict:
+    """Return the figures of a run from the rows of its log."""
     last = rows[-max(1, len(rows) // 10) :]
     return {
         "last_loss": statistics.mean(row["loss"] for row in last),
@@ -79,8 +86,11 @@ def summary(rows):
     }
 
 
-def compare(folder, steps, overrides):
-    """-> {run: summary}, and how far fp8 and another seed end from bf16, as shares of its loss."""
+def compare(folder: str, steps: int, overrides: list[str]) -> dict:
+    """Train all runs and return their summaries.
+
+    `fp8_over_bf16` and `seed_over_bf16` are the relative differences of the last losses to bf16's.
+    """
     runs = {
         name: summary(run(f"{folder}/{i}", precision, seed, steps, overrides))
         for i, (name, (precision, seed)) in enumerate(RUNS.items())
@@ -96,13 +106,13 @@ def compare(folder, steps, overrides):
     }
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--steps",
-        type=above_0(int),
+        type=positive(int),
         help=f"default: {STEPS[True]} with a GPU, {STEPS[False]} without",
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -110,15 +120,12 @@ def main():
     args.steps = args.steps or STEPS[bool(facts["gpu"])]
     with tempfile.TemporaryDirectory() as folder:
         result = compare(folder, args.steps, [*(ON_A_GPU if facts["gpu"] else []), *args.overrides])
-    path = (
-        ROOT
-        / "benchmarks/results"
-        / f"precision-{'cuda' if facts['gpu'] else 'cpu'}-{facts['date']}.json"
-    )
+    device = "cuda" if facts["gpu"] else "cpu"
+    path = ROOT / f"benchmarks/results/precision-{device}-{facts['date']}.json"
     path.write_text(json.dumps({"machine": facts, **result}, indent=1) + "\n")
     print(
-        f"loss of fp8 over bf16's {result['fp8_over_bf16']:+.2%}, of another seed {result['seed_over_bf16']:+.2%}; "
-        f"images/s x {result['speedup']:.2f}\n{path}"
+        f"loss relative to bf16: fp8 {result['fp8_over_bf16']:+.2%}, another seed "
+        f"{result['seed_over_bf16']:+.2%}; images/s x {result['speedup']:.2f}\n{path}"
     )
 
 

@@ -1,26 +1,30 @@
-"""Run the paper's comparisons on the shapes dataset: python benchmarks/studies/recipes.py
+"""Run the paper's comparisons on the shapes dataset.
+
+    python benchmarks/studies/recipes.py [experiment ...]
 
     recipes     pre-train on {image, pair} x fine-tune on {image, pair, mix}: the paper's table
     ratio       share of hidden image tokens, in stage 1 and in the image half of stage 2
-    adapter     none, MetaQuery, MetaQuery with as many parameters as the RQA (one connector layer
-                has its 12 D^2), RQA; also scored on masked images after stage 1
+    adapter     none, MetaQuery, MetaQuery with the same number of parameters as the RQA (a
+                connector layer has the same 12 D^2), RQA; also scored on masked images after
+                stage 1
     mix         lambda, the share of images in stage 2
     choices     hidden tokens dropped or zeroed, a Bernoulli or a fixed number of them, outputs at
-                the queries or all, the generator aligned or not; runs only if it is named
+                the queries or all, the generator aligned or not; runs only on request
     editing     "make it red", "add a blue square to the left", which the generator never saw (the
-                tiny MLLM did); scored on what was asked for and on what had to stay
+                tiny MLLM did); scored on the requested change and on what had to be kept
 
 A cell is two runs of the engine with the demo configs, the steps of the budget, and the cell's own
-settings. Stage 1 on pairs has as many distinct pairs as stage 1 on images has images. Stage 2 has
-another seed, so that its images and its few pairs are new to every cell. engine/evaluation/shapes_grades.py
-scores seen and unseen combinations on scenes and noise of the cell's seed, the same for every cell;
-benchmarks/studies/findings.py computes intervals and verdicts.
+settings. Stage 1 on pairs has the same number of distinct pairs as stage 1 on images has images.
+Stage 2 has another seed, so its images and its few pairs are new to every cell.
+engine/evaluation/shapes_grades.py scores seen and unseen combinations on scenes and noise of the
+cell's seed, which are the same for every cell. benchmarks/studies/findings.py computes intervals
+and verdicts.
 
-Each seed runs all cells before the next begins, the default cell first, and the results are written
-after every cell. Runs and scores are kept below --out under a name made from everything that
-changes them. To resume a killed command, start it again: what is complete is kept, a run resumes
-from its last checkpoint, and a run that is still training is waited for. --status prints what is
-done and the hours left.
+For each seed all cells run before the next seed begins, the default cell first, and the results are
+written after every cell. Runs and scores are kept below --out under a name made from everything
+that changes them. To resume a killed command, start it again: complete runs are kept, other runs
+resume from their last checkpoint, and a run that is still training is waited for. --status prints
+what is done and the hours left.
 """
 
 import sys
@@ -36,17 +40,18 @@ import hashlib
 import json
 import statistics
 import traceback
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import product
 from threading import Lock
+from typing import Any
 
 import torch
 
-from benchmarks.report import above_0
+from benchmarks.report import positive
 from benchmarks.studies.demo import launch
 from benchmarks.studies.findings import (
     SPLITS,
@@ -73,23 +78,24 @@ from iomm.engine.shapes import dataset, scorer
 
 # The config of each stage.
 STAGES = {"pretrain": "demo", "finetune": "demo-finetune"}
-# Steps of stage 1 and of stage 2 in a cpu-night, for at least half of the captions fully right in
-# the default cell.
+# Steps of stage 1 and of stage 2 in a cpu-night, so that at least half of the captions are fully
+# right in the default cell.
 NIGHT_STEPS = (1500, 1500)
-# Seconds a step with two runs side by side, until a run below --out has measured it.
+# Seconds per step of two concurrent runs, until a run below --out has measured it.
 NIGHT_STEP_S = 0.65
-# From a launch to its first step, encoding the dataset included, and from its last step to its end.
+# Seconds of a run outside its steps: from launch to first step, including the encoding of the
+# dataset, and from the last step to the end.
 START_S = 60.0
-# To sample and score a picture.
+# Seconds to sample and score a picture.
 PICTURE_S = 0.1
-# Added to run.seed in stage 2, for other images, pairs, masks and noise than in stage 1.
+# Added to run.seed in stage 2, so that images, pairs, masks and noise differ from stage 1.
 STAGE_2_SEED = 100
-# Of runs that train side by side; neither changes what is computed.
-SIDE_BY_SIDE = ("train.threads=1", "train.cpu_ranks=1")
-# Of all runs. The paper has no alignment, and pairs could not have it with their latents in memory.
-# Nothing is evaluated while a run trains, so that nothing needs to be held out.
+# Settings of concurrent runs; neither changes what is computed.
+CONCURRENT = ("train.threads=1", "train.cpu_ranks=1")
+# Settings of all runs. The paper has no alignment, and it is not available for pairs whose latents
+# are in memory. No evaluation happens during training, so no data needs to be held out.
 EVERY_RUN = ("align.weight=0", "data.heldout=0")
-# In the folder of a run.
+# File in the folder of a run.
 SCORES = "recipe-scores.json"
 FIGURES = ("fits", "number", "colours", "shapes")
 FIGURES_OF_EDITS = ("edited", "kept", *FIGURES, "object", "place", "size", "background")
@@ -97,8 +103,18 @@ FIGURES_OF_EDITS = ("edited", "kept", *FIGURES, "object", "place", "size", "back
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """How much a command runs: steps of both stages, seeds, pictures a kind and split, Euler steps
-    of each, cells side by side, expected seconds a step, settings of all runs, experiments.
+    """How much a command runs.
+
+    Attributes:
+        pretrain: steps of stage 1.
+        finetune: steps of stage 2.
+        seeds: number of seeds.
+        per_kind: pictures per kind of caption and split.
+        draw_steps: Euler steps of each picture.
+        jobs: number of cells that run concurrently.
+        step_s: expected seconds per step.
+        settings: settings of all runs.
+        experiments: names of the experiments.
     """
 
     pretrain: int
@@ -133,7 +149,7 @@ BUDGETS = {
         jobs=2,
         step_s=NIGHT_STEP_S,
     ),
-    # Has not run yet. Compiling takes longer than such a run.
+    # Has not been run yet. Without torch.compile, which would take longer than these short runs.
     "gpu": Budget(
         pretrain=NIGHT_STEPS[0],
         finetune=NIGHT_STEPS[1],
@@ -150,7 +166,15 @@ BUDGETS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """Settings of both stages, of stage 1 and of stage 2; ways of grade() to score after each."""
+    """Settings of a pair of runs.
+
+    Attributes:
+        both: settings of both stages.
+        first: settings of stage 1.
+        second: settings of stage 2.
+        after_first: ways of grade() in which stage 1 is scored.
+        after_second: ways of grade() in which stage 2 is scored.
+    """
 
     both: tuple = ()
     first: tuple = ()
@@ -161,7 +185,7 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A training run; the name of its folder is a hash of all that changes what is computed."""
+    """A training run; its folder is named by a hash of everything that changes the computation."""
 
     stage: str
     steps: int
@@ -171,8 +195,8 @@ class Run:
 
 
 PRETRAIN = {"image": ("train.data=image",), "pair": ("train.data=pair", "data.pairs=shapes")}
-# In the order in which cells run. Cells that share a stage 1 are not neighbours: side by side, one
-# would have to wait for the other.
+# In the order in which cells run. Cells that share a stage 1 are not neighbours, because one of two
+# concurrent ones would have to wait for the other.
 RECIPES = {
     f"{pre} -> {fine}": Cell(first=first, second=(f"train.data={fine}",))
     for fine in ("mix", "pair", "image")
@@ -207,14 +231,14 @@ EXPERIMENTS = {
 }
 
 
-def write(path: Path, content) -> None:
-    """Write a JSON file, whole or not at all."""
+def write(path: Path, content: Any) -> None:
+    """Write a JSON file atomically."""
     with whole_file(path) as partial:
         partial.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def read(path: Path) -> dict:
-    """Return what write() wrote, or {} where nothing can be read."""
+    """Return the content of a JSON file, or {} if it is missing or damaged."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
@@ -222,16 +246,17 @@ def read(path: Path) -> dict:
 
 
 class Runs:
-    """The runs and scores of a budget below a folder; what is there already is not made again."""
+    """The runs and scores of a budget below a folder; existing ones are reused."""
 
     def __init__(self, folder: str | Path, budget: Budget):
         self.folder, self.budget, self.locks = Path(folder), budget, {}
 
-    def locked(self, name) -> Lock:
-        """Return the lock of that name; cells side by side may need the same run or score."""
+    def locked(self, name: Hashable) -> Lock:
+        """Return the lock of that name; concurrent cells may need the same run or score."""
         return self.locks.setdefault(name, Lock())
 
-    @cache
+    # The cache keeps `self` alive, which is fine: a command creates a single Runs.
+    @cache  # noqa: B019
     def both(self, cell: Cell, seed: int) -> tuple[Run, Run]:
         """Return the runs of stage 1 and of stage 2 of a cell."""
         common = (*EVERY_RUN, *self.budget.settings, *cell.both)
@@ -244,11 +269,11 @@ class Runs:
         return first, self.run("finetune", self.budget.finetune, settings, first.dir)
 
     def run(self, stage: str, steps: int, settings: tuple, init: Path | None = None) -> Run:
-        """Return a run; equal ones have the same folder, however their settings are spelt."""
+        """Return a run; equal runs have the same folder, however their settings are written."""
         config = flat(config_of(stage, settings))
         bound = {key: value for key, value in config.items() if key not in FREE_KEYS}
         bound |= {"run.init": init and init.name, "world": dataset.VERSION}
-        # of the shipped MLLM and VAE
+        # Hashes of the shipped MLLM and VAE.
         bound |= read(shapes.HASHES)
         name = json.dumps([stage, steps, bound], sort_keys=True)
         folder = self.folder / f"{stage}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
@@ -266,9 +291,9 @@ class Runs:
             folder = checkpoint_reader.newest(run.dir / "checkpoints", say=lambda line: None)
             if folder is not None and checkpoint_reader.step_of(folder) >= run.steps:
                 return
-            fast = SIDE_BY_SIDE if self.budget.jobs > 1 and not torch.cuda.is_available() else ()
+            is_concurrent = self.budget.jobs > 1 and not torch.cuda.is_available()
             init = ("--init", str(run.init)) if run.init is not None else ()
-            with open(run.dir / "said.txt", "ab") as said:
+            with open(run.dir / "said.txt", "ab") as output:
                 code = launch(
                     "--stage",
                     run.stage,
@@ -276,20 +301,22 @@ class Runs:
                     "auto",
                     *init,
                     *run.settings,
-                    *fast,
+                    *(CONCURRENT if is_concurrent else ()),
                     f"run.dir={run.dir}",
                     f"train.steps={run.steps}",
                     "checkpoint.every_steps=250",
                     "checkpoint.keep=2",
                     "evaluate.every_steps=0",
                     "log.sample_images=0",
-                    said=said,
+                    output=output,
                 )
             if code:
-                raise InputError(f"a run ended with exit code {code}: see {run.dir}/said.txt")
+                raise InputError(
+                    f"a run failed with exit code {code}. Its output is in {run.dir}/said.txt"
+                )
 
     def scored_with(self) -> dict:
-        """Return what scores depend on beside the run; those kept with other values are redone."""
+        """Return what scores depend on besides the run; scores with other values are redone."""
         return {
             "per_kind": self.budget.per_kind,
             "draw_steps": self.budget.draw_steps,
@@ -299,18 +326,18 @@ class Runs:
         }
 
     def known(self, run: Run, ways: Iterable[str]) -> dict[str, dict[str, float]] | None:
-        """Return {"text, train": {"fits": share, ..., "pictures": how many}, ...} of a run.
+        """Return {"text, train": {"fits": share, ..., "pictures": number}, ...} of a run.
 
-        None if some are missing.
+        None if any of them is missing.
         """
         kept = read(run.dir / SCORES)
-        wanted = [f"{way}, {split}" for way in ways for split in SPLITS]
-        if wanted and (kept.get("settings") != self.scored_with() or not set(wanted) <= set(kept)):
+        names = [f"{way}, {split}" for way in ways for split in SPLITS]
+        if names and (kept.get("settings") != self.scored_with() or not set(names) <= set(kept)):
             return None
-        return {name: kept[name] for name in wanted}
+        return {name: kept[name] for name in names}
 
     def score(self, run: Run, ways: Iterable[str], seed: int) -> None:
-        """Score a trained run in the ways that are missing, and keep the shares in its folder."""
+        """Score a trained run in the missing ways and keep the shares in its folder."""
         path = run.dir / SCORES
         with self.locked(path):
             kept, model = read(path), None
@@ -320,7 +347,7 @@ class Runs:
                 if self.known(run, (way,)) is not None:
                     continue
                 if model is None:
-                    # The first imports of transformers fail in two threads at once.
+                    # The first imports of transformers fail if two threads make them at once.
                     with self.locked("transformers"):
                         device = "cuda" if torch.cuda.is_available() else "cpu"
                         config, model, _ = builders.load_run(run.dir, device=device)
@@ -343,7 +370,7 @@ class Runs:
                 write(path, kept)
 
     def do(self, cell: Cell, seed: int) -> None:
-        """Train and score a cell; what is complete is left as it is."""
+        """Train and score a cell; complete runs and scores are kept."""
         first, second = self.both(cell, seed)
         self.train(first)
         self.score(first, cell.after_first, seed)
@@ -357,7 +384,7 @@ class Runs:
         return None if None in found else found[0] | found[1]
 
     def gathered(self, name: str) -> Cells:
-        """Return {cell: {seed: scores}} of the complete cells and seeds of an experiment."""
+        """Return {cell: {seed: scores}} of an experiment's complete cells and seeds."""
         cells = EXPERIMENTS[name]
         if all(cell.replace(".", "").isdigit() for cell in cells):
             cells = dict(sorted(cells.items(), key=lambda item: float(item[0])))
@@ -372,7 +399,7 @@ class Runs:
         return {cell: seeds for cell, seeds in rows.items() if seeds}
 
     def commits(self, name: str) -> str:
-        """Return the commits at which the runs of an experiment were made, in their order."""
+        """Return the commits at which an experiment's runs were made, in order."""
         runs = [
             run
             for cell in EXPERIMENTS[name].values()
@@ -385,11 +412,12 @@ class Runs:
         )
 
     def hours_left(self, names: Iterable[str]) -> tuple[float, float]:
-        """Return the hours that what is left of experiments will take, and the seconds a step."""
+        """Return the expected hours left for these experiments, and the seconds per step."""
         runs, unscored = {}, set()
         for name in names:
             for cell, seed in product(EXPERIMENTS[name].values(), range(self.budget.seeds)):
-                for run, ways in zip(self.both(cell, seed), (cell.after_first, cell.after_second)):
+                ways_after = (cell.after_first, cell.after_second)
+                for run, ways in zip(self.both(cell, seed), ways_after, strict=True):
                     runs[run.dir] = run
                     unscored |= {(run.dir, way) for way in ways if self.known(run, (way,)) is None}
         pictures = len(unscored) * len(SPLITS) * self.budget.per_kind * len(dataset.KINDS)
@@ -401,7 +429,7 @@ class Runs:
         return seconds / 3600 / self.budget.jobs, step_s
 
     def step_s(self) -> float:
-        """Return the median seconds a step of the newest log, or the budget's without a log."""
+        """Return the median seconds per step of the newest log, or the budget's without a log."""
         logs = sorted(self.folder.glob("*/log.jsonl"), key=lambda log: log.stat().st_mtime)
         for log in reversed(logs):
             lines = log.read_text().splitlines()[-100:]
@@ -409,7 +437,7 @@ class Runs:
                 if rows := [json.loads(line)["step_s"] for line in lines]:
                     return statistics.median(rows)
             except ValueError:
-                # a line that is being written
+                # The last line is still being written.
                 continue
         return self.budget.step_s
 
@@ -421,17 +449,17 @@ def config_of(stage: str, settings: tuple) -> RunConfig:
 
 
 def wait_until_free(run_dir: Path) -> None:
-    """Wait for a run that still trains in a folder: its launcher outlives a killed command."""
-    # A file system without locks.
+    """Wait for a run that still trains in a folder, as its launcher survives a killed command."""
+    # OSError: the file system has no locks.
     with open(run_dir / ".lock", "a") as file, suppress(OSError):
-        # Closing the file gives the lock back.
+        # Closing the file releases the lock.
         fcntl.lockf(file, fcntl.LOCK_EX)
 
 
 def real_limits(runs: Runs) -> dict:
-    """Return {"text": {split: share}, "edit": ...} of real pictures through the VAE.
+    """Score real pictures reconstructed by the VAE, which are the limit for any model.
 
-    This is the limit for any model.
+    Returns {"text": {split: share}, "edit": {split: share}}.
     """
     config, per_kind = config_of("pretrain", ()), min(32, runs.budget.per_kind)
     size_px = config.data.size_px
@@ -453,7 +481,7 @@ def real_limits(runs: Runs) -> dict:
 
 
 def show(name: str, cells: Cells) -> str:
-    """Return an experiment as text, a line a cell, way and split."""
+    """Return an experiment as text, a line per cell, way and split."""
     lines = [f"{name:<22}{'':<14}{'seeds':>6}" + f"{'':>4}figures with 95 % intervals"]
     for cell, seeds in cells.items():
         for way in next(iter(seeds.values())):
@@ -466,7 +494,7 @@ def show(name: str, cells: Cells) -> str:
 
 
 def paper_table(cells: Cells, split: str = "train", key: str = "fits") -> str:
-    """Return the six recipes as the paper prints them: rows pre-train, columns fine-tune."""
+    """Return the six recipes in the paper's layout: rows pre-train, columns fine-tune."""
     columns = ("image", "pair", "mix")
     lines = [
         f"{f'{key}, {SPLITS[split]}: pre-train | fine-tune':<40}"
@@ -484,7 +512,7 @@ def paper_table(cells: Cells, split: str = "train", key: str = "fits") -> str:
 
 
 def quoted(name: str, cells: Cells, budget: Budget) -> dict[str, str]:
-    """Return {what: figure} for the README of one experiment."""
+    """Return {what: figure} of an experiment for the README."""
     figures = {"fits": "all of the caption right", "colours": "number and colours right"}
     if name == "editing":
         figures = {
@@ -508,9 +536,9 @@ def quoted(name: str, cells: Cells, budget: Budget) -> dict[str, str]:
 def publish(
     runs: Runs, names: Iterable[str], path: Path, given: dict, real: dict
 ) -> dict[str, Cells]:
-    """Write the results of all that is complete, a JSON and a PNG; return {experiment: its cells}.
+    """Write all complete results as a JSON and a PNG, and return {experiment: its cells}.
 
-    Experiments that were not asked for are in it as well, once they have two cells to compare.
+    Experiments that were not requested are included once they have two cells to compare.
     """
     here, rows, of = machine(), {}, {}
     found = {
@@ -521,14 +549,15 @@ def publish(
     for name, cells in found.items():
         mine = quoted(name, cells, runs.budget)
         rows |= mine
-        of |= dict.fromkeys(mine, {**here, "commit": runs.commits(name)})
+        facts = {**here, "commit": runs.commits(name)}
+        of |= dict.fromkeys(mine, facts)
     findings = compared(found)
     for row in findings:
         if row["seen"]:
             what = f"paper, {row['experiment']}: {row['what']} ({row['paper']})"
             rows[what] = "; ".join(f"{shown}: {in_words(row[shown])}" for shown in SPLITS.values())
             of[what] = {**here, "commit": runs.commits(row["experiment"])}
-    rows["shapes dataset, real pictures through the VAE found right: the limit for any model"] = (
+    rows["shapes dataset, real pictures through the VAE scored as right: limit for any model"] = (
         "; ".join(
             f"{way}, {SPLITS[split]} {share:.2f}"
             for way, shares in real.items()
@@ -557,7 +586,7 @@ def publish(
 
 
 def status(runs: Runs, names: Iterable[str]) -> str:
-    """Return what is done and what is left, a line a cell."""
+    """Return what is done and what is left, a line per cell."""
     found = {name: runs.gathered(name) for name in names}
     lines = [
         f"{name:<10}{cell:<24}{len(found[name].get(cell, {}))} of {runs.budget.seeds} seeds"
@@ -569,13 +598,13 @@ def status(runs: Runs, names: Iterable[str]) -> str:
         [
             *lines,
             f"expected: {hours:.1f} hours left, {runs.budget.jobs} at a time, "
-            f"{step_s:.2f} s a step",
+            f"{step_s:.2f} s per step",
         ]
     )
 
 
 def results_name(name: str, budget: Budget) -> str:
-    """Return the name of a budget's results, with steps and seeds that are not the budget's own."""
+    """Return the name of a budget's results, including steps and seeds that were overridden."""
     own = BUDGETS[name]
     changed = (budget.pretrain, budget.finetune) != (own.pretrain, own.finetune)
     steps = (f"{budget.pretrain}-{budget.finetune}-steps",) if changed else ()
@@ -584,12 +613,14 @@ def results_name(name: str, budget: Budget) -> str:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """Return the command line, with the budget as it asks for it in `budget_asked`."""
+    """Parse the command line; the resulting budget is in `effective_budget`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "experiments", nargs="*", help=f"of: {', '.join(EXPERIMENTS)}; default: the budget's"
+        "experiments",
+        nargs="*",
+        help=f"any of {', '.join(EXPERIMENTS)}; default: the budget's",
     )
     parser.add_argument(
         "--budget",
@@ -598,42 +629,42 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="cpu-smoke: minutes, for the slow tests; cpu-night: two cores, --status prints the "
         "hours; gpu: recipes and editing on one GPU, not run yet",
     )
-    parser.add_argument("--seeds", type=above_0(int), help="default: the budget's")
+    parser.add_argument("--seeds", type=positive(int), help="default: the budget's")
     parser.add_argument(
         "--steps",
-        type=above_0(int),
+        type=positive(int),
         nargs=2,
         metavar=("STAGE_1", "STAGE_2"),
         help="default: the budget's",
     )
     parser.add_argument(
         "--jobs",
-        type=above_0(int),
-        help="cells side by side, of one thread each; default: the budget's",
+        type=positive(int),
+        help="cells to run concurrently, with one thread each; default: the budget's",
     )
     parser.add_argument(
-        "--status", action="store_true", help="print what is done and what is left; runs nothing"
+        "--status", action="store_true", help="print what is done and what is left, and exit"
     )
     parser.add_argument(
         "--out",
         default=str(ROOT / "runs/recipes"),
-        help="folder of the runs; what is there is not run again",
+        help="folder of the runs; existing ones are reused",
     )
     parser.add_argument("--results", default=str(ROOT / "benchmarks/results"))
     args = parser.parse_args(argv)
     own = BUDGETS[args.budget]
     pretrain, finetune = args.steps or (own.pretrain, own.finetune)
-    args.budget_asked = replace(
+    args.effective_budget = replace(
         own,
         pretrain=pretrain,
         finetune=finetune,
         seeds=args.seeds or own.seeds,
         jobs=args.jobs or own.jobs,
     )
-    if args.budget_asked.seeds > max(T_95) + 1:
-        parser.error(f"--seeds must be 1 to {max(T_95) + 1}, got {args.budget_asked.seeds}")
+    if args.effective_budget.seeds > max(T_95) + 1:
+        parser.error(f"--seeds must be 1 to {max(T_95) + 1}, got {args.effective_budget.seeds}")
     if unknown := set(args.experiments) - set(EXPERIMENTS):
-        parser.error(f"no experiment {sorted(unknown)[0]}: choose of {', '.join(EXPERIMENTS)}")
+        parser.error(f"no experiment {sorted(unknown)[0]}: choose from {', '.join(EXPERIMENTS)}")
     args.experiments = [
         name for name in EXPERIMENTS if name in (args.experiments or own.experiments)
     ]
@@ -643,7 +674,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Run the experiments; return the exit code."""
     args = parse_args(argv)
-    budget, names = args.budget_asked, args.experiments
+    budget, names = args.effective_budget, args.experiments
     runs = Runs(Path(args.out) / args.budget, budget)
     print(status(runs, names), flush=True)
     if args.status:
@@ -666,14 +697,14 @@ def main(argv: list[str] | None = None) -> int:
             try:
                 done.result()
             except Exception as error:
-                # the other cells go on
+                # The other cells still run.
                 failed += 1
                 if not isinstance(error, InputError):
                     traceback.print_exception(error)
                 words = error if isinstance(error, InputError) else repr(error)
                 print(f"iomm: {label}: {words}", file=sys.stderr, flush=True)
                 continue
-            # of all that is complete, also of cells that ended before this one
+            # Includes cells that ended before this one.
             publish(runs, names, path, given, real)
             print(f"done: {label}; {runs.hours_left(names)[0]:.1f} hours left", flush=True)
     finally:

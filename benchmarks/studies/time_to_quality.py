@@ -1,37 +1,42 @@
-"""Wall time until a model reaches a given quality: our engine against Algorithm 1 in plain PyTorch.
+"""Measure the training time until a model reaches a given quality, ours against the baseline.
 
-    python benchmarks/studies/time_to_quality.py                                       stage 1, three seeds
-    python benchmarks/studies/time_to_quality.py --stage finetune run.init=runs/demo   stage 2 after a run
-    python benchmarks/studies/time_to_quality.py --seeds 1 --variants plain,ours train.steps=300
+    stage 1 with three seeds, stage 2 after a run, and shorter studies:
+    python benchmarks/studies/time_to_quality.py
+    python benchmarks/studies/time_to_quality.py --stage finetune run.init=runs/demo
+    python benchmarks/studies/time_to_quality.py --seeds 1 --variants baseline,ours train.steps=300
     python benchmarks/studies/time_to_quality.py optim.schedule=constant --seconds 900
 
-    plain           Algorithm 1 in plain PyTorch (benchmarks/lib/baseline.py): hidden tokens are masked
-    literal         the same with hidden tokens as zeros and all MLLM outputs as condition; stage 1
-    ours            the engine without what follows: the same function as plain
-    ours+align      and the alignment loss: align.weight, 0.5 unless the config sets it
-    ours+latents    and latents and image tokens encoded before training: data.latents=memory
-    ours+cache      and VAE latents on the disk, as `iomm cache` writes them; stage 1
-    ours+draws      and several noise draws for each image: train.noise_draws, 2 unless the config sets more
-    everything      alignment, noise draws, and latents and image tokens encoded before training
+    baseline        Algorithm 1 in plain PyTorch (benchmarks/lib/baseline.py), hidden tokens masked
+    literal         the baseline with hidden tokens as zeros and all MLLM outputs as condition;
+                    stage 1 only
+    ours            the engine without the features below: the same function as the baseline
+    ours+align      with the alignment loss: align.weight, 0.5 unless the config sets it
+    ours+latents    with latents and image tokens encoded before training: data.latents=memory
+    ours+cache      with VAE latents on disk, as `iomm cache` writes them; stage 1 only
+    ours+draws      with several noise draws for each image: train.noise_draws, 2 unless the config
+                    sets more
+    everything      with alignment, noise draws, and latents and image tokens encoded before
+                    training
 
-A variant ends after train.steps, with --seconds after that much time of its own if that comes
-first. Under a constant learning rate train.steps does not count and --seconds is 600 by default.
+A variant ends after train.steps, or after --seconds of training if that comes first. Under a
+constant learning rate train.steps is ignored and --seconds is 600 by default.
 
-All variants train in this process, in the shapes dataset, from the same weights, on the same
-samples in the same order with the same masks, times and noise, with the same optimizer and
-learning rate. They take turns of --slice seconds on the same cores, in an order that rotates, so
-that the noise of a shared machine hits all alike. A variant's time is the sum of its own turns;
-evaluation is not counted, and encoding before training is counted once and reported apart.
+All variants train in this process, on the shapes dataset, from the same weights, on the same
+samples in the same order with the same masks, times and noise, with the same optimizer and learning
+rate. They take turns of --slice seconds on the same cores in a rotating order, which spreads the
+noise of a shared machine evenly. A variant's time is the sum of its own turns. Evaluation is not
+counted. Encoding before training is counted once and reported separately.
 
-After every turn the averaged (EMA) weights are evaluated: velocity loss of held-out samples at
-fixed times and noise, and the strict score, the share of pictures that fit their caption in every
-word (engine/shapes/scorer.py): of masked images in stage 1, of captions in stage 2. Both are found
-by one model and one function for all variants. The time at which a variant reaches a quality is
-interpolated linearly on its best value so far. Ratios are those of the first variant's time over
-another's, seed by seed: median, lowest and highest over the seeds.
+After every turn the averaged (EMA) weights are evaluated by the same model and function for all
+variants. The held-out loss is the velocity loss of held-out samples at fixed times and noise. The
+strict score is the share of pictures that match every word of their caption
+(engine/shapes/scorer.py), sampled from masked images in stage 1 and from captions in stage 2. The
+time at which a variant reaches a quality is interpolated linearly on its best value so far. A ratio
+is the first variant's time over another's, taken seed by seed, with the median, lowest and highest
+over the seeds.
 
-benchmarks/results/time-to-quality-<config>-<device>-<date>.json is written after every turn, with
-the curves, and a PNG beside it at the end of every seed.
+benchmarks/results/time-to-quality-<config>-<device>-<date>.json, which includes the curves, is
+written after every turn, and a PNG next to it after every seed.
 """
 
 import sys
@@ -49,8 +54,10 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,12 +66,12 @@ from torch import Tensor
 from benchmarks.lib.ablations import swapped
 from benchmarks.lib.baseline import BaselineModel, Trainer, engine_draws
 from benchmarks.lib.harness import Bench
-from benchmarks.report import above_0, command, label, time_to_quality
+from benchmarks.report import baseline_name, command, label, positive, time_to_quality
 from benchmarks.studies.recipes import write
 from iomm.config import PRESETS, InputError
 from iomm.engine import builders, launch
 from iomm.engine.config import RunConfig, flat, load_config
-from iomm.engine.data.source import ImageSource
+from iomm.engine.data.source import Batch, ImageSource
 from iomm.engine.evaluation.heldout import Evaluation, fixed, losses_at
 from iomm.engine.evaluation.shapes_grades import GUIDANCE, grade, overall
 from iomm.engine.observe.doctor import machine
@@ -76,20 +83,28 @@ from iomm.layout import Layout
 from iomm.model import IOMM
 
 SCORES = (0.25, 0.5, 0.75, 0.9)
-# Shares of the first variant's time: the losses that it has then are the targets if none are given.
+# The default targets are the first variant's losses after these shares of its time.
 LOSSES_AT = (0.25, 0.5, 1.0)
 HELDOUT = 64
 ALIGN_WEIGHT = 0.5
 CONSTANT_S = 600.0
-# What a curve's crossing is measured in.
+# The units in which the crossing of a curve is measured.
 CLOCKS = ("s", "cpu_s", "steps")
-# DeepSpeed replaces it in this process where blocks are not compiled on a GPU.
+# DeepSpeed replaces this function in the whole process if blocks are not compiled on a GPU.
 LINEAR = torch.nn.functional.linear
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """How a variant differs from `ours`. encoded: "memory" or "disk", where its latents are."""
+    """How a variant differs from `ours`.
+
+    Attributes:
+        baseline: plain PyTorch instead of the engine.
+        every: all outputs condition the generator.
+        aligned: with the alignment loss.
+        drawn: with several noise draws for each image.
+        encoded: where the latents are kept, "memory" or "disk"; None for no encoding in advance.
+    """
 
     baseline: bool = False
     every: bool = False
@@ -99,7 +114,7 @@ class Variant:
 
 
 VARIANTS = {
-    "plain": Variant(baseline=True),
+    "baseline": Variant(baseline=True),
     "literal": Variant(baseline=True, every=True),
     "ours": Variant(),
     "ours+align": Variant(aligned=True),
@@ -108,29 +123,29 @@ VARIANTS = {
     "ours+draws": Variant(drawn=True),
     "everything": Variant(aligned=True, drawn=True, encoded="memory"),
 }
-DEFAULT = ("plain", "ours", "ours+align", "ours+latents", "everything")
+DEFAULT = ("baseline", "ours", "ours+align", "ours+latents", "everything")
 
 
-# What trains
+# Training
 
 
 class Ours(Bench):
-    """The engine's own step (benchmarks/lib/harness.py), from the weights that the config starts from."""
+    """The engine's own step (benchmarks/lib/harness.py), from the initial weights of the config."""
 
     def __init__(self, config: RunConfig, ranks: group.Ranks):
         super().__init__(config, ranks, fresh=True)
 
     def averaged(self) -> dict[str, Tensor]:
-        """Return the weights that are evaluated: the average, or the masters without one."""
+        """Return the weights to evaluate: the average, or without one the masters."""
         return self.weights(self.state.ema.flats)
 
 
 class Baseline:
-    """Plain PyTorch from the weights that the engine starts from, on its batches and draws."""
+    """Plain PyTorch with the engine's initial weights, batches and draws."""
 
     def __init__(self, config: RunConfig, ranks: group.Ranks, every: bool = False):
         if every and config.train.data != "image":
-            raise InputError("all outputs as condition are implemented for train.data=image alone")
+            raise InputError("all outputs as condition are implemented for train.data=image only")
         self.config, self.device, self.steps = config, ranks.device, 0
         model = builders.build_model(config, ranks.device)
         if config.run.init is not None:
@@ -142,7 +157,7 @@ class Baseline:
         self.compiled = config.train.compiled(ranks.device)
         model.prepare_blocks(compiled=self.compiled)
         with torch.device(ranks.device):
-            self.plain = BaselineModel(
+            self.net = BaselineModel(
                 model.generator.config,
                 config.adapter,
                 *model.frozen,
@@ -150,16 +165,18 @@ class Baseline:
                 every=every,
                 autocast=config.precision != "fp32",
             ).to(ranks.device)
-        self.plain.load(model.state_dict())
-        # Ours has no pooled text vector, beside which a bias would train here alone.
-        self.plain.generator.time_text_embed.text_embedder.requires_grad_(False)
+        self.net.load(model.state_dict())
+        # Our model has no pooled text vector. This embedder gets zeros for it, so only its bias
+        # would train, and only on this side.
+        self.net.generator.time_text_embed.text_embedder.requires_grad_(False)
         if self.compiled:
-            self.plain.compile_blocks()
-        self.trainer = Trainer(self.plain, config.optim, config.ema.decay)
-        self.layout = Layout(self.plain.shape, self.plain.patch)
+            self.net.compile_blocks()
+        self.trainer = Trainer(self.net, config.optim, config.ema.decay)
+        self.layout = Layout(self.net.shape, self.net.patch)
 
-    def draws(self, batch) -> tuple:
-        return engine_draws(self.config, batch, *self.plain.frozen)
+    def draws(self, batch: Batch) -> tuple:
+        """Return the engine's draws and texts for a batch."""
+        return engine_draws(self.config, batch, *self.net.frozen)
 
     def step(self) -> float:
         """Take one optimizer step and return its mean loss."""
@@ -173,14 +190,15 @@ class Baseline:
         return loss
 
     def wait(self) -> None:
+        """Wait for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
     def weights(self, averaged: bool = False) -> dict[str, Tensor]:
-        """Return name -> tensor under the engine's names."""
-        theirs = {name: p.detach() for name, p in self.plain.named_parameters()}
+        """Return name -> tensor, with the engine's names."""
+        theirs = {name: p.detach() for name, p in self.net.named_parameters()}
         if averaged and self.trainer.average:
-            names = [name for name, p in self.plain.named_parameters() if p.requires_grad]
+            names = [name for name, p in self.net.named_parameters() if p.requires_grad]
             theirs |= zip(names, self.trainer.average, strict=True)
         ours = {name: tensor for name, tensor in theirs.items() if name.startswith("adapter.")}
         for name in self.layout.pieces:
@@ -190,14 +208,14 @@ class Baseline:
         return ours
 
     def averaged(self) -> dict[str, Tensor]:
-        """Return the weights that are evaluated: the average, or the parameters without one."""
+        """Return the weights to evaluate: the average, or without one the parameters."""
         return self.weights(averaged=True)
 
-    def loss(self, batch) -> float:
+    def loss(self, batch: Batch) -> float:
         """Return the loss of a batch with the engine's draws."""
         with torch.no_grad(), swapped(torch.nn.functional, linear=LINEAR):
             draws = self.draws(batch)
-            return self.plain.loss(batch.pixels_BCHW, batch.vit_pixels_BHWC, *draws).item()
+            return self.net.loss(batch.pixels_BCHW, batch.vit_pixels_BHWC, *draws).item()
 
 
 def open_source(config: RunConfig, ranks: group.Ranks, model: IOMM) -> ImageSource:
@@ -213,18 +231,25 @@ def open_source(config: RunConfig, ranks: group.Ranks, model: IOMM) -> ImageSour
 
 
 def start(variant: Variant, config: RunConfig, ranks: group.Ranks) -> Ours | Baseline:
-    """Build what trains a variant."""
+    """Build the training of a variant."""
     return Baseline(config, ranks, variant.every) if variant.baseline else Ours(config, ranks)
 
 
-# What is measured of it
+# Evaluation
 
 
-class Examiner:
-    """Held-out loss and strict score of any variant's weights, by one model."""
+class Evaluator:
+    """Computes held-out loss and strict score of any variant's weights with a single model."""
 
     def __init__(self, config: RunConfig, ranks: group.Ranks, *, per_kind: int, draw_steps: int):
-        """per_kind: pictures of each of the kinds of captions; draw_steps: Euler steps of each."""
+        """Build the model and load the held-out batches.
+
+        Args:
+            config: what the variants train.
+            ranks: the joined ranks.
+            per_kind: pictures per kind of caption.
+            draw_steps: Euler steps of each picture.
+        """
         self.config, self.per_kind, self.draw_steps = config, per_kind, draw_steps
         self.model = builders.build_model(config, ranks.device)
         if config.run.init is not None:
@@ -232,17 +257,17 @@ class Examiner:
         evaluation = Evaluation(config, open_source(config, ranks, self.model), ranks)
         kind, self.way = ("image", "image") if config.train.data == "image" else ("pair", "text")
         entries = evaluation.heldout[kind]
-        # The last sample fills up the last batch.
+        # The last batch is padded with copies of the last sample.
         self.num_heldout, self.batches = len(entries), list(evaluation.batches(kind, entries))
         self.model.to(ranks.device, config.dtype)
         self.start = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
 
     def load(self, weights: dict[str, Tensor]) -> None:
-        """Take a variant's weights; what only training needs (a head of the alignment) is left."""
+        """Load a variant's weights without those that only training needs (alignment head)."""
         self.model.load_state_dict({name: weights[name] for name in self.start})
 
-    def as_trained(self, variant: Variant):
-        """Return a context in which the model conditions as the variant does."""
+    def as_trained(self, variant: Variant) -> AbstractContextManager:
+        """Return a context in which the model is conditioned as in the variant's training."""
         recipe = self.model.recipe
         if variant.every:
             recipe = replace(
@@ -253,16 +278,17 @@ class Examiner:
         return swapped(self.model, recipe=recipe)
 
     def check_start(self, name: str, weights: dict[str, Tensor]) -> None:
-        """Raise ValueError unless a variant starts from the weights that the seed gives."""
+        """Raise ValueError unless a variant has the initial weights of the seed."""
         for key, tensor in self.start.items():
             if not torch.equal(weights[key].to(tensor.dtype), tensor):
-                raise ValueError(f"{name} starts from another {key}: nothing is timed")
+                raise ValueError(f"{name} has a different initial {key}, so nothing is timed")
 
     @torch.no_grad()
     def check_function(self, name: str, variant: Variant, baseline: Baseline) -> None:
-        """Raise ValueError unless a baseline has our loss on a batch, with its own weights.
+        """Raise ValueError unless our model with a baseline's weights has the same loss.
 
-        Called after its first turn: fresh weights predict zero whatever the condition.
+        Called after the baseline's first turn, because initial weights predict zero for every
+        condition.
         """
         batch = self.batches[0]
         self.load(baseline.weights())
@@ -275,11 +301,11 @@ class Examiner:
             f"loss on one batch with the weights of {name}: {theirs:.6f}, by our model {ours:.6f}"
         )
         if not abs(ours - theirs) <= allowed * ours:
-            raise ValueError(f"the losses differ by more than {allowed:.0e} of themselves")
+            raise ValueError(f"the relative difference of the losses exceeds {allowed:.0e}")
 
     @torch.no_grad()
     def __call__(self, variant: Variant, weights: dict[str, Tensor]) -> dict[str, float]:
-        """Return {"loss": held-out velocity loss, "score": share of pictures that fit}."""
+        """Return {"loss": held-out velocity loss, "score": strict score} of a variant's weights."""
         self.load(weights)
         with self.as_trained(variant), torch.compiler.set_stance("force_eager"):
             with fixed(self.model):
@@ -295,11 +321,11 @@ class Examiner:
         return {"loss": losses_BT[: self.num_heldout].mean().item(), "score": overall(table)}
 
 
-class Course:
-    """A variant on its way: what trains, its own time so far, and its curve.
+class Progress:
+    """A variant in training, its own time so far, and its curve.
 
-    curve: lists of equal length by name: own wall seconds `s`, CPU seconds of this process over
-    all threads `cpu_s`, `steps`, and what the Examiner found, `loss` and `score`.
+    `curve` holds lists of equal length by name: the variant's wall seconds `s`, the CPU seconds of
+    this process over all threads `cpu_s`, `steps`, and the Evaluator's `loss` and `score`.
     """
 
     def __init__(self, variant: Variant, trained: Ours | Baseline):
@@ -309,7 +335,7 @@ class Course:
         self.curve = {name: [] for name in (*CLOCKS, "loss", "score")}
 
     def run(self, seconds: float, num_steps: int) -> None:
-        """Train for a turn: whole steps, at least one, for that long and up to step num_steps."""
+        """Train whole steps for about `seconds`, at least one and at most up to step num_steps."""
         self.trained.wait()
         started, started_cpu = time.perf_counter(), time.process_time()
         passed = 0.0
@@ -323,7 +349,7 @@ class Course:
         self.s += time.perf_counter() - started
         self.cpu_s += time.process_time() - started_cpu
 
-    def note(self, found: dict[str, float]) -> None:
+    def add_point(self, found: dict[str, float]) -> None:
         """Add a point to the curve."""
         for name, value in {name: getattr(self, name) for name in CLOCKS}.items():
             self.curve[name].append(value)
@@ -335,7 +361,7 @@ class Course:
 
 
 def best_so_far(values: Sequence[float], falling: bool) -> list[float]:
-    """Return the best value up to each point; smaller is better where `falling`."""
+    """Return the best value up to each point; smaller is better if `falling`."""
     best = np.minimum if falling else np.maximum
     return best.accumulate(np.asarray(values, dtype=float)).tolist()
 
@@ -361,14 +387,15 @@ def crossing(
 def ratios(
     baseline: Sequence[float | None], other: Sequence[float | None], limits: Sequence[float]
 ) -> dict | None:
-    """Return how many times longer the baseline took, over the seeds; None if that is unknown.
+    """Return the ratio of the baseline's time to the other's over the seeds, or None if unknown.
+
+    It is unknown if the other did not reach the target in every seed, or had it from the start.
 
     Args:
-        baseline, other: when each reached the target, a value a seed, None where it never did.
-        limits: the baseline's whole time. Where it never reached the target this takes the place
-            of its time, so that a seed's ratio is a lower bound (`at_least`).
-
-    Unknown where the other did not reach the target in every seed, or had it from the start.
+        baseline: when the baseline reached the target in each seed; None if it never did.
+        other: the same of the other variant.
+        limits: the baseline's total time in each seed. It replaces the time of a seed that never
+            reached the target, whose ratio is then a lower bound (`at_least`).
     """
     if not other or not all(other):
         return None
@@ -386,9 +413,9 @@ def ratios(
 
 
 def loss_targets(curves: Iterable[dict], shares: Sequence[float] = LOSSES_AT) -> list[float]:
-    """Return the held-out losses that every curve has reached after these shares of its time.
+    """Return the held-out losses that all curves have reached after these shares of their time.
 
-    The worst over the seeds, rounded up to four digits behind the point.
+    This is the worst loss over the seeds, rounded up to four decimal places.
     """
     curves, found = list(curves), []
     for share in shares:
@@ -401,15 +428,17 @@ def loss_targets(curves: Iterable[dict], shares: Sequence[float] = LOSSES_AT) ->
 
 
 def reached(runs: Sequence[dict], what: str, target: float) -> list[dict]:
-    """Return a row a variant: when it reached the target in each seed, and its ratios.
+    """Return a row per variant: when it reached the target in each seed, and its ratios.
 
     Args:
-        runs: of the result file, one a seed.
+        runs: `runs` of the result file, one per seed.
         what: "loss" or "score".
+        target: the value to reach.
 
-    `s`, `cpu_s` and `steps` are lists over the seeds; `s_encoded` is `s` and the time of encoding
-    before training, where the variant does that. `ratio`, `ratio_cpu`, `ratio_steps` and
-    `ratio_encoded` are the first variant's times over these (see `ratios`).
+    Returns:
+        Rows in which `s`, `cpu_s` and `steps` are lists over the seeds. `s_encoded` is `s` plus the
+        time of encoding before training, if the variant does that. `ratio`, `ratio_cpu`,
+        `ratio_steps` and `ratio_encoded` are the first variant's times over these (see `ratios`).
     """
     rows, first = [], next(iter(runs[0]["curves"]))
     for name in runs[0]["curves"]:
@@ -424,7 +453,7 @@ def reached(runs: Sequence[dict], what: str, target: float) -> list[dict]:
         if name in runs[0]["encoding_s"]:
             row["s_encoded"] = [
                 None if time is None else time + run["encoding_s"][name]
-                for time, run in zip(row["s"], runs)
+                for time, run in zip(row["s"], runs, strict=True)
             ]
         if name != first:
             clocks = {"ratio": "s", "ratio_cpu": "cpu_s", "ratio_steps": "steps"}
@@ -439,7 +468,7 @@ def reached(runs: Sequence[dict], what: str, target: float) -> list[dict]:
 
 
 def summarise(result: dict) -> None:
-    """Fill in `targets` and `reached` from the seeds that are done, or from all if none is."""
+    """Compute `targets` and `reached` from the seeds that are done, or from all if none is."""
     runs = [run for run in result["runs"] if run["done"]] or result["runs"]
     first = next(iter(runs[0]["curves"]))
     losses = result["losses_given"] or loss_targets(run["curves"][first] for run in runs)
@@ -448,7 +477,7 @@ def summarise(result: dict) -> None:
     for what, targets in result["targets"].items():
         for target in targets:
             rows = reached(runs, what, target)
-            # A quality that no variant has reached says nothing.
+            # A quality that no variant has reached is left out.
             if any(row["reached"] for row in rows):
                 result["reached"] += rows
 
@@ -457,9 +486,10 @@ def summarise(result: dict) -> None:
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> tuple[RunConfig, list[str]]:
-    """Return the config of the first seed and what was changed in it.
+    """Return the config of the first seed and the overrides that were added to it.
 
-    Raises InputError for a config that the baseline does not compute.
+    Raises:
+        InputError: if the baseline does not compute this config.
     """
     changes = [f"run.dir={folder / 'run'}", "evaluate.every_steps=0"]
     changes += ["align.weight=0", "data.latents=null", "train.noise_draws=1"]
@@ -473,9 +503,9 @@ def prepare(args: argparse.Namespace, folder: Path) -> tuple[RunConfig, list[str
     config = load_config(args.config, [*args.overrides, *changes])
     if args.stage == "finetune" and config.run.init is None:
         raise InputError(
-            "--stage finetune starts from the weights of a run of stage 1: add run.init=RUN"
+            "--stage finetune starts from the weights of a stage-1 run: add run.init=RUN"
         )
-    wanted = {
+    expected = {
         "adapter.kind": "rqa",
         "adapter.connector_layers": 0,
         "adapter.attention": "causal",
@@ -486,18 +516,18 @@ def prepare(args: argparse.Namespace, folder: Path) -> tuple[RunConfig, list[str
         "data.shards": "shapes",
     }
     if config.train.data != "image":
-        wanted["data.pairs"] = "shapes"
+        expected["data.pairs"] = "shapes"
     given = flat(config)
     wrong = [
         f"{key} is {given[key]}, expected {value}"
-        for key, value in wanted.items()
+        for key, value in expected.items()
         if given[key] != value
     ]
     if PRESETS[config.model.preset].kind != "mmdit":
         wrong.append(f"model.preset {config.model.preset} has no FLUX blocks")
     if wrong:
         raise InputError(
-            f"plain PyTorch does not compute this config ({'; '.join(wrong)}): change these keys"
+            f"the baseline does not implement this config ({'; '.join(wrong)}): change these keys"
         )
     return config, changes
 
@@ -505,7 +535,11 @@ def prepare(args: argparse.Namespace, folder: Path) -> tuple[RunConfig, list[str
 def variant_config(
     variant: Variant, args: argparse.Namespace, changes: Sequence[str], latents: Path
 ) -> RunConfig:
-    """Return the config that a variant trains with. Raises InputError where it has none."""
+    """Return the config of a variant's training.
+
+    Raises:
+        InputError: if the variant is not possible with the config.
+    """
     given = load_config(args.config, args.overrides)
     own = [f"train.noise_draws={max(2, given.train.noise_draws) if variant.drawn else 1}"]
     if variant.aligned:
@@ -514,18 +548,18 @@ def variant_config(
         own.append(f"data.latents={latents}")
     elif variant.encoded:
         own.append("data.latents=memory")
-        # The tokens in memory are those that the MLLM reads.
+        # The image tokens in memory are the projector's, which the MLLM reads.
         own += ["align.target=projector", "align.pairs=false"]
     return load_config(args.config, [*args.overrides, *changes, *own])
 
 
 class Stopwatch:
-    """A function that adds up the seconds of its calls in `s`."""
+    """Wraps a function and adds up the seconds of its calls in `s`."""
 
     def __init__(self, function: Callable):
         self.function, self.s = function, 0.0
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         started = time.perf_counter()
         try:
             return self.function(*args, **kwargs)
@@ -536,9 +570,17 @@ class Stopwatch:
 def start_encoded(
     variant: Variant, own: RunConfig, config: RunConfig, latents: Path, ranks: group.Ranks
 ) -> tuple[Ours, float]:
-    """Encode the images, build what trains on them, and return it with the seconds of encoding.
+    """Encode the images and build the training of a variant that uses them.
 
-    own, config: with the encoded latents and without; latents: the folder of those on the disk.
+    Args:
+        variant: the variant.
+        own: the variant's config.
+        config: the config without encoded latents.
+        latents: folder for latents on disk.
+        ranks: the joined ranks.
+
+    Returns:
+        The training, and the seconds that encoding took.
     """
     if variant.encoded == "disk":
         encode = Stopwatch(builders.write_latents)
@@ -549,7 +591,7 @@ def start_encoded(
         return start(variant, own, ranks), encode.s
 
 
-def race(
+def train_in_turns(
     args: argparse.Namespace,
     ranks: group.Ranks,
     seed: int,
@@ -560,7 +602,14 @@ def race(
 ) -> None:
     """Train all variants of a seed in turns.
 
-    Adds the seed's curves to result["runs"], and calls `save` after every turn.
+    Args:
+        args: the command line.
+        ranks: the joined ranks.
+        seed: the run's seed.
+        changes: overrides that were added to the config.
+        result: content of the result file; the seed's curves are added to its `runs`.
+        folder: for encoded latents.
+        save: called after every turn.
     """
     changes = [*changes, f"run.seed={seed}"]
     config = load_config(args.config, [*args.overrides, *changes])
@@ -571,8 +620,8 @@ def race(
         "curves": {},
         "first_step_s": {},
     }
-    examiner = Examiner(config, ranks, per_kind=args.per_kind, draw_steps=args.draw_steps)
-    courses, at_start = {}, {}
+    evaluator = Evaluator(config, ranks, per_kind=args.per_kind, draw_steps=args.draw_steps)
+    in_training, at_start = {}, {}
     for name in args.variants:
         variant = VARIANTS[name]
         try:
@@ -585,65 +634,65 @@ def race(
                 trained = start(variant, own, ranks)
         except InputError as error:
             if name not in result["left_out"]:
-                print(f"{name} is left out: {error}", flush=True)
+                print(f"{name} is skipped: {error}", flush=True)
             result["left_out"][name] = str(error)
             continue
-        course = Course(variant, trained)
-        examiner.check_start(name, trained.averaged())
+        progress = Progress(variant, trained)
+        evaluator.check_start(name, trained.averaged())
         if variant.every not in at_start:
-            at_start[variant.every] = examiner(variant, examiner.start)
-        course.note(at_start[variant.every])
-        courses[name], run["curves"][name] = course, course.curve
-    if not courses:
+            at_start[variant.every] = evaluator(variant, evaluator.start)
+        progress.add_point(at_start[variant.every])
+        in_training[name], run["curves"][name] = progress, progress.curve
+    if not in_training:
         raise InputError("none of the variants can run with this config")
     result["runs"].append(run)
     turn, num_steps = 0, config.train.steps
 
-    def ended(course: Course) -> bool:
-        return course.s >= args.seconds or course.steps >= num_steps
+    def ended(progress: Progress) -> bool:
+        return progress.s >= args.seconds or progress.steps >= num_steps
 
-    while not all(ended(course) for course in courses.values()):
-        names = list(courses)
+    while not all(ended(progress) for progress in in_training.values()):
+        names = list(in_training)
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            course = courses[name]
-            if ended(course):
+            progress = in_training[name]
+            if ended(progress):
                 continue
-            course.run(min(args.slice, args.seconds - course.s), num_steps)
-            if course.variant.baseline and len(course.curve["s"]) == 1:
-                examiner.check_function(name, course.variant, course.trained)
-            found = examiner(course.variant, course.trained.averaged())
-            course.note(found)
-            run["first_step_s"][name] = course.first_step_s
+            progress.run(min(args.slice, args.seconds - progress.s), num_steps)
+            if progress.variant.baseline and len(progress.curve["s"]) == 1:
+                evaluator.check_function(name, progress.variant, progress.trained)
+            found = evaluator(progress.variant, progress.trained.averaged())
+            progress.add_point(found)
+            run["first_step_s"][name] = progress.first_step_s
             save()
             print(
-                f"seed {seed}  {name:<13}{course.s:>8.1f} s {course.steps:>7} steps   "
+                f"seed {seed}  {name:<13}{progress.s:>8.1f} s {progress.steps:>7} steps   "
                 f"loss {found['loss']:.4f}   score {found['score']:.2f}",
                 flush=True,
             )
         turn += 1
     run["done"] = True
-    for course in courses.values():
-        course.trained.batches.close()
+    for progress in in_training.values():
+        progress.trained.batches.close()
     save()
 
 
 def picture(result: dict, path: Path) -> None:
-    """Draw the curves of all seeds against own time, a colour a variant."""
+    """Draw the curves of all seeds over training time, a colour per variant."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print("no PNG: matplotlib is missing (pip install matplotlib)")
+        print("no PNG: matplotlib is not installed (pip install matplotlib)")
         return
     figure = Figure(figsize=(12, 4.5))
     words = {"loss": "held-out velocity loss", "score": "strict score"}
-    for axis, (what, label_y) in zip(figure.subplots(1, 2), words.items()):
+    for axis, (what, label_y) in zip(figure.subplots(1, 2), words.items(), strict=True):
         for run in result["runs"]:
             for i, (name, curve) in enumerate(run["curves"].items()):
                 shown = name if run is result["runs"][0] else None
                 axis.plot(curve["s"], curve[what], color=f"C{i}", alpha=0.7, label=shown)
         for target in result["targets"][what]:
             axis.axhline(target, color="0.8", linewidth=0.8, zorder=0)
-        axis.set_xlabel("seconds of a variant's own training")
+        axis.set_xlabel("training time of the variant [s]")
         axis.set_ylabel(label_y)
     figure.axes[0].legend(fontsize=8)
     if all(min(curve["loss"]) > 0 for run in result["runs"] for curve in run["curves"].values()):
@@ -658,14 +707,14 @@ def picture(result: dict, path: Path) -> None:
     print(path)
 
 
-def contest(
+def run_study(
     args: argparse.Namespace,
     ranks: group.Ranks,
     config: RunConfig,
     changes: list[str],
     folder: Path,
 ) -> Path:
-    """Run all seeds, write and print what is found, and return the path of the result file."""
+    """Run all seeds, write and print the results, and return the path of the result file."""
     launch.prepare_process(config, ranks)
     facts, stem = machine(), Path(args.config).stem
     name = f"{label(f'time-to-quality-{stem}', args.overrides)}-{ranks.device.type}-{facts['date']}"
@@ -698,7 +747,7 @@ def contest(
         write(path, result)
 
     for seed in range(config.run.seed, config.run.seed + args.seeds):
-        race(args, ranks, seed, changes, result, folder, save)
+        train_in_turns(args, ranks, seed, changes, result, folder, save)
         picture(result, path.with_suffix(".png"))
         gc.collect()
     for what, figure in time_to_quality(result):
@@ -708,15 +757,16 @@ def contest(
 
 
 def listed(kind: Callable) -> Callable[[str], list]:
-    """Return an argparse type: values of this kind, separated by commas, each once."""
+    """Return an argparse type for distinct values of a kind, separated by commas."""
     return lambda text: list(dict.fromkeys(kind(item) for item in text.split(",")))
 
 
 def variant_name(text: str) -> str:
-    """Argparse type: one of VARIANTS."""
-    if text not in VARIANTS:
+    """Parse the name of a variant; "plain" is the old spelling of "baseline"."""
+    name = baseline_name(text)
+    if name not in VARIANTS:
         raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(VARIANTS)}")
-    return text
+    return name
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -725,36 +775,38 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--stage", choices=tuple(launch.STAGES), default="pretrain")
     parser.add_argument("--config", help="default: the stage's demo")
-    parser.add_argument("--seconds", type=above_0(float), help="own time a variant")
-    parser.add_argument("--slice", type=above_0(float), default=20.0, help="seconds of a turn")
-    parser.add_argument("--seeds", type=above_0(int), default=3)
+    parser.add_argument("--seconds", type=positive(float), help="training time per variant")
+    parser.add_argument("--slice", type=positive(float), default=20.0, help="seconds per turn")
+    parser.add_argument("--seeds", type=positive(int), default=3)
     parser.add_argument(
         "--variants",
         type=listed(variant_name),
         default=list(DEFAULT),
-        help="separated by commas; the first one is what the others are compared with",
+        help="separated by commas; the others are compared with the first one",
     )
     parser.add_argument(
         "--losses",
-        type=listed(above_0(float)),
+        type=listed(positive(float)),
         default=[],
-        help="held-out losses to reach, separated by commas; default: those that the first variant "
-        "has after a quarter, half and all of its time",
+        help="held-out losses to reach, separated by commas; default: the first variant's after a "
+        "quarter, half and all of its time",
     )
     parser.add_argument(
         "--scores",
-        type=listed(above_0(float)),
+        type=listed(positive(float)),
         default=list(SCORES),
         help="strict scores to reach, separated by commas",
     )
-    parser.add_argument("--threads", type=above_0(int), help="CPU threads; default: all cores")
+    parser.add_argument("--threads", type=positive(int), help="CPU threads; default: all cores")
     parser.add_argument(
         "--per-kind",
-        type=above_0(int),
+        type=positive(int),
         default=8,
-        help="pictures that are scored of each kind of caption",
+        help="pictures to score per kind of caption",
     )
-    parser.add_argument("--draw-steps", type=above_0(int), default=20, help="Euler steps of each")
+    parser.add_argument(
+        "--draw-steps", type=positive(int), default=20, help="Euler steps per picture"
+    )
     parser.add_argument("--results", default=str(ROOT / "benchmarks/results"))
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args(argv)
@@ -764,7 +816,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.seconds is None:
             args.seconds = CONSTANT_S if config.optim.schedule == "constant" else math.inf
         try:
-            contest(args, group.start(600), config, changes, Path(folder))
+            run_study(args, group.start(600), config, changes, Path(folder))
         finally:
             group.stop()
     return 0

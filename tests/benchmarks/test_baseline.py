@@ -1,4 +1,7 @@
-"""benchmarks/lib/baseline.py computes what iomm/model.py computes: losses and gradients, on the same batch, weights and draws."""
+"""Tests of benchmarks/lib/baseline.py.
+
+On the same batch, weights and draws it computes the losses and gradients of iomm/model.py.
+"""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -47,18 +50,16 @@ VAE = FLUX_AUTOENCODER | dict(
 
 
 def both(dtype, every=False):
-    """(ours, plain with its weights, the draws that ours makes of a batch, the batch)."""
+    """Return our model, a baseline with its weights, our model's draws for a batch, the batch."""
     mllm, vae = random_mllm(SHAPE, dtype, "cpu"), random_vae(VAE, dtype, "cpu")
     adapter = AdapterConfig(num_queries=8, head_dim=16, conditions="all" if every else "query")
     shape = GeneratorConfig(
         width=64, num_heads=2, num_blocks=3, token_dim=vae.token_dim, condition_dim=mllm.width
     )
-    parts, draw = (
-        [new_generator(shape, 0), QueryAdapter(adapter, mllm.width)],
-        torch.Generator().manual_seed(0),
-    )
+    parts = [new_generator(shape, 0), QueryAdapter(adapter, mllm.width)]
+    draw = torch.Generator().manual_seed(0)
     parts[1].init_weights(0)
-    # A fresh generator answers zero whatever it is told.
+    # A freshly initialised generator returns zero for every condition.
     with torch.no_grad():
         for part in parts:
             for p in part.parameters():
@@ -67,13 +68,11 @@ def both(dtype, every=False):
         seed=SEED, mask=MaskConfig(ratio=RATIO, mode="zero" if every else "drop"), adapter=adapter
     )
     ours = IOMM(*parts, mllm, vae, recipe).to(dtype)
-    plain = BaselineModel(shape, adapter, mllm, vae, ratio=RATIO, every=every).to(dtype)
-    plain.load(ours.state_dict())
+    baseline = BaselineModel(shape, adapter, mllm, vae, ratio=RATIO, every=every).to(dtype)
+    baseline.load(ours.state_dict())
     n_B = torch.arange(5, 9)
-    pixels_BCHW, vit_BCHW = (
-        torch.rand(4, 3, SIZE, SIZE, generator=draw) * 2 - 1,
-        torch.randn(4, 3, 32, 32, generator=draw),
-    )
+    pixels_BCHW = torch.rand(4, 3, SIZE, SIZE, generator=draw) * 2 - 1
+    vit_BCHW = torch.randn(4, 3, 32, 32, generator=draw)
     side = SIZE // vae.factor
     noise_BCHW = (
         normal(SEED, NOISE, n_B, vae.channels * side * side)
@@ -85,36 +84,36 @@ def both(dtype, every=False):
         t_B=sample_time(uniform(SEED, TIME, n_B, 1)[:, 0]).to(dtype),
         noise_BCHW=noise_BCHW,
     )
-    return ours, plain, draws, (pixels_BCHW.to(dtype), vit_BCHW.to(dtype), n_B)
+    return ours, baseline, draws, (pixels_BCHW.to(dtype), vit_BCHW.to(dtype), n_B)
 
 
 @pytest.mark.parametrize("every", [False, True], ids=["query outputs", "all outputs"])
-def test_loss_and_all_gradients_agree_in_float64(every, monkeypatch):
+def test_baseline_loss_and_gradients_match_in_float64(every, monkeypatch):
     monkeypatch.setattr(
         "iomm.model.sample_time", lambda drawn_B, **kind: sample_time(drawn_B.double(), **kind)
     )
-    ours, plain, draws, (pixels, vit, n_B) = both(torch.float64, every)
+    ours, baseline, draws, (pixels, vit, n_B) = both(torch.float64, every)
     with true_float64():
         loss, _, _ = ours(pixels, vit, n_B)
         loss.backward()
-        expected = plain.loss(pixels, vit, draws)
+        expected = baseline.loss(pixels, vit, draws)
         expected.backward()
-    assert_same(ours, loss, plain, expected)
+    assert_same(ours, loss, baseline, expected)
 
 
-def assert_same(ours, loss, plain, expected):
-    """Losses and all gradients agree as float64 does."""
-    layout = Layout(plain.shape, plain.patch)
-    theirs = {name: p.grad for name, p in plain.generator.named_parameters()}
-    wanted = {
+def assert_same(ours, loss, baseline, expected):
+    """Assert that losses and all gradients agree to the accuracy of float64."""
+    layout = Layout(baseline.shape, baseline.patch)
+    theirs = {name: p.grad for name, p in baseline.generator.named_parameters()}
+    expected_grads = {
         f"generator.{name}": layout.to_ours(name, theirs.__getitem__)
         for name, _ in ours.generator.named_parameters()
     }
-    wanted |= {f"adapter.{name}": p.grad for name, p in plain.adapter.named_parameters()}
+    expected_grads |= {f"adapter.{name}": p.grad for name, p in baseline.adapter.named_parameters()}
     errors = {
-        name: relative_error(p.grad, wanted[name])
+        name: relative_error(p.grad, expected_grads[name])
         for name, p in ours.named_parameters()
-        # A bias of all keys cancels in the softmax: both are rounding.
+        # A bias of all keys cancels in the softmax, so both gradients are rounding errors.
         if name != "adapter.to_k.bias"
     }
     print(f"loss {abs(loss - expected) / expected:.1e}, gradients {max(errors.values()):.1e}")
@@ -123,17 +122,15 @@ def assert_same(ours, loss, plain, expected):
     assert all(error <= 1e-6 for error in errors.values()), f"{worst}: {errors[worst]:.1e}"
 
 
-def test_images_and_captions_of_one_batch_agree_in_float64(monkeypatch):
-    """As in stage 2, one of two captions dropped: plain pads rows that ours packs."""
+def test_baseline_matches_on_mixed_batches_in_float64(monkeypatch):
+    """As in stage 2, with one of two captions dropped: the baseline pads rows that ours packs."""
     monkeypatch.setattr(
         "iomm.model.sample_time", lambda drawn_B, **kind: sample_time(drawn_B.double(), **kind)
     )
-    ours, plain, _, (pixels, vit, n_B) = both(torch.float64)
-    has_image, captions, vit = (
-        [True, False, True, False],
-        ["", "a red circle", "", "two blue squares"],
-        vit[[0, 2]],
-    )
+    ours, baseline, _, (pixels, vit, n_B) = both(torch.float64)
+    has_image = [True, False, True, False]
+    captions = ["", "a red circle", "", "two blue squares"]
+    vit = vit[[0, 2]]
     drop = uniform(SEED, CAPTION_DROP, n_B, 1)[[1, 3], 0].mean().item()
     ours.recipe = replace(ours.recipe, caption_drop=drop)
     config = SimpleNamespace(
@@ -145,50 +142,52 @@ def test_images_and_captions_of_one_batch_agree_in_float64(monkeypatch):
     batch = SimpleNamespace(
         n_B=n_B, pixels_BCHW=pixels, vit_pixels_BHWC=vit, captions=captions, has_image=has_image
     )
-    draws, texts = engine_draws(config, batch, *plain.frozen)
+    draws, texts = engine_draws(config, batch, *baseline.frozen)
     assert texts.count(None) == 2 and texts.count("") == 1
     draws = replace(draws, t_B=draws.t_B.double(), noise_BCHW=draws.noise_BCHW.double())
     with true_float64():
         loss, _, _ = ours(pixels, vit, n_B, None, captions, has_image)
         loss.backward()
-        expected = plain.loss(pixels, vit, draws, texts)
+        expected = baseline.loss(pixels, vit, draws, texts)
         expected.backward()
-    assert_same(ours, loss, plain, expected)
+    assert_same(ours, loss, baseline, expected)
 
 
-def test_loss_agrees_in_float32_as_the_benchmark_runs():
-    ours, plain, draws, (pixels, vit, n_B) = both(torch.float32)
+def test_baseline_loss_matches_in_float32():
+    ours, baseline, draws, (pixels, vit, n_B) = both(torch.float32)
     with torch.no_grad():
-        loss, expected = ours(pixels, vit, n_B)[0], plain.loss(pixels, vit, draws)
+        loss, expected = ours(pixels, vit, n_B)[0], baseline.loss(pixels, vit, draws)
     print(f"float32: {abs(loss - expected) / expected:.1e}")
     assert abs(loss - expected) <= 1e-5 * expected
 
 
-def test_hidden_tokens_do_not_reach_the_loss():
-    _, plain, draws, (pixels, vit, _) = both(torch.float32)
-    real = plain.frozen[0].image_tokens
+def test_baseline_loss_ignores_hidden_tokens():
+    _, baseline, draws, (pixels, vit, _) = both(torch.float32)
+    real = baseline.frozen[0].image_tokens
     with torch.no_grad():
-        before = plain.loss(pixels, vit, draws)
-        plain.frozen[0].image_tokens = lambda x: torch.where(
+        before = baseline.loss(pixels, vit, draws)
+        baseline.frozen[0].image_tokens = lambda x: torch.where(
             draws.visible_BP[..., None], real(x), 7.0
         )
-        after = plain.loss(pixels, vit, draws)
+        after = baseline.loss(pixels, vit, draws)
     assert torch.equal(before, after)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_a_step_trains(kind):
-    _, plain, draws, (pixels, vit, n_B) = both(torch.float32)
-    trainer = Trainer(plain, OptimSection(kind=kind, lr=1e-2), decay=0.9)
+def test_baseline_step_reduces_the_loss(kind):
+    _, baseline, draws, (pixels, vit, _) = both(torch.float32)
+    trainer = Trainer(baseline, OptimSection(kind=kind, lr=1e-2), decay=0.9)
 
     class Batch:
         pixels_BCHW, vit_pixels_BHWC = pixels, vit
 
     with torch.no_grad():
-        before = plain.loss(pixels, vit, draws)
+        before = baseline.loss(pixels, vit, draws)
     for _ in range(5):
         trainer.step([Batch], 1)
     with torch.no_grad():
-        assert plain.loss(pixels, vit, draws) < before
-    assert any(not torch.equal(a, p) for a, p in zip(trainer.average, trainer.parameters))
-    assert not any(p.grad is not None for part in plain.frozen for p in part.parameters())
+        assert baseline.loss(pixels, vit, draws) < before
+    assert any(
+        not torch.equal(a, p) for a, p in zip(trainer.average, trainer.parameters, strict=True)
+    )
+    assert not any(p.grad is not None for part in baseline.frozen for p in part.parameters())

@@ -1,4 +1,7 @@
-"""The budget's counts at true shapes against FlopCounterMode, its links against arithmetic, its step against a measured one."""
+"""Tests of benchmarks/budget.py.
+
+Its FLOPs are compared with FlopCounterMode, its links with arithmetic, its step with a measurement.
+"""
 
 import importlib.util
 import json
@@ -31,11 +34,13 @@ def counted(work):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_flops_are_those_of_the_flop_counter(budget, name):
-    """Forward and backward of the generator, ViT and VAE, on the meta device. The decoder's two passes do not run there:
-    tests/iomm/test_model.py counts them at a small size, tests/iomm/test_flops.py the literal pass at the true one.
+def test_budget_flops_match_the_flop_counter(budget, name):
+    """Forward and backward of the generator, ViT and VAE, on the meta device.
+
+    The decoder's two passes do not run there. tests/iomm/test_model.py counts them at a small size,
+    and tests/iomm/test_flops.py counts the literal pass at the real one.
     """
-    config, model, flops = budget.parts(name)
+    config, model, flops = budget.inputs(name)
     mllm, vae = model.frozen
     rows, columns = vae.grid(config.data.size_px, config.data.size_px)
     generator = empty_generator(model.generator.config, device="meta")
@@ -57,8 +62,11 @@ def test_flops_are_those_of_the_flop_counter(budget, name):
     assert flops["VAE"] == pytest.approx(counted(lambda: vae.encode(pixels)), rel=0.01)
 
 
-def test_links(budget):
-    """A large message costs its bytes over the slowest link, a small one its hops; nothing is sent to oneself."""
+def test_link_seconds_match_arithmetic(budget):
+    """A large message costs its bytes over the slowest link, a small one its hops.
+
+    A message to oneself costs nothing.
+    """
     share = budget.assumed("share of link rates")
     for gpu, ranks, rate in (
         ("H800", 8, 200e9),
@@ -81,7 +89,7 @@ def test_links(budget):
     )
 
 
-def test_parts_of_a_step_sum_up(budget):
+def test_step_seconds_sum_to_the_step(budget):
     run = budget.estimate("iomm-b-512", "H800", 64)
     parts = sum(
         run[key]
@@ -91,7 +99,7 @@ def test_parts_of_a_step_sum_up(budget):
     assert run["gpu_hours"] == pytest.approx(107422 * run["step_s"] * 64 / 3600)
 
 
-def test_the_readmes_quote_this_budget(budget):
+def test_readmes_quote_the_present_budget(budget):
     rows = [
         line
         for line in (ROOT / "benchmarks/README.md").read_text().splitlines()
@@ -106,38 +114,43 @@ def test_the_readmes_quote_this_budget(budget):
     assert f"stage 1 takes {found[3]} GPU-hours on 8 H800" in (ROOT / "README.md").read_text()
 
 
-def test_what_is_written_goes_where_the_user_says(budget, tmp_path, monkeypatch, capsys):
+def test_budget_writes_only_to_out(budget, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(budget, "CONFIGS", ("iomm-b-512",))
     monkeypatch.setattr(budget, "GPUS", (1, 8))
     budget.main([])
-    assert "Where the budget breaks" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    assert "Limits of scaling" in capsys.readouterr().out and not list(tmp_path.iterdir())
     budget.main(["--out", str(tmp_path / "here")])
-    saved = json.loads((tmp_path / "here" / "budget.json").read_text())["results"]["iomm-b-512"][
-        "H800"
-    ]["as configured"]
+    results = json.loads((tmp_path / "here" / "budget.json").read_text())["results"]
+    saved = results["iomm-b-512"]["H800"]["as configured"]
     assert saved[1]["step_s"] == budget.estimate("iomm-b-512", "H800", 8)["step_s"]
     assert (tmp_path / "here" / "budget.png").stat().st_size > 10_000
 
 
-def test_what_does_not_fit_is_not_promised(budget):
-    """IOMM-XL: no image on one H800, half the micro-batch on 8; what is set by hand is not asked."""
+def test_estimate_respects_gpu_memory(budget):
+    """IOMM-XL does not fit on one H800 and needs half the micro-batch on 8.
+
+    An explicit micro_batch is not checked.
+    """
     assert budget.estimate("iomm-xl-512", "H800", 1) is None
     run = budget.estimate("iomm-xl-512", "H800", 8)
     assert run["micro_batch"] == 8 and run["memory_gib"] < 0.95 * 79
     assert budget.estimate("iomm-xl-512", "H800", 8, micro_batch=16)["memory_gib"] > 79
 
 
-def test_a_message_costs_what_compute_does_not_hide(budget):
-    """Two modules of a second each, forward alone: the second's weights come while the first computes, or are waited for."""
+def test_message_costs_only_exposed_time(budget):
+    """Two modules of a second each, forward only.
+
+    The second one's weights arrive while the first computes, or the second has to wait for them.
+    """
     traffic = Traffic(visits=[(False, 1), (False, 1)], first=[], later=[], step=[])
     rate = budget.assumed("share of link rates") * 200e9
-    for seconds, wanted in ((0.5, 2.0), (1.5, 2.5)):
+    for seconds, expected in ((0.5, 2.0), (1.5, 2.5)):
         message = Message(
             kind="all_gather", size_bytes=int(seconds * rate * 8 / 7), group=8, issued=0, needed=1
         )
         assert budget.pass_s(
             traffic, [message], (0.0, 2.0, 0.0, 0.0), budget.MACHINES["H800"]
-        ) == pytest.approx(wanted, rel=1e-3)
+        ) == pytest.approx(expected, rel=1e-3)
     late = Message(
         kind="all_gather", size_bytes=int(0.5 * rate * 8 / 7), group=8, issued=1, needed=1
     )
@@ -146,16 +159,20 @@ def test_a_message_costs_what_compute_does_not_hide(budget):
     ) == pytest.approx(2.5, rel=1e-3)
 
 
-def test_one_gpu_is_what_was_measured(budget):
-    """Within 15 %, with the rates of the measuring machine, when benchmarks/throughput.py has run on a GPU."""
+def test_estimate_of_one_gpu_matches_the_measurement(budget):
+    """Within 15 %, with the rates of the measuring machine.
+
+    Skipped until benchmarks/throughput.py has been run on a GPU.
+    """
     files = sorted((ROOT / "benchmarks/results").glob("throughput-iomm-b-512-cuda-*.json"))
     if not files:
         pytest.skip(
-            "no benchmarks/results/throughput-iomm-b-512-cuda-*.json: benchmarks/throughput.py has not run on a GPU yet"
+            "no benchmarks/results/throughput-iomm-b-512-cuda-*.json: benchmarks/throughput.py has "
+            "not been run on a GPU yet"
         )
     measured = json.loads(files[-1].read_text())
     gpu = next((kind for kind in budget.MACHINES if kind in measured["machine"]["device"]), None)
-    assert gpu, f"the budget does not know {measured['machine']['device']}"
+    assert gpu, f"MACHINES has no {measured['machine']['device']}"
     run = budget.estimate(
         "iomm-b-512",
         gpu,

@@ -1,4 +1,4 @@
-"""The committed counts are those of this checkout: work, bytes kept, calls and tensors of a step, graph breaks."""
+"""Tests that the committed counts of work, steps and graph breaks match this checkout."""
 
 import json
 
@@ -11,31 +11,31 @@ from iomm.flops import flops_per_image
 from iomm.internvl import prompt_tokenizer
 
 COMMITTED = json.loads(counts.FILE.read_text())
-AGAIN = "if the change is meant: python benchmarks/lib/counts.py --write, and commit it"
+AGAIN = "if the change is intended, run python benchmarks/lib/counts.py --write and commit the file"
 
 
 @pytest.mark.parametrize("name", ["demo-cpu", pytest.param("iomm-b-512", marks=pytest.mark.slow)])
-def test_work_of_an_image(name):
+def test_work_matches_committed_counts(name):
     assert counts.work(name) == COMMITTED["work"][name], AGAIN
 
 
-def test_work_of_the_demo_whose_frozen_parts_have_short_names():
-    """model.mllm=shapes is a folder of this checkout, which only builders.mllm_name knows."""
+def test_work_resolves_short_names_of_frozen_parts():
+    """model.mllm=shapes is a folder of this checkout that only builders.mllm_name resolves."""
     found = counts.work("demo")
-    assert found["plain, all outputs"]["ratio"] > found["plain"]["ratio"] > 1
+    assert found["baseline, all outputs"]["ratio"] > found["baseline"]["ratio"] > 1
 
 
-def test_calls_bytes_tensors_and_flops_of_a_step():
+def test_step_counts_match_committed_counts():
     if torch.__version__.partition("+")[0] != COMMITTED["step"]["torch"]:
-        pytest.skip(f"the counts of a step are of torch {COMMITTED['step']['torch']}")
+        pytest.skip(f"the counts of a step are valid for torch {COMMITTED['step']['torch']} only")
     assert counts.step_counts() == COMMITTED["step"]["demo-cpu"], AGAIN
 
 
-def test_blocks_have_no_graph_breaks():
+def test_generator_blocks_have_no_graph_breaks():
     assert counts.graph_breaks() == COMMITTED["step"]["graph_breaks"] == 0
 
 
-def test_parts_sum_to_what_the_mfu_is_computed_from():
+def test_part_flops_sum_to_the_flops_of_mfu():
     config = counts.counted("demo-cpu")
     model = build_without_weights(config)
     model.frozen[0].tokenizer = prompt_tokenizer()
@@ -45,9 +45,11 @@ def test_parts_sum_to_what_the_mfu_is_computed_from():
     )
 
 
-def test_a_step_does_no_work_that_the_formulas_do_not_know():
-    """Within 2 %: these two images show a few tokens less than the mask ratio says, and the SDPA body computes gradients of
-    the prefix that nobody reads.
+def test_step_flops_match_the_formulas():
+    """Within 2 %.
+
+    These two images show a few tokens less than the mask ratio implies, and the SDPA backend
+    computes gradients of the prefix that are not used.
     """
     work = COMMITTED["work"]["demo-cpu"]["flops"]
     assert COMMITTED["step"]["demo-cpu"]["flops"] == pytest.approx(2 * sum(work.values()), rel=0.02)
@@ -55,7 +57,7 @@ def test_a_step_does_no_work_that_the_formulas_do_not_know():
 
 def test_demo_cpu_has_the_proportions_of_iomm_b():
     small, real = (COMMITTED["work"][name] for name in ("demo-cpu", "iomm-b-512"))
-    for row in ("plain", "plain, all outputs"):
+    for row in ("baseline", "baseline, all outputs"):
         assert small[row]["ratio"] == pytest.approx(real[row]["ratio"], rel=0.02)
     shares = [
         {part: flops / sum(work["flops"].values()) for part, flops in work["flops"].items()}
@@ -64,19 +66,20 @@ def test_demo_cpu_has_the_proportions_of_iomm_b():
     assert all(abs(shares[0][part] - share) < 0.03 for part, share in shares[1].items())
 
 
-def test_counting_knows_views_writes_and_new_tensors():
+def test_count_handles_views_writes_and_new_tensors():
     x, y = torch.ones(4, 8), torch.ones(8, 2)
     with counts.Count() as count:
-        # Views are free
+        # Views are not counted.
         x.view(8, 4).t()
-        # reads 128 + 64 bytes, writes 32
+        # Reads 128 + 64 bytes and writes 32.
         x @ y
-        # Reads and writes itself.
+        # Reads and writes 128 bytes each.
         x.add_(1)
     assert (count.calls, count.tensors) == (2, 1) and count.bytes == 128 + 64 + 32 + 128 + 128
     (value, gradient, first, second), step = torch.ones(4, 10), torch.ones(())
-    for wanted, work in (
+    for expected, work in (
         (
+            # 4 bytes are the step.
             7 * 40 + 4,
             lambda: torch._fused_adamw_(
                 [value],
@@ -88,7 +91,6 @@ def test_counting_knows_views_writes_and_new_tensors():
                 lr=0.1,
                 beta1=0.9,
                 beta2=0.99,
-                # 4: its step
                 weight_decay=0.0,
                 eps=1e-8,
                 amsgrad=False,
@@ -100,4 +102,4 @@ def test_counting_knows_views_writes_and_new_tensors():
     ):
         with counts.Count() as count:
             work()
-        assert count.bytes == wanted
+        assert count.bytes == expected

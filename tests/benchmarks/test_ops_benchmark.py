@@ -1,4 +1,4 @@
-"""benchmarks/ops.py: its checks hold on this machine, and it says what it needs."""
+"""Tests of benchmarks/ops.py: its checks, its cases, and its error without a GPU."""
 
 import importlib.util
 import json
@@ -25,21 +25,21 @@ def ops():
     sys.path[:] = before
 
 
-def test_every_body_on_this_cpu_is_within_its_budget(ops):
+def test_cpu_backends_are_within_their_error_budget(ops):
     for dtype in (torch.float32, torch.bfloat16):
         for case in ops.cases("cpu", dtype):
-            for name, body in case.bodies.items():
-                assert ops.check(case, body, "cpu", dtype) <= 1, (case.op, name, dtype)
+            for name, backend in case.backends.items():
+                assert ops.check(case, backend, "cpu", dtype) <= 1, (case.op, name, dtype)
 
 
-def test_a_wrong_body_is_over_budget(ops):
+def test_wrong_backend_exceeds_the_error_budget(ops):
     case = next(case for case in ops.cases("cpu", torch.float32) if case.op == "norm_modulate")
-    right = case.bodies["torch"]
+    right = case.backends["torch"]
     assert ops.check(case, lambda *x: right(*x) * 1.001, "cpu", torch.float32) > 1
     assert ops.check(case, lambda *x: right(*x) * float("nan"), "cpu", torch.float32) > 1
 
 
-def test_rows_for_a_gpu_have_targets(ops):
+def test_gpu_cases_have_targets(ops):
     rows = list(ops.cases("cuda", torch.bfloat16))
     assert {case.op for case in rows} >= {
         "masked_attention",
@@ -55,13 +55,13 @@ def test_rows_for_a_gpu_have_targets(ops):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so():
+def test_gpu_option_without_a_gpu_is_an_error():
     done = subprocess.run([sys.executable, str(SCRIPT), "--gpu"], capture_output=True, text=True)
     assert done.returncode and "no GPU here" in done.stderr
 
 
 @pytest.mark.slow
-def test_it_runs_whole_on_this_cpu(tmp_path):
+def test_ops_benchmark_runs_on_this_cpu(tmp_path):
     copy = tmp_path / "checkout"
     copy.mkdir()
     for name in ("iomm", "kernels", "csrc", "engine"):

@@ -1,4 +1,4 @@
-"""The paper's comparisons on the shapes dataset: intervals, verdicts, runs of a cell, and kills."""
+"""Tests of benchmarks/studies/recipes.py and findings.py: intervals, verdicts, runs, and kills."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.report import short
+from benchmarks.report import short_commits
 from benchmarks.studies import findings
 from benchmarks.studies.findings import (
     ABOVE,
@@ -27,12 +27,12 @@ from benchmarks.studies.findings import (
 )
 from benchmarks.studies.recipes import (
     BUDGETS,
+    CONCURRENT,
     EXPERIMENTS,
     FIGURES,
     FIGURES_OF_EDITS,
     PICTURE_S,
     SCORES,
-    SIDE_BY_SIDE,
     STAGES,
     START_S,
     Cell,
@@ -55,23 +55,17 @@ ROOT = Path(__file__).resolve().parents[2]
 NIGHT = BUDGETS["cpu-night"]
 
 
-def test_intervals_are_those_of_the_literature():
+def test_intervals_match_the_literature():
     assert findings.wilson(0.0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
     assert findings.wilson(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
     # Newcombe 1998, table II, example (b): 9/10 - 3/10 by method 10
     assert findings.newcombe(0.9, 0.3, 10) == pytest.approx((0.1705, 0.8090), abs=1e-4)
-    mean, low, high = findings.interval(
-        [0.1, 0.2, 0.3],
-        10**9,
-        # So many pictures that Student's t decides.
-    )
+    # With so many pictures, Student's t decides.
+    mean, low, high = findings.interval([0.1, 0.2, 0.3], 10**9)
     half = 4.303 * 0.1 / math.sqrt(3)
     assert (mean, low, high) == pytest.approx((0.2, max(0, 0.2 - half), 0.2 + half))
-    agreeing = findings.interval(
-        [0.2, 0.2, 0.2],
-        100,
-        # The pictures decide where seeds agree by chance.
-    )
+    # If seeds agree by chance, the number of pictures decides.
+    agreeing = findings.interval([0.2, 0.2, 0.2], 100)
     assert (
         agreeing[1:] == pytest.approx(findings.wilson(0.2, 300))
         and agreeing.low < 0.16 < 0.24 < agreeing.high
@@ -81,9 +75,10 @@ def test_intervals_are_those_of_the_literature():
 
 @pytest.mark.parametrize("spread", [0.0, 0.03, 0.1])
 @pytest.mark.parametrize("true, other", [(0.5, 0.5), (0.5, 0.4), (0.85, 0.7), (0.12, 0.12)])
-def test_intervals_hold_the_truth_as_often_as_they_claim(true, other, spread):
-    """Made-up cells: three trainings whose skill differs by `spread`, 96 pictures each, 1,000
-    times. Of so many a coverage of 95 % is below 93.3 % once in a hundred times.
+def test_intervals_have_the_claimed_coverage(true, other, spread):
+    """Synthetic cells of three trainings with 96 pictures each, whose skill varies by `spread`.
+
+    Of 1,000 such cells, a coverage of 95 % is measured below 93.3 % once in a hundred times.
     """
     rng, pictures, trials = random.Random(0), 96, 1000
 
@@ -102,7 +97,7 @@ def test_intervals_hold_the_truth_as_often_as_they_claim(true, other, spread):
 
 
 @pytest.mark.parametrize(
-    "low, high, agree, wanted",
+    "low, high, agree, expected",
     [
         (0.01, 0.2, ABOVE, "reproduced"),
         (-0.01, 0.2, ABOVE, "not decided"),
@@ -117,17 +112,17 @@ def test_intervals_hold_the_truth_as_often_as_they_claim(true, other, spread):
         (2 * LEVEL, 0.3, AS_GOOD, "contradicted"),
     ],
 )
-def test_a_verdict_follows_from_the_interval_alone(low, high, agree, wanted):
+def test_verdict_follows_from_the_interval(low, high, agree, expected):
     found = Interval((low + high) / 2, low, high)
-    assert findings.verdict(found, agree, seeds=3, best=0.5) == wanted
-    # Nothing is known of training from one seed, nor of models that learned next to nothing.
+    assert findings.verdict(found, agree, seeds=3, best=0.5) == expected
+    # One seed decides nothing about training, nor do models that learned next to nothing.
     assert findings.verdict(found, agree, seeds=1, best=0.5) == "not decided"
-    decided = wanted if agree is ABOVE else "not decided"
+    decided = expected if agree is ABOVE else "not decided"
     assert findings.verdict(found, agree, seeds=3, best=LEARNED / 2) == decided
 
 
 def scores(fits, way="text", pictures=384):
-    """What Runs.scores returns of one seed, unseen combinations half as often right."""
+    """Return the Runs.scores of a seed in which unseen combinations are right half as often."""
     keys = FIGURES_OF_EDITS if way == "edit" else FIGURES
     return {
         f"{way}, {split}": dict.fromkeys(keys, share) | {"pictures": pictures}
@@ -135,7 +130,7 @@ def scores(fits, way="text", pictures=384):
     }
 
 
-def test_findings_are_compared_over_the_seeds_that_both_cells_have():
+def test_findings_compare_only_common_seeds():
     cells = {
         "image -> mix": {0: scores(0.9), 1: scores(0.86), 2: scores(0.88)},
         "image -> image": {0: scores(0.3), 1: scores(0.34)},
@@ -160,7 +155,7 @@ def test_findings_are_compared_over_the_seeds_that_both_cells_have():
     assert findings.in_words(alone[0]["seen"]).endswith("not decided (one seed)")
 
 
-def test_every_finding_is_of_cells_that_are_run():
+def test_findings_refer_to_existing_cells():
     for finding in FINDINGS:
         cells = EXPERIMENTS[finding.experiment]
         way, key = findings.figure_of(finding.experiment)
@@ -170,7 +165,7 @@ def test_every_finding_is_of_cells_that_are_run():
         assert key in (FIGURES_OF_EDITS if way == "edit" else FIGURES)
 
 
-def test_tables_and_the_figure_show_seen_and_unseen_combinations(tmp_path):
+def test_tables_and_figure_show_both_splits(tmp_path):
     cells = {
         cell: {seed: scores(share) for seed, share in enumerate((0.1, 0.2, 0.3))}
         for cell in EXPERIMENTS["recipes"]
@@ -190,7 +185,7 @@ def test_tables_and_the_figure_show_seen_and_unseen_combinations(tmp_path):
     assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_runs_are_named_by_what_changes_what_they_compute(tmp_path):
+def test_run_name_depends_on_what_changes_the_result(tmp_path):
     runs = Runs(tmp_path, NIGHT)
     default = runs.run("pretrain", 100, ("run.seed=0",))
     spelt = runs.run(
@@ -212,14 +207,15 @@ def test_runs_are_named_by_what_changes_what_they_compute(tmp_path):
         ("pretrain", 100, ("run.seed=0",), tmp_path / "init"),
     ):
         assert runs.run(*other).dir != default.dir
-    assert STAGES == launch.STAGES and {
-        setting.partition("=")[0] for setting in SIDE_BY_SIDE
-    } <= set(FREE_KEYS)
+    concurrent_keys = {setting.partition("=")[0] for setting in CONCURRENT}
+    assert STAGES == launch.STAGES and concurrent_keys <= set(FREE_KEYS)
 
 
-def test_cells_share_the_runs_that_they_have_in_common(tmp_path):
-    """Of one seed: stage 1 on images and on pairs, with 4 more ratios, 3 more adapters and 4 other
-    choices; stage 2 for each of the recipes, after each of those, and with 4 more lambdas.
+def test_cells_share_common_runs(tmp_path):
+    """The runs of one seed.
+
+    Stage 1 runs on images and on pairs, and with 4 more ratios, 3 more adapters and 4 other
+    choices. Stage 2 runs for each recipe, after each of these variations, and with 4 more lambdas.
     """
     runs = Runs(tmp_path, NIGHT)
     made = {
@@ -228,47 +224,46 @@ def test_cells_share_the_runs_that_they_have_in_common(tmp_path):
     assert len({first.dir for cells in made.values() for first, _ in cells}) == 2 + 4 + 3 + 4
     assert len({second.dir for cells in made.values() for _, second in cells}) == 6 + 4 + 3 + 4 + 4
     default = made["recipes"][0]
-    # The default cell comes first in all of them.
+    # The default cell comes first in all experiments.
     for name in EXPERIMENTS:
         assert [run.dir for run in made[name][0]] == [run.dir for run in default], name
 
 
-def test_stage_1_on_pairs_has_as_many_new_pairs_as_there_are_images(tmp_path, monkeypatch):
-    """The datasets of all runs of all seeds are read off builders.prepare_data."""
-    asked = []
+def test_stage_1_has_equal_numbers_of_pairs_and_images(tmp_path, monkeypatch):
+    """The datasets of all runs of all seeds are recorded in builders.prepare_data."""
+    written = []
     monkeypatch.setattr(
-        builders, "write_dataset", lambda folder, num_images, seed: asked.append((num_images, seed))
+        builders,
+        "write_dataset",
+        lambda folder, num_images, seed: written.append((num_images, seed)),
     )
     monkeypatch.setattr(builders, "ensure_index", lambda *_, **__: tmp_path)
     monkeypatch.setattr(builders, "warnings_on", lambda index: ())
     monkeypatch.setattr(builders, "load", lambda index: None)
     runs, of = Runs(tmp_path, NIGHT), {}
-    for name, cells in EXPERIMENTS.items():
-        for label, cell in cells.items():
+    for cells in EXPERIMENTS.values():
+        for cell in cells.values():
             for seed in range(NIGHT.seeds):
                 for run in runs.both(cell, seed):
                     config = load_config(STAGES[run.stage], run.settings)
                     assert config.train.data in ("image", "pair", "mix")
                     for pairs in (False, True):
                         if config.train.data != ("image", "pair")[not pairs]:
-                            asked.clear()
+                            written.clear()
                             builders.prepare_data(config, progress=False, pairs=pairs)
                             of.setdefault(
                                 (run.stage, ("images", "pairs")[pairs], seed), set()
-                            ).update(asked)
+                            ).update(written)
     images, few = load_config("demo").data.num_images, load_config("demo-finetune").data.num_pairs
-    assert len(of) == 4 * NIGHT.seeds and all(
-        len(datasets) == 1
-        for datasets in of.values()
-        # Alike in every cell.
-    )
+    # Every cell has the same datasets.
+    assert len(of) == 4 * NIGHT.seeds and all(len(datasets) == 1 for datasets in of.values())
     numbers = {key: datasets.copy().pop()[0] for key, datasets in of.items()}
     assert all(
         number == (few if key[:2] == ("finetune", "pairs") else images)
         for key, number in numbers.items()
     )
     seeds = [datasets.copy().pop()[1] for datasets in of.values()]
-    # No dataset is part of another.
+    # No dataset is contained in another.
     assert len(set(seeds)) == len(seeds)
     pictures = [
         {scene(seed, i) for i in range(number)}
@@ -278,22 +273,23 @@ def test_stage_1_on_pairs_has_as_many_new_pairs_as_there_are_images(tmp_path, mo
 
 
 @pytest.fixture
-def played(monkeypatch):
-    """recipes.main() without training or drawing. A launch leaves a checkpoint of its last step;
-    the launch number dies_at leaves one of half of it, and there the command ends. Every picture is
-    half right. Keeps what was launched and drawn.
-    """
-    told = SimpleNamespace(commit="a" * 40, launched=[], drawn=[], dies_at=None, error=None)
+def fake_engine(monkeypatch):
+    """recipes.main() without training or sampling; returns a record of launches and scorings.
 
-    def launched(*arguments, said):
+    A launch writes a checkpoint of its last step. Launch number `dies_at` writes one of half that
+    step, and then the command ends. Half of the pictures are right.
+    """
+    record = SimpleNamespace(commit="a" * 40, launched=[], drawn=[], dies_at=None, error=None)
+
+    def launched(*arguments, output):
         steps = int(next(a for a in arguments if a.startswith("train.steps=")).partition("=")[2])
         run_dir = Path(next(a for a in arguments if a.startswith("run.dir=")).partition("=")[2])
-        if len(told.launched) == told.dies_at:
-            # The command is gone.
+        if len(record.launched) == record.dies_at:
+            # The command is already dead.
             raise KeyboardInterrupt
-        told.launched.append((run_dir.name, *arguments))
-        (run_dir / "machine.json").write_text(json.dumps({"commit": told.commit}))
-        dies = len(told.launched) == told.dies_at
+        record.launched.append((run_dir.name, *arguments))
+        (run_dir / "machine.json").write_text(json.dumps({"commit": record.commit}))
+        dies = len(record.launched) == record.dies_at
         (run_dir / f"checkpoints/step-{steps // 2 if dies else steps:08d}").mkdir(
             parents=True, exist_ok=True
         )
@@ -302,9 +298,9 @@ def played(monkeypatch):
         return 0
 
     def draw_and_score(model, size_px, way, *, split, per_kind, steps, guidance, seed):
-        told.drawn.append((way, split, seed))
-        if told.error is not None and len(told.drawn) == 1:
-            raise told.error
+        record.drawn.append((way, split, seed))
+        if record.error is not None and len(record.drawn) == 1:
+            raise record.error
         share = {"train": 0.5, "test": 0.25}[split]
         keys = FIGURES_OF_EDITS if way == "edit" else FIGURES
         return {"colors": {**dict.fromkeys(keys, share), "pictures": len(KINDS) * per_kind}}, []
@@ -317,12 +313,12 @@ def played(monkeypatch):
         "grade": draw_and_score,
         "draw": lambda *_: None,
         "checkpoint_reader.newest": newest,
-        "machine": lambda: {"date": "2026-01-02", "commit": told.commit},
+        "machine": lambda: {"date": "2026-01-02", "commit": record.commit},
         "real_limits": lambda runs: {way: {"train": 1.0, "test": 1.0} for way in ("text", "edit")},
         "builders.load_run": lambda *_, **__: (load_config("demo"), None, None),
     }.items():
         monkeypatch.setattr(f"benchmarks.studies.recipes.{name}", value)
-    return told
+    return record
 
 
 def results(tmp_path, *arguments, ends=0):
@@ -340,13 +336,11 @@ def results(tmp_path, *arguments, ends=0):
     return {path.name: json.loads(path.read_text()) for path in (tmp_path / "results").iterdir()}
 
 
-def test_a_night_does_the_default_cell_first_and_all_cells_before_the_next_seed(
-    tmp_path, played, monkeypatch
-):
+def test_night_runs_seed_by_seed_and_default_cell_first(tmp_path, fake_engine, monkeypatch):
     night = replace(NIGHT, jobs=1, seeds=2)
     monkeypatch.setitem(BUDGETS, "cpu-smoke", night)
     (found,) = results(tmp_path).values()
-    launched = [next(iter(cell)) for cell in played.launched]
+    launched = [next(iter(cell)) for cell in fake_engine.launched]
     runs = Runs(tmp_path / "runs/cpu-smoke", night)
     order = [
         run.dir.name
@@ -365,32 +359,32 @@ def test_a_night_does_the_default_cell_first_and_all_cells_before_the_next_seed(
         for shares in ways.values()
     )
     assert [row["seen"]["seeds"] for row in found["findings"]] == [2] * len(FINDINGS)
+    # Ratios are sorted for display.
     assert list(found["experiments"]["ratio"]) == [
         "0.0",
         "0.25",
         "0.5",
         "0.75",
         "0.95",
-        # Shown in order
     ]
     assert set(found["experiments"]["adapter"]["rqa"]) == {
         f"{way}, {split}" for way in ("image", "text") for split in SPLITS
     }
-    # Each seed has scenes of its own.
-    assert {seed for _, _, seed in played.drawn} == {0, 1}
+    # Each seed is scored on different scenes.
+    assert {seed for _, _, seed in fake_engine.drawn} == {0, 1}
     assert set(found["rows"]) - set(found["of"]) == {
         row for row in found["rows"] if "real pictures" in row
     }
 
 
 @pytest.mark.parametrize("dies_at", [1, 2, 5])
-def test_a_killed_command_repeats_nothing_that_is_complete(tmp_path, played, dies_at):
+def test_recipes_resume_after_kill_without_repeating(tmp_path, fake_engine, dies_at):
     """Killed in stage 1 and in stage 2 of the first cell, and in the third cell."""
     whole = results(tmp_path / "whole")
-    launched, drawn = [name for name, *_ in played.launched], len(played.drawn)
-    played.launched.clear()
-    played.drawn.clear()
-    played.dies_at = dies_at
+    launched, drawn = [name for name, *_ in fake_engine.launched], len(fake_engine.drawn)
+    fake_engine.launched.clear()
+    fake_engine.drawn.clear()
+    fake_engine.dies_at = dies_at
     with pytest.raises(KeyboardInterrupt):
         results(tmp_path)
     written = tmp_path / "results/recipes-cpu-smoke.json"
@@ -400,20 +394,23 @@ def test_a_killed_command_repeats_nothing_that_is_complete(tmp_path, played, die
             "image -> mix",
             "pair -> mix",
         }
-    played.dies_at = None
+    fake_engine.dies_at = None
     assert results(tmp_path) == whole
-    names = [name for name, *_ in played.launched]
+    names = [name for name, *_ in fake_engine.launched]
     assert names[:dies_at] == launched[:dies_at] and names[dies_at:] == launched[dies_at - 1 :]
-    assert len(played.drawn) == drawn
-    assert all("--resume" in arguments and "auto" in arguments for _, *arguments in played.launched)
-    before = len(played.launched)
-    assert results(tmp_path) == whole and len(played.launched) == before
+    assert len(fake_engine.drawn) == drawn
+    assert all(
+        "--resume" in arguments and "auto" in arguments for _, *arguments in fake_engine.launched
+    )
+    before = len(fake_engine.launched)
+    assert results(tmp_path) == whole and len(fake_engine.launched) == before
 
 
-def test_a_run_that_is_still_training_is_waited_for(tmp_path):
-    """As after a SIGKILL of the command alone: its run goes on, and keeps its lock to its end."""
+def test_wait_until_free_waits_for_a_training_run(tmp_path):
+    """After a SIGKILL of the command only, its run continues and keeps its lock until it ends."""
     code = (
-        "import sys, time; from pathlib import Path; from iomm.engine.resilience import checkpoint_writer\n"
+        "import sys, time; from pathlib import Path\n"
+        "from iomm.engine.resilience import checkpoint_writer\n"
         "folder = Path(sys.argv[1]); checkpoint_writer.take(folder); print('taken', flush=True)\n"
         "time.sleep(1); (folder / 'ended').touch()"
     )
@@ -423,32 +420,32 @@ def test_a_run_that_is_still_training_is_waited_for(tmp_path):
         assert other.stdout.readline() == b"taken\n"
         wait_until_free(tmp_path)
         assert (tmp_path / "ended").exists()
-    # Nor does the command keep the lock from the run that it starts.
+    # The command itself must not keep the lock, which the run that it starts needs.
     wait_until_free(tmp_path)
 
 
-def test_status_runs_nothing_and_says_what_is_left(tmp_path, played, capsys):
-    def said():
+def test_status_prints_what_is_left_and_runs_nothing(tmp_path, fake_engine, capsys):
+    def status_output():
         capsys.readouterr()
         assert main(["--budget", "cpu-smoke", "--out", str(tmp_path / "runs"), "--status"]) == 0
         return capsys.readouterr().out
 
-    first = said()
-    assert first.count("0 of 1 seeds") == 6 and "hours left" in first and not played.launched
+    first = status_output()
+    assert first.count("0 of 1 seeds") == 6 and "hours left" in first and not fake_engine.launched
     runs = Runs(tmp_path / "runs/cpu-smoke", BUDGETS["cpu-smoke"])
     hours, step_s = runs.hours_left(("recipes",))
     assert step_s == BUDGETS["cpu-smoke"].step_s and hours > 0
     results(tmp_path)
-    assert said().count("1 of 1 seeds") == 6 and runs.hours_left(("recipes",))[0] == 0
+    assert status_output().count("1 of 1 seeds") == 6 and runs.hours_left(("recipes",))[0] == 0
     night = Runs(tmp_path / "night", NIGHT)
-    # stage 1 of a seed
+    # Stage 1 and stage 2 of a seed.
     training = 9 * (START_S + NIGHT.pretrain * NIGHT.step_s)
     training += 17 * (START_S + NIGHT.finetune * NIGHT.step_s)
-    # of each stage 2, of the adapters after stage 1, and the edits of two
+    # Each stage 2, the adapters after stage 1, and the edits of two cells are scored.
     scoring = (17 + 4 + 2) * 2 * NIGHT.per_kind * len(KINDS) * PICTURE_S
     expected = NIGHT.seeds * (training + scoring) / 3600 / NIGHT.jobs
     assert night.hours_left(NIGHT.experiments) == (pytest.approx(expected), NIGHT.step_s)
-    # The newest log, and of that the median.
+    # The median of the newest log counts.
     for name, steps in (("a", 0.2), ("b", 0.5)):
         (tmp_path / f"night/{name}").mkdir(parents=True)
         (tmp_path / f"night/{name}/log.jsonl").write_text(
@@ -457,25 +454,26 @@ def test_status_runs_nothing_and_says_what_is_left(tmp_path, played, capsys):
     assert night.hours_left(NIGHT.experiments)[1] == 0.5
 
 
-def test_runs_side_by_side_have_one_thread_each(tmp_path, played):
+def test_concurrent_runs_have_one_thread_each(tmp_path, fake_engine):
     results(tmp_path)
     assert not any(
-        setting in arguments for _, *arguments in played.launched for setting in SIDE_BY_SIDE
+        setting in arguments for _, *arguments in fake_engine.launched for setting in CONCURRENT
     )
     again = tmp_path / "again"
     found = results(again, "--jobs", "2")
     assert all(
-        setting in arguments for _, *arguments in played.launched[8:] for setting in SIDE_BY_SIDE
+        setting in arguments for _, *arguments in fake_engine.launched[8:] for setting in CONCURRENT
     )
-    assert {name for name, *_ in played.launched[:8]} == {
-        name
-        for name, *_ in played.launched[8:]
-        # The same runs
+    # These are the same runs.
+    assert {name for name, *_ in fake_engine.launched[:8]} == {
+        name for name, *_ in fake_engine.launched[8:]
     }
-    assert len(played.launched) == 16 and found["recipes-cpu-smoke.json"]["budget"]["jobs"] == 2
+    assert (
+        len(fake_engine.launched) == 16 and found["recipes-cpu-smoke.json"]["budget"]["jobs"] == 2
+    )
 
 
-def test_results_of_other_steps_or_seeds_are_files_of_their_own(tmp_path, played):
+def test_results_name_contains_overridden_steps_and_seeds(tmp_path, fake_engine):
     (own,) = results(tmp_path).items()
     assert own[0] == "recipes-cpu-smoke.json"
     for given, name in (
@@ -487,31 +485,29 @@ def test_results_of_other_steps_or_seeds_are_files_of_their_own(tmp_path, played
         found = results(tmp_path, *given)
         assert f"recipes-cpu-smoke{name}.json" in found and found[own[0]] == own[1]
     assert len(found) == 4
-    asked = parse_args(["--budget", "cpu-night", "--steps", "30", "20"]).budget_asked
+    asked = parse_args(["--budget", "cpu-night", "--steps", "30", "20"]).effective_budget
     assert (asked.pretrain, asked.finetune) == (30, 20) and results_name(
         "cpu-night", asked
     ) == "recipes-cpu-night-30-20-steps"
 
 
 @pytest.mark.parametrize(
-    "options, said",
+    "options, message",
     [
         (["--seeds", "0"], "must be a whole number above 0, got 0"),
         (["--steps", "0", "1"], "must be a whole number above 0, got 0"),
         (["--jobs", "-1"], "must be a whole number above 0, got -1"),
         (["--seeds", "9"], "--seeds must be 1 to 5, got 9"),
-        (["colours"], "no experiment colours: choose of recipes"),
+        (["colours"], "no experiment colours: choose from recipes"),
     ],
 )
-def test_mistakes_of_the_command_line(tmp_path, played, capsys, options, said):
+def test_invalid_recipes_options_are_rejected(tmp_path, fake_engine, capsys, options, message):
     with pytest.raises(SystemExit, match="2"):
         results(tmp_path, *options)
-    assert said in capsys.readouterr().err and not (tmp_path / "results").exists()
+    assert message in capsys.readouterr().err and not (tmp_path / "results").exists()
 
 
-def test_seen_and_unseen_combinations_are_quoted_and_kept_beside_another_experiment(
-    tmp_path, played
-):
+def test_results_keep_rows_of_earlier_experiments(tmp_path, fake_engine):
     (found,) = results(tmp_path).values()
     rows = {
         what.rpartition(": ")[2]: figure
@@ -525,12 +521,12 @@ def test_seen_and_unseen_combinations_are_quoted_and_kept_beside_another_experim
     }
     assert rows["all of the caption right, seen combinations"].count(" 0.50 (0.19 to 0.81)") == 6
     assert rows["all of the caption right, unseen combinations"].count(" 0.25 (") == 6
-    launched, drawn = len(played.launched), len(played.drawn)
-    # Of runs that are there: only drawn and scored.
+    launched, drawn = len(fake_engine.launched), len(fake_engine.drawn)
+    # The runs exist already, so they are only sampled and scored.
     (both,) = results(tmp_path, "editing").values()
     assert (
-        len(played.launched) == launched
-        and played.drawn[drawn:] == [("edit", split, 0) for split in SPLITS] * 2
+        len(fake_engine.launched) == launched
+        and fake_engine.drawn[drawn:] == [("edit", split, 0) for split in SPLITS] * 2
     )
     assert (
         both["experiments"].keys() == {"recipes", "editing"}
@@ -541,69 +537,68 @@ def test_seen_and_unseen_combinations_are_quoted_and_kept_beside_another_experim
     )
 
 
-def test_rows_name_the_commits_of_their_runs(tmp_path, played):
+def test_rows_name_the_commits_of_their_runs(tmp_path, fake_engine):
     def commits():
         (found,) = results(tmp_path).values()
         return {facts["commit"] for facts in found["of"].values()}
 
     assert commits() == {"a" * 40}
-    # Results written later name the commits of what they sum up.
-    played.commit = "b" * 40
+    # Results that are written later still name the commits of their runs.
+    fake_engine.commit = "b" * 40
     assert commits() == {"a" * 40}
     sorted((tmp_path / "runs/cpu-smoke").glob("finetune-*"))[0].joinpath("machine.json").unlink()
     assert {*commits().pop().split(", ")} == {"a" * 40, "unknown"}
     assert (
-        short(f"{'a' * 40}, {'b' * 40} and changes") == "aaaaaaaaa, bbbbbbbbb+"
-        and short("c" * 40) == "ccccccccc"
+        short_commits(f"{'a' * 40}, {'b' * 40} and changes") == "aaaaaaaaa, bbbbbbbbb+"
+        and short_commits("c" * 40) == "ccccccccc"
     )
 
 
 @pytest.mark.parametrize(
-    "error, said",
+    "error, message",
     [
         (InputError("no such run"), "mix, seed 0: no such run"),
         (RuntimeError("out of memory"), "mix, seed 0: RuntimeError('out of memory')"),
     ],
 )
-def test_a_cell_that_fails_is_reported_and_the_others_go_on(tmp_path, played, capsys, error, said):
-    played.error = error
+def test_failed_cell_is_reported_and_others_still_run(
+    tmp_path, fake_engine, capsys, error, message
+):
+    fake_engine.error = error
     (found,) = results(tmp_path, ends=1).values()
     assert set(found["experiments"]["recipes"]) == set(EXPERIMENTS["recipes"]) - {"image -> mix"}
-    words = capsys.readouterr().err
-    assert f"iomm: recipes, image -> {said}" in words and ("Traceback" in words) == isinstance(
-        error, RuntimeError
-    )
+    output = capsys.readouterr().err
+    assert f"iomm: recipes, image -> {message}" in output
+    assert ("Traceback" in output) == isinstance(error, RuntimeError)
     (found,) = results(tmp_path).values()
     assert set(found["experiments"]["recipes"]) == set(EXPERIMENTS["recipes"])
 
 
-def test_kept_scores_are_whole_and_of_the_settings_asked_for(tmp_path, played, monkeypatch):
+def test_scores_are_redone_if_damaged_or_outdated(tmp_path, fake_engine, monkeypatch):
     runs = Runs(tmp_path, NIGHT)
     run = runs.both(Cell(), 0)[1]
     run.dir.mkdir(parents=True)
     path = run.dir / SCORES
-    wanted = {
+    expected = {
         f"text, {split}": dict.fromkeys(FIGURES, share) | {"pictures": len(KINDS) * NIGHT.per_kind}
         for split, share in (("train", 0.5), ("test", 0.25))
     }
 
     def drawn(runs):
-        before = len(played.drawn)
+        before = len(fake_engine.drawn)
         runs.score(run, ("text",), 0)
-        assert runs.known(run, ("text",)) == wanted | {
+        assert runs.known(run, ("text",)) == expected | {
             name: shares | {"pictures": len(KINDS) * runs.budget.per_kind}
-            for name, shares in wanted.items()
+            for name, shares in expected.items()
         }
         assert not list(run.dir.glob(".*.partial"))
-        return len(played.drawn) - before
+        return len(fake_engine.drawn) - before
 
-    path.write_text(
-        json.dumps(wanted)[:40]
-        # A kill in the middle of a write that was none of ours.
-    )
+    # A file that was cut off in the middle of a write that was not atomic.
+    path.write_text(json.dumps(expected)[:40])
     assert drawn(runs) == 2 and drawn(runs) == 0
     kept = path.read_text()
-    # Another way is added.
+    # Scores of another way are added to it.
     runs.score(run, ("edit",), 0)
     assert runs.known(run, ("text", "edit")).keys() == {
         f"{way}, {split}" for way in ("text", "edit") for split in SPLITS
@@ -622,11 +617,11 @@ def test_kept_scores_are_whole_and_of_the_settings_asked_for(tmp_path, played, m
     monkeypatch.setattr("os.replace", lambda *_: pytest.fail("killed"))
     with pytest.raises(pytest.fail.Exception, match="killed"):
         runs.score(run, ("image",), 0)
-    # What was there is there until the new is whole.
+    # The old file stays until the new one is complete.
     assert path.read_text() == kept
 
 
-def test_the_night_scores_enough_pictures():
+def test_night_budget_scores_enough_pictures():
     assert (
         NIGHT.per_kind >= 32
         and NIGHT.seeds == 3
@@ -635,8 +630,8 @@ def test_the_night_scores_enough_pictures():
 
 
 @pytest.mark.slow
-def test_the_smoke_budget_resumes_after_a_kill(tmp_path):
-    """The real engine. Only the command is killed while a second cell trains; that run goes on."""
+def test_smoke_budget_resumes_after_kill(tmp_path):
+    """With the real engine. Only the command is killed while a second cell trains, not its run."""
     command = [
         sys.executable,
         str(ROOT / "benchmarks/studies/recipes.py"),
@@ -661,10 +656,10 @@ def test_the_smoke_budget_resumes_after_a_kill(tmp_path):
     assert set(found["recipes"]) == set(EXPERIMENTS["recipes"])
     assert found["recipes"]["image -> mix"] == first["image -> mix"]
     runs = list((tmp_path / "runs/cpu-smoke").glob("*/config.yaml"))
-    # stage 1 is shared by the cells
+    # The cells share 2 runs of stage 1.
     assert len(runs) == 2 + 6
     logs = {run: (run.parent / "log.jsonl").read_text() for run in runs}
-    # Of runs that are there: only sampled and scored, none is trained again.
+    # The runs exist already, so they are only sampled and scored, not trained again.
     subprocess.run([*command, "editing"], check=True, timeout=3600)
     both = json.loads(path.read_text())["experiments"]
     assert both.keys() == {"recipes", "editing"} and both["recipes"] == found["recipes"]

@@ -1,4 +1,8 @@
-"""benchmarks/studies/time_to_quality.py: arithmetic on curves, the same start, samples and function of both sides, the command."""
+"""Tests of benchmarks/studies/time_to_quality.py.
+
+They cover the arithmetic on curves, the equality of both sides (start, samples, function), and the
+command.
+"""
 
 import json
 import math
@@ -42,8 +46,8 @@ def tiny(tmp_path):
 
 @pytest.fixture
 def one_rank(monkeypatch):
-    """Ranks of a group of one in this process, of whose settings nothing is left afterwards."""
-    # It changes malloc for good.
+    """Ranks of a group of one in this process; its settings are removed afterwards."""
+    # prepare_process changes malloc for the rest of the process.
     monkeypatch.setattr(launch, "prepare_process", lambda config, ranks: None)
     with mock.patch.dict(os.environ):
         try:
@@ -52,19 +56,19 @@ def one_rank(monkeypatch):
             group.stop()
 
 
-def test_a_crossing_is_interpolated_between_two_points():
+def test_crossing_is_interpolated_between_two_points():
     assert crossing([0, 10, 20], [1.0, 0.5, 0.3], 0.4, falling=True) == pytest.approx(15)
     assert crossing([0, 10, 20], [0.0, 0.2, 0.6], 0.3, falling=False) == pytest.approx(12.5)
 
 
-def test_a_crossing_is_that_of_the_best_so_far():
-    # From 0.6 at 10 s, not from the worse 0.8 at 20 s, and what comes after does not matter.
+def test_crossing_uses_the_best_value_so_far():
+    # From 0.6 at 10 s, not from the worse 0.8 at 20 s. Later points do not matter.
     times, losses = [0, 10, 20, 30, 40], [1.0, 0.6, 0.8, 0.4, 0.9]
     assert crossing(times, losses, 0.5, falling=True) == pytest.approx(25)
     assert crossing(times, losses, 0.6, falling=True) == 10
 
 
-def test_a_quality_of_the_start_and_one_never_reached():
+def test_crossing_at_the_start_and_without_a_crossing():
     assert crossing([0, 10], [0.5, 0.4], 0.7, falling=True) == 0
     assert crossing([0, 10], [0.5, 0.4], 0.3, falling=True) is None
     assert crossing([0, 10], [0.0, 0.2], 0.5, falling=False) is None
@@ -76,12 +80,12 @@ def test_ratios_are_taken_seed_by_seed():
     assert (found["median"], found["low"], found["high"]) == pytest.approx((2.0, 1.1, 3.0))
 
 
-def test_a_ratio_with_a_seed_that_never_arrived():
-    # The baseline trained for 60 s and never got there: at least six times longer.
+def test_ratio_is_a_bound_if_a_seed_never_reaches():
+    # The baseline trained for 60 s without reaching the target: at least six times longer.
     found = ratios([20.0, None], [10.0, 10.0], limits=[60.0, 60.0])
     assert found["at_least"] and found["seeds"] == pytest.approx([2.0, 6.0])
     assert ratios([20.0, 20.0], [10.0, None], limits=[60.0, 60.0]) is None
-    # A quality of the start has no ratio.
+    # A quality that is reached at the start has no ratio.
     assert ratios([0.0], [0.0], limits=[60.0]) is None
 
 
@@ -95,14 +99,14 @@ def curve(seconds, losses, scores, steps_per_s=2):
     }
 
 
-def made_up(done=(True, True)):
-    """Two seeds of two variants; `ours+latents` encodes for 10 s and for 20 s before."""
-    plain = curve([0, 20, 40], [1.0, 0.6, 0.4], [0.0, 0.1, 0.3])
+def synthetic_runs(done=(True, True), baseline="baseline"):
+    """Return a result of two seeds and two variants; `ours+latents` encodes for 10 s and 20 s."""
+    slow = curve([0, 20, 40], [1.0, 0.6, 0.4], [0.0, 0.1, 0.3])
     runs = [
         {
             "encoding_s": {"ours+latents": 10.0},
             "curves": {
-                "plain": plain,
+                baseline: slow,
                 "ours+latents": curve(
                     [0, 10, 20, 40], [1.0, 0.6, 0.4, 0.3], [0.0, 0.1, 0.3, 0.6], steps_per_s=4
                 ),
@@ -111,12 +115,12 @@ def made_up(done=(True, True)):
         {
             "encoding_s": {"ours+latents": 20.0},
             "curves": {
-                "plain": plain,
+                baseline: slow,
                 "ours+latents": curve([0, 20, 40], [1.0, 0.4, 0.2], [0.0, 0.2, 0.4], steps_per_s=4),
             },
         },
     ]
-    for run, is_done in zip(runs, done):
+    for run, is_done in zip(runs, done, strict=True):
         run["done"] = is_done
     return {
         "config": "demo",
@@ -128,7 +132,7 @@ def made_up(done=(True, True)):
     }
 
 
-def test_losses_to_reach_are_those_that_every_seed_of_the_first_variant_has():
+def test_loss_targets_are_reached_by_every_seed():
     curves = [
         curve([0, 20, 40], [1.0, 0.6, 0.4], None),
         curve([0, 20, 40], [1.0, 0.8, 0.50001], None),
@@ -138,15 +142,15 @@ def test_losses_to_reach_are_those_that_every_seed_of_the_first_variant_has():
         assert all(crossing(c["s"], c["loss"], target, falling=True) is not None for c in curves)
 
 
-def test_the_summary_of_made_up_runs():
-    result = made_up()
+def test_summary_of_synthetic_runs():
+    result = synthetic_runs()
     summarise(result)
     assert result["targets"] == {"loss": [0.8, 0.6, 0.4], "score": [0.3, 0.9]}
     rows = {(row["what"], row["target"], row["variant"]): row for row in result["reached"]}
-    # Nobody reached a score of 0.9.
-    assert len(rows) == 8 and ("score", 0.9, "plain") not in rows
-    plain, ours = rows["loss", 0.4, "plain"], rows["loss", 0.4, "ours+latents"]
-    assert plain["s"] == [40, 40] and plain["cpu_s"] == [80, 80] and "ratio" not in plain
+    # No variant reached a score of 0.9.
+    assert len(rows) == 8 and ("score", 0.9, "baseline") not in rows
+    baseline, ours = rows["loss", 0.4, "baseline"], rows["loss", 0.4, "ours+latents"]
+    assert baseline["s"] == [40, 40] and baseline["cpu_s"] == [80, 80] and "ratio" not in baseline
     assert ours["s"] == pytest.approx([20, 20]) and ours["s_encoded"] == pytest.approx([30, 40])
     assert ours["ratio"]["seeds"] == pytest.approx([2, 2])
     assert ours["ratio_steps"]["seeds"] == pytest.approx([1, 1])
@@ -154,38 +158,44 @@ def test_the_summary_of_made_up_runs():
     json.dumps(result)
 
 
-def test_a_seed_that_is_under_way_counts_only_where_none_is_done():
-    result = made_up(done=(True, False))
+def test_unfinished_seed_counts_only_if_none_is_done():
+    result = synthetic_runs(done=(True, False))
     summarise(result)
     assert all(len(row["s"]) == 1 for row in result["reached"])
-    result = made_up(done=(False, False))
+    result = synthetic_runs(done=(False, False))
     summarise(result)
     assert all(len(row["s"]) == 2 for row in result["reached"])
 
 
-def test_the_report_quotes_every_quality():
-    result = made_up()
+@pytest.mark.parametrize("spelling", ["baseline", "plain"])
+def test_report_has_a_row_per_quality(spelling):
+    result = synthetic_runs(baseline=spelling)
     summarise(result)
-    what = "training time to a {} of {}, `demo` (fp32, 2 seed(s)); plain's over it"
+    what = (
+        "training time to a {} of {}, `demo` (fp32, 2 seed(s)); "
+        "ratios: baseline's time over the variant's"
+    )
     rows = dict(report.time_to_quality(result))
     assert rows[what.format("held-out velocity loss", 0.4)] == (
-        "plain 40 s; ours+latents 20 s, 2.00 x (2.00 to 2.00), 1.00 x in steps, 1.17 x with the encoding before training"
+        "baseline 40 s; ours+latents 20 s, 2.00 x (2.00 to 2.00), 1.00 x in steps, 1.17 x "
+        "including the encoding"
     )
-    # The baseline never reached these scores in its 40 s; the other 0.31 after 20.7 s and 31 s, 0.5 in one seed.
+    # The baseline never reached these scores in its 40 s. The other variant reached 0.31 after
+    # 20.7 s and 31 s, and 0.5 in one seed.
     result["scores_given"] = [0.31, 0.5]
     summarise(result)
     rows = dict(report.time_to_quality(result))
     assert rows[what.format("strict score", 0.31)] == (
-        "plain reached it in 0 of 2 seeds; ours+latents 26 s, at least 1.61 x (1.29 to 1.94), 0.81 x in steps, 1.04 x with the "
-        "encoding before training"
+        "baseline reached it in 0 of 2 seeds; ours+latents 26 s, at least 1.61 x (1.29 to 1.94), "
+        "0.81 x in steps, 1.04 x including the encoding"
     )
     assert rows[what.format("strict score", 0.5)] == (
-        "plain reached it in 0 of 2 seeds; ours+latents reached it in 1 of 2 seeds"
+        "baseline reached it in 0 of 2 seeds; ours+latents reached it in 1 of 2 seeds"
     )
 
 
-def backwards(batches):
-    """The same batches with their samples in the other order: the same losses but for rounding."""
+def reversed_batches(batches):
+    """Yield the batches with their samples reversed; their losses differ by rounding only."""
     for batch in batches:
         yield replace(
             batch,
@@ -199,8 +209,9 @@ def backwards(batches):
 
 
 def distance(weights, others):
-    """Norm of the difference, without the bias of the adapter's keys: it cancels in the softmax, so that both sides
-    train it on rounding alone.
+    """Return the norm of the difference without the bias of the adapter's keys.
+
+    That bias cancels in the softmax, so both sides train it on rounding errors only.
     """
     return (
         sum(
@@ -212,28 +223,28 @@ def distance(weights, others):
     )
 
 
-def test_both_sides_start_alike_see_the_same_samples_and_have_the_same_losses(
-    one_rank, tiny, tmp_path
-):
-    """Losses and averaged weights of four steps of Muon agree as closely as those of plain PyTorch and
-    of plain PyTorch that sums its batches in the other order.
+def test_ours_and_baseline_train_equally(one_rank, tiny, tmp_path):
+    """Both sides start equally, see the same samples and have the same losses.
+
+    Losses and averaged weights of four steps of Muon agree as closely as two runs of the baseline,
+    one of which sums its batches in reverse order.
     """
     config = load_config(tiny, [f"run.dir={tmp_path / 'run'}", "train.steps=4"])
-    ours, plain, again = (
+    ours, baseline, again = (
         time_to_quality.start(VARIANTS[name], config, one_rank)
-        for name in ("ours", "plain", "plain")
+        for name in ("ours", "baseline", "baseline")
     )
     start, theirs = (
         {name: tensor.clone() for name, tensor in trained.averaged().items()}
-        for trained in (ours, plain)
+        for trained in (ours, baseline)
     )
     assert start.keys() == theirs.keys()
     assert all(torch.equal(start[name], theirs[name]) for name in start)
     losses, samples = [], []
-    for trained in (ours, plain, again):
+    for trained in (ours, baseline, again):
         trained.batches, seen = tee(trained.batches)
         if trained is again:
-            trained.batches = backwards(trained.batches)
+            trained.batches = reversed_batches(trained.batches)
         losses.append(torch.tensor([trained.step() for _ in range(4)], dtype=torch.float64))
         samples.append(
             [
@@ -241,16 +252,17 @@ def test_both_sides_start_alike_see_the_same_samples_and_have_the_same_losses(
                 for b in (next(seen) for _ in range(4))
             ]
         )
-    for mine, its in zip(*samples[:2]):
+    for mine, its in zip(*samples[:2], strict=True):
         assert mine[:2] == its[:2] and torch.equal(mine[2], its[2])
     error, rounding = (losses[0] - losses[1]).abs(), (losses[2] - losses[1]).abs().max()
-    apart = [distance(trained.averaged(), plain.averaged()) for trained in (ours, again)]
+    apart = [distance(trained.averaged(), baseline.averaged()) for trained in (ours, again)]
     print(
-        f"losses {error.max():.1e}, backwards {rounding:.1e}; weights {apart[0]:.1e}, backwards {apart[1]:.1e}"
+        f"losses {error.max():.1e}, reversed {rounding:.1e}; weights {apart[0]:.1e}, reversed "
+        f"{apart[1]:.1e}"
     )
-    # Either side rounds its own mean once more.
+    # Each side rounds its own mean once more.
     assert (error <= 2 * rounding + 2 * torch.finfo(torch.float32).eps * losses[1]).all()
-    assert apart[0] <= 2 * apart[1] < 1e-3 * distance(plain.averaged(), start)
+    assert apart[0] <= 2 * apart[1] < 1e-3 * distance(baseline.averaged(), start)
 
 
 @pytest.mark.parametrize(
@@ -262,23 +274,25 @@ def test_both_sides_start_alike_see_the_same_samples_and_have_the_same_losses(
         ("data.shards=photographs", "data.shards is photographs, expected shapes"),
     ],
 )
-def test_a_config_that_the_baseline_does_not_compute_is_refused(setting, words, tiny):
+def test_config_without_a_baseline_is_rejected(setting, words, tiny):
     with pytest.raises(InputError, match=words):
         time_to_quality.main(["--config", tiny, setting])
 
 
-def test_stage_2_asks_for_a_run_and_variants_have_names(tiny, capsys):
-    with pytest.raises(InputError, match="add run.init=RUN"):
+def test_stage_2_needs_init_and_variants_are_checked(tiny, capsys):
+    with pytest.raises(InputError, match=r"add run\.init=RUN"):
         time_to_quality.main(["--stage", "finetune", "--config", tiny])
     with pytest.raises(SystemExit):
         time_to_quality.main(["--variants", "plain,fast"])
-    assert "'fast' is none of plain, literal, ours" in capsys.readouterr().err
+    assert "'fast' is none of baseline, literal, ours" in capsys.readouterr().err
+    assert time_to_quality.listed(time_to_quality.variant_name)("plain,ours,baseline") == [
+        "baseline",
+        "ours",
+    ]
 
 
-def test_the_command_on_two_variants_and_one_that_is_left_out(
-    one_rank, tiny, monkeypatch, tmp_path, capsys
-):
-    """Two turns of one step each: every figure is there, and what was measured is written after each turn."""
+def test_command_with_a_variant_that_is_left_out(one_rank, tiny, monkeypatch, tmp_path, capsys):
+    """Two turns of one step each: every figure exists, and each turn writes the result."""
     real, written = time_to_quality.variant_config, []
 
     def variant_config(variant, *given):
@@ -292,7 +306,7 @@ def test_the_command_on_two_variants_and_one_that_is_left_out(
 
     monkeypatch.setattr(time_to_quality, "variant_config", variant_config)
     monkeypatch.setattr(time_to_quality, "write", write)
-    # The group of the fixture, which ends it.
+    # Use the group of the fixture, which also ends it.
     monkeypatch.setattr(group, "start", lambda timeout_s: one_rank)
     monkeypatch.setattr(group, "stop", lambda: None)
     assert (
@@ -334,10 +348,11 @@ def test_the_command_on_two_variants_and_one_that_is_left_out(
         assert all(0 < loss < math.inf for loss in found["loss"]) and all(
             0 <= x <= 1 for x in found["score"]
         )
-    plain, ours = run["curves"].values()
-    assert plain["loss"][0] == ours["loss"][0] and plain["score"][0] == ours["score"][0]
+    assert list(run["curves"]) == ["baseline", "everything"]
+    baseline, ours = run["curves"].values()
+    assert baseline["loss"][0] == ours["loss"][0] and baseline["score"][0] == ours["score"][0]
     assert len(list(report.time_to_quality(result))) == len(result["reached"]) / 2 >= 1
-    said = capsys.readouterr().out
-    assert "ours+cache is left out: no room\n" in said
-    assert "loss on one batch with the weights of plain" in said
+    output = capsys.readouterr().out
+    assert "ours+cache is skipped: no room\n" in output
+    assert "loss on one batch with the weights of baseline" in output
     assert len(list(tmp_path.glob("*.png"))) == 1

@@ -1,4 +1,8 @@
-"""Bytes that two ranks send in a real ZeRO-3 step, caught at torch.distributed, against the count: equal, kind by kind."""
+"""Tests of benchmarks/lib/traffic.py.
+
+Two ranks make a real ZeRO-3 step. The bytes that they send, recorded in torch.distributed, must
+equal the count for every kind of collective.
+"""
 
 import inspect
 import json
@@ -29,13 +33,14 @@ from iomm.vae import load_vae
 
 # DeepSpeed records the order of modules in the first micro-batch.
 SIZE, ACCUMULATION, WARM_UP = 2, 2, 2
-# Small enough that every rule acts on 1.2 M parameters: some persist, some are kept for the backward pass, some come ahead.
+# Small enough that every rule applies to 1.2 M parameters: some persist, some are kept for the
+# backward pass, some are prefetched.
 SMALL = {
     "stage3_param_persistence_threshold": 500,
     "stage3_prefetch_bucket_size": 60_000,
     "reduce_bucket_size": 200_000,
 }
-# name: (generator, overrides of the demo's config, DeepSpeed's settings)
+# Name: (kind of generator, overrides of the demo's config, DeepSpeed's settings).
 CASES = {
     "some kept": ("mmdit", [], {**SMALL, "stage3_max_reuse_distance": 250_000}),
     "muon, second copies": (
@@ -91,15 +96,16 @@ def make_model(mllm, kind, dtype, align):
     return IOMM(parts[0], parts[1], mllm, load_vae("pixel:4", dtype=dtype), recipe, parts[2], head)
 
 
-def watch_collectives(sent):
-    """Wraps torch.distributed so that sent[kind] grows by the bytes that this rank sends, by the ring algorithm. A kind that
-    nobody expects is noted by its name.
+def record_collectives(sent):
+    """Wrap torch.distributed to add the bytes that this rank sends to `sent`, {kind: bytes}.
+
+    Bytes are those of the ring algorithm. An unexpected kind is counted under its own name.
     """
 
     def bytes_of(tensor):
         return tensor.numel() * tensor.element_size()
 
-    def away(call):
+    def bytes_to_others(call):
         others = sum(
             n for rank, n in enumerate(call["input_split_sizes"]) if rank != dist.get_rank()
         )
@@ -118,7 +124,7 @@ def watch_collectives(sent):
             "all_reduce",
             lambda call: 2 * bytes_of(call["tensor"]) * (SIZE - 1) // SIZE,
         ),
-        "all_to_all_single": ("all_to_all", away),
+        "all_to_all_single": ("all_to_all", bytes_to_others),
         **{
             name: (name, lambda call: 1)
             for name in ("all_gather", "reduce_scatter", "broadcast", "reduce", "all_to_all")
@@ -149,7 +155,7 @@ def worker(rank, port, folder, cases):
     )
     torch.set_num_threads(1)
     sent, found = {}, {}
-    watch_collectives(sent)
+    record_collectives(sent)
     ranks = group.start(60)
     configured = zero.deepspeed_config
     for case in cases:
@@ -168,17 +174,23 @@ def worker(rank, port, folder, cases):
         model.prepare_blocks(recompute=2)
         sharded = zero.Sharded(
             model,
-            lambda module: make_optimizer(module, config.optim),
+            lambda module, optim=config.optim: make_optimizer(module, optim),
             config=config,
             ranks=ranks,
             leaves=model.leaves,
             micro_batch=1,
             accumulation=ACCUMULATION,
         )
-        # And not a setting that it calls by another name.
-        took = sharded.engine._config.zero_config
-        wanted = {**DEFAULTS, **with_settings(config, ranks.device, 1, 1)["zero_optimization"]}
-        assert all(getattr(took, key.removeprefix("stage3_")) == wanted[key] for key in DEFAULTS)
+        # DeepSpeed must have taken every setting, and not know one of them by another name.
+        actual = sharded.engine._config.zero_config
+        expected_settings = {
+            **DEFAULTS,
+            **with_settings(config, ranks.device, 1, 1)["zero_optimization"],
+        }
+        assert all(
+            getattr(actual, key.removeprefix("stage3_")) == expected_settings[key]
+            for key in DEFAULTS
+        )
         for step in range(WARM_UP + 1):
             if step == WARM_UP:
                 sent.clear()
@@ -195,7 +207,10 @@ def worker(rank, port, folder, cases):
 
 
 def measure(folder, cases):
-    """{case: (bytes sent by both ranks, bytes counted for both)}, one after the other in the same two processes."""
+    """Return {case: (bytes sent by both ranks, bytes counted for both)}.
+
+    The cases run one after the other in the same two processes.
+    """
     create_mllm(
         folder / "mllm",
         texts=[RECONSTRUCT],
@@ -217,7 +232,7 @@ def measure(folder, cases):
             max_position_embeddings=256,
         ),
     )
-    # Imported once
+    # These are imported once for all worker processes.
     multiprocessing.set_forkserver_preload(["deepspeed", "transformers", "benchmarks.lib.traffic"])
     mp.start_processes(
         worker, (free_port(), str(folder), list(cases)), nprocs=SIZE, start_method="forkserver"
@@ -226,7 +241,7 @@ def measure(folder, cases):
     return {
         case: tuple(
             {kind: a.get(kind, 0) + b.get(kind, 0) for kind in {*a, *b}}
-            for a, b in zip(one[case], other[case])
+            for a, b in zip(one[case], other[case], strict=True)
         )
         for case in cases
     }
@@ -237,16 +252,16 @@ def check(measured):
         assert sent == counted and set(sent) >= {"all_gather", "reduce_scatter", "all_reduce"}, case
     gathered = {sent["all_gather"] for sent, _ in measured.values()}
     assert len(gathered) == len(measured), (
-        "the cases do not differ: they prove less than they seem to"
+        "two cases send the same bytes, so they do not test different rules"
     )
 
 
-def test_bytes_sent_are_those_counted(tmp_path):
+def test_sent_bytes_match_the_count(tmp_path):
     found = measure(tmp_path, list(CASES)[:2])
     check(found)
     assert "all_to_all" in found["muon, second copies"][0]
 
 
 @pytest.mark.slow
-def test_bytes_sent_are_those_counted_whatever_the_settings(tmp_path):
+def test_sent_bytes_match_the_count_for_other_settings(tmp_path):
     check(measure(tmp_path, list(CASES)[2:]))

@@ -302,7 +302,7 @@ def time_to_quality(result: dict) -> Rows:
     for (what, target), rows in by_quality.items():
         yield (
             f"training time to a {words[what]} of {target:g}, `{result['config']}` ({settings}); "
-            f"ratio of {baseline_name(rows[0]['variant'])}'s time to it",
+            f"ratios: {baseline_name(rows[0]['variant'])}'s time over the variant's",
             "; ".join(time_in_words(row) for row in rows),
         )
 

@@ -171,7 +171,10 @@ def test_unfinished_seed_counts_only_if_none_is_done():
 def test_report_has_a_row_per_quality(spelling):
     result = synthetic_runs(baseline=spelling)
     summarise(result)
-    what = "training time to a {} of {}, `demo` (fp32, 2 seed(s)); ratio of baseline's time to it"
+    what = (
+        "training time to a {} of {}, `demo` (fp32, 2 seed(s)); "
+        "ratios: baseline's time over the variant's"
+    )
     rows = dict(report.time_to_quality(result))
     assert rows[what.format("held-out velocity loss", 0.4)] == (
         "baseline 40 s; ours+latents 20 s, 2.00 x (2.00 to 2.00), 1.00 x in steps, 1.17 x "

@@ -42,7 +42,7 @@ def start(config_name, overrides):
     ranks = group.start(600)
     launch.prepare_process(config, ranks)
     done("ranks")
-    state, source, _ = launch.build(config, ranks, say=lambda *_: None)
+    state, source, _ = launch.build(config, ranks)
     done("build")
     batches = iter(source)
     for what in ("first_step", "second_step"):

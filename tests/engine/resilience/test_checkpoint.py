@@ -388,7 +388,7 @@ def test_ranks_choose_alike_what_they_start_from_and_say_what_it_is(
 
     before = tmp_path / "checkpoints/step-00000002"
     for words, weights in Together(2).run(start):
-        assert words == f"starts from the {slot} weights of {before}"
+        assert words == f"initialized with the {slot} weights of {before}"
         assert weights.equal(torch.arange(6000.0) / 2 if ema else torch.arange(6000.0) * 2)
     assert sorted(p.name for p in hashed if p.parent == before and p.name != "MANIFEST.json") == [
         p.name for p in sorted(before.glob("rank*"))
@@ -514,14 +514,14 @@ def test_a_resumed_run_wants_the_data_that_it_had(tmp_path):
         (2, None, "committed"),
         (4, {"images": [72, 5]}, "resumed from step 2"),
         (6, {"images": [72, 5]}, "resumed from step 4"),
-        (8, {"images": [96, 7]}, "of other data (72 images then, 96 now)"),
+        (8, {"images": [96, 7]}, "different data (72 images before, 96 images now)"),
         (
             8,
             {"images": [72, 7], "pairs": [9, 1]},
-            "of other data (72 images then, 72 others now; 0 pairs then, 9 now)",
+            "different data (72 images before, 72 other images now; 0 pairs before, 9 pairs now)",
         ),
     ):
-        refused = "other data" in told
+        refused = "different data" in told
         codes = Job(tmp_path, f"train.steps={steps}", "checkpoint.every_steps=2", data=data).wait(
             60
         )

@@ -296,7 +296,7 @@ def test_wrong_caches_are_one_line(world, vae, tmp_path):
         write(world, tmp_path / "mine", vae)
     with pytest.raises(InputError, match="set data.flip=false"):
         batches(world, store(world, tmp_path / "cache"), flip=True)
-    with pytest.raises(InputError, match="data.latents are those of centre crops"):
+    with pytest.raises(InputError, match="data.latents holds latents of unflipped centre crops"):
         parse("data: {latents: memory, crop: random}")
     with pytest.raises(InputError, match="set data.latents=memory, no data.pairs"):
         parse("data: {latents: x, pairs: shapes}")

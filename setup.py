@@ -1,13 +1,16 @@
-"""Installs IOMM and compiles csrc/ into two plain shared libraries, without torch.
+"""Compile csrc/ into plain shared libraries without torch, and list the packages.
 
-    libiomm_cpu.so, libiomm_cpu_v3.so   g++, for any x86-64 and for those with AVX2; the same bits, chosen when loaded
-    libiomm_cuda.so                     nvcc, where there is one: sm_80, sm_90a, and PTX for what comes later
+    libiomm_cpu.so      g++, any x86-64
+    libiomm_cpu_v3.so   g++, x86-64 with AVX2; the same bits, chosen when the library is loaded
+    libiomm_cuda.so     nvcc, where it is found: sm_80, sm_90a, and PTX for later architectures
 
-They lie in kernels/lib/ (package iomm.kernels), beside build.json, which says what was built and what was left out, and
-why. `CXX` and `NVCC` name other compilers. Nothing is contracted to FMA (-ffp-contract=off, -fmad=false), so that CPUs
-and GPUs draw the same noise.
+The libraries are written to kernels/lib/ (package iomm.kernels) together with build.json, which
+records what was built, what was left out, and why. `CXX` and `NVCC` select other compilers.
+Floating-point contraction is off (-ffp-contract=off, -fmad=false), so CPUs and GPUs draw the
+same noise. The metadata is in pyproject.toml.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -36,9 +39,10 @@ CXX_FLAGS = [
     "-Wextra",
     "-Werror=vla",
 ]
-# Files and archs side by side.
+# --threads 0 compiles files and architectures in parallel.
 NVCC_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "-Xcompiler", "-fPIC,-Wall", "--threads", "0"]
-# H100 and H200 are 9.0 and run sm_90a code; the PTX is what Blackwell and later compile for themselves.
+# H100 and H200 have compute capability 9.0 and run sm_90a code. The driver compiles the PTX on
+# Blackwell and later.
 CUDA_ARCHS = {
     "sm_80": ["-gencode", "arch=compute_80,code=sm_80"],
     "sm_90a": ["-gencode", "arch=compute_90a,code=sm_90a"],
@@ -47,11 +51,14 @@ CUDA_ARCHS = {
 
 
 class BuildError(RuntimeError):
-    """A compiler is there but refused our sources."""
+    """A compiler was found but failed on our sources."""
 
 
-def source_hash(csrc=CSRC):
-    """SHA-256 over names and bytes of csrc/, first 16 hex digits; kernels/native.py computes the same."""
+def source_hash(csrc: Path = CSRC) -> str:
+    """Return the first 16 hex digits of the SHA-256 over names and bytes of csrc/.
+
+    kernels/native.py computes the same value to detect a stale build.
+    """
     digest = hashlib.sha256()
     for path in sorted(csrc.iterdir()):
         if path.suffix in (".h", ".cpp", ".cu"):
@@ -59,37 +66,46 @@ def source_hash(csrc=CSRC):
     return digest.hexdigest()[:16]
 
 
-def find_nvcc():
-    """Path of nvcc, or None: $NVCC, PATH, $CUDA_HOME, /usr/local/cuda."""
+def find_nvcc() -> str | None:
+    """Return the path of nvcc from $NVCC, PATH, $CUDA_HOME or /usr/local/cuda, or None."""
     toolkit = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
     places = [os.environ.get("NVCC"), "nvcc", os.path.join(toolkit, "bin", "nvcc")]
     return next((found for place in places if place and (found := shutil.which(place))), None)
 
 
-def compiler_version(compiler):
-    """Name and version, as "g++ 12.2.0" or "nvcc 13.0.88"."""
-    said = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    line = next((line for line in said.splitlines() if "release" in line), said.partition("\n")[0])
-    return f"{Path(compiler).name} {(re.findall(r'[0-9]+(?:[.][0-9]+)+', line) or ['of unknown version'])[-1]}"
+def compiler_version(compiler: str) -> str:
+    """Return name and version, such as "g++ 12.2.0" or "nvcc 13.0.88"."""
+    output = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    first = output.partition("\n")[0]
+    line = next((line for line in output.splitlines() if "release" in line), first)
+    versions = re.findall(r"[0-9]+(?:[.][0-9]+)+", line)
+    return f"{Path(compiler).name} {versions[-1] if versions else 'of unknown version'}"
 
 
-def compile_library(command, target):
-    """Runs the compiler into another name and moves the result over `target`: who has the old file loaded keeps it."""
+def compile_library(command: list[str], target: Path) -> None:
+    """Compile into a temporary file and move it over `target`.
+
+    A process that has the old library loaded keeps it. Raises BuildError with the compiler's first
+    error line.
+    """
     unfinished = target.with_suffix(f".{os.getpid()}.tmp")
     done = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True)
     if done.returncode:
         unfinished.unlink(missing_ok=True)
-        said = (done.stderr or done.stdout).strip().splitlines()
+        output = (done.stderr or done.stdout).strip().splitlines()
         error = next(
-            (line for line in said if "error" in line),
-            said[-1] if said else f"exit status {done.returncode}",
+            (line for line in output if "error" in line),
+            output[-1] if output else f"exit status {done.returncode}",
         )
         raise BuildError(f"{Path(command[0]).name}: {error.strip()}")
     os.replace(unfinished, target)
 
 
-def build_native(folder):
-    """Compiles csrc/ into `folder` and returns what it writes to build.json there. Raises BuildError if g++ fails."""
+def build_native(folder: Path | str) -> dict:
+    """Compile csrc/ into `folder` and return the contents of its build.json.
+
+    A failure of nvcc is recorded. A failure of g++ raises BuildError.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     define = f"-DIOMM_SOURCE_HASH={source_hash()}"
@@ -101,7 +117,7 @@ def build_native(folder):
         names["libiomm_cpu_v3.so"] = ["-march=x86-64-v3"]
     if cxx is None:
         missing["libiomm_cpu.so"] = (
-            f"no {os.environ.get('CXX') or 'g++'} found: install g++ and repeat"
+            f"no {os.environ.get('CXX') or 'g++'} found; install g++ and repeat"
         )
         names = {}
     for name, flags in names.items():
@@ -113,9 +129,7 @@ def build_native(folder):
 
     nvcc = find_nvcc()
     if nvcc is None:
-        missing["libiomm_cuda.so"] = (
-            "no nvcc found (CUDA toolkit); it is needed only to train on a GPU"
-        )
+        missing["libiomm_cuda.so"] = "no nvcc found (CUDA toolkit); only training on a GPU needs it"
     else:
         archs = [flag for flags in CUDA_ARCHS.values() for flag in flags]
         try:
@@ -145,8 +159,8 @@ def build_native(folder):
     return facts
 
 
-def summary(facts):
-    """One line: what was built and what was left out and why."""
+def summary(facts: dict) -> str:
+    """Return one line with what was built, what was left out, and why."""
     built = [
         f"{name} ({fact['arch']}; {fact['compiler']})" for name, fact in facts["built"].items()
     ]
@@ -157,48 +171,47 @@ def summary(facts):
 
 
 class NativeBuild(build_ext):
-    """`build_ext` that calls the two compilers by hand: the libraries are no Python modules and know no torch."""
+    """`build_ext` that calls both compilers directly.
 
-    def folder(self):
+    The libraries are neither Python modules nor linked against torch.
+    """
+
+    def folder(self) -> Path:
         if self.inplace or self.editable_mode:
             return ROOT / "kernels" / "lib"
         return Path(self.build_lib, "iomm", "kernels", "lib")
 
-    def run(self):
+    def run(self) -> None:
         try:
             line = summary(build_native(self.folder()))
         except BuildError as error:
             raise SystemExit(f"iomm native build failed: {error}") from None
         print(line)
-        # Pip swallows the output of a build that went well.
-        try:
+        # pip hides the output of a successful build.
+        with contextlib.suppress(OSError):
             Path("/dev/tty").write_text(line + "\n")
-        except OSError:
-            pass
 
-    def get_outputs(self):
-        return (
-            []
-            if self.inplace or self.editable_mode
-            else [str(path) for path in self.folder().glob("*")]
-        )
+    def get_outputs(self) -> list[str]:
+        if self.inplace or self.editable_mode:
+            return []
+        return [str(path) for path in self.folder().glob("*")]
 
-    def get_output_mapping(self):
+    def get_output_mapping(self) -> dict[str, str]:
         return {}
 
-    def get_source_files(self):
+    def get_source_files(self) -> list[str]:
         return [str(path.relative_to(ROOT)) for path in sorted(CSRC.iterdir())]
 
 
 class NativeWheel(bdist_wheel):
-    """The libraries bind to a platform, not to a Python version."""
+    """A wheel that depends on the platform, not on the Python version."""
 
-    def get_tag(self):
+    def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
 
 
-def packages():
-    """Package name -> folder, for every folder of the three trees that holds code or data."""
+def packages() -> dict[str, str]:
+    """Return package name -> folder for every folder of the three trees that holds code or data."""
     found = {}
     for name, top in (("iomm", "iomm"), ("iomm.kernels", "kernels"), ("iomm.engine", "engine")):
         for folder in [
@@ -215,49 +228,10 @@ def packages():
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
     setup(
-        name="iomm",
-        version="0.1.0",
-        description="Image-only training for unified multimodal models",
-        long_description=readme.read_text() if readme.exists() else "",
-        long_description_content_type="text/markdown",
-        license="Apache-2.0",
-        license_files=["LICENSE"],
-        python_requires=">=3.11",
         packages=list(packages()),
         package_dir=packages(),
         package_data={"": ["*.yaml", "*.json", "*.safetensors", "*.txt"]},
         ext_modules=[Extension("iomm.kernels.lib.native", sources=[])],
         cmdclass={"build_ext": NativeBuild, "bdist_wheel": NativeWheel},
-        entry_points={"console_scripts": ["iomm = iomm.engine.cli:main"]},
-        install_requires=[
-            "torch>=2.13",
-            "deepspeed>=0.19",
-            "transformers>=5.17",
-            "diffusers>=0.38",
-            "nvidia-dali-cuda130>=2.4; platform_system == 'Linux'",
-            "triton>=3.6; platform_system == 'Linux'",
-            "safetensors>=0.8",
-            "numpy>=2",
-            "pillow>=11",
-            "pyyaml>=6",
-            "matplotlib>=3.9",
-            "tensorboard>=2.18",
-            "tqdm>=4.66",
-        ],
-        extras_require={
-            "test": [
-                "pytest>=8.3",
-                "pytest-xdist>=3.6",
-                "pytest-benchmark>=5",
-                "hypothesis>=6.100",
-            ],
-            "bench": ["pytest-benchmark>=5"],
-            "gpu": ["flash-attn>=2.8"],
-            # For log.wandb=true
-            "wandb": ["wandb>=0.19"],
-            # Beside nvidia-dali-cuda130, not instead of it: engine/README.md explains how to exchange them.
-            "cuda12": ["nvidia-dali-cuda120>=2.4; platform_system == 'Linux'"],
-        },
     )

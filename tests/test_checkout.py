@@ -1,4 +1,4 @@
-"""Entry scripts run from their own checkout, and no file beside them hides a module."""
+"""Scripts run from their own checkout, and no file in their folder hides an installed module."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from iomm.checkout import enter
 root = enter(__file__)
 import sys
 import kernels_of_another_package
-assert kernels_of_another_package.MARK == "installed", "hidden by the file beside the script"
+assert kernels_of_another_package.MARK == "installed", "hidden by a file in the script's folder"
 print(root, sys.path[0])
 """
 
@@ -30,16 +30,16 @@ def run(script, cwd, *path):
 
 
 def checkout(folder):
-    """A folder that looks like a checkout, with this one's iomm, a script and a file that would hide a module."""
+    """Return a script in a folder like a checkout, with a file that would hide a module."""
     (folder / "scripts" / "deep").mkdir(parents=True)
     (folder / "iomm").symlink_to(ROOT / "iomm")
     script = folder / "scripts" / "deep" / "script.py"
     script.write_text(SCRIPT)
-    script.with_name("kernels_of_another_package.py").write_text("MARK = 'beside the script'\n")
+    script.with_name("kernels_of_another_package.py").write_text("MARK = 'in the script folder'\n")
     return script
 
 
-def test_the_root_takes_the_place_of_a_scripts_folder(tmp_path):
+def test_root_replaces_the_script_folder_on_sys_path(tmp_path):
     script, installed = checkout(tmp_path / "here"), tmp_path / "installed"
     installed.mkdir()
     (installed / "kernels_of_another_package.py").write_text("MARK = 'installed'\n")
@@ -49,7 +49,7 @@ def test_the_root_takes_the_place_of_a_scripts_folder(tmp_path):
         assert done.stdout.split() == [str(tmp_path / "here")] * 2
 
 
-def test_another_checkouts_iomm_is_refused(tmp_path):
+def test_iomm_of_another_checkout_is_refused(tmp_path):
     script = checkout(tmp_path / "here")
     (tmp_path / "here" / "iomm").unlink()
     (tmp_path / "here" / "iomm").mkdir()
@@ -62,6 +62,6 @@ def test_another_checkouts_iomm_is_refused(tmp_path):
     )
 
 
-def test_what_is_imported_changes_no_path(monkeypatch):
+def test_import_leaves_sys_path_unchanged(monkeypatch):
     monkeypatch.setattr(sys, "path", ["/somewhere", *sys.path])
     assert enter(ROOT / "benchmarks" / "report.py") == ROOT and sys.path[0] == "/somewhere"

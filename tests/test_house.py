@@ -1,7 +1,8 @@
-"""The house: who imports whom, one door per third party, and names that collide with nobody."""
+"""Import rules, one door per third-party library, names that collide with none, and language."""
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# What each tree may import of ours.
+# Trees of this repository that each tree may import.
 MAY_IMPORT = {
     "kernels": {"kernels"},
     "iomm": {"kernels", "iomm"},
@@ -18,7 +19,8 @@ MAY_IMPORT = {
     "benchmarks": {"kernels", "iomm", "engine", "benchmarks"},
     "tests": {"kernels", "iomm", "engine", "benchmarks", "tests"},
 }
-# The layers of engine/, lowest first: top-level files and folders. A layer imports from those before it and from itself.
+# Files and folders of engine/ from bottom to top. Each imports only from those above it in this
+# list and from itself.
 LAYERS = (
     "config_parser",
     "config",
@@ -35,7 +37,7 @@ LAYERS = (
     "launch",
     "cli",
 )
-# Where each third party may be imported: files, or folders with a slash.
+# Where each third-party library may be imported: files, or folders that end in a slash.
 DOORS = {
     "transformers": ("iomm/internvl.py", "engine/shapes/mllm.py"),
     "diffusers": ("iomm/vae.py", "benchmarks/lib/baseline.py", "tests/"),
@@ -45,7 +47,8 @@ DOORS = {
     "wandb": ("engine/observe/metrics.py",),
     "matplotlib": ("engine/observe/report.py", "benchmarks/"),
 }
-# Modules that programs import and that a script's own folder, first on sys.path, must not hide.
+# Installed modules that a file of the same name next to a script would hide: Python puts the
+# script's folder first on sys.path.
 WELL_KNOWN = {
     "kernels",
     "evaluate",
@@ -79,23 +82,24 @@ WELL_KNOWN = {
 
 
 def sources():
+    """Return every Python file of the five trees."""
     return [path for tree in MAY_IMPORT for path in sorted((ROOT / tree).rglob("*.py"))]
 
 
 def imports(path):
-    """(line, dotted name) of every import; `from a import b` gives a.b, as b may be a module."""
+    """Yield (line, dotted name) of every import; `from a import b` gives a.b."""
     for node in ast.walk(ast.parse(path.read_text(), str(path))):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, (
-                f"{path.relative_to(ROOT)}:{node.lineno}: relative import; write it out from iomm"
+                f"{path.relative_to(ROOT)}:{node.lineno}: relative import; use an absolute one"
             )
             yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
 
 
 def tree_of(module):
-    """Which of our trees a dotted name belongs to, or None."""
+    """Return the tree of this repository that a dotted name belongs to, or None."""
     parts = module.split(".")
     if parts[0] in ("tests", "benchmarks"):
         return parts[0]
@@ -128,7 +132,7 @@ def test_imports_inside_engine_go_downward():
     assert seen == set(LAYERS)
 
 
-def test_every_third_party_has_one_door():
+def test_each_third_party_library_has_one_door():
     wrong = []
     for path in sources():
         name = path.relative_to(ROOT).as_posix()
@@ -137,11 +141,11 @@ def test_every_third_party_has_one_door():
             if doors and not any(
                 name.startswith(door) if door.endswith("/") else name == door for door in doors
             ):
-                wrong.append(f"{name}:{line} imports {module}; its door is {', '.join(doors)}")
+                wrong.append(f"{name}:{line} imports {module}; allowed in {', '.join(doors)}")
     assert not wrong, "\n".join(wrong)
 
 
-def test_our_trees_are_imported_under_one_name():
+def test_trees_are_imported_by_their_full_name():
     wrong = [
         f"{path.relative_to(ROOT)}:{line} imports {module}"
         for path in sources()
@@ -151,8 +155,9 @@ def test_our_trees_are_imported_under_one_name():
     assert not wrong, "\n".join(wrong)
 
 
-def test_no_init_at_the_roots():
-    # A top-level package `kernels` breaks transformers and pip where Hugging Face's `kernels` is installed.
+def test_roots_have_no_init_file():
+    # A top-level package `kernels` breaks transformers and pip where Hugging Face's `kernels` is
+    # installed.
     for tree in ("kernels", "engine"):
         assert not (ROOT / tree / "__init__.py").exists()
         for folder in (ROOT / tree).iterdir():
@@ -166,16 +171,19 @@ def test_no_file_hides_a_module():
     for folder in ("engine", "benchmarks", "benchmarks/lib", "benchmarks/studies"):
         for path in (ROOT / folder).glob("*.py"):
             assert path.stem not in sys.stdlib_module_names, (
-                f"{path.relative_to(ROOT)} hides a module of Python"
+                f"{path.relative_to(ROOT)} hides a module of the standard library"
             )
             assert path.stem not in WELL_KNOWN, (
-                f"{path.relative_to(ROOT)} hides a well known module"
+                f"{path.relative_to(ROOT)} hides an installed module"
             )
 
 
 @pytest.fixture
 def hugging_face_kernels(tmp_path):
-    """A folder with a stand-in for Hugging Face's `kernels` 0.18.2, which transformers accepts and imports names from."""
+    """Return a folder with a stand-in for Hugging Face's `kernels` 0.18.2.
+
+    transformers accepts it and imports names from it.
+    """
     package = tmp_path / "kernels"
     (package / "layer").mkdir(parents=True)
     answer = "MARK = 'hugging face'\ndef __getattr__(name):\n    return type(name, (), {})\n"
@@ -190,7 +198,7 @@ def hugging_face_kernels(tmp_path):
     return tmp_path
 
 
-def test_hugging_face_kernels_and_ours_live_together(hugging_face_kernels):
+def test_hugging_face_kernels_can_be_installed_too(hugging_face_kernels):
     code = (
         "import kernels, transformers; from transformers.integrations import hub_kernels;"
         "from transformers.utils.import_utils import is_kernels_available;"
@@ -198,7 +206,7 @@ def test_hugging_face_kernels_and_ours_live_together(hugging_face_kernels):
         "assert kernels.MARK == 'hugging face' and is_kernels_available();"
         "print(iomm.kernels.dispatch.__file__)"
     )
-    # As a script in the checkout sees it: the root of the repository is first on sys.path, before site-packages.
+    # As for a script in the checkout, the root of the repository precedes site-packages.
     path = os.pathsep.join([str(ROOT), str(hugging_face_kernels)])
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -210,3 +218,40 @@ def test_hugging_face_kernels_and_ours_live_together(hugging_face_kernels):
     )
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip()).samefile(ROOT / "kernels" / "dispatch.py")
+
+
+# Phrases of a translated style, and how often each is meant literally.
+PHRASES = {
+    r"goes on\b": 0,
+    r"go on (with|from|to)\b": 0,
+    r"be had\b": 0,
+    r"\b(some|no)body\b": 0,
+    r"\bwhoever\b": 0,
+    r"of its own\b": 0,
+    r"\b(stands?|lies?) (for|in|there|here|beside)\b": 0,
+    r"\b(is|are|was) told\b": 0,
+    r"\bit seems\b": 0,
+    r"nothing is lost\b": 0,
+    r"\bthe judge\b": 0,
+    r"\bshapes world\b": 0,
+}
+TEXT = ("*.py", "*.md", "*.yaml", "*.yml", "*.toml", "*.cpp", "*.cu", "*.h", ".ci/run")
+
+
+def test_phrases_of_a_translated_style_stay_out():
+    listed = subprocess.run(
+        ["git", "ls-files", *TEXT], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    found = {phrase: [] for phrase in PHRASES}
+    for name in listed.stdout.split():
+        if name == "tests/test_house.py":
+            continue
+        text = (ROOT / name).read_text(encoding="utf-8")
+        for phrase in PHRASES:
+            for match in re.finditer(phrase, text, re.IGNORECASE):
+                line = text.count("\n", 0, match.start()) + 1
+                found[phrase].append(f"{name}:{line}: {match[0]}")
+    wrong = [place for phrase, places in found.items() for place in places[PHRASES[phrase] :]]
+    assert not wrong, "\n".join(wrong)

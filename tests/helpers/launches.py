@@ -9,6 +9,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from forked_ranks import Rank, start_server
+
 from iomm.engine.parallel.cpu_ranks import free_port
 from iomm.engine.resilience import checkpoint_reader
 
@@ -57,15 +59,20 @@ def launch(ranks, *arguments):
     )
 
 
-def start_ranks(ranks, script, *arguments, said):
-    """The ranks alone, as any launcher would start them, writing to the open file `said` -> their processes."""
-    shared = {
+def group_environment(ranks):
+    """Environment of a new job, without the rank."""
+    return {
         **environment(),
         "WORLD_SIZE": str(ranks),
         "LOCAL_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
     }
+
+
+def start_ranks(ranks, script, *arguments, said):
+    """The ranks alone, as any launcher would start them, writing to the open file `said` -> their processes."""
+    shared = group_environment(ranks)
     return [
         subprocess.Popen(
             [sys.executable, str(script), *arguments],
@@ -88,11 +95,22 @@ def finish(processes):
 
 
 def start(ranks, *arguments):
-    """As launch(), without DeepSpeed's launcher, which takes longer than the ranks."""
-    with tempfile.TemporaryFile("w+") as said:
-        codes = finish(start_ranks(ranks, ROOT / "engine/launch.py", *arguments, said=said))
-        said.seek(0)
-        return subprocess.CompletedProcess(arguments, max(codes, key=abs), said.read())
+    """As launch(), without DeepSpeed's launcher, by ranks that are forked (forked_ranks.py)."""
+    start_server(tuple(sorted({**environment(), "PYTHONPATH": str(ROOT)}.items())))
+    with tempfile.NamedTemporaryFile("r") as output:
+        shared = group_environment(ranks)
+        codes = finish(
+            [
+                Rank(
+                    str(ROOT / "engine/launch.py"),
+                    arguments,
+                    {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    output.name,
+                )
+                for rank in range(ranks)
+            ]
+        )
+        return subprocess.CompletedProcess(arguments, max(codes, key=abs), output.read())
 
 
 def launch_and_kill(ranks, log, after_step, *arguments):

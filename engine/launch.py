@@ -245,7 +245,7 @@ def run(config: RunConfig, args: argparse.Namespace, ranks: Ranks, watchdog: Wat
     )
     saver = checkpoint_writer.Saver(
         Path(config.run.dir) / "checkpoints",
-        ranks.apart(),
+        ranks.with_own_group(),
         keep=config.checkpoint.keep,
         keep_every_steps=config.checkpoint.keep_every_steps,
         background=config.checkpoint.background,
@@ -410,7 +410,7 @@ def open_run_dir(config: RunConfig, args: argparse.Namespace) -> None:
         )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        checkpoint_writer.take(run_dir)
+        checkpoint_writer.lock_run_dir(run_dir)
     except OSError as error:
         raise InputError(f"run.dir {run_dir} cannot be written: {error.strerror}") from error
 

@@ -169,7 +169,7 @@ def train(
     stop_requested = False
     with Stop() as stop, metrics.clock if metrics is not None else nullcontext():
         while state.step < num_steps and not stop_requested:
-            watchdog.beat(state.step + 1)
+            watchdog.heartbeat(state.step + 1)
             lr = learning_rate(state.step, config.optim, num_steps)
             sharded.set_lr(lr)
             if window is not None:
@@ -182,7 +182,7 @@ def train(
                     state.ema.update(state.step)
             state.step += 1
 
-            totals = reduce_over_ranks(result, stop.asked, ranks)
+            totals = reduce_over_ranks(result, stop.requested, ranks)
             stop_requested = totals.stop_requested
             error = check_step(state, result, totals, config.train.global_batch)
             row = None
@@ -193,7 +193,7 @@ def train(
             if last or state.step % config.checkpoint.every_steps == 0:
                 save_checkpoint(state, config, saver, watchdog)
             if error is not None:
-                watchdog.rest()
+                watchdog.pause()
                 saver.wait()
                 raise error
 
@@ -210,7 +210,7 @@ def train(
             bar.update()
             if window is not None:
                 window.after(state.step)
-        watchdog.rest()
+        watchdog.pause()
         folder = saver.wait()
     bar.close()
     if folder is None and state.step > first_step:
@@ -264,7 +264,7 @@ def check_step(
     try:
         if failures:
             state.bad_samples.saw(failures, samples_seen)
-        state.loss_guard.saw(state.step, totals.loss, samples, result.applied)
+        state.loss_guard.record(state.step, totals.loss, samples, result.applied)
     except InputError as error:
         if any(failure.fatal for failure in failures):
             raise
@@ -293,9 +293,9 @@ def record_step(
 
 def save_checkpoint(state: State, config: RunConfig, saver: Saver, watchdog: Watchdog) -> None:
     """Hand the state to the saver, which writes it in the background by default."""
-    if any(state.ranks.all(saver.waits)):
+    if any(state.ranks.all(saver.would_block)):
         # Waiting for the disk may take longer than a step is allowed to.
-        watchdog.rest()
+        watchdog.pause()
     with named("checkpoint"):
         save(state, config, saver)
 
@@ -307,7 +307,7 @@ def evaluate(state: State, evaluation: Evaluation, saver: Saver, watchdog: Watch
     checkpoint is still completed.
     """
     # An evaluation may take longer than a step is allowed to.
-    watchdog.rest()
+    watchdog.pause()
     try:
         with whole("evaluation"):
             return evaluation(state)

@@ -106,7 +106,7 @@ def restore(state: State, folder: Path | str) -> None:
     for (slot, name), piece in state.tensors().items():
         start = state.sharded.places[name].start
         piece.copy_(reader.piece(slot, name, start, len(piece), first=state.ranks.rank))
-    state.sharded.restored(reader.manifest["optimizer_step"])
+    state.sharded.finish_restore(reader.manifest["optimizer_step"])
     state.step, state.gpu_hours = reader.manifest["step"], reader.manifest["gpu_hours"]
     state.loss_guard.restore(reader.manifest["guard"])
     state.bad_samples.restore(reader.manifest["skipped_samples"])

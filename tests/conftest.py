@@ -1,16 +1,18 @@
-"""What all tests share: how many threads they take, which files come first, and poisoned outputs for kernel tests."""
+"""Shared settings and fixtures of all tests."""
 
 import os
 
 import pytest
 import torch
 
-# Threads of two workers on two cores spend a fifth of the time waiting for each other.
+# With two workers on two cores, more threads would spend a fifth of the time waiting for each
+# other.
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Of what the tests start.
+    # For the processes that tests start.
     os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
-# The files that take longest, so that no worker is left alone with one at the end; the second goes with the third.
+# The files that take longest run first, which keeps both workers busy at the end. xdist gives the
+# second and the third to the same worker.
 FIRST = (
     "test_run.py",
     "test_interpreter.py",
@@ -27,15 +29,16 @@ FIRST = (
     "test_counts.py",
     "test_optim.py",
 )
-# Torch remembers once which functions make tensors: before any of them is poisoned below.
+# torch caches which functions create tensors. This fills the cache before any of them is poisoned
+# below.
 with torch.device("meta"):
     torch.empty(0)
 
 
 @pytest.fixture(scope="module")
 def mllm_folder(tmp_path_factory):
-    """A folder with a random MLLM three layers deep and 64 wide."""
-    # Imported here, for kernel tests need not wait for transformers.
+    """Return a folder with a random MLLM that is three layers deep and 64 wide."""
+    # Imported here, because kernel tests do not need transformers.
     from toy_models import TEXT, VISION
 
     from iomm.engine.shapes.mllm import create_mllm
@@ -58,8 +61,10 @@ def mllm(mllm_folder):
 
 @pytest.fixture
 def poison(monkeypatch):
-    """Fills torch.empty and torch.empty_like with NaN (integers: the lowest), so that an unwritten element shows; and gives
-    the kernels two threads, so that a seam between them does.
+    """Fill torch.empty and torch.empty_like with NaN (integers with their minimum).
+
+    This exposes unwritten elements. Kernels run with two threads, which exposes errors at the
+    boundary between threads.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(2)

@@ -122,7 +122,7 @@ class Bench:
         state.sharded.slots()
         for flat in state.sharded.masters:
             flat.add_(torch.randn(flat.shape, generator=draw, device=self.device), alpha=0.02)
-        state.sharded.restored(0)
+        state.sharded.finish_restore(0)
         for average, flat in zip(state.ema.flats, state.sharded.masters):
             average.copy_(flat)
 

@@ -263,7 +263,7 @@ class Runs:
         with self.locked(run.dir):
             run.dir.mkdir(parents=True, exist_ok=True)
             wait_until_free(run.dir)
-            folder = checkpoint_reader.newest(run.dir / "checkpoints", say=lambda line: None)
+            folder = checkpoint_reader.newest(run.dir / "checkpoints")
             if folder is not None and checkpoint_reader.step_of(folder) >= run.steps:
                 return
             fast = SIDE_BY_SIDE if self.budget.jobs > 1 and not torch.cuda.is_available() else ()

@@ -102,7 +102,7 @@ class Evaluation:
         found, step = {}, state.step
         # eager: the shapes met here must not enter the graphs that torch.compile made for training
         with (
-            state.sharded.showing(state.ema.flats) as model,
+            state.sharded.with_weights(state.ema.flats) as model,
             fixed(model),
             torch.compiler.set_stance("force_eager"),
         ):

@@ -1,8 +1,12 @@
-"""CPU ranks that rank 0 starts itself, where DeepSpeed's launcher, or the user, started only one (train.cpu_ranks).
+"""Ranks on a CPU that rank 0 starts itself (train.cpu_ranks).
 
-With the demo config two ranks of one thread train 1.6 times as fast as one rank of two threads, which wait for each other
-after every small matrix product. launch.py imports this module before torch, so it must not load torch.
+Used when DeepSpeed's launcher or the user started only one process. With the demo config, two ranks
+of one thread train 1.6 times as fast as one rank of two threads, because the two threads wait for
+each other after every small matrix product. launch.py imports this module before torch, so it must
+not load torch.
 """
+
+from __future__ import annotations
 
 import contextlib
 import ctypes
@@ -13,42 +17,52 @@ import subprocess
 import sys
 import threading
 import time
+from typing import TYPE_CHECKING, Self
 
 from iomm.config import InputError
 
-# Of linux/prctl.h
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from iomm.engine.config import TrainSection
+
+# From linux/prctl.h.
 PR_SET_PDEATHSIG = 1
-# Process id of the rank 0 that started this rank.
+# Environment variable with the process id of the rank 0 that started this rank.
 RANK_0 = "IOMM_RANK_0"
-# Fewest images per rank and step with cpu_ranks 0. Forward and backward of the demo take 1.8 times the CPU time per image in
-# micro-batches of 4 that they take in micro-batches of 16.
+# Fewest images per rank and step with cpu_ranks 0. In micro-batches of 4, forward and backward of
+# the demo take 1.8 times the CPU time per image that they take in micro-batches of 16.
 LEAST_IMAGES = 4
 POLL_S = 0.25
-# Between a peer's death and rank 0's; longer than the watchdog's, which names the rank.
+# Time between a peer's death and rank 0's exit. Longer than the watchdog's, which names the rank.
 GRACE_S = 5.0
-# Time for peers to exit after a good run.
+# Time that peers get to exit after a successful run.
 LEAVE_S = 10.0
-# And after a failed one, to write the reason into their logs.
+# Time that peers get after a failed run, to write the reason into their logs.
 FAILED_S = 2.0
 
 
 def die_with_rank_0() -> None:
-    """Have the kernel kill this process when the rank 0 that started it ends, however it ends. Does nothing in other ranks."""
+    """Make the kernel kill this process when the rank 0 that started it ends, for any reason.
+
+    Does nothing in a process that rank 0 did not start.
+    """
     parent = os.environ.pop(RANK_0, None)
     if parent is None:
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    # rank 0 ended before the line above
+    # Rank 0 ended before the call above.
     if os.getppid() != int(parent):
         signal.raise_signal(signal.SIGKILL)
 
 
-def num_ranks(train, device_type: str) -> int:
-    """Return the number of ranks of this job, counting this process.
+def num_ranks(train: TrainSection, device_type: str) -> int:
+    """Return the number of ranks of this job, including this process.
 
-    It is the largest up to train.cpu_ranks that divides train.global_batch (into whole micro-batches, if train.micro_batch is
-    set). 0 stands for one rank per core with at least LEAST_IMAGES images each. On a GPU, or in a process that was launched
-    with others, train.cpu_ranks is ignored and the number is 1.
+    It is the largest number up to train.cpu_ranks that divides train.global_batch (into whole
+    micro-batches, if train.micro_batch is set). With cpu_ranks 0 the limit is one rank per core
+    with at least LEAST_IMAGES images each. On a GPU, or in a process that was launched with others,
+    train.cpu_ranks is ignored and the number is 1.
     """
     if device_type != "cpu" or int(os.environ.get("WORLD_SIZE", 1)) > 1:
         return 1
@@ -57,7 +71,7 @@ def num_ranks(train, device_type: str) -> int:
     return max([n for n in range(1, most + 1) if train.global_batch % (n * images) == 0], default=1)
 
 
-def num_threads(train, local_ranks: int) -> int:
+def num_threads(train: TrainSection, local_ranks: int) -> int:
     """Return the number of torch threads of each of the `local_ranks` ranks on this machine."""
     return train.threads or max(1, num_cores() // local_ranks)
 
@@ -68,19 +82,26 @@ def num_cores() -> int:
 
 
 class Peers:
-    """Starts ranks 1 ... size - 1 with this process's command line on entry; on exit none of them is left.
+    """Start ranks 1 ... size - 1 with this process's command line, and end them on exit.
 
-    Use as a context on rank 0, entered before the ranks join. Peers are ordinary ranks: the watchdog covers them, and a
-    request to stop that reaches any rank stops all. While the watchdog does not run yet, a peer that fails ends this process
-    with exit code 70. Raises InputError when a peer cannot be started.
+    Use as a context on rank 0, entered before the ranks join. Peers are ordinary ranks: the
+    watchdog covers them, and a stop signal that reaches any rank stops all. Until the watchdog
+    runs, a peer that fails ends this process with exit code 70.
     """
 
-    def __init__(self, size: int, threads: int):
-        """threads: torch threads per rank, set in a peer's environment before it loads torch."""
-        self.size, self.threads, self.over = size, threads, threading.Event()
-        self.processes = []
+    def __init__(self, size: int, threads: int) -> None:
+        """`threads` is the number of torch threads per rank, set before a peer loads torch."""
+        self.size = size
+        self.threads = threads
+        self.over = threading.Event()
+        self.processes: list[subprocess.Popen] = []
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
+        """Start the peers.
+
+        Raises:
+            InputError: A peer cannot be started.
+        """
         if self.size == 1:
             return self
         if "RANK" not in os.environ:
@@ -96,23 +117,27 @@ class Peers:
                 RANK_0: str(os.getpid()),
             }
             try:
-                # orig_argv has Python's own options too, such as deepspeed's -u.
+                # orig_argv also holds Python's own options, such as deepspeed's -u.
                 self.processes.append(
                     subprocess.Popen(
                         [sys.executable, *sys.orig_argv[1:]], env={**os.environ, **own}
                     )
                 )
             except OSError as error:
-                # peers already started end with this process
+                # Peers that were already started end with this process.
                 raise InputError(
-                    f"train.cpu_ranks: rank {rank} cannot be started: {error.strerror}; lower it"
+                    f"train.cpu_ranks: rank {rank} cannot be started: {error.strerror}. "
+                    "Set a lower number"
                 ) from None
-        threading.Thread(target=self.look, name="peers", daemon=True).start()
+        threading.Thread(target=self.watch, name="peers", daemon=True).start()
         return self
 
-    def look(self):
-        """End this process when a peer has failed. Runs in a thread: joining the ranks blocks for up to train.timeout_s."""
-        # now: torch is loaded
+    def watch(self) -> None:
+        """End this process when a peer has failed.
+
+        Runs in a thread, because joining the ranks blocks for up to train.timeout_s.
+        """
+        # Imported here, when torch is already loaded.
         from iomm.engine.resilience.preemption import REQUEUE
         from iomm.engine.resilience.watchdog import DEAD
 
@@ -123,15 +148,22 @@ class Peers:
                 if process.poll() not in (None, 0, REQUEUE)
             ]
             if failed and not self.over.wait(GRACE_S):
+                # Not through logging: another thread may hold a handler's lock.
                 print(
-                    f"iomm: rank {failed[0]} ended with exit code {self.processes[failed[0] - 1].returncode}, see its log; "
-                    "start again with --resume auto",
+                    f"iomm: rank {failed[0]} ended with exit code "
+                    f"{self.processes[failed[0] - 1].returncode}; see its log, then restart with "
+                    "--resume auto",
                     file=sys.stderr,
                     flush=True,
                 )
                 os._exit(DEAD)
 
-    def __exit__(self, kind, error, _):
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        _: TracebackType | None,
+    ) -> None:
         self.over.set()
         until = time.monotonic() + (LEAVE_S if error is None else FAILED_S)
         for process in self.processes:
@@ -141,7 +173,7 @@ class Peers:
 
 
 def free_port() -> int:
-    """Return a TCP port of this machine that nothing listens at."""
+    """Return an unused TCP port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -1,28 +1,39 @@
-"""The optimizers over flat fp32 shards, and the learning rate."""
+"""AdamW and Muon over flat fp32 shards, and the learning rate schedule."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from iomm.engine.config import OptimSection
 from iomm.layers import at_least_float32
 
-# A flat shard's tensors, by kind.
+# Updates a flat shard in place: (flat, grad, exp_avg, exp_avg_sq, step, *, lr, betas, eps,
+# weight_decay).
+AdamwBackend = Callable[..., None]
+
+# Optimizer state of a flat shard, by the kind of its optimizer.
 STATE = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-# Values a block of the multi-tensor kernel takes, as apex calls it.
+# Values per block of the multi-tensor kernel, the number that apex passes.
 CHUNK = 2048 * 32
-# Most of a stack of matrices that are orthogonalised together, in bytes of float32. A GPU is filled by few large products. On a
-# CPU a stack saves calls, 13 % at 96 x 96, until it outgrows the cache: 96 x 384 gains nothing in twos and loses 7 % in eights
-# (one thread, AVX512, 2 MiB of L2).
+# Maximum size of a stack of matrices that are orthogonalised together, in bytes of float32. A few
+# large products fill a GPU. On a CPU a stack saves calls, 13 % at 96 x 96, until it outgrows the
+# cache: 96 x 384 gains nothing in stacks of two and loses 7 % in stacks of eight (one thread,
+# AVX512, 2 MiB of L2).
 STACK_BYTES = {"cuda": 1 << 26, "cpu": 1 << 18}
 
 
-def learning_rate(step, config, num_steps):
-    """Rate of step 0, 1, ...: linear warm-up over warmup_steps, then constant, or a half cosine to 0 at num_steps."""
+def learning_rate(step: int, config: OptimSection, num_steps: int) -> float:
+    """Return the learning rate of step 0, 1, ...
+
+    Linear warmup over warmup_steps, then constant, or a half cosine that reaches 0 at num_steps.
+    """
     rate = config.lr * min(1.0, (step + 1) / (config.warmup_steps + 1))
     if config.schedule == "cosine" and step > config.warmup_steps:
         rate *= 0.5 * (
@@ -34,12 +45,17 @@ def learning_rate(step, config, num_steps):
     return rate
 
 
-def make_optimizer(module, config, adamw=None):
-    """AdamW, or Muon for the matrices of layers (blocks, refiners, connector, query adapter) and AdamW for everything else,
-    over a module's trained parameters. adamw: what does AdamW's update, torch's fused kernel if not given.
+def make_optimizer(
+    module: nn.Module, config: OptimSection, adamw: AdamwBackend | None = None
+) -> "ShardedOptimizer":
+    """Return an optimizer over a module's trained parameters.
 
-    The alignment head stays with AdamW, as REPA trains it: like the generator's ends it is no layer of the residual
-    stream, and Newton-Schulz steps for a read-out that is thrown away would be wasted.
+    AdamW, or Muon for the matrices of layers (blocks, refiners, connector, query adapter) and AdamW
+    for everything else. `adamw` does AdamW's update and defaults to torch's fused kernel.
+
+    The alignment head stays with AdamW, as REPA trains it: like the input and output layers of the
+    generator it is not part of the residual stream, and Newton-Schulz steps for a head that is
+    discarded after training would be wasted.
     """
     layers = {
         id(part.weight)
@@ -50,9 +66,9 @@ def make_optimizer(module, config, adamw=None):
     }
     matrices = [p for p in module.parameters() if id(p) in layers] if config.kind == "muon" else []
     others = [p for p in module.parameters() if config.kind != "muon" or id(p) not in layers]
-    groups = [{"params": others, "kind": "adamw"}] + [{"params": matrices, "kind": "muon"}] * bool(
-        matrices
-    )
+    groups = [{"params": others, "kind": "adamw"}]
+    if matrices:
+        groups.append({"params": matrices, "kind": "muon"})
     return ShardedOptimizer(
         groups,
         lr=config.lr,
@@ -65,8 +81,22 @@ def make_optimizer(module, config, adamw=None):
     )
 
 
-def adamw_torch(flat, grad, exp_avg, exp_avg_sq, step, *, lr, betas, eps, weight_decay):
-    """One AdamW step of a flat shard in place, `step` (a tensor) included, by torch's fused kernel."""
+def adamw_torch(
+    flat: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """Take one AdamW step of a flat shard with torch's fused kernel.
+
+    Updates the shard, both moments and `step` in place.
+    """
     adamw(
         [flat],
         [grad],
@@ -85,12 +115,25 @@ def adamw_torch(flat, grad, exp_avg, exp_avg_sq, step, *, lr, betas, eps, weight
     )
 
 
-def adamw_multi_tensor(kernel):
-    """The same by multi_tensor_adam of NVIDIA apex: kernel(chunk, overflow, [gradients, weights, first, second moments],
-    lr, beta 1, beta 2, eps, step, decoupled decay, bias correction, decay).
+def adamw_multi_tensor(kernel: Callable[..., None]) -> AdamwBackend:
+    """Return a replacement for adamw_torch that calls multi_tensor_adam of NVIDIA apex.
+
+    The kernel's signature is kernel(chunk, overflow, [gradients, weights, first moments, second
+    moments], lr, beta 1, beta 2, eps, step, decoupled decay, bias correction, decay).
     """
 
-    def update(flat, grad, exp_avg, exp_avg_sq, step, *, lr, betas, eps, weight_decay):
+    def update(
+        flat: Tensor,
+        grad: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        step: Tensor,
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+    ) -> None:
         step += 1
         overflow = torch.zeros(1, dtype=torch.int32, device=flat.device)
         kernel(
@@ -111,21 +154,28 @@ def adamw_multi_tensor(kernel):
 
 @dataclass(frozen=True, kw_only=True)
 class Matrix:
-    """Where one matrix lies: rank r's flat shard holds cuts[r] = (offset, numel) of it. Cuts in order of ranks make the whole; a
-    single cut is the whole, on every rank.
+    """Locate one matrix in the flat shards of all ranks.
 
-    parts: rows of the matrices that are fused into it (query, key and value are three).
+    Rank r's flat shard holds cuts[r] = (offset, numel) of the flattened matrix, and the cuts in
+    order of ranks make the whole. A single cut means that every rank holds the whole matrix.
+
+    `parts` has the number of rows of each matrix that is fused into it (query, key and value are
+    three).
     """
 
-    shape: tuple
-    parts: tuple
-    cuts: tuple
+    shape: tuple[int, int]
+    parts: tuple[int, ...]
+    cuts: tuple[tuple[int, int], ...]
 
-    def apart(self) -> list["Matrix"]:
-        """Return the fused matrices as matrices of their own: rows are consecutive in a flattened matrix."""
+    def unfuse(self) -> list["Matrix"]:
+        """Return one Matrix for each fused part.
+
+        The rows of a part are consecutive in the flattened matrix.
+        """
         found, start = [], 0
         for rows in self.parts:
-            end, at, cuts = start + rows * self.shape[1], 0, []
+            end = start + rows * self.shape[1]
+            at, cuts = 0, []
             for offset, numel in self.cuts:
                 first, last = max(start, at), min(end, at + numel)
                 cuts.append((offset + first - at, last - first) if first < last else (0, 0))
@@ -136,41 +186,57 @@ class Matrix:
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
-    """Steps whatever flat shards its groups hold: AdamW or Muon, by the group's `kind`.
+    """Update flat shards with AdamW or Muon, by the `kind` of their parameter group.
 
-    Muon (Jordan et al., 2024; the rate matched to AdamW's update size as in Moonlight, arXiv 2502.16982: 0.2 sqrt(max(rows,
-    columns))) works on whole matrices. `bind` says which matrices a shard holds cuts of. Matrices of equal shape form stacks,
-    and each stack has one rank that orthogonalises it: cuts travel there and back by two all-to-alls, once a step; momentum
-    stays in the shards. Where every rank holds everything, only results travel, by one all-gather. Stacks do not depend on
-    the number of ranks, so that neither does any bit of the update.
+    Muon (Jordan et al., 2024; with the rate matched to AdamW's update size by 0.2 sqrt(max(rows,
+    columns)), as in Moonlight, arXiv 2502.16982) works on whole matrices. `bind` sets which
+    matrices a shard holds cuts of. Matrices of equal shape form stacks, and one rank orthogonalises
+    each stack. Cuts are sent to that rank and back by two all-to-alls per step; momentum stays in
+    the shards. Where every rank holds everything, only results are sent, by one all-gather. Stacks
+    do not depend on the number of ranks, and neither does any bit of the update.
     """
 
     def __init__(
         self,
-        groups,
+        groups: list[dict[str, Any]],
         *,
-        lr,
-        betas,
-        eps,
-        weight_decay,
-        momentum,
-        newton_schulz_steps=5,
-        adamw=adamw_torch,
-    ):
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        momentum: float,
+        newton_schulz_steps: int = 5,
+        adamw: AdamwBackend = adamw_torch,
+    ) -> None:
         super().__init__(
             groups, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, momentum=momentum)
         )
-        self.stacks, self.rank, self.size, self.replicated, self.adamw = {}, 0, 1, False, adamw
+        # {flat shard: [stacks of rank 0, stacks of rank 1, ...]}, a stack being a list of matrices.
+        self.stacks: dict[Tensor, list[list[list[Matrix]]]] = {}
+        self.rank = 0
+        self.size = 1
+        self.replicated = False
+        self.adamw = adamw
         self.newton_schulz_steps = newton_schulz_steps
 
-    def bind(self, matrices, rank, size, replicated=False):
-        """matrices: {flat shard: [Matrix]} of the Muon shards, in the same order on every rank. replicated: every rank holds
-        whole matrices, in a single cut each.
+    def bind(
+        self, matrices: dict[Tensor, list[Matrix]], rank: int, size: int, replicated: bool = False
+    ) -> None:
+        """Set which matrices the Muon shards hold.
+
+        Args:
+            matrices: {flat shard: its matrices}, in the same order on every rank.
+            rank: This rank.
+            size: Number of ranks.
+            replicated: Every rank holds whole matrices, in a single cut each.
         """
-        self.rank, self.size, self.replicated = rank, size, replicated
+        self.rank = rank
+        self.size = size
+        self.replicated = replicated
         for flat, fused in matrices.items():
             stacks = stacks_of(
-                [part for matrix in fused for part in matrix.apart()], STACK_BYTES[flat.device.type]
+                [part for matrix in fused for part in matrix.unfuse()],
+                STACK_BYTES[flat.device.type],
             )
             owners = spread(
                 [
@@ -180,14 +246,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 size,
             )
             self.stacks[flat] = [
-                [stack for stack, owner in zip(stacks, owners) if owner == r] for r in range(size)
+                [stack for stack, owner in zip(stacks, owners, strict=True) if owner == r]
+                for r in range(size)
             ]
 
-    def fresh_state(self, flat, kind):
-        """Makes the state of a flat shard if there is none yet, and returns it."""
+    def fresh_state(self, flat: Tensor, kind: str) -> dict[str, Tensor]:
+        """Return the state of a flat shard, created if there is none yet."""
         state = self.state[flat]
         if not state:
-            # torch's kernel reads the step on the GPU, the others want it as a number: no wait for the GPU in either case.
+            # torch's kernel reads the step on the GPU and the other backends need a number on the
+            # host, which avoids a GPU sync in both cases.
             device = flat.device if self.adamw is adamw_torch else "cpu"
             state.update(
                 {name: torch.zeros_like(flat) for name in STATE[kind]},
@@ -196,17 +264,20 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return state
 
     @torch.no_grad()
-    def step(self, closure=None):
-        """Updates every shard that has a gradient."""
+    def step(self, closure: None = None) -> None:
+        """Update every shard that has a gradient."""
         for group in self.param_groups:
             for flat in group["params"]:
-                if flat.grad is not None:
-                    state = self.fresh_state(flat, group["kind"])
-                    (self.adamw_step if group["kind"] == "adamw" else self.muon_step)(
-                        flat, state, group
-                    )
+                if flat.grad is None:
+                    continue
+                state = self.fresh_state(flat, group["kind"])
+                if group["kind"] == "adamw":
+                    self.adamw_step(flat, state, group)
+                else:
+                    self.muon_step(flat, state, group)
 
-    def adamw_step(self, flat, state, group):
+    def adamw_step(self, flat: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+        """Take one AdamW step of a flat shard."""
         self.adamw(
             flat,
             flat.grad,
@@ -219,26 +290,34 @@ class ShardedOptimizer(torch.optim.Optimizer):
             weight_decay=group["weight_decay"],
         )
 
-    def muon_step(self, flat, state, group):
+    def muon_step(self, flat: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+        """Take one Muon step of a flat shard."""
         state["step"] += 1
         buffer = state["momentum_buffer"].lerp_(flat.grad, 1 - group["momentum"])
-        # Nesterov
+        # Nesterov momentum.
         update = flat.grad.lerp(buffer, group["momentum"])
         by_owner = self.stacks[flat]
         matrices = [matrix for stacks in by_owner for stack in stacks for matrix in stack]
         if group["weight_decay"]:
             flat.mul_(1 - group["lr"] * group["weight_decay"])
-        exchange = self.gathered if self.replicated or self.size == 1 else self.exchanged
-        for matrix, orthogonal in zip(matrices, exchange(update, by_owner), strict=True):
+        if self.replicated or self.size == 1:
+            orthogonals = self.orthogonalise_replicated(update, by_owner)
+        else:
+            orthogonals = self.orthogonalise_sharded(update, by_owner)
+        for matrix, orthogonal in zip(matrices, orthogonals, strict=True):
             self.cut(flat, matrix).add_(orthogonal, alpha=-group["lr"])
 
     def cut(self, flat: Tensor, matrix: Matrix) -> Tensor:
-        """Return this rank's cut of a matrix, a view into the flat shard."""
+        """Return this rank's cut of a matrix as a view of the flat shard."""
         return flat.narrow(0, *matrix.cuts[0 if self.replicated else self.rank])
 
-    def gathered(self, update: Tensor, by_owner: list) -> list[Tensor]:
-        """Return all matrices orthogonalised, flattened, in the order of by_owner, from a flat update that is whole on every
-        rank. Each rank orthogonalises its stacks; one all-gather carries the results, padded to equal lengths.
+    def orthogonalise_replicated(
+        self, update: Tensor, by_owner: list[list[list[Matrix]]]
+    ) -> list[Tensor]:
+        """Return all matrices of a replicated update, orthogonalised and flattened.
+
+        They are in the order of by_owner. Each rank orthogonalises its stacks, and one all-gather
+        exchanges the results, padded to equal lengths.
         """
         ours = (
             new
@@ -262,13 +341,17 @@ class ShardedOptimizer(torch.optim.Optimizer):
         dist.all_gather_into_tensor(held, sent)
         return [
             new
-            for part, of_rank in zip(held.split(longest), numels)
+            for part, of_rank in zip(held.split(longest), numels, strict=True)
             for new in part[: sum(of_rank)].split(of_rank)
         ]
 
-    def exchanged(self, update: Tensor, by_owner: list) -> list[Tensor]:
-        """Return this rank's cuts of all matrices orthogonalised, in the order of by_owner. Two all-to-alls: each owner gets
-        the cuts of its stacks from all ranks, and sends back what became of them.
+    def orthogonalise_sharded(
+        self, update: Tensor, by_owner: list[list[list[Matrix]]]
+    ) -> list[Tensor]:
+        """Return this rank's cuts of all orthogonalised matrices, in the order of by_owner.
+
+        Takes two all-to-alls: each owner receives the cuts of its stacks from all ranks, and sends
+        the orthogonalised cuts back.
         """
         ranks = range(self.size)
         cuts = [
@@ -282,39 +365,49 @@ class ShardedOptimizer(torch.optim.Optimizer):
         ]
         here = [sum(numels) for numels in sizes]
         sent = torch.cat([cut for of_owner in cuts for cut in of_owner])
-        # rank 0's cuts of our matrices, then rank 1's, ...
+        # Rank 0's cuts of this rank's matrices, then rank 1's, ...
         held = sent.new_empty(sum(here))
         dist.all_to_all_single(held, sent, here, away)
-        by_matrix = zip(*(part.split(numels) for part, numels in zip(held.split(here), sizes)))
+        by_rank = [part.split(numels) for part, numels in zip(held.split(here), sizes, strict=True)]
+        by_matrix = zip(*by_rank, strict=True)
         for stack in by_owner[self.rank]:
-            # Of each matrix, in order of ranks.
+            # The cuts of each matrix of the stack, in order of ranks.
             pieces = [next(by_matrix) for _ in stack]
             wholes = [
-                torch.cat(of_ranks).view(matrix.shape) for of_ranks, matrix in zip(pieces, stack)
+                torch.cat(of_ranks).view(matrix.shape)
+                for of_ranks, matrix in zip(pieces, stack, strict=True)
             ]
-            for of_ranks, new in zip(pieces, orthogonal_stack(wholes, self.newton_schulz_steps)):
-                for piece, values in zip(of_ranks, new.split([len(piece) for piece in of_ranks])):
+            results = orthogonal_stack(wholes, self.newton_schulz_steps)
+            for of_ranks, new in zip(pieces, results, strict=True):
+                parts = new.split([len(piece) for piece in of_ranks])
+                for piece, values in zip(of_ranks, parts, strict=True):
                     piece.copy_(values)
         dist.all_to_all_single(sent, held, away, here)
         return list(sent.split([len(cut) for of_owner in cuts for cut in of_owner]))
 
 
 def stacks_of(matrices: list[Matrix], limit: int) -> list[list[Matrix]]:
-    """Return the matrices in stacks of one shape, transposed ones among them, of at most `limit` bytes of float32 or one
-    matrix. The same on every rank, for any number of ranks.
+    """Return the matrices grouped into stacks of one shape, which may include transposed ones.
+
+    A stack has at most `limit` bytes of float32, or a single matrix. The result is the same on
+    every rank and for any number of ranks.
     """
     by_shape = {}
     for matrix in matrices:
         by_shape.setdefault((min(matrix.shape), max(matrix.shape)), []).append(matrix)
     stacks = []
-    for (rows, columns), alike in by_shape.items():
+    for (rows, columns), group in by_shape.items():
         num = max(1, limit // (4 * rows * columns))
-        stacks += [alike[i : i + num] for i in range(0, len(alike), num)]
+        stacks += [group[i : i + num] for i in range(0, len(group), num)]
     return stacks
 
 
-def spread(costs, size):
-    """Owner rank of each item: dearest first, each to the rank with the least work so far. The same on every rank."""
+def spread(costs: Sequence[float], size: int) -> list[int]:
+    """Return the owner rank of each item.
+
+    Items are assigned in order of decreasing cost, each to the rank with the least work up to then.
+    The result is the same on every rank.
+    """
     work, owners = [0] * size, [0] * len(costs)
     for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         owners[i] = work.index(min(work))
@@ -323,27 +416,35 @@ def spread(costs, size):
 
 
 def orthogonal_stack(matrices: list[Tensor], steps: int = 5) -> list[Tensor]:
-    """Return matrices of one shape, transposed or not, orthogonalised together and scaled, each flattened."""
+    """Orthogonalise and scale matrices of one shape together, and return each flattened.
+
+    Some of the matrices may be transposed.
+    """
     scale = 0.2 * math.sqrt(max(matrices[0].shape))
     tall = [matrix.shape[0] > matrix.shape[1] for matrix in matrices]
-    wide = [matrix.T if is_tall else matrix for matrix, is_tall in zip(matrices, tall)]
-    # One matrix is no stack: mm takes 10 % less than bmm at 96 x 96 on a CPU.
+    wide = [matrix.T if is_tall else matrix for matrix, is_tall in zip(matrices, tall, strict=True)]
+    # A single matrix is not stacked: mm takes 10 % less time than bmm at 96 x 96 on a CPU.
     stack = orthogonal(torch.stack(wide) if len(wide) > 1 else wide[0], steps) * scale
     return [
         (x.T if is_tall else x).flatten()
-        for x, is_tall in zip(stack.view(len(wide), *wide[0].shape), tall)
+        for x, is_tall in zip(stack.view(len(wide), *wide[0].shape), tall, strict=True)
     ]
 
 
 def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Return the nearest (semi-)orthogonal matrices, roughly: (rows, columns), or a stack of them, rows <= columns.
+    """Return approximately the nearest (semi-)orthogonal matrices.
 
-    Newton-Schulz steps X <- P X, P = a + b G + c G^2, G = X X^T (singular values land in about 0.7 to 1.2 after five), in
-    bfloat16 on a GPU and in float32 on a CPU, where bfloat16 may be emulated. The result has the input's dtype.
+    The input is (rows, columns), or a stack of them, with rows <= columns. The result has its
+    dtype.
 
-    In float32, wide matrices take the same steps on G alone: all that X goes through are polynomials of the first G, which
-    commute, so that G <- P G P and the product of all P is applied to X once. Five steps of rows x 4 rows take 50 rows^3
-    products instead of 90. In bfloat16 G would lose its small eigenvalues.
+    Newton-Schulz steps X <- P X, P = a + b G + c G^2, G = X X^T (after five, singular values are
+    within about 0.7 to 1.2), in bfloat16 on a GPU and in float32 on a CPU, where bfloat16 may be
+    emulated.
+
+    In float32, wide matrices take the same steps on G only. X is only ever multiplied by
+    polynomials of the first G. These commute, therefore G <- P G P, and the product of all P is
+    applied to X once. Five steps of rows x 4 rows take 50 rows^3 products instead of 90. In
+    bfloat16, G would lose its small eigenvalues.
     """
     a, b, c = NEWTON_SCHULZ
     x = matrices.bfloat16() if matrices.is_cuda else at_least_float32(matrices)

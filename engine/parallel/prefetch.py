@@ -1,6 +1,8 @@
-"""The encoders of the next micro-batch, while the generator works on the one before."""
+"""Encode the next micro-batch while the generator works on the current one."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any, Self
 
 import torch
 
@@ -8,22 +10,30 @@ from iomm.profiling import named
 
 
 class Prefetcher:
-    """Yields the batches of an iterator, each with `prepared` = prepare(*batch.inputs).
+    """Iterate over batches, each with `prepared` = prepare(*batch.inputs).
 
-    fetch() does that for the next one: on a GPU on a stream of its own, beside whatever is queued on the training stream;
-    without one, at once. A batch that is asked for before it was fetched is fetched then.
+    fetch() reads and prepares the next batch. On a GPU this runs on a separate stream, concurrently
+    with the work queued on the training stream; without a GPU it runs immediately. A batch that is
+    requested before it was fetched is fetched on request.
     """
 
-    def __init__(self, batches, prepare, device):
-        self.batches, self.prepare, self.batch = batches, prepare, None
+    def __init__(
+        self, batches: Iterator[Any], prepare: Callable[..., Any], device: torch.device
+    ) -> None:
+        self.batches = batches
+        self.prepare = prepare
+        self.batch = None
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         if self.stream is not None:
-            # Frozen weights may still be on their way.
+            # Copies of frozen weights may still be in flight.
             self.stream.wait_stream(torch.cuda.current_stream(device))
 
-    def fetch(self):
-        """Queues the work on the next batch, if there is one. The host waits for the side stream where lengths are read."""
-        # of None: no effect
+    def fetch(self) -> None:
+        """Queue the work on the next batch, if there is one.
+
+        The host waits for the side stream wherever lengths are read.
+        """
+        # A stream of None has no effect.
         with torch.cuda.stream(self.stream):
             with named("data"):
                 batch = next(self.batches, None)
@@ -38,10 +48,10 @@ class Prefetcher:
                     image_tokens_IPD=None,
                 )
 
-    def __iter__(self):
+    def __iter__(self) -> Self:
         return self
 
-    def __next__(self):
+    def __next__(self) -> Any:
         if self.batch is None:
             self.fetch()
         batch, self.batch = self.batch, None
@@ -50,7 +60,8 @@ class Prefetcher:
         if self.stream is not None:
             current = torch.cuda.current_stream(self.stream.device)
             current.wait_stream(self.stream)
-            # Freed while the training stream may still read it: the allocator waits.
+            # These may be freed while the training stream still reads them, so the allocator must
+            # wait.
             for tensor in batch.prepared.tensors():
                 tensor.record_stream(current)
         return batch

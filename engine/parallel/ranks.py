@@ -1,10 +1,12 @@
-"""Ranks: how processes find each other, and what they do together beside training."""
+"""Ranks: how processes join, and what they do together outside training."""
 
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -15,46 +17,67 @@ from iomm.engine.parallel.cpu_ranks import free_port
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """This process among the others. `patient` is a gloo group that waits days: for work that only rank 0 does."""
+    """Describe this process's rank and communicate with the other ranks.
+
+    `control_group` is a gloo group with a timeout of days, for Python objects and for work that
+    only rank 0 does while the others wait.
+    """
 
     rank: int
     local_rank: int
     local_size: int
     size: int
     device: torch.device
-    patient: object
+    control_group: dist.ProcessGroup
 
     @property
-    def first(self):
+    def first(self) -> bool:
+        """Return whether this is rank 0."""
         return self.rank == 0
 
-    def on_first(self, work):
-        """Runs work() on rank 0 alone; every rank gets its result, or raises the InputError that it raised."""
+    def on_first(self, work: Callable[[], Any]) -> Any:
+        """Run work() on rank 0 only and return its result on every rank.
+
+        Raises:
+            InputError: On every rank, if work() raised it on rank 0.
+        """
         outcome = [None, None]
         if self.first:
             try:
                 outcome[0] = work()
             except InputError as error:
                 outcome[1] = str(error)
-        dist.broadcast_object_list(outcome, src=0, group=self.patient)
+        dist.broadcast_object_list(outcome, src=0, group=self.control_group)
         if outcome[1] is not None:
             raise InputError(outcome[1])
         return outcome[0]
 
-    def all(self, value):
-        """[value of rank 0, value of rank 1, ...], small Python objects, on every rank."""
+    def all(self, value: Any) -> list[Any]:
+        """Return [value of rank 0, value of rank 1, ...] on every rank.
+
+        Values are small Python objects.
+        """
         values = [None] * self.size
-        dist.all_gather_object(values, value, group=self.patient)
+        dist.all_gather_object(values, value, group=self.control_group)
         return values
 
-    def apart(self):
-        """The same ranks in a group of their own, for a thread whose collectives must not meet those of the others."""
-        return replace(self, patient=dist.new_group(backend="gloo", timeout=timedelta(days=7)))
+    def with_own_group(self) -> Self:
+        """Return the same ranks with a new control group.
+
+        For a thread whose collectives must not be matched with those of other threads.
+        """
+        return replace(
+            self, control_group=dist.new_group(backend="gloo", timeout=timedelta(days=7))
+        )
 
 
-def take_device(local_rank=None):
-    """(local rank, its device), made the current one: call it before anything opens a context, which would be on GPU 0.
-    Raises InputError, on all ranks of a machine that has more of them than GPUs.
+def take_device(local_rank: int | None = None) -> tuple[int, torch.device]:
+    """Make this rank's device current and return (local rank, device).
+
+    Call it before anything creates a CUDA context, which would be on GPU 0.
+
+    Raises:
+        InputError: The machine has more ranks than GPUs. Raised on all of its ranks.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", local_rank or 0))
     if not torch.cuda.is_available():
@@ -64,29 +87,32 @@ def take_device(local_rank=None):
     )
     if ranks > torch.cuda.device_count():
         raise InputError(
-            f"{ranks} ranks on a machine that shows {torch.cuda.device_count()} GPU(s): start fewer, with --num_gpus or "
-            "--nproc-per-node"
+            f"{ranks} ranks on a machine with {torch.cuda.device_count()} visible GPU(s): "
+            "start fewer ranks with --num_gpus or --nproc-per-node"
         )
     torch.cuda.set_device(local_rank)
     return local_rank, torch.device("cuda", local_rank)
 
 
-def start(timeout_s, local_rank=None):
-    """Joins the other ranks (gloo without a GPU, NCCL with) and returns this process's Ranks.
+def start(timeout_s: float, local_rank: int | None = None) -> Ranks:
+    """Join the other ranks and return this process's Ranks.
 
-    A collective that takes longer than timeout_s ends the run with an error instead of waiting for ever.
+    The backend is NCCL with a GPU and gloo without. A collective that takes longer than timeout_s
+    ends the run with an error instead of blocking forever.
     """
     import deepspeed
     from deepspeed.runtime import bf16_optimizer
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
-    # At stage 1 it prints memory a dozen times at the start, each after a garbage collection, and cannot be told not to.
+    # At stage 1, DeepSpeed prints memory use a dozen times at the start, each time after a garbage
+    # collection, and has no option against it.
     bf16_optimizer.see_memory_usage = lambda *_, **__: None
-    # It calls collectives by names that torch 2.13 announces to rename; nothing that a user could act on.
+    # DeepSpeed calls collectives by names that torch 2.13 deprecates. Users cannot act on the
+    # warning.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    # Its shared-memory op is compiled at the first start, and a kill during that leaves a lock that stops every later
-    # start. Plain gloo does the same work.
+    # DeepSpeed compiles its shared-memory op at the first start, and a kill during that leaves a
+    # lock that blocks every later start. Plain gloo does the same work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if "RANK" not in os.environ:
         os.environ.update(
@@ -111,11 +137,14 @@ def start(timeout_s, local_rank=None):
         local_size=int(
             os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
         ),
-        patient=dist.new_group(backend="gloo", timeout=timedelta(days=7)),
+        control_group=dist.new_group(backend="gloo", timeout=timedelta(days=7)),
     )
 
 
-def stop():
-    """Leaves the process group; without it a rank that ends early can leave the others waiting."""
+def stop() -> None:
+    """Leave the process group.
+
+    Without this, a rank that ends early can leave the others waiting.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()

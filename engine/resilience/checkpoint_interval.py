@@ -1,18 +1,30 @@
-"""How often to save: an interval from the number of GPUs, the time that a save takes, and the time between faults."""
+"""Choose how often to save.
+
+The interval follows from the number of GPUs, the time of a save and the mean time between faults.
+"""
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
-# Of training time, for saving.
+from iomm.engine.config import RunConfig
+from iomm.engine.resilience.checkpoint_writer import Saver
+
+# Largest share of training time spent waiting for saves.
 MAX_STALL = 0.01
-# 1 % of a run of 1,000 GPU-hours, at one fault
+# Largest loss of one fault: 1 % of a run of 1,000 GPU-hours.
 MAX_LOSS_GPU_HOURS = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """interval_s between saves; lost_gpu_hours at one fault, at worst; stall as a share of time; waste, as a share of time,
-    by saving and by faults together, on average.
+    """The interval between saves and its cost.
+
+    Attributes:
+        interval_s: Seconds between saves.
+        lost_gpu_hours: GPU-hours that one fault loses in the worst case.
+        stall: Share of time spent waiting for saves.
+        waste: Mean share of time lost to saves and to faults together.
     """
 
     interval_s: float
@@ -21,12 +33,20 @@ class Plan:
     waste: float
 
 
-def plan(*, num_gpus, stall_s, write_s, mtbf_gpu_hours):
-    """Seconds that training waits for a save, seconds until it is committed, GPU-hours between faults -> Plan.
+def plan(*, num_gpus: int, stall_s: float, write_s: float, mtbf_gpu_hours: float) -> Plan:
+    """Return the interval between saves that wastes the least time within the limits above.
 
-    A fault just before a commit costs interval + write_s on every GPU. The waste stall / T + (T / 2 + write) / M, M being
-    the mean time between faults of the whole job, is least at T = sqrt(2 stall M) (Young 1974); T then goes up to what
-    the stall may cost and to write_s, since saves do not overlap, and down to what one fault may lose, which wins.
+    A fault just before a commit costs interval + write_s on every GPU. The waste stall / T + (T / 2
+    + write) / M, with M the mean time between faults of the whole job, is smallest at T = sqrt(2
+    stall M) (Young 1974). T is then raised until the stall is within its limit and to at least
+    write_s, since saves do not overlap, and lowered to what one fault may lose, which takes
+    precedence.
+
+    Args:
+        num_gpus: Number of GPUs of the job.
+        stall_s: Seconds that training waits for a save.
+        write_s: Seconds until a save is committed.
+        mtbf_gpu_hours: Mean GPU-hours between faults.
     """
     between_faults_s = 3600 * mtbf_gpu_hours / num_gpus
     interval_s = max(math.sqrt(2 * stall_s * between_faults_s), stall_s / MAX_STALL, write_s)
@@ -41,8 +61,12 @@ def plan(*, num_gpus, stall_s, write_s, mtbf_gpu_hours):
     )
 
 
-def advice(config, metrics, saver, num_gpus):
-    """One line for the end of a run: which checkpoint.every_steps its own figures ask for."""
+def advice(config: RunConfig, metrics: Any, saver: Saver, num_gpus: int) -> str:
+    """Return one line that recommends a checkpoint.every_steps for this run.
+
+    It follows from the times that the run has measured: saver.stall_s, saver.write_s and
+    metrics.recent, the seconds of recent steps.
+    """
     found = plan(
         num_gpus=num_gpus,
         stall_s=max(saver.stall_s, 1e-3),
@@ -51,6 +75,7 @@ def advice(config, metrics, saver, num_gpus):
     )
     step_s = sorted(metrics.recent)[len(metrics.recent) // 2]
     return (
-        f"checkpoint.every_steps={max(1, round(found.interval_s / step_s))} would fit: at a fault at most "
-        f"{found.lost_gpu_hours:.2g} GPU-hours lost, {found.stall:.2%} of the time spent waiting for saves"
+        f"recommended: checkpoint.every_steps={max(1, round(found.interval_s / step_s))}; "
+        f"one fault then loses at most {found.lost_gpu_hours:.2g} GPU-hours, and training waits "
+        f"for saves {found.stall:.2%} of the time"
     )

@@ -1,25 +1,37 @@
-"""Preemption: a signal that asks the run to save and stop."""
+"""Preemption: signals that request the run to save and stop."""
 
 import signal
+from types import FrameType, TracebackType
+from typing import Self
 
-# Exit code of a run that was asked to stop and has saved: EX_TEMPFAIL, "start me again"
+# Exit code of a run that was stopped by a signal and has saved. It is EX_TEMPFAIL, "try again".
 REQUEUE = 75
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Stop:
-    """While entered, SIGTERM and SIGUSR1 set `asked` instead of ending the process, however often they come."""
+    """Set `requested` on SIGTERM and SIGUSR1 instead of ending the process.
 
-    def __init__(self):
-        self.asked, self.before = False, {}
+    Use as a context. The signals may arrive any number of times.
+    """
 
-    def __enter__(self):
-        self.before = {number: signal.signal(number, self.ask) for number in SIGNALS}
+    def __init__(self) -> None:
+        self.requested = False
+        self.before = {}
+
+    def __enter__(self) -> Self:
+        self.before = {number: signal.signal(number, self.request) for number in SIGNALS}
         return self
 
-    def ask(self, *_):
-        self.asked = True
+    def request(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal."""
+        self.requested = True
 
-    def __exit__(self, *_):
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)

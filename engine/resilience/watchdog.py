@@ -1,11 +1,17 @@
-"""The watchdog: a dead rank, a dead launcher or a hang ends the job within seconds, with the rank named and stacks saved.
+"""End the job within seconds of a dead rank, a dead launcher or a hang.
 
-A thread of every rank looks on. It says that it is alive in a store that rank 0 serves, and reads what the others say only
-when something is wrong: its cost is a few small messages a second and rank. Torch itself counts the collectives.
+The watchdog names the rank at fault and saves the stacks of all ranks. A thread of every rank
+publishes a heartbeat to a store that rank 0 serves, and reads the heartbeats of the others only
+when something is wrong. This costs a few small messages per second and rank. torch itself counts
+the collectives.
+
+What ends a run is printed to sys.stderr and not logged: another thread may be blocked in a write to
+the log (on a disk that hangs) while it holds a lock of a log handler.
 """
 
 import contextlib
 import faulthandler
+import functools
 import json
 import os
 import signal
@@ -13,37 +19,64 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable, Collection, Iterable
 from datetime import timedelta
 from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
 
 import torch.distributed as dist
 
 from iomm.config import InputError
+from iomm.engine.resilience.rank_group import RankGroup
 
-# Exit codes: a mistake in words; a rank or the launcher died; no progress for guard.hang_s.
+# Exit codes: an error in what the user gave; a rank or the launcher died; no progress for
+# guard.hang_s.
 REFUSED, DEAD, HUNG = 2, 70, 71
 POLL_S = 0.25
-# Between a rank's death and ours: ranks that end by the same error say it themselves.
+# Time between another rank's death and this rank's exit. Ranks that end by the same error report it
+# themselves.
 GRACE_S = 1.5
-# How long a rank must be silent to be called so, once something is wrong.
+# Time without a heartbeat after which a rank counts as not responding, once something is wrong.
 LISTEN_S = 0.75
-# What a woken rank gets to write its stacks.
+# Time for a resumed rank to write its stacks.
 STACKS_S = 0.2
 
 
 class Watchdog:
-    """Use as a context on all ranks together; call beat(step) once a step from the training thread, rest() after the last. An
-    InputError that leaves it has been said.
+    """Watch over all ranks while training runs. Use it as a context on all ranks together.
 
-    hang_s counts from the second beat on: the first step may compile, and is left to the time-out of collectives.
-    0 turns the search for hangs off; deaths are seen all the same. `parent` is the launcher, or the rank, whose child this was
-    when it started: ranks without it would go on, and meet those of the next start. 0: nothing launched this rank.
+    Call heartbeat(step) once per step from the training thread, and pause() after the last. The
+    watchdog itself reports an InputError that leaves the context.
     """
 
-    def __init__(self, ranks, run_dir, hang_s, parent=0):
-        self.ranks, self.run_dir, self.hang_s = ranks, Path(run_dir), hang_s
-        self.step, self.beats, self.last, self.pulse = 0, 0, time.monotonic(), 0
-        self.parent, self.over, self.stacks = parent, threading.Event(), None
+    def __init__(
+        self, ranks: RankGroup, run_dir: Path | str, hang_s: float, parent: int = 0
+    ) -> None:
+        """Create the store and connect to it, on all ranks together.
+
+        Args:
+            ranks: All ranks.
+            run_dir: The folder for stacks.
+            hang_s: Longest time between heartbeats, counted from the second one on. The first step
+                may compile, and is covered by the timeout of collectives. 0 does not detect hangs;
+                deaths are detected in any case.
+            parent: Process id of the parent (the launcher or rank 0) when this rank started.
+                Without their parent, ranks would continue and collide with those of the next start.
+                0: nothing launched this rank.
+        """
+        self.ranks = ranks
+        self.run_dir = Path(run_dir)
+        self.hang_s = hang_s
+        self.parent = parent
+        self.step = 0
+        # Heartbeats since the last pause.
+        self.beats = 0
+        self.last_beat = time.monotonic()
+        # Number of messages published to the store.
+        self.pulse = 0
+        self.over = threading.Event()
+        self.stacks: BinaryIO | None = None
         self.server = (
             dist.TCPStore("0.0.0.0", 0, is_master=True, wait_for_workers=False)
             if ranks.first
@@ -51,58 +84,71 @@ class Watchdog:
         )
         everyone = ranks.all(
             (
-                place(),
+                host_identity(),
                 os.getpid(),
                 self.server.port if self.server else 0,
                 os.environ.get("MASTER_ADDR"),
             )
         )
-        places = [where for where, _, _, _ in everyone]
-        self.hosts = [where[0] for where in places]
-        here = places[ranks.rank]
-        self.pids = {
+        hosts = [host for host, _, _, _ in everyone]
+        self.hosts = [name for name, _, _ in hosts]
+        own_host = hosts[ranks.rank]
+        # Process ids of the other ranks on this host.
+        self.pids: dict[int, int] = {
             r: pid
-            for r, (where, pid, _, _) in enumerate(everyone)
-            if where == here and r != ranks.rank
+            for r, (host, pid, _, _) in enumerate(everyone)
+            if host == own_host and r != ranks.rank
         }
-        address = "127.0.0.1" if places[0] == here else everyone[0][3]
+        address = "127.0.0.1" if hosts[0] == own_host else everyone[0][3]
         self.store = dist.TCPStore(address, everyone[0][2], is_master=False, wait_for_workers=False)
         self.store.set_timeout(timedelta(seconds=0.5))
         self.publish()
-        self.alarm = None
-        self.thread = threading.Thread(target=self.look, name="watch", daemon=True)
-        self.talker = threading.Thread(target=self.talk, name="watch store", daemon=True)
+        self.alarm: str | None = None
+        self.thread = threading.Thread(target=self.watch, name="watchdog", daemon=True)
+        self.store_thread = threading.Thread(
+            target=self.exchange, name="watchdog store", daemon=True
+        )
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         self.thread.start()
-        self.talker.start()
+        self.store_thread.start()
         return self
 
-    def __exit__(self, kind, error, _):
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        _: TracebackType | None,
+    ) -> None:
         if isinstance(error, InputError):
-            self.refuse(error)
-        # A collective failed: somebody has died, it seems.
+            self.report(error)
+        # A collective failed: a peer rank probably died.
         if isinstance(error, RuntimeError):
             self.beats = 0
-            # Then the thread names the rank and ends this process.
+            # If so, the thread names the rank and ends this process.
             self.thread.join(GRACE_S + 1.5)
         self.over.set()
         self.thread.join()
-        # Ended inside a call of the store, it would abort the process.
-        self.talker.join(timeout=2)
-        self.rest()
+        # The process would abort if it ended during a call of the store.
+        self.store_thread.join(timeout=2)
+        self.pause()
 
-    def beat(self, step):
-        """The training thread is alive and begins this step."""
-        self.step, self.beats, self.last = step, self.beats + 1, time.monotonic()
+    def heartbeat(self, step: int) -> None:
+        """Record that the training thread starts a step."""
+        self.step = step
+        self.beats += 1
+        self.last_beat = time.monotonic()
         if self.hang_s and self.beats > 1:
             if self.stacks is None:
-                self.stacks = open(self.run_dir / f"stacks-rank{self.ranks.rank}.txt", "ab")
-            # A native thread of Python's: it writes even when another one never lets go of the interpreter lock.
+                self.stacks = open(  # noqa: SIM115 (faulthandler writes to it when the rank hangs)
+                    self.run_dir / f"stacks-rank{self.ranks.rank}.txt", "ab"
+                )
+            # This is a native thread of Python, which writes even if another thread never releases
+            # the GIL.
             faulthandler.dump_traceback_later(self.hang_s, file=self.stacks)
 
-    def rest(self):
-        """Nothing is expected from now on; the next beat counts as the first."""
+    def pause(self) -> None:
+        """Expect no heartbeats until the next one, which counts as the first again."""
         self.beats = 0
         faulthandler.cancel_dump_traceback_later()
         if self.stacks is not None:
@@ -112,157 +158,186 @@ class Watchdog:
                     os.unlink(self.stacks.name)
             self.stacks = None
 
-    def talk(self):
-        """A thread that does nothing else: not every call of a store comes back when rank 0, its server, is stopped."""
+    def exchange(self) -> None:
+        """Publish heartbeats and read alarms, in a thread.
+
+        The thread does nothing else, because calls of a store may block forever when rank 0, its
+        server, is stopped.
+        """
         while not self.over.wait(POLL_S):
             self.publish()
-            self.alarm = self.told() or self.alarm
+            self.alarm = self.read_alarm() or self.alarm
 
-    def ask(self, work, limit_s=1.0):
-        """What work() returns within limit_s, or {}."""
+    def call(self, work: Callable[[], Any], limit_s: float = 1.0) -> Any:
+        """Return the result of work(), or {} if it takes longer than limit_s."""
         answer = []
         thread = threading.Thread(target=lambda: answer.append(work()), daemon=True)
         thread.start()
         thread.join(limit_s)
         return answer[0] if answer else {}
 
-    def look(self):
-        """The thread that decides; it waits for nobody."""
+    def watch(self) -> None:
+        """End the process when a rank, the launcher or this rank has failed, in a thread.
+
+        This thread never blocks on another one.
+        """
         dead_since = None
         while not self.over.wait(POLL_S):
             if self.ranks.size > 1 and self.parent and os.getppid() != self.parent:
-                self.end(DEAD, "the launcher is gone", self.ranks.first)
+                self.exit(DEAD, "the launcher died", self.ranks.first)
             dead = [rank for rank, pid in self.pids.items() if not alive(pid)]
             if dead:
                 dead_since = dead_since or time.monotonic()
                 if time.monotonic() - dead_since > GRACE_S:
-                    self.ask(lambda: self.tell(f"{self.name(dead)} died"))
-                    self.end(DEAD, f"{self.name(dead)} died", self.ranks.rank == self.lowest(dead))
-            told = self.alarm
-            if told == "refused":
-                self.end(REFUSED, "", False)
-            if told and told != "hang":
-                self.end(DEAD, told, False)
-            idle = time.monotonic() - self.last
-            if self.hang_s and self.beats > 1 and (idle > self.hang_s or told):
-                self.hung(idle)
+                    reason = f"{self.describe(dead)} died"
+                    self.call(functools.partial(self.raise_alarm, reason))
+                    self.exit(DEAD, reason, self.ranks.rank == self.lowest_except(dead))
+            alarm = self.alarm
+            if alarm == "refused":
+                self.exit(REFUSED, "", False)
+            if alarm and alarm != "hang":
+                self.exit(DEAD, alarm, False)
+            idle_s = time.monotonic() - self.last_beat
+            if self.hang_s and self.beats > 1 and (idle_s > self.hang_s or alarm):
+                self.end_hang(idle_s)
 
-    def hung(self, idle):
-        """Something stands still: save stacks, listen who answers, name the rank, end all."""
-        self.ask(lambda: self.tell("hang"), limit_s=0.1)
+    def end_hang(self, idle_s: float) -> None:
+        """Save the stacks, find the ranks that do not respond, name the rank at fault and exit."""
+        self.call(lambda: self.raise_alarm("hang"), limit_s=0.1)
         size = os.path.getsize(self.stacks.name)
         faulthandler.cancel_dump_traceback_later()
         if not size:
             faulthandler.dump_traceback(file=self.stacks)
-        before = self.ask(self.states)
+        before = self.call(self.read_states)
         if before:
             time.sleep(LISTEN_S)
-        after = self.ask(self.states) if before else {}
+        after = self.call(self.read_states) if before else {}
         others = set(range(self.ranks.size)) - {self.ranks.rank}
         silent = (
             sorted(r for r in others if before[r]["pulse"] == after[r]["pulse"])
             if before and after
             else [0]
         )
-        blame = self.blame(after, silent)
+        cause = self.explain(after, silent)
         for rank in set(silent) & set(self.pids):
-            # A stopped process writes its stacks once it is woken; then it must not go on.
+            # A stopped process writes its stacks once it is resumed. It must not train afterwards.
             with contextlib.suppress(OSError):
                 os.kill(self.pids[rank], signal.SIGCONT)
                 time.sleep(STACKS_S)
                 os.kill(self.pids[rank], signal.SIGKILL)
-        self.end(
+        self.exit(
             HUNG,
-            f"no progress for {idle:.1f} s in step {self.step}: {blame}; stacks of all ranks in {self.run_dir}",
-            self.ranks.rank == self.lowest(silent),
+            f"no progress for {idle_s:.1f} s in step {self.step}: {cause}; stacks of all ranks are "
+            f"in {self.run_dir}",
+            self.ranks.rank == self.lowest_except(silent),
         )
 
-    def blame(self, states, silent):
-        """In words, who holds up the others."""
+    def explain(self, states: dict[int, dict[str, int]], silent: list[int]) -> str:
+        """Return which ranks block the others, in words."""
         if silent:
-            return f"{self.name(silent)} does not answer (stopped, or in code that keeps the interpreter lock)"
+            return (
+                f"{self.describe(silent)} not responding (stopped, or in code that holds the GIL)"
+            )
         if self.ranks.size == 1:
-            return self.name([0])
+            return self.describe([0])
         counts = {rank: state["collectives"] for rank, state in states.items()}
         behind = [rank for rank, count in counts.items() if count == min(counts.values())]
         if len(behind) == len(counts):
-            return f"{self.name(behind)} all wait in collective {counts[0]}: for different ones, or for the network"
-        return f"{self.name(behind)} did not come to collective {min(counts.values()) + 1}, where the others wait"
+            return (
+                f"{self.describe(behind)} all wait in collective {counts[0]}: the collectives do "
+                "not match, or the network failed"
+            )
+        return (
+            f"{self.describe(behind)} did not reach collective {min(counts.values()) + 1}, in "
+            "which the others wait"
+        )
 
-    def name(self, ranks):
+    def describe(self, ranks: Collection[int]) -> str:
+        """Return ranks with their hosts, in words."""
         return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(
             f"{rank} ({self.hosts[rank]})" for rank in ranks
         )
 
-    def lowest(self, without):
-        return min(set(range(self.ranks.size)) - set(without))
+    def lowest_except(self, ranks: Iterable[int]) -> int:
+        """Return the lowest rank that is not one of `ranks`."""
+        return min(set(range(self.ranks.size)) - set(ranks))
 
-    def publish(self):
+    def publish(self) -> None:
+        """Write this rank's heartbeat and number of collectives to the store."""
         self.pulse += 1
         with contextlib.suppress(RuntimeError):
             self.store.set(
                 f"rank{self.ranks.rank}",
-                json.dumps({"pulse": self.pulse, "collectives": collectives()}),
+                json.dumps({"pulse": self.pulse, "collectives": num_collectives()}),
             )
 
-    def states(self):
-        """{rank: what it said last}; empty when the store, and so rank 0, does not answer."""
+    def read_states(self) -> dict[int, dict[str, int]]:
+        """Return {rank: what it published last}, empty if the store on rank 0 does not respond."""
         with contextlib.suppress(RuntimeError):
             return {r: json.loads(self.store.get(f"rank{r}")) for r in range(self.ranks.size)}
         return {}
 
-    def refuse(self, error):
-        """Says the InputError that ends this rank, unless another has said one: rank 0 without delay, the others when it has not
-        come to one too, each with its name. Those that came to none end with the same exit code.
+    def report(self, error: InputError) -> None:
+        """Print the InputError that ends this rank, unless another rank has printed one.
+
+        Rank 0 prints without delay. The others wait for rank 0 to print its own, then print theirs
+        with their name. Ranks without an error end with the same exit code.
         """
-        # This rank leaves by itself.
+        # This rank exits by itself.
         self.over.set()
         until = time.monotonic() + GRACE_S
-        while not self.ranks.first and time.monotonic() < until and not self.ask(self.spoken):
+        while not self.ranks.first and time.monotonic() < until and not self.call(self.reported):
             time.sleep(POLL_S)
-        # No answer at all: better twice than never.
-        if self.ask(self.speaks) is not False:
-            who = "" if self.ranks.first else f"{self.name([self.ranks.rank])}: "
+        # Without any answer from the store, printing twice is better than never.
+        if self.call(self.claim_report) is not False:
+            who = "" if self.ranks.first else f"{self.describe([self.ranks.rank])}: "
             print(f"iomm: {who}{error}", file=sys.stderr, flush=True)
-            self.ask(lambda: self.tell("refused"))
+            self.call(lambda: self.raise_alarm("refused"))
         if self.ranks.first and self.ranks.size > 1:
-            # Its store goes with it, and others may not have listened yet.
+            # The store ends with this rank, and others may not have read the alarm yet.
             time.sleep(4 * POLL_S)
 
-    def spoken(self):
-        """Whether a rank has said why the run ends; without rank 0's store, rank 0 has."""
+    def reported(self) -> bool:
+        """Return whether a rank has printed why the run ends.
+
+        If rank 0's store does not respond, rank 0 has.
+        """
         with contextlib.suppress(RuntimeError):
             return self.store.check(["speaker"])
         return True
 
-    def speaks(self):
-        """Whether this rank is the first to ask."""
+    def claim_report(self) -> bool:
+        """Return whether this rank is the first to call this, and has to print the error."""
         with contextlib.suppress(RuntimeError):
             return self.store.add("speaker", 1) == 1
         return False
 
-    def tell(self, what):
+    def raise_alarm(self, reason: str) -> None:
+        """Publish why the run ends to all ranks."""
         with contextlib.suppress(RuntimeError):
-            self.store.set("alarm", what)
+            self.store.set("alarm", reason)
 
-    def told(self):
+    def read_alarm(self) -> str | None:
+        """Return the alarm that a rank has raised, or None."""
         with contextlib.suppress(RuntimeError):
             return self.store.get("alarm").decode() if self.store.check(["alarm"]) else None
         return None
 
-    def end(self, code, reason, say):
-        # The training thread is leaving by itself.
+    def exit(self, code: int, reason: str, report: bool) -> None:
+        """End this process with an exit code, unless its training thread is already leaving."""
         if not self.over.is_set():
-            if say:
-                print(
-                    f"iomm: {reason}; start again with --resume auto", file=sys.stderr, flush=True
-                )
-            # The training thread may wait in a collective that never returns.
+            if report:
+                print(f"iomm: {reason}; restart with --resume auto", file=sys.stderr, flush=True)
+            # Not sys.exit: the training thread may wait in a collective that never returns.
             os._exit(code)
 
 
-def place():
-    """(name of this host, what else tells where a process id means the same): containers may bear one name, and so may hosts."""
+def host_identity() -> tuple[str, str, str]:
+    """Return what processes must share for their process ids to be comparable.
+
+    It is the host name, the boot id and the PID namespace. Several containers can have the same
+    name, and so can several hosts.
+    """
     boot = Path("/proc/sys/kernel/random/boot_id")
     return (
         socket.gethostname(),
@@ -271,16 +346,16 @@ def place():
     )
 
 
-def collectives():
-    """How many collectives this process has begun, over all groups."""
+def num_collectives() -> int:
+    """Return how many collectives this process has started, over all groups."""
     return sum(
         group._get_sequence_number_for_group()
         for group in list(dist.distributed_c10d._world.pg_map)
     )
 
 
-def alive(pid):
-    """Whether a process of this machine runs; one that has ended but was not waited for does not."""
+def alive(pid: int) -> bool:
+    """Return whether a process of this machine runs. A zombie does not."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rpartition(")")[2].split()[0] not in "ZX"

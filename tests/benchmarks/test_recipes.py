@@ -309,7 +309,7 @@ def played(monkeypatch):
         keys = FIGURES_OF_EDITS if way == "edit" else FIGURES
         return {"colors": {**dict.fromkeys(keys, share), "pictures": len(KINDS) * per_kind}}, []
 
-    def newest(root, say):
+    def newest(root):
         return (checkpoint_reader.steps(root) or [None])[-1]
 
     for name, value in {
@@ -414,7 +414,7 @@ def test_a_run_that_is_still_training_is_waited_for(tmp_path):
     """As after a SIGKILL of the command alone: its run goes on, and keeps its lock to its end."""
     code = (
         "import sys, time; from pathlib import Path; from iomm.engine.resilience import checkpoint_writer\n"
-        "folder = Path(sys.argv[1]); checkpoint_writer.take(folder); print('taken', flush=True)\n"
+        "folder = Path(sys.argv[1]); checkpoint_writer.lock_run_dir(folder); print('taken', flush=True)\n"
         "time.sleep(1); (folder / 'ended').touch()"
     )
     with subprocess.Popen(

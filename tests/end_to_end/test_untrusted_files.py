@@ -73,7 +73,7 @@ def test_pickle_with_a_valid_hash_is_refused(payload, tmp_path):
             }
         )
     )
-    with pytest.raises(InputError, match="is not safetensors"):
+    with pytest.raises(InputError, match="is not a safetensors file"):
         checkpoint_reader.Reader(folder).full("master", "w")
 
 

@@ -161,7 +161,7 @@ def test_zero_3_frees_gathered_weights_of_compiled_blocks(compiled, tmp_path):
     Eager blocks keep every weight, which shows that the test can see them.
     """
     (tmp_path / "kept.py").write_text(KEPT)
-    with open(tmp_path / "said.txt", "w") as said:
+    with open(tmp_path / "said.txt", "w") as output:
         codes = finish(
             start_ranks(
                 2,
@@ -176,7 +176,7 @@ def test_zero_3_frees_gathered_weights_of_compiled_blocks(compiled, tmp_path):
                 "train.global_batch=4",
                 "train.steps=2",
                 f"train.compile={str(compiled).lower()}",
-                said=said,
+                output=output,
             )
         )
     assert not any(codes), (tmp_path / "said.txt").read_text()[-4000:]

@@ -1,6 +1,11 @@
-"""Ranks without processes, and a disk that ends the process or fails at its k-th operation; what checkpoints make of it."""
+"""Fault trials of checkpoints.
+
+Processes die at their k-th file operation, files are damaged, and removals fail. Ranks are threads,
+or two processes that communicate over a pipe.
+"""
 
 import errno
+import logging
 import os
 import random
 import shutil
@@ -16,15 +21,19 @@ from iomm.engine.resilience import checkpoint_reader, checkpoint_writer
 
 
 class Together:
-    """Ranks as threads of one process: what on_first and all mean, without a network."""
+    """Run ranks as threads of one process, with on_first() and all() but without a network."""
 
     def __init__(self, size):
-        self.barrier, self.values, self.result = threading.Barrier(size), [None] * size, None
+        self.barrier = threading.Barrier(size)
+        self.values = [None] * size
         self.ranks = [self.Rank(self, rank, size) for rank in range(size)]
 
     class Rank:
         def __init__(self, group, rank, size):
-            self.group, self.rank, self.size, self.first = group, rank, size, rank == 0
+            self.group = group
+            self.rank = rank
+            self.size = size
+            self.first = rank == 0
 
         def all(self, value):
             self.group.values[self.rank] = value
@@ -46,7 +55,7 @@ class Together:
             return result
 
     def run(self, work):
-        """[work(rank) of each], all at once."""
+        """Return [work(rank) of each rank], run concurrently."""
         results = [None] * len(self.ranks)
 
         def call(rank):
@@ -61,10 +70,13 @@ class Together:
 
 
 class Piped:
-    """One of two ranks that are processes; the death of the other ends this one."""
+    """One of two ranks that are processes. The death of the other ends this one."""
 
     def __init__(self, rank, pipe):
-        self.rank, self.size, self.first, self.pipe = rank, 2, rank == 0, pipe
+        self.rank = rank
+        self.size = 2
+        self.first = rank == 0
+        self.pipe = pipe
 
     def all(self, value):
         try:
@@ -79,7 +91,7 @@ class Piped:
 
 
 def pieces(rank, step, numel=3000):
-    """Tensors of one rank that tell the step they are of."""
+    """Return tensors of one rank with values that depend on the step."""
     base = torch.arange(numel, dtype=torch.float32) + rank * numel
     return {"master/w": base * step, "exp_avg/w": base - step, "ema/w": base / step}
 
@@ -92,7 +104,7 @@ def saver(run_dir, rank, **settings):
 
 
 def save_all(run_dir, step, size=2, **settings):
-    """One save by all ranks -> what each says was committed."""
+    """Save once on all ranks, and return the committed folder of each."""
 
     def work(rank):
         one = saver(run_dir, rank, **settings)
@@ -103,7 +115,10 @@ def save_all(run_dir, step, size=2, **settings):
 
 
 class File:
-    """A file whose write, flush and close are operations too; a write that does not come to its end does half."""
+    """A file whose write, flush and close count as operations.
+
+    A write during which the process dies writes half of its data.
+    """
 
     def __init__(self, file, step):
         self.file, self.step = file, step
@@ -131,32 +146,67 @@ class File:
 
 
 def instrument(step):
-    """From now on every file operation of this process calls step(name, half) first. For forked children."""
-    for name in ("mkdir", "rename", "fsync", "unlink", "rmdir", "open"):
+    """Make every file operation call step(name, half) first. For forked children only."""
 
-        def counted(*args, real=getattr(os, name), name=name, **kwargs):
+    def counting(name, real):
+        def counted(*args, **kwargs):
             step(name)
             return real(*args, **kwargs)
 
-        setattr(os, name, counted)
+        return counted
+
+    for name in ("mkdir", "rename", "fsync", "unlink", "rmdir", "open"):
+        setattr(os, name, counting(name, getattr(os, name)))
 
     def counted_open(path, mode="r", **kwargs):
         step("open")
-        file = open(path, mode, **kwargs)
+        file = open(path, mode, **kwargs)  # noqa: SIM115 (the caller closes it)
         return File(file, step) if "x" in mode else file
 
     checkpoint_writer.open = checkpoint_reader.open = counted_open
 
 
+class Messages(logging.Handler):
+    """Keep the messages of all records. Use as a context to attach it to the engine's logger."""
+
+    def __init__(self):
+        super().__init__()
+        self.messages = []
+
+    def emit(self, record):
+        self.messages.append(record.getMessage())
+
+    def __enter__(self):
+        logging.getLogger("iomm").addHandler(self)
+        return self
+
+    def __exit__(self, *_):
+        logging.getLogger("iomm").removeHandler(self)
+
+
+class CommitReports(logging.Handler):
+    """Send "committed" for the log line of a commit and "alert" for any other line."""
+
+    def __init__(self, pipe):
+        super().__init__()
+        self.pipe = pipe
+
+    def emit(self, record):
+        self.pipe.send("committed" if "committed" in record.getMessage() else "alert")
+
+
 def save_and_die(run_dir, step, dying_rank, at, **settings):
-    """Two processes save; one of them ends at its operation number `at` -> ([operations each did], commit announced?)."""
-    ends, tell = Pipe(), Pipe(duplex=False)
+    """Save with two processes, one of which dies at its operation number `at`.
+
+    Returns ([number of operations of each, None if it died], whether the commit was logged).
+    """
+    ends, reports = Pipe(), Pipe(duplex=False)
     children = []
     for rank in range(2):
         pid = os.fork()
         if pid == 0:
             ends[1 - rank].close()
-            tell[0].close()
+            reports[0].close()
             torch.set_num_threads(1)
             done = [0]
 
@@ -167,46 +217,47 @@ def save_and_die(run_dir, step, dying_rank, at, **settings):
                         half()
                     os._exit(7)
 
-            announce = print
-
-            def say(*args, announce=announce, **kwargs):
-                tell[1].send("committed" if "committed" in args[0] else "alert")
-
-            checkpoint_writer.print = say
+            logger = logging.getLogger("iomm")
+            logger.handlers = [CommitReports(reports[1])]
+            logger.propagate = False
+            logger.setLevel(logging.INFO)
             instrument(count)
             saver(run_dir, Piped(rank, ends[rank]), background=False, **settings).save(
                 step, pieces(rank, step), FACTS
             )
-            tell[1].send((rank, done[0]))
+            reports[1].send((rank, done[0]))
             os._exit(0)
         children.append(pid)
-    for end in (*ends, tell[1]):
+    for end in (*ends, reports[1]):
         end.close()
     for pid in children:
         os.waitpid(pid, 0)
     counts, committed = [None, None], False
-    while tell[0].poll():
+    while reports[0].poll():
         try:
-            message = tell[0].recv()
+            message = reports[0].recv()
         except EOFError:
             break
         if isinstance(message, tuple):
             counts[message[0]] = message[1]
         committed |= message == "committed"
-    tell[0].close()
+    reports[0].close()
     return counts, committed
 
 
 def newest_step(run_dir):
-    folder = checkpoint_reader.newest(Path(run_dir) / "checkpoints", say=lambda line: None)
+    """Return the step of the newest intact checkpoint, or 0."""
+    folder = checkpoint_reader.newest(Path(run_dir) / "checkpoints")
     return 0 if folder is None else checkpoint_reader.step_of(folder)
 
 
 def hidden(run_dir):
+    """Return the names of hidden files, which a save or a removal creates and must remove."""
     return [p.name for p in (Path(run_dir) / "checkpoints").iterdir() if p.name.startswith(".")]
 
 
 def intact(run_dir):
+    """Return the folders of all intact checkpoints."""
     return [
         p
         for p in checkpoint_reader.steps(Path(run_dir) / "checkpoints")
@@ -215,8 +266,10 @@ def intact(run_dir):
 
 
 def crash_points(folder):
-    """One rank ends at its k-th file operation of a save, for every k and both ranks; the next start finds what was
-    committed, and at least two, sweeps the rest, and saves.
+    """End one rank at its k-th file operation of a save, for every k and both ranks.
+
+    The next start must find what was committed and at least two checkpoints, remove the rest, and
+    save.
     """
     start, recovered = Path(folder) / "start", 0
     for step in (2, 4):
@@ -252,9 +305,12 @@ def crash_points(folder):
 
 
 def damages(folder, num_flips, seed=0):
-    """Every file of the newest of two checkpoints: single bits flipped, cut, a hole, missing, of another step, a link; and a
-    file too many. Detected: it is named and passed over before any file is opened as tensors, by one process or by two ranks
-    that read a share each; fell back: the one before is what is found.
+    """Damage every file of the newer of two checkpoints.
+
+    Files have single bits flipped, are truncated, have a hole, are missing, are of another step, or
+    are a link. In a last case there is an extra file. `detected` counts damage that is logged
+    before any file is opened as tensors, by one process or by two ranks that each hash a share.
+    `fell_back` counts cases in which the older checkpoint is found.
     """
     for step in (2, 4):
         save_all(folder, step)
@@ -263,19 +319,19 @@ def damages(folder, num_flips, seed=0):
     count = {"cases": 0, "of_them_single_bits": 0, "detected": 0, "fell_back": 0}
 
     def check(together=True):
-        said = []
-        if together:
-            found = Together(2).run(
-                lambda rank: checkpoint_reader.newest(root, rank, say=said.append)
-            )
-        else:
-            found = [checkpoint_reader.newest(root, say=said.append)] * 2
+        with Messages() as log:
+            if together:
+                found = Together(2).run(lambda rank: checkpoint_reader.newest(root, rank))
+            else:
+                found = [checkpoint_reader.newest(root)] * 2
         count["cases"] += 1
-        count["detected"] += len(said) == 1 and newest.name in said[0]
+        count["detected"] += len(log.messages) == 1 and newest.name in log.messages[0]
         count["fell_back"] += found == [before] * 2
 
     with patch.object(
-        checkpoint_reader, "safe_open", side_effect=AssertionError("opened before all is verified")
+        checkpoint_reader,
+        "safe_open",
+        side_effect=AssertionError("opened before all files are verified"),
     ):
         for file in sorted(newest.iterdir()):
             whole = file.read_bytes()
@@ -309,21 +365,19 @@ def damages(folder, num_flips, seed=0):
 
 
 def retention(folder, num_saves, keep=3, permanent=10, seed=1):
-    """Keep 3 and every tenth; a fifth of the removals and a tenth of the renames to trash are refused, a tenth of the saves
-    is killed. Sound, after each: all verify, and these are at least min(2, saves that were not killed); the newest is of this
-    save, or, if it was killed, no older than before; nothing more is on the disk than keep, the permanent ones, what was
-    refused, and one for each kill in a row.
+    """Save often while removals fail, keeping 3 checkpoints and every tenth.
+
+    A fifth of the removals and a tenth of the renames to trash are refused, and a tenth of the
+    saves is killed. `sound_after_each` counts the saves after which all of this holds:
+
+    - All checkpoints verify, and there are at least min(2, number of saves that were not killed). -
+    The newest is of this save or, if it was killed, not older than before. - The disk holds no more
+    than `keep`, the permanent ones, those whose removal was refused, and one for each kill in a
+    row.
     """
-    rng, failing, sound, most, killed, row, last, count = (
-        random.Random(seed),
-        [True],
-        0,
-        0,
-        0,
-        0,
-        0,
-        [0],
-    )
+    rng = random.Random(seed)
+    failing, count = [True], [0]
+    sound = most = killed = row = last = 0
     root, settings = Path(folder) / "checkpoints", {"keep": keep, "keep_every_steps": permanent}
     remove, rename, refused = shutil.rmtree, os.rename, set()
 
@@ -350,18 +404,16 @@ def retention(folder, num_saves, keep=3, permanent=10, seed=1):
                     folder, step, dying, rng.randrange(1, (28, 11)[dying]), **settings
                 )
                 killed += None in counts
-                # The next start
+                # As the next start does.
                 checkpoint_writer.sweep(root)
             else:
                 save_all(folder, step, **settings)
-            good, ordinary = (
-                intact(folder),
-                [
-                    p.name
-                    for p in checkpoint_reader.steps(root)
-                    if checkpoint_reader.step_of(p) % permanent
-                ],
-            )
+            good = intact(folder)
+            ordinary = [
+                p.name
+                for p in checkpoint_reader.steps(root)
+                if checkpoint_reader.step_of(p) % permanent
+            ]
             before, last = last, newest_step(folder)
             spare = {*ordinary[:-keep], *hidden(folder)}
             sound += (

@@ -1,9 +1,9 @@
-"""A whole run in which every second step, from the first to the last, meets a number that is not finite, in one place, on one rank.
+"""Run engine/launch.py and inject a non-finite number into every second step, on one rank.
 
     deepspeed nonfinite.py REPORT NUM_INJECTIONS <arguments of engine/launch.py>
 
-REPORT-rank<r>.json: for every step whether weights changed; hashes of masters, moments and average, the first of them before
-step 1.
+Writes REPORT-rank<r>.json: for every step, whether weights changed; hashes of masters, moments and
+average, the first of them before step 1.
 """
 
 import hashlib
@@ -23,8 +23,8 @@ PLACES = ("pixel", "latent", "embedding", "loss", "gradient", "moment")
 VALUES = (math.nan, math.inf, -math.inf)
 
 
-def planned(num_injections):
-    """{step: (place, value, rank)}: odd steps, every place with every value, ranks in turn."""
+def injections(num_injections):
+    """Return {step: (place, value, rank)} for odd steps, which cover all places and values."""
     order = itertools.islice(itertools.cycle(itertools.product(VALUES, PLACES)), num_injections)
     return {
         2 * i + 1: (place, value, (i // len(PLACES) + i) % 2)
@@ -43,17 +43,18 @@ def digest(state):
 
 def main():
     report, num_injections = sys.argv[1], int(sys.argv[2])
-    plan, now, record = planned(num_injections), {}, {"applied": [], "hashes": []}
+    plan, now, record = injections(num_injections), {}, {"applied": [], "hashes": []}
 
-    def here(place):
-        wanted = plan.get(now.get("step"), (None, 0, 0))
-        return wanted[1] if wanted[0] == place and wanted[2] == dist.get_rank() else None
+    def value_at(place):
+        """Return the value to inject here in this step on this rank, or None."""
+        planned_place, value, rank = plan.get(now.get("step"), (None, 0, 0))
+        return value if planned_place == place and rank == dist.get_rank() else None
 
-    def spoilt(tensor, place):
-        if here(place) is None:
+    def inject(tensor, place):
+        if value_at(place) is None:
             return tensor
         tensor = tensor.clone()
-        tensor.view(-1)[tensor.numel() // 3] = here(place)
+        tensor.view(-1)[tensor.numel() // 3] = value_at(place)
         return tensor
 
     encode, read, call, step, train, train_step = (
@@ -64,47 +65,50 @@ def main():
         loop.train,
         loop.train_step,
     )
-    IOMM.encode = lambda self, pixels, n_B: spoilt(
-        encode(self, spoilt(pixels, "pixel"), n_B), "latent"
+    IOMM.encode = lambda self, pixels, n_B: inject(
+        encode(self, inject(pixels, "pixel"), n_B), "latent"
     )
 
-    def read_spoilt(self, *args):
+    def read_and_inject(self, *args):
         hidden, lengths = read(self, *args)
         factor = torch.ones_like(hidden)
-        return hidden * spoilt(factor, "embedding"), lengths
+        return hidden * inject(factor, "embedding"), lengths
 
-    def call_spoilt(self, *args):
+    def call_and_inject(self, *args):
         loss, *others = call(self, *args)
-        return (loss if here("loss") is None else loss * here("loss")), *others
+        return (loss if value_at("loss") is None else loss * value_at("loss")), *others
 
-    def step_spoilt(self):
-        if here("gradient") is not None:
+    def inject_and_step(self):
+        if value_at("gradient") is not None:
             gradient = self.layout.gradients()[0]
-            gradient.view(-1)[gradient.numel() // 2] = here("gradient")
+            gradient.view(-1)[gradient.numel() // 2] = value_at("gradient")
         moment = self.slots()["exp_avg"][0]
         kept = moment[7].clone()
-        if here("moment") is not None:
-            moment[7] = here("moment")
+        if value_at("moment") is not None:
+            moment[7] = value_at("moment")
         applied = step(self)
-        if here("moment") is not None:
+        if value_at("moment") is not None:
             moment[7] = kept
         return applied
 
-    def train_recorded(state, *args, **kwargs):
+    def record_training(state, *args, **kwargs):
         now["state"], now["step"] = state, 0
         done = train(state, *args, **kwargs)
         record["hashes"].append(digest(state))
         return done
 
-    def step_recorded(*args, **kwargs):
+    def record_step(*args, **kwargs):
         now["step"] += 1
         record["hashes"].append(digest(now["state"]))
         result = train_step(*args, **kwargs)
         record["applied"].append(result[2])
         return result
 
-    IOMM.read, zero.Sharded.__call__, zero.Sharded.step = read_spoilt, call_spoilt, step_spoilt
-    loop.train, loop.train_step = train_recorded, step_recorded
+    IOMM.read = read_and_inject
+    zero.Sharded.__call__ = call_and_inject
+    zero.Sharded.step = inject_and_step
+    loop.train = record_training
+    loop.train_step = record_step
     code = launch.main(sys.argv[3:])
     with open(f"{report}-rank{launch.os.environ['RANK']}.json", "w") as file:
         json.dump(record, file)
@@ -112,6 +116,6 @@ def main():
 
 
 if __name__ == "__main__":
-    # The launcher adds --local_rank in front.
+    # The launcher inserts --local_rank before the arguments.
     sys.argv = [sys.argv[0], *(a for a in sys.argv[1:] if not a.startswith("--local_rank"))]
     sys.exit(main())

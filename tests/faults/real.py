@@ -1,4 +1,7 @@
-"""The same trials through the deepspeed launcher: the real model, loader and ZeRO-3, a world of 72 pictures. About half a minute each."""
+"""Fault trials of real runs under ZeRO-3, through the deepspeed launcher.
+
+The dataset has 72 images. A trial takes about half a minute.
+"""
 
 import json
 import os
@@ -8,7 +11,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from faults.nonfinite import planned
+from faults.nonfinite import injections
 from faults.toy_job import digest
 from faults.trials import PLACES, log_rows, newest_step
 from launches import PIXELS, ROOT, command, environment, rows
@@ -20,8 +23,8 @@ from iomm.engine.shapes.dataset import write_dataset
 LIMIT_S = 600
 
 
-def world(folder):
-    """Settings of a small run on pictures that are drawn into folder."""
+def small_run(folder):
+    """Render a small dataset into the folder, and return the settings of a run on it."""
     write_dataset(Path(folder) / "shapes", num_images=72, size_px=32, seed=1, shard_size=24)
     return [
         "--config",
@@ -35,7 +38,7 @@ def world(folder):
 
 
 class Run:
-    """A started run: its ranks' process ids as soon as there are any, its output in <run.dir>.out."""
+    """A started run, with its output in <run.dir>.out."""
 
     def __init__(
         self,
@@ -51,12 +54,10 @@ class Run:
         line[at : at + 1] = [str(ROOT / "tests/faults" / script[0]), *map(str, script[1:])]
         self.port = port or line[line.index("--master_port") + 1]
         line[line.index("--master_port") + 1] = self.port
-        self.run_dir, self.path, self.size, self.started = (
-            Path(run_dir),
-            Path(f"{run_dir}.out"),
-            size,
-            time.monotonic(),
-        )
+        self.run_dir = Path(run_dir)
+        self.path = Path(f"{run_dir}.out")
+        self.size = size
+        self.started = time.monotonic()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "ab") as file:
             self.process = subprocess.Popen(
@@ -73,7 +74,7 @@ class Run:
         return self.path.read_text(errors="replace")
 
     def ranks(self):
-        """Process ids by rank, once all are there."""
+        """Return the process ids by rank, once all ranks have started."""
         found = []
         while len(found) < self.size and self.process.poll() is None:
             found = ranks_below(self.process.pid)
@@ -83,8 +84,8 @@ class Run:
     def wait(self):
         return self.process.wait(LIMIT_S)
 
-    def left(self):
-        """Processes of this run that are still there."""
+    def remaining(self):
+        """Return the process ids of this run that still exist."""
         table = subprocess.run(
             ["ps", "-eo", "pid,sid,stat"], text=True, capture_output=True
         ).stdout.splitlines()[1:]
@@ -96,7 +97,7 @@ class Run:
 
 
 def ranks_below(pid):
-    """Process ids of the ranks that a deepspeed command has started, by rank."""
+    """Return the process ids of the ranks that a deepspeed command has started, by rank."""
     found = subprocess.run(
         ["ps", "-eo", "pid,ppid,args"], text=True, capture_output=True
     ).stdout.splitlines()[1:]
@@ -116,7 +117,7 @@ def ranks_below(pid):
 
 
 def listening():
-    """TCP ports of this machine that somebody listens at."""
+    """Return the TCP ports of this machine that are in use by a listener."""
     lines = [
         line.split()
         for name in ("tcp", "tcp6")
@@ -125,8 +126,8 @@ def listening():
     return {int(fields[1].rpartition(":")[2], 16) for fields in lines if fields[3] == "0A"}
 
 
-def watched_death(run, rank):
-    """Waits for the rank to die by its own hand -> seconds from there until no rank is left."""
+def exit_time(run, rank):
+    """Wait until the rank kills itself, and return the seconds until all ranks have ended."""
     pids = run.ranks()
     while alive(pids[rank]):
         assert run.process.poll() is None or not alive(pids[rank]), run.out[-2000:]
@@ -137,8 +138,11 @@ def watched_death(run, rank):
     return time.monotonic() - died
 
 
-def started_again(run_dir, *arguments, port=None, **variables):
-    """Seconds that a new start at the same port takes to its first step, the save of it and the end, which must be a good one."""
+def restart_time(run_dir, *arguments, port=None, **variables):
+    """Start again at the same port for one step, and return the seconds until it has ended.
+
+    They include the first step and its save. The run must succeed.
+    """
     run = Run(
         run_dir,
         "--resume",
@@ -153,8 +157,8 @@ def started_again(run_dir, *arguments, port=None, **variables):
 
 
 def real_deaths(folder, num_trials):
-    """SIGKILL of one rank in forward, backward, the optimizer's step, load and save of a real run."""
-    settings = [*world(folder), "checkpoint.every_steps=2"]
+    """SIGKILL one rank in each part of a step, in a load and in a save of a real run."""
+    settings = [*small_run(folder), "checkpoint.every_steps=2"]
     assert Run(f"{folder}/base", *settings, "train.steps=2").wait() == 0
     leaving, starting = [], []
     for trial in range(num_trials):
@@ -172,9 +176,9 @@ def real_deaths(folder, num_trials):
             "train.steps=100000",
             script=("broken.py", place, rank, 2),
         )
-        leaving.append(watched_death(run, rank))
+        leaving.append(exit_time(run, rank))
         assert run.wait() != 0
-        starting.append(started_again(run_dir, *settings))
+        starting.append(restart_time(run_dir, *settings))
         shutil.rmtree(run_dir)
     return {
         "trials": num_trials,
@@ -189,19 +193,24 @@ STARTS = ("build", "data", "bind", "rendezvous", "index")
 
 
 def interrupted_starts(folder, num_trials):
-    """SIGKILL of one rank while a block is compiled (torch.compile runs g++), the decoder starts, the watchdog's or the process
-    group's store has just been bound, shards are indexed by worker processes: afterwards no process of the run, nothing
-    in /dev/shm and no descriptor of ours is left, and the next start, at the same port and with the same caches, trains.
+    """SIGKILL one rank during a start.
+
+    It dies while a block is compiled (torch.compile runs g++), while the decoder starts, just after
+    the watchdog's or the process group's store was bound, or while worker processes index shards.
+    No process of the run, nothing in /dev/shm and no open descriptor may remain, and the next
+    start, at the same port and with the same caches, must train.
     """
     starting, clean = [], 0
     for trial in range(num_trials):
-        # With an index and caches of its own.
+        # Each trial has its own index and caches.
         base = Path(folder) / f"trial{trial}"
         place, rank = (
             STARTS[trial % len(STARTS)],
             trial // len(STARTS) % 2 if trial % len(STARTS) in (0, 1) else 0,
         )
-        line = [*world(base), *["train.compile=true"] * (place == "build")]
+        settings = small_run(base)
+        if place == "build":
+            settings.append("train.compile=true")
         caches = {
             "TORCHINDUCTOR_CACHE_DIR": str(base / "inductor"),
             "TORCH_EXTENSIONS_DIR": str(base / "extensions"),
@@ -211,18 +220,18 @@ def interrupted_starts(folder, num_trials):
             base / "run",
             "--resume",
             "auto",
-            *line,
+            *settings,
             "train.steps=100000",
             script=("broken.py", place, rank, 0),
             **caches,
         )
-        watched_death(run, rank)
+        exit_time(run, rank)
         assert run.wait() != 0, place
         until = time.monotonic() + 10
-        while run.left() and time.monotonic() < until:
+        while run.remaining() and time.monotonic() < until:
             time.sleep(0.1)
-        left, port = run.left(), run.port
-        starting.append(started_again(base / "run", *line, port=port, **caches))
+        left, port = run.remaining(), run.port
+        starting.append(restart_time(base / "run", *settings, port=port, **caches))
         after = set(os.listdir("/dev/shm")), len(os.listdir("/proc/self/fd")), listening()
         clean += (
             not left
@@ -240,7 +249,7 @@ def interrupted_starts(folder, num_trials):
 
 
 def entries(run_dir):
-    """{run position: index entry} that all ranks have trained on."""
+    """Return {run position: index entry} of the samples that all ranks have trained on."""
     lines = [
         json.loads(line)
         for path in Path(run_dir).glob("samples-rank*.jsonl")
@@ -250,26 +259,29 @@ def entries(run_dir):
 
 
 def real_world_sizes(folder, paths=([1, 2], [2, 1], [2, 1, 2], [4, 2])):
-    """1 -> 2, 2 -> 1, 2 -> 1 -> 2, 4 -> 2 under ZeRO-3 in fp32: samples, whole states after each load, losses for 50 steps."""
-    settings, found = [*world(folder), "train.global_batch=8", "checkpoint.every_steps=10"], {}
+    """Resume with another number of ranks under ZeRO-3 in fp32.
+
+    1 -> 2, 2 -> 1, 2 -> 1 -> 2 and 4 -> 2. Compares the samples, the whole state after each load,
+    and the losses of 50 steps.
+    """
+    settings, found = [*small_run(folder), "train.global_batch=8", "checkpoint.every_steps=10"], {}
     for path in paths:
-        run_dir, same = (
-            Path(folder) / "-".join(map(str, path)),
-            [*settings, f"train.micro_batch={8 // max(path)}"],
-        )
+        run_dir = Path(folder) / "-".join(map(str, path))
+        same = [*settings, f"train.micro_batch={8 // max(path)}"]
         golden = Path(folder) / f"golden{path[0]}-{max(path)}"
         if not golden.exists():
             assert Run(golden, *same, "train.steps=60", size=path[0]).wait() == 0
         loads = 0
-        for size, steps in zip(path, [10, 30, 60] if len(path) == 3 else [10, 60]):
-            before, wanted = checkpoint_reader.newest(run_dir / "checkpoints"), None
-            # now: it is not kept for ever
+        for size, steps in zip(path, [10, 30, 60] if len(path) == 3 else [10, 60], strict=True):
+            before, expected = checkpoint_reader.newest(run_dir / "checkpoints"), None
+            # Read before the run, which may remove this checkpoint.
             if before is not None:
                 reader = checkpoint_reader.Reader(before)
-                wanted = f"state {digest(reader.manifest['shapes'], reader.full)} after loading {before}\n"
+                saved_digest = digest(reader.manifest["shapes"], reader.full)
+                expected = f"state {saved_digest} after loading {before}\n"
             run = Run(run_dir, "--resume", "auto", *same, f"train.steps={steps}", size=size)
             assert run.wait() == 0, run.out[-3000:]
-            loads += wanted is not None and wanted in run.out
+            loads += expected is not None and expected in run.out
         ours, theirs = log_rows(run_dir), log_rows(golden)
         losses = [
             (float.fromhex(a[1]), float.fromhex(b[1])) for a, b in zip(ours, theirs, strict=True)
@@ -288,23 +300,24 @@ def real_world_sizes(folder, paths=([1, 2], [2, 1], [2, 1, 2], [4, 2])):
 
 
 def nonfinite(folder, num_trials, precisions=("fp32", "bf16")):
-    """NaN, inf and -inf in a pixel, a latent, the condition, the loss, one element of a gradient, a moment, of one rank, in every
-    second step from the first to the last, half of them in each precision: no bit of masters, moments and average changes,
-    both ranks skip, the samples are named, and every good step between counts.
+    """Inject NaN, inf and -inf on one rank in every second step from the first to the last.
+
+    The value is in a pixel, a latent, the condition, the loss, one element of a gradient, or a
+    moment. The steps are divided equally among the precisions. No bit of masters, moments and
+    average may change, both ranks must skip, the samples must be named, and every step in between
+    must be applied.
     """
-    settings, count = (
-        [*world(folder), "guard.max_skips=1", "checkpoint.every_steps=1000"],
-        {
-            "injections": 0,
-            "every_bit_unchanged_on_both_ranks": 0,
-            "samples_named": 0,
-            "good_steps_between": 0,
-            "good_steps_that_counted": 0,
-        },
-    )
+    settings = [*small_run(folder), "guard.max_skips=1", "checkpoint.every_steps=1000"]
+    count = {
+        "injections": 0,
+        "every_bit_unchanged_on_both_ranks": 0,
+        "samples_named": 0,
+        "good_steps_between": 0,
+        "good_steps_that_counted": 0,
+    }
     for precision in precisions:
         number = num_trials // len(precisions)
-        plan, report = planned(number), f"{folder}/report-{precision}"
+        injected, report = injections(number), f"{folder}/report-{precision}"
         run = Run(
             f"{folder}/{precision}",
             *settings,
@@ -314,9 +327,9 @@ def nonfinite(folder, num_trials, precisions=("fp32", "bf16")):
         )
         assert run.wait() == 0, run.out[-3000:]
         reports = [json.loads(Path(f"{report}-rank{r}.json").read_text()) for r in range(2)]
-        said = {
-            int(s): (int(a), int(b), words)
-            for s, a, b, words in re.findall(
+        skipped = {
+            int(s): (int(a), int(b), rest)
+            for s, a, b, rest in re.findall(
                 r"step (\d+) skipped on all ranks.*samples (\d+) to (\d+)(.*)", run.out
             )
         }
@@ -329,14 +342,14 @@ def nonfinite(folder, num_trials, precisions=("fp32", "bf16")):
                 r["hashes"][step] != r["hashes"][step - 1] and r["applied"][step - 1]
                 for r in reports
             ]
-            if step not in plan:
+            if step not in injected:
                 count["good_steps_between"] += 1
-                count["good_steps_that_counted"] += all(changed) and step not in said
+                count["good_steps_that_counted"] += all(changed) and step not in skipped
                 continue
-            first, last, words = said.get(step, (0, 0, ""))
+            first, last, rest = skipped.get(step, (0, 0, ""))
             named = (first, last) == (4 * step - 4, 4 * step - 1)
-            if plan[step][0] in ("pixel", "latent", "embedding"):
-                bad = [int(n) for n in re.findall(r"\d+", words)]
+            if injected[step][0] in ("pixel", "latent", "embedding"):
+                bad = [int(n) for n in re.findall(r"\d+", rest)]
                 named &= bool(bad) and all(first <= n <= last for n in bad)
             count["injections"] += 1
             count["every_bit_unchanged_on_both_ranks"] += all(same)

@@ -1,18 +1,20 @@
-"""Runs trials of what a run survives at their full number and notes the counts.
+"""Run the fault trials at their full number and record the counts.
 
-    python tests/faults/survival.py all               every one
-    python tests/faults/survival.py C1 F2             those of these promises
-    python tests/faults/survival.py kill_chain 20     one, at a number of one's own
+    python tests/faults/survival.py all               all trials
+    python tests/faults/survival.py C1 F2             the trials of these promises
+    python tests/faults/survival.py kill_chain 20     one trial, at another number
 
-Writes benchmarks/results/survival.json: a row a trial, and under `trials` what was counted, with its own date, commit and
-duration. What was noted before of other trials stays. A count of 0 in n trials bounds the rate at 3 / n with 95 % confidence.
-Exits with 1 if a trial broke off; the others are run all the same.
+Writes benchmarks/results/survival.json: a row per trial and, under `trials`, the counts with their
+date, commit and duration. Earlier results of other trials are kept. A count of 0 in n trials bounds
+the rate at 3 / n with 95 % confidence. Exits with 1 if a trial raised an exception; the others run
+in any case.
 """
 
 import contextlib
 import datetime
 import io
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -38,7 +40,7 @@ RESULTS = ROOT / "benchmarks/results/survival.json"
 
 
 def tests(*arguments):
-    """A trial that is the tests which these arguments of pytest choose, slow ones too."""
+    """Return a trial that runs the tests selected by pytest arguments, slow ones included."""
 
     def run(folder):
         path = Path(folder) / "tests.xml"
@@ -64,7 +66,7 @@ def tests(*arguments):
 
 
 def bounded_loss(folder, num_saves):
-    """The demo's state saved so often; the intervals that its times ask for, with the loss at a fault and the stall."""
+    """Save the demo's state, and return what a fault loses at the planned intervals."""
     found = measure(folder, parameters=5.5e6, step_s=0.65, num_saves=num_saves)
     return {
         "saves": num_saves,
@@ -78,7 +80,8 @@ def bounded_loss(folder, num_saves):
     }
 
 
-# Name of the trial: what it is called in the report, the function, its full number (None: it knows by itself).
+# # {name of the trial: (its row in the report, function, full number or None if the function has
+# its own)}
 TRIALS = {
     "kill_chain": ("C1 a committed checkpoint is never lost", trials.kill_chain, 1000),
     "crash_points": ("C2 every crash point of a save is safe", disk.crash_points, None),
@@ -127,7 +130,11 @@ TRIALS = {
 
 
 def chosen(arguments):
-    """Words of the command line -> [(trial, number)]. Raises SystemExit on a word that names nothing."""
+    """Return [(trial, number)] for the words of the command line.
+
+    Raises:
+        SystemExit: A word does not name a trial.
+    """
     found = []
     for word in arguments:
         if word.isdigit() and found:
@@ -137,26 +144,28 @@ def chosen(arguments):
             name for name, (what, _, _) in TRIALS.items() if word in ("all", name, what.split()[0])
         ]
         if not named:
+            codes = {what.split()[0] for what, _, _ in TRIALS.values()}
             raise SystemExit(
-                f"{word} names no trial; there are: all, {', '.join(sorted({*TRIALS} | {t[0].split()[0] for t in TRIALS.values()}))}"
+                f"unknown trial {word}; choose from: all, {', '.join(sorted({*TRIALS} | codes))}"
             )
         found += [(name, TRIALS[name][2]) for name in named]
     return found
 
 
-def words(found):
-    """Counts as one line."""
+def format_counts(found):
+    """Return the counts of a trial as one line."""
     found = found[0] if isinstance(found, tuple) else found
     if any(isinstance(value, dict) for value in found.values()):
-        return "; ".join(f"{key}: {words(value)}" for key, value in found.items())
-    return ", ".join(
-        f"{key.replace('_', ' ')} {f'{value:.1e}' if isinstance(value, float) and value < 1e-3 else value}"
+        return "; ".join(f"{key}: {format_counts(value)}" for key, value in found.items())
+    small = {
+        key: f"{value:.1e}" if isinstance(value, float) and value < 1e-3 else value
         for key, value in found.items()
-    )
+    }
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in small.items())
 
 
-def note(name, found, seconds):
-    """Merges what one trial counted into the file."""
+def record(name, found, seconds):
+    """Merge the counts of one trial into the file."""
     whole = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": {}, "trials": {}}
     changed = git("diff", "--name-only", "HEAD", "--", "engine", "iomm", "kernels", "tests")
     facts = {"commit": git("rev-parse", "HEAD"), "date": datetime.date.today().isoformat()}
@@ -178,7 +187,7 @@ def note(name, found, seconds):
                 },
                 "rows": {
                     **{row: count for row, count in whole["rows"].items() if row in known},
-                    what: words(found),
+                    what: format_counts(found),
                 },
                 "of": {
                     **{row: of for row, of in whole.get("of", {}).items() if row in known},
@@ -193,7 +202,9 @@ def note(name, found, seconds):
 
 
 def main():
-    broken = False
+    # Without a handler, every injected fault would print its log lines to stderr.
+    logging.getLogger("iomm").addHandler(logging.NullHandler())
+    failed = False
     for name, number in chosen(sys.argv[1:] or ["all"]):
         started = time.monotonic()
         with tempfile.TemporaryDirectory(
@@ -204,10 +215,10 @@ def main():
                     found = TRIALS[name][1](folder, *([] if number is None else [number]))
             except Exception as error:
                 traceback.print_exc()
-                broken, found = True, {"broke_off": f"{type(error).__name__}: {error}"}
-        note(name, found, round(time.monotonic() - started))
+                failed, found = True, {"broke_off": f"{type(error).__name__}: {error}"}
+        record(name, found, round(time.monotonic() - started))
         print(name, found, flush=True)
-    return int(broken)
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
-"""A training job in miniature: real processes over gloo, the real loop, checkpoints, guard and watchdog, and a linear model
-in place of DeepSpeed. Processes are forked from a server that has torch loaded, so that a start takes a fraction of a second.
+"""A toy training job with real processes and a linear model in place of DeepSpeed.
+
+The processes communicate over gloo and run the real loop, checkpoints, loss guard and watchdog.
+They are forked from a server that has torch loaded, which makes a start take a fraction of a
+second.
 """
 
 import atexit
@@ -7,6 +10,7 @@ import faulthandler
 import functools
 import hashlib
 import json
+import logging
 import os
 import select
 import signal
@@ -18,6 +22,7 @@ import traceback
 import uuid
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -39,26 +44,26 @@ from iomm.engine.resilience.loss_guard import LossGuard
 from iomm.engine.resilience.preemption import REQUEUE
 from iomm.engine.resilience.watchdog import REFUSED, Watchdog, alive
 
-# Its own would be a semaphore that a killed process leaves behind.
+# tqdm's own lock would be a semaphore, which a killed process leaves behind.
 tqdm.set_lock(threading.RLock())
 
 
 class Linear:
-    """Stands in for zero.Sharded: parameters cut into equal padded pieces, Adam in fp32, gathered for every pass.
-    `trip(place)` is called in the midst of each part of a step.
+    """Replace zero.Sharded by a linear model with Adam in fp32.
+
+    Parameters are cut into equal padded pieces, and gathered for every pass. `inject(place)` is
+    called in the middle of each part of a step.
     """
 
-    shapes = {"layer.weight": (13, 7), "layer.bias": (13,), "odd": (5,)}
+    shapes: ClassVar = {"layer.weight": (13, 7), "layer.bias": (13,), "odd": (5,)}
 
-    def __init__(self, ranks, accumulation, width=1, trip=lambda place: None):
-        self.ranks, self.accumulation, self.passes, self.lr, self.norm = (
-            ranks,
-            accumulation,
-            0,
-            0.0,
-            None,
-        )
-        self.trip = trip
+    def __init__(self, ranks, accumulation, width=1, inject=lambda place: None):
+        self.ranks = ranks
+        self.accumulation = accumulation
+        self.passes = 0
+        self.lr = 0.0
+        self.norm = None
+        self.inject = inject
         self.shapes = {**self.shapes, "wide": (width,)}
         pieces = []
         for i, shape in enumerate(self.shapes.values()):
@@ -68,7 +73,7 @@ class Linear:
             pieces.append(padded[ranks.rank * numel : (ranks.rank + 1) * numel])
         self.sizes = [len(p) for p in pieces]
         self.places, offset = {}, 0
-        for (name, shape), size in zip(self.shapes.items(), self.sizes):
+        for (name, shape), size in zip(self.shapes.items(), self.sizes, strict=True):
             start = ranks.rank * size
             numel = max(0, min(size, torch.Size(shape).numel() - start))
             self.places[name] = Place(group=0, offset=offset, numel=numel, start=start)
@@ -83,7 +88,7 @@ class Linear:
     def slots(self):
         return {"master": self.masters, **self.moments}
 
-    def restored(self, optimizer_step):
+    def finish_restore(self, optimizer_step):
         self.optimizer_step = optimizer_step
 
     def set_lr(self, lr):
@@ -96,7 +101,7 @@ class Linear:
     def __call__(self, pixels, vit_pixels, n_B, *_):
         gathered = [torch.empty_like(self.masters[0]) for _ in range(self.ranks.size)]
         dist.all_gather(gathered, self.masters[0])
-        self.trip("forward")
+        self.inject("forward")
         by_rank = [g.split(self.sizes) for g in gathered]
         self.wholes = [
             torch.cat([pieces[i] for pieces in by_rank])[: torch.Size(shape).numel()]
@@ -114,13 +119,15 @@ class Linear:
 
     def backward(self, loss):
         (loss / self.accumulation).backward()
-        self.trip("backward")
+        self.inject("backward")
         flat = []
-        for p, size in zip(self.wholes, self.sizes):
+        for p, size in zip(self.wholes, self.sizes, strict=True):
             g = p.grad.flatten() if p.grad is not None else torch.zeros(p.numel())
             flat.append(torch.nn.functional.pad(g, (0, size * self.ranks.size - len(g))))
         self.gradient = (
-            flat if self.gradient is None else [a + b for a, b in zip(self.gradient, flat)]
+            flat
+            if self.gradient is None
+            else [a + b for a, b in zip(self.gradient, flat, strict=True)]
         )
 
     def step(self):
@@ -134,11 +141,13 @@ class Linear:
             return False
         pieces = whole.split([size * self.ranks.size for size in self.sizes])
         r = self.ranks.rank
-        mine = torch.cat([g[r * size : (r + 1) * size] for g, size in zip(pieces, self.sizes)])
+        mine = torch.cat(
+            [g[r * size : (r + 1) * size] for g, size in zip(pieces, self.sizes, strict=True)]
+        )
         self.optimizer_step += 1
         m, v = self.moments["exp_avg"][0], self.moments["exp_avg_sq"][0]
         m.lerp_(mine, 0.1)
-        self.trip("step")
+        self.inject("step")
         v.lerp_(mine * mine, 0.05)
         self.masters[0] -= self.lr * m / (v.sqrt() + 1e-8)
         return True
@@ -148,19 +157,22 @@ class Linear:
 
 
 class Source:
-    """Micro-batches in the order of the real loader: NUM_SAMPLES an epoch, in two shards. step_s passes before each step;
-    with `record` every rank notes its samples as a line [step, micro-batch, [sample, ...]].
+    """Yield micro-batches in the order of the real loader.
+
+    An epoch has NUM_SAMPLES samples in two shards. Each step takes at least the option step_s. With
+    the option `record`, every rank writes its samples as lines [step, micro-batch, [sample, ...]].
     """
 
-    # No multiple of the batch: some epochs end in the midst of a step.
+    # Not a multiple of the batch, therefore some epochs end in the middle of a step.
     NUM_SAMPLES = 84
 
-    def __init__(self, ranks, config, options, trip):
-        self.ranks, self.options, self.trip, self.start_step = ranks, options, trip, 0
-        self.batch, self.order = (
-            config.train.global_batch,
-            EpochPermutation(config.run.seed, [50, self.NUM_SAMPLES - 50]),
-        )
+    def __init__(self, ranks, config, options, inject):
+        self.ranks = ranks
+        self.options = options
+        self.inject = inject
+        self.start_step = 0
+        self.batch = config.train.global_batch
+        self.order = EpochPermutation(config.run.seed, [50, self.NUM_SAMPLES - 50])
         self.micro = config.train.micro_batch or self.batch // ranks.size
         self.accumulation_steps = self.batch // (self.micro * ranks.size)
         self.samples = Path(config.run.dir) / f"samples-rank{ranks.rank}.jsonl"
@@ -175,7 +187,7 @@ class Source:
                     * (10 if step == self.options.get("slow_step") else 1)
                 )
                 if micro == self.accumulation_steps - 1:
-                    self.trip("data")
+                    self.inject("data")
                 first = (step - 1) * self.batch + (
                     micro * self.ranks.size + self.ranks.rank
                 ) * self.micro
@@ -193,7 +205,7 @@ class Source:
 
 
 def digest(shapes, whole):
-    """SHA-256 over whole(slot, name) of every slot and parameter: the state as if it were not split."""
+    """Return the SHA-256 over whole(slot, name) of every slot and unsharded parameter."""
     total = hashlib.sha256()
     for slot in ("master", "exp_avg", "exp_avg_sq", "ema"):
         for name in sorted(shapes):
@@ -202,7 +214,7 @@ def digest(shapes, whole):
 
 
 def live_digest(state):
-    """The digest of what all ranks hold now."""
+    """Return the digest of the present state of all ranks."""
     places = state.sharded.places
     parts = state.ranks.all(
         {key: (places[key[1]].start, view.numpy().copy()) for key, view in state.tensors().items()}
@@ -219,7 +231,10 @@ def live_digest(state):
 
 
 class Pause:
-    """Stands in for evaluation.Evaluation: after step evaluate_at it takes evaluate_s, or fails on the ranks evaluate_fails."""
+    """Replace evaluation.Evaluation by a pause.
+
+    After step evaluate_at it takes evaluate_s, or fails on the ranks evaluate_fails.
+    """
 
     def __init__(self, options):
         self.options = options
@@ -238,15 +253,15 @@ def read_fifo():
     path = f"/tmp/iomm-fifo-{os.getpid()}"
     os.mkfifo(path)
     try:
-        open(path).read()
+        Path(path).read_text()
     finally:
         os.unlink(path)
 
 
-def keep_the_lock():
+def hold_the_gil():
     import ctypes
 
-    # PyDLL does not let go of the interpreter lock.
+    # PyDLL does not release the GIL during a call.
     ctypes.PyDLL(None).sleep(600)
 
 
@@ -257,9 +272,9 @@ def wait_for_a_dead_worker():
 
 
 FAULTS = {
-    # The stop comes a moment later.
+    # The process stops a moment after the call returns.
     "stop": lambda: (os.kill(os.getpid(), signal.SIGSTOP), time.sleep(30)),
-    "lock": keep_the_lock,
+    "lock": hold_the_gil,
     "fifo": read_fifo,
     "worker": wait_for_a_dead_worker,
     "mismatch": lambda: dist.barrier(),
@@ -270,7 +285,7 @@ FAULTS = {
 
 
 def work(rank, size, run_dir, rendezvous, overrides, options, parent):
-    """One rank, as engine/launch.py does it."""
+    """Run one rank as engine/launch.py does."""
     torch.set_num_threads(1)
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -278,6 +293,10 @@ def work(rank, size, run_dir, rendezvous, overrides, options, parent):
     os.dup2(out, 1)
     os.dup2(out, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    handler = logging.StreamHandler(sys.stdout)
+    logger = logging.getLogger("iomm")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
     faulthandler.enable()
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size)
     ranks = Ranks(
@@ -286,7 +305,7 @@ def work(rank, size, run_dir, rendezvous, overrides, options, parent):
         local_size=size,
         size=size,
         device=torch.device("cpu"),
-        patient=dist.new_group(backend="gloo"),
+        control_group=dist.new_group(backend="gloo"),
     )
     config = parse(
         "",
@@ -302,9 +321,11 @@ def work(rank, size, run_dir, rendezvous, overrides, options, parent):
     )
     code, state = 1, None
 
-    def trip(place):
-        """Breaks where options["fault"] says {step, ranks, kind, place}: in the first read of a checkpoint, in the first save
-        from that step on, or in that step.
+    def inject(place):
+        """Cause the fault options["fault"], {step, ranks, kind, place}.
+
+        It occurs in the first read of a checkpoint, in the first save from that step on, or in that
+        step.
         """
         fault = options.get("fault")
         if not fault or fault["place"] != place or rank not in fault["ranks"]:
@@ -314,35 +335,36 @@ def work(rank, size, run_dir, rendezvous, overrides, options, parent):
         ):
             FAULTS[fault["kind"]]()
 
-    def tripping(real, place):
+    def injecting(real, place):
         def call(*args, **kwargs):
             result = real(*args, **kwargs)
-            trip(place)
+            inject(place)
             return result
 
         return call
 
     write = checkpoint_writer.write_safetensors
-    checkpoint_writer.write_safetensors = lambda *args: (
-        time.sleep(options.get("disk_s", 0.0)),
-        write(*args),
-    )[1]
-    # Between writing and reading back.
-    checkpoint_writer.write_safetensors = tripping(checkpoint_writer.write_safetensors, "save")
-    checkpoint_reader.Reader.piece = tripping(checkpoint_reader.Reader.piece, "load")
+
+    def write_slowly(*args):
+        time.sleep(options.get("disk_s", 0.0))
+        return write(*args)
+
+    # The fault in a save occurs between writing and reading back.
+    checkpoint_writer.write_safetensors = injecting(write_slowly, "save")
+    checkpoint_reader.Reader.piece = injecting(checkpoint_reader.Reader.piece, "load")
     try:
-        with Watchdog(ranks, run_dir, config.guard.hang_s, parent) as watch:
-            ranks.on_first(lambda: checkpoint_writer.take(run_dir))
+        with Watchdog(ranks, run_dir, config.guard.hang_s, parent) as watchdog:
+            ranks.on_first(lambda: checkpoint_writer.lock_run_dir(run_dir))
             folder = checkpoint_reader.newest(run_dir / "checkpoints", ranks)
-            source = Source(ranks, config, options, trip)
-            sharded = Linear(ranks, source.accumulation_steps, options.get("width", 1), trip)
-            guard = LossGuard(
+            source = Source(ranks, config, options, inject)
+            sharded = Linear(ranks, source.accumulation_steps, options.get("width", 1), inject)
+            loss_guard = LossGuard(
                 config.guard.max_skips, config.guard.spike_sigmas, config.guard.skip_spikes
             )
             state = run_state.State(
                 sharded,
                 Ema(sharded.masters, config.ema.decay),
-                guard,
+                loss_guard,
                 BadSamples(1.0, 10**9, None),
                 ranks,
                 options.get("data"),
@@ -354,7 +376,7 @@ def work(rank, size, run_dir, rendezvous, overrides, options, parent):
             source.start_step = state.step
             saver = checkpoint_writer.Saver(
                 run_dir / "checkpoints",
-                ranks.apart(),
+                ranks.with_own_group(),
                 keep=config.checkpoint.keep,
                 keep_every_steps=config.checkpoint.keep_every_steps,
                 background=config.checkpoint.background,
@@ -375,7 +397,7 @@ def work(rank, size, run_dir, rendezvous, overrides, options, parent):
             code = (
                 0
                 if loop.train(
-                    state, source, config, saver, watch, metrics, evaluation=Pause(options)
+                    state, source, config, saver, watchdog, metrics, evaluation=Pause(options)
                 )
                 else REQUEUE
             )
@@ -386,18 +408,20 @@ def work(rank, size, run_dir, rendezvous, overrides, options, parent):
     os._exit(code)
 
 
-def launcher(run_dir, rendezvous, size, overrides, options, tell):
-    """The parent of the ranks: forks them, tells their process ids, and at the end their exit codes. Kills the others
-    15 s after one has failed; DeepSpeed's does so after 1 s, too soon to see what the ranks do by themselves.
+def launcher(run_dir, rendezvous, size, overrides, options, answers):
+    """Fork the ranks and write their process ids, and at the end their exit codes, to a pipe.
+
+    Kills the other ranks 15 s after one has failed. DeepSpeed's launcher does so after 1 s, too
+    soon to observe what the ranks do by themselves.
     """
     pids, codes, parent = [], {}, os.getpid()
     for rank in range(size):
         pid = os.fork()
         if pid == 0:
-            os.close(tell)
+            os.close(answers)
             work(rank, size, run_dir, rendezvous, overrides, options, parent)
         pids.append(pid)
-    os.write(tell, (json.dumps(pids) + "\n").encode())
+    os.write(answers, (json.dumps(pids) + "\n").encode())
     failed_at = None
     while len(codes) < size:
         for pid in set(pids) - set(codes):
@@ -408,12 +432,12 @@ def launcher(run_dir, rendezvous, size, overrides, options, tell):
             elif failed_at and time.monotonic() - failed_at > 15:
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.005)
-    os.write(tell, (json.dumps([codes[pid] for pid in pids]) + "\n").encode())
+    os.write(answers, (json.dumps([codes[pid] for pid in pids]) + "\n").encode())
     os._exit(0)
 
 
 def serve():
-    """Reads one start a line from stdin, forks a launcher for it, and writes that one's process id."""
+    """Fork a launcher for each line of stdin, which has one start, and print its pid."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     # TensorBoard takes seconds to import.
     Metrics.open_board = lambda self, start_step: None
@@ -422,13 +446,13 @@ def serve():
         pid = os.fork()
         if pid == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            tell = os.open(request.pop("answers"), os.O_WRONLY)
-            launcher(**request, tell=tell)
+            answers = os.open(request.pop("answers"), os.O_WRONLY)
+            launcher(**request, answers=answers)
         print(pid, flush=True)
 
 
-# Tests run two chains of jobs at once.
-ASKING = threading.Lock()
+# Tests run two chains of jobs at once, which share the server.
+SERVER_LOCK = threading.Lock()
 
 
 @functools.cache
@@ -449,10 +473,14 @@ def server():
 
 
 class Job:
-    """Ranks 0 ... size - 1 of one start. `out` is what rank 0 has said in this run directory so far."""
+    """Ranks 0 ... size - 1 of one start.
+
+    `out` is the output of rank 0 in this run directory so far, earlier starts included.
+    """
 
     def __init__(self, run_dir, *overrides, size=2, **options):
-        self.run_dir, name = Path(run_dir), f"/tmp/iomm-mini-{uuid.uuid4().hex}"
+        self.run_dir = Path(run_dir)
+        name = f"/tmp/iomm-toy-{uuid.uuid4().hex}"
         os.mkfifo(f"{name}-answers")
         pipe = os.open(f"{name}-answers", os.O_RDONLY | os.O_NONBLOCK)
         os.set_blocking(pipe, True)
@@ -464,11 +492,11 @@ class Job:
             "options": options,
             "answers": f"{name}-answers",
         }
-        with ASKING:
+        with SERVER_LOCK:
             server().stdin.write(json.dumps(request) + "\n")
             self.launcher = int(server().stdout.readline())
         while not select.select([pipe], [], [], 10)[0]:
-            raise AssertionError("no ranks were started")
+            raise AssertionError("no ranks were started within 10 s")
         self.answers = os.fdopen(pipe)
         self.pids = json.loads(self.answers.readline())
         os.unlink(f"{name}-answers")
@@ -485,13 +513,17 @@ class Job:
                 os.kill(self.pids[rank], number)
 
     def wait(self, limit_s=60):
-        """Exit codes of all ranks; None, and killed, for each when one is still there after limit_s or the launcher is dead."""
+        """Wait for the ranks to end, and return their exit codes.
+
+        If one still runs after limit_s, or the launcher is dead, all are killed and the codes are
+        None.
+        """
         until = time.monotonic() + limit_s
         while any(map(alive, self.pids)) and time.monotonic() < until:
             time.sleep(0.01)
         late = any(map(alive, self.pids))
         self.kill(range(len(self.pids)))
-        # Empty when the launcher was killed.
+        # The line is empty if the launcher was killed.
         line = self.answers.readline()
         self.answers.close()
         self.rendezvous.unlink(missing_ok=True)

@@ -1,4 +1,7 @@
-"""Trials of what a run survives: each function breaks something n times and returns what it counted, or raises."""
+"""Fault trials with the toy job.
+
+Each function injects a fault n times and returns its counts, or raises.
+"""
 
 import json
 import os
@@ -17,30 +20,33 @@ from iomm.engine.resilience.preemption import REQUEUE
 from iomm.engine.resilience.watchdog import DEAD, HUNG, alive
 
 
-def logged(job):
-    """Newest step whose commit the engine has printed."""
+def newest_logged_commit(job):
+    """Return the newest step whose commit the engine has logged, or 0."""
     return max(
         (int(n) for n in re.findall(r"checkpoint of step (\d+) committed", job.out)), default=0
     )
 
 
 def newest_step(run_dir):
-    folder = checkpoint_reader.newest(Path(run_dir) / "checkpoints", say=lambda line: None)
+    """Return the step of the newest intact checkpoint, or 0."""
+    folder = checkpoint_reader.newest(Path(run_dir) / "checkpoints")
     return 0 if folder is None else checkpoint_reader.step_of(folder)
 
 
-def said(run_dir):
-    """Everything that any rank has said."""
+def output(run_dir):
+    """Return the output of all ranks."""
     return "".join(path.read_text() for path in sorted(Path(run_dir).glob("out-rank*.txt")))
 
 
 def final_files(run_dir):
+    """Return {name: {size, hash}} of the files of the newest checkpoint."""
     return checkpoint_reader.read_manifest(checkpoint_reader.newest(Path(run_dir) / "checkpoints"))[
         "files"
     ]
 
 
 def log_rows(run_dir):
+    """Return (step, loss, gradient norm, rate) of every step, with floats as hex."""
     rows = [json.loads(line) for line in (Path(run_dir) / "log.jsonl").read_text().splitlines()]
     return [
         (r["step"], r["loss"].hex(), (r["grad_norm"] or 0.0).hex(), r["lr"].hex()) for r in rows
@@ -48,8 +54,10 @@ def log_rows(run_dir):
 
 
 def kill_chain(folder, num_kills, seed=0):
-    """Start, SIGKILL {rank 0, rank 1, both, launcher} at a random moment, start again ...; after each kill the newest
-    verified step must be at least the last one logged as committed, and in the end all bits those of a run without kills.
+    """Start, SIGKILL {rank 0, rank 1, both, launcher} at a random moment, and start again.
+
+    After each kill, the newest verified step must be at least the last one that was logged as
+    committed. The final state and log must equal those of a run without kills bit by bit.
     """
     rng, run_dir = random.Random(seed), Path(folder) / "killed"
     settings = ["checkpoint.every_steps=3", "train.steps=1000000"]
@@ -67,9 +75,9 @@ def kill_chain(folder, num_kills, seed=0):
         while any(map(alive, job.pids)) and time.monotonic() - started < 30:
             time.sleep(0.01)
         slowest_s = max(slowest_s, time.monotonic() - started)
-        assert not any(map(alive, job.pids)), f"a rank outlives {target} by 30 s"
+        assert not any(map(alive, job.pids)), f"a rank still runs 30 s after the death of {target}"
         mid_save += bool(list((run_dir / "checkpoints").glob(".tmp-*")))
-        lost += newest_step(run_dir) < logged(job)
+        lost += newest_step(run_dir) < newest_logged_commit(job)
         job.wait()
     steps = newest_step(run_dir) + 10
     last = [settings[0], f"train.steps={steps}"]
@@ -91,9 +99,12 @@ def kill_chain(folder, num_kills, seed=0):
 
 
 def bitwise_resumes(folder, num_trials, seed=0):
-    """SIGKILL of one rank in the second half of a step's accumulation, at an epoch's edge, in its midst, just after a skipped
-    step or at random; then a new start: every loss, gradient norm and rate as hex, the samples and the last state are those
-    of the run that was not killed, from the resumed step to the last, at least 20.
+    """SIGKILL one rank in the last micro-batch of a step, then start again.
+
+    The step is just after a skipped step, at or next to the end of an epoch, in the middle of one,
+    or random. Every loss, gradient norm and rate (as hex), the samples and the last state must
+    equal those of a run without kills, from the resumed step to the last, which are at least 20
+    steps.
     """
     rng, folder = random.Random(seed), Path(folder)
     settings = [
@@ -109,7 +120,7 @@ def bitwise_resumes(folder, num_trials, seed=0):
     steps = [8, 16, edge, edge + 1, edge // 2, *(rng.randint(2, 20) for _ in range(num_trials))][
         :num_trials
     ]
-    equal, wanted = 0, samples_of(folder / "golden")
+    equal, expected = 0, samples_of(folder / "golden")
     for trial, step in enumerate(steps):
         run_dir = folder / f"trial{trial}"
         fault = {"step": step, "ranks": [trial % 2], "kind": "kill", "place": "data"}
@@ -118,21 +129,20 @@ def bitwise_resumes(folder, num_trials, seed=0):
         resumed = int(
             re.findall(r"resumed from step (\d+)", (run_dir / "out-rank0.txt").read_text())[-1]
         )
-        assert step - 2 <= resumed < step <= 20, (
-            "the save of the step before may have been under way"
-        )
+        assert step - 2 <= resumed < step <= 20, "at most the save that was in progress may be lost"
         equal += (
             final_files(run_dir) == final_files(folder / "golden")
             and log_rows(run_dir) == log_rows(folder / "golden")
-            and samples_of(run_dir) == wanted
+            and samples_of(run_dir) == expected
         )
         shutil.rmtree(run_dir)
     return {"trials": num_trials, "bitwise": equal, "steps_compared_at_least": 20}
 
 
 def damaged_starts(folder):
-    """The newest checkpoint of a run is damaged, each of its files in four ways: the next start says so, goes on from the one
-    before, and ends at the same bits.
+    """Damage each file of the newest checkpoint of a run in four ways, then start again.
+
+    The start must log the damage, resume from the previous checkpoint, and end with the same bits.
     """
     golden, good = Path(folder) / "golden", 0
     settings = ["train.steps=12", "checkpoint.every_steps=4", "checkpoint.keep=100"]
@@ -150,12 +160,16 @@ def damaged_starts(folder):
             shutil.copytree(golden, run_dir)
             path = run_dir / "checkpoints/step-00000012" / name
             raw = change(path.read_bytes())
-            path.write_bytes(raw) if raw is not None else path.unlink()
-            codes, words = Job(run_dir, *settings).wait(60), said(run_dir)
+            if raw is not None:
+                path.write_bytes(raw)
+            else:
+                path.unlink()
+            codes = Job(run_dir, *settings).wait(60)
+            lines = output(run_dir)
             good += (
                 codes == [0, 0]
-                and words.count("checkpoint passed over: ") == 1
-                and "resumed from step 8" in words
+                and lines.count("damaged checkpoint skipped: ") == 1
+                and "resumed from step 8" in lines
                 and final_files(run_dir) == final_files(golden)
             )
             shutil.rmtree(run_dir)
@@ -166,7 +180,10 @@ def damaged_starts(folder):
 
 
 def samples_of(run_dir):
-    """{step: samples of the global batch in order, whatever number of ranks took them}; of the last start that came there."""
+    """Return {step: samples of the global batch in order}, for any number of ranks.
+
+    A step that several starts trained has the samples of the last one.
+    """
     found = defaultdict(dict)
     for path in sorted(Path(run_dir).glob("samples-rank*.jsonl")):
         for step, micro, samples in map(json.loads, path.read_text().splitlines()):
@@ -178,9 +195,11 @@ def samples_of(run_dir):
 
 
 def world_sizes(folder):
-    """1 -> 2, 2 -> 1, 2 -> 1 -> 2, 4 -> 2, 2 -> 4: the samples of every step in the same order; what the ranks hold after each
-    load is bit by bit what the files hold; the first loss bitwise, then within 1e-6 for 50 steps; where only two-term sums
-    occur (1 and 2 ranks), bitwise to the end.
+    """Resume with another number of ranks: 1 -> 2, 2 -> 1, 2 -> 1 -> 2, 4 -> 2, 2 -> 4.
+
+    The samples of every step must be in the same order. The ranks' state after each load must equal
+    the files bit by bit. The first loss must be bitwise equal, and the next 50 within 1e-6. With
+    only two-term sums (1 and 2 ranks), all must be bitwise equal.
     """
     found = {}
     for path in ([1, 2], [2, 1], [2, 1, 2], [4, 2], [2, 4]):
@@ -199,20 +218,21 @@ def world_sizes(folder):
                 Job(golden, *same, "train.steps=60", size=path[0], record=True).wait(90)
                 == [0] * path[0]
             )
-        loads, in_order, wanted = 0, True, samples_of(golden)
-        for size, steps in zip(path, [10, 30, 60] if len(path) == 3 else [10, 60]):
+        loads, in_order, expected = 0, True, samples_of(golden)
+        for size, steps in zip(path, [10, 30, 60] if len(path) == 3 else [10, 60], strict=True):
             before = checkpoint_reader.newest(run_dir / "checkpoints") if steps > 10 else None
             for samples in run_dir.glob("samples-rank*.jsonl"):
-                # Parts of a step come from one start only.
+                # All parts of a step must come from one start.
                 samples.rename(run_dir / f"{samples.name}-{steps}")
             job = Job(run_dir, *same, f"train.steps={steps}", size=size, record=True)
             assert job.wait(90) == [0] * size
             now = samples_of(run_dir)
-            in_order &= now == {step: wanted[step] for step in now} and max(now) == steps
+            in_order &= now == {step: expected[step] for step in now} and max(now) == steps
             if before is not None:
                 reader = checkpoint_reader.Reader(before)
+                saved_digest = digest(reader.manifest["shapes"], reader.full)
                 loads += job.out.splitlines().count(
-                    f"resumed from step {checkpoint_reader.step_of(before)} {digest(reader.manifest['shapes'], reader.full)}"
+                    f"resumed from step {checkpoint_reader.step_of(before)} {saved_digest}"
                 )
         ours, theirs = log_rows(run_dir), log_rows(golden)
         losses = [
@@ -230,8 +250,9 @@ def world_sizes(folder):
 
 
 def requests_to_stop(folder, num_trials, seed=0):
-    """SIGTERM or SIGUSR1 to one or all ranks at a random moment, once or twice: both ranks leave with the requeue code,
-    having committed the last step they did.
+    """Send SIGTERM or SIGUSR1 to one or all ranks at a random moment, once or twice.
+
+    Both ranks must commit their last step and exit with the requeue code.
     """
     rng, good, slowest_s, mid_save = random.Random(seed), 0, 0.0, 0
     for trial in range(num_trials):
@@ -254,7 +275,7 @@ def requests_to_stop(folder, num_trials, seed=0):
         codes = job.wait(20)
         slowest_s = max(slowest_s, time.monotonic() - started)
         last = log_rows(run_dir)[-1][0]
-        good += codes == [REQUEUE] * 2 and newest_step(run_dir) == last == logged(job)
+        good += codes == [REQUEUE] * 2 and newest_step(run_dir) == last == newest_logged_commit(job)
         shutil.rmtree(run_dir)
     return {
         "trials": num_trials,
@@ -265,7 +286,10 @@ def requests_to_stop(folder, num_trials, seed=0):
 
 
 def hangs(folder, num_trials, hang_s=1.5, beyond_s=2.0, seed=0):
-    """One rank stands still in a random step: both ranks end, the right one is named, the stacks of both are there."""
+    """Make one rank hang in a random step.
+
+    Both ranks must end, name the rank at fault and save the stacks of both.
+    """
     kinds = ("stop", "lock", "fifo", "worker", "mismatch")
     rng, good, slowest_s, failures = random.Random(seed), 0, 0.0, []
     for trial in range(num_trials):
@@ -293,12 +317,12 @@ def hangs(folder, num_trials, hang_s=1.5, beyond_s=2.0, seed=0):
         stacks = all("File" in (run_dir / f"stacks-rank{r}.txt").read_text() for r in range(2))
         named = (
             "all wait in collective" if kind == "mismatch" else f"step {step}: rank {rank} ("
-        ) in said(run_dir)
+        ) in output(run_dir)
         slowest_s = max(slowest_s, took_s)
         if HUNG in codes and named and stacks and took_s < hang_s + beyond_s:
             good += 1
         else:
-            failures.append((kind, rank, codes, round(took_s, 2), stacks, said(run_dir)[-500:]))
+            failures.append((kind, rank, codes, round(took_s, 2), stacks, output(run_dir)[-500:]))
     return {
         "trials": num_trials,
         "found_named_and_stacks_saved": good,
@@ -307,8 +331,11 @@ def hangs(folder, num_trials, hang_s=1.5, beyond_s=2.0, seed=0):
 
 
 def false_alarms(folder, num_steps, hang_s=1.5):
-    """A long run whose one step is ten times as slow as the others, one pause just below the limit, an evaluation that takes
-    longer than it, and saves that do, whether the training thread waits for its own or for the one before: no alarm.
+    """Run slow jobs that do not hang, and count the alarms.
+
+    A long run has one step that is ten times as slow as the others. A second run has a step just
+    below the limit and an evaluation above it. Two more have saves above the limit, in the
+    foreground and in the background, where the next save waits for them.
     """
     code = Job(
         Path(folder) / "quiet",
@@ -348,8 +375,10 @@ PLACES = ("forward", "backward", "step", "load", "save")
 
 
 def deaths(folder, num_trials, seed=0):
-    """SIGKILL of one rank in a forward pass, a backward pass, the optimizer's step, a load, or a save: how long the other takes
-    to leave, and a new start to its first step.
+    """SIGKILL one rank in each part of a step, in a load or in a save.
+
+    The parts are the forward pass, the backward pass and the optimizer's step. Measures how long
+    the other rank takes to exit, and a new start to its first step.
     """
     rng, leaving, starting, named = random.Random(seed), [], [], 0
     for trial in range(num_trials):
@@ -358,12 +387,12 @@ def deaths(folder, num_trials, seed=0):
             PLACES[trial % len(PLACES)],
             trial % 2,
         )
-        line, width = ["checkpoint.every_steps=3"], 100_000
+        settings, width = ["checkpoint.every_steps=3"], 100_000
         if place == "load":
-            assert Job(run_dir, *line, "train.steps=3", width=width).wait(30) == [0, 0]
+            assert Job(run_dir, *settings, "train.steps=3", width=width).wait(30) == [0, 0]
         job = Job(
             run_dir,
-            *line,
+            *settings,
             "train.steps=100000",
             step_s=0.01,
             width=width,
@@ -374,11 +403,11 @@ def deaths(folder, num_trials, seed=0):
         started = time.monotonic()
         codes = job.wait(20)
         leaving.append(time.monotonic() - started)
-        named += codes[1 - rank] == DEAD and f"rank {rank} (" in said(run_dir)
+        named += codes[1 - rank] == DEAD and f"rank {rank} (" in output(run_dir)
         started = time.monotonic()
-        last = [*line, f"train.steps={newest_step(run_dir) + 1}"]
+        last = [*settings, f"train.steps={newest_step(run_dir) + 1}"]
         assert Job(run_dir, *last, width=width).wait(120) == [0, 0], place
-        # Of the first step, its save and the end.
+        # Includes the first step, its save and the exit.
         starting.append(time.monotonic() - started)
         shutil.rmtree(run_dir)
     return {

@@ -1,5 +1,6 @@
-"""How tests start runs: through DeepSpeed's launcher or without it, to the end or until a kill; and what runs leave."""
+"""Start runs in tests, with DeepSpeed's launcher or without, and read what they leave."""
 
+import contextlib
 import json
 import os
 import signal
@@ -16,13 +17,14 @@ from iomm.engine.resilience import checkpoint_reader
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 240
-# A config of the engine's tests: no VAE, no alignment, one rank.
+# Config for tests of the engine, with no VAE, no alignment and one rank.
 PIXELS = str(ROOT / "tests/helpers/pixels.yaml")
-# Where just-in-time builds would leave a lock.
+# Just-in-time builds could leave a lock in the default folder.
 BUILDS = Path(tempfile.mkdtemp(prefix="iomm-test-"))
 
 
 def command(ranks, *arguments):
+    """Return the deepspeed command line that starts engine/launch.py."""
     return [
         str(Path(sys.executable).with_name("deepspeed")),
         "--num_gpus",
@@ -35,7 +37,10 @@ def command(ranks, *arguments):
 
 
 def environment():
-    """Without a GPU, where there is one: two ranks want two, and losses are compared with a CPU's."""
+    """Return the environment of a run, which hides GPUs.
+
+    Two ranks would need two, and losses are compared with those of a CPU.
+    """
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return {
         **os.environ,
@@ -47,7 +52,7 @@ def environment():
 
 
 def launch(ranks, *arguments):
-    """Runs to the end -> completed process, output as text."""
+    """Run to the end, and return the completed process with its output as text."""
     return subprocess.run(
         command(ranks, *arguments),
         cwd=ROOT,
@@ -60,7 +65,7 @@ def launch(ranks, *arguments):
 
 
 def group_environment(ranks):
-    """Environment of a new job, without the rank."""
+    """Return the environment of a new job, without the rank."""
     return {
         **environment(),
         "WORLD_SIZE": str(ranks),
@@ -70,14 +75,17 @@ def group_environment(ranks):
     }
 
 
-def start_ranks(ranks, script, *arguments, said):
-    """The ranks alone, as any launcher would start them, writing to the open file `said` -> their processes."""
+def start_ranks(ranks, script, *arguments, output):
+    """Start ranks as any launcher would, and return their processes.
+
+    They write to the open file `output`.
+    """
     shared = group_environment(ranks)
     return [
         subprocess.Popen(
             [sys.executable, str(script), *arguments],
             cwd=ROOT,
-            stdout=said,
+            stdout=output,
             stderr=subprocess.STDOUT,
             env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
@@ -86,7 +94,10 @@ def start_ranks(ranks, script, *arguments, said):
 
 
 def finish(processes):
-    """Waits for all -> their exit codes; what has not ended within LIMIT_S, or when one has not, is killed."""
+    """Wait for all processes and return their exit codes.
+
+    If one has not ended within LIMIT_S, all are killed.
+    """
     try:
         return [process.wait(LIMIT_S) for process in processes]
     finally:
@@ -95,7 +106,7 @@ def finish(processes):
 
 
 def start(ranks, *arguments):
-    """As launch(), without DeepSpeed's launcher, by ranks that are forked (forked_ranks.py)."""
+    """Do the same as launch() with forked ranks (forked_ranks.py), without the launcher."""
     start_server(tuple(sorted({**environment(), "PYTHONPATH": str(ROOT)}.items())))
     with tempfile.NamedTemporaryFile("r") as output:
         shared = group_environment(ranks)
@@ -114,7 +125,7 @@ def start(ranks, *arguments):
 
 
 def launch_and_kill(ranks, log, after_step, *arguments):
-    """Starts a run and kills all of its processes once `log` shows the step `after_step`."""
+    """Start a run and kill all of its processes once `log` has the step `after_step`."""
     process = subprocess.Popen(
         command(ranks, *arguments),
         cwd=ROOT,
@@ -134,17 +145,16 @@ def launch_and_kill(ranks, log, after_step, *arguments):
 
 
 def rows(log):
+    """Return the rows of a log.jsonl, without a line that is still being written."""
     found = []
     for line in Path(log).read_text().splitlines() if Path(log).exists() else []:
-        try:
+        with contextlib.suppress(ValueError):
             found.append(json.loads(line))
-        except ValueError:
-            # The line being written.
-            pass
     return found
 
 
 def hashes(run_dir):
+    """Return {name: {size, hash}} of the files of the newest checkpoint."""
     return checkpoint_reader.read_manifest(checkpoint_reader.newest(Path(run_dir) / "checkpoints"))[
         "files"
     ]

@@ -1,4 +1,4 @@
-"""Two helpers for tests against other implementations: true float64 for them, and random weights for both."""
+"""Helpers for tests against other implementations."""
 
 import contextlib
 
@@ -7,15 +7,18 @@ import torch
 
 @contextlib.contextmanager
 def true_float64():
-    """Inside, float64 stays float64: diffusers rounds rotary angles, sinusoids and norms to float32 in every dtype."""
+    """Keep float64 tensors in float64 inside this context.
+
+    diffusers rounds rotary angles, sinusoids and norms to float32 in every dtype.
+    """
     wide, narrow = (torch.float64, torch.complex128), (torch.float32, torch.complex64)
     real_float, real_to = torch.Tensor.float, torch.Tensor.to
 
     def to(tensor, *args, **kwargs):
-        asked = kwargs.get("dtype", args[0] if args else None)
-        return (
-            tensor if tensor.dtype in wide and asked in narrow else real_to(tensor, *args, **kwargs)
-        )
+        dtype = kwargs.get("dtype", args[0] if args else None)
+        if tensor.dtype in wide and dtype in narrow:
+            return tensor
+        return real_to(tensor, *args, **kwargs)
 
     torch.Tensor.float = lambda tensor, *args: (
         tensor if tensor.dtype in wide else real_float(tensor, *args)
@@ -29,7 +32,11 @@ def true_float64():
 
 @torch.no_grad()
 def randomize(model, seed=0, std=0.05):
-    """Every parameter normal around 0 (norm scales and other vectors too), so that no zero hides a difference."""
+    """Draw every parameter from a normal distribution, and return the model.
+
+    Zeros could hide a difference. The mean is 0 for matrices and 0.5 for vectors such as norm
+    scales.
+    """
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.copy_(
@@ -41,5 +48,8 @@ def randomize(model, seed=0, std=0.05):
 
 
 def relative_error(got, exact):
-    """Largest difference over largest value. NaN stays NaN, which no comparison lets pass."""
+    """Return the largest difference over the largest value.
+
+    NaN stays NaN, and fails any comparison.
+    """
     return ((got - exact).abs().max() / exact.abs().max()).item()

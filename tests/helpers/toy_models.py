@@ -1,4 +1,4 @@
-"""Small random models that several test files train: an MLLM, a VAE, IOMM as a whole, and the pixels of a sample."""
+"""Small random models and pixels that several test files use."""
 
 from dataclasses import fields, is_dataclass
 
@@ -10,7 +10,7 @@ from iomm.generator import new_generator
 from iomm.model import IOMM, Recipe
 from iomm.vae import load_vae
 
-# The MLLM's parts, as iomm.engine.shapes.mllm.create_mllm takes them.
+# The MLLM's vision and text configs, for iomm.engine.shapes.mllm.create_mllm.
 VISION = dict(
     hidden_size=64,
     num_hidden_layers=2,
@@ -28,7 +28,7 @@ TEXT = dict(
     intermediate_size=80,
     max_position_embeddings=256,
 )
-# Keys of a FLUX VAE's config that differ from diffusers' defaults.
+# Keys of the FLUX VAE's config that differ from diffusers' defaults.
 FLUX_VAE = dict(
     scaling_factor=0.3611,
     shift_factor=0.1159,
@@ -40,9 +40,9 @@ SIZE = 32
 
 
 def build(mllm, ratio=0.5, mode="drop", generator="mmdit", **adapter_settings):
-    """Return an IOMM of two blocks on `mllm` in pixel space, whose weights are random throughout.
+    """Return an IOMM of two blocks on `mllm` in pixel space, with random weights everywhere.
 
-    A fresh generator predicts zero whatever its condition, which would hide a wrong condition.
+    A fresh generator predicts zero for any condition, which would hide a wrong condition.
     """
     settings = AdapterConfig(num_queries=8, head_dim=16, **adapter_settings)
     shape = GeneratorConfig(
@@ -64,7 +64,10 @@ def build(mllm, ratio=0.5, mode="drop", generator="mmdit", **adapter_settings):
 
 
 def pixels(n_B):
-    """Return random pixels of the samples n_B, (B, 3, SIZE, SIZE) for the VAE and (B, 3, 32, 32) for the ViT."""
+    """Return random pixels of the samples n_B for the VAE and for the ViT.
+
+    The shapes are (B, 3, SIZE, SIZE) and (B, 3, 32, 32).
+    """
     return (
         torch.stack(
             [
@@ -79,7 +82,7 @@ def pixels(n_B):
 
 
 def autoencoder(widths=(8, 8, 16, 16), **changes):
-    """Return a random AutoencoderKL of diffusers with FLUX's layout, the same at each call."""
+    """Return a random AutoencoderKL of diffusers with FLUX's layout, the same in each call."""
     from diffusers import AutoencoderKL
 
     with torch.random.fork_rng(devices=[]):

@@ -1,8 +1,10 @@
-"""One of the ranks behind tests/engine/parallel/test_zero.py: trains a small model at every ZeRO stage, breaks steps, converts checkpoints.
+"""A rank of tests/engine/parallel/test_zero.py.
 
     RANK=... WORLD_SIZE=... MASTER_ADDR=... MASTER_PORT=... python zero_ranks.py FOLDER
 
-Writes FOLDER/<size>-rank<r>.json and checkpoints FOLDER/<size>/<run>/step-...; waits for those of the other world size.
+Trains a small model at every ZeRO stage, injects non-finite values into steps, and converts
+checkpoints. Writes FOLDER/<size>-rank<r>.json and checkpoints FOLDER/<size>/<run>/step-..., and
+waits for the checkpoints of the other world size.
 """
 
 import gc
@@ -31,27 +33,28 @@ from iomm.engine.resilience.loss_guard import LossGuard
 from iomm.layers import FusedLinear
 
 BATCH, STEPS, STAGES = 8, 4, (0, 1, 2, 3)
-# adamw: two or more micro-batches, clipped. muon: one or two, not clipped, so that nothing but sums over ranks can round.
+# adamw has two or more micro-batches and clips. muon has one or two and does not clip, therefore
+# only sums over ranks can round.
 KINDS = {
     "adamw": (2, ["optim.clip=0.05", "optim.weight_decay=0.1"]),
     "muon": (4, ["optim.kind=muon", "optim.clip=0"]),
 }
 CUT = ["adamw-bf16-3-cut", "muon-fp32-3-cut"]
-# Both kinds of moments, and all four of DeepSpeed's optimizers and ours.
+# These cover both kinds of moments, and all optimizer classes of DeepSpeed and ours.
 CONVERTED = ("muon-fp32", "adamw-bf16")
 
 
 @contextmanager
-def cut_up():
-    """Stage 3 makes several masters of a group, as it does where a rank holds over a billion values of one."""
+def several_masters():
+    """Make stage 3 use several masters per group, as above a billion values per rank."""
     real = zero.deepspeed_config
 
-    def small(*args):
+    def small_sub_groups(*args):
         config = real(*args)
         config["zero_optimization"]["sub_group_size"] = 40
         return config
 
-    zero.deepspeed_config = small
+    zero.deepspeed_config = small_sub_groups
     try:
         yield
     finally:
@@ -59,7 +62,10 @@ def cut_up():
 
 
 class Block(nn.Module):
-    """Odd sizes: pieces of stages 1 and 2 begin anywhere, those of stage 3 are padded."""
+    """A block with odd sizes.
+
+    The pieces of stages 1 and 2 start anywhere, and those of stage 3 are padded.
+    """
 
     def __init__(self):
         super().__init__()
@@ -71,16 +77,14 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Its first parameter never has a gradient."""
+    """A model whose first parameter never has a gradient."""
 
     def __init__(self):
         super().__init__()
         self.unused = nn.Parameter(torch.empty(3))
-        self.enter, self.blocks, self.leave = (
-            nn.Linear(3, 7),
-            nn.ModuleList([Block(), Block()]),
-            nn.Linear(7, 1),
-        )
+        self.enter = nn.Linear(3, 7)
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.leave = nn.Linear(7, 1)
         for i, p in enumerate(self.parameters()):
             p.data = (
                 torch.sin(torch.arange(p.numel(), dtype=torch.float32) * 0.7 + i).view(p.shape)
@@ -96,7 +100,7 @@ class Model(nn.Module):
 
 
 def samples(step, start, number):
-    """Inputs (number, 3) and targets (number, 1) of one step."""
+    """Return the inputs (number, 3) and targets (number, 1) of one step."""
     n = torch.arange(start, start + number, dtype=torch.float32)[:, None] + BATCH * step
     return torch.sin(n * torch.tensor([0.37, 0.11, 0.77])), torch.cos(n * 0.23)
 
@@ -140,13 +144,16 @@ class Run:
         self.state = run_state.State(
             self.sharded,
             Ema(self.sharded.masters, 0.5),
-            LossGuard(5, say=lambda line: None),
+            LossGuard(5),
             BadSamples(1.0, 9, None),
             ranks,
         )
 
     def step(self, factor=1.0, before_step=lambda: None):
-        """One step -> (mean loss over all ranks, gradient norm, whether weights changed). factor: of the last loss."""
+        """Take one step, and return (loss, gradient norm, whether it was applied).
+
+        The loss is the mean over all ranks. `factor` multiplies the last loss.
+        """
         total = torch.zeros(())
         for i in range(self.accumulation):
             start = (i * self.ranks.size + self.ranks.rank) * self.micro
@@ -163,7 +170,7 @@ class Run:
         return float(total), self.sharded.grad_norm(), applied
 
     def digest(self):
-        """Hash of all that this rank holds: masters, moments, average and, where they are whole, working weights."""
+        """Return a hash of this rank's masters, moments, average and unsharded working weights."""
         total = hashlib.sha256()
         for piece in self.state.tensors().values():
             total.update(piece.numpy().tobytes())
@@ -176,30 +183,33 @@ class Run:
         run_state.save(self.state, self.config, saver)
         return str(saver.wait())
 
-    def broken(self):
-        """{what broke: (whether weights changed on this rank, whether its state did)}, and of a good step after them."""
+    def nonfinite_steps(self):
+        """Return {place: (whether the step was applied, whether the state changed)} on this rank.
 
-        def spoil_gradient():
+        Each place gets a non-finite value in one step. "nothing" is a good step after these.
+        """
+
+        def corrupt_gradient():
             self.sharded.layout.gradients()[0].view(-1)[0] = math.inf
 
         last, found = self.ranks.rank == self.ranks.size - 1, {}
         master, moment = self.sharded.masters[-1].detach(), self.sharded.slots()["exp_avg"][0]
-        for what in ("loss", "gradient", "master", "moment", "nothing"):
-            before, tensor = self.digest(), {"master": master, "moment": moment}.get(what)
+        for place in ("loss", "gradient", "master", "moment", "nothing"):
+            before, tensor = self.digest(), {"master": master, "moment": moment}.get(place)
             if tensor is not None and last:
                 kept, tensor[3] = tensor[3].clone(), math.nan
             applied = self.step(
-                math.nan if what == "loss" and last else 1.0,
-                spoil_gradient if what == "gradient" and last else lambda: None,
+                math.nan if place == "loss" and last else 1.0,
+                corrupt_gradient if place == "gradient" and last else lambda: None,
             )[2]
             if tensor is not None and last:
                 tensor[3] = kept
-            found[what] = applied, self.digest() != before
+            found[place] = applied, self.digest() != before
         return found
 
 
-def plain(kind):
-    """The same by PyTorch alone, fp32, whole batches -> [(loss, gradient norm)], weights."""
+def baseline():
+    """Train with PyTorch only, in fp32 on whole batches, and return [(loss, gradient norm)]."""
     model, rows = Model(), []
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02, betas=(0.9, 0.95), weight_decay=0.1)
     for step in range(STEPS):
@@ -215,20 +225,17 @@ def plain(kind):
 def wait_for(path):
     until = time.monotonic() + 120
     while not path.exists():
-        assert time.monotonic() < until, f"no {path}: the other start failed"
+        assert time.monotonic() < until, f"no {path}: the job of the other world size failed"
         time.sleep(0.05)
 
 
 def main(folder):
     torch.set_num_threads(1)
     ranks = group.start(120)
-    # DeepSpeed collects garbage in every start of stage 3, half a second each.
+    # DeepSpeed collects garbage in every initialization of stage 3, which takes half a second.
     gc.freeze()
-    folder, report, runs = (
-        Path(folder),
-        {"runs": {}, "again": {}, "broken": {}, "converted": []},
-        {},
-    )
+    folder, runs = Path(folder), {}
+    report = {"runs": {}, "again": {}, "nonfinite": {}, "converted": []}
     mine, other = folder / str(ranks.size), folder / str(3 - ranks.size)
     names = [
         f"{kind}-{precision}-{stage}"
@@ -236,39 +243,40 @@ def main(folder):
         for precision in ("fp32", "bf16")
         for stage in STAGES
     ]
-    for name in names + CUT + ["adamw-bf16-3-hpz"] * (ranks.size == 2):
-        with cut_up() if name in CUT else nullcontext():
-            run = runs[name] = Run(
-                name, ranks, *[f"zero.hpz_partition_size={ranks.size}"] * name.endswith("hpz")
-            )
+    hpz = ["adamw-bf16-3-hpz"] if ranks.size == 2 else []
+    for name in names + CUT + hpz:
+        overrides = [f"zero.hpz_partition_size={ranks.size}"] if name in hpz else []
+        with several_masters() if name in CUT else nullcontext():
+            run = runs[name] = Run(name, ranks, *overrides)
         assert name not in CUT or len(run.sharded.masters) > len(run.sharded.optimizer.param_groups)
         rows = [run.step()[:2]]
         first = run.save(mine / name)
         rows += [run.step()[:2] for _ in range(STEPS - 1)]
         report["runs"][name], end = rows, run.digest()
         run.save(mine / name)
-        report["broken"][name] = run.broken()
+        report["nonfinite"][name] = run.nonfinite_steps()
         run_state.restore(run.state, first)
         again = [run.step()[:2] for _ in range(STEPS - 1)]
         report["again"][name] = again == rows[1:], run.digest() == end
     ranks.on_first(lambda: (mine / "done").touch())
     wait_for(other / "done")
     for name in names:
-        # Every stage from every stage of the other world size, and from the next stage of its own.
+        # Every stage loads from every stage of the other world size, and from the next stage of its
+        # own world size.
         sources = [(other, stage) for stage in STAGES] + [(mine, (int(name[-1]) + 1) % 4)]
-        for world, stage in sources if name.startswith(CONVERTED) else ():
-            source = world / f"{name[:-1]}{stage}" / f"step-{STEPS:08d}"
+        for world_size, stage in sources if name.startswith(CONVERTED) else ():
+            source = world_size / f"{name[:-1]}{stage}" / f"step-{STEPS:08d}"
             run_state.restore(runs[name].state, source)
             saved = runs[name].save(
-                folder / f"converted/{name}-{ranks.size}-from-{stage}-{world.name}"
+                folder / f"converted/{name}-{ranks.size}-from-{stage}-{world_size.name}"
             )
             report["converted"].append((str(source), saved, runs[name].step()[0]))
-    report["plain"] = plain("adamw")
+    report["baseline"] = baseline()
     (folder / f"{ranks.size}-rank{ranks.rank}.json").write_text(json.dumps(report))
     group.stop()
 
 
 if __name__ == "__main__":
     main(sys.argv[1])
-    # DeepSpeed's engines take seconds to go.
+    # DeepSpeed's engines take seconds to be destroyed.
     os._exit(0)

@@ -196,7 +196,7 @@ def state_of(model, step):
     return SimpleNamespace(
         step=step,
         ema=SimpleNamespace(flats=[]),
-        sharded=SimpleNamespace(showing=lambda flats: nullcontext(model.requires_grad_(False))),
+        sharded=SimpleNamespace(with_weights=lambda flats: nullcontext(model.requires_grad_(False))),
     )
 
 

@@ -1,4 +1,4 @@
-"""Muon over flat shards: torch.optim.Muon's numbers on one rank, the same on two, AdamW beside it."""
+"""Muon and AdamW over flat shards match torch's optimizers, on any number of ranks."""
 
 import math
 import os
@@ -28,7 +28,7 @@ from iomm.engine.parallel.optim import (
     stacks_of,
 )
 from iomm.engine.parallel.zero import adamw_backend
-from iomm.engine.resilience.watchdog import collectives
+from iomm.engine.resilience.watchdog import num_collectives
 from iomm.generator import empty_generator
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -37,8 +37,10 @@ LAYOUTS = ("padded", "end to end", "replicated")
 
 
 def flat_shards(tensors, rank, size, layout="padded"):
-    """This rank's flat shard and its matrices: each tensor cut and padded as ZeRO-3 does, cut end to end as ZeRO-1 and 2 do,
-    or not cut at all, as at stage 0.
+    """Return this rank's flat shard and its matrices.
+
+    Each tensor is cut and padded as by ZeRO-3, all are concatenated and cut as by ZeRO-1 and 2, or
+    none is cut, as at stage 0.
     """
     if layout == "replicated":
         rank, size = 0, 1
@@ -54,7 +56,7 @@ def flat_shards(tensors, rank, size, layout="padded"):
                 )
                 for r in range(size)
             ]
-            for at, t in zip(first, tensors)
+            for at, t in zip(first, tensors, strict=True)
         ]
         cuts = [
             [(offset if count else 0, count) for offset, count in of_ranks] for of_ranks in cuts
@@ -64,16 +66,18 @@ def flat_shards(tensors, rank, size, layout="padded"):
         numels = [-(-t.numel() // size) for t in tensors]
         padded = [
             torch.nn.functional.pad(t.flatten(), (0, n * size - t.numel()))
-            for t, n in zip(tensors, numels)
+            for t, n in zip(tensors, numels, strict=True)
         ]
-        shard = torch.cat([p[rank * n : (rank + 1) * n] for p, n in zip(padded, numels)])
+        shard = torch.cat(
+            [p[rank * n : (rank + 1) * n] for p, n in zip(padded, numels, strict=True)]
+        )
         cuts = [
             [(sum(numels[:i]), max(0, min(n, t.numel() - r * n))) for r in range(size)]
-            for i, (t, n) in enumerate(zip(tensors, numels))
+            for i, (t, n) in enumerate(zip(tensors, numels, strict=True))
         ]
     return shard, [
         Matrix(shape=tuple(t.shape), parts=(t.shape[0],), cuts=tuple(c))
-        for t, c in zip(tensors, cuts)
+        for t, c in zip(tensors, cuts, strict=True)
     ]
 
 
@@ -83,7 +87,7 @@ def draw(step, num=None):
 
 
 def run_muon(rank, size, steps=4, layout="padded", num=None):
-    """The shard of `num` matrices, all if None, after some steps, and its matrices."""
+    """Return the shard of `num` matrices (all if None) after some steps, and its matrices."""
     flat, matrices = flat_shards(draw(0, num), rank, size, layout)
     flat.requires_grad_()
     optimizer = ShardedOptimizer(
@@ -102,14 +106,17 @@ def run_muon(rank, size, steps=4, layout="padded", num=None):
 
 
 def whole(flats, matrices):
+    """Return the whole matrices from the flat shards of all ranks."""
     return [
-        torch.cat([flat.narrow(0, *cut) for flat, cut in zip(flats, m.cuts)]).view(m.shape)
+        torch.cat([flat.narrow(0, *cut) for flat, cut in zip(flats, m.cuts, strict=True)]).view(
+            m.shape
+        )
         for m in matrices
     ]
 
 
-def test_one_rank_is_torchs_muon(monkeypatch):
-    """Theirs rounds to bfloat16 on a CPU too, ours only on a GPU."""
+def test_one_rank_matches_torch_muon(monkeypatch):
+    """On a CPU, torch's Muon rounds to bfloat16 and ours does not."""
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
     ours = whole([run_muon(0, 1)[0]], run_muon(0, 1)[1])
     theirs = [torch.nn.Parameter(t) for t in draw(0)]
@@ -122,10 +129,10 @@ def test_one_rank_is_torchs_muon(monkeypatch):
         adjust_lr_fn="match_rms_adamw",
     )
     for step in range(1, 5):
-        for p, grad in zip(theirs, draw(step)):
+        for p, grad in zip(theirs, draw(step), strict=True):
             p.grad = grad
         optimizer.step()
-    for a, b in zip(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
         assert (a - b).abs().max() <= 1e-6
 
 
@@ -134,33 +141,37 @@ def worker(rank, size, port, folder):
     dist.init_process_group("gloo", rank=rank, world_size=size)
     for layout in LAYOUTS:
         for num in (None, 1):
-            before = collectives()
+            before = num_collectives()
             flat = run_muon(rank, size, layout=layout, num=num)[0]
-            torch.save((flat, collectives() - before), f"{folder}/{rank}-{layout}-{num}")
+            torch.save((flat, num_collectives() - before), f"{folder}/{rank}-{layout}-{num}")
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3])
-def test_more_ranks_do_the_same(size, tmp_path):
-    """To the bit, in each layout, also where ranks have nothing to orthogonalise; results travel once a step, cuts twice."""
+def test_more_ranks_give_bitwise_the_same(size, tmp_path):
+    """In each layout, and also if ranks have nothing to orthogonalise.
+
+    A step sends results once in the replicated layout, and cuts twice in the others.
+    """
     mp.spawn(worker, (size, free_port(), str(tmp_path)), nprocs=size)
     for num in (None, 1):
-        alone = whole([run_muon(0, 1, num=num)[0]], run_muon(0, 1, num=num)[1])
+        one_rank = whole([run_muon(0, 1, num=num)[0]], run_muon(0, 1, num=num)[1])
         for layout in LAYOUTS:
             flats, counts = zip(
                 *(
                     torch.load(tmp_path / f"{rank}-{layout}-{num}", weights_only=True)
                     for rank in range(size)
-                )
+                ),
+                strict=True,
             )
             matrices = flat_shards(draw(0, num), 0, size, layout)[1]
             for held in [[flat] for flat in flats] if layout == "replicated" else [flats]:
-                for a, b in zip(whole(held, matrices), alone, strict=True):
+                for a, b in zip(whole(held, matrices), one_rank, strict=True):
                     assert torch.equal(a, b), layout
             assert set(counts) == {4 * (1 if layout == "replicated" else 2)}, layout
 
 
-def test_fused_matrices_are_orthogonalised_apart():
+def test_fused_matrices_are_orthogonalised_separately():
     tall = torch.randn(24, 10, generator=torch.Generator().manual_seed(0))
 
     def run(tensors, parts):
@@ -184,23 +195,24 @@ def test_fused_matrices_are_orthogonalised_apart():
     assert torch.equal(run([tall], (8, 16)), run([tall[:8], tall[8:]], None))
 
 
-def test_fused_parts_lie_where_their_rows_do():
-    """Cuts that begin and end within a part, at its edges, or hold nothing of it."""
+def test_unfused_parts_have_the_cuts_of_their_rows():
+    """Cuts start and end within a part or at its edges, or have none of it."""
     values = torch.arange(60.0)
     fused = Matrix(shape=(12, 5), parts=(3, 1, 8), cuts=((0, 7), (2, 8), (0, 0), (1, 45)))
     flats = [torch.full((50,), -1.0) for _ in fused.cuts]
     at = 0
-    for flat, (offset, numel) in zip(flats, fused.cuts):
+    for flat, (offset, numel) in zip(flats, fused.cuts, strict=True):
         flat[offset : offset + numel] = values[at : at + numel]
         at += numel
-    parts = fused.apart()
+    parts = fused.unfuse()
     assert [part.shape for part in parts] == [(3, 5), (1, 5), (8, 5)]
-    for got, wanted in zip(whole(flats, parts), values.view(12, 5).split(fused.parts), strict=True):
-        assert torch.equal(got, wanted)
+    rows = values.view(12, 5).split(fused.parts)
+    for got, expected in zip(whole(flats, parts), rows, strict=True):
+        assert torch.equal(got, expected)
 
 
 def one_by_one(matrix, steps=5):
-    """Muon's update of one matrix as published: Newton-Schulz on a matrix that is wider than tall."""
+    """Return Muon's update of one matrix as published, computed on the wide orientation."""
     a, b, c = NEWTON_SCHULZ
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     x = x / x.norm()
@@ -223,8 +235,10 @@ def one_by_one(matrix, steps=5):
     ],
 )
 def test_stacks_are_no_worse_than_one_by_one(shape, num, steps, device):
-    """In float32, or bfloat16 on a GPU, and in float64, where the error is smaller by the ratio of the two epsilons. Fewer
-    steps need be no more exact than the five of the published form.
+    """The error is at most twice that of the published form.
+
+    It is tested in float32 (bfloat16 on a GPU) and in float64, where the budget is smaller by the
+    ratio of the two epsilons. Fewer steps have the error budget of the published five.
     """
     generator = torch.Generator().manual_seed(0)
     matrices = [
@@ -241,13 +255,12 @@ def test_stacks_are_no_worse_than_one_by_one(shape, num, steps, device):
     ]
     for kind in (torch.float32, torch.float64) if device == "cpu" else (torch.float32,):
         budget = 2 * max(errors) * (torch.finfo(kind).eps / torch.finfo(torch.float32).eps)
-        for got, wanted in zip(
-            orthogonal_stack([matrix.to(kind) for matrix in matrices], steps), exact, strict=True
-        ):
-            assert got.dtype == kind and (got - wanted).abs().max() <= budget
+        results = orthogonal_stack([matrix.to(kind) for matrix in matrices], steps)
+        for got, expected in zip(results, exact, strict=True):
+            assert got.dtype == kind and (got - expected).abs().max() <= budget
 
 
-def test_stacks_hold_every_matrix_once_and_no_more_than_fits():
+def test_stacks_have_each_matrix_once_within_the_limit():
     def of(*shapes):
         return [
             Matrix(shape=shape, parts=shape[:1], cuts=((i, 1),)) for i, shape in enumerate(shapes)
@@ -257,7 +270,7 @@ def test_stacks_hold_every_matrix_once_and_no_more_than_fits():
     assert [[matrix.cuts[0][0] for matrix in stack] for stack in found] == [[0, 1], [3], [2], [4]]
 
 
-def test_adamw_shards_are_torchs_adamw():
+def test_adamw_shards_match_torch_adamw():
     flat = torch.randn(100, generator=torch.Generator().manual_seed(0))
     ours, theirs = flat.clone().requires_grad_(), flat.clone().requires_grad_()
     settings = dict(lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
@@ -274,7 +287,7 @@ def test_adamw_shards_are_torchs_adamw():
 def multi_tensor_adam(
     chunk, overflow, tensors, lr, beta1, beta2, eps, step, mode, bias_correction, decay
 ):
-    """What apex's multi_tensor_adam.cu computes, with its arguments: float32, one operation after another."""
+    """Compute what apex's multi_tensor_adam.cu does, with its arguments, in float32."""
     assert (
         (chunk, mode, bias_correction) == (65536, 1, 1)
         and not overflow.any()
@@ -292,15 +305,18 @@ def multi_tensor_adam(
 @pytest.mark.parametrize(
     "name, device",
     [
-        ("words", "cpu"),
-        pytest.param("words", "cuda", marks=NEEDS_GPU),
+        ("reference", "cpu"),
+        pytest.param("reference", "cuda", marks=NEEDS_GPU),
         pytest.param("apex", "cuda", marks=NEEDS_GPU),
     ],
 )
-def test_every_adamw_body_does_torchs_update(name, device):
-    """Twenty steps with decay: no further from AdamW in float64 than twice torch's fused kernel and an ulp a step."""
+def test_adamw_backends_match_torch(name, device):
+    """Over twenty steps with decay, the error is at most twice that of torch's fused kernel.
 
-    def train(body, dtype):
+    The error is relative to AdamW in float64, plus an ulp per step.
+    """
+
+    def train(backend, dtype):
         flat = (
             torch.randn(1003, generator=torch.Generator().manual_seed(0))
             .to(device, dtype)
@@ -313,7 +329,7 @@ def test_every_adamw_body_does_torchs_update(name, device):
             eps=1e-8,
             weight_decay=0.1,
             momentum=0.95,
-            adamw=body,
+            adamw=backend,
         )
         for step in range(20):
             flat.grad = torch.randn(1003, generator=torch.Generator().manual_seed(step + 1)).to(
@@ -324,40 +340,38 @@ def test_every_adamw_body_does_torchs_update(name, device):
         return [flat.detach(), *(optimizer.state[flat][slot] for slot in ("exp_avg", "exp_avg_sq"))]
 
     try:
-        body = (
+        backend = (
             adamw_multi_tensor(multi_tensor_adam)
-            if name == "words"
+            if name == "reference"
             else adamw_backend(name, torch.device(device))
         )
     except InputError as error:
         pytest.skip(str(error))
-    exact, theirs, ours = (
-        train(adamw_torch, torch.float64),
-        train(adamw_torch, torch.float32),
-        train(body, torch.float32),
-    )
-    for got, same, wanted in zip(ours, theirs, exact, strict=True):
+    exact = train(adamw_torch, torch.float64)
+    theirs = train(adamw_torch, torch.float32)
+    ours = train(backend, torch.float32)
+    for got, same_dtype, expected in zip(ours, theirs, exact, strict=True):
         budget = (
-            2 * (same - wanted).abs().max()
-            + 20 * torch.finfo(torch.float32).eps * wanted.abs().max()
+            2 * (same_dtype - expected).abs().max()
+            + 20 * torch.finfo(torch.float32).eps * expected.abs().max()
         )
-        assert (got - wanted).abs().max() <= budget
+        assert (got - expected).abs().max() <= budget
 
 
-def test_an_absent_adamw_body_is_refused_in_one_line(monkeypatch):
-    """Apex's name is taken on PyPI by another package, which has no amp_C."""
+def test_missing_adamw_backend_is_rejected_in_one_line(monkeypatch):
+    """On PyPI, `apex` is another package, which has no amp_C."""
     monkeypatch.setitem(sys.modules, "amp_C", None)
     for name, device, message in [
-        ("apex", "cpu", "optim.adamw=apex needs a GPU: leave optim.adamw=torch"),
-        ("apex", "cuda", "optim.adamw=apex: no NVIDIA apex with CUDA extensions here"),
+        ("apex", "cpu", "optim.adamw=apex needs a GPU: set optim.adamw=torch"),
+        ("apex", "cuda", "optim.adamw=apex needs NVIDIA apex with CUDA extensions"),
     ]:
-        with pytest.raises(InputError) as refused:
+        with pytest.raises(InputError) as raised:
             adamw_backend(name, torch.device(device))
-        assert message in str(refused.value) and "\n" not in str(refused.value)
+        assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_configs_of_the_removed_body_are_read():
-    """A checkpoint of an earlier version still resumes."""
+def test_config_with_the_removed_backend_is_read():
+    """Checkpoints of earlier versions, which have it, still resume."""
     assert OptimSection(adamw="deepspeed") == OptimSection()
 
 
@@ -375,7 +389,10 @@ def test_configs_of_the_removed_body_are_read():
     ids=["FLUX", "Z-Image"],
 )
 def test_muon_takes_the_matrices_of_layers_only(shape, layers):
-    """The query adapter's too, whose queries are an embedding; not those at either end of the generator, nor modulations."""
+    """Includes the query adapter, except its queries, which are an embedding.
+
+    Excludes modulations and the generator's input and output layers.
+    """
     config = AdapterConfig(num_queries=4, head_dim=32, connector_layers=1)
     model = nn.ModuleDict(
         {
@@ -408,12 +425,12 @@ def test_muon_takes_the_matrices_of_layers_only(shape, layers):
     assert len(make_optimizer(model, OptimSection()).param_groups) == 1
 
 
-def test_work_is_spread_evenly_and_alike():
+def test_work_is_spread_evenly():
     assert spread([5, 1, 1, 1, 1, 1], 2) == [0, 1, 1, 1, 1, 1]
     assert sorted(spread([1] * 8, 4)) == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
-def test_schedules():
+def test_learning_rate_schedules():
     config = OptimSection(lr=1.0, warmup_steps=4)
     assert [learning_rate(s, config, 20) for s in range(6)] == pytest.approx(
         [0.2, 0.4, 0.6, 0.8, 1.0, 1.0]

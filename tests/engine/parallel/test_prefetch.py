@@ -1,6 +1,6 @@
-"""Encoders ahead of the generator: the order of work, what is handed over, and the same numbers."""
+"""Prefetched encoders: the order of work, the prepared batches, and unchanged losses."""
 
-from itertools import islice
+from itertools import chain, islice
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def batches(num, order):
 
 
 class Stub:
-    """Stands in for zero.Sharded; two micro-batches a step."""
+    """Replace zero.Sharded, with two micro-batches per step."""
 
     def __init__(self, order):
         self.order, self.passes = order, 0
@@ -45,37 +45,35 @@ class Stub:
         return self.passes % 2 == 0
 
 
-def test_the_next_batch_is_read_and_encoded_once_the_forward_pass_is_queued():
+def test_next_batch_is_encoded_after_the_forward_pass():
     order = []
 
     def prepare(pixels, *_):
         order.append(f"prepare {pixels[0].item():.0f}")
         return f"prepared {pixels[0].item():.0f}"
 
-    ahead, sharded = Prefetcher(batches(4, order), prepare, torch.device("cpu")), Stub(order)
-    results = [train_step(sharded, islice(ahead, 2), None, ahead.fetch) for _ in range(2)]
-    assert order == ["read 0", "prepare 0"] + sum(
+    prefetcher = Prefetcher(batches(4, order), prepare, torch.device("cpu"))
+    sharded = Stub(order)
+    results = [train_step(sharded, islice(prefetcher, 2), None, prefetcher.fetch) for _ in range(2)]
+    by_micro_batch = [
         [
-            [
-                f"forward prepared {i}",
-                *([f"read {i + 1}", f"prepare {i + 1}"] if i < 3 else []),
-                "backward",
-                "step" if i % 2 else "no step",
-            ]
-            for i in range(4)
-        ],
-        [],
-    )
-    assert [result[3] for result in results] == pytest.approx([0.1, 0.5]) and [
-        result[4] for result in results
-    ] == [[0, 1], [2, 3]]
+            f"forward prepared {i}",
+            *([f"read {i + 1}", f"prepare {i + 1}"] if i < 3 else []),
+            "backward",
+            "step" if i % 2 else "no step",
+        ]
+        for i in range(4)
+    ]
+    assert order == ["read 0", "prepare 0", *chain.from_iterable(by_micro_batch)]
+    assert [result[3] for result in results] == pytest.approx([0.1, 0.5])
+    assert [result[4] for result in results] == [[0, 1], [2, 3]]
     assert [n_B.tolist() for result in results for n_B, _ in result[5]] == [
         [0, 1],
         [2, 3],
         [4, 5],
         [6, 7],
     ]
-    assert next(ahead, None) is None
+    assert next(prefetcher, None) is None
     order.clear()
     train_step(Stub(order), islice(batches(2, order), 2))
     assert order == [
@@ -92,7 +90,7 @@ def test_the_next_batch_is_read_and_encoded_once_the_forward_pass_is_queued():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_streams_do_not_race(mllm_folder):
-    """With the training stream held up, so that the encoders are far ahead of it, every loss is the one without them."""
+    """With a delayed training stream, encoders run far ahead of it, and losses are unchanged."""
     model = build(load_mllm(str(mllm_folder), dtype=torch.float32, device="cuda")).cuda()
 
     def stream_of_batches():
@@ -100,22 +98,23 @@ def test_streams_do_not_race(mllm_folder):
             n_B = torch.arange(4 * i, 4 * i + 4)
             yield Batch(n_B, n_B, *(x.cuda() for x in pixels(n_B)), wait_s=0.0)
 
-    plain = [model(*batch.inputs)[1] for batch in stream_of_batches()]
-    ahead, found = Prefetcher(stream_of_batches(), model.prepare, torch.device("cuda")), []
-    for batch in ahead:
+    expected = [model(*batch.inputs)[1] for batch in stream_of_batches()]
+    prefetcher = Prefetcher(stream_of_batches(), model.prepare, torch.device("cuda"))
+    found = []
+    for batch in prefetcher:
         torch.cuda._sleep(10**8)
         loss, loss_B, _ = model(*batch.inputs)
         loss.backward()
         found.append(loss_B)
         del batch
-        ahead.fetch()
-    assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+        prefetcher.fetch()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize(
-    "settings", [dict(), dict(conditions="all"), dict(conditions="all", kind="none")], ids=str
+    "settings", [{}, dict(conditions="all"), dict(conditions="all", kind="none")], ids=str
 )
-def test_what_was_prepared_gives_the_same_loss_and_gradients(mllm, settings):
+def test_prepared_batches_give_the_same_loss_and_gradients(mllm, settings):
     model, n_B = build(mllm, **settings), torch.arange(4)
     prepared = model.prepare(*pixels(n_B), n_B)
     assert {id(x) for x in walk(prepared)} == {id(x) for x in prepared.tensors()}

@@ -1,4 +1,8 @@
-"""ZeRO stages 0 to 3 on one and two ranks: same losses and norms, whole steps or none, checkpoints of each for each."""
+"""ZeRO stages 0 to 3 on one and two ranks.
+
+Losses and norms are equal, steps are applied on all ranks or none, and checkpoints convert between
+stages.
+"""
 
 import json
 from pathlib import Path
@@ -25,12 +29,15 @@ RUNS = [(kind, precision) for kind in KINDS for precision in ("fp32", "bf16")]
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
-    """{(number of ranks, rank): what tests/helpers/zero_ranks.py reports}: one rank and two, started together."""
+    """Return {(number of ranks, rank): report of tests/helpers/zero_ranks.py}.
+
+    Jobs of one and of two ranks run at the same time.
+    """
     folder, started = tmp_path_factory.mktemp("zero"), {}
     for size in (1, 2):
         (folder / str(size)).mkdir()
-        with open(folder / f"{size}.txt", "w") as said:
-            processes = start_ranks(size, zero_ranks.__file__, str(folder), said=said)
+        with open(folder / f"{size}.txt", "w") as output:
+            processes = start_ranks(size, zero_ranks.__file__, str(folder), output=output)
         started |= {(size, rank): process for rank, process in enumerate(processes)}
     codes = finish(started.values())
     assert not any(codes), "\n".join(
@@ -42,19 +49,25 @@ def reports(tmp_path_factory):
     }
 
 
-def test_every_stage_is_plain_pytorch(reports):
-    """Accumulated, clipped, on one rank and two: losses and norms of torch's AdamW on whole batches, in fp32."""
+def test_every_stage_matches_plain_pytorch(reports):
+    """Losses and norms equal those of torch's AdamW on whole batches, in fp32.
+
+    ZeRO runs accumulate and clip, on one rank and on two.
+    """
     for report in reports.values():
         for stage in STAGES:
             for ours, theirs in zip(
-                report["runs"][f"adamw-fp32-{stage}"], reports[1, 0]["plain"], strict=True
+                report["runs"][f"adamw-fp32-{stage}"], reports[1, 0]["baseline"], strict=True
             ):
                 assert ours == pytest.approx(theirs, rel=1e-6)
 
 
 @pytest.mark.parametrize("kind, precision", RUNS)
-def test_stages_and_world_sizes_train_alike(kind, precision, reports):
-    """Losses and norms, to fp32 rounding; bf16 too, as accumulation and, here, sums over ranks are fp32."""
+def test_stages_and_world_sizes_train_the_same(kind, precision, reports):
+    """Losses and norms are equal up to fp32 rounding.
+
+    This includes bf16, since accumulation and, in this test, sums over ranks are fp32.
+    """
     golden = reports[1, 0]["runs"][f"{kind}-{precision}-3"]
     for report in reports.values():
         for stage in STAGES:
@@ -64,13 +77,13 @@ def test_stages_and_world_sizes_train_alike(kind, precision, reports):
                 assert ours == pytest.approx(theirs, rel=1e-6)
 
 
-def test_hierarchical_partitioning_changes_nothing(reports):
+def test_hierarchical_partitioning_changes_no_loss(reports):
     for rank in range(2):
         runs = reports[2, rank]["runs"]
         assert runs["adamw-bf16-3-hpz"] == runs["adamw-bf16-3"]
 
 
-def test_several_masters_of_a_group_change_nothing(reports):
+def test_several_masters_per_group_change_no_loss(reports):
     for report in reports.values():
         for name in CUT:
             for ours, theirs in zip(
@@ -80,8 +93,8 @@ def test_several_masters_of_a_group_change_nothing(reports):
 
 
 @pytest.mark.parametrize("rank", [0, 2])
-def test_more_ranks_than_gpus_are_refused_on_all_of_them(rank, monkeypatch):
-    """By rank 0 too, which is the one that says it; and as many as there are get theirs."""
+def test_more_ranks_than_gpus_are_rejected_on_all_ranks(rank, monkeypatch):
+    """Rank 0, which prints the error, raises it too. With enough GPUs, each rank gets its own."""
     taken = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -89,16 +102,18 @@ def test_more_ranks_than_gpus_are_refused_on_all_of_them(rank, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", str(rank))
     monkeypatch.delenv("LOCAL_SIZE", raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    with pytest.raises(InputError, match=r"^4 ranks on a machine that shows 2 GPU\(s\)"):
+    with pytest.raises(InputError, match=r"^4 ranks on a machine with 2 visible GPU\(s\)"):
         group.take_device()
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert group.take_device() == (1, torch.device("cuda", 1)) and taken == [1]
 
 
-def test_muon_s_matrices_are_the_same_at_every_stage(reports):
-    """First step of two ranks, one micro-batch each, no clipping: the gradients are equal bit by bit, and so is what Muon
-    makes of them. (AdamW's kernel rounds the last values of a flat shard otherwise than those before.)
+def test_muon_updates_are_bitwise_equal_at_every_stage(reports):
+    """Muon's first step of two ranks is equal bit by bit, as gradients are.
+
+    Each rank has one micro-batch and there is no clipping. (AdamW's kernel rounds the last values
+    of a flat shard differently from the others.)
     """
     folder = Path(reports[2, 0]["converted"][0][0]).parent.parent.parent
     readers = [Reader(folder / f"2/muon-fp32-{stage}/step-00000001") for stage in STAGES]
@@ -114,10 +129,10 @@ def test_muon_s_matrices_are_the_same_at_every_stage(reports):
             assert all(torch.equal(whole[0], other) for other in whole[1:]), (slot, name)
 
 
-def test_what_is_not_finite_skips_the_step_on_all_ranks(reports):
-    """At every stage, in both precisions: the loss, a gradient, a master or a moment of the last rank."""
+def test_nonfinite_values_skip_the_step_on_all_ranks(reports):
+    """The loss, a gradient, a master or a moment of the last rank is not finite."""
     for report in reports.values():
-        for name, found in report["broken"].items():
+        for name, found in report["nonfinite"].items():
             for what, (applied, changed) in found.items():
                 assert applied == changed == (what == "nothing"), (name, what)
 
@@ -134,7 +149,10 @@ def has(reader, slot, name):
 
 
 def test_checkpoints_convert_between_stages_and_world_sizes(reports):
-    """Loaded at another stage or world size and saved there: every slot bit by bit, the step count, and the next loss."""
+    """Checkpoints are loaded at another stage or world size and saved there.
+
+    Every slot stays equal bit by bit, and so do the step count and the next loss.
+    """
     losses = {}
     for report in reports.values():
         assert len(report["converted"]) == 2 * 4 * 5
@@ -145,17 +163,14 @@ def test_checkpoints_convert_between_stages_and_world_sizes(reports):
                 for name in before.manifest["shapes"]:
                     assert has(before, slot, name) == has(after, slot, name)
                     if has(before, slot, name):
-                        assert torch.equal(before.full(slot, name), after.full(slot, name)), (
-                            saved,
-                            slot,
-                            name,
-                        )
+                        same = torch.equal(before.full(slot, name), after.full(slot, name))
+                        assert same, (saved, slot, name)
             losses.setdefault(source, []).append(loss)
     for source, found in losses.items():
         assert len(found) >= 4 and found == pytest.approx(found[:1] * len(found), rel=1e-6), source
 
 
-def test_every_key_of_zero_reaches_deepspeed():
+def test_every_zero_key_reaches_deepspeed():
     config = parse(
         "",
         overrides=[
@@ -174,7 +189,7 @@ def test_every_key_of_zero_reaches_deepspeed():
     assert made["communication_data_type"] == "fp32" and made["data_types"] == {
         "grad_accum_dtype": "fp32"
     }
-    # as DeepSpeed reads it
+    # DeepSpeed reads the section with this function.
     timers = pytest.importorskip("deepspeed.utils.config").get_timers_config
     assert not timers(made).enabled and timers({}).enabled
     assert (
@@ -197,13 +212,11 @@ def test_every_key_of_zero_reaches_deepspeed():
         "memory_efficient_linear": False,
     }
     config = parse("", overrides=["zero.hpz_partition_size=8"])
-    for device, there in (("cpu", False), ("cuda", True)):
+    for device, overlaps in (("cpu", False), ("cuda", True)):
         made = zero.deepspeed_config(config, torch.device(device), 1, 1)["zero_optimization"]
-        assert made["zero_hpz_partition_size"] == 8 and made["overlap_comm"] is there
-    assert (
-        zero.reduce_dtype(parse("")) == torch.bfloat16
-        and zero.reduce_dtype(parse("", overrides=["precision=fp32"])) == torch.float32
-    )
+        assert made["zero_hpz_partition_size"] == 8 and made["overlap_comm"] is overlaps
+    assert zero.reduce_dtype(parse("")) == torch.bfloat16
+    assert zero.reduce_dtype(parse("", overrides=["precision=fp32"])) == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -221,7 +234,7 @@ def test_every_key_of_zero_reaches_deepspeed():
         (["optim.adamw=fused"], "optim.adamw must be one of torch, apex; got 'fused'"),
     ],
 )
-def test_mistakes_are_named(overrides, message):
+def test_invalid_keys_are_named(overrides, message):
     with pytest.raises(InputError, match=message):
         parse("", overrides=overrides)
 
@@ -229,8 +242,8 @@ def test_mistakes_are_named(overrides, message):
 @pytest.mark.parametrize(
     "stage, weights, gradients, state", [(0, 1, 1, 1), (1, 1, 1, 8), (2, 1, 8, 8), (3, 8, 8, 8)]
 )
-def test_memory_is_planned_by_stage(stage, weights, gradients, state):
-    """Each part over 1 or all 8 ranks; gathered blocks at stage 3 alone, as many as may live."""
+def test_planned_memory_depends_on_the_stage(stage, weights, gradients, state):
+    """Each part is split over 1 or 8 ranks. Only stage 3 gathers blocks, up to the limit."""
     plan = make_plan(
         load_config("iomm-b-512", ["data.shards=shapes", f"zero.stage={stage}"]), ranks=8
     )
@@ -244,9 +257,12 @@ def test_memory_is_planned_by_stage(stage, weights, gradients, state):
     )
 
 
-def test_hierarchical_partitioning_must_divide_the_ranks():
+def test_hpz_partition_size_must_divide_the_ranks():
     config = load_config("iomm-b-512", ["data.shards=shapes", "zero.hpz_partition_size=8"])
-    message = "zero.hpz_partition_size must divide the number of ranks, got 8 and 4: give the number of GPUs of one machine"
+    message = (
+        "zero.hpz_partition_size must divide the number of ranks, got 8 and 4: "
+        "give the number of GPUs of one machine"
+    )
     with pytest.raises(InputError, match=message):
         make_plan(config, ranks=4)
     with pytest.raises(InputError, match=message):

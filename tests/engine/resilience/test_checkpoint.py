@@ -1,7 +1,9 @@
-"""Checkpoints under damage: every crash point, every flipped bit, full disks, failing removals, other world sizes."""
+"""Checkpoints survive crashes, damage, full disks, failing removals and other world sizes."""
 
 import errno
+import itertools
 import json
+import logging
 import os
 import resource
 import shutil
@@ -48,21 +50,20 @@ from iomm.engine.resilience.watchdog import DEAD
 from iomm.engine.shapes.dataset import write_dataset
 
 
-def test_what_is_written_is_what_was_there_at_the_call(tmp_path):
-    """50 times: the tensors are overwritten as soon as save() returns; safetensors itself reads the files."""
+def test_save_writes_the_values_at_the_time_of_the_call(tmp_path):
+    """The tensors of 50 saves are overwritten as soon as save() returns."""
 
     def work(rank):
         one = saver(tmp_path, rank)
         for step in range(1, 26):
             tensors = pieces(rank.rank, step, numel=20_000)
-            wanted = {key: t.clone() for key, t in tensors.items()}
+            expected = {key: t.clone() for key, t in tensors.items()}
             one.save(step, tensors, FACTS)
             for t in tensors.values():
                 t.fill_(float("nan"))
             stored = load_file(one.wait() / f"rank-{rank.rank:05d}-of-00002.safetensors")
-            assert stored.keys() == wanted.keys() and all(
-                torch.equal(stored[key], wanted[key]) for key in wanted
-            )
+            assert stored.keys() == expected.keys()
+            assert all(torch.equal(stored[key], expected[key]) for key in expected)
         return True
 
     assert Together(2).run(work) == [True, True]
@@ -79,7 +80,7 @@ def test_every_crash_point_of_a_save_is_safe(tmp_path):
     ), found
 
 
-def test_no_damage_is_loaded_and_the_one_before_is_found(tmp_path):
+def test_damaged_checkpoint_is_skipped_for_the_previous_one(tmp_path):
     found = damages(tmp_path, num_flips=300)
     assert (
         found["detected"] == found["fell_back"] == found["cases"]
@@ -87,7 +88,7 @@ def test_no_damage_is_loaded_and_the_one_before_is_found(tmp_path):
     ), found
 
 
-def test_a_checkpoint_under_another_name_is_passed_over(tmp_path):
+def test_renamed_checkpoint_is_skipped(tmp_path):
     for step in (2, 4):
         save_all(tmp_path, step)
     root = tmp_path / "checkpoints"
@@ -95,25 +96,25 @@ def test_a_checkpoint_under_another_name_is_passed_over(tmp_path):
     assert newest_step(tmp_path) == 2
 
 
-def test_a_rollback_is_not_undone(tmp_path, capsys):
-    """--resume with the checkpoint of an earlier step: the later ones are no longer the run's, and auto finds the new way."""
+def test_rollback_sets_later_checkpoints_aside(tmp_path, caplog):
+    """After --resume with an earlier checkpoint, auto must not find the later ones."""
+    caplog.set_level(logging.INFO, "iomm")
     for step in (2, 4, 6):
         save_all(tmp_path, step, keep=9)
     root = tmp_path / "checkpoints"
     for turn in range(2):
-        capsys.readouterr()
+        caplog.clear()
         checkpoint_writer.set_aside(root, 2)
         assert newest_step(tmp_path) == 2 and len(list(root.glob("abandoned-step-*"))) == 2 + turn
-        words = capsys.readouterr().out.splitlines()
-        assert len(words) == 1 and words[0].startswith(
-            f"checkpoints of steps {'4' if turn else '4, 6'} set aside as {root}/abandoned"
+        assert len(caplog.messages) == 1 and caplog.messages[0].startswith(
+            f"checkpoints of steps {'4' if turn else '4, 6'} renamed to {root}/abandoned"
         )
         save_all(tmp_path, 4, keep=9)
     assert newest_step(tmp_path) == 4
 
 
-def test_what_is_committed_again_is_what_stays(tmp_path, monkeypatch):
-    """The same step with other bits takes the place of the one before, which goes only then; with the same bits it is left."""
+def test_step_committed_again_replaces_other_bits(tmp_path, monkeypatch):
+    """A checkpoint with the same bits is left as it is. One with other bits is replaced."""
     folder = save_all(tmp_path, 4)[0]
     inode, before = folder.stat().st_ino, checkpoint_reader.read_manifest(folder)["files"]
     assert (
@@ -133,7 +134,7 @@ def test_what_is_committed_again_is_what_stays(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_start_goes_on_before_what_is_damaged(tmp_path):
+def test_start_after_damage_ends_with_the_same_bits(tmp_path):
     found = damaged_starts(tmp_path)
     assert (
         found["went_on_from_the_one_before_and_ended_at_the_same_bits"] == found["starts"] == 12
@@ -149,7 +150,7 @@ def test_a_start_goes_on_before_what_is_damaged(tmp_path):
         "x/rank-00000-of-00001.safetensors",
     ],
 )
-def test_a_manifest_cannot_name_other_files(name, tmp_path):
+def test_manifest_cannot_name_files_outside_its_folder(name, tmp_path):
     folder = tmp_path / "step-00000001"
     folder.mkdir()
     (folder / "MANIFEST.json").write_bytes(
@@ -162,15 +163,15 @@ def test_a_manifest_cannot_name_other_files(name, tmp_path):
             }
         )
     )
-    with pytest.raises(InputError, match="no intact MANIFEST.json"):
+    with pytest.raises(InputError, match=r"no intact MANIFEST\.json"):
         checkpoint_reader.read_manifest(folder)
     (folder / "MANIFEST.json").write_text("[" * 100_000)
-    with pytest.raises(InputError, match="no intact MANIFEST.json"):
+    with pytest.raises(InputError, match=r"no intact MANIFEST\.json"):
         checkpoint_reader.read_manifest(folder)
 
 
-def test_ranks_that_see_different_folders_refuse_alike(tmp_path):
-    """C7's heart: the newest is hidden from one rank's listing, so no rank takes it."""
+def test_ranks_that_see_different_folders_all_refuse(tmp_path):
+    """The newest checkpoint does not exist for one rank, therefore no rank may use it (C7)."""
     for step in (2, 4):
         save_all(tmp_path / "a", step)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
@@ -181,15 +182,15 @@ def test_ranks_that_see_different_folders_refuse_alike(tmp_path):
             tmp_path / "ab"[rank.rank] / "checkpoints/step-00000004", rank
         )
     )
-    assert (
-        problems[0] == problems[1]
-        and "no intact MANIFEST.json" in problems[0]
-        and not link.exists()
-    )
+    assert problems[0] == problems[1] and "no intact MANIFEST.json" in problems[0]
+    assert not link.exists()
 
 
 class Failing:
-    """Raises one OSError at one kind of operation on paths that contain `part`; for a write, after `offset` bytes."""
+    """Make one kind of operation raise an OSError on paths that contain `part`.
+
+    A write fails after `offset` bytes.
+    """
 
     def __init__(self, monkeypatch, operation, part, number, offset=0):
         self.armed = True
@@ -230,27 +231,29 @@ class Failing:
             monkeypatch.setattr(checkpoint_writer, "open", opened, raising=False)
         elif operation == "fsync":
             real = os.fsync
-            monkeypatch.setattr(
-                os,
-                "fsync",
-                lambda handle: (fail(os.readlink(f"/proc/self/fd/{handle}")), real(handle))[1],
-            )
+
+            def fsync(handle):
+                fail(os.readlink(f"/proc/self/fd/{handle}"))
+                return real(handle)
+
+            monkeypatch.setattr(os, "fsync", fsync)
         elif operation == "read":
             real_hash = checkpoint_reader.sha256
-            monkeypatch.setattr(
-                checkpoint_writer,
-                "sha256",
-                lambda path, **kwargs: (fail(path) if kwargs else None, real_hash(path, **kwargs))[
-                    1
-                ],
-            )
+
+            def sha256(path, **kwargs):
+                if kwargs:
+                    fail(path)
+                return real_hash(path, **kwargs)
+
+            monkeypatch.setattr(checkpoint_writer, "sha256", sha256)
         else:
             real_call = getattr(os, operation)
-            monkeypatch.setattr(
-                os,
-                operation,
-                lambda path, *rest, **kw: (fail(path), real_call(path, *rest, **kw))[1],
-            )
+
+            def call(path, *rest, **kwargs):
+                fail(path)
+                return real_call(path, *rest, **kwargs)
+
+            monkeypatch.setattr(os, operation, call)
 
 
 DISKS = [
@@ -273,10 +276,10 @@ DISKS = [
 
 
 @pytest.mark.parametrize("operation, part, number, offset", DISKS)
-def test_a_failing_disk_costs_one_save(
-    operation, part, number, offset, tmp_path, monkeypatch, capsys
+def test_failing_disk_costs_one_save(
+    operation, part, number, offset, tmp_path, monkeypatch, caplog
 ):
-    """20 ways for a disk to fail."""
+    """A disk fails in 20 ways."""
     if operation == "limit":
 
         def arm(on):
@@ -292,12 +295,15 @@ def test_a_failing_disk_costs_one_save(
 
     arm(False)
     save_all(tmp_path, 2)
-    one_save_fails(tmp_path, arm, number, capsys)
+    one_save_fails(tmp_path, arm, number, caplog)
 
 
 @pytest.mark.parametrize("num_pages", range(0, 20, 2))
-def test_a_full_file_system_costs_one_save(num_pages, tmp_path, capsys):
-    """A real one in memory, full after so many pages more than it holds: both ranks write 9 pages, the manifest is the 19th."""
+def test_full_file_system_costs_one_save(num_pages, tmp_path, caplog):
+    """A real file system in memory has only num_pages free pages.
+
+    Both ranks write 9 pages, and the manifest is the 19th.
+    """
 
     def mount(*options):
         return (
@@ -309,7 +315,7 @@ def test_a_full_file_system_costs_one_save(num_pages, tmp_path, capsys):
 
     if not mount("-o", "size=1m"):
         pytest.skip(
-            "this user may not mount a file system; the shim above fails in the same places"
+            "this user may not mount a file system; the test above fails in the same places"
         )
     try:
         save_all(tmp_path, 2)
@@ -319,17 +325,19 @@ def test_a_full_file_system_costs_one_save(num_pages, tmp_path, capsys):
             tmp_path,
             lambda on: mount("-o", f"remount,size={4096 * (used + num_pages) if on else 2**20}"),
             errno.ENOSPC,
-            capsys,
+            caplog,
         )
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
 
 
-def one_save_fails(run_dir, arm, number, capsys):
-    """With arm(True) two ranks cannot save step 4: training goes on, the checkpoint of step 2 stays, nothing partial does, one
-    line is said; with arm(False) the next save works.
+def one_save_fails(run_dir, arm, number, caplog):
+    """Check that two ranks fail to save step 4 and succeed to save step 6.
+
+    arm(True) makes saves fail, and arm(False) makes them work. After the failure, the checkpoint of
+    step 2 remains, nothing partial does, one line is logged, and training continues.
     """
-    capsys.readouterr()
+    caplog.clear()
 
     def work(rank):
         one = saver(run_dir, rank)
@@ -349,12 +357,12 @@ def one_save_fails(run_dir, arm, number, capsys):
         assert Together(2).run(work) == [run_dir / "checkpoints/step-00000006"] * 2
     finally:
         arm(False)
-    alerts = [line for line in capsys.readouterr().out.splitlines() if "not written" in line]
+    alerts = [message for message in caplog.messages if "not written" in message]
     assert len(alerts) == 1 and os.strerror(number) in alerts[0] and "step 4" in alerts[0]
 
 
 @pytest.mark.parametrize("num_saves", [40, pytest.param(300, marks=pytest.mark.slow)])
-def test_retention_never_removes_what_is_needed(num_saves, tmp_path):
+def test_retention_keeps_every_needed_checkpoint(num_saves, tmp_path):
     found = retention(tmp_path, num_saves)
     assert (
         found["sound_after_each"] == found["saves"] == num_saves + 1
@@ -364,21 +372,23 @@ def test_retention_never_removes_what_is_needed(num_saves, tmp_path):
 
 
 @pytest.mark.parametrize("ema, slot", [(True, "ema"), (False, "raw")])
-def test_ranks_choose_alike_what_they_start_from_and_say_what_it_is(
-    ema, slot, tmp_path, monkeypatch
-):
-    """Every file is hashed by one rank alone; the newest is damaged, so all start from the one before."""
+def test_all_ranks_start_from_the_same_init_weights(ema, slot, tmp_path, monkeypatch):
+    """The newest checkpoint is damaged, and all ranks use the one before.
+
+    Each of its files is hashed by one rank only.
+    """
     monkeypatch.setitem(FACTS, "ema", ema)
     for step in (2, 4):
         save_all(tmp_path, step)
     (tmp_path / "config.yaml").write_text("")
     (tmp_path / "checkpoints/step-00000004/rank-00001-of-00002.safetensors").write_bytes(b"")
     hashed, real = [], checkpoint_reader.sha256
-    monkeypatch.setattr(
-        checkpoint_reader,
-        "sha256",
-        lambda path, **kwargs: (hashed.append(Path(path)), real(path, **kwargs))[1],
-    )
+
+    def sha256(path, **kwargs):
+        hashed.append(Path(path))
+        return real(path, **kwargs)
+
+    monkeypatch.setattr(checkpoint_reader, "sha256", sha256)
     config = parse("", overrides=[f"run.init={tmp_path}"])
 
     def start(rank):
@@ -387,16 +397,19 @@ def test_ranks_choose_alike_what_they_start_from_and_say_what_it_is(
         return start_from(config, model, rank), model.w.detach()
 
     before = tmp_path / "checkpoints/step-00000002"
-    for words, weights in Together(2).run(start):
-        assert words == f"initialized with the {slot} weights of {before}"
+    for message, weights in Together(2).run(start):
+        assert message == f"initialized with the {slot} weights of {before}"
         assert weights.equal(torch.arange(6000.0) / 2 if ema else torch.arange(6000.0) * 2)
     assert sorted(p.name for p in hashed if p.parent == before and p.name != "MANIFEST.json") == [
         p.name for p in sorted(before.glob("rank*"))
     ]
 
 
-def test_any_piece_is_read_back_whoever_wrote_it(tmp_path):
-    """Whole tensors and pieces for 1 to 5 ranks, bit by bit, of pieces that begin anywhere, and of format 1's equal ones."""
+def test_pieces_are_read_for_any_number_of_ranks(tmp_path):
+    """Whole tensors and the pieces of 1 to 5 ranks are read bit by bit.
+
+    The written pieces start anywhere, or have equal sizes as in format 1.
+    """
     whole = torch.randn(5993)
     padded = torch.nn.functional.pad(whole, (0, 1))
     begins = {"any": (0, 41, 5993), "padded": (0, 2997, 5994)}
@@ -413,13 +426,7 @@ def test_any_piece_is_read_back_whoever_wrote_it(tmp_path):
                 "master/any": cut["any"],
                 "start/any": torch.tensor(begins["any"][rank.rank]),
                 "master/padded": cut["padded"],
-                **(
-                    {
-                        "ema/any": cut["any"],
-                    }
-                    if rank.first
-                    else {}
-                ),
+                **({"ema/any": cut["any"]} if rank.first else {}),
             },
             {**FACTS, "shapes": {"any": [5993], "padded": [13, 461]}},
         )
@@ -433,36 +440,36 @@ def test_any_piece_is_read_back_whoever_wrote_it(tmp_path):
             ends = [len(whole) * r // size for r in range(size + 1)]
             found = [
                 reader.piece("master", name, at, to - at, first=r % 2)
-                for r, (at, to) in enumerate(zip(ends, ends[1:]))
+                for r, (at, to) in enumerate(itertools.pairwise(ends))
             ]
             assert torch.equal(torch.cat(found), whole)
-    with pytest.raises(InputError, match="holds 41 of 5993 values of ema/any"):
+    with pytest.raises(InputError, match="has only 41 of 5993 values of ema/any"):
         reader.full("ema", "any")
 
 
-def test_checkpoints_of_the_format_before_are_read(tmp_path, monkeypatch):
+def test_previous_format_is_read_and_a_newer_one_rejected(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint_writer, "FORMAT", 1)
     assert checkpoint_reader.read_manifest(save_all(tmp_path, 3)[0])["format"] == 1
     monkeypatch.setattr(checkpoint_writer, "FORMAT", 3)
-    with pytest.raises(InputError, match="no intact MANIFEST.json"):
+    with pytest.raises(InputError, match=r"no intact MANIFEST\.json"):
         checkpoint_reader.read_manifest(save_all(tmp_path, 4)[0])
 
 
-def test_one_job_a_run_directory(tmp_path):
-    checkpoint_writer.take(tmp_path)
+def test_run_directory_admits_one_job(tmp_path):
+    checkpoint_writer.lock_run_dir(tmp_path)
     pid = os.fork()
     if pid == 0:
         try:
-            checkpoint_writer.take(tmp_path, patience_s=0.2)
+            checkpoint_writer.lock_run_dir(tmp_path, timeout_s=0.2)
         except InputError as error:
-            os._exit(5 if "is being trained by process" in str(error) else 6)
+            os._exit(5 if "is in use by process" in str(error) else 6)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 5
 
 
 @pytest.mark.parametrize("num_gpus", [8, 64, 256])
 @pytest.mark.parametrize("stall_s, write_s", [(0.05, 5.0), (0.5, 30.0), (0.5, 60.0)])
-def test_planned_intervals_bound_what_a_fault_costs(num_gpus, stall_s, write_s):
+def test_planned_intervals_bound_the_loss_of_a_fault(num_gpus, stall_s, write_s):
     found = plan(num_gpus=num_gpus, stall_s=stall_s, write_s=write_s, mtbf_gpu_hours=20_000)
     assert (
         found.lost_gpu_hours <= 10 + 1e-9
@@ -477,7 +484,7 @@ def test_planned_intervals_bound_what_a_fault_costs(num_gpus, stall_s, write_s):
     [10, pytest.param(200, marks=pytest.mark.slow), pytest.param(1000, marks=pytest.mark.slow)],
 )
 def test_no_commit_is_lost_to_a_kill(num_kills, tmp_path):
-    """In two chains at once: most of the time of one goes into waiting for the watchdog."""
+    """Two chains run at once, because each mostly waits for the watchdog."""
     with ThreadPoolExecutor() as pool:
         for found in pool.map(
             lambda seed: kill_chain(tmp_path / str(seed), num_kills // 2, seed), range(2)
@@ -489,28 +496,27 @@ def test_no_commit_is_lost_to_a_kill(num_kills, tmp_path):
 
 
 @pytest.mark.parametrize("num_trials", [4, pytest.param(20, marks=pytest.mark.slow)])
-def test_resume_is_bitwise_wherever_it_starts(num_trials, tmp_path):
+def test_resume_after_kill_is_bitwise(num_trials, tmp_path):
     assert bitwise_resumes(tmp_path, num_trials)["bitwise"] == num_trials
 
 
 @pytest.mark.parametrize("ranks", [[0, 1], [1]])
-def test_an_evaluation_that_fails_costs_neither_its_step_nor_the_next_start(ranks, tmp_path):
-    """The step is saved first, and the save that is under way as one rank or all of them fail comes to its end."""
+def test_failed_evaluation_loses_no_step(ranks, tmp_path):
+    """The step is saved before its evaluation, and the save completes when ranks fail."""
     settings = ["train.steps=8", "checkpoint.every_steps=4"]
     failing = {"width": 1_000_000, "evaluate_at": 4, "evaluate_s": 0.1}
     assert Job(tmp_path / "golden", *settings, **failing).wait(60) == [0, 0]
     for codes in ([1, 1] if len(ranks) == 2 else [DEAD, 1], [0, 0]):
         assert Job(tmp_path / "run", *settings, **failing, evaluate_fails=ranks).wait(60) == codes
-    said = (tmp_path / "run/out-rank0.txt").read_text()
-    assert "checkpoint of step 4 committed" in said and "resumed from step 4" in said
-    assert final_files(tmp_path / "run") == final_files(tmp_path / "golden") and log_rows(
-        tmp_path / "run"
-    ) == log_rows(tmp_path / "golden")
+    output = (tmp_path / "run/out-rank0.txt").read_text()
+    assert "checkpoint of step 4 committed" in output and "resumed from step 4" in output
+    assert final_files(tmp_path / "run") == final_files(tmp_path / "golden")
+    assert log_rows(tmp_path / "run") == log_rows(tmp_path / "golden")
 
 
-def test_a_resumed_run_wants_the_data_that_it_had(tmp_path):
-    """A checkpoint that says nothing of them, as older ones, goes on with any."""
-    for steps, data, told in (
+def test_resume_requires_the_same_data(tmp_path):
+    """A checkpoint without data facts, as older versions wrote, resumes with any data."""
+    for steps, data, message in (
         (2, None, "committed"),
         (4, {"images": [72, 5]}, "resumed from step 2"),
         (6, {"images": [72, 5]}, "resumed from step 4"),
@@ -521,29 +527,25 @@ def test_a_resumed_run_wants_the_data_that_it_had(tmp_path):
             "different data (72 images before, 72 other images now; 0 pairs before, 9 pairs now)",
         ),
     ):
-        refused = "different data" in told
-        codes = Job(tmp_path, f"train.steps={steps}", "checkpoint.every_steps=2", data=data).wait(
-            60
-        )
-        assert codes == [2 * refused] * 2 and told in (tmp_path / "out-rank0.txt").read_text(), told
+        refused = "different data" in message
+        job = Job(tmp_path, f"train.steps={steps}", "checkpoint.every_steps=2", data=data)
+        assert job.wait(60) == [2 * refused] * 2, message
+        assert message in (tmp_path / "out-rank0.txt").read_text(), message
 
 
-def test_what_is_known_of_data_is_what_decides_their_order(tmp_path):
+def test_data_facts_depend_on_what_decides_the_order(tmp_path):
     for name, number, size in (("a", 8, 4), ("b", 8, 4), ("more", 9, 4), ("divided", 8, 8)):
         write_dataset(tmp_path / name, num_images=number, size_px=32, seed=1, shard_size=size)
     a, b, more, divided = (
         Shards(build(tmp_path / name, tmp_path / f"{name}-index", progress=False))
         for name in ("a", "b", "more", "divided")
     )
-    assert (
-        data_facts(a) == data_facts(b) == json.loads(json.dumps(data_facts(a)))
-        and data_facts(a)["images"][0] == 8
-    )
-    assert len({data_facts(its)["images"][1] for its in (a, more, divided)}) == 3
-    assert data_facts(Joined(None, a)) == {"pairs": data_facts(a)["images"]} and set(
-        data_facts(Joined(a, more))
-    ) == {"images", "pairs"}
-    # A shard without a good sample shuffles the others too.
+    assert data_facts(a) == data_facts(b) == json.loads(json.dumps(data_facts(a)))
+    assert data_facts(a)["images"][0] == 8
+    assert len({data_facts(shards)["images"][1] for shards in (a, more, divided)}) == 3
+    assert data_facts(Joined(None, a)) == {"pairs": data_facts(a)["images"]}
+    assert set(data_facts(Joined(a, more))) == {"images", "pairs"}
+    # A shard without a good sample also affects the order of the others.
     divided.shard_sizes = [8, 0]
     assert (
         data_facts(divided)["images"][1]
@@ -551,7 +553,7 @@ def test_what_is_known_of_data_is_what_decides_their_order(tmp_path):
     )
 
 
-def test_the_world_may_change_its_size(tmp_path):
+def test_resume_with_another_world_size(tmp_path):
     for path, found in world_sizes(tmp_path).items():
         assert (
             found["samples_in_order"]
@@ -563,7 +565,7 @@ def test_the_world_may_change_its_size(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_world_may_change_its_size_under_zero_3(tmp_path):
+def test_resume_with_another_world_size_under_zero_3(tmp_path):
     for path, found in real_world_sizes(tmp_path).items():
         assert (
             found["samples_in_order"]
@@ -573,7 +575,7 @@ def test_the_world_may_change_its_size_under_zero_3(tmp_path):
         assert found["loads"] == found["bitwise_loads"] == path.count("->"), (path, found)
 
 
-def test_manifest_is_json_that_anybody_can_check(tmp_path):
+def test_manifest_is_plain_json(tmp_path):
     folder = save_all(tmp_path, 3)[0]
     whole = json.loads((Path(folder) / "MANIFEST.json").read_text())
     assert whole["manifest"]["step"] == 3 and set(whole["manifest"]["files"]) == {

@@ -1,4 +1,4 @@
-"""Steps that must not count, requests to stop, dead and hung ranks."""
+"""Skipped steps, loss spikes, preemption, and dead and hung ranks."""
 
 import json
 import math
@@ -11,9 +11,17 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from faults.real import Run, interrupted_starts, nonfinite, real_deaths, world
+from faults.real import Run, interrupted_starts, nonfinite, real_deaths, small_run
 from faults.toy_job import Job
-from faults.trials import deaths, false_alarms, hangs, log_rows, newest_step, requests_to_stop, said
+from faults.trials import (
+    deaths,
+    false_alarms,
+    hangs,
+    log_rows,
+    newest_step,
+    output,
+    requests_to_stop,
+)
 from launches import rows
 
 from iomm.config import InputError
@@ -28,7 +36,7 @@ from iomm.engine.resilience.watchdog import REFUSED
     "precisions, num_injections",
     [(["fp32"], 12), pytest.param(["fp32", "bf16"], 60, marks=pytest.mark.slow)],
 )
-def test_what_is_not_finite_changes_nothing(precisions, num_injections, tmp_path):
+def test_nonfinite_values_change_no_state(precisions, num_injections, tmp_path):
     found = nonfinite(tmp_path, num_injections, precisions)
     assert (
         found["injections"]
@@ -44,95 +52,85 @@ def test_what_is_not_finite_changes_nothing(precisions, num_injections, tmp_path
 
 
 def test_too_many_skips_in_a_row_stop_the_run():
-    guard = LossGuard(max_skips=2, say=lambda line: None)
+    guard = LossGuard(max_skips=2)
     for applied in (False, False, True, False, False):
-        guard.saw(1, math.nan, "samples 0 to 3", applied)
+        guard.record(1, math.nan, "samples 0 to 3", applied)
     with pytest.raises(
         InputError,
-        match="3 steps in a row up to step 9 .*samples 8 to 9.*a new run.dir .*resume OLD/checkpoints/step-00000009",
+        match=r"3 steps in a row up to step 9 .*samples 8 to 9.*a new run.dir "
+        r".*resume OLD/checkpoints/step-00000009",
     ):
-        guard.saw(9, math.nan, "samples 8 to 9", False)
+        guard.record(9, math.nan, "samples 8 to 9", False)
     assert guard.total == 5
 
 
-def test_a_run_that_its_guard_ends_has_saved_its_last_step(tmp_path):
-    settings, same = (
-        ["train.steps=20", "checkpoint.every_steps=100", "guard.max_skips=1"],
-        {"nan_steps": [6, 7]},
-    )
+def test_run_stopped_by_loss_guard_saves_its_last_step(tmp_path):
+    settings = ["train.steps=20", "checkpoint.every_steps=100", "guard.max_skips=1"]
+    same = {"nan_steps": [6, 7]}
     assert Job(tmp_path, *settings, **same).wait(20) == [REFUSED] * 2
-    assert newest_step(tmp_path) == 7 and [row[0] for row in log_rows(tmp_path)] == [
-        1,
-        2,
-        3,
-        4,
-        5,
-        6,
-        7,
-    ]
-    assert "iomm: 2 steps in a row up to step 7 " in said(tmp_path)
-    assert Job(tmp_path, *settings, **same).wait(20) == [0, 0] and "resumed from step 7" in said(
-        tmp_path
-    )
+    assert newest_step(tmp_path) == 7
+    assert [row[0] for row in log_rows(tmp_path)] == list(range(1, 8))
+    assert "iomm: 2 steps in a row up to step 7 " in output(tmp_path)
+    assert Job(tmp_path, *settings, **same).wait(20) == [0, 0]
+    assert "resumed from step 7" in output(tmp_path)
 
 
 def noise(rng, step):
-    """Losses as the demo's look: a slow fall with noise whose tail is heavier than a Gaussian's."""
+    """Return a loss like the demo's: a slow decay with noise heavier-tailed than a Gaussian."""
     return (0.4 + 0.6 * math.exp(-step / 400)) * (
         1 + 0.06 * rng.gauss(0, 1) + 0.02 * rng.expovariate(1)
     )
 
 
 @pytest.mark.parametrize("num_steps", [20_000])
-def test_spikes_are_found_and_never_believed(num_steps):
-    rng, said = random.Random(3), []
-    guard, spiked, found = LossGuard(max_skips=5, say=said.append), [], []
+def test_spikes_are_found_and_kept_out_of_the_statistics(num_steps, caplog):
+    rng = random.Random(3)
+    guard, spiked, found = LossGuard(max_skips=5), [], []
     for step in range(num_steps):
         loss, before = noise(rng, step), guard.spikes
         if step > 100 and step % 200 == 0:
             loss *= rng.uniform(3, 10)
             spiked.append(step)
-        guard.saw(step, loss, "", True)
+        guard.record(step, loss, "", True)
         if guard.spikes > before:
             found.append(step)
         assert max(guard.losses) < 2
-    assert set(spiked) <= set(found) and len(said) >= len(spiked)
+    assert set(spiked) <= set(found) and len(caplog.messages) >= len(spiked)
     assert len(found) - len(spiked) <= 1, "false alarms"
 
 
-def test_a_new_level_is_learnt_from_nothing():
-    guard = LossGuard(max_skips=5, say=lambda line: None)
+def test_statistics_restart_empty_at_a_new_loss_level():
+    guard = LossGuard(max_skips=5)
     rng = random.Random(0)
     for step in range(200):
-        guard.saw(step, 1 + 0.01 * rng.random(), "", True)
+        guard.record(step, 1 + 0.01 * rng.random(), "", True)
     for step in range(LossGuard.WINDOW):
-        guard.saw(step, 3 + 0.01 * rng.random(), "", True)
+        guard.record(step, 3 + 0.01 * rng.random(), "", True)
         assert max(guard.losses, default=0) < 2
     assert not guard.losses
     for step in range(LossGuard.LEAST):
-        guard.saw(step, 3 + 0.01 * rng.random(), "", True)
+        guard.record(step, 3 + 0.01 * rng.random(), "", True)
     assert not guard.is_spike(3.01) and guard.is_spike(9)
 
 
-def test_a_resumed_guard_judges_as_if_nothing_had_been():
-    rng, one = random.Random(5), LossGuard(max_skips=5, say=lambda line: None)
+def test_resumed_loss_guard_detects_the_same_spikes():
+    rng, one = random.Random(5), LossGuard(max_skips=5)
     for step in range(150):
-        one.saw(step, noise(rng, step), "", True)
-    other = LossGuard(max_skips=5, say=lambda line: None)
+        one.record(step, noise(rng, step), "", True)
+    other = LossGuard(max_skips=5)
     other.restore(json.loads(json.dumps(one.state())))
-    assert other.state() == one.state() and all(
-        one.is_spike(x / 100) == other.is_spike(x / 100) for x in range(200)
-    )
+    assert other.state() == one.state()
+    assert all(one.is_spike(x / 100) == other.is_spike(x / 100) for x in range(200))
 
 
 @pytest.mark.parametrize("num_trials", [5, pytest.param(50, marks=pytest.mark.slow)])
-def test_a_request_to_stop_is_met_by_all_ranks_at_one_step(num_trials, tmp_path):
+def test_stop_signal_stops_all_ranks_at_the_same_step(num_trials, tmp_path):
     found = requests_to_stop(tmp_path, num_trials)
     assert found["same_step_committed_and_requeue_code"] == num_trials, found
 
 
 @pytest.mark.parametrize("num_trials", [5, pytest.param(40, marks=pytest.mark.slow)])
-def test_a_dead_rank_ends_the_other(num_trials, tmp_path):
+def test_dead_rank_is_named_and_ends_the_other(num_trials, tmp_path):
     found = deaths(tmp_path, num_trials)
     assert found["and_named_the_dead"] == found["survivor_gone_within_5_s"] == num_trials, found
     assert found["first_step_of_the_next_start_within_60_s"] == num_trials, found
@@ -142,7 +140,7 @@ def test_a_dead_rank_ends_the_other(num_trials, tmp_path):
     "ranks, who",
     [([0, 1], ""), ([0], ""), ([1], rf"rank 1 \({re.escape(socket.gethostname())}\): ")],
 )
-def test_a_mistake_is_said_once_whichever_ranks_meet_it(ranks, who, tmp_path):
+def test_input_error_is_printed_once_on_any_ranks(ranks, who, tmp_path):
     job = Job(
         tmp_path,
         "train.steps=100000",
@@ -150,13 +148,12 @@ def test_a_mistake_is_said_once_whichever_ranks_meet_it(ranks, who, tmp_path):
         fault={"step": 3, "ranks": ranks, "kind": "mistake", "place": "data"},
     )
     assert job.wait(20) == [REFUSED, REFUSED]
-    words = [line for line in said(tmp_path).splitlines() if "iomm: " in line]
-    assert len(words) == 1 and re.fullmatch(f"iomm: {who}a size must be >= 1, got 0", words[0]), (
-        words
-    )
+    lines = [line for line in output(tmp_path).splitlines() if "iomm: " in line]
+    assert len(lines) == 1, lines
+    assert re.fullmatch(f"iomm: {who}a size must be >= 1, got 0", lines[0]), lines
 
 
-def test_before_the_ranks_have_met_one_a_machine_says_it(monkeypatch, capsys):
+def test_error_before_ranks_join_is_printed_once_per_host(monkeypatch, capsys):
     for rank, local_rank, who in (
         (0, 0, "iomm: --config"),
         (1, 1, None),
@@ -165,14 +162,17 @@ def test_before_the_ranks_have_met_one_a_machine_says_it(monkeypatch, capsys):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("LOCAL_RANK", str(local_rank))
         assert main(["--config", "dmeo"]) == REFUSED
-        words = capsys.readouterr().err
-        assert words.count("\n") == 1 and words.startswith(who) if who else not words
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and err.startswith(who) if who else not err
 
 
-def test_another_machine_or_container_of_the_same_name_is_another(monkeypatch, tmp_path):
-    """Its process ids are not looked for here, where they would be dead or somebody else's; here they are."""
+def test_equal_host_names_do_not_make_the_same_host(monkeypatch, tmp_path):
+    """Only process ids of the same host are watched.
+
+    On this host, those of another one would be dead or belong to another process.
+    """
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    name, boot, namespace = watchdog.place()
+    name, boot, namespace = watchdog.host_identity()
     assert name == socket.gethostname() and len(boot) == 36 and namespace.startswith("pid:[")
     others = [
         (name, boot, namespace),
@@ -184,14 +184,14 @@ def test_another_machine_or_container_of_the_same_name_is_another(monkeypatch, t
         first=True,
         rank=0,
         size=5,
-        all=lambda mine: [mine] + [(where, 1000 + r, 0, "") for r, where in enumerate(others)],
+        all=lambda mine: [mine] + [(host, 1000 + r, 0, "") for r, host in enumerate(others)],
     )
     one = watchdog.Watchdog(ranks, tmp_path, 0)
     assert one.pids == {1: 1000} and one.hosts == [name] * 4 + ["another"]
 
 
 @pytest.mark.slow
-def test_a_dead_rank_of_a_real_run_ends_it_and_the_next_start_works(tmp_path):
+def test_dead_rank_of_a_real_run_ends_it_and_it_restarts(tmp_path):
     found = real_deaths(tmp_path, 10)
     assert (
         found["survivor_gone_within_5_s"] == found["first_step_of_the_next_start_within_60_s"] == 10
@@ -199,7 +199,7 @@ def test_a_dead_rank_of_a_real_run_ends_it_and_the_next_start_works(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_interrupted_start_does_not_block_the_next(tmp_path):
+def test_interrupted_start_does_not_block_the_next(tmp_path):
     found = interrupted_starts(tmp_path, 20)
     assert (
         found["next_start_trains_within_60_s"]
@@ -208,24 +208,24 @@ def test_an_interrupted_start_does_not_block_the_next(tmp_path):
     ), found
 
 
-# Other work on the machine delays what is timed; the slow test wants it to itself.
+# Other work on the machine delays the job. The slow test needs an idle machine.
 @pytest.mark.parametrize(
     "num_trials, beyond_s", [(3, 8.0), pytest.param(40, 2.0, marks=pytest.mark.slow)]
 )
-def test_a_hang_is_found_and_explained(num_trials, beyond_s, tmp_path):
+def test_hang_is_found_and_explained(num_trials, beyond_s, tmp_path):
     found, failures = hangs(tmp_path, num_trials, beyond_s=beyond_s)
     assert found["found_named_and_stacks_saved"] == num_trials, failures
 
 
 @pytest.mark.parametrize("num_steps", [100, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_a_slow_step_is_no_hang(num_steps, tmp_path):
+def test_slow_step_is_not_a_hang(num_steps, tmp_path):
     assert false_alarms(tmp_path, num_steps)["alarms"] == 0
 
 
 @pytest.mark.slow
-def test_a_real_run_stops_when_asked(tmp_path):
+def test_real_run_stops_on_a_signal(tmp_path):
     run = Run(
-        tmp_path / "run", *world(tmp_path), "checkpoint.every_steps=1000", "train.steps=100000"
+        tmp_path / "run", *small_run(tmp_path), "checkpoint.every_steps=1000", "train.steps=100000"
     )
     while len(rows(tmp_path / "run/log.jsonl")) < 3:
         time.sleep(0.05)

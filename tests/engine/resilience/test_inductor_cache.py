@@ -1,4 +1,4 @@
-"""Libraries that a killed compiler left in torch's cache: a start removes what is cut, and nothing else."""
+"""A start removes truncated libraries that a killed compiler left, and nothing else."""
 
 import ctypes
 import shutil
@@ -11,7 +11,7 @@ from iomm.engine.resilience.inductor_cache import is_whole, remove_half_compiled
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """A library and an object as inductor's compiler makes them."""
+    """Return a folder with a library and an object as inductor's compiler makes them."""
     if shutil.which("g++") is None:
         pytest.skip("no g++")
     folder = tmp_path_factory.mktemp("built")
@@ -21,19 +21,19 @@ def built(tmp_path_factory):
     return folder
 
 
-def test_every_cut_of_a_library_shows(built):
+def test_truncated_library_is_detected_at_any_length(built):
     for name in ("f.so", "f.o"):
         whole = (built / name).read_bytes()
         assert is_whole(built / name)
         for length in (0, 1, 63, 64, 100, len(whole) // 2, len(whole) - 1):
             (built / "cut").write_bytes(whole[:length])
             assert not is_whole(built / "cut"), (name, length)
-        # A hole: its size is right, nothing was written.
+        # A hole: the size is right, but no data was written.
         (built / "cut").write_bytes(bytes(len(whole)))
         assert not is_whole(built / "cut")
 
 
-def test_a_start_removes_what_is_cut_and_nobody_writes(built, tmp_path):
+def test_truncated_files_not_being_written_are_removed(built, tmp_path):
     cache = tmp_path / "inductor/ab"
     cache.mkdir(parents=True)
     whole = (built / "f.so").read_bytes()
@@ -41,7 +41,7 @@ def test_a_start_removes_what_is_cut_and_nobody_writes(built, tmp_path):
     (cache / "cut.so").write_bytes(whole[:-1])
     (cache / "cut.o").write_bytes(b"")
     (cache / "kernel.py").write_text("")
-    # A compiler that is alive.
+    # A compiler still writes this file.
     with open(cache / "growing.so", "wb") as growing:
         growing.write(whole[:100])
         growing.flush()
@@ -55,9 +55,6 @@ def test_a_start_removes_what_is_cut_and_nobody_writes(built, tmp_path):
             "whole.so",
         ]
     assert {path.name for path in remove_half_compiled(tmp_path / "inductor")} == {"growing.so"}
-    assert (
-        remove_half_compiled(tmp_path / "inductor")
-        == []
-        == remove_half_compiled(tmp_path / "nowhere")
-    )
+    assert remove_half_compiled(tmp_path / "inductor") == []
+    assert remove_half_compiled(tmp_path / "nowhere") == []
     assert ctypes.CDLL(str(cache / "whole.so")).answer() == 42

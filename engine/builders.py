@@ -1,9 +1,16 @@
-"""RunConfig -> the parts of a run: data, frozen models, trained model. Shared by training and by the console command."""
+"""Build the parts of a run from its config: data, frozen models, trained model.
 
+Shared by training and by the console command.
+"""
+
+from __future__ import annotations
+
+import logging
 import os
 import zlib
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,21 +38,42 @@ from iomm.internvl import load_mllm
 from iomm.model import IOMM, Recipe
 from iomm.vae import load_vae
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
-def cache_dir(config):
-    """What runs share lies beside them: the shapes world, indexes."""
+    from iomm.engine.config import RunConfig
+    from iomm.engine.parallel.ranks import Ranks
+    from iomm.mllm import MLLM
+    from iomm.vae import Latents
+
+log = logging.getLogger("iomm")
+
+
+def cache_dir(config: RunConfig) -> Path:
+    """Return the folder that all runs in one folder share: the rendered dataset and indexes."""
     return Path(config.run.dir).parent / "shared"
 
 
-def prepare_data(config, progress=True, pairs=False):
-    """Draws the shapes world if that is what is trained on, indexes data.shards (or with `pairs` data.pairs, whose
-    samples must have captions), returns the index folder. Work for one rank; what is already there is kept. Raises
-    InputError: no shard, no image, a changed shard.
+def prepare_data(config: RunConfig, progress: bool = True, pairs: bool = False) -> str:
+    """Render the shapes dataset if the run uses it, index the data and return the index folder.
+
+    Called on one rank. Data and indexes that already exist are reused.
+
+    Args:
+        config: the run's config.
+        progress: show a bar and log warnings about the data.
+        pairs: index data.pairs, whose samples must have captions, instead of data.shards.
+
+    Raises:
+        InputError: no shard, no image, or a shard that has changed since it was indexed.
     """
     data, cache = config.data, cache_dir(config)
     shards = data.pairs if pairs else data.shards
     if not shards:
-        raise InputError("data.pairs names no text-image pairs: give tars, globs or folders")
+        raise InputError(
+            "data.pairs is empty, but train.data needs text-image pairs: give tars, globs or "
+            "folders"
+        )
     if shards == "shapes":
         number, seed = (
             (data.num_pairs, config.run.seed + 1000)
@@ -63,13 +91,24 @@ def prepare_data(config, progress=True, pairs=False):
     )
     index_dir = ensure_index(shards, cache / "index", rules=rules, progress=progress)
     if progress:
-        for line in warnings_on(load(index_dir)):
-            print(line, flush=True)
+        for sentence in warnings_on(load(index_dir)):
+            log.warning(sentence)
     return str(index_dir)
 
 
-def open_source(config, ranks, mllm, vae, *, index_dir=None, pairs_dir=None):
-    """The batches of a run (ImageSource), from step 0: images of index_dir, pairs of pairs_dir, or data.mix of both."""
+def open_source(
+    config: RunConfig,
+    ranks: Ranks,
+    mllm: MLLM,
+    vae: Latents,
+    *,
+    index_dir: str | None = None,
+    pairs_dir: str | None = None,
+) -> ImageSource:
+    """Return the batches of a run from step 0.
+
+    They hold images of index_dir, pairs of pairs_dir, or both in the ratio data.mix.
+    """
     data, batch = config.data, config.train.global_batch
     images, pairs = (Shards(folder) if folder else None for folder in (index_dir, pairs_dir))
     shards = images if pairs is None else Joined(images, pairs)
@@ -106,13 +145,17 @@ def open_source(config, ranks, mllm, vae, *, index_dir=None, pairs_dir=None):
     )
 
 
-def make_order(config, images, pairs, vae):
-    """Shards of images and of pairs, one of them None where the run has none of the kind -> the plan (see samplers.FixedSizeSampler) of
-    a run: squares or buckets, without the data.heldout samples of each kind that training never sees.
+def make_order(
+    config: RunConfig, images: Shards | None, pairs: Shards | None, vae: Latents
+) -> FixedSizeSampler | BucketSampler | MixtureSampler:
+    """Return the sampler of a run: squares or buckets, of images, pairs or both.
+
+    images or pairs is None if the run has none of that kind. The data.heldout samples of each kind
+    are left out.
     """
     data, seed, batch = config.data, config.run.seed, config.train.global_batch
 
-    def alone(shards, num):
+    def sampler(shards: Shards, num: int) -> FixedSizeSampler | BucketSampler | None:
         if not num:
             return None
         kept = held_out(shards.shard_sizes, data.heldout)
@@ -129,23 +172,25 @@ def make_order(config, images, pairs, vae):
         )
 
     if pairs is None:
-        plan = alone(images, batch)
+        plan = sampler(images, batch)
         if plan.total < batch:
             raise InputError(
-                f"train.global_batch is {batch}, but there are only {plan.total} samples to train on: lower it or "
-                "add data"
+                f"train.global_batch is {batch}, but there are only {plan.total} samples to train "
+                "on: lower it or add data"
             )
         return plan
     num_images = num_images_per_batch(data.mix, batch) if images is not None else 0
-    plans = alone(images, num_images), alone(pairs, batch - num_images)
+    plans = sampler(images, num_images), sampler(pairs, batch - num_images)
     if data.buckets and all(plans):
         share_buckets(*plans)
     return MixtureSampler(seed, batch, num_images, *plans, len(images) if images is not None else 0)
 
 
-def data_facts(shards):
-    """What decides the order of a run's samples, by kind: [how many, CRC-32 of their records and of the sizes of shards]. Plain
-    values for a checkpoint, which goes on with no others.
+def data_facts(shards: Shards | Joined) -> dict[str, list[int]]:
+    """Return what determines the order of a run's samples, as plain values for a checkpoint.
+
+    {"images" and / or "pairs": [number of samples, CRC-32 of their records and of the shard
+    sizes]}. A checkpoint can only be resumed on data with the same facts.
     """
     kinds = (
         {"images": shards.images, "pairs": shards.pairs}
@@ -154,17 +199,23 @@ def data_facts(shards):
     )
     return {
         kind: [
-            len(its),
-            zlib.crc32(np.asarray(its.shard_sizes, "<i8").tobytes(), records_crc32(its.index)),
+            len(of_kind),
+            zlib.crc32(
+                np.asarray(of_kind.shard_sizes, "<i8").tobytes(), records_crc32(of_kind.index)
+            ),
         ]
-        for kind, its in kinds.items()
-        if its is not None
+        for kind, of_kind in kinds.items()
+        if of_kind is not None
     }
 
 
-def share(rank=None, num_ranks=None):
-    """-> (rank, number of ranks, device) of a process that works beside others without a connection: what is not given comes
-    from the environment, as torchrun sets it. Raises InputError.
+def share(rank: int | None = None, num_ranks: int | None = None) -> tuple[int, int, str]:
+    """Return (rank, number of ranks, device) of a process that shares work without a connection.
+
+    Arguments that are None are read from the environment, as torchrun sets it.
+
+    Raises:
+        InputError: the rank is out of range.
     """
     rank = int(os.environ.get("RANK", 0)) if rank is None else rank
     num_ranks = int(os.environ.get("WORLD_SIZE", 1)) if num_ranks is None else num_ranks
@@ -177,14 +228,34 @@ def share(rank=None, num_ranks=None):
     return rank, num_ranks, device
 
 
-def write_latents(config, out, *, dtype, batch, rank=None, num_ranks=None):
-    """Writes this rank's files of the latent cache of a run's images into `out`; returns a line that says so. Ranks need no
-    connection.
+def write_latents(
+    config: RunConfig,
+    out: str | Path,
+    *,
+    dtype: str,
+    batch: int,
+    rank: int | None = None,
+    num_ranks: int | None = None,
+) -> str:
+    """Write this rank's files of the latent cache of a run's images.
+
+    Ranks need no connection.
+
+    Args:
+        config: the run's config.
+        out: folder of the cache.
+        dtype: "bf16" or "fp16".
+        batch: images encoded at once.
+        rank: this process among num_ranks; default from the environment, see share().
+        num_ranks: number of processes that share the work.
+
+    Returns:
+        A summary in one line.
     """
     rank, num_ranks, device = share(rank, num_ranks)
     positive("--batch", batch)
     shards = Shards(prepare_data(config, progress=rank == 0))
-    # as training loads it, so that the latents are those that training would compute
+    # Loaded as in training, so the latents are the ones that training would compute.
     vae = new_vae(config, device)
     with tqdm(
         total=-(-len(shards) // num_ranks),
@@ -206,50 +277,55 @@ def write_latents(config, out, *, dtype, batch, rank=None, num_ranks=None):
             num_ranks=num_ranks,
             progress=bar.update,
         )
-    return f"rank {rank} of {num_ranks}: {num:,} of {len(shards):,} latents written to {out}; train with data.latents={out}"
+    return (
+        f"rank {rank} of {num_ranks}: {num:,} of {len(shards):,} latents written to {out}. "
+        f"Train with data.latents={out}"
+    )
 
 
-def mllm_name(config):
-    """Name of the MLLM to load: a hub id or a folder."""
+def mllm_name(config: RunConfig) -> str:
+    """Return the name of the MLLM to load: a hub id or a folder."""
     return shipped(config.model.mllm, shapes_mllm.WEIGHTS)
 
 
-def shipped(name, folder):
-    """`name`, or for "shapes" the folder of the weights that ship with the package. Raises InputError if they are damaged."""
+def shipped(name: str, folder: Path) -> str:
+    """Return `name`, or for "shapes" the folder of the weights that ship with the package.
+
+    Raises:
+        InputError: these weights are damaged.
+    """
     if name != "shapes":
         return name
     check_weights(folder)
     return str(folder)
 
 
-def vae_name(config):
-    """Name of the VAE to load: pixel:<patch>, random:<shape>, a hub id or a folder."""
+def vae_name(config: RunConfig) -> str:
+    """Return the name of the VAE to load: pixel:<patch>, random:<shape>, a hub id or a folder."""
     return shipped(config.model.vae, shapes_vae.WEIGHTS)
 
 
-def foreign_data(config):
-    """Return one sentence for each part that was trained on the shapes dataset but is about to see other data."""
-    wanted = {"image": ("shards",), "pair": ("pairs",), "mix": ("shards", "pairs")}[
-        config.train.data
-    ]
-    other = [f"data.{key}" for key in wanted if getattr(config.data, key) != "shapes"]
+def foreign_data(config: RunConfig) -> list[str]:
+    """Return a warning for each part that was trained on the shapes dataset but gets other data."""
+    keys = {"image": ("shards",), "pair": ("pairs",), "mix": ("shards", "pairs")}[config.train.data]
+    other = [f"data.{key}" for key in keys if getattr(config.data, key) != "shapes"]
     shipped_parts = [part for part in ("vae", "mllm") if getattr(config.model, part) == "shapes"]
     advice = {"vae": "an AutoencoderKL trained on photographs", "mllm": "an InternVL checkpoint"}
     return [
-        f"warning: model.{part}=shapes was trained on the shapes dataset alone, but {' and '.join(other)} is something "
-        f"else: set model.{part} to {advice[part]}"
+        f"warning: model.{part}=shapes was trained only on the shapes dataset, but "
+        f"{' and '.join(other)} is other data. Set model.{part} to {advice[part]}"
         for part in shipped_parts
         if other
     ]
 
 
-def new_vae(config, device):
-    """The frozen VAE of a run on `device`."""
+def new_vae(config: RunConfig, device: torch.device | str) -> Latents:
+    """Return the frozen VAE of a run on `device`."""
     return load_vae(vae_name(config), patch=config.model.patch, dtype=config.dtype, device=device)
 
 
-def make_recipe(config):
-    """RunConfig -> Recipe."""
+def make_recipe(config: RunConfig) -> Recipe:
+    """Return the settings of a run that the model itself needs."""
     return Recipe(
         seed=config.run.seed,
         mask=config.mask,
@@ -263,19 +339,24 @@ def make_recipe(config):
     )
 
 
-def build_model(config, device):
-    """Frozen parts on `device`, trained parts drawn from run.seed on the CPU -> IOMM."""
+def build_model(config: RunConfig, device: torch.device | str) -> IOMM:
+    """Return the model: frozen parts on `device`, trained parts drawn from run.seed on the CPU."""
     mllm = load_mllm(
         mllm_name(config), revision=config.model.mllm_revision, dtype=config.dtype, device=device
     )
     return assemble(config, mllm, new_vae(config, device))
 
 
-def assemble(config, mllm, vae, *, device=None):
+def assemble(
+    config: RunConfig, mllm: MLLM, vae: Latents, *, device: torch.device | str | None = None
+) -> IOMM:
     """Return the IOMM of a run around its frozen parts.
 
-    device None: trained parts on the CPU, drawn from run.seed. Else on that device with weights that are still to be
-    loaded, or on "meta" with none. Raises InputError if the VAE's patches do not divide data.size_px.
+    device: None draws the trained parts from run.seed on the CPU. Otherwise they are on that device
+    with weights that are still to be loaded, or on "meta" without any.
+
+    Raises:
+        InputError: data.size_px is not a multiple of the VAE's patch.
     """
     vae.grid(config.data.size_px, config.data.size_px)
     shape = generator_config(config.model.preset, token_dim=vae.token_dim, condition_dim=mllm.width)
@@ -295,30 +376,41 @@ def assemble(config, mllm, vae, *, device=None):
     return IOMM(generator, adapter, mllm, vae, make_recipe(config), connector, alignment)
 
 
-def read_run(run_dir, ranks=None):
-    """Run folder -> (its config, its newest intact checkpoint). Raises InputError when either is missing. With ranks: called on
-    all of them, which check a share each and choose alike.
+def read_run(run_dir: str | Path, ranks: Ranks | None = None) -> tuple[RunConfig, Path]:
+    """Return the config of a run folder and its newest intact checkpoint.
+
+    ranks: if given, all ranks call this together, verify a share of the files each and return the
+    same checkpoint.
+
+    Raises:
+        InputError: there is no config or no intact checkpoint.
     """
     path = Path(run_dir) / "config.yaml"
     if not path.is_file():
         raise InputError(
-            f"{run_dir} is not a run folder: no config.yaml in it; give the run.dir of a training run"
+            f"{run_dir} is not a run folder: it has no config.yaml. Give the run.dir of a "
+            "training run"
         )
     folder = checkpoint_reader.newest(Path(run_dir) / "checkpoints", ranks)
     if folder is None:
         raise InputError(
-            f"{run_dir} has no intact checkpoint: train first, or wait for checkpoint.every_steps"
+            f"{run_dir} has no intact checkpoint. Train first, or wait until step "
+            "checkpoint.every_steps"
         )
     return load_config(str(path)), folder
 
 
-def load_run(run_dir, *, weights="ema", device="cpu"):
-    """Run folder -> (config, model with the weights of its newest intact checkpoint, not sharded; manifest). On a GPU the
-    weights are in the run's precision, as training computes; on a CPU in float32.
+def load_run(
+    run_dir: str | Path, *, weights: str = "ema", device: torch.device | str = "cpu"
+) -> tuple[RunConfig, IOMM, dict[str, Any]]:
+    """Return (config, model, manifest) of a run folder's newest intact checkpoint.
+
+    The model is not sharded. Its weights are in the run's precision on a GPU, as in training, and
+    in float32 on a CPU.
     """
     config, folder = read_run(run_dir)
     model = build_model(config, device).to(device)
-    # Only training needs it.
+    # Only training needs the alignment head.
     model.alignment = None
     manifest = load_weights(model, folder, weights)
     if torch.device(device).type == "cuda" and config.dtype == torch.bfloat16:
@@ -327,11 +419,24 @@ def load_run(run_dir, *, weights="ema", device="cpu"):
 
 
 @torch.no_grad()
-def load_weights(model, folder, weights="ema"):
-    """Reads whole parameters of a checkpoint, of whatever number of ranks, into a model that is not sharded.
+def load_weights(
+    model: torch.nn.Module, folder: str | Path, weights: str = "ema"
+) -> dict[str, Any]:
+    """Load a checkpoint, written by any number of ranks, into a model that is not sharded.
 
-    weights: "ema", or "raw" for the fp32 masters; a run without an average has only these. An alignment head is read
-    only where both have the same one, else the model's stays as it is: stages may differ in it.
+    The alignment head is loaded only if both have the same one, since stages may differ in it.
+
+    Args:
+        model: its parameters are overwritten.
+        folder: the checkpoint.
+        weights: "ema", or "raw" for the fp32 masters, which are also used if the run has no
+            average.
+
+    Returns:
+        The checkpoint's manifest.
+
+    Raises:
+        InputError: the checkpoint belongs to another model.
     """
     reader = checkpoint_reader.Reader(folder)
     slot = "ema" if weights == "ema" and reader.manifest["ema"] else "master"
@@ -339,7 +444,8 @@ def load_weights(model, folder, weights="ema"):
     wanted, found = set(without_head(parameters)), set(without_head(shapes))
     if wanted != found:
         raise InputError(
-            f"{folder} is of another model: missing {sorted(wanted - found)[:3]}, unknown {sorted(found - wanted)[:3]}"
+            f"{folder} is a checkpoint of another model: it lacks {sorted(wanted - found)[:3]} and "
+            f"has the unknown {sorted(found - wanted)[:3]}"
         )
     for name, parameter in parameters.items():
         if name in wanted or shapes.get(name) == list(parameter.shape):
@@ -347,6 +453,6 @@ def load_weights(model, folder, weights="ema"):
     return reader.manifest
 
 
-def without_head(by_name):
-    """{parameter name: anything} -> the same without the alignment head's."""
+def without_head(by_name: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a dict by parameter name without the alignment head's entries."""
     return {name: value for name, value in by_name.items() if not name.startswith(PREFIX)}

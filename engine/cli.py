@@ -3,22 +3,25 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from iomm.config import InputError
 
 
-def main(argv=None):
-    """Exit code: 0 done, 1 a folder that `evaluate` looked at is not complete, 2 something that the user gave is wrong (one
-    line on stderr).
+def main(argv: list[str] | None = None) -> int:
+    """Run the command and return its exit code.
+
+    0: done. 1: a folder that `evaluate` checked is incomplete. 2: something that the user gave is
+    wrong, with one line on stderr.
     """
     parser = argparse.ArgumentParser(
         prog="iomm",
-        description="Beside training, which is started with: deepspeed engine/launch.py",
+        description="Tools around training, which starts with: deepspeed engine/launch.py",
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
     command = commands.add_parser(
-        "index", help="read every sample of tar shards once, write an index of the good ones"
+        "index", help="validate every sample of tar shards and write an index of the good ones"
     )
     command.add_argument("shards", nargs="+", help="tars, globs in quotes, or folders")
     command.add_argument("--out", required=True, help="folder of the index")
@@ -26,7 +29,7 @@ def main(argv=None):
         "--verify",
         choices=("full", "fast"),
         default="full",
-        help="full: decode every image; fast: read headers only, no checksums",
+        help="full: decode every image; fast: read only headers, without checksums",
     )
     command.add_argument("--captions", choices=("optional", "required"), default="optional")
     command.add_argument("--min-size", type=int, default=32, help="shorter edge in pixels")
@@ -34,19 +37,19 @@ def main(argv=None):
         "--max-aspect", type=float, default=10.0, help="longer edge / shorter edge"
     )
     command.add_argument("--max-pixels", type=int, default=1 << 26)
-    command.add_argument("--workers", type=int, help="processes; default: one a core")
+    command.add_argument("--workers", type=int, help="processes; default: one per core")
 
     command = commands.add_parser(
-        "cache", help="write the VAE latents that a run with data.latents reads instead of pixels"
+        "cache", help="write VAE latents, which a run with data.latents reads instead of pixels"
     )
     command.add_argument(
         "--config",
         default="demo",
-        help="that run's config: its data, model.vae and data.size_px count",
+        help="config of that run; its data, model.vae and data.size_px are used",
     )
     command.add_argument("overrides", nargs="*", metavar="section.key=value")
     command.add_argument(
-        "--out", required=True, help="folder of the latents; what is already there stays"
+        "--out", required=True, help="folder of the latents; existing files are kept"
     )
     command.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
     command.add_argument("--batch", type=int, default=32, help="images encoded at once")
@@ -57,57 +60,58 @@ def main(argv=None):
     )
     command.add_argument("--ranks", type=int)
 
-    def of_a_run(name, text):
+    def add_run_command(name: str, text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text)
         command.add_argument(
             "--run",
             required=True,
-            help="folder of a run, whose newest intact checkpoint is read, or an exported one",
+            help="run folder, whose newest intact checkpoint is read, or an exported folder",
         )
         command.add_argument("--weights", choices=("ema", "raw"), default="ema")
-        command.add_argument("--out", help="where to write; default: inside the run's folder")
+        command.add_argument("--out", help="where to write; default: inside the run folder")
         return command
 
-    def drawing(command, guidance):
+    def add_sampling(command: argparse.ArgumentParser, guidance: float) -> None:
         command.add_argument("--steps", type=int, default=20, help="Euler steps")
-        command.add_argument("--seed", type=whole, default=0)
+        command.add_argument("--seed", type=seed, default=0)
         command.add_argument(
             "--guidance",
             type=float,
             default=guidance,
-            help="classifier-free guidance; above 1 after stage 2",
+            help="scale of classifier-free guidance; above 1 needs a stage-2 run",
         )
         command.add_argument(
             "--shift",
             type=lambda text: text if text == "flux" else float(text),
             default=1.0,
-            help="resolution shift of the steps, above 1 towards noise; flux: FLUX's, by the size",
+            help="resolution shift of the time steps, above 1 towards noise; flux: FLUX's shift "
+            "for the image size",
         )
         command.add_argument(
             "--size",
             metavar="PX",
-            help="side of a picture, or WIDTHxHEIGHT; default: the run's data.size_px",
+            help="side of an image in pixels, or WIDTHxHEIGHT; default: the run's data.size_px",
         )
 
-    command = of_a_run(
-        "sample", "draw a PNG grid: masked images and what is drawn of them, or prompts"
+    command = add_run_command(
+        "sample", "generate a PNG grid from masked images of the dataset, or from prompts"
     )
-    drawing(command, 1.0)
+    add_sampling(command, 1.0)
     command.add_argument("--num", type=int, default=16)
     command.add_argument(
         "--prompt",
         action="append",
         default=[],
-        help="draw from text instead of masked images; repeatable",
+        help="generate from this text instead of masked images; may be repeated",
     )
 
-    command = of_a_run("edit", "draw an image anew by an instruction")
-    drawing(command, 1.0)
+    command = add_run_command("edit", "edit an image by an instruction")
+    add_sampling(command, 1.0)
     command.add_argument("--image", required=True)
     command.add_argument("--instruction", required=True)
 
     command = commands.add_parser(
-        "evaluate", help="draw or check the picture folder that a benchmark's official grader wants"
+        "evaluate", help="generate or check the images that a benchmark's official grader reads"
     )
     command.add_argument("bench", choices=("geneval", "dpg", "wise", "imgedit"))
     command.add_argument(
@@ -115,25 +119,25 @@ def main(argv=None):
         nargs="+",
         required=True,
         metavar="FILE",
-        help="geneval: evaluation_metadata.jsonl; dpg: its "
-        "folder of prompts, or dpg_bench.csv; wise: its json files of one protocol; imgedit: basic_edit.json",
+        help="geneval: evaluation_metadata.jsonl; dpg: its folder of prompts, or dpg_bench.csv; "
+        "wise: the JSON files of one protocol; imgedit: basic_edit.json",
     )
     command.add_argument(
-        "--out", required=True, help="the folder; intact pictures of the same settings stay"
+        "--out", required=True, help="the folder; intact images with the same settings are kept"
     )
-    command.add_argument("--run", help="folder of a run, or an exported one")
+    command.add_argument("--run", help="run folder, or an exported folder")
     command.add_argument("--weights", choices=("ema", "raw"), default="ema")
     command.add_argument(
-        "--check", action="store_true", help="look at the folder alone and draw nothing"
+        "--check", action="store_true", help="only check the folder, generate nothing"
     )
-    command.add_argument("--origin-img-root", help="imgedit: folder of the pictures to edit")
-    command.add_argument("--num", type=int, help="geneval: pictures a prompt; default 4")
-    drawing(command, 4.0)
-    command.add_argument("--batch", type=int, default=16, help="images drawn at once")
+    command.add_argument("--origin-img-root", help="imgedit: folder of the images to edit")
+    command.add_argument("--num", type=int, help="geneval: images per prompt; default 4")
+    add_sampling(command, 4.0)
+    command.add_argument("--batch", type=int, default=16, help="images generated at once")
     command.add_argument(
         "--compile",
         action="store_true",
-        help="torch.compile, for a GPU: minutes to start, then faster",
+        help="use torch.compile; on a GPU: takes minutes to start and is faster afterwards",
     )
     command.add_argument(
         "--rank",
@@ -142,17 +146,21 @@ def main(argv=None):
     )
     command.add_argument("--ranks", type=int)
 
-    of_a_run("export", "write generator (diffusers folder), adapter and connector (safetensors)")
-    command = commands.add_parser(
-        "report", help="write a page of curves, pictures, times and settings: one run or several"
+    add_run_command(
+        "export", "write generator (diffusers folder), adapter and connector (safetensors)"
     )
-    command.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, finished or not")
+    command = commands.add_parser(
+        "report", help="write a page with curves, samples, times and settings of one run or several"
+    )
+    command.add_argument(
+        "runs", nargs="+", metavar="RUN", help="run folder; the run may be unfinished"
+    )
     command.add_argument(
         "--out",
-        help="the HTML file; default: RUN/report.html, or report.html beside the first of several",
+        help="the HTML file; default: RUN/report.html, or report.html next to the first of several",
     )
     commands.add_parser(
-        "doctor", help="what is installed, what is missing, why, and what that costs"
+        "doctor", help="list what is installed and what is missing, why, and what that costs"
     )
     args = parser.parse_args(argv)
     try:
@@ -171,14 +179,14 @@ def main(argv=None):
         return 2
 
 
-def whole(text):
-    """A number that draws can start from; argparse says what was wrong."""
+def seed(text: str) -> int:
+    """Return a seed. argparse reports the error for anything else."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"must be a whole number >= 0, got {text!r}")
     return int(text)
 
 
-def index(args):
+def index(args: argparse.Namespace) -> int:
     from iomm.engine.data.index import build, summary
     from iomm.engine.data.validate import Rules
 
@@ -192,12 +200,12 @@ def index(args):
     try:
         print(summary(build(args.shards, Path(args.out), rules=rules, workers=args.workers)))
     except KeyboardInterrupt:
-        print("iomm: stopped; the same command goes on from here", file=sys.stderr)
+        print("iomm: interrupted; the same command continues from here", file=sys.stderr)
         return 130
     return 0
 
 
-def cache(args):
+def cache(args: argparse.Namespace) -> int:
     from iomm.engine.builders import write_latents
     from iomm.engine.config import load_config
 
@@ -214,25 +222,25 @@ def cache(args):
     return 0
 
 
-def sample(args):
+def sample(args: argparse.Namespace) -> int:
     from iomm.engine.evaluation.sample import sample_run
 
     print(
         sample_run(
-            args.run, num=args.num, prompts=args.prompt, singles=True, **drawing_settings(args)
+            args.run, num=args.num, prompts=args.prompt, singles=True, **sampling_settings(args)
         )
     )
     return 0
 
 
-def edit(args):
+def edit(args: argparse.Namespace) -> int:
     from iomm.engine.evaluation.sample import edit_run
 
-    print(edit_run(args.run, args.image, args.instruction, **drawing_settings(args)))
+    print(edit_run(args.run, args.image, args.instruction, **sampling_settings(args)))
     return 0
 
 
-def evaluate(args):
+def evaluate(args: argparse.Namespace) -> int:
     from iomm.engine.evaluation.folder import evaluate
     from iomm.engine.evaluation.sample import parse_size
 
@@ -257,14 +265,15 @@ def evaluate(args):
     )
 
 
-def export(args):
+def export(args: argparse.Namespace) -> int:
     from iomm.engine.evaluation.sample import export_run
 
     print(export_run(args.run, weights=args.weights, out=args.out))
     return 0
 
 
-def drawing_settings(args):
+def sampling_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings that sample and edit share."""
     import torch
 
     from iomm.engine.evaluation.sample import parse_size
@@ -281,14 +290,14 @@ def drawing_settings(args):
     )
 
 
-def report(args):
+def report(args: argparse.Namespace) -> int:
     from iomm.engine.observe.report import write
 
     print(write(args.runs, args.out))
     return 0
 
 
-def doctor(args):
+def doctor(args: argparse.Namespace) -> int:
     from iomm.engine.observe.doctor import print_report
 
     print_report()

@@ -1,7 +1,8 @@
-"""YAML text into nested frozen dataclasses: every key typed, every error with its file and line.
+"""Read YAML text into nested frozen dataclasses. Every key is typed, every error has file and line.
 
-Scalars stay text until the field's type reads them, so `lr: 1e-4` is a number, `NO` is a string where a string is wanted
-and `010` is no octal. Aliases, unknown and repeated keys are errors; nothing in a file can run code.
+Scalars stay text until the field's type reads them, so `lr: 1e-4` is a number, `NO` is a string in
+a string field and `010` is not octal. Aliases, unknown keys and repeated keys are errors. Nothing
+in a file can run code.
 """
 
 import ast
@@ -13,18 +14,32 @@ import textwrap
 import tokenize
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar
 
 import yaml
 
 from iomm.config import InputError
 
+T = TypeVar("T")
+# A key as the tuple of its names: ("optim", "lr").
+Names = tuple[str, ...]
+# YAML nested deeper than this is refused.
+MAX_DEPTH = 10
 
-def read(cls, text, source="config", overrides=()):
-    """YAML text and overrides ("a.b=value") -> an instance of the dataclass `cls`, whose fields may be dataclasses.
 
-    Raises InputError in one line, with file, line and key.
+def read(cls: type[T], text: str, source: str = "config", overrides: Iterable[str] = ()) -> T:
+    """Return an instance of a dataclass, whose fields may be dataclasses, from YAML and overrides.
+
+    Args:
+        cls: the dataclass.
+        text: YAML.
+        source: name of the file in errors.
+        overrides: "section.key=value"; they win over the text.
+
+    Raises:
+        InputError: in one line, with file, line and key.
     """
     try:
         depth = 0
@@ -32,14 +47,13 @@ def read(cls, text, source="config", overrides=()):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(
                 event, yaml.CollectionEndEvent
             )
-            # 100,000 brackets keep PyYAML busy for minutes
-            if depth > 10:
-                raise InputError(
-                    f"{source}:{event.start_mark.line + 1}: nested deeper than any config is"
-                )
+            line = event.start_mark.line + 1
+            # 100,000 brackets keep PyYAML busy for minutes.
+            if depth > MAX_DEPTH:
+                raise InputError(f"{source}:{line}: nested more than {MAX_DEPTH} levels deep")
             if isinstance(event, yaml.AliasEvent):
                 raise InputError(
-                    f"{source}:{event.start_mark.line + 1}: YAML aliases (*name) are not allowed; write the value out"
+                    f"{source}:{line}: YAML aliases (*name) are not allowed; write the value out"
                 )
         node = yaml.compose(text, yaml.SafeLoader)
     except yaml.YAMLError as error:
@@ -66,16 +80,23 @@ def read(cls, text, source="config", overrides=()):
     try:
         return build(cls, (), values)
     except InputError as error:
-        # a value out of range: say where it was given
+        # A value out of range: add where it was given.
         given = [place for names, place in where.items() if ".".join(names) in str(error)]
         raise InputError(f"{given[-1]}: {error}" if given else str(error)) from None
 
 
-def read_section(cls, node, source, path, values, places):
+def read_section(
+    cls: type,
+    node: yaml.Node,
+    source: str,
+    path: Names,
+    values: dict[Names, Any],
+    places: dict[Names, str],
+) -> None:
+    """Read the keys of a YAML mapping into `values`, and "file:line" of each into `places`."""
     if not isinstance(node, yaml.MappingNode):
-        raise InputError(
-            f"{source}:{node.start_mark.line + 1}: {'.'.join(path) or 'the file'} must be a section of keys"
-        )
+        where = f"{source}:{node.start_mark.line + 1}"
+        raise InputError(f"{where}: {'.'.join(path) or 'the file'} must be a section of keys")
     for key_node, value_node in node.value:
         where = f"{source}:{key_node.start_mark.line + 1}"
         names = (*path, str(key_node.value))
@@ -91,10 +112,14 @@ def read_section(cls, node, source, path, values, places):
         )
 
 
-def field_type(cls, names, where):
-    """Type of the field at a dotted path; an unknown name is an error that offers the nearest known key."""
+def field_type(cls: type, names: Names, where: str) -> Any:
+    """Return the type of the field at a path of names.
+
+    Raises:
+        InputError: there is no such key; the error names the nearest known one.
+    """
     kind, hints = cls, {}
-    for i, name in enumerate(names):
+    for name in names:
         hints = typing.get_type_hints(kind) if is_dataclass(kind) else {}
         if name not in hints:
             key = ".".join(names)
@@ -105,7 +130,8 @@ def field_type(cls, names, where):
     return kind
 
 
-def all_keys(cls, prefix=""):
+def all_keys(cls: type, prefix: str = "") -> list[str]:
+    """Return the dotted names of all keys."""
     keys = []
     for name, kind in typing.get_type_hints(cls).items():
         keys += all_keys(kind, f"{prefix}{name}.") if is_dataclass(kind) else [prefix + name]
@@ -113,7 +139,7 @@ def all_keys(cls, prefix=""):
 
 
 class Documented(typing.NamedTuple):
-    """What a reader needs to know of a key; `meaning` is "" where the field has no comment."""
+    """Documentation of a key. `meaning` is "" if the field has no comment."""
 
     key: str
     kind: str
@@ -122,12 +148,13 @@ class Documented(typing.NamedTuple):
 
 
 def documented(cls: type, prefix: str = "") -> Iterator[Documented]:
-    """Yield every key with its type, default and the comment beside, or else above, its field.
+    """Yield every key with its type, its default and the comment of its field.
 
-    A comment beside a field may go on in the lines below, further right than the field itself.
+    The comment is above the field, or to its right. One to the right may continue in the lines
+    below, if they are indented further than the field.
     """
     source = textwrap.dedent(inspect.getsource(cls))
-    # {line: text} of comments after code; {line: (column, text)} of those in a line of their own
+    # {line: text} of comments after code, {line: (column, text)} of comments on their own line.
     beside, below = {}, {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
@@ -158,7 +185,8 @@ def documented(cls: type, prefix: str = "") -> Iterator[Documented]:
         yield Documented(prefix + name, kind, members[name].default, " ".join(words))
 
 
-def value_of(kind, node, where):
+def value_of(kind: Any, node: yaml.Node, where: str) -> Any:
+    """Return a YAML node as `kind`. Raises InputError for lists, sections and quoted numbers."""
     if isinstance(node, yaml.SequenceNode):
         if typing.get_origin(kind) is not tuple:
             raise InputError(f"{where} must be {spell(kind)}, got a list")
@@ -170,8 +198,8 @@ def value_of(kind, node, where):
     return scalar(kind, node.value, where)
 
 
-def scalar(kind, text, where):
-    """Reads `text` as `kind`, strictly."""
+def scalar(kind: Any, text: str, where: str) -> Any:
+    """Return `text` as `kind`. Raises InputError unless it is written exactly as that type."""
     if typing.get_origin(kind) is types.UnionType:
         if text in ("null", "~", ""):
             return None
@@ -191,13 +219,16 @@ def scalar(kind, text, where):
             kinds, items = typing.get_args(kind), text.strip("[]()").split(",")
             if len(items) != len(kinds):
                 raise ValueError
-            return tuple(scalar(k, item.strip(), where) for k, item in zip(kinds, items))
+            return tuple(
+                scalar(k, item.strip(), where) for k, item in zip(kinds, items, strict=True)
+            )
         return text
     except (ValueError, KeyError):
         raise InputError(f"{where} must be {spell(kind)}, got {text!r}") from None
 
 
-def spell(kind):
+def spell(kind: Any) -> str:
+    """Return the name of a type in errors."""
     if typing.get_origin(kind) is types.UnionType:
         return " or ".join(spell(k) for k in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
@@ -211,7 +242,8 @@ def spell(kind):
     }[kind]
 
 
-def build(cls, path, values):
+def build(cls: type[T], path: Names, values: dict[Names, Any]) -> T:
+    """Return an instance of a dataclass from {names: value}. Missing keys keep their default."""
     given = {}
     for name, kind in typing.get_type_hints(cls).items():
         if is_dataclass(kind):

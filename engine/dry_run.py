@@ -1,8 +1,11 @@
-"""What a run will take, before it takes anything: parameters, memory and work, counted on the meta device."""
+"""Count the parameters, memory and work of a run on the meta device, before it is started."""
+
+from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -22,46 +25,64 @@ from iomm.layers import use_fp8
 from iomm.mllm import TURN
 from iomm.vae import vae_without_weights
 
-# Tokens of the turn with the fixed prompt, and without, by Qwen2.5's tokenizer; where there is
-# none.
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from torch import Tensor, nn
+
+    from iomm.engine.config import RunConfig
+    from iomm.model import IOMM
+
+# Tokens of the chat turn with and without the fixed prompt, with Qwen2.5's tokenizer. Used where
+# the model has no tokenizer.
 NUM_TEXT, NUM_TURN = 24, 8
-# Tokens of a caption, assumed: nobody has counted; 64 more are 2 % more work for a pair of IOMM-B.
+# Tokens of a caption. An assumption, not counted: 64 more are 2 % more work for a pair of IOMM-B.
 NUM_CAPTION = 64
-# What a bf16 product reaches on one H200, measured: 769 to 798 TFLOP/s.
+# Rate of bf16 matrix products on one H200 in FLOP/s; measured: 769 to 798 TFLOP/s.
 MATMUL_FLOPS = 790e12
-# Of that, assumed for the expected GPU-hours.
+# Share of that rate assumed for the expected GPU-hours.
 UTILISATION = 0.6
 GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Counts of one run on `ranks` GPUs. parameters: part -> number. memory: part -> bytes a GPU. flops: part -> FLOPs a
-    sample, forward and, where there is one, backward: the mean over images and pairs.
-    """
+    """Counts of one run on `ranks` GPUs, by part of the model."""
 
     ranks: int
     micro_batch: int
+    # Accumulation steps.
     accumulation: int
+    # Samples of the whole run.
     samples: int
-    parameters: dict
-    memory: dict
-    flops: dict
+    parameters: dict[str, int]
+    # Bytes per GPU.
+    memory: dict[str, float]
+    # FLOPs per sample, forward and backward (if there is one), mean over images and pairs.
+    flops: dict[str, float]
 
-    def gpu_hours(self, flops_per_s):
-        """Of the whole run at this many FLOP/s per GPU."""
+    def gpu_hours(self, flops_per_s: float) -> float:
+        """Return the GPU-hours of the whole run at this many FLOP/s per GPU."""
         return sum(self.flops.values()) * self.samples / flops_per_s / 3600
 
 
-def build_without_weights(config):
-    """RunConfig -> IOMM on the meta device. Raises InputError for what load and build would refuse."""
+def build_without_weights(config: RunConfig) -> IOMM:
+    """Return the model of a run on the meta device.
+
+    Raises:
+        InputError: as in loading and building the real model.
+    """
     mllm = mllm_without_weights(mllm_name(config))
     vae = vae_without_weights(vae_name(config), config.model.patch)
     return assemble(config, mllm, vae, device="meta")
 
 
-def make_plan(config, ranks):
-    """RunConfig, number of GPUs -> Plan. Raises InputError where batch and ranks do not divide, or something is missing."""
+def make_plan(config: RunConfig, ranks: int) -> Plan:
+    """Count a run on a number of GPUs.
+
+    Raises:
+        InputError: the batch cannot be divided over the ranks, or data or weights are missing.
+    """
     batch = config.train.global_batch
     micro_batch = config.train.micro_batch or max(1, batch // ranks)
     if batch % (micro_batch * ranks):
@@ -91,17 +112,20 @@ def make_plan(config, ranks):
     )
 
 
-def check_paths(config, model):
-    """Raises InputError where shards, pairs, latents or the run to start from are not there, or are of something else."""
-    data, wanted = (
-        config.data,
-        {"image": ("shards",), "pair": ("pairs",), "mix": ("shards", "pairs")}[config.train.data],
-    )
-    for key in wanted:
+def check_paths(config: RunConfig, model: IOMM) -> None:
+    """Check that shards, pairs, latents and the run to start from exist and fit the config.
+
+    Raises:
+        InputError: one of them is missing, or belongs to another model, VAE or size.
+    """
+    data = config.data
+    keys = {"image": ("shards",), "pair": ("pairs",), "mix": ("shards", "pairs")}[config.train.data]
+    for key in keys:
         value = getattr(data, key)
         if not value:
             raise InputError(
-                f"data.{key} must name tars, globs or folders for train.data={config.train.data}, got none"
+                f"data.{key} must name tars, globs or folders for train.data={config.train.data}, "
+                "got none"
             )
         if value != "shapes":
             try:
@@ -113,25 +137,30 @@ def check_paths(config, model):
     if config.run.init is not None:
         if not (Path(config.run.init) / "config.yaml").is_file():
             raise InputError(
-                f"run.init: {config.run.init} is not a run folder: no config.yaml in it; give the run.dir of stage 1"
+                f"run.init: {config.run.init} is not a run folder: it has no config.yaml. Give the "
+                "run.dir of stage 1"
             )
         found = checkpoint_reader.steps(Path(config.run.init) / "checkpoints")
         if not found:
-            raise InputError(f"run.init: {config.run.init} has no checkpoint yet")
+            raise InputError(f"run.init: {config.run.init} has no checkpoint yet: train it first")
         here = {name: list(p.shape) for name, p in model.named_parameters()}
         if without_head(checkpoint_reader.read_manifest(found[-1])["shapes"]) != without_head(here):
             raise InputError(
-                f"run.init: {found[-1]} is of another model: give the same model.*, adapter.* as there"
+                f"run.init: {found[-1]} is a checkpoint of another model: set model.* and "
+                "adapter.* as in that run"
             )
 
 
-def size(module):
+def size(module: nn.Module) -> int:
+    """Return the number of parameters."""
     return sum(p.numel() for p in module.parameters())
 
 
-def kinds(model, config):
-    """[(share, keyword arguments of flops_by_part and tokens_per_image)] of the images and of the pairs of a run. A caption
-    counts as NUM_CAPTION tokens, one that is dropped as none.
+def kinds(model: IOMM, config: RunConfig) -> list[tuple[float, dict[str, Any]]]:
+    """Return (share, arguments) of the run's images and of its pairs.
+
+    The arguments are keywords of flops_by_part and tokens_per_image. A caption counts as
+    NUM_CAPTION tokens, a dropped one as none.
     """
     mllm, images = model.frozen[0], config.image_share
     turn, text = NUM_TURN, NUM_TEXT
@@ -142,8 +171,8 @@ def kinds(model, config):
     return [(share, kind) for share, kind in both if share]
 
 
-def work(model, config):
-    """{part: FLOPs} that one sample of the run needs, the mean over its images and pairs."""
+def work(model: IOMM, config: RunConfig) -> dict[str, float]:
+    """Return {part: FLOPs} of one sample, the mean over the run's images and pairs."""
     total = {}
     for share, kind in kinds(model, config):
         for part, flops in flops_by_part(
@@ -157,17 +186,18 @@ def work(model, config):
     return total
 
 
-def tokens(model, config):
-    """Latent and condition tokens that the generator reads of one sample of the run, in the mean."""
+def tokens(model: IOMM, config: RunConfig) -> float:
+    """Return the mean number of latent and condition tokens that the generator reads per sample."""
     return sum(
         share * tokens_per_image(model, config.data.size_px, **kind)
         for share, kind in kinds(model, config)
     )
 
 
-def memory(model, config, ranks, micro_batch):
-    """{part: bytes a GPU} of a run whose model, not yet sharded, this is. What frozen encoders need while they run, and
-    what communication and the allocator keep, is not in it.
+def memory(model: IOMM, config: RunConfig, ranks: int, micro_batch: int) -> dict[str, float]:
+    """Return {part: bytes per GPU} of a run of this model, which is not sharded yet.
+
+    Not included: activations of the frozen encoders, and what communication and the allocator keep.
     """
     trained, frozen = size(model), sum(map(size, model.frozen))
     width = config.dtype.itemsize
@@ -180,12 +210,13 @@ def memory(model, config, ranks, micro_batch):
         "frozen weights": width * frozen,
         "working weights": width * weights
         + (width * trained / zero.hpz_partition_size if zero.hpz_partition_size > 1 else 0),
-        # One block in use and one on its way at least; as many are kept for the backward pass as may live.
+        # At least one block in use and the next one; up to max_live_parameters are kept for the
+        # backward pass.
         "gathered blocks": width * min(trained, max(2 * block, zero.max_live_parameters))
         if zero.stage == 3
         else 0,
         "masters": 4 * state,
-        # Accumulated in fp32
+        # Accumulated in fp32.
         "gradients": 4 * gradients,
         "optimizer moments": {"adamw": 8, "muon": 4}[config.optim.kind] * state,
         "EMA": 4 * state if config.ema.decay else 0,
@@ -194,44 +225,59 @@ def memory(model, config, ranks, micro_batch):
             for part, kept in activation_bytes(model, config, micro_batch).items()
         },
         **(
-            {"encoded ahead": prepared_bytes(model, config, micro_batch)}
+            {"prefetched batch": prepared_bytes(model, config, micro_batch)}
             if config.train.overlap
             else {}
         ),
     }
 
 
-def largest(micro_batch, needed, room):
-    """The micro-batch, halved until needed(micro-batch) bytes fit into `room`; 0 if one image does not."""
+def largest(micro_batch: int, needed: Callable[[int], float], room: float) -> int:
+    """Halve the micro-batch until needed(micro_batch) bytes fit into `room`.
+
+    Return 0 if not even one image fits.
+    """
     while micro_batch and needed(micro_batch) > room:
         micro_batch //= 2
     return micro_batch
 
 
 class Attended(torch.autograd.Function):
-    """What a fused attention keeps: queries, keys, values, output, and a float of each row. For counting, without values."""
+    """Keeps what a fused attention keeps: queries, keys, values, output and one float per row.
+
+    For counting bytes on the meta device; it computes nothing.
+    """
 
     @staticmethod
-    def forward(ctx, q, k, v):
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = torch.empty_like(q)
         ctx.save_for_backward(q, k, v, out, torch.empty(q.shape[:-1], device=q.device))
         return out
 
 
 class FusedAttention(TorchFunctionMode):
-    """On the meta device PyTorch's own attention is the unfused one, whose matrices no GPU ever keeps."""
+    """Replaces PyTorch's attention by Attended.
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    On the meta device PyTorch takes the unfused one, whose matrices no GPU ever keeps.
+    """
+
+    def __torch_function__(
+        self,
+        function: Callable,
+        types: Any,
+        args: tuple = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         if function is F.scaled_dot_product_attention:
             return Attended.apply(*args[:3])
         return function(*args, **(kwargs or {}))
 
 
-def kept_bytes(run, own):
-    """Bytes that autograd keeps for the backward pass of run(), the parameters `own` excepted."""
+def kept_bytes(run: Callable[[], Any], own: Iterable[Tensor]) -> int:
+    """Return the bytes that autograd keeps for the backward pass of run(), without `own`."""
     kept, own = {}, {id(p) for p in own}
 
-    def keep(tensor):
+    def keep(tensor: Tensor) -> Tensor:
         base = tensor if tensor._base is None else tensor._base
         if id(base) not in own:
             kept[id(base)] = base, base.numel() * base.element_size()
@@ -242,10 +288,13 @@ def kept_bytes(run, own):
     return sum(number for _, number in kept.values())
 
 
-def activation_bytes(model, config, micro_batch):
-    """{part: bytes} that autograd keeps of one micro-batch: counted by running generator, connector, alignment head and
-    one decoder layer of the MLLM on the meta device, uncompiled; torch.compile keeps less. Of train.recompute blocks
-    only the inputs stay, and one block's own while it runs. The adapter's, small, are left out.
+def activation_bytes(model: IOMM, config: RunConfig, micro_batch: int) -> dict[str, float]:
+    """Return {part: bytes} that autograd keeps of one micro-batch.
+
+    Counted by running the generator, the connector, the alignment head and one decoder layer of the
+    MLLM on the meta device without torch.compile, which would keep less. Of the train.recompute
+    blocks only the inputs are kept, and all activations of one block while it runs. The adapter's
+    are small and left out.
     """
     mllm, vae = model.frozen
     dtype = config.dtype
@@ -262,7 +311,7 @@ def activation_bytes(model, config, micro_batch):
         )
         t_R = torch.empty(drawn)
 
-    def kept_by(num_blocks):
+    def kept_by(num_blocks: int) -> int:
         generator = empty_generator(
             replace(model.generator.config, num_blocks=num_blocks), device="meta", dtype=dtype
         )
@@ -272,7 +321,8 @@ def activation_bytes(model, config, micro_batch):
             lambda: generator(noisy_RNK, t_R, condition_RCD, grid), generator.parameters()
         )
 
-    # Blocks are alike but for the last: a model of 2 and one of 3 tell all, in a quarter of a second.
+    # All blocks but the last keep the same: models of 2 and 3 blocks are enough, which takes a
+    # quarter of a second.
     two, three = kept_by(2), kept_by(3)
     everything = two + (model.generator.config.num_blocks - 2) * (three - two)
     blocks = sum(
@@ -303,7 +353,7 @@ def activation_bytes(model, config, micro_batch):
             )
             target_IND = torch.empty(aligned, rows * columns, head.target_width, dtype=dtype)
         own = [*head.parameters(), target_IND]
-        # The next block keeps them anyway; of a mixture some are picked out.
+        # The next block keeps the latents anyway. Of a mixture a copy of some is aligned.
         if aligned == drawn:
             own.append(latents_IND)
         kept["align"] = kept_bytes(lambda: alignment_loss(head(latents_IND), target_IND), own)
@@ -316,14 +366,16 @@ def activation_bytes(model, config, micro_batch):
     return kept
 
 
-def num_aligned(config, micro_batch):
-    """Samples of a micro-batch that are aligned, at most."""
+def num_aligned(config: RunConfig, micro_batch: int) -> int:
+    """Return the largest number of samples of a micro-batch that are aligned."""
     return math.ceil(micro_batch * config.align_share)
 
 
-def prepared_bytes(model, config, micro_batch):
-    """Bytes of a micro-batch that train.overlap has encoded: noisy tokens and their targets in the dtype of the pixels, the
-    condition, its prefix and the alignment's target in that of the MLLM.
+def prepared_bytes(model: IOMM, config: RunConfig, micro_batch: int) -> float:
+    """Return the bytes of a micro-batch that train.overlap has encoded in advance.
+
+    Noisy tokens and their targets have the dtype of the pixels; the condition, its prefix and the
+    alignment target have that of the MLLM.
     """
     mllm, vae = model.frozen
     rows, columns = vae.grid(config.data.size_px, config.data.size_px)
@@ -349,44 +401,49 @@ def prepared_bytes(model, config, micro_batch):
     )
 
 
-def table(title, rows, unit, scale, digits):
-    """Lines of a part each, indented under a title."""
-    return [title] + [
-        f"  {name:<26}{number / scale:>10.{digits}f} {unit}" for name, number in rows.items()
+def table(title: str, rows: Mapping[str, float], unit: str, scale: float, digits: int) -> list[str]:
+    """Return a title and an indented line per part."""
+    return [
+        title,
+        *(f"  {name:<26}{number / scale:>10.{digits}f} {unit}" for name, number in rows.items()),
     ]
 
 
-def memory_table(memory):
-    """{part: bytes} -> lines."""
-    return table("memory a GPU", memory | {"sum": sum(memory.values())}, "GiB", GIB, 2)
+def memory_table(memory: dict[str, float]) -> list[str]:
+    """Return the lines of a table of {part: bytes per rank}."""
+    title = "memory per rank, estimated (without activations of the frozen encoders)"
+    return table(title, memory | {"total": sum(memory.values())}, "GiB", GIB, 2)
 
 
-def describe(plan, config):
-    """Plan -> text for the terminal."""
-    pairs = 1 - config.image_share
-    mean = (
-        f", mean over {1 - pairs:.0%} images and {pairs:.0%} pairs with captions of {NUM_CAPTION} tokens"
-        if pairs
-        else ""
-    )
+def describe(plan: Plan, config: RunConfig) -> str:
+    """Return the counts of a run as text for the terminal."""
+    pairs, mean = 1 - config.image_share, ""
+    if pairs:
+        mean = (
+            f", mean over {1 - pairs:.0%} images and {pairs:.0%} pairs with captions of "
+            f"{NUM_CAPTION} tokens"
+        )
     return "\n".join(
         [
-            f"{config.model.preset}, {config.data.size_px} px, {plan.ranks} GPU(s), micro-batch {plan.micro_batch} x "
-            f"{plan.accumulation} accumulation steps, ZeRO-{config.zero.stage}, {config.precision}",
+            f"{config.model.preset}, {config.data.size_px} px, {plan.ranks} GPU(s), micro-batch "
+            f"{plan.micro_batch} x {plan.accumulation} accumulation steps, ZeRO stage "
+            f"{config.zero.stage}, {config.precision}",
             "",
             *table("parameters", plan.parameters, "M", 1e6, 1),
             "",
             *memory_table(plan.memory),
             "",
             *table(
-                f"work a sample{mean}",
-                plan.flops | {"sum": sum(plan.flops.values())},
+                f"work per sample{mean}",
+                plan.flops | {"total": sum(plan.flops.values())},
                 "TFLOP",
                 1e12,
                 3,
             ),
             "",
-            f"{plan.samples / 1e6:.1f} M samples: {plan.gpu_hours(MATMUL_FLOPS):,.0f} GPU-hours at the bf16 matmul rate of an H200 "
-            f"(790 TFLOP/s), {plan.gpu_hours(MATMUL_FLOPS * UTILISATION):,.0f} expected at {UTILISATION:.0%} of it",
+            f"{plan.samples / 1e6:.1f} M samples: {plan.gpu_hours(MATMUL_FLOPS):,.0f} GPU-hours at "
+            f"the bf16 matmul rate of an H200 ({MATMUL_FLOPS / 1e12:.0f} TFLOP/s), "
+            f"{plan.gpu_hours(MATMUL_FLOPS * UTILISATION):,.0f} expected at {UTILISATION:.0%} of "
+            "it",
         ]
     )

@@ -1,11 +1,16 @@
-"""Start training: deepspeed engine/launch.py --stage pretrain [--config NAME] [--resume auto] [section.key=value ...]"""
+"""Start or resume a training run.
+
+deepspeed engine/launch.py --stage pretrain [--config NAME] [--resume auto] [section.key=value ...]
+"""
+
+from __future__ import annotations
 
 import os
 import sys
 from pathlib import Path
 
 if __name__ == "__main__" and "RANK" in os.environ:
-    # now: torch takes seconds to load, and the launcher may be gone then
+    # Before torch is imported, which takes seconds: the launcher may have died by then.
     os.environ["IOMM_PARENT"] = str(os.getppid())
 from iomm.checkout import enter
 
@@ -18,9 +23,12 @@ if __name__ == "__main__":
 
 import argparse
 import ctypes
+import logging
 import platform
 import shlex
 import socket
+import textwrap
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -49,47 +57,53 @@ from iomm.engine.resilience.preemption import REQUEUE
 from iomm.engine.resilience.watchdog import REFUSED, Watchdog
 from iomm.kernels import dispatch, fp8_linear
 
-# Of malloc.h: number and value. No memory of its own for a large block, trim the heap above 2 GiB free, grow it by 256 MiB.
+if TYPE_CHECKING:
+    from iomm.engine.config import RunConfig
+    from iomm.engine.data.source import ImageSource
+    from iomm.engine.parallel.ranks import Ranks
+    from iomm.model import IOMM
+
+# Options of malloc.h, as (number, value): never map a large block separately, give memory back to
+# the system only above 2 GiB of free heap, and grow the heap by 256 MiB.
 M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD = (-4, 0), (-1, 2**31 - 1), (-2, 2**28)
-# And the config that each takes by default.
+# Stages and their default configs.
 STAGES = {"pretrain": "demo", "finetune": "demo-finetune"}
 
+log = logging.getLogger("iomm")
 
-def main(argv=None, start_peers=False):
-    """start_peers: whether this process may start the other ranks of train.cpu_ranks with its own command line.
 
-    Exit code: 0 done, 2 something that the user gave is wrong (one line on stderr, said by rank 0 or by one that names
-    itself), 75 asked to stop by SIGTERM or SIGUSR1 and saved: start again with --resume auto; 70 a rank or the launcher
-    died, 71 a hang.
+def main(argv: list[str] | None = None, start_peers: bool = False) -> int:
+    """Run the command and return its exit code.
+
+    0: done. 2: something that the user gave is wrong; rank 0, or the rank concerned with its name,
+    prints one line to stderr. 75: stopped by SIGTERM or SIGUSR1 and saved, start again with
+    --resume auto. 130: Ctrl-C. The watchdog ends the process with 70 when a rank or the launcher
+    died, and with 71 after a hang.
+
+    start_peers: this process may start the other ranks of train.cpu_ranks with its own command
+    line.
     """
     rank = int(os.environ.get("RANK", 0))
-    # One a machine, until the ranks have met.
-    speaks = not rank or os.environ.get("LOCAL_RANK") == "0"
+    # One rank per machine until the ranks have joined; then the watchdog decides.
+    reports_errors = rank == 0 or os.environ.get("LOCAL_RANK") == "0"
     try:
         args = parse_args(argv)
-        choice("--stage", args.stage, tuple(STAGES))
-        choice("--profile", args.profile, ("none", "nsys", "torch"))
-        for name in ("config", "init", "hook", "resume"):
-            if getattr(args, name) == "":
-                raise InputError(
-                    f"--{name} is empty: give a value (a variable of the shell that is not set?), or leave it out"
-                )
-        if args.dry_run is not None and args.dry_run < 1:
-            raise InputError(f"--dry-run must be a number of GPUs, 1 or more, got {args.dry_run}")
-        config = load_config(
-            args.config or STAGES[args.stage],
-            args.overrides + [f"run.init={args.init}"] * bool(args.init),
-        )
+        check_args(args)
+        overrides = list(args.overrides)
+        if args.init:
+            overrides.append(f"run.init={args.init}")
+        config = load_config(args.config or STAGES[args.stage], overrides)
         if args.stage == "finetune" and config.run.init is None:
             raise InputError(
-                "--stage finetune starts from a run of stage 1: give --init RUN, the run.dir of that run"
+                "--stage finetune needs the weights of a stage-1 run: give --init RUN, the run.dir "
+                "of that run"
             )
         _, device = group.take_device(args.local_rank)
         check_kernels(config.precision)
         if config.log.wandb:
             check_wandb()
         if args.dry_run is not None:
-            if not rank:
+            if rank == 0:
                 print(dry_run.describe(dry_run.make_plan(config, args.dry_run), config))
             return 0
         size = cpu_ranks.num_ranks(config.train, device.type) if start_peers else 1
@@ -98,14 +112,13 @@ def main(argv=None, start_peers=False):
             RankLog(config.run.dir),
         ):
             ranks = group.start(config.train.timeout_s, args.local_rank)
-            with Watchdog(
-                ranks, config.run.dir, config.guard.hang_s, int(os.environ.get("IOMM_PARENT", 0))
-            ) as watch:
-                # The watch does
-                speaks = False
-                return 0 if run(config, args, ranks, watch) else REQUEUE
+            parent = int(os.environ.get("IOMM_PARENT", 0))
+            with Watchdog(ranks, config.run.dir, config.guard.hang_s, parent) as watchdog:
+                # From here on the watchdog reports errors.
+                reports_errors = False
+                return 0 if run(config, args, ranks, watchdog) else REQUEUE
     except InputError as error:
-        if speaks:
+        if reports_errors:
             who = f"rank {rank} ({socket.gethostname()}): " if rank else ""
             print(f"iomm: {who}{error}", file=sys.stderr, flush=True)
         if os.environ.get("IOMM_TRACEBACK"):
@@ -117,18 +130,20 @@ def main(argv=None, start_peers=False):
         group.stop()
 
 
-def parse_args(argv):
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """Return the options of the command line; `overrides` holds the section.key=value words."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--stage", default="pretrain", help=f"one of: {', '.join(STAGES)}")
     parser.add_argument(
         "--config",
-        help="name of a file in engine/configs, or a path ending in .yaml; default: the stage's demo",
+        help="name of a file in engine/configs, or a path ending in .yaml; default: the stage's "
+        "demo",
     )
     parser.add_argument(
         "--init",
-        help="run folder to start from: its newest weights (run.init_weights), all else fresh",
+        help="run folder whose newest weights (run.init_weights) this run starts from",
     )
     parser.add_argument(
         "--resume",
@@ -138,13 +153,13 @@ def parse_args(argv):
     parser.add_argument(
         "--profile",
         default="none",
-        help="none, nsys, or torch: trace profile.num_steps from profile.start_step on",
+        help="none, nsys or torch: trace profile.num_steps steps from profile.start_step on",
     )
     parser.add_argument(
         "--hook",
         metavar="package.module:function",
-        help="called on rank 0 after each evaluation with (config, step, images, prompts); the numbers that it "
-        "returns by name are logged",
+        help="called on rank 0 after each evaluation with (config, step, images, prompts); the "
+        "{name: number} that it returns is logged",
     )
     parser.add_argument(
         "--dry-run",
@@ -152,20 +167,40 @@ def parse_args(argv):
         nargs="?",
         const=8,
         metavar="GPUS",
-        help="check config and paths, print parameters, memory and work for so many GPUs (default 8), and stop",
+        help="check config and paths, print parameters, memory and work for this number of GPUs "
+        "(default 8), and stop",
     )
-    # The launcher adds it.
+    # DeepSpeed's launcher adds it.
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    args = parser.parse_intermixed_args(argv)
-    return args
+    return parser.parse_intermixed_args(argv)
 
 
-def check_kernels(precision):
-    """Raises InputError if IOMM_KERNELS asks for a body that is unknown or cannot run here, or precision for a GPU's fp8."""
+def check_args(args: argparse.Namespace) -> None:
+    """Raise InputError for options whose values are wrong whatever the config holds."""
+    choice("--stage", args.stage, tuple(STAGES))
+    choice("--profile", args.profile, ("none", "nsys", "torch"))
+    for name in ("config", "init", "hook", "resume"):
+        if getattr(args, name) == "":
+            raise InputError(
+                f"--{name} is empty. Give a value, or leave the option out; a shell variable may "
+                "be unset"
+            )
+    if args.dry_run is not None and args.dry_run < 1:
+        raise InputError(f"--dry-run must be a number of GPUs, 1 or more, got {args.dry_run}")
+
+
+def check_kernels(precision: str) -> None:
+    """Check that this machine can run the backends in IOMM_KERNELS, and fp8 if it is requested.
+
+    Raises:
+        InputError: IOMM_KERNELS names an unknown backend or one that cannot run here, or the
+            GPU has no fp8.
+    """
     if precision == "fp8" and (reason := fp8_linear.why_not()):
         raise InputError(
-            f"precision fp8 on this GPU ({torch.cuda.get_device_name()}) {reason}: set precision=bf16"
+            f"precision fp8 on this GPU ({torch.cuda.get_device_name()}) {reason}: set "
+            "precision=bf16"
         )
     try:
         dispatch.table("cuda" if torch.cuda.is_available() else "cpu")
@@ -173,22 +208,22 @@ def check_kernels(precision):
         raise InputError(str(error)) from error
 
 
-def run(config, args, ranks, watch):
-    """Builds every part, hands over to the loop -> whether that came to the end."""
-    say = print if ranks.first else lambda *_, **__: None
+def run(config: RunConfig, args: argparse.Namespace, ranks: Ranks, watchdog: Watchdog) -> bool:
+    """Build all parts of the run and train. Return False if a signal stopped it before the end."""
     prepare_process(config, ranks)
     hook = load_hook(args.hook) if args.hook else None
     ranks.on_first(lambda: open_run_dir(config, args))
     folder = choose_checkpoint(config, args, ranks)
     ranks.on_first(lambda: write_config(config))
-    state, source, flops = build(config, ranks, folder, say)
-    # It may be an earlier one of this very run.
+    state, source, flops = build(config, ranks, folder)
     if args.resume not in ("none", "auto"):
+        # The given checkpoint may be an earlier one of this run: set later ones aside.
         ranks.on_first(
             lambda: checkpoint_writer.set_aside(Path(config.run.dir) / "checkpoints", state.step)
         )
-    metrics = (
-        Metrics(
+    metrics = None
+    if ranks.first:
+        metrics = Metrics(
             config.run.dir,
             flops_per_image=flops,
             global_batch=config.train.global_batch,
@@ -200,11 +235,7 @@ def run(config, args, ranks, watch):
             wandb=config.log.wandb,
             settings=flat(config),
         )
-        if ranks.first
-        else None
-    )
-    if metrics is not None:
-        metrics.careful("machine.json", write_machine, config.run.dir, ranks.size)
+        metrics.attempt("machine.json", write_machine, config.run.dir, ranks.size)
     window = Window(
         args.profile,
         state.step + config.profile.start_step,
@@ -220,19 +251,21 @@ def run(config, args, ranks, watch):
         background=config.checkpoint.background,
     )
     evaluation = Evaluation(config, source, ranks, hook) if config.evaluate.every_steps else None
-    if loop.train(state, source, config, saver, watch, metrics, window, evaluation):
-        # The other ranks of this machine wait.
-        if ranks.device.type == "cpu":
-            torch.set_num_threads(cpu_ranks.num_threads(config.train, 1))
-        ranks.on_first(lambda: finish(config, args, metrics, saver, ranks))
-        return True
-    say(f"stopped as asked; step {state.step} is saved: start again with --resume auto")
-    return False
+    if not loop.train(state, source, config, saver, watchdog, metrics, window, evaluation):
+        log.info(f"stopped by a signal; step {state.step} is saved. Continue with --resume auto")
+        return False
+    if ranks.device.type == "cpu":
+        # The other ranks of this machine are idle while rank 0 finishes.
+        torch.set_num_threads(cpu_ranks.num_threads(config.train, 1))
+    ranks.on_first(lambda: finish(config, args, metrics, saver, ranks))
+    return True
 
 
-def prepare_process(config, ranks):
-    """Threads of this rank, and memory on a CPU: glibc gives every large tensor back to the system and gets it again page
-    by page, a tenth of a step of demo-cpu; kept, the pages are there already. Elsewhere than on glibc nothing happens.
+def prepare_process(config: RunConfig, ranks: Ranks) -> None:
+    """Set this rank's number of threads, and on a CPU with glibc keep freed memory.
+
+    glibc returns every large tensor to the system and gets it back page by page, which takes a
+    tenth of a step of demo-cpu.
     """
     torch.set_num_threads(cpu_ranks.num_threads(config.train, ranks.local_size))
     if ranks.device.type == "cpu" and platform.libc_ver()[0] == "glibc":
@@ -240,9 +273,19 @@ def prepare_process(config, ranks):
             ctypes.CDLL(None).mallopt(option, value)
 
 
-def build(config, ranks, folder=None, say=print):
-    """Data, frozen parts, trained parts, optimizer -> (run_state.State, its source of batches, FLOPs that one image needs). Called
-    by all ranks together. The state is that of the checkpoint `folder`, or fresh, or of run.init's weights.
+def build(
+    config: RunConfig, ranks: Ranks, folder: Path | str | None = None
+) -> tuple[run_state.State, ImageSource, float]:
+    """Build data, frozen parts, trained parts and optimizer. Called by all ranks together.
+
+    Args:
+        config: the run's config.
+        ranks: this process and the others.
+        folder: checkpoint to restore. None: the weights of run.init if that is set, else
+            fresh ones.
+
+    Returns:
+        The state, the source of its batches, and the FLOPs that one image needs.
     """
     adamw = zero.adamw_backend(config.optim.adamw, ranks.device)
     config.zero.check_ranks(ranks.size)
@@ -251,39 +294,28 @@ def build(config, ranks, folder=None, say=print):
         index_dir = ranks.on_first(lambda: builders.prepare_data(config))
     if config.train.data != "image":
         pairs_dir = ranks.on_first(lambda: builders.prepare_data(config, pairs=True))
-    for line in builders.foreign_data(config):
-        say(line)
+    for sentence in builders.foreign_data(config):
+        log.warning(sentence)
     model = builders.build_model(config, ranks.device)
     mllm, vae = model.frozen
     source = builders.open_source(
         config, ranks, mllm, vae, index_dir=index_dir, pairs_dir=pairs_dir
     )
     if ranks.first:
-        threads = torch.get_num_threads()
-        say(
-            f"{len(source.shards)} images, {ranks.size} rank{'s' * (ranks.size > 1)} on {ranks.device.type}, {threads} thread"
-            f"{'s' * (threads > 1)} each, {config.precision}, ZeRO-{config.zero.stage}; "
-            f"trained parameters {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M"
-        )
-        say(dispatch.format_table(ranks.device.type))
-        say(
-            "\n".join(
-                dry_run.memory_table(dry_run.memory(model, config, ranks.size, source.micro_batch))
-            )
-        )
+        log.info(describe_start(config, ranks, model, source))
     if config.run.init is not None and folder is None:
-        say(start_from(config, model, ranks))
+        log.info(start_from(config, model, ranks))
     if config.precision == "fp8":
-        say(
-            "precision fp8 has not been compared on a GPU yet: no record says that its loss follows bf16's "
-            "(python benchmarks/studies/precision.py makes one)"
+        log.warning(
+            "warning: precision fp8 has not been compared on a GPU yet, so its loss may differ "
+            "from bf16's (python benchmarks/studies/precision.py compares them)"
         )
     flops = sum(dry_run.work(model, config).values())
     compiled = config.train.compiled(ranks.device)
     if compiled:
         from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-        # And nobody compiles before.
+        # The exchange also keeps all ranks from compiling before the cache is clean.
         ranks.all(remove_half_compiled(cache_dir()) if ranks.local_rank == 0 else None)
     model.prepare_blocks(
         compiled=compiled, recompute=config.train.recompute, fp8=config.precision == "fp8"
@@ -297,51 +329,84 @@ def build(config, ranks, folder=None, say=print):
         micro_batch=source.micro_batch,
         accumulation=source.accumulation_steps,
     )
-    skips = BadSamples(
+    bad_samples = BadSamples(
         config.data.max_bad_fraction,
         config.data.max_bad_shards,
         Path(config.run.dir) / "skipped.jsonl" if ranks.first else None,
     )
+    guard = config.guard
     state = run_state.State(
         sharded,
         Ema(sharded.masters, config.ema.decay),
-        make_guard(config),
-        skips,
+        LossGuard(guard.max_skips, guard.spike_sigmas, guard.skip_spikes),
+        bad_samples,
         ranks,
         ranks.on_first(lambda: builders.data_facts(source.shards)),
     )
     if folder is not None:
         run_state.restore(state, folder)
-        say(f"resumed from {folder}: step {state.step} of {config.train.steps}")
+        log.info(f"resumed from {folder}: step {state.step} of {config.train.steps}")
     source.start_step = state.step
     return state, source, flops
 
 
-def start_from(config, model, ranks):
-    """Loads the weights of run.init into the model -> a line that says which. Called by all ranks together."""
+def describe_start(config: RunConfig, ranks: Ranks, model: IOMM, source: ImageSource) -> str:
+    """Return the lines that rank 0 logs before training."""
+    threads, steps = torch.get_num_threads(), source.accumulation_steps
+    trained, frozen = dry_run.size(model), sum(map(dry_run.size, model.frozen))
+    memory = dry_run.memory(model, config, ranks.size, source.micro_batch)
+    return "\n".join(
+        [
+            f"data        {len(source.shards):,} samples, {config.data.size_px} px",
+            f"devices     {count(ranks.size, 'rank')} on {ranks.device.type}, "
+            f"{count(threads, 'thread')} each",
+            f"training    {config.train.steps:,} steps of {config.train.global_batch:,} samples, "
+            f"{source.micro_batch} per rank, {count(steps, 'accumulation step')}",
+            f"model       {trained / 1e6:.1f} M trained and {frozen / 1e6:.1f} M frozen "
+            f"parameters, {config.precision}, ZeRO stage {config.zero.stage}",
+            "kernels     op, device, backend in use; other backends with the reason",
+            textwrap.indent(dispatch.format_table(ranks.device.type), "  "),
+            *dry_run.memory_table(memory),
+        ]
+    )
+
+
+def count(number: int, noun: str) -> str:
+    """Return "1 rank", "2 ranks"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def start_from(config: RunConfig, model: IOMM, ranks: Ranks) -> str:
+    """Load the weights of run.init into the model and describe them in a line.
+
+    Called by all ranks together.
+    """
     _, folder = builders.read_run(config.run.init, ranks)
     averaged = builders.load_weights(model, folder, config.run.init_weights)["ema"]
-    return f"starts from the {config.run.init_weights if averaged else 'raw'} weights of {folder}"
+    weights = config.run.init_weights if averaged else "raw"
+    return f"initialized with the {weights} weights of {folder}"
 
 
-def make_guard(config):
-    return LossGuard(config.guard.max_skips, config.guard.spike_sigmas, config.guard.skip_spikes)
+def open_run_dir(config: RunConfig, args: argparse.Namespace) -> None:
+    """Check that run.dir is new or belongs to this config, create it and lock it, on rank 0.
 
-
-def open_run_dir(config, args):
-    """Checks that run.dir is of this config and takes it. Work for rank 0."""
+    Raises:
+        InputError: it belongs to another config, holds a run that is not to be resumed, is in use,
+            or cannot be written.
+    """
     run_dir = Path(config.run.dir)
     if (run_dir / "config.yaml").is_file():
         changed = differences(config, load_config(str(run_dir / "config.yaml")))
         if changed:
             raise InputError(
-                f"{run_dir} is the run of another config ({'; '.join(changed)}): "
-                "give the same values to resume it, or choose another run.dir, there with --resume "
-                f"{run_dir}/checkpoints/step-N to go on from one of its checkpoints"
+                f"{run_dir} belongs to a run with another config ({'; '.join(changed)}). Resume it "
+                "with the same values, or continue in a new run.dir with --resume "
+                f"{run_dir}/checkpoints/step-N"
             )
     if args.resume == "none" and checkpoint_reader.steps(run_dir / "checkpoints"):
         raise InputError(
-            f"{run_dir} already holds a run: add --resume auto to go on with it, or choose another run.dir"
+            f"{run_dir} already contains a run. Add --resume auto to continue it, or choose "
+            "another run.dir"
         )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -350,8 +415,14 @@ def open_run_dir(config, args):
         raise InputError(f"run.dir {run_dir} cannot be written: {error.strerror}") from error
 
 
-def choose_checkpoint(config, args, ranks):
-    """The checkpoint to resume from, found intact by all ranks together, or None."""
+def choose_checkpoint(
+    config: RunConfig, args: argparse.Namespace, ranks: Ranks
+) -> Path | str | None:
+    """Return the checkpoint to resume from, or None. All ranks verify it together.
+
+    Raises:
+        InputError: the checkpoint of --resume is damaged, or run.dir has only damaged ones.
+    """
     if args.resume == "none":
         return None
     if args.resume != "auto":
@@ -364,25 +435,34 @@ def choose_checkpoint(config, args, ranks):
     if folder is None:
         if ranks.on_first(lambda: bool(checkpoint_reader.steps(checkpoints))):
             raise InputError(
-                f"no checkpoint under {checkpoints} is intact: choose another run.dir to start anew"
+                f"all checkpoints in {checkpoints} are damaged. Choose another run.dir to start "
+                "from scratch"
             )
-        if ranks.first:
-            print(f"no checkpoint under {checkpoints} yet: starting at step 0")
+        log.info(f"no checkpoint in {checkpoints} yet: starting at step 0")
     return folder
 
 
-def write_config(config):
-    saved = Path(config.run.dir) / "config.yaml"
+def write_config(config: RunConfig) -> None:
+    """Write run.dir/config.yaml with every key. Raises InputError where it cannot be written."""
+    path = Path(config.run.dir) / "config.yaml"
     try:
-        with whole_file(saved) as partial:
+        with whole_file(path) as partial:
             partial.write_text(config.to_yaml(), encoding="utf-8")
     except OSError as error:
-        raise InputError(f"{saved} cannot be written: {error.strerror}") from error
+        raise InputError(f"{path} cannot be written: {error.strerror}") from error
 
 
-def finish(config, args, metrics, saver, ranks):
-    """Draws the sample grid from the checkpoint just written, scores it in the shapes world, and says what to type next. The
-    run is complete, whatever fails in here.
+def finish(
+    config: RunConfig,
+    args: argparse.Namespace,
+    metrics: Metrics,
+    saver: checkpoint_writer.Saver,
+    ranks: Ranks,
+) -> None:
+    """Sample a grid from the last checkpoint, write the report and print the summary.
+
+    Called on rank 0. On the shapes dataset samples are scored as well. Whatever fails here, the
+    run is complete.
     """
     run_dir = config.run.dir
     try:
@@ -397,44 +477,45 @@ def finish(config, args, metrics, saver, ranks):
             print(f"samples     {path}")
             if config.data.shards == config.model.mllm == "shapes":
                 print(grade_run(run_dir, steps=config.log.sample_steps, device=ranks.device))
+    # Of any kind: too little memory, a full disk, ...
     except Exception as error:
-        # of whatever kind: too little memory, no room on the disk
-        print(
-            f"samples     not drawn or not scored: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        )
+        message = " ".join(str(error).split())[:200]
+        print(f"samples     failed, training is complete: {type(error).__name__}: {message}")
     if report := metrics.report():
         print(f"report      {report}")
     metrics.close()
-    again = [
-        f"--{name} {shlex.quote(value)}"
-        for name in ("config", "init", "hook")
-        if (value := getattr(args, name))
-    ]
-    again += [shlex.quote(o) for o in args.overrides if not o.startswith("train.steps=")]
-    stage_1 = args.stage == "pretrain"
     if saver.folder is not None:
         print(
-            f"checkpoint  {saver.folder}: {saver.bytes / 2**20:.0f} MiB in {saver.write_s:.1f} s, training waited "
-            f"{saver.stall_s:.2f} s\n            {advice(config, metrics, saver, ranks.size)}"
+            f"checkpoint  {saver.folder}, {saver.bytes / 2**20:.0f} MiB, written in "
+            f"{saver.write_s:.1f} s; training waited {saver.stall_s:.2f} s for it"
         )
-    print(
-        f"log         {run_dir}/log.jsonl, {run_dir}/tb (tensorboard --logdir {run_dir}/tb)\n"
-        f"GPU-hours   {metrics.gpu_hours:.3f}\n"
-        f"next        iomm sample --run {run_dir} --num 16\n"
-        + (
-            f"            deepspeed engine/launch.py --stage finetune --init {run_dir}   # stage 2\n"
-            if stage_1
-            else ""
+        print(f"            {advice(config, metrics, saver, ranks.size)}")
+    print(f"log         {run_dir}/log.jsonl; tensorboard --logdir {run_dir}/tb")
+    print(f"GPU-hours   {metrics.gpu_hours:.3f}")
+    print("\n".join(next_commands(config, args)), flush=True)
+
+
+def next_commands(config: RunConfig, args: argparse.Namespace) -> list[str]:
+    """Return the lines of the summary with the commands to run next."""
+    run_dir = config.run.dir
+    commands = [f"iomm sample --run {run_dir} --num 16"]
+    if args.stage == "pretrain":
+        commands.append(f"deepspeed engine/launch.py --stage finetune --init {run_dir}   # stage 2")
+    # With a cosine schedule the number of steps shapes all steps, so that more cannot be added.
+    if config.optim.schedule != "cosine":
+        options = [
+            f"--{name} {shlex.quote(value)}"
+            for name in ("config", "init", "hook")
+            if (value := getattr(args, name))
+        ]
+        overrides = [shlex.quote(o) for o in args.overrides if not o.startswith("train.steps=")]
+        again = " ".join(options + overrides)
+        commands.append(
+            f"deepspeed engine/launch.py --stage {args.stage} --resume auto {again} "
+            f"train.steps={2 * config.train.steps}   # train for twice as many steps"
         )
-        + (
-            f"            deepspeed engine/launch.py --stage {args.stage} --resume auto {' '.join(again)} "
-            f"train.steps={2 * config.train.steps}   # train on\n"
-            if config.optim.schedule != "cosine"
-            else ""
-        ),
-        end="",
-        flush=True,
-    )
+    labels = ["next", *[""] * (len(commands) - 1)]
+    return [f"{label:<12}{command}" for label, command in zip(labels, commands, strict=True)]
 
 
 if __name__ == "__main__":

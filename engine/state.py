@@ -1,29 +1,53 @@
 """The state of a run: what a checkpoint holds, saved and restored."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 import torch
+from torch import Tensor
 
 from iomm.config import InputError
 from iomm.engine.resilience import checkpoint_reader
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from iomm.engine.config import RunConfig
+    from iomm.engine.data.bad_samples import BadSamples
+    from iomm.engine.parallel.ema import Ema
+    from iomm.engine.parallel.ranks import Ranks
+    from iomm.engine.parallel.zero import Sharded
+    from iomm.engine.resilience.checkpoint_writer import Saver
+    from iomm.engine.resilience.loss_guard import LossGuard
+
 
 class State:
-    """What a checkpoint holds: weights, moments, average, step. Everything else is a function of the config and the data, of
-    which it keeps what builders.data_facts says.
+    """Weights, optimizer moments, moving average, counters and step: all that a checkpoint holds.
+
+    Everything else is a function of the config and the data. `data` identifies the data: the result
+    of builders.data_facts, which a checkpoint records and a resume compares.
     """
 
-    def __init__(self, sharded, ema, guard, skips, ranks, data=None):
-        self.sharded, self.ema, self.guard, self.skips, self.ranks, self.data = (
-            sharded,
-            ema,
-            guard,
-            skips,
-            ranks,
-            data,
-        )
+    def __init__(
+        self,
+        sharded: Sharded,
+        ema: Ema,
+        loss_guard: LossGuard,
+        bad_samples: BadSamples,
+        ranks: Ranks,
+        data: dict[str, list[int]] | None = None,
+    ) -> None:
+        self.sharded, self.ema, self.ranks = sharded, ema, ranks
+        self.loss_guard, self.bad_samples = loss_guard, bad_samples
+        self.data = data
         self.step, self.gpu_hours = 0, 0.0
 
-    def tensors(self):
-        """{(slot, parameter name): this rank's piece, one-dimensional}; slots a parameter has no part in are left out."""
+    def tensors(self) -> dict[tuple[str, str], Tensor]:
+        """Return {(slot, parameter name): this rank's piece, one-dimensional}.
+
+        A slot has no entry for parameters that it does not cover.
+        """
         slots = self.sharded.slots()
         if self.ema.flats:
             slots["ema"] = self.ema.flats
@@ -35,15 +59,15 @@ class State:
         }
 
 
-def save(state, config, saver):
-    """Hands the state as it is now to the saver, on all ranks together."""
+def save(state: State, config: RunConfig, saver: Saver) -> None:
+    """Hand the state as it is now to the saver, on all ranks together."""
     facts = {
         "config": config.to_yaml(),
         "shapes": state.sharded.shapes,
         "ema": bool(state.ema.flats),
         "optimizer_step": state.sharded.optimizer_step,
-        "guard": state.guard.state(),
-        "skipped_samples": state.skips.state(),
+        "guard": state.loss_guard.state(),
+        "skipped_samples": state.bad_samples.state(),
         "samples_seen": state.step * config.train.global_batch,
         "gpu_hours": state.gpu_hours,
         "data": state.data,
@@ -59,39 +83,41 @@ def save(state, config, saver):
 
 
 @torch.no_grad()
-def restore(state, folder):
-    """Reads a checkpoint into the state, whatever number of ranks wrote it at whatever ZeRO stage."""
+def restore(state: State, folder: Path | str) -> None:
+    """Read a checkpoint into the state, written by any number of ranks at any ZeRO stage.
+
+    Raises:
+        InputError: the checkpoint belongs to another model or was trained on other data.
+    """
     reader = checkpoint_reader.Reader(folder)
-    if {name: list(shape) for name, shape in state.sharded.shapes.items()} != reader.manifest[
-        "shapes"
-    ]:
-        raise InputError(f"{folder} is of another model: its parameters have other names or shapes")
-    then, now = reader.manifest.get("data"), state.data
-    # Nothing is known of an older checkpoint's.
-    if then and now and then != now:
+    shapes = {name: list(shape) for name, shape in state.sharded.shapes.items()}
+    if shapes != reader.manifest["shapes"]:
         raise InputError(
-            f"{folder} is of other data ({changes(then, now)}), in whose order alone it goes on: give the tars of then, or "
-            "start a new run.dir from its weights with --init"
+            f"{folder} is a checkpoint of another model: its parameters have other names or "
+            "shapes. Resume with the config of that run"
+        )
+    saved, current = reader.manifest.get("data"), state.data
+    # Checkpoints of earlier versions do not record their data.
+    if saved and current and saved != current:
+        raise InputError(
+            f"{folder} was trained on different data ({changes(saved, current)}). Resume with the "
+            "original tars, or start a new run.dir from its weights with --init"
         )
     for (slot, name), piece in state.tensors().items():
-        piece.copy_(
-            reader.piece(
-                slot, name, state.sharded.places[name].start, len(piece), first=state.ranks.rank
-            )
-        )
+        start = state.sharded.places[name].start
+        piece.copy_(reader.piece(slot, name, start, len(piece), first=state.ranks.rank))
     state.sharded.finish_restore(reader.manifest["optimizer_step"])
     state.step, state.gpu_hours = reader.manifest["step"], reader.manifest["gpu_hours"]
-    state.guard.restore(reader.manifest["guard"])
-    state.skips.restore(reader.manifest["skipped_samples"])
+    state.loss_guard.restore(reader.manifest["guard"])
+    state.bad_samples.restore(reader.manifest["skipped_samples"])
 
 
-def changes(then, now):
-    """Two of builders.data_facts -> how they differ, in words."""
-    words = []
-    for kind in sorted(then.keys() | now.keys()):
-        old, new = then.get(kind, [0, 0]), now.get(kind, [0, 0])
+def changes(saved: dict[str, Any], current: dict[str, Any]) -> str:
+    """Describe in words how two results of builders.data_facts differ."""
+    found = []
+    for kind in sorted(saved.keys() | current.keys()):
+        old, new = saved.get(kind, [0, 0]), current.get(kind, [0, 0])
         if old != new:
-            words.append(
-                f"{old[0]} {kind} then, {new[0]} {'others ' if old[0] == new[0] else ''}now"
-            )
-    return "; ".join(words)
+            other = "other " if old[0] == new[0] else ""
+            found.append(f"{old[0]} {kind} before, {new[0]} {other}{kind} now")
+    return "; ".join(found)

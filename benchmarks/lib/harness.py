@@ -150,7 +150,7 @@ class Bench:
         self.config, self.ranks, self.device = config, ranks, ranks.device
         self.begun, self.limit_s = begun, limit_s
         launch.prepare_process(config, ranks)
-        self.state, self.source, self.flops = launch.build(config, ranks, say=lambda *_: None)
+        self.state, self.source, self.flops = launch.build(config, ranks)
         self.batches = iter(self.source)
         self.model = self.state.sharded.engine.module
         self.compiled = config.train.compiled(self.device)

@@ -1,6 +1,7 @@
-"""What this machine has of the parts that IOMM uses, why a part is missing, and what that costs.
+"""List the software and hardware that IOMM uses on this machine, and what is missing.
 
-Nothing heavy is imported: a package is looked up by its metadata, so that the report also comes where a part is broken.
+Packages are looked up by their metadata and not imported, so a broken one does not break the
+report.
 """
 
 import datetime
@@ -13,46 +14,52 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from iomm.kernels import native
 
 PRESENT, ABSENT, PROBLEM = "present", "absent", "problem"
+# (part, version or "-", "present" | "absent" | "problem", note)
+Row = tuple[str, str, str, str]
 
 
-def rows():
-    """[(part, version or "-", "present" | "absent" | "problem", note)]; the note says why, and what it costs."""
+def rows() -> list[Row]:
+    """Return a row per part. The note gives the reason and the cost of a missing one."""
     return [
         ("Python", platform.python_version(), PRESENT, sys.executable),
         ("torch", torch.__version__, PRESENT, f"{torch.get_num_threads()} CPU threads"),
         cuda_row(),
-        package_row("DeepSpeed", "deepspeed", "training needs it: pip install deepspeed"),
-        package_row("transformers", "transformers", "the MLLM needs it: pip install transformers"),
-        package_row("diffusers", "diffusers", "the FLUX VAE needs it: pip install diffusers"),
+        package_row("DeepSpeed", "deepspeed", "needed for training: pip install deepspeed"),
+        package_row(
+            "transformers", "transformers", "needed for the MLLM: pip install transformers"
+        ),
+        package_row("diffusers", "diffusers", "needed for the FLUX VAE: pip install diffusers"),
         dali_row(),
         package_row(
             "Triton",
             "triton",
-            "torch.compile on a GPU needs it, in the version that belongs to torch",
+            "needed for torch.compile on a GPU, in the version that belongs to torch",
         ),
         package_row(
-            "flash-attn", "flash_attn", "costs nothing: attention runs through PyTorch's kernels"
+            "flash-attn", "flash_attn", "optional: without it attention uses PyTorch's kernels"
         ),
         apex_row(),
         compiler_row(
             "g++", "g++", "the C++ ops cannot be built and torch.compile does not work on CPU"
         ),
         compiler_row(
-            "nvcc", "nvcc", "the CUDA ops cannot be built; slower PyTorch does their work on a GPU"
+            "nvcc", "nvcc", "the CUDA ops cannot be built; on a GPU slower PyTorch ops are used"
         ),
         *native_rows(),
     ]
 
 
-def git(*arguments):
-    """Return what git prints of this checkout, "unknown" where there is no git or no checkout."""
+def git(*arguments: str) -> str:
+    """Return the output of a git command in this checkout, "unknown" without git or a checkout."""
     try:
         done = subprocess.run(
             ["git", *arguments],
@@ -65,8 +72,8 @@ def git(*arguments):
     return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
-def cpu_name():
-    """Return the processor's model name, or the machine's architecture where /proc does not give it."""
+def cpu_name() -> str:
+    """Return the processor's model name, or the architecture if /proc/cpuinfo has no name."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next(
         (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
@@ -74,8 +81,11 @@ def cpu_name():
     )
 
 
-def machine():
-    """What a measured figure needs beside it: device, date, versions, commit ("and changes" if the tree is not clean)."""
+def machine() -> dict[str, Any]:
+    """Return what belongs to a measured figure: device, date, versions and commit.
+
+    The commit ends with "and changes" if the working tree is not clean.
+    """
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     changed = git(
         "status",
@@ -92,47 +102,44 @@ def machine():
         "torch": torch.__version__,
         "python": platform.python_version(),
         **{name: version_of(name) for name in ("deepspeed", "transformers", "diffusers", "triton")},
-        # None: Pillow decodes
+        # None: Pillow decodes.
         "dali": " and ".join(dali_wheels().values()) or None,
         "commit": git("rev-parse", "HEAD")
         + (" and changes" if changed not in ("", "unknown") else ""),
     }
 
 
-def write_machine(run_dir, num_ranks: int) -> None:
-    """Write run_dir/machine.json: machine() at the last start of the run, and its number of ranks.
-
-    Raises OSError.
-    """
+def write_machine(run_dir: str | Path, num_ranks: int) -> None:
+    """Write machine() and the number of ranks to run_dir/machine.json. Raises OSError."""
     text = json.dumps({**machine(), "ranks": num_ranks}, indent=1) + "\n"
     (Path(run_dir) / "machine.json").write_text(text, encoding="utf-8")
 
 
-def version_of(distribution):
-    """Version from a distribution's metadata, or None."""
+def version_of(distribution: str) -> str | None:
+    """Return the version in a distribution's metadata, None if it is not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def find(module):
-    """The module's spec without importing it (parents are), or None."""
+def find(module: str) -> ModuleSpec | None:
+    """Return a module's spec, or None. Imports its parent packages, not the module."""
     try:
         return importlib.util.find_spec(module)
     except (ImportError, ValueError):
         return None
 
 
-def package_row(part, module, cost):
-    """Row of a package that is looked up and not imported."""
+def package_row(part: str, module: str, cost: str) -> Row:
+    """Return the row of a package."""
     if find(module) is None:
         return part, "-", ABSENT, cost
     return part, version_of(module.replace("_", "-")) or "unknown", PRESENT, ""
 
 
-def cuda_row():
-    """Row of the GPU that torch sees."""
+def cuda_row() -> Row:
+    """Return the row of the GPU that torch sees."""
     if torch.cuda.is_available():
         device = torch.cuda.get_device_properties(0)
         note = (
@@ -141,7 +148,7 @@ def cuda_row():
         )
         return "CUDA device", torch.version.cuda, PRESENT, note
     why = (
-        "torch sees no usable GPU or driver"
+        "torch finds no usable GPU or driver"
         if torch.version.cuda
         else "this torch is built without CUDA"
     )
@@ -153,8 +160,8 @@ def cuda_row():
     )
 
 
-def dali_wheels():
-    """{wheel: version} of DALI's wheels that are installed; more than one overwrite each other."""
+def dali_wheels() -> dict[str, str]:
+    """Return {wheel: version} of DALI's installed wheels. More than one overwrite each other."""
     return {
         name: version
         for name in ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
@@ -162,15 +169,15 @@ def dali_wheels():
     }
 
 
-def dali_row():
-    """Row of DALI: which wheel, whether it loads, and whether it can decode on the GPU."""
+def dali_row() -> Row:
+    """Return the row of DALI: its wheel, whether it loads, and whether it can decode on the GPU."""
     wheels = dali_wheels()
     if not wheels or find("nvidia.dali") is None:
         return (
             "DALI",
             "-",
             ABSENT,
-            "Pillow decodes instead, on the CPU: pip install nvidia-dali-cuda130 (or -cuda120)",
+            "Pillow decodes on the CPU instead: pip install nvidia-dali-cuda130 (or -cuda120)",
         )
     version = " and ".join(
         f"{version} ({name.rpartition('-')[2]})" for name, version in wheels.items()
@@ -181,11 +188,11 @@ def dali_row():
             version,
             PROBLEM,
             (
-                "both wheels are installed and overwrite one another: pip uninstall both, "
+                "both wheels are installed and overwrite each other: pip uninstall both, "
                 "then install the one for this driver"
             ),
         )
-    # Another process: a wheel that does not fit this machine may end the one that loads it.
+    # In another process, which a wheel that does not fit this machine may crash.
     load = subprocess.run(
         [sys.executable, "-c", "import nvidia.dali.fn"], capture_output=True, text=True
     )
@@ -206,15 +213,18 @@ def dali_row():
             version,
             PRESENT,
             (
-                f"cpu decoding works; gpu decoding needs a driver for CUDA {wheel_major}, "
-                f"torch is for CUDA {torch_major}"
+                f"cpu decoding works; gpu decoding needs a driver for CUDA {wheel_major}, but "
+                f"torch is built for CUDA {torch_major}"
             ),
         )
     return "DALI", version, PRESENT, "cpu and gpu decoding"
 
 
-def apex_row():
-    """Row of NVIDIA apex, told from the unrelated package of that name on PyPI by apex.optimizers.FusedAdam."""
+def apex_row() -> Row:
+    """Return the row of NVIDIA apex.
+
+    Only it has apex.optimizers.FusedAdam; PyPI has an unrelated package of the same name.
+    """
     spec = find("apex")
     folders = list(spec.submodule_search_locations or []) if spec else []
     fused = next(
@@ -225,7 +235,7 @@ def apex_row():
         ),
         None,
     )
-    cost = "costs nothing: torch's fused AdamW does the work"
+    cost = "optional: without it torch's fused AdamW is used"
     if fused is not None and "class FusedAdam" in fused.read_text(errors="replace"):
         return (
             "NVIDIA apex",
@@ -244,22 +254,23 @@ def apex_row():
         "NVIDIA apex",
         "-",
         ABSENT,
-        f"{cost}; if wanted, from github.com/NVIDIA/apex, never `pip install apex`",
+        f"{cost}; install it from github.com/NVIDIA/apex, never by `pip install apex`",
     )
 
 
-def compiler_row(part, command, cost):
-    """Row of a compiler on PATH (nvcc also in /usr/local/cuda/bin)."""
+def compiler_row(part: str, command: str, cost: str) -> Row:
+    """Return the row of a compiler on PATH or, as nvcc, in /usr/local/cuda/bin."""
     path = shutil.which(command) or shutil.which(f"/usr/local/cuda/bin/{command}")
     if path is None:
         return part, "-", ABSENT, f"not on PATH: {cost}"
-    said = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
-    line = next((line for line in said.splitlines() if "release" in line), said.partition("\n")[0])
+    output = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
+    first = output.partition("\n")[0]
+    line = next((line for line in output.splitlines() if "release" in line), first)
     return part, (re.findall(r"[0-9]+(?:[.][0-9]+)+", line) or ["unknown"])[-1], PRESENT, path
 
 
-def native_rows():
-    """Rows of the two libraries made from csrc/: what was built, and whether it loads and is up to date."""
+def native_rows() -> list[Row]:
+    """Return the rows of the libraries built from csrc/, which must load and be up to date."""
     facts = native.build_facts()
     found = []
     for device, part in (("cpu", "C++ ops"), ("cuda", "CUDA ops")):
@@ -267,7 +278,7 @@ def native_rows():
         reason = native.why_not(device)
         built = facts["built"].get(name)
         version = built["compiler"] if built else "-"
-        cost = "slower PyTorch does their work" + ("" if device == "cpu" else " on a GPU")
+        cost = "slower PyTorch ops are used" + ("" if device == "cpu" else " on a GPU")
         if reason is None:
             found.append((part, version, PRESENT, f"{name} for {built['arch']}" if built else name))
         else:
@@ -275,11 +286,13 @@ def native_rows():
     return found
 
 
-def print_report():
-    """Prints the table of `rows()`."""
+def print_report() -> None:
+    """Print the table of rows()."""
     table = [("part", "version", "state", "note"), *rows()]
     widths = [max(len(row[i]) for row in table) for i in range(3)]
     for row in table:
         print(
-            "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[3]]).rstrip()
+            "  ".join(
+                [*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]
+            ).rstrip()
         )

@@ -1,9 +1,11 @@
-"""What a person sees of a run: report.html, samples/progress.png, samples/curves.png.
+"""Write report.html, samples/progress.png and samples/curves.png of a run.
 
-They are made from the files of the run folder alone: log.jsonl, config.yaml, machine.json,
-scores.json, logs/ and the grids in samples/. Each may be missing, unfinished or damaged: what
-cannot be read is left out. A report is one file that needs no network and no script.
+Everything is read from the files of the run folder: log.jsonl, config.yaml, machine.json,
+scores.json, logs/ and the grids in samples/. Each may be missing, unfinished or damaged; parts that
+cannot be read are left out. A report is one file without scripts that needs no network.
 """
+
+from __future__ import annotations
 
 import base64
 import html
@@ -18,6 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
@@ -26,27 +29,41 @@ from PIL import Image, ImageDraw, ImageFont
 from iomm.config import InputError
 from iomm.engine.data.atomic import whole_file
 
-# Whose mean is called the final loss.
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+# {row: {label: image}}
+Grid = dict[str, dict[str, Image.Image]]
+# (label, name of the curve, colour, steps, values)
+Line = tuple[str, str, str, np.ndarray, np.ndarray]
+
+# The final loss is the mean over this number of steps.
 LAST_STEPS = 20
-# Of a curve; more steps are averaged in groups.
+# Largest number of points of a curve; of longer ones groups of steps are averaged.
 MOST_POINTS = 400
-# Evaluated steps that the progress sheet shows.
+# Largest number of evaluations in the progress sheet.
 MOST_COLUMNS = 8
-# Prompts or masked images that it shows.
+# Largest number of prompts or masked images in it.
 MOST_ROWS = 6
-# Least side of a picture in a sheet.
+# Smallest side of an image in a sheet.
 CELL_PX = 96
-# Largest side: larger pictures are reduced.
+# Largest side; larger images are reduced.
 PHOTO_PX = 192
-# Between the pictures of a grid, as pipeline.image_grid leaves it.
+# Gap between the images of a grid, as in pipeline.image_grid.
 PAD_PX = 2
-# Between those of a sheet.
+# Gap between the images of a sheet.
 GAP_PX = 6
+# In place of a missing value.
+DASH = "\N{EN DASH}"
 
 STEP_KEYS = ("loss", "align_loss", "grad_norm", "lr", "images_per_s", "memory_gib", "mfu")
 # Curves that need no smoothing.
 STEADY = ("lr", "memory_gib")
-# curve: (panel, label). For several runs each label is a panel with a line for each run.
+# {curve: (panel, label)}. With several runs each label is a panel with a line per run.
 CURVES = {
     "loss": ("Loss", "training"),
     "heldout_loss/image": ("Loss", "held-out images"),
@@ -91,42 +108,48 @@ LOOK = {
     "ytick.minor.size": 0,
 }
 PARTS = {
-    "data": "waiting for the next batch",
+    "data": "wait for the next batch",
     "vae": "image to latents, frozen",
     "vit": "image to image tokens, frozen",
     "prefix": "MLLM over prompt and visible image tokens, frozen, no gradient",
-    "adapter": "queries look at the condition",
+    "adapter": "queries cross-attend to the condition",
     "suffix": "MLLM over the queries, frozen, with gradient",
     "connector": "layers between MLLM and generator",
     "generator": "diffusion transformer, forward",
     "backward": "backward pass of generator, queries and adapter",
     "optimizer": "gradient exchange and update",
     "ema": "moving average of the weights",
-    "checkpoint": "copy of the state to be saved",
-    "evaluation": "held-out loss and pictures between steps",
+    "checkpoint": "copy of the state before it is saved",
+    "evaluation": "held-out loss and samples between steps",
     "report": "this page",
-    "other": "everything outside of these",
+    "other": "everything else",
 }
 WAYS = {
     "image": "from masked images",
     "text": "from captions",
     "edit": "from edits",
-    "real": "real pictures",
+    "real": "images of the dataset",
 }
-# of Python; of loggers (DeepSpeed, transformers); of torch below Python: "[W712 09:20:..."
+# Warnings of Python, of loggers (DeepSpeed, transformers), of torch below Python: "[W712
+# 09:20:...".
 WARNING = re.compile(r"\b\w*Warning: |\bWARNING\b|(^|:|\s)\[?W\d{3,4} \d\d:")
 STAMP = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What could be read of a run folder.
+    """The readable content of a run folder.
 
-    curves: {name: (steps, values)}, steps rising, values finite.
-    last: the last row of log.jsonl, {} without one; time_s: seconds of all rows by part.
-    config: by dotted key. scores: scores.json, {way: {kind: {question: share}}}.
-    warnings: {text: lines in the logs of all ranks}.
-    grids: pictures of the evaluations by step, rising; final: the grid drawn at the end.
+    Attributes:
+        curves: {name: (steps, values)}; steps rise and values are finite.
+        last: the last row of log.jsonl, {} if there is none.
+        time_s: seconds of all rows by part.
+        num_damaged: unreadable rows of log.jsonl.
+        config: by dotted key.
+        scores: content of scores.json, {way: {kind: {question: share}}}.
+        warnings: {text: number of lines in the logs of all ranks}.
+        grids: grids of the evaluations by step, rising.
+        final: the grid sampled at the end.
     """
 
     name: str
@@ -147,8 +170,10 @@ class Run:
 def write(run_dirs: list[str | Path], out: str | Path | None = None) -> Path:
     """Write the report of one run, or of several side by side, and return its path.
 
-    out: default RUN/report.html, for several runs report.html beside the first of them.
-    Raises InputError: no run folder, a path that cannot be written.
+    out: default RUN/report.html, for several runs report.html next to the first of them.
+
+    Raises:
+        InputError: a folder holds no run, or the path cannot be written.
     """
     try:
         if len(run_dirs) == 1 and out is None:
@@ -166,8 +191,11 @@ def write(run_dirs: list[str | Path], out: str | Path | None = None) -> Path:
 def write_run(run_dir: str | Path) -> Path:
     """Write samples/progress.png, samples/curves.png and report.html of one run.
 
-    Returns the path of the last. Raises InputError for a folder that holds no run, OSError where
-    it cannot be written.
+    Return the path of report.html.
+
+    Raises:
+        InputError: the folder holds no run.
+        OSError: it cannot be written.
     """
     run = read_run(run_dir)
     curves, pictures = curves_of([run]), progress(run)
@@ -180,8 +208,8 @@ def write_run(run_dir: str | Path) -> Path:
     return path
 
 
-def put(path, data):
-    """Write a file whole or not at all: a browser may be reading the one before."""
+def put(path: Path, data: bytes) -> None:
+    """Write a file atomically: a browser may be reading the previous one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as partial:
         partial.write_bytes(data)
@@ -191,12 +219,12 @@ def put(path, data):
 
 
 def read_run(run_dir: str | Path) -> Run:
-    """Read what is there of a run folder. Raises InputError without a config and a log."""
+    """Read a run folder. Raises InputError if it has neither a config nor a log."""
     folder = Path(run_dir)
     if not any((folder / name).is_file() for name in ("config.yaml", "log.jsonl")):
         raise InputError(
-            f"{folder} is not a run folder: no config.yaml and no log.jsonl in it; "
-            "give the run.dir of a run"
+            f"{folder} is not a run folder: it has no config.yaml and no log.jsonl. Give the "
+            "run.dir of a run"
         )
     curves, last, time_s, num_damaged = read_log(folder / "log.jsonl")
     text = read_text(folder / "config.yaml")
@@ -204,7 +232,7 @@ def read_run(run_dir: str | Path) -> Run:
         config = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError):
         config = None
-    # a run set back to an earlier checkpoint leaves later pictures behind
+    # A run that was set back to an earlier checkpoint leaves later grids behind.
     grids = {
         step: path
         for step, path in numbered(folder, r"evaluate-(\d+)").items()
@@ -228,21 +256,21 @@ def read_run(run_dir: str | Path) -> Run:
     )
 
 
-def numbered(folder, pattern):
-    """The PNGs in samples/ whose stem matches -> {number: path}, rising."""
+def numbered(folder: Path, pattern: str) -> dict[int, Path]:
+    """Return {number: path} of the PNGs in samples/ whose stem matches, rising."""
     paths = [(re.fullmatch(pattern, path.stem), path) for path in folder.glob("samples/*.png")]
     return dict(sorted((int(match[1]), path) for match, path in paths if match))
 
 
-def read_log(path):
-    """-> (Run.curves, the last row, seconds by part, number of damaged lines)."""
+def read_log(path: Path) -> tuple[dict, dict, dict[str, float], int]:
+    """Return Run.curves, Run.last, Run.time_s and Run.num_damaged from log.jsonl."""
     found, time_s, num_damaged, last = {}, Counter(), 0, {}
     with suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
             try:
                 row = json.loads(line)
                 step = row["step"]
-            # a kill or a full disk has cut it
+            # A kill or a full disk has cut the line.
             except (ValueError, KeyError, TypeError, RecursionError):
                 step = None
             if not isinstance(step, int):
@@ -253,7 +281,7 @@ def read_log(path):
                 found.setdefault(name, {})[step] = value
             spent = [*pairs(row.get("time_s")), ("evaluation", row.get("evaluation_s"))]
             for part, seconds in spent:
-                # Of a NaN nothing.
+                # Ignores NaN.
                 time_s[part] += max(0.0, number(seconds))
     curves = {}
     for name, by_step in found.items():
@@ -265,8 +293,8 @@ def read_log(path):
     return curves, last, time_s, num_damaged
 
 
-def values_of(row):
-    """A row of log.jsonl -> [(name of a curve, value)]."""
+def values_of(row: dict) -> list[tuple[str, float]]:
+    """Return (name of the curve, value) of every value in a row of log.jsonl."""
     values = [(key, number(row[key])) for key in STEP_KEYS if key in row]
     for kind, loss in pairs(row.get("heldout_loss")):
         values.append((f"heldout_loss/{kind}", number(dict(pairs(loss)).get("mean"))))
@@ -275,37 +303,37 @@ def values_of(row):
     return values
 
 
-def number(value):
-    """A float, NaN for what is none."""
+def number(value: Any) -> float:
+    """Return a number as a float, NaN for anything else."""
     with suppress(OverflowError):
         if isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
     return math.nan
 
 
-def pairs(value):
-    """The items of a dict; of anything else none."""
+def pairs(value: Any) -> list[tuple[Any, Any]]:
+    """Return the items of a dict, [] for anything else."""
     return list(value.items()) if isinstance(value, dict) else []
 
 
-def read_text(path):
-    """The text of a file, "" where there is none."""
+def read_text(path: Path) -> str:
+    """Return the text of a file, "" if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
 
 
-def read_json(path):
-    """The dict in a JSON file, {} where there is none."""
+def read_json(path: Path) -> dict:
+    """Return the dict in a JSON file, {} if there is none."""
     try:
         return dict(pairs(json.loads(read_text(path))))
     except (ValueError, RecursionError):
         return {}
 
 
-def read_warnings(folder):
-    """Folder of RankLogs -> Counter of the lines that are warnings, without their time."""
+def read_warnings(folder: Path) -> Counter:
+    """Count the warnings in the log files of all ranks, by line without its time."""
     found = Counter()
     for path in sorted(folder.glob("rank-*.txt")):
         with suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:
@@ -314,7 +342,7 @@ def read_warnings(folder):
     return found
 
 
-def flattened(config, prefix=""):
+def flattened(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (dotted key, value) of nested dicts."""
     for key, value in pairs(config):
         if isinstance(value, dict):
@@ -323,28 +351,28 @@ def flattened(config, prefix=""):
             yield f"{prefix}{key}", value
 
 
-# Pictures
+# Images
 
 
-def read_grid(path):
-    """A PNG of draw.save_grid -> {name of a row: {label: picture}}, {} where it cannot be read.
+def read_grid(path: Path) -> Grid:
+    """Read a PNG of evaluation.sample.save_grid, {} if that fails.
 
-    Equal labels are numbered; pictures larger than PHOTO_PX are reduced.
+    Equal labels are numbered. Images larger than PHOTO_PX are reduced.
     """
     try:
         stat = path.stat()
         return cut_grid(path, stat.st_mtime_ns, stat.st_size)
-    # Pillow raises any of them for a damaged PNG, whose text may hold anything
+    # Pillow raises any of these for a damaged PNG, whose text may contain anything.
     except (OSError, SyntaxError, ValueError, LookupError, TypeError, ArithmeticError):
         return {}
     except Image.DecompressionBombError:
         return {}
 
 
-# At every evaluation all but one are as before.
+# At each evaluation only one grid is new.
 @lru_cache(maxsize=16)
-def cut_grid(path, modified_ns, num_bytes):
-    """read_grid of a file that is whole; the other arguments tell one version from the next."""
+def cut_grid(path: Path, modified_ns: int, num_bytes: int) -> Grid:
+    """Read an intact grid. The other arguments identify the version of the file in the cache."""
     with Image.open(path) as file:
         grid, image = json.loads(file.text["grid"]), file.convert("RGB")
     columns, names, labels = int(grid["columns"]), [str(name) for name in grid["rows"]], []
@@ -365,22 +393,22 @@ def cut_grid(path, modified_ns, num_bytes):
 
 
 def evenly(values: list, most: int) -> list:
-    """At most so many of the values, evenly spread, the first and the last among them."""
+    """Return up to `most` of the values, evenly spread, with the first and the last."""
     if len(values) <= most:
         return values
     return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
 
 
-def read_grids(run, steps):
-    """{step: read_grid} of those that can be read."""
+def read_grids(run: Run, steps: list[int]) -> dict[int, Grid]:
+    """Return the readable grids of these steps."""
     grids = {step: read_grid(run.grids[step]) for step in steps}
     return {step: grid for step, grid in grids.items() if "drawn" in grid}
 
 
 def progress(run: Run) -> Image.Image | None:
-    """The sheet of pictures over steps, or None without evaluations.
+    """Return the sheet of images over steps, None without evaluations.
 
-    A row for each of a few prompts or masked images, a column for each of a few evaluations.
+    A row per prompt or masked image, a column per evaluation, of a few of them.
     """
     grids = read_grids(run, evenly(list(run.grids), MOST_COLUMNS))
     if not grids:
@@ -395,17 +423,17 @@ def progress(run: Run) -> Image.Image | None:
     return sheet(columns, [] if "visible" in last else labels)
 
 
-def few(labels):
-    """The labels of the rows to show: those of different texts first."""
+def few(labels: list[str]) -> list[str]:
+    """Return the labels of up to MOST_ROWS rows, preferring different texts."""
     texts = [re.sub(r" \(\d+\)$", "", label) for label in labels]
     order = sorted(range(len(texts)), key=lambda i: texts[i] in texts[:i])
     return [labels[i] for i in sorted(order[:MOST_ROWS])]
 
 
-def side_by_side(runs):
-    """The sheet of the last pictures of several runs, a column for each.
+def side_by_side(runs: list[Run]) -> Image.Image | None:
+    """Return the sheet of the last images of several runs, a column per run.
 
-    None where they were not drawn from the same prompts or images.
+    None if they were not sampled from the same prompts or images.
     """
     grids = [(run, read_grids(run, list(run.grids)[-1:])) for run in runs]
     grids = {run.name: grid for run, found in grids for grid in found.values()}
@@ -414,9 +442,9 @@ def side_by_side(runs):
     shown = [
         {(label, original_of(grid, label)) for label in grid["drawn"]} for grid in grids.values()
     ]
-    alike = {label for label, _ in set.intersection(*shown)}
+    common = {label for label, _ in set.intersection(*shown)}
     first = next(iter(grids.values()))
-    labels = few([label for label in first["drawn"] if label in alike])
+    labels = few([label for label in first["drawn"] if label in common])
     if not labels:
         return None
     columns = [(name, [grid["drawn"][label] for label in labels]) for name, grid in grids.items()]
@@ -425,15 +453,15 @@ def side_by_side(runs):
     return sheet(columns, [] if "original" in first else labels)
 
 
-def original_of(grid, label):
-    """The pixels of the masked image that was drawn from, or None."""
+def original_of(grid: Grid, label: str) -> bytes | None:
+    """Return the pixels of the masked image behind a sample, None for a prompt."""
     return grid["original"][label].tobytes() if "original" in grid else None
 
 
 def sheet(columns: list[tuple[str, list[Image.Image | None]]], labels: list[str]) -> Image.Image:
-    """Columns of equally many pictures, enlarged, each under its head if there are heads.
+    """Return a sheet of columns of equal length, with enlarged images.
 
-    Labels, if there are any, stand at the left of the rows.
+    columns: (head, images); empty heads take no room. labels: of the rows, on the left; may be [].
     """
     font = ImageFont.load_default(15)
     top, left = 28 if any(head for head, _ in columns) else 0, 176 if labels else 0
@@ -459,18 +487,18 @@ def sheet(columns: list[tuple[str, list[Image.Image | None]]], labels: list[str]
     return image
 
 
-def contact_sheet(grid, num_columns=8):
-    """The rows of a grid as draw.save_grid lays them out, enlarged."""
+def contact_sheet(grid: Grid, num_columns: int = 8) -> Image.Image:
+    """Return the rows of a grid, enlarged, in the layout of evaluation.sample.save_grid."""
     rows, lines = [list(row.values()) for row in grid.values()], []
     for start in range(0, len(rows[0]), num_columns):
         for row in rows:
             line = row[start : start + num_columns]
             lines.append(line + [None] * (min(num_columns, len(rows[0])) - len(line)))
-    return sheet([("", list(pictures)) for pictures in zip(*lines)], [])
+    return sheet([("", list(pictures)) for pictures in zip(*lines, strict=True)], [])
 
 
-def png(image):
-    """PIL image -> bytes."""
+def png(image: Image.Image) -> bytes:
+    """Return an image as a PNG file."""
     file = io.BytesIO()
     image.save(file, format="PNG")
     return file.getvalue()
@@ -479,17 +507,20 @@ def png(image):
 # Curves
 
 
-def curves_of(runs: list[Run]):
-    """The figure of losses, scores and the metrics of hooks, or None without a step."""
+def curves_of(runs: list[Run]) -> Figure | None:
+    """Return the figure of losses, scores and the hooks' metrics, None without a step."""
     names = dict.fromkeys(name for run in runs for name in run.curves)
     hooks = {name: (name.partition("/")[2], "") for name in names if name.startswith("metrics/")}
     return figure(runs, CURVES | hooks)
 
 
-def figure(runs: list[Run], curves: dict, max_columns: int = 3, height: float = 2.8):
-    """A matplotlib figure of the curves (as CURVES) that the runs have, or None.
+def figure(
+    runs: list[Run], curves: dict, max_columns: int = 3, height: float = 2.8
+) -> Figure | None:
+    """Return a figure of the curves (as CURVES) that the runs have, None if they have none.
 
-    height: inches of a panel. One run has a line for each curve, several one for each run.
+    Panels of one run have a line per curve, panels of several runs a line per run. height: of a
+    panel in inches.
     """
     several, panels = len(runs) > 1, {}
     for name, (title, label) in curves.items():
@@ -502,7 +533,7 @@ def figure(runs: list[Run], curves: dict, max_columns: int = 3, height: float = 
                 lines.append((run.name if several else label, name, colour, *run.curves[name]))
     if not panels:
         return None
-    # late: half a second that only a report needs
+    # Imported here: it takes half a second, which only a report needs.
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -514,7 +545,7 @@ def figure(runs: list[Run], curves: dict, max_columns: int = 3, height: float = 
     with rc_context(LOOK):
         whole = Figure(figsize=(wide, high))
         for i, (title, lines) in enumerate(panels.items()):
-            # inches by hand: matplotlib's own layouts take as long as all else together
+            # Placed by hand: matplotlib's own layouts take as long as everything else together.
             left = i % columns * wide / columns + 0.5
             bottom = (rows - 1 - i // columns) * height + 0.5
             place = left / wide, bottom / high, 1 / columns - 0.65 / wide, (height - 0.9) / high
@@ -529,10 +560,10 @@ def figure(runs: list[Run], curves: dict, max_columns: int = 3, height: float = 
     return whole
 
 
-def draw_panel(axes, title, lines):
-    """Draw [(label, curve, colour, steps, values)] -> {label: the artist of its line}.
+def draw_panel(axes: Axes, title: str, lines: list[Line]) -> dict[str, Line2D]:
+    """Draw the lines of a panel and return {label: its artist}.
 
-    What has a value for each step is drawn faintly and smoothed, the rest point by point.
+    Curves with a value per step are drawn faintly and, smoothed, on top; others point by point.
     """
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
@@ -566,21 +597,21 @@ def draw_panel(axes, title, lines):
     return handles
 
 
-def thinned(steps, values):
-    """At most MOST_POINTS points: means of equally many neighbours."""
+def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return up to MOST_POINTS points, means over groups of neighbours of the same size."""
     size = -(-len(steps) // MOST_POINTS)
     groups = [slice(start, start + size) for start in range(0, len(steps), size)]
     return tuple(np.array([curve[group].mean() for group in groups]) for curve in (steps, values))
 
 
-def smoothed(values):
-    """Means of each value and the 2.5 % of all on either side of it."""
+def smoothed(values: np.ndarray) -> np.ndarray:
+    """Return running means over 2.5 % of all values on either side of each."""
     reach = len(values) // 40
     return np.array([values[max(0, i - reach) : i + reach + 1].mean() for i in range(len(values))])
 
 
-def saved(curves, kind):
-    """Matplotlib figure -> bytes of a "png" or an "svg"."""
+def saved(curves: Figure, kind: str) -> bytes:
+    """Return a figure as a "png" or "svg" file."""
     from matplotlib import rc_context
 
     file = io.BytesIO()
@@ -589,8 +620,8 @@ def saved(curves, kind):
     return file.getvalue()
 
 
-def inline_svg(curves, prefix, words):
-    """Matplotlib figure -> <svg> without links; `prefix` keeps the ids of two figures apart."""
+def inline_svg(curves: Figure, prefix: str, words: str) -> str:
+    """Return a figure as <svg> without links. `prefix` keeps the ids of two figures apart."""
     svg = saved(curves, "svg").decode()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
@@ -649,18 +680,21 @@ footer {{ margin-top: 40px; }}
 """
 
 
-def page(runs: list[Run], curves, sheets: list[Image.Image | None]) -> str:
-    """The HTML of one run or several. curves: curves_of(runs). sheets: progress(run) of each."""
+def page(runs: list[Run], curves: Figure | None, sheets: list[Image.Image | None]) -> str:
+    """Return the HTML of one or several runs.
+
+    curves: curves_of(runs). sheets: progress(run) of each.
+    """
     body = [*head_section(runs)]
     if curves is not None:
         body += [
             "<h2>Curves</h2>",
             inline_svg(curves, "curves-", "curves over steps"),
             quiet(
-                "Faint: each step, or means of neighbouring ones. Strong: means of 5 % of the run."
+                "Faint: single steps or means of a few. Strong: running means over 5 % of the run."
             ),
         ]
-    body += pictures_section(runs, sheets)
+    body += samples_section(runs, sheets)
     body += scores_section(runs)
     body += time_section(runs)
     health = figure(runs, HEALTH, max_columns=4, height=2.3)
@@ -674,13 +708,13 @@ def page(runs: list[Run], curves, sheets: list[Image.Image | None]) -> str:
         names = [run.name for run in runs] if len(runs) > 1 else [""]
         body += ["<h2>Machine and versions</h2>", table(["", *names], rows)]
     now, where = time.strftime("%Y-%m-%d %H:%M"), " ".join(run.dir.as_posix() for run in runs)
-    body += [f"<footer>{quiet(f'Written {now}. To write it again: iomm report {where}')}</footer>"]
-    title = f"{', '.join(run.name for run in runs)} – IOMM run report"
+    body += [f"<footer>{quiet(f'Written {now}. To update it: iomm report {where}')}</footer>"]
+    title = f"{', '.join(run.name for run in runs)} {DASH} IOMM run report"
     return PAGE.format(title=esc(title), body="\n".join(body))
 
 
-def head_section(runs):
-    """Name and final values: of one run as cards, of several as a table."""
+def head_section(runs: list[Run]) -> list[str]:
+    """Return name and final values, as cards for one run and as a table for several."""
     values = [final_values(run) for run in runs]
     title = f"<h1>{esc(' · '.join(run.name for run in runs))}</h1>"
     if len(runs) == 1:
@@ -691,7 +725,7 @@ def head_section(runs):
         ]
         return [title, quiet(state_of(runs[0])), '<div class="cards">', *cards, "</div>"]
     rows = [
-        [what, *(one.get(what, "–") for one in values)]
+        [what, *(one.get(what, DASH) for one in values)]
         for what in dict.fromkeys(what for one in values for what in one)
     ]
     names = [run.name for run in runs]
@@ -699,13 +733,13 @@ def head_section(runs):
     return [title, quiet(f"{len(runs)} runs side by side"), "<h2>Final values</h2>", final]
 
 
-def state_of(run):
-    """One line: how far the run is, what it trains on, where."""
+def state_of(run: Run) -> str:
+    """Return in one line how far the run is, what it trains on, and where."""
     if not run.last:
         return "no step logged yet"
-    asked, data = run.config.get("train.steps"), run.config.get("train.data")
+    steps, data = run.config.get("train.steps"), run.config.get("train.data")
     words = [
-        "finished" if isinstance(asked, int) and run.last["step"] >= asked else "not finished",
+        "finished" if isinstance(steps, int) and run.last["step"] >= steps else "not finished",
         {
             "image": "trains on images",
             "pair": "trains on pairs",
@@ -718,7 +752,7 @@ def state_of(run):
 
 
 def final_values(run: Run) -> dict[str, str]:
-    """{what: value} in words, of what the run has."""
+    """Return {name: value} of the run's final values, as text."""
     found = {}
     if run.last:
         found["steps"] = f"{run.last['step']:,} of {plain(run.config.get('train.steps', '?'), ',')}"
@@ -731,7 +765,7 @@ def final_values(run: Run) -> dict[str, str]:
         if group == "heldout_loss":
             found[f"held-out loss, {which}s"] = f"{values[-1]:.4f}"
         elif group == "scores":
-            what = "pictures that fit" if which == "fits" else f"{which} right"
+            what = "samples that match" if which == "fits" else f"{which} right"
             found[what] = f"{values[-1]:.0%}"
         elif group == "metrics":
             found[which] = f"{values[-1]:.4g}"
@@ -752,53 +786,56 @@ def final_values(run: Run) -> dict[str, str]:
     return found
 
 
-def pictures_section(runs, sheets):
-    """Several runs beside one another; each over steps; whole grids, folded."""
+def samples_section(runs: list[Run], sheets: list[Image.Image | None]) -> list[str]:
+    """Return runs side by side, each run over its steps, and folded the whole grids."""
     body = []
     if len(runs) > 1 and (image := side_by_side(runs)) is not None:
-        body.append(picture(image, "The last evaluation of each run: the same prompts or images."))
-    for run, image in zip(runs, sheets):
+        body.append(
+            picture(image, "The last evaluation of each run, from the same prompts or images.")
+        )
+    for run, image in zip(runs, sheets, strict=True):
         if image is not None:
             body.append(picture(image, named(run, runs, progress_words(run))))
     for run in runs:
         steps = evenly(list(run.grids), MOST_COLUMNS)
         grids = read_grids(run, steps if len(runs) == 1 else steps[-1:])
         for step, grid in grids.items():
-            title = f"step {step:,}: all {len(grid['drawn'])} pictures"
+            title = f"step {step:,}: all {len(grid['drawn'])} samples"
             image = grid_picture(grid, drawn_only=step < max(grids))
             body.append(folded(named(run, runs, title), image))
         grid = read_grid(run.final) if run.final is not None else {}
         if "drawn" in grid:
-            title = named(run, runs, "drawn at the end from training samples")
+            title = named(run, runs, "sampled at the end from training data")
             body.append(folded(title, grid_picture(grid), is_open=not grids))
-    return ["<h2>Pictures</h2>", *body] if body else []
+    return ["<h2>Samples</h2>", *body] if body else []
 
 
-def progress_words(run):
-    """What the progress sheet of a run shows."""
-    words = "after so many steps, each time from the same noise."
+def progress_words(run: Run) -> str:
+    """Return the caption of the progress sheet."""
+    words = "after the given steps, always from the same noise."
     grids = read_grids(run, evenly(list(run.grids), MOST_COLUMNS))
     if "visible" in grids[max(grids)]:
         return (
-            "Visible part: what the MLLM sees of the image, hidden patches hatched. "
-            f"Right of it what the model draws from that {words}"
+            "Visible part: what the MLLM sees of the image, with hidden patches hatched. To its "
+            f"right: what the model generates from it {words}"
         )
-    return f"What the model draws from each prompt {words}"
+    return f"What the model generates from each prompt {words}"
 
 
-def grid_picture(grid, drawn_only=False):
-    """The rows of a grid as one picture, and below it what the rows are, or the prompts."""
+def grid_picture(grid: Grid, drawn_only: bool = False) -> str:
+    """Return a grid as one figure, with the names of its rows or the prompts as its caption."""
     words = " · ".join(grid["drawn"])
     if len(grid) > 1:
-        words = f"From top to bottom: {', '.join(grid)}.".replace("visible", "its visible part")
+        rows = ", ".join(grid).replace("visible", "its visible part").replace("drawn", "generated")
+        words = f"From top to bottom: {rows}."
     if drawn_only:
         words = words if len(grid) == 1 else ""
         grid = {"drawn": grid["drawn"]}
     return picture(contact_sheet(grid), words)
 
 
-def picture(image, words):
-    """A PIL image as <figure>, with a caption."""
+def picture(image: Image.Image, words: str) -> str:
+    """Return an image as <figure> with a caption."""
     data, words = base64.b64encode(png(image)).decode(), esc(words)
     return (
         f'<figure><img alt="{words}" width="{image.width}" height="{image.height}" '
@@ -806,8 +843,8 @@ def picture(image, words):
     )
 
 
-def scores_section(runs):
-    """scores.json: the share that fits by kind of picture."""
+def scores_section(runs: list[Run]) -> list[str]:
+    """Return the shares of matching samples in scores.json, by kind of caption."""
     columns = [(run, way) for run in runs for way in WAYS if pairs(run.scores.get(way))]
     if not columns:
         return []
@@ -816,14 +853,14 @@ def scores_section(runs):
         shares = [
             number(dict(pairs(run.scores[way].get(kind))).get("fits")) for run, way in columns
         ]
-        rows.append([kind, *(f"{x:.0%}" if math.isfinite(x) else "–" for x in shares)])
-    head = ["kind of picture", *(named(run, runs, WAYS[way]) for run, way in columns)]
-    words = quiet("Share of pictures that show exactly what the caption names.")
+        rows.append([kind, *(f"{x:.0%}" if math.isfinite(x) else DASH for x in shares)])
+    head = ["kind of caption", *(named(run, runs, WAYS[way]) for run, way in columns)]
+    words = quiet("Share of samples that show exactly what the caption names.")
     return ["<h2>Scores at the end</h2>", table(head, rows, numbers=True), words]
 
 
-def time_section(runs):
-    """Seconds by part: of one run with a bar, of several the shares."""
+def time_section(runs: list[Run]) -> list[str]:
+    """Return the time by part: seconds and a bar for one run, shares for several."""
     parts = dict.fromkeys(part for run in runs for part in run.time_s)
     if not parts:
         return []
@@ -831,7 +868,7 @@ def time_section(runs):
     rows = []
     for part in parts:
         seconds = [run.time_s.get(part, 0.0) for run in runs]
-        cells = [f"{100 * s / total:.1f}%" for s, total in zip(seconds, totals)]
+        cells = [f"{100 * s / total:.1f}%" for s, total in zip(seconds, totals, strict=True)]
         bar = ""
         if len(runs) == 1:
             bar = f'<td class="track"><div class="bar" style="width: {cells[0]}"></div>'
@@ -842,13 +879,15 @@ def time_section(runs):
     heads = ["time", "share", ""] if len(runs) == 1 else [run.name for run in runs]
     top = "".join(f"<th>{esc(text)}" for text in ("part", *heads, ""))
     body = f'<div class="scroll"><table><tr>{top}{"".join(rows)}</table></div>'
-    hours = [named(run, runs, f"{total / 3600:.2f} h") for run, total in zip(runs, totals)]
+    hours = [
+        named(run, runs, f"{total / 3600:.2f} h") for run, total in zip(runs, totals, strict=True)
+    ]
     words = quiet(f"Rank 0, all steps and evaluations: {'; '.join(hours)}.")
     return ["<h2>Time by part</h2>", body, words]
 
 
-def warnings_section(runs):
-    """The most frequent warnings of each run, folded."""
+def warnings_section(runs: list[Run]) -> list[str]:
+    """Return the most frequent warnings of each run, folded."""
     body = []
     for run in runs:
         if run.warnings:
@@ -858,8 +897,8 @@ def warnings_section(runs):
     return ["<h2>Warnings</h2>", *body] if body else []
 
 
-def config_section(runs):
-    """The whole of one run's config; of several the keys that differ."""
+def config_section(runs: list[Run]) -> list[str]:
+    """Return the config of one run, or the keys in which several differ."""
     if len(runs) == 1:
         inner = f"<pre>{esc(runs[0].config_text)}</pre>"
         return ["<h2>Config</h2>", folded("config.yaml, resolved", inner)] if runs[0].config else []
@@ -872,24 +911,24 @@ def config_section(runs):
     return ["<h2>Config keys that differ</h2>", differ]
 
 
-def named(run, runs, text):
-    """The text with the run before it, where there are several."""
+def named(run: Run, runs: list[Run], text: str) -> str:
+    """Return the text, with the name of the run in front if there are several."""
     return f"{run.name}: {text}" if len(runs) > 1 else text
 
 
-def folded(title, inner, is_open=False):
-    """<details> of HTML."""
+def folded(title: str, inner: str, is_open: bool = False) -> str:
+    """Return HTML that opens at a click on its title."""
     state = " open" if is_open else ""
     return f"<details{state}><summary>{esc(title)}</summary>\n{inner}</details>"
 
 
-def quiet(text):
-    """A small grey paragraph."""
+def quiet(text: str) -> str:
+    """Return a small grey paragraph."""
     return f'<p class="quiet">{esc(text)}</p>'
 
 
-def table(head, rows, numbers=False):
-    """HTML table of texts. numbers: all columns but the first are aligned to the right."""
+def table(head: list[str], rows: list[list[str]], numbers: bool = False) -> str:
+    """Return an HTML table. numbers: align all columns but the first to the right."""
     kind = ' class="number"' if numbers else ""
     lines = ["".join(f"<th>{esc(text)}" for text in head)] if any(head) else []
     for first, *others in rows:
@@ -897,10 +936,10 @@ def table(head, rows, numbers=False):
     return f'<div class="scroll"><table><tr>{"<tr>".join(lines)}</table></div>'
 
 
-def plain(value, form=""):
-    """A value of a config or of machine.json as text; form: of whole numbers."""
+def plain(value: Any, form: str = "") -> str:
+    """Return a value of a config or of machine.json as text. form: format of whole numbers."""
     if value is None:
-        return "–"
+        return DASH
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int):
@@ -908,6 +947,6 @@ def plain(value, form=""):
     return ", ".join(map(plain, value)) if isinstance(value, list) else str(value)
 
 
-def esc(text):
-    """Text for HTML, inside of tags or of quotes."""
+def esc(text: Any) -> str:
+    """Return text escaped for HTML, inside tags or quotes."""
     return html.escape(str(text))

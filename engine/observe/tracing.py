@@ -1,32 +1,51 @@
-"""Where the time goes: a window of steps for Nsight Systems or for torch's profiler.
+"""Profile a window of steps with Nsight Systems or torch's profiler.
 
-The code names its parts with torch's record_function: data, vae, vit, prefix, adapter, suffix, connector, generator,
-backward, optimizer, ema, checkpoint. Outside a window these cost about 2 us each; inside they are ranges of the trace.
+The code names its parts with torch's record_function: data, vae, vit, prefix, adapter, suffix,
+connector, generator, backward, optimizer, ema, checkpoint. In the window they are ranges of the
+trace; outside it each costs about 2 us.
 """
 
+from __future__ import annotations
+
+import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from iomm.config import InputError
 
+if TYPE_CHECKING:
+    from iomm.engine.parallel.ranks import Ranks
+
+log = logging.getLogger("iomm")
+
 
 class Window:
-    """Traces num_steps steps from start_step on, counted from 1 over the whole run. Call `before(step)` and `after(step)`.
+    """Traces num_steps steps from start_step on, counted from 1 over the whole run.
 
-    tool "nsys": cudaProfilerApi window with NVTX ranges, for nsys profile --capture-range=cudaProfilerApi. "torch": Chrome
-    trace and memory by operator into run.dir/traces, on CPU too, and on a GPU a memory snapshot. "none": nothing.
+    Call before(step) and after(step) around each step. The tools are
+
+    nsys   a cudaProfilerApi window with NVTX ranges, for nsys profile
+           --capture-range=cudaProfilerApi
+    torch  a Chrome trace and memory by operator in run.dir/traces, also on a CPU; on a GPU a memory
+           snapshot as well
+    none   no trace
     """
 
-    def __init__(self, tool, start_step, num_steps, run_dir, ranks):
+    def __init__(
+        self, tool: str, start_step: int, num_steps: int, run_dir: str | Path, ranks: Ranks
+    ) -> None:
+        """Raise InputError for nsys without a GPU."""
         if tool == "nsys" and ranks.device.type != "cuda":
             raise InputError("--profile nsys needs a GPU; --profile torch works without one")
         self.tool, self.first, self.last = tool, start_step, start_step + num_steps - 1
         self.dir, self.ranks = Path(run_dir) / "traces", ranks
         self.open = None
 
-    def before(self, step):
+    def before(self, step: int) -> None:
+        """Start the trace if this is the first step of the window."""
         if self.tool == "none" or step != self.first:
             return
         cuda = self.ranks.device.type == "cuda"
@@ -44,7 +63,8 @@ class Window:
         )
         self.open.__enter__()
 
-    def after(self, step):
+    def after(self, step: int) -> None:
+        """Stop the trace and write it if this is the last step of the window."""
         if self.open is None or step != self.last:
             return
         if self.tool == "nsys":
@@ -55,8 +75,8 @@ class Window:
             self.write()
         self.open = None
 
-    def write(self):
-        """Never stops the run: a full disk costs the trace."""
+    def write(self) -> None:
+        """Write the files of torch's profiler. A full disk costs the trace, not the run."""
         name = f"rank{self.ranks.rank}-steps-{self.first}-{self.last}"
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
@@ -74,9 +94,8 @@ class Window:
                 torch.cuda.memory._dump_snapshot(str(self.dir / f"{name}-memory.pickle"))
                 torch.cuda.memory._record_memory_history(enabled=None)
             if self.ranks.first:
-                print(
-                    f"trace       {self.dir / name}.json.gz (chrome://tracing or ui.perfetto.dev)",
-                    flush=True,
+                log.info(
+                    f"trace       {self.dir / name}.json.gz (chrome://tracing or ui.perfetto.dev)"
                 )
         except OSError as error:
-            print(f"no trace written: {error}", flush=True)
+            log.warning(f"the trace cannot be written: {error}; training continues")

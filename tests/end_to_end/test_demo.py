@@ -1,4 +1,7 @@
-"""The default command, shortened: its losses are a file, compared exactly on the machine kind that the file names."""
+"""The default command, shortened.
+
+Its losses are compared with a file, exactly on the kind of machine that the file names.
+"""
 
 import json
 import math
@@ -13,14 +16,14 @@ from benchmarks.studies.demo import side_by_side
 from iomm.engine.observe.doctor import cpu_name
 
 LOSSES = Path(__file__).parent / "demo_losses.json"
-# Ranks of one thread each: two of them even where there are more cores, so that losses compare.
+# Ranks have one thread each. Always two, whatever the number of cores: losses depend on it.
 STEPS, RANKS = 30, 2
-# Squared velocity error of the best prediction that is linear in each noisy latent, mean over t.
+# Mean over t of the squared velocity error of the best prediction that is linear in the latents.
 LINEAR = math.pi / 2
 
 
 def machine():
-    """What decides the bits of a CPU run: torch build, vector unit, processor (its BLAS path), ranks."""
+    """Return what the bits of a CPU run depend on. The BLAS path depends on the processor."""
     return {
         "torch": torch.__version__,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -48,7 +51,7 @@ def demo(tmp_path_factory):
     return run_dir, done.stdout
 
 
-def test_losses_are_the_file(demo):
+def test_losses_match_the_recorded_file(demo):
     losses = [row["loss"] for row in rows(demo[0] / "log.jsonl")]
     saved = json.loads(LOSSES.read_text())
     if saved["machine"] == machine():
@@ -57,15 +60,27 @@ def test_losses_are_the_file(demo):
         assert losses == pytest.approx(saved["losses"], abs=1e-3)
 
 
-def test_loss_falls_below_that_of_a_linear_prediction(demo):
-    """Of latents x and noise z of variance 1: 2 - (2t - 1)^2 / ((1-t)^2 + t^2) at time t, whose mean over t is pi / 2."""
+def test_loss_falls_below_a_linear_prediction(demo):
+    """Its mean over t is pi / 2.
+
+    With latents x and noise z of variance 1 it is 2 - (2t - 1)^2 / ((1 - t)^2 + t^2) at time t.
+    """
     losses = [row["loss"] for row in rows(demo[0] / "log.jsonl")]
     assert 1.9 < losses[0] < 2.1 and sum(losses[-5:]) / 5 < LINEAR
 
 
-def test_the_run_leaves_what_the_readme_says(demo):
-    run_dir, said = demo
-    assert f"step 10/{STEPS}  loss" in said and "next        iomm sample --run" in said
+def test_run_dir_has_the_files_of_the_readme(demo):
+    run_dir, output = demo
+    assert f"step 10/{STEPS}  loss" in output and "next        iomm sample --run" in output
+    for label in ("data    ", "devices ", "training ", "model   ", "kernels ", "memory per rank, "):
+        assert output.count(f"\n{label}") == 1, label
+    log = (run_dir / "logs/rank-00000.txt").read_text()
+    for fragment in (
+        "devices     2 ranks on cpu",
+        f"step 10/{STEPS}  loss",
+        "next        iomm sample",
+    ):
+        assert log.count(fragment) == 1, fragment
     assert sorted(p.name for p in (run_dir / "samples").iterdir()) == [
         "curves.png",
         *(f"evaluate-{step:08d}.png" for step in (STEPS // 2, STEPS)),
@@ -85,18 +100,18 @@ def test_the_run_leaves_what_the_readme_says(demo):
         "tb",
     ]
     assert (
-        f"report      {run_dir}/report.html" in said
+        f"report      {run_dir}/report.html" in output
         and json.loads((run_dir / "machine.json").read_text())["ranks"] == RANKS
     )
     assert (
         set(json.loads((run_dir / "scores.json").read_text())) == {"image", "text", "real"}
-        and "samples from captions, guidance 2" in said
+        and "samples from captions, guidance 2" in output
     )
     tars = sorted((run_dir.parent / "shared").glob("shapes-4096-*/*.tar"))
     assert len(tars) == 4
 
 
-def test_benchmark_figure_shows_the_sheets_of_both_stages(tmp_path):
+def test_benchmark_figure_shows_both_stages(tmp_path):
     for name, colour, size in (("first", "red", (6, 4)), ("second", "blue", (3, 8))):
         (tmp_path / name / "samples").mkdir(parents=True)
         Image.new("RGB", size, colour).save(tmp_path / name / "samples" / "progress.png")
@@ -113,7 +128,8 @@ def test_benchmark_figure_shows_the_sheets_of_both_stages(tmp_path):
         ]
 
 
-# PYTHONPATH=tests/helpers python tests/end_to_end/test_demo.py LOG writes the file anew from a run's log.jsonl.
+# PYTHONPATH=tests/helpers python tests/end_to_end/test_demo.py LOG
+# writes the file from the log.jsonl of a run.
 if __name__ == "__main__":
     import sys
 

@@ -1,4 +1,4 @@
-"""Whole runs through the launcher: interrupted and resumed, one rank and two, bad input. Every run is a process group of its own."""
+"""Whole runs through the launcher: interrupted and resumed, on 1 and 2 ranks, with bad input."""
 
 import gzip
 import json
@@ -38,8 +38,8 @@ from iomm.engine.resilience import checkpoint_reader
 from iomm.engine.shapes.dataset import write_dataset
 from iomm.pipeline import Pipeline
 
-# Of the config of tests what rounds, and what it leaves out: ZeRO-3.
-PLAIN = [
+# Fixes the rounding of the test config, and adds ZeRO-3.
+BASE = [
     "--config",
     PIXELS,
     "precision=fp32",
@@ -53,16 +53,16 @@ PLAIN = [
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def dataset(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "shapes"
     write_dataset(folder, num_images=72, size_px=32, seed=1, shard_size=24)
     return folder
 
 
 @pytest.fixture(scope="module")
-def settings(world):
+def settings(dataset):
     return [
-        f"data.shards={world}",
+        f"data.shards={dataset}",
         "train.steps=6",
         "train.global_batch=16",
         "checkpoint.every_steps=2",
@@ -71,7 +71,7 @@ def settings(world):
         "train.threads=1",
         "data.heldout=8",
         "adapter.connector_layers=1",
-        *PLAIN,
+        *BASE,
     ]
 
 
@@ -85,14 +85,14 @@ EVALUATED = [
 
 @pytest.fixture(scope="module")
 def golden(settings, tmp_path_factory):
-    """The uninterrupted run on two ranks."""
+    """Folder of the uninterrupted run on two ranks."""
     run_dir = tmp_path_factory.mktemp("golden") / "run"
     done = start(2, f"run.dir={run_dir}", *settings)
     assert done.returncode == 0, done.stdout
     return run_dir
 
 
-def test_every_step_is_logged_with_every_key(golden):
+def test_every_step_is_logged_with_all_keys(golden):
     found = rows(golden / "log.jsonl")
     assert [row["step"] for row in found] == [1, 2, 3, 4, 5, 6]
     assert [row["samples_seen"] for row in found] == [16, 32, 48, 64, 80, 96]
@@ -130,18 +130,14 @@ def test_every_step_is_logged_with_every_key(golden):
             "ema",
             "other",
         }
-        # Of the time since the row before.
+        # Times are those since the previous row.
         assert ("checkpoint" in row["time_s"]) == (row["step"] in (3, 5))
         assert sum(row["time_s"].values()) == pytest.approx(row["step_s"])
         assert row["tokens_per_s"] == pytest.approx(row["images_per_s"] * (64 + 16))
         assert row["loss"] > 0 and row["grad_norm"] > 0 and row["skipped_steps"] == 0
     assert list((golden / "tb").glob("events*"))
-    words = [(golden / f"logs/rank-0000{rank}.txt").read_text() for rank in (0, 1)]
-    assert (
-        "step 1/6  loss" in words[0]
-        and "rank 1 of 2, process" in words[1]
-        and "loss" not in words[1]
-    )
+    first, second = [(golden / f"logs/rank-0000{rank}.txt").read_text() for rank in (0, 1)]
+    assert "step 1/6  loss" in first and "rank 1 of 2, process" in second and "loss" not in second
     assert [p.name for p in checkpoint_reader.steps(golden / "checkpoints")] == [
         "step-00000002",
         "step-00000004",
@@ -151,20 +147,18 @@ def test_every_step_is_logged_with_every_key(golden):
 
 @pytest.fixture(scope="module")
 def survivor(settings, tmp_path_factory):
-    """The same run, killed and resumed, and evaluated on the way."""
+    """The same run, killed, resumed and evaluated: its folder and the last process."""
     run_dir = tmp_path_factory.mktemp("survivor") / "run"
     return run_dir, killed_and_resumed(run_dir, (3,), settings)
 
 
 def killed_and_resumed(run_dir, kill_after, settings):
-    """Whether or not the encoders run ahead, in turn."""
-    line, ahead = (
-        ["--resume", "auto", f"run.dir={run_dir}", *settings, *EVALUATED],
-        cycle(("train.overlap=true", "train.overlap=false")),
-    )
+    """Kill a run after each of these steps, then finish it. Starts alternate train.overlap."""
+    arguments = ["--resume", "auto", f"run.dir={run_dir}", *settings, *EVALUATED]
+    overlap = cycle(("train.overlap=true", "train.overlap=false"))
     for step in kill_after:
-        launch_and_kill(2, run_dir / "log.jsonl", step, *line, next(ahead))
-    return launch(2, *line, next(ahead))
+        launch_and_kill(2, run_dir / "log.jsonl", step, *arguments, next(overlap))
+    return launch(2, *arguments, next(overlap))
 
 
 def assert_bitwise(run_dir, golden):
@@ -172,54 +166,55 @@ def assert_bitwise(run_dir, golden):
     assert [(r["step"], r["loss"], r["grad_norm"], r["lr"]) for r in ours] == [
         (r["step"], r["loss"], r["grad_norm"], r["lr"]) for r in theirs
     ]
-    # masters, moments and EMA of both ranks, by SHA-256
+    # Masters, moments and EMA of both ranks, by SHA-256.
     assert hashes(run_dir) == hashes(golden)
 
 
-def test_killed_resumed_and_evaluated_is_bitwise_the_quiet_run(golden, survivor):
+def test_resume_after_kill_with_evaluation_is_bitwise(golden, survivor):
     run_dir, done = survivor
     assert done.returncode == 0, done.stdout
     assert_bitwise(run_dir, golden)
     assert not [p for p in (run_dir / "checkpoints").iterdir() if p.name.startswith(".")]
     assert not list(BUILDS.rglob("*")), (
-        "something was built just in time: a kill then leaves a lock that blocks every start"
+        "an op was built just in time: a kill during that leaves a lock that blocks every start"
     )
 
 
 @pytest.mark.slow
-def test_killed_at_other_steps_too(golden, settings, tmp_path):
-    """Before the first checkpoint, and as one is written."""
+def test_resume_after_several_kills_is_bitwise(golden, settings, tmp_path):
+    """Kills before the first checkpoint and while one is written."""
     done = killed_and_resumed(tmp_path / "run", (1, 2, 4, 5), settings)
     assert done.returncode == 0, done.stdout
     assert_bitwise(tmp_path / "run", golden)
 
 
-QUIET_OR_NOT = """
+WITH_AND_WITHOUT = """
 import sys
 from iomm.config import PRESETS, GeneratorConfig
 from iomm.engine.parallel import ranks as group
 from iomm.engine.launch import main as launch
-group.stop = lambda: None     # DeepSpeed makes its groups once a process
+# DeepSpeed creates its process groups only once per process.
+group.stop = lambda: None
 PRESETS["demo"] = GeneratorConfig(width=64, num_heads=2, num_blocks=2)
 root, *settings = sys.argv[1:]
-for compiled, stage, precision in [("false", stage, precision) for stage in range(4) for precision in ("fp32", "bf16")] + [
-        ("true", stage, precision) for stage in (0, 3) for precision in ("fp32", "bf16")]:
-    for every in (0, 1):
-        name = f"{compiled}-{stage}-{precision}-{every}"
-        assert launch([f"run.dir={root}/{name}", *settings, f"zero.stage={stage}", f"precision={precision}",
-                       f"train.compile={compiled}", f"evaluate.every_steps={every}"]) == 0, name
+stages = [("false", stage) for stage in range(4)] + [("true", stage) for stage in (0, 3)]
+for compiled, stage in stages:
+    for precision in ("fp32", "bf16"):
+        for every in (0, 1):
+            name = f"{compiled}-{stage}-{precision}-{every}"
+            more = [f"zero.stage={stage}", f"precision={precision}", f"train.compile={compiled}"]
+            more += [f"run.dir={root}/{name}", f"evaluate.every_steps={every}"]
+            assert launch([*settings, *more]) == 0, name
 """
 
 
 @pytest.mark.slow
-def test_evaluation_touches_nothing_at_any_stage_and_precision_nor_when_compiled(
-    settings, tmp_path
-):
+def test_evaluation_does_not_affect_training(settings, tmp_path):
     done = subprocess.run(
         [
             sys.executable,
             "-c",
-            QUIET_OR_NOT,
+            WITH_AND_WITHOUT,
             str(tmp_path),
             *settings,
             "train.steps=4",
@@ -239,31 +234,31 @@ def test_evaluation_touches_nothing_at_any_stage_and_precision_nor_when_compiled
     for precision in ("fp32", "bf16"):
         losses = []
         for which in ("false-0", "false-1", "false-2", "false-3", "true-0", "true-3"):
-            quiet, loud = (tmp_path / f"{which}-{precision}-{every}" for every in (0, 1))
-            assert_bitwise(loud, quiet)
+            without, evaluated = (tmp_path / f"{which}-{precision}-{every}" for every in (0, 1))
+            assert_bitwise(evaluated, without)
             losses.append(
-                [row["heldout_loss"]["image"]["mean"] for row in rows(loud / "log.jsonl")]
+                [row["heldout_loss"]["image"]["mean"] for row in rows(evaluated / "log.jsonl")]
             )
             assert len(set(losses[-1])) == 4
         for other in losses[1:]:
             assert other == pytest.approx(losses[0], rel=1e-3 if precision == "bf16" else 1e-5)
 
 
-def test_evaluation_is_of_the_average_and_of_samples_never_trained_on(survivor):
-    """The last row's held-out loss, computed again from the checkpoint on one rank, without DeepSpeed."""
+def test_evaluation_uses_the_average_and_heldout_samples(survivor):
+    """The last row's held-out loss is that of the checkpoint on one rank without DeepSpeed."""
     run_dir, _ = survivor
     found = {row["step"]: row for row in rows(run_dir / "log.jsonl") if "heldout_loss" in row}
     assert set(found) == {2, 4, 6} and all(Path(row["samples"]).is_file() for row in found.values())
     assert list(read_run(run_dir).grids) == [2, 4, 6] and (run_dir / "report.html").is_file()
-    # Kills and resumes leave no gap.
+    # No evaluation is missing after the kill.
     assert Image.open(run_dir / "samples/progress.png").size == (5 * 102 - 6, 28 + 3 * 102 - 6)
     config, model, manifest = load_run(run_dir, device="cpu")
     device = torch.device("cpu")
-    alone = SimpleNamespace(rank=0, size=1, device=device, all=lambda value: [value])
+    one_rank = SimpleNamespace(rank=0, size=1, device=device, all=lambda value: [value])
     source = open_source(
-        config, alone, *model.frozen, index_dir=prepare_data(config, progress=False)
+        config, one_rank, *model.frozen, index_dir=prepare_data(config, progress=False)
     )
-    evaluation = Evaluation(config, source, alone)
+    evaluation = Evaluation(config, source, one_rank)
 
     def loss(model):
         with torch.no_grad(), fixed(model):
@@ -299,7 +294,7 @@ def one(settings, tmp_path_factory):
     return run_dir
 
 
-def test_one_rank_follows_two(golden, survivor, one):
+def test_one_rank_matches_two(golden, survivor, one):
     for ours, theirs in zip(rows(one / "log.jsonl"), rows(golden / "log.jsonl"), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
@@ -311,8 +306,8 @@ def test_one_rank_follows_two(golden, survivor, one):
 
 
 @pytest.mark.slow
-def test_two_ranks_take_over_from_one(settings, tmp_path):
-    """And ZeRO-3 from ZeRO-1."""
+def test_two_ranks_resume_from_one(settings, tmp_path):
+    """ZeRO-3 resumes from ZeRO-1."""
     run_dir = tmp_path / "one"
     assert launch(1, f"run.dir={run_dir}", *settings, "zero.stage=1").returncode == 0
     done = launch(
@@ -323,7 +318,7 @@ def test_two_ranks_take_over_from_one(settings, tmp_path):
 
 
 @pytest.mark.slow
-def test_encoders_that_run_ahead_change_no_bit_of_an_accumulated_run(settings, tmp_path):
+def test_overlap_is_bitwise_with_accumulation(settings, tmp_path):
     """Images and pairs, micro-batches of 4 on two ranks."""
     runs = {}
     for overlap in ("false", "true"):
@@ -346,7 +341,7 @@ def test_encoders_that_run_ahead_change_no_bit_of_an_accumulated_run(settings, t
     assert runs["true"] == runs["false"] and len(runs["true"][0]) == 6
 
 
-def test_a_window_of_steps_is_traced_on_a_cpu(one):
+def test_profile_window_is_traced_on_a_cpu(one):
     with gzip.open(one / "traces/rank0-steps-2-3.json.gz") as file:
         names = {event.get("name") for event in json.load(file)["traceEvents"]}
     assert names >= {
@@ -366,15 +361,16 @@ def test_a_window_of_steps_is_traced_on_a_cpu(one):
     assert "CPU Mem" in (one / "traces/rank0-steps-2-3-memory.txt").read_text()
 
 
-def test_the_whole_road(survivor, settings, world, tmp_path):
-    """Pre-trained, killed and resumed (the fixture) -> fine-tuned on two ranks -> exported -> loaded in diffusers -> drawn ->
-    a folder for GenEval -> checked.
+def test_finetune_export_sample_and_evaluate_after_resume(survivor, settings, dataset, tmp_path):
+    """From a run that was killed and resumed to a checked folder for GenEval.
+
+    Pre-trained (the fixture), fine-tuned on two ranks, exported, loaded in diffusers, sampled.
     """
     stage_1, run_dir, out = survivor[0], tmp_path / "run", tmp_path / "grid.png"
     mine = [
         f"run.dir={run_dir}",
         *settings,
-        f"data.pairs={world}",
+        f"data.pairs={dataset}",
         *EVALUATED,
         "train.data=mix",
         "train.steps=2",
@@ -382,7 +378,8 @@ def test_the_whole_road(survivor, settings, world, tmp_path):
     done = start(2, "--stage", "finetune", "--init", str(stage_1), *mine)
     assert (
         done.returncode == 0
-        and f"starts from the ema weights of {stage_1}/checkpoints/step-00000006" in done.stdout
+        and f"initialized with the ema weights of {stage_1}/checkpoints/step-00000006"
+        in done.stdout
     ), done.stdout
     found = rows(run_dir / "log.jsonl")
     assert [row["step"] for row in found] == [1, 2] and all(0 < row["loss"] < 10 for row in found)
@@ -455,7 +452,7 @@ def test_the_whole_road(survivor, settings, world, tmp_path):
     assert main([*geneval, "--check"]) == 1
 
 
-def test_stage_2_wants_a_run_to_start_from(settings, capsys):
+def test_finetune_without_init_is_refused(settings, capsys):
     assert (
         launch_main(["--stage", "finetune", *settings]) == 2
         and "give --init RUN" in capsys.readouterr().err
@@ -468,7 +465,8 @@ from iomm.config import PRESETS, GeneratorConfig
 from iomm.engine.parallel import ranks as group
 from iomm.engine.cli import main as iomm
 from iomm.engine.launch import main as launch
-group.stop = lambda: None     # DeepSpeed makes its groups once a process
+# DeepSpeed creates its process groups only once per process.
+group.stop = lambda: None
 PRESETS["demo"] = GeneratorConfig(width=64, num_heads=2, num_blocks=2)
 root, *settings = sys.argv[1:]
 def run(name, stage, *arguments):
@@ -477,27 +475,31 @@ for first in ("image", "pair"):
     run(first, "pretrain", f"train.data={first}")
     for second in ("image", "pair", "mix"):
         run(f"{first}-{second}", "finetune", "--init", f"{root}/{first}", f"train.data={second}")
-run("larger", "finetune", "--init", f"{root}/image", "train.data=mix", "data.size_px=64", "data.buckets=true")
+larger = ("train.data=mix", "data.size_px=64", "data.buckets=true")
+run("larger", "finetune", "--init", f"{root}/image", *larger)
 for resume in ("none", f"{root}/back/checkpoints/step-00000001"):
     run("back", "pretrain", "checkpoint.every_steps=1", "--resume", resume)
 for num, *prompt in (["3"], ["2", "--prompt", "a red circle"]):
-    assert iomm(["sample", "--run", f"{root}/larger", "--steps", "1", "--num", num, "--out", f"{root}/larger-{num}.png", *prompt]) == 0
+    out = ["--out", f"{root}/larger-{num}.png"]
+    sample = ["sample", "--run", f"{root}/larger", "--steps", "1", "--num", num, *out, *prompt]
+    assert iomm(sample) == 0
 """
 
 
-def test_the_six_recipes_and_a_larger_size_train(world, tmp_path, monkeypatch):
-    """Stage 1 on images or pairs, stage 2 on images, pairs or both from either; and from 32 px to buckets of about 64 px. One run
-    goes back a step.
+def test_six_recipes_and_a_larger_size_train(dataset, tmp_path, monkeypatch):
+    """Stage 1 on images or pairs, then stage 2 on images, pairs or both.
+
+    Also from 32 px to buckets of about 64 px, and one run that is set back a step.
     """
     settings = [
-        f"data.shards={world}",
-        f"data.pairs={world}",
+        f"data.shards={dataset}",
+        f"data.pairs={dataset}",
         "train.steps=2",
         "train.global_batch=6",
         "log.sample_images=0",
         "checkpoint.every_steps=10",
         "train.threads=1",
-        *PLAIN,
+        *BASE,
         "optim.lr=1e-2",
         "optim.warmup_steps=0",
         "ema.decay=0",
@@ -526,10 +528,10 @@ def test_the_six_recipes_and_a_larger_size_train(world, tmp_path, monkeypatch):
         losses = [row["loss"] for row in rows(tmp_path / name / "log.jsonl")]
         assert len(losses) == 2 and all(0 < loss < 10 for loss in losses), (name, losses)
         seen[name] = tuple(losses)
-    # No two recipes are one.
+    # All recipes differ.
     assert len(set(seen.values())) == len(seen)
     for first in ("image", "pair"):
-        # The same batch again, one step wiser.
+        # The same batch again, after one step of training.
         assert seen[f"{first}-{first}"][0] < seen[first][0]
     assert sorted(p.name for p in (tmp_path / "back/checkpoints").iterdir()) == [
         "abandoned-step-00000002",
@@ -550,7 +552,7 @@ def test_the_six_recipes_and_a_larger_size_train(world, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", ["train.compile=true", "train.recompute=2"])
-def test_compiled_or_recomputed_blocks_train_alike(golden, settings, tmp_path, setting):
+def test_compiled_or_recomputed_blocks_match(golden, settings, tmp_path, setting):
     done = launch(2, f"run.dir={tmp_path / 'run'}", *settings, setting, *EVALUATED)
     assert done.returncode == 0, done.stdout
     for ours, theirs in zip(
@@ -560,8 +562,8 @@ def test_compiled_or_recomputed_blocks_train_alike(golden, settings, tmp_path, s
 
 
 @pytest.mark.slow
-def test_fp8_blocks_are_compiled_and_recomputed_under_zero_3(golden, settings, tmp_path):
-    """Compiled blocks round elsewhere: they may be as far from eager ones as twice what fp8 makes of fp32's losses."""
+def test_fp8_compiled_and_recomputed_matches_eager(golden, settings, tmp_path):
+    """Compiled blocks round differently, by at most twice the difference of fp8 and fp32."""
     losses = {}
     for name, more in (("eager", []), ("compiled", ["train.compile=true", "train.recompute=2"])):
         done = launch(1, f"run.dir={tmp_path / name}", *settings, "precision=fp8", *more)
@@ -580,7 +582,7 @@ def test_fp8_blocks_are_compiled_and_recomputed_under_zero_3(golden, settings, t
 
 
 @pytest.mark.slow
-def test_muon_is_the_same_on_one_rank_and_on_two_and_resumes(settings, tmp_path):
+def test_muon_matches_on_one_and_two_ranks_and_resumes(settings, tmp_path):
     for ranks in (1, 2):
         done = launch(ranks, f"run.dir={tmp_path / str(ranks)}", *settings, "optim.kind=muon")
         assert done.returncode == 0, done.stdout
@@ -607,18 +609,16 @@ def test_muon_is_the_same_on_one_rank_and_on_two_and_resumes(settings, tmp_path)
         (["--profile", "perf"], "--profile must be one of none, nsys, torch"),
     ],
 )
-def test_mistakes_in_words_are_said_before_anything_starts(arguments, message, monkeypatch, capsys):
+def test_wrong_options_are_refused_before_the_start(arguments, message, monkeypatch, capsys):
     monkeypatch.delenv("RANK", raising=False)
     assert launch_main(arguments) == 2
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1 and said[0].startswith("iomm: ") and message in said[0]
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("iomm: ") and message in error
 
 
 @pytest.mark.parametrize("schedule, offered", [("constant", True), ("cosine", False)])
-def test_a_run_is_complete_whatever_becomes_of_its_pictures(
-    schedule, offered, tmp_path, monkeypatch, capsys
-):
-    """And its steps can be doubled only where the last one shapes no other."""
+def test_run_is_complete_if_final_samples_fail(schedule, offered, tmp_path, monkeypatch, capsys):
+    """The summary suggests more steps only if the schedule does not depend on their number."""
 
     def fails(*_, **__):
         raise torch.OutOfMemoryError("no room\nfor pictures")
@@ -640,12 +640,14 @@ def test_a_run_is_complete_whatever_becomes_of_its_pictures(
     )
     words = capsys.readouterr().out.splitlines()
     assert (
-        words[0] == "samples     not drawn or not scored: OutOfMemoryError: no room for pictures"
+        words[0]
+        == "samples     failed, training is complete: OutOfMemoryError: no room for pictures"
         and closed
     )
     assert (
         any("--stage finetune" in line for line in words)
-        and any("train.steps=20   # train on" in line for line in words) == offered
+        and any("train.steps=20   # train for twice as many steps" in line for line in words)
+        == offered
     )
     assert words[-1].strip()
 
@@ -654,24 +656,26 @@ MISTAKES = """
 import json, sys
 from iomm.engine.parallel import ranks as group
 from iomm.engine.launch import main as launch
-group.stop = lambda: None     # DeepSpeed makes its groups once a process
+# DeepSpeed creates its process groups only once per process.
+group.stop = lambda: None
 for arguments in json.loads(sys.argv[1]):
     print(f"exit {launch(arguments)}", file=sys.stderr)
 """
 
 
-def test_mistakes_are_one_line_and_exit_2(golden, settings, tmp_path):
+def test_user_errors_are_one_line_and_exit_2(golden, settings, tmp_path):
     mistakes = [
         (["--resume", "runs/nowhere"], "runs/nowhere has no intact MANIFEST.json"),
         (["data.size_px=30"], "image size must be a positive multiple of 4 px, got 30 x 30"),
         (["model.mllm=nowhere"], "model.mllm: no folder nowhere"),
         (["model.vae=nowhere"], "model.vae"),
         (["train.global_batch=128"], "there are only 64 samples to train on"),
-        ([f"run.dir={golden}"], "already holds a run: add --resume auto"),
+        ([f"run.dir={golden}"], "already contains a run. Add --resume auto"),
         (
             [f"run.dir={golden}", "--resume", "auto", "optim.lr=0.5"],
-            "is the run of another config (optim.lr: 0.001 became 0.5): "
-            f"give the same values to resume it, or choose another run.dir, there with --resume {golden}/checkpoints/step-N",
+            "belongs to a run with another config (optim.lr: 0.001 became 0.5). Resume it with the "
+            "same values, or continue in a new run.dir with --resume "
+            f"{golden}/checkpoints/step-N",
         ),
     ]
     given = [
@@ -686,11 +690,11 @@ def test_mistakes_are_one_line_and_exit_2(golden, settings, tmp_path):
         capture_output=True,
         timeout=LIMIT_S,
     )
-    said = [line for line in done.stderr.splitlines() if line.startswith(("iomm: ", "exit "))]
+    errors = [line for line in done.stderr.splitlines() if line.startswith(("iomm: ", "exit "))]
     assert (
-        done.returncode == 0 and "Traceback" not in done.stderr and len(said) == 2 * len(mistakes)
+        done.returncode == 0 and "Traceback" not in done.stderr and len(errors) == 2 * len(mistakes)
     ), done.stderr
-    for (_, message), line, code in zip(mistakes, said[::2], said[1::2], strict=True):
+    for (_, message), line, code in zip(mistakes, errors[::2], errors[1::2], strict=True):
         assert line.startswith("iomm: ") and message in line and code == "exit 2"
 
 
@@ -708,10 +712,10 @@ def test_mistakes_are_one_line_and_exit_2(golden, settings, tmp_path):
         ),
     ],
 )
-def test_bad_data_ends_both_ranks(make, message, settings, tmp_path):
+def test_bad_data_ends_both_ranks_with_one_line(make, message, settings, tmp_path):
     done = start(2, f"run.dir={tmp_path / 'run'}", f"data.shards={make(tmp_path)}", *settings[1:])
-    said = [line for line in done.stdout.splitlines() if line.startswith("iomm: ")]
-    assert done.returncode == 2 and len(said) == 1 and message in said[0], done.stdout
+    errors = [line for line in done.stdout.splitlines() if line.startswith("iomm: ")]
+    assert done.returncode == 2 and len(errors) == 1 and message in errors[0], done.stdout
     assert "Traceback" not in done.stdout
 
 
@@ -727,7 +731,7 @@ def empty_tar(folder):
     return path
 
 
-def test_a_damaged_checkpoint_is_passed_over(golden, tmp_path, caplog):
+def test_damaged_checkpoint_is_skipped(golden, tmp_path, caplog):
     import shutil
 
     copy = tmp_path / "checkpoints"
@@ -744,12 +748,12 @@ def test_a_damaged_checkpoint_is_passed_over(golden, tmp_path, caplog):
     assert checkpoint_reader.newest(copy).name == "step-00000002"
 
 
-def test_sample_edit_and_export_read_the_run(golden, tmp_path, capsys):
+def test_sample_edit_evaluate_and_export_read_a_run(golden, tmp_path, capsys):
     out = tmp_path / "grid.png"
     assert (
         main(["sample", "--run", str(golden), "--num", "5", "--steps", "2", "--out", str(out)]) == 0
     )
-    # originals, their visible parts, what is drawn
+    # Originals, their visible parts, samples.
     assert Image.open(out).size == (5 * 34 - 2, 3 * 34 - 2)
     assert Image.open(tmp_path / "grid/0004.png").text["prompt"] == "masked image 4 of the run"
     assert (
@@ -897,11 +901,11 @@ def test_sample_edit_and_export_read_the_run(golden, tmp_path, capsys):
         ),
     ]:
         assert main(arguments) == 2
-        said = capsys.readouterr().err.splitlines()
-        assert len(said) == 1 and said[0].startswith("iomm: ") and message in said[0]
+        (error,) = capsys.readouterr().err.splitlines()
+        assert error.startswith("iomm: ") and message in error
 
 
-def test_the_console_command_is_installed():
+def test_console_command_is_installed():
     done = subprocess.run(
         [str(Path(sys.executable).with_name("iomm")), "doctor"],
         env=environment(),

@@ -1,4 +1,4 @@
-"""What torch.compile makes of the frozen parts: whole graphs, as many over ragged batches as at first, the same numbers."""
+"""torch.compile of the frozen parts and the blocks: whole graphs, few of them, the same numbers."""
 
 import json
 
@@ -15,7 +15,7 @@ from iomm.mllm import RECONSTRUCT
 from iomm.vae import FluxVAE
 
 Q = 7
-# Of the decoder: more than there are graphs of each half.
+# Decoder layers: more than there are graphs of each half.
 LAYERS = 6
 
 
@@ -42,7 +42,7 @@ def graphs():
 
 
 def read(mllm, batch, seed, dtype=torch.float32):
-    """Image tokens, queries behind a ragged prefix, and their gradient, of random images."""
+    """Return image tokens, outputs of queries behind a ragged prefix, and their gradient."""
     random = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
@@ -69,36 +69,38 @@ def pixels(batch, height, width, dtype=torch.float32):
     )
 
 
-def test_ragged_prefixes_and_other_layers_need_no_graphs_of_their_own(folder):
-    """One graph a ViT layer; of `project_qkv` one in the prefix, its last layer's without queries, and two with gradient (the
-    first layer's input is a view of the queries); of `finish_layer` one without and two with gradient.
+def test_mllm_graphs_are_shared_by_ragged_batches(folder):
+    """One graph per ViT layer, four of `project_qkv` and three of `finish_layer`.
+
+    `project_qkv` has one graph in the prefix, one for its last layer, which has no queries, and two with
+    gradient, since the first layer's input is a view of the queries. `finish_layer` has one without
+    gradient and two with it.
     """
     mllm = load_mllm(str(folder), dtype=torch.float32)
     mllm.compile_parts(backend="eager")
     expected = [read(load_mllm(str(folder), dtype=torch.float32), 3, seed) for seed in range(4)]
     for seed, wanted in enumerate(expected):
-        assert all(torch.equal(a, b) for a, b in zip(read(mllm, 3, seed), wanted))
+        assert all(torch.equal(a, b) for a, b in zip(read(mllm, 3, seed), wanted, strict=True))
         assert graphs() == 1 + 4 + 3
-    # A stage-2 batch holds any number of images:
+    # A stage-2 batch holds any number of images. The ViT layer is traced once more for all of them.
     read(mllm, 5, 4)
-    # the ViT layer is traced once more, for all of them
     read(mllm, 4, 5)
     assert graphs() == 1 + 4 + 3 + 1 and not counters["graph_break"]
 
 
-def test_the_vae_encoder_is_one_graph_whatever_the_bucket():
+def test_vae_encoder_graphs_are_shared_by_buckets():
     vae, compiled = (FluxVAE(autoencoder(widths=(8, 8))) for _ in range(2))
     compiled.compile_parts(backend="eager")
     for height, width in ((48, 32), (32, 48), (64, 32), (48, 48)):
         image = pixels(2, height, width)
         assert torch.equal(compiled.encode(image), vae.encode(image))
-    # The first size; then one for all others.
+    # One graph for the first size and one for all others.
     assert graphs() == 2 and not counters["graph_break"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_frozen_parts_are_as_exact_as_eager_ones(folder, dtype):
+def test_compiled_frozen_parts_are_as_exact_as_eager(folder, dtype):
     exact, eager, compiled = (
         load_mllm(str(folder), dtype=d) for d in (torch.float64, dtype, dtype)
     )
@@ -108,6 +110,7 @@ def test_compiled_frozen_parts_are_as_exact_as_eager_ones(folder, dtype):
             read(compiled, batch, seed, dtype),
             read(eager, batch, seed, dtype),
             read(exact, batch, seed, torch.float64),
+            strict=True,
         )
         for got, same_dtype, wanted in rows:
             assert_no_worse(got, same_dtype, wanted)
@@ -129,13 +132,15 @@ from iomm.engine.parallel import ranks as group
 from iomm.engine.config import load_config
 config, ranks = load_config("tests/helpers/pixels.yaml", sys.argv[2:]), group.start(200)
 launch.prepare_process(config, ranks)
-state, source, _ = launch.build(config, ranks, say=lambda *_: None)
+state, source, _ = launch.build(config, ranks)
 module, gathered = state.sharded.engine.module, []
 
 def look(block, inputs):
-    gathered.extend((StorageWeakRef(p.data.untyped_storage()), p.numel()) for p in block.parameters() if p.ndim == 2)
+    matrices = [p for p in block.parameters() if p.ndim == 2]
+    gathered.extend((StorageWeakRef(p.data.untyped_storage()), p.numel()) for p in matrices)
 for step, batch in enumerate(source):
-    for block in module.modules() if step else ():             # what the first step gathers it also traces
+    # The first step is left out: it also traces what it gathers.
+    for block in module.modules() if step else ():
         if isinstance(block, module.leaves):
             block.register_forward_pre_hook(look)
     loss, *_ = state.sharded(*batch.inputs)
@@ -150,10 +155,11 @@ group.stop()
 
 @pytest.mark.slow
 @pytest.mark.parametrize("compiled", [True, False])
-def test_zero_3_keeps_no_gathered_weight_of_a_compiled_block_for_its_backward_pass(
-    compiled, tmp_path
-):
-    """Without DeepSpeed's own linear, as on a GPU. Eager blocks keep every one, by which the test is known to see them."""
+def test_zero_3_frees_gathered_weights_of_compiled_blocks(compiled, tmp_path):
+    """Without DeepSpeed's own linear, as on a GPU.
+
+    Eager blocks keep every weight, which shows that the test can see them.
+    """
     (tmp_path / "kept.py").write_text(KEPT)
     with open(tmp_path / "said.txt", "w") as output:
         codes = finish(

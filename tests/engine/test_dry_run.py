@@ -1,4 +1,4 @@
-"""Shipped configs built on the meta device: parameters, memory and work, against counts and against a real pass."""
+"""Parameters, memory and work counted on the meta device, against known counts and real passes."""
 
 import json
 import socket
@@ -27,13 +27,13 @@ from iomm.engine.dry_run import (
 )
 from iomm.flops import flops_by_part
 
-# generator's parameters, work of one sample in TFLOP (the method's table for B), millions of
-# samples
+# {config: (range of the generator's parameters, range of the work of one sample in TFLOP (the
+# method's table for B), millions of samples)}
 PAPER = {
     "iomm-b-512": ((1.55e9, 1.65e9), (7.9, 8.2), 110),
     "iomm-l-512": ((2.65e9, 2.80e9), (10.5, 11.5), 110),
     "iomm-xl-512": ((5.7e9, 6.3e9), (48.0, 52.0), 110),
-    # 10 epochs over 210 k pairs, as many images
+    # 10 epochs over 210 k pairs, and the same number of images.
     "iomm-b-512-finetune": ((1.55e9, 1.65e9), (7.6, 7.9), 4.2),
     "iomm-l-512-finetune": ((2.65e9, 2.80e9), (10.2, 11.1), 4.2),
     "iomm-xl-512-finetune": ((5.7e9, 6.3e9), (47.5, 51.0), 4.2),
@@ -54,7 +54,7 @@ def model():
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in CONFIGS.glob("iomm-*.yaml")))
-def test_shipped_configs_are_counted(name):
+def test_shipped_configs_have_the_expected_counts(name):
     config = load_config(name, NO_PATHS)
     plan = make_plan(config, ranks=8)
     (fewest, most), (least, highest), millions = PAPER[name]
@@ -64,13 +64,13 @@ def test_shipped_configs_are_counted(name):
     trained = plan.parameters["generator"] + plan.parameters["adapter"]
     assert plan.memory["masters"] == 4 * trained / 8
     assert sum(plan.memory.values()) < 0.8 * 141e9, (
-        "leaves no fifth of an H200 for encoders, communication, allocator"
+        "encoders, communication and the allocator need a fifth of an H200"
     )
     assert plan.samples == pytest.approx(millions * 1e6, rel=0.001)
 
 
 @pytest.mark.parametrize("name", sorted(PAPER))
-def test_shipped_configs_have_the_paper_s_values(name):
+def test_shipped_configs_have_the_papers_values(name):
     """Counts of the presets, and work of IOMM-B."""
     config = load_config(name)
     batch, ratio, kind, decay = STAGE_1[config.model.preset]
@@ -105,7 +105,7 @@ def test_shipped_configs_have_the_paper_s_values(name):
     ) == ("drop", "bernoulli", "rqa", 256)
 
 
-def test_a_pair_is_counted_without_vit_and_with_its_caption(model):
+def test_pair_counts_the_caption_and_not_the_vit(model):
     config = load_config("iomm-b-512-finetune", NO_PATHS)
     image, pair = (
         flops_by_part(model, 512, NUM_TEXT),
@@ -134,14 +134,17 @@ def test_a_pair_is_counted_without_vit_and_with_its_caption(model):
     assert work(model, latents)["VAE"] == 0 and work(model, config)["VAE"] == image["VAE"]
 
 
-def test_the_paper_s_budget_in_gpu_hours():
-    """110 M images at IOMM-B's work: 310 GPU-hours at an H200's matmul rate, half the paper's 1000 at 60 % of it."""
+def test_gpu_hours_of_the_papers_budget():
+    """110 M images of IOMM-B take 310 GPU-hours at an H200's matmul rate.
+
+    At 60 % of it that is half of the paper's 1000.
+    """
     plan = make_plan(load_config("iomm-b-512", NO_PATHS), ranks=8)
     assert plan.gpu_hours(790e12) == pytest.approx(311, rel=0.02)
     assert "GPU-hours" in describe(plan, load_config("iomm-b-512"))
 
 
-def test_counted_activations_are_what_a_real_pass_keeps():
+def test_activation_bytes_match_a_real_pass():
     config = load_config(
         PIXELS, ["precision=fp32", "data.size_px=32", "model.vae=pixel:4", "optim.kind=adamw"]
     )
@@ -169,7 +172,7 @@ def test_counted_activations_are_what_a_real_pass_keeps():
 
 
 @pytest.mark.parametrize("preset", ["demo", "iomm-xl"])
-def test_two_models_of_few_blocks_tell_the_activations_of_many(preset):
+def test_activation_bytes_match_a_model_of_all_blocks(preset):
     config = load_config(
         PIXELS, [f"model.preset={preset}", "precision=fp32", "data.size_px=32", "model.vae=pixel:4"]
     )
@@ -185,8 +188,8 @@ def test_two_models_of_few_blocks_tell_the_activations_of_many(preset):
     assert activation_bytes(model, config, micro_batch=4)["generator"] == whole
 
 
-def test_fp8_keeps_the_sides_of_its_products_in_a_byte():
-    """Of a block's linears at width D with M rows: inputs of qkv, out, mlp_in (D each) and mlp_out (4 D)."""
+def test_fp8_keeps_one_byte_per_product_input():
+    """A block of width D keeps the inputs of qkv, out, mlp_in (D per row) and mlp_out (4 D)."""
     config = load_config(
         PIXELS, ["precision=bf16", "data.size_px=32", "model.vae=pixel:4", "optim.kind=adamw"]
     )
@@ -196,13 +199,14 @@ def test_fp8_keeps_the_sides_of_its_products_in_a_byte():
         for p in ("bf16", "fp8")
     )
     blocks, width, latents, condition = 6, 96, 64, config.adapter.num_queries
-    # The last block's condition has kv alone, and its latents' `out` reads what attention keeps anyway: a byte more, not less.
+    # In the last block the condition has only kv. The latents' `out` reads what attention keeps
+    # anyway, so it costs a byte more, not less.
     rows = 4 * (blocks * 7 * (latents + condition) - 6 * condition - 2 * latents)
     scales = 4 * (blocks * 8 - 3)
     assert bf16 - fp8 == rows * width - scales
 
 
-def test_bytes_encoded_ahead_are_those_of_a_real_batch():
+def test_prefetched_bytes_match_a_real_batch():
     from iomm.engine.shapes.mllm import WEIGHTS
     from iomm.internvl import load_mllm
     from iomm.model import IOMM
@@ -223,10 +227,11 @@ def test_bytes_encoded_ahead_are_those_of_a_real_batch():
     assert prepared_bytes(model, config, micro_batch=4) == real
 
 
-def test_what_cannot_be_is_said_before_it_costs():
+def test_impossible_batch_or_size_is_refused():
     with pytest.raises(
         InputError,
-        match="train.global_batch must be a multiple of train.micro_batch x ranks, got 1024 and 16 x 7",
+        match=r"train\.global_batch must be a multiple of train.micro_batch x ranks, got "
+        "1024 and 16 x 7",
     ):
         make_plan(load_config("iomm-b-512", NO_PATHS), ranks=7)
     with pytest.raises(
@@ -235,8 +240,8 @@ def test_what_cannot_be_is_said_before_it_costs():
         make_plan(load_config("iomm-b-512", [*NO_PATHS, "data.size_px=500"]), ranks=8)
 
 
-def test_what_the_mllm_keeps_of_its_queries_is_what_a_real_pass_keeps():
-    """The tiny MLLM on real tensors; attention keeps a mask and repeated heads besides, where batches are ragged."""
+def test_mllm_query_bytes_match_a_real_pass():
+    """On real tensors attention also keeps a mask and repeated heads if the batch is ragged."""
     from iomm.engine.shapes.mllm import WEIGHTS
     from iomm.internvl import load_mllm
 
@@ -260,7 +265,7 @@ def test_what_the_mllm_keeps_of_its_queries_is_what_a_real_pass_keeps():
     assert counted == pytest.approx(sum(kept.values()), rel=0.15)
 
 
-def test_dry_run_prints_and_costs_nothing(capsys, tmp_path):
+def test_dry_run_prints_and_writes_nothing(capsys, tmp_path):
     from iomm.engine.launch import main
 
     run_dir = tmp_path / "run"
@@ -277,12 +282,12 @@ def test_dry_run_prints_and_costs_nothing(capsys, tmp_path):
         )
         == 0
     )
-    said = capsys.readouterr().out
-    assert "64 GPU(s)" in said and "GPU-hours" in said and not run_dir.exists()
+    output = capsys.readouterr().out
+    assert "64 GPU(s)" in output and "GPU-hours" in output and not run_dir.exists()
 
 
 @pytest.mark.parametrize("name", ["iomm-xl-512-finetune"])
-def test_dry_run_of_known_hub_ids_needs_no_network(name, monkeypatch, capsys):
+def test_dry_run_with_known_hub_ids_needs_no_network(name, monkeypatch, capsys):
     from iomm.engine.launch import main
 
     def refuse(*_):
@@ -324,17 +329,18 @@ def test_dry_run_checks_every_path(given, message, model):
         (["data.shards=nowhere/*.tar"], "data.shards: no shard matches"),
         (
             ["train.global_batch=100"],
-            "train.global_batch must be a multiple of train.micro_batch x ranks, got 100 and 16 x 8",
+            "train.global_batch must be a multiple of train.micro_batch x ranks, got 100 and "
+            "16 x 8",
         ),
     ],
 )
-def test_a_plan_is_refused_for_what_is_not_there(given, message):
+def test_dry_run_refuses_missing_parts(given, message):
     with pytest.raises(InputError) as error:
         make_plan(load_config("iomm-b-512-finetune", [*NO_PATHS, *given]), ranks=8)
     assert message in str(error.value)
 
 
-def test_dry_run_compares_the_run_that_it_would_start_from(tmp_path, model):
+def test_dry_run_checks_the_model_of_run_init(tmp_path, model):
     from iomm.engine.resilience.checkpoint_reader import seal
     from iomm.engine.resilience.checkpoint_writer import FORMAT
 
@@ -350,18 +356,18 @@ def test_dry_run_compares_the_run_that_it_would_start_from(tmp_path, model):
     (folder / "MANIFEST.json").write_bytes(
         seal({"format": FORMAT, "files": {}, "shapes": shapes | {"generator.more": [1]}})
     )
-    with pytest.raises(InputError, match="is of another model"):
+    with pytest.raises(InputError, match="is a checkpoint of another model"):
         check_paths(config, model)
 
 
-def test_latents_of_something_else_are_refused(tmp_path, model):
+def test_latents_of_another_size_are_refused(tmp_path, model):
     config = load_config("iomm-b-512", [NO_PATHS[0], f"data.latents={tmp_path}"])
     (tmp_path / "latents.json").write_text(json.dumps({"vae": config.model.vae, "size_px": 256}))
     with pytest.raises(InputError, match="size_px is 256, expected 512"):
         check_paths(config, model)
 
 
-def test_ranks_divide_what_they_should(model):
+def test_memory_of_partitioned_parts_is_divided_by_ranks(model):
     config = load_config("iomm-b-512-finetune", NO_PATHS)
     one, eight = memory(model, config, 1, 16), memory(model, config, 8, 16)
     divided = {part for part in one if one[part] and one[part] == 8 * eight[part]}

@@ -567,7 +567,7 @@ def test_step_logs_velocity_loss_and_nonfinite_samples(mllm):
     loss, _, _, _, _, seen, aligned_sums = loop.train_step(Engine(model), batches())
     assert loss.isfinite() and not aligned_sums[0].isfinite() and aligned_sums[1] == 1
     ranks = SimpleNamespace(all=lambda value: [value])
-    assert loop.suspects(seen, ranks) == "; not finite: 0"
+    assert loop.describe_nonfinite(seen, ranks) == "; not finite: 0"
     assert (
         not torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None])
         .isfinite()

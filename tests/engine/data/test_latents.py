@@ -301,7 +301,7 @@ def test_wrong_caches_raise_input_error(dataset, vae, tmp_path):
         write(dataset, tmp_path / "mine", vae)
     with pytest.raises(InputError, match=r"set data\.flip=false"):
         batches(dataset, store(dataset, tmp_path / "cache"), flip=True)
-    with pytest.raises(InputError, match=r"data\.latents are those of centre crops"):
+    with pytest.raises(InputError, match=r"data\.latents holds latents of unflipped centre crops"):
         parse("data: {latents: memory, crop: random}")
     with pytest.raises(InputError, match=r"set data\.latents=memory, no data\.pairs"):
         parse("data: {latents: x, pairs: shapes}")

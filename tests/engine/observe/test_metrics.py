@@ -1,6 +1,8 @@
-"""What a run says of itself, and that no way of failing to say it costs a step."""
+"""Metrics of a run follow their definitions, and no failure to write them costs a step."""
 
+import contextlib
 import errno
+import io
 import json
 import math
 import os
@@ -56,10 +58,8 @@ def record(one, step, loss=1.0, **more):
 def logged(run_dir):
     rows = []
     for text in (run_dir / "log.jsonl").read_text().splitlines():
-        try:
+        with contextlib.suppress(ValueError):
             rows.append(json.loads(text)["step"])
-        except ValueError:
-            pass
     return rows
 
 
@@ -68,7 +68,7 @@ def no_board(monkeypatch):
     monkeypatch.setattr(Metrics, "open_board", lambda *_: None)
 
 
-def test_a_record_follows_its_definitions(tmp_path, monkeypatch, no_board):
+def test_record_follows_its_definitions(tmp_path, monkeypatch, no_board):
     monkeypatch.setattr(metrics, "peak_flops", lambda device: 1e15)
     one = make(tmp_path, gpu_hours=1.0)
     row = record(one, 3)
@@ -90,23 +90,18 @@ def test_a_record_follows_its_definitions(tmp_path, monkeypatch, no_board):
     assert all(isinstance(number, int | float) for number in scalars(row).values())
     assert row["align_loss"] is None and "align" not in line(row, STEPS)
     assert "loss 1.0000  align 0.5000  grad norm" in line({**row, "align_loss": 0.5}, STEPS)
-    said = line(row, STEPS)
-    assert (
-        "step 3/10" in said
-        and "images/s" in said
-        and "tokens/s" in said
-        and "mfu" in said
-        and "generator" in said
-    )
+    text = line(row, STEPS)
+    for fragment in ("step 3/10", "images/s", "tokens/s", "mfu", "generator"):
+        assert fragment in text
 
 
-def test_what_an_evaluation_found_stands_in_the_row_and_its_time_is_not_the_steps(tmp_path):
+def test_evaluation_is_added_to_the_row_without_its_time(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     one = make(tmp_path / "run")
     record(one, 1)
     row = record(one, 2)
-    # It is there before the evaluation is.
+    # The row is written before the evaluation starts.
     assert json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[1]) == row
     before = one.gpu_hours
     with one.clock, named("checkpoint"):
@@ -145,7 +140,7 @@ def test_what_an_evaluation_found_stands_in_the_row_and_its_time_is_not_the_step
         3,
     ]
     one.close()
-    # The checkpoint of step 2 knows of no evaluation.
+    # The checkpoint of step 2 was written before the evaluation.
     again = make(tmp_path / "run", start_step=2, gpu_hours=before)
     assert again.gpu_hours == row["gpu_hours"] and logged(tmp_path / "run") == [1, 2]
     again.close()
@@ -158,7 +153,7 @@ def test_what_an_evaluation_found_stands_in_the_row_and_its_time_is_not_the_step
     assert seen.Tags()["images"] == ["evaluate"]
 
 
-def test_tensorboard_shows_what_log_jsonl_holds(tmp_path):
+def test_tensorboard_has_the_values_of_log_jsonl(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     one = make(tmp_path)
@@ -170,7 +165,7 @@ def test_tensorboard_shows_what_log_jsonl_holds(tmp_path):
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1.0), (2, 2.0)]
 
 
-def test_a_resumed_run_drops_the_lines_that_come_again_and_what_is_no_line(tmp_path, no_board):
+def test_resumed_run_drops_repeated_and_damaged_rows(tmp_path, no_board):
     lines = [json.dumps({"step": step}) for step in (1, 2, 3, 4)] + [
         '{"step": 5, "lo',
         "3",
@@ -182,18 +177,18 @@ def test_a_resumed_run_drops_the_lines_that_come_again_and_what_is_no_line(tmp_p
     assert logged(tmp_path) == [1, 2, 3]
 
 
-# Telemetry is never fatal: every step below is recorded, whatever fails, and it is said once.
+# Telemetry is never fatal: each step below is recorded, and a failure is logged once.
 
 
-def test_a_log_that_cannot_be_opened(tmp_path, no_board, capsys):
+def test_log_that_cannot_be_opened_costs_no_step(tmp_path, no_board, caplog):
     (tmp_path / "log.jsonl").mkdir()
     one = make(tmp_path)
     assert [record(one, step)["step"] for step in (1, 2)] == [1, 2]
     one.close()
-    assert capsys.readouterr().out.count("log.jsonl cannot be written") == 1
+    assert caplog.text.count("log.jsonl cannot be written") == 1
 
 
-def test_a_full_disk_costs_lines_until_there_is_room_again(tmp_path, no_board, capsys):
+def test_full_disk_costs_rows_until_it_has_room(tmp_path, no_board, caplog):
     """RLIMIT_FSIZE stands for the disk: the kernel writes what fits, then refuses."""
     one = make(tmp_path)
     record(one, 1)
@@ -212,25 +207,22 @@ def test_a_full_disk_costs_lines_until_there_is_room_again(tmp_path, no_board, c
     record(one, 5)
     record(one, 6)
     one.close()
-    assert (
-        logged(tmp_path) == [1, 5, 6]
-        and capsys.readouterr().out.count("log.jsonl cannot be written") == 1
-    )
+    assert logged(tmp_path) == [1, 5, 6] and caplog.text.count("log.jsonl cannot be written") == 1
 
 
 @pytest.mark.parametrize("where", ["open", "add_scalar", "thread", "close"])
-def test_a_tensorboard_writer_that_fails(tmp_path, monkeypatch, capsys, where):
+def test_failing_tensorboard_costs_no_step(tmp_path, monkeypatch, caplog, where):
     from tensorboard.summary.writer.record_writer import RecordWriter
 
     def fail(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     if where == "open":
-        (tmp_path / "tb").write_text("a file stands where the folder should")
+        (tmp_path / "tb").write_text("a file in place of the folder")
     one = make(tmp_path)
     if where == "add_scalar":
         monkeypatch.setattr(one.board, "add_scalar", fail)
-    # Where tensorboard really writes.
+    # Where tensorboard writes.
     if where == "thread":
         monkeypatch.setattr(RecordWriter, "write", fail)
         monkeypatch.setattr("threading.excepthook", lambda _: None)
@@ -238,21 +230,21 @@ def test_a_tensorboard_writer_that_fails(tmp_path, monkeypatch, capsys, where):
         monkeypatch.setattr(one.board, "close", fail)
     for step in range(1, STEPS + 1):
         record(one, step)
-        # Lets the thread meet its error.
+        # Time for the thread to fail.
         time.sleep(0.01)
     one.image("samples", tmp_path / "no.png", 1)
     one.close()
     assert logged(tmp_path) == list(range(1, STEPS + 1))
-    assert capsys.readouterr().out.count("TensorBoard cannot be written") == 1
+    assert caplog.text.count("TensorBoard cannot be written") == 1
 
 
-def test_clock_jumps_change_nothing(tmp_path, monkeypatch):
-    """The wall clock an hour back, a day on: TensorBoard and the progress bar read it, step times do not."""
+def test_wall_clock_jumps_do_not_affect_step_times(tmp_path, monkeypatch):
+    """Jumps of an hour back and a day forth. TensorBoard and the bar read the wall clock."""
     from tqdm import tqdm
 
     one = make(tmp_path)
     real, jumps = time.time, [0, -3600, 86400, -86400, 0]
-    bar = tqdm(total=5, file=open(os.devnull, "w"))
+    bar = tqdm(total=5, file=io.StringIO())
     for step, jump in enumerate(jumps, start=1):
         monkeypatch.setattr(time, "time", lambda jump=jump: real() + jump)
         row = record(one, step)
@@ -263,15 +255,15 @@ def test_clock_jumps_change_nothing(tmp_path, monkeypatch):
     assert logged(tmp_path) == [1, 2, 3, 4, 5]
 
 
-def test_wandb_is_asked_for_and_found_before_anything_starts(tmp_path, monkeypatch, capsys):
+def test_missing_wandb_is_refused_before_the_start(tmp_path, monkeypatch, capsys):
     from iomm.engine.launch import main
 
     monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
     assert main(["log.wandb=true", "--dry-run"]) == 2
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1 and "log.wandb=true needs the package wandb: pip install wandb" in said[0]
+    (error,) = capsys.readouterr().err.splitlines()
+    assert "log.wandb=true needs the package wandb: pip install wandb" in error
     monkeypatch.undo()
-    # What a run of it leaves in the folder where it was started.
+    # wandb leaves this folder where a run is started; it is not the package.
     (tmp_path / "wandb").mkdir()
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(InputError):
@@ -279,7 +271,7 @@ def test_wandb_is_asked_for_and_found_before_anything_starts(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("fails", ["", "init", "log", "finish"])
-def test_a_failing_wandb_costs_no_step(tmp_path, monkeypatch, no_board, capsys, fails):
+def test_failing_wandb_costs_no_step(tmp_path, monkeypatch, no_board, caplog, fails):
     class Run:
         rows, finished = [], False
 
@@ -309,7 +301,7 @@ def test_a_failing_wandb_costs_no_step(tmp_path, monkeypatch, no_board, capsys, 
     started = time.monotonic()
     one.close()
     assert logged(tmp_path / "runs/mine") == [1, 2] and time.monotonic() - started < 30
-    assert capsys.readouterr().out.count("wandb cannot be written") == (fails in ("init", "log"))
+    assert caplog.text.count("wandb cannot be written") == (fails in ("init", "log"))
     assert run.rows == (
         [] if fails in ("init", "log") else [(1, 1.0), (2, 1.0)]
     ) and run.finished == (not fails)
@@ -321,8 +313,8 @@ def test_a_failing_wandb_costs_no_step(tmp_path, monkeypatch, no_board, capsys, 
         )
 
 
-def test_numbers_that_are_none_are_written_all_the_same(tmp_path):
-    """A skipped step: the loss is NaN and there is no norm."""
+def test_row_of_a_skipped_step_is_written(tmp_path):
+    """Its loss is NaN and it has no gradient norm."""
     one = make(tmp_path)
     row = one.record(
         step=1,

@@ -1,4 +1,4 @@
-"""The page of a run: what it must show, whatever of the run is missing, damaged or hostile."""
+"""The report of a run, also if parts of the run are missing, damaged or hostile."""
 
 import base64
 import io
@@ -20,15 +20,16 @@ from iomm.engine.cli import main
 from iomm.engine.evaluation.sample import save_grid
 from iomm.engine.observe import report
 from iomm.engine.observe.metrics import Metrics
+from iomm.engine.observe.report import DASH
 
-# Of a picture; a sheet shows it twice as large.
+# Side of an image; a sheet shows it twice as large.
 SIDE = 48
-# With the gap
+# Side of a cell of a sheet, with the gap.
 CELL = 2 * SIDE + 6
 
 
 def colour(step, i, row="drawn"):
-    """Of the picture i of a step: every one is different."""
+    """Return the colour of image i of a step. All of them differ."""
     return {
         "original": (200, 10 * i, 0),
         "visible": (100, 10 * i, 0),
@@ -53,7 +54,7 @@ def make_grid(folder, step, *, masked, labels, size=SIDE):
 def make_run(
     folder, *, steps=30, every=10, masked=True, num=10, labels=None, settings=None, rows=None
 ):
-    """A run folder by hand; settings: what its config has beside train.steps."""
+    """Write a run folder. settings: keys of its config in addition to train.steps."""
     folder.mkdir(parents=True)
     lines = []
     for step in range(1, steps + 1):
@@ -114,14 +115,13 @@ def make_run(
         f"{warning}2026-01-01 00:00:02   warnings.warn('not writable')\n"
     )
     (folder / "logs/rank-00001.txt").write_text(
-        f"{warning}2026-01-01 00:00:03 [rank1]:[W101 00:00:03.5 c.cpp:1] slow\n"
-        "step 3: all is well\n"
+        f"{warning}2026-01-01 00:00:03 [rank1]:[W101 00:00:03.5 c.cpp:1] slow\nstep 3: no warning\n"
     )
     return folder
 
 
 class Page(HTMLParser):
-    """Tags with their attributes, and the text outside of the style."""
+    """Tags with their attributes, and the text outside <style>."""
 
     def __init__(self, path):
         super().__init__()
@@ -151,7 +151,7 @@ class Page(HTMLParser):
 
 
 def assert_self_contained(page):
-    """No script, no link, and nothing that a browser would fetch."""
+    """Check that the page has no script, no link and nothing that a browser would fetch."""
     assert not {"script", "link", "iframe", "object", "embed", "base", "form"} & {
         tag for tag, _ in page.tags
     }
@@ -166,7 +166,7 @@ def assert_self_contained(page):
     assert len(ids) == len(set(ids))
 
 
-def test_the_page_of_a_run_shows_all_of_it_in_one_file(tmp_path):
+def test_page_shows_the_whole_run_in_one_file(tmp_path):
     run = make_run(tmp_path / "demo", settings={"optim": {"lr": 0.25}})
     path = report.write_run(run)
     page = Page(path)
@@ -174,12 +174,12 @@ def test_the_page_of_a_run_shows_all_of_it_in_one_file(tmp_path):
     assert_self_contained(page)
     final = np.mean([1.0 + 1.0 / step for step in range(11, 31)])
     for words in (
-        "demo – IOMM run report",
+        f"demo {DASH} IOMM run report",
         "finished · trains on images · A CPU, 2 cores",
         "30 of 30 steps",
         f"{final:.4f} loss, last 20 steps",
         "1.2000 held-out loss, images",
-        "30% pictures that fit",
+        "30% samples that match",
         "21.0 images/s, median",
         "1.25 GiB peak memory",
         "0.300 GPU-hours",
@@ -211,7 +211,7 @@ def test_the_page_of_a_run_shows_all_of_it_in_one_file(tmp_path):
         "Learning rate",
         "Peak memory, GiB",
     ):
-        # Text of the curves, not paths.
+        # The curves have text, not paths.
         assert words in page.texts, words
     assert "Alignment loss" not in page.text and "damaged" not in page.text
     progress, *grids = page.images()
@@ -227,7 +227,7 @@ def test_the_page_of_a_run_shows_all_of_it_in_one_file(tmp_path):
     assert not list(run.rglob(".*.partial"))
 
 
-def test_the_sheet_shows_how_the_same_pictures_change(tmp_path):
+def test_sheet_shows_the_same_images_over_steps(tmp_path):
     run = make_run(tmp_path / "run", steps=30, num=10)
     report.write_run(run)
     sheet = Image.open(run / "samples/progress.png")
@@ -243,7 +243,7 @@ def test_the_sheet_shows_how_the_same_pictures_change(tmp_path):
         ]
 
 
-def test_prompts_stand_beside_their_pictures_and_the_last_step_is_among_the_columns(tmp_path):
+def test_sheet_has_prompts_and_includes_the_last_step(tmp_path):
     run = make_run(
         tmp_path / "run", steps=201, every=10, masked=False, labels=["a", "b", "a", "c", "b", "d"]
     )
@@ -254,11 +254,7 @@ def test_prompts_stand_beside_their_pictures_and_the_last_step_is_among_the_colu
     shown = [sheet.getpixel((176 + column * CELL + SIDE, 28 + SIDE)) for column in range(8)]
     assert shown == [colour(step, 0) for step in steps]
     left = np.asarray(sheet.convert("L"))[28:, :170]
-    assert all(
-        (left[row * CELL : row * CELL + 2 * SIDE] < 128).any()
-        for row in range(6)
-        # A text before each row.
-    )
+    assert all((left[row * CELL : row * CELL + 2 * SIDE] < 128).any() for row in range(6))
     assert report.few(["a", "b", "a (2)", "c", "b (2)", "d", "e", "f"]) == [
         "a",
         "b",
@@ -270,7 +266,7 @@ def test_prompts_stand_beside_their_pictures_and_the_last_step_is_among_the_colu
     assert report.few(["a", "a (2)", "b"]) == ["a", "a (2)", "b"]
 
 
-def test_large_pictures_are_reduced_and_small_ones_enlarged(tmp_path):
+def test_large_images_are_reduced_and_small_ones_enlarged(tmp_path):
     for size, wanted in ((16, 96), (64, 128), (100, 100), (512, 192)):
         run = make_run(tmp_path / str(size), steps=1, every=0)
         make_grid(run, 1, masked=False, labels=["x"], size=size)
@@ -280,7 +276,7 @@ def test_large_pictures_are_reduced_and_small_ones_enlarged(tmp_path):
         ) == colour(1, 0)
 
 
-def test_a_grid_is_read_as_it_was_written(tmp_path):
+def test_grid_round_trip(tmp_path):
     labels = [*(f"label {i}" for i in range(9)), "label 0"]
     make_grid(tmp_path, 7, masked=True, labels=labels)
     grid = report.read_grid(tmp_path / "samples/evaluate-00000007.png")
@@ -293,8 +289,8 @@ def test_a_grid_is_read_as_it_was_written(tmp_path):
         )
 
 
-def test_what_a_kill_and_a_resume_leave_behind_is_no_hindrance(tmp_path):
-    """A cut picture, one of a later step, one of an older version, a last line that was cut."""
+def test_leftovers_of_a_kill_and_a_resume_are_ignored(tmp_path):
+    """A cut image, one of a later step, one of an older version, and a cut last line."""
     run = make_run(tmp_path / "run", steps=40, rows=lambda lines: [*lines[:33], lines[33][:40]])
     cut = run / "samples/evaluate-00000020.png"
     cut.write_bytes(cut.read_bytes()[:300])
@@ -320,18 +316,18 @@ def test_what_a_kill_and_a_resume_leave_behind_is_no_hindrance(tmp_path):
         '{"step": 31, "loss": 1' + 400 * "0" + "}",
     ],
 )
-def test_values_of_a_wrong_kind_are_left_out(line, tmp_path):
+def test_values_of_a_wrong_type_are_left_out(line, tmp_path):
     run = make_run(tmp_path / "run", rows=lambda lines: [*lines, line + "\n"])
     report.write_run(run)
     page = Page(run / "report.html")
     assert (
         "31 of 30" in page.text
         and "damaged" not in page.text
-        and "30% pictures that fit" in page.text
+        and "30% samples that match" in page.text
     )
 
 
-def test_damaged_lines_are_counted_and_left_out(tmp_path):
+def test_damaged_rows_are_counted_and_left_out(tmp_path):
     damage = [
         "\n",
         "{\n",
@@ -354,7 +350,7 @@ def test_damaged_lines_are_counted_and_left_out(tmp_path):
     assert_self_contained(page)
 
 
-def test_a_run_without_steps_pictures_or_config(tmp_path, capsys):
+def test_run_without_steps_samples_or_config(tmp_path, capsys):
     empty, bare = (
         make_run(tmp_path / "empty", steps=1),
         make_run(tmp_path / "bare", steps=3, every=0),
@@ -371,7 +367,7 @@ def test_a_run_without_steps_pictures_or_config(tmp_path, capsys):
     assert (
         "no step logged yet" in page.text
         and "Curves" not in page.text
-        and "Pictures" not in page.text
+        and "Samples" not in page.text
     )
     page = Page(report.write_run(bare))
     assert (
@@ -392,14 +388,14 @@ def test_a_run_without_steps_pictures_or_config(tmp_path, capsys):
     )
 
 
-def test_the_grid_of_the_end_is_shown_where_nothing_was_evaluated(tmp_path):
+def test_final_grid_is_shown_without_evaluations(tmp_path):
     run = make_run(tmp_path / "run", steps=3, every=0)
     make_grid(run, 3, masked=True, labels=["x"] * 4)
     (run / "samples/evaluate-00000003.png").rename(run / "samples/step-00000003-seed0.png")
     Image.new("RGB", (20, 20)).save(run / "samples/step-00000003-a-prompt-seed0.png")
     page = Page(report.write_run(run))
     assert (
-        "drawn at the end" in page.text
+        "sampled at the end" in page.text
         and len(page.images()) == 1
         and [d for d in page.all("details") if "open" in d]
     )
@@ -408,7 +404,7 @@ def test_the_grid_of_the_end_is_shown_where_nothing_was_evaluated(tmp_path):
 EVIL = "<script>alert('$x_1$')</script> &amp; \"quoted\""
 
 
-def test_text_stays_text(tmp_path):
+def test_text_is_escaped(tmp_path):
     def rename(lines):
         return [
             line.replace("sharpness", json.dumps(EVIL)[1:-1]).replace(
@@ -440,14 +436,14 @@ def test_text_stays_text(tmp_path):
         )
 
 
-def test_several_runs_lie_side_by_side(tmp_path, capsys):
+def test_several_runs_are_side_by_side(tmp_path, capsys):
     settings = [
         {"optim": {"lr": lr, "betas": [0.9, 0.95]}, "mask": {"ratio": 0.5}, "model": {"vae": None}}
         for lr in (0.001, 0.002)
     ]
     one, two = (
         make_run(tmp_path / f"runs/{name}", settings=its, steps=steps)
-        for name, its, steps in zip(("one", "two"), settings, (20, 30))
+        for name, its, steps in zip(("one", "two"), settings, (20, 30), strict=True)
     )
     assert main(["report", str(one), str(two)]) == 0
     path = Path(capsys.readouterr().out.strip())
@@ -455,10 +451,10 @@ def test_several_runs_lie_side_by_side(tmp_path, capsys):
     page = Page(path)
     assert_self_contained(page)
     for words in (
-        "one, two – IOMM run report",
+        f"one, two {DASH} IOMM run report",
         "2 runs side by side",
         "steps 20 of 20 30 of 30",
-        "pictures that fit 20% 30%",
+        "samples that match 20% 30%",
         "optim.lr 0.001 0.002",
         "train.steps 20 30",
         "Loss: training",
@@ -468,7 +464,7 @@ def test_several_runs_lie_side_by_side(tmp_path, capsys):
         assert words in page.text, words
     for words in ("betas", "mask.ratio", "model.vae", "run.dir", "resolved"):
         assert words not in page.text, words
-    assert {"one", "two"} <= {text for text in page.texts}
+    assert {"one", "two"} <= set(page.texts)
     beside = page.images()[0]
     assert beside.size == (3 * CELL - 6, 28 + 6 * CELL - 6)
     assert [beside.getpixel((column * CELL + SIDE, 28 + CELL + SIDE)) for column in range(3)] == [
@@ -476,7 +472,7 @@ def test_several_runs_lie_side_by_side(tmp_path, capsys):
         colour(20, 1),
         colour(30, 1),
     ]
-    # Beside one another, over steps and the last whole grid of each.
+    # Side by side, over steps, and the last whole grid of each.
     assert len(page.images()) == 5
     out = tmp_path / "elsewhere/page.html"
     assert (
@@ -486,7 +482,7 @@ def test_several_runs_lie_side_by_side(tmp_path, capsys):
     assert one.as_posix() in Page(out).text and "three" not in Page(out).text
 
 
-def test_runs_of_other_pictures_are_not_put_beside_one_another(tmp_path):
+def test_runs_with_other_images_are_not_side_by_side(tmp_path):
     runs = [
         report.read_run(make_run(tmp_path / "one")),
         report.read_run(make_run(tmp_path / "text", masked=False)),
@@ -494,10 +490,10 @@ def test_runs_of_other_pictures_are_not_put_beside_one_another(tmp_path):
     ]
     assert report.side_by_side(runs) is None
     page = Page(report.write([run.dir for run in runs], tmp_path / "all.html"))
-    assert len(page.images()) == 4 and "Pictures" in page.text
+    assert len(page.images()) == 4 and "Samples" in page.text
 
 
-def test_an_alignment_loss_has_a_panel_of_its_own(tmp_path):
+def test_alignment_loss_has_its_own_panel(tmp_path):
     run = make_run(
         tmp_path / "run",
         rows=lambda lines: [
@@ -508,7 +504,7 @@ def test_an_alignment_loss_has_a_panel_of_its_own(tmp_path):
     assert "Alignment loss" in page.texts and "0.5000 alignment loss, last 20" in page.text
 
 
-def test_long_curves_are_thinned_and_keep_their_means():
+def test_long_curves_are_thinned_and_keep_their_mean():
     steps, values = np.arange(1, 10_001), np.random.default_rng(0).normal(size=10_000)
     x, y = report.thinned(steps, values)
     assert (
@@ -522,11 +518,11 @@ def test_long_curves_are_thinned_and_keep_their_means():
     )
 
 
-def test_a_report_that_fails_costs_the_run_nothing(tmp_path, monkeypatch, capsys):
+def test_failing_report_does_not_stop_the_run(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(Metrics, "open_board", lambda *_: None)
     ranks = SimpleNamespace(size=1, device=torch.device("cpu"))
     metrics = Metrics(tmp_path, flops_per_image=1, global_batch=1, num_steps=1, ranks=ranks)
-    # Of a log without a row yet.
+    # A log without a row yet.
     assert metrics.report() == tmp_path / "report.html"
 
     def fails(_):
@@ -534,18 +530,21 @@ def test_a_report_that_fails_costs_the_run_nothing(tmp_path, monkeypatch, capsys
 
     monkeypatch.setattr(report, "write_run", fails)
     assert metrics.report() is None and metrics.report() is None
-    assert capsys.readouterr().out == "report.html cannot be written: no room; training goes on\n"
+    assert caplog.messages == ["report.html cannot be written: no room; training continues"]
     metrics.close()
 
 
-def test_a_start_does_not_pay_for_it():
-    code = "import sys, iomm.engine.observe.report; assert not {'matplotlib', 'torch'} & set(sys.modules)"
+def test_import_loads_neither_matplotlib_nor_torch():
+    code = (
+        "import sys, iomm.engine.observe.report; "
+        "assert not {'matplotlib', 'torch'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
-def test_a_browser_shows_it(tmp_path):
+def test_browser_renders_the_page(tmp_path):
     make_run(tmp_path / "run")
     path, shot = report.write_run(tmp_path / "run"), tmp_path / "page.png"
     command = [
@@ -572,7 +571,7 @@ def test_a_browser_shows_it(tmp_path):
     (tmp_path / "dom.html").write_text(dom)
     page = Page(tmp_path / "dom.html")
     assert (
-        page.texts[page.texts.index("run – IOMM run report")]
+        page.texts[page.texts.index(f"run {DASH} IOMM run report")]
         and "held-out images" in page.texts
         and len(page.all("svg")) == 2
     )
@@ -591,6 +590,6 @@ def test_a_browser_shows_it(tmp_path):
     assert colour(30, 1) in seen and colour(0, 1, "visible") in seen
 
 
-# Python tests/engine/observe/test_report.py FOLDER: a run folder to look at.
+# python tests/engine/observe/test_report.py FOLDER: writes a run folder to look at.
 if __name__ == "__main__":
     print(report.write_run(make_run(Path(sys.argv[1]), steps=300, every=50)))

@@ -229,7 +229,7 @@ def test_every_zero_key_reaches_deepspeed():
         (["zero.max_live_parameters=-1"], "zero.max_live_parameters must be >= 0, got -1"),
         (
             ["zero.stage=2", "zero.hpz_partition_size=8"],
-            "zero.hpz_partition_size is for zero.stage 3 alone, got stage 2",
+            "zero.hpz_partition_size needs zero.stage 3, got stage 2",
         ),
         (["optim.adamw=fused"], "optim.adamw must be one of torch, apex; got 'fused'"),
     ],

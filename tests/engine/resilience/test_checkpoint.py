@@ -398,7 +398,7 @@ def test_all_ranks_start_from_the_same_init_weights(ema, slot, tmp_path, monkeyp
 
     before = tmp_path / "checkpoints/step-00000002"
     for message, weights in Together(2).run(start):
-        assert message == f"starts from the {slot} weights of {before}"
+        assert message == f"initialized with the {slot} weights of {before}"
         assert weights.equal(torch.arange(6000.0) / 2 if ema else torch.arange(6000.0) * 2)
     assert sorted(p.name for p in hashed if p.parent == before and p.name != "MANIFEST.json") == [
         p.name for p in sorted(before.glob("rank*"))
@@ -520,14 +520,14 @@ def test_resume_requires_the_same_data(tmp_path):
         (2, None, "committed"),
         (4, {"images": [72, 5]}, "resumed from step 2"),
         (6, {"images": [72, 5]}, "resumed from step 4"),
-        (8, {"images": [96, 7]}, "of other data (72 images then, 96 now)"),
+        (8, {"images": [96, 7]}, "different data (72 images before, 96 images now)"),
         (
             8,
             {"images": [72, 7], "pairs": [9, 1]},
-            "of other data (72 images then, 72 others now; 0 pairs then, 9 now)",
+            "different data (72 images before, 72 other images now; 0 pairs before, 9 pairs now)",
         ),
     ):
-        refused = "other data" in message
+        refused = "different data" in message
         job = Job(tmp_path, f"train.steps={steps}", "checkpoint.every_steps=2", data=data)
         assert job.wait(60) == [2 * refused] * 2, message
         assert message in (tmp_path / "out-rank0.txt").read_text(), message

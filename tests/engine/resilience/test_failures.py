@@ -233,6 +233,6 @@ def test_real_run_stops_on_a_signal(tmp_path):
     assert run.wait() == REQUEUE
     steps = len(rows(tmp_path / "run/log.jsonl"))
     assert (
-        f"stopped as asked; step {steps} is saved" in run.out
+        f"stopped by a signal; step {steps} is saved" in run.out
         and newest_step(tmp_path / "run") == steps
     )

@@ -113,8 +113,8 @@ def test_foreign_data_returns_one_warning_per_part():
     assert foreign_data(load_config("demo", ["model.vae=shapes"])) == []
     vae, mllm = foreign_data(load_config("demo", ["model.vae=shapes", "data.shards=photos/*.tar"]))
     assert vae.startswith(
-        "warning: model.vae=shapes was trained on the shapes dataset alone, "
-        "but data.shards is something else"
+        "warning: model.vae=shapes was trained only on the shapes dataset, "
+        "but data.shards is other data"
     )
     assert mllm.startswith("warning: model.mllm=shapes") and "\n" not in vae + mllm
     assert (

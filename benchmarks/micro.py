@@ -265,7 +265,7 @@ def time_start(config_name: str, overrides: list[str]) -> None:
     ranks = group.start(600)
     launch.prepare_process(config, ranks)
     done("ranks")
-    state, source, _ = launch.build(config, ranks, say=lambda *_: None)
+    state, source, _ = launch.build(config, ranks)
     done("build")
     batches = iter(source)
     for what in ("first_step", "second_step"):

@@ -72,9 +72,9 @@ def pixels(batch, height, width, dtype=torch.float32):
 def test_mllm_graphs_are_shared_by_ragged_batches(folder):
     """One graph per ViT layer, four of `project_qkv` and three of `finish_layer`.
 
-    `project_qkv` has one graph in the prefix, one for its last layer, which has no queries, and two with
-    gradient, since the first layer's input is a view of the queries. `finish_layer` has one without
-    gradient and two with it.
+    `project_qkv` has one graph in the prefix, one for its last layer, which has no queries, and two
+    with gradient, since the first layer's input is a view of the queries. `finish_layer` has one
+    without gradient and two with it.
     """
     mllm = load_mllm(str(folder), dtype=torch.float32)
     mllm.compile_parts(backend="eager")

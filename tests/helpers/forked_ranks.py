@@ -36,7 +36,7 @@ def start_server(settings: tuple[tuple[str, str], ...]) -> None:
 def run_script(
     script: str, arguments: Sequence[str], environment: dict[str, str], output: str
 ) -> None:
-    """Run a script as `python SCRIPT ARGUMENTS` would, with stdout and stderr appended to a file."""
+    """Run a script as `python SCRIPT ARGUMENTS` would, with all output appended to a file."""
     file = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     for number in (1, 2):
         os.dup2(file, number)

@@ -227,7 +227,7 @@ PHRASES = {
     r"be had\b": 0,
     r"\b(some|no)body\b": 0,
     r"\bwhoever\b": 0,
-    r"of its own\b": 0,
+    r"of its own\b": 1,
     r"\b(stands?|lies?) (for|in|there|here|beside)\b": 0,
     r"\b(is|are|was) told\b": 0,
     r"\bit seems\b": 0,

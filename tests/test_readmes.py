@@ -180,7 +180,7 @@ def test_every_code_is_explained():
     }
     assert used <= explained
     trials = re.findall(
-        r'^    "(\w+)": \("([A-Z]\d+) ', read("tests/faults/survival.py"), re.MULTILINE
+        r'^    "(\w+)": \(\s*"([A-Z]\d+) ', read("tests/faults/survival.py"), re.MULTILINE
     )
     assert dict(trials) == {
         name: what[:3].rstrip(": ") for name, (what, _) in report.PROMISES.items()

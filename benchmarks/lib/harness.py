@@ -187,7 +187,7 @@ class Bench:
         }
 
     def step(
-        self, batches: Iterable[Batch] | None = None, look_ahead: Callable[[], None] | None = None
+        self, batches: Iterable[Batch] | None = None, prefetch: Callable[[], None] | None = None
     ) -> float:
         """Take a step of engine/loop.py without log, guard and checkpoints; return its loss."""
         state, config = self.state, self.config
@@ -195,7 +195,7 @@ class Bench:
         batches = (
             islice(self.batches, self.source.accumulation_steps) if batches is None else batches
         )
-        loss, by_time, applied, *_ = loop.train_step(state.sharded, batches, look_ahead=look_ahead)
+        loss, by_time, applied, *_ = loop.train_step(state.sharded, batches, prefetch=prefetch)
         assert applied, "a step was skipped because its gradient is not finite"
         with named("ema"):
             state.ema.update(state.step)

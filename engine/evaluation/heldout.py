@@ -327,18 +327,20 @@ def fixed(model: IOMM) -> Iterator[None]:
 def losses_at(model: IOMM, batch: Batch) -> Tensor:
     """Return the velocity loss of each sample at each of TIMES, (B, times) float64 on the CPU.
 
-    The condition of a sample is read once for all times.
+    The condition of a sample is encoded once for all times.
     """
     vae, n_B = model.frozen[1], batch.n_B.to(batch.vit_pixels_BHWC.device) + FIRST_N
     latents_BCHW = batch.latents_BCHW
     if latents_BCHW is None:
         latents_BCHW = model.encode(batch.pixels_BCHW, n_B)
-    read = model.read(model.condition(batch.vit_pixels_BHWC, n_B, batch.captions, batch.has_image))
+    condition = model.condition(batch.vit_pixels_BHWC, n_B, batch.captions, batch.has_image)
+    hidden_BCD, lengths_B = model.encode_condition(condition)
     losses = []
     for t in TIMES:
         t_B = torch.full((len(n_B),), t, device=n_B.device)
         noisy_BNK, target_BNK = noisy_tokens(latents_BCHW, t_B, SEED, n_B, vae.patch)
-        velocity_BNK = model.velocity(noisy_BNK, t_B, *read, grid(latents_BCHW, vae.patch))
+        image_grid = grid(latents_BCHW, vae.patch)
+        velocity_BNK = model.velocity(noisy_BNK, t_B, hidden_BCD, lengths_B, image_grid)
         losses.append(velocity_loss(velocity_BNK, target_BNK)[1])
     return torch.stack(losses, dim=1).double().cpu()
 

@@ -86,7 +86,7 @@ TRIALS = {
     "kill_chain": ("C1 a committed checkpoint is never lost", trials.kill_chain, 1000),
     "crash_points": ("C2 every crash point of a save is safe", disk.crash_points, None),
     "damages": ("C4 no damaged checkpoint is ever loaded", disk.damages, 300),
-    "damaged_starts": ("C4 a start goes on before what is damaged", trials.damaged_starts, None),
+    "damaged_starts": ("C4 a start skips damaged checkpoints", trials.damaged_starts, None),
     "bitwise_resumes": ("C5 resume is bitwise", trials.bitwise_resumes, 20),
     "world_sizes": ("C6 the world size may change", trials.world_sizes, None),
     "real_world_sizes": ("C6 the world size may change, ZeRO-3", real.real_world_sizes, None),

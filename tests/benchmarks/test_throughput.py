@@ -108,8 +108,8 @@ def test_swapped_and_kernel_choice_are_restored(monkeypatch):
 def test_projection_uses_the_measured_rate():
     result = {"rows": {"ours": {"images_per_s": 110e6 / 3600 / 500}}}
     text = throughput.projection(result)
-    assert "500 GPU-hours (paper: 1,000 on H800)" in text and "30.6" in text
-    assert result["projection"]["stage_2_gpu_hours"] == pytest.approx(500 * 4.2 / 110)
+    assert "500 GPU-hours (paper: 1,000 on H800)" in text and "30.6, or 15.3 if" in text
+    assert result["projection"]["stage_2_gpu_hours"] == pytest.approx(500 * 2.1 / 110)
 
 
 @pytest.mark.parametrize(

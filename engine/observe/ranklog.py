@@ -96,7 +96,7 @@ class ConsoleHandler(BoundedHandler):
 class MirroredStream:
     """A text stream that passes text to a terminal, if any, and complete lines to the rank's file.
 
-    It stands in for sys.stdout and sys.stderr, for code that prints. write() never raises what the
+    It replaces sys.stdout and sys.stderr, for code that prints. write() never raises what the
     terminal or the file raise.
     """
 
@@ -111,7 +111,7 @@ class MirroredStream:
         self.partial_line, self.is_fatal, self.lock = "", False, Lock()
 
     def write(self, text: str) -> int:
-        # print() writes the end of the line in a call of its own.
+        # print() writes the end of the line in a separate call.
         self.is_fatal = text.startswith("iomm: ") or (self.is_fatal and text == "\n")
         if self.terminal is not None and (self.is_fatal or not self.only_fatal):
             with contextlib.suppress(OSError, ValueError):

@@ -189,7 +189,7 @@ def test_log_that_cannot_be_opened_costs_no_step(tmp_path, no_board, caplog):
 
 
 def test_full_disk_costs_rows_until_it_has_room(tmp_path, no_board, caplog):
-    """RLIMIT_FSIZE stands for the disk: the kernel writes what fits, then refuses."""
+    """RLIMIT_FSIZE simulates the disk: the kernel writes what fits, then refuses."""
     one = make(tmp_path)
     record(one, 1)
     before, handler = (

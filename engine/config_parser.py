@@ -155,14 +155,14 @@ def documented(cls: type, prefix: str = "") -> Iterator[Documented]:
     """
     source = textwrap.dedent(inspect.getsource(cls))
     # {line: text} of comments after code, {line: (column, text)} of comments on their own line.
-    beside, below = {}, {}
+    trailing, own_line = {}, {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             (line, column), text = token.start, token.string.removeprefix("#").strip()
             if token.line[:column].isspace():
-                below[line] = column, text
+                own_line[line] = column, text
             else:
-                beside[line] = text
+                trailing[line] = text
     hints, members = typing.get_type_hints(cls), {field.name: field for field in fields(cls)}
     for node in ast.parse(source).body[0].body:
         if not isinstance(node, ast.AnnAssign):
@@ -171,15 +171,15 @@ def documented(cls: type, prefix: str = "") -> Iterator[Documented]:
         if is_dataclass(hints[name]):
             yield from documented(hints[name], f"{prefix}{name}.")
             continue
-        if node.end_lineno in beside:
-            words, line = [beside[node.end_lineno]], node.end_lineno + 1
-            while line in below and below[line][0] > node.col_offset:
-                words.append(below[line][1])
+        if node.end_lineno in trailing:
+            words, line = [trailing[node.end_lineno]], node.end_lineno + 1
+            while line in own_line and own_line[line][0] > node.col_offset:
+                words.append(own_line[line][1])
                 line += 1
         else:
             line = node.lineno - 1
-            while line in below and below[line][0] == node.col_offset:
-                words.insert(0, below[line][1])
+            while line in own_line and own_line[line][0] == node.col_offset:
+                words.insert(0, own_line[line][1])
                 line -= 1
         kind = ast.unparse(node.annotation).replace(" | None", " or null")
         yield Documented(prefix + name, kind, members[name].default, " ".join(words))

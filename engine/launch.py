@@ -1,6 +1,6 @@
 """Start or resume a training run.
 
-deepspeed engine/launch.py --stage pretrain [--config NAME] [--resume auto] [section.key=value ...]
+deepspeed engine/launch.py --stage pretrain [--config NAME] [--resume auto] [KEY=VALUE ...]
 """
 
 from __future__ import annotations

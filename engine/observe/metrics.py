@@ -215,7 +215,7 @@ class Metrics:
             skipped_samples: in the whole run.
             align_loss: mean over the aligned samples, None without any.
         """
-        split, beside = self.clock.read()
+        split, other_streams = self.clock.read()
         for part, seconds in self.carried.items():
             split[part] = split.get(part, 0.0) + seconds
         self.carried = {}
@@ -248,8 +248,8 @@ class Metrics:
             "gpu_hours_left": typical_s * (self.num_steps - step) * self.size / 3600,
         }
         # Parts on other streams, not included in step_s.
-        if beside:
-            row["time_beside_s"] = beside
+        if other_streams:
+            row["time_beside_s"] = other_streams
         self.attempt("log.jsonl", self.write_line, row)
         self.show(row)
         return row

@@ -161,7 +161,7 @@ def test_zero_3_frees_gathered_weights_of_compiled_blocks(compiled, tmp_path):
     Eager blocks keep every weight, which shows that the test can see them.
     """
     (tmp_path / "kept.py").write_text(KEPT)
-    with open(tmp_path / "said.txt", "w") as output:
+    with open(tmp_path / "output.txt", "w") as output:
         codes = finish(
             start_ranks(
                 2,
@@ -179,6 +179,6 @@ def test_zero_3_frees_gathered_weights_of_compiled_blocks(compiled, tmp_path):
                 output=output,
             )
         )
-    assert not any(codes), (tmp_path / "said.txt").read_text()[-4000:]
+    assert not any(codes), (tmp_path / "output.txt").read_text()[-4000:]
     alive, gathered = json.loads((tmp_path / "kept.json").read_text())
     assert gathered > 1e6 and alive == (0 if compiled else gathered)

@@ -151,7 +151,7 @@ def test_everything_is_undone_on_exit(tmp_path, rank):
 
 
 def test_hanging_disk_does_not_block_other_threads(tmp_path, monkeypatch, capsys):
-    """A thread hangs in a write; another one prints and logs, as the watchdog does, and is not blocked."""
+    """While a thread hangs in a write, another one can print and log, as the watchdog does."""
     monkeypatch.setattr(ranklog, "LOCK_TIMEOUT_S", 0.05)
     hanging, released = threading.Event(), threading.Event()
 

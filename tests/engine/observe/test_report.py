@@ -465,9 +465,9 @@ def test_several_runs_are_side_by_side(tmp_path, capsys):
     for words in ("betas", "mask.ratio", "model.vae", "run.dir", "resolved"):
         assert words not in page.text, words
     assert {"one", "two"} <= set(page.texts)
-    beside = page.images()[0]
-    assert beside.size == (3 * CELL - 6, 28 + 6 * CELL - 6)
-    assert [beside.getpixel((column * CELL + SIDE, 28 + CELL + SIDE)) for column in range(3)] == [
+    sheet = page.images()[0]
+    assert sheet.size == (3 * CELL - 6, 28 + 6 * CELL - 6)
+    assert [sheet.getpixel((column * CELL + SIDE, 28 + CELL + SIDE)) for column in range(3)] == [
         colour(0, 1, "original"),
         colour(20, 1),
         colour(30, 1),

@@ -271,8 +271,8 @@ def projection(result: dict) -> str:
         f"at this rate on every GPU, without communication: stage 1, {STAGE_1 / 1e6:.0f} M "
         f"images: {hours[0]:,.0f} GPU-hours (paper: {PAPER_HOURS[0]:,} on H800); stage 2, "
         f"{STAGE_2 / 1e6:.1f} M, at stage 1's rate: {hours[1]:,.1f} (paper: {PAPER_HOURS[1]}); "
-        f"{rate:.1f} images/s per GPU (paper: {PAPER_RATE:.1f}, or {PAPER_RATE / 2:.1f} if its stage "
-        "1 had the 5 epochs of its table 9 instead of 10)"
+        f"{rate:.1f} images/s per GPU (paper: {PAPER_RATE:.1f}, or {PAPER_RATE / 2:.1f} if stage 1 "
+        "had the 5 epochs of its table 9 instead of 10)"
     )
 
 

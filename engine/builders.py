@@ -328,6 +328,7 @@ def make_recipe(config: RunConfig) -> Recipe:
     """Return the settings of a run that the model itself needs."""
     return Recipe(
         seed=config.run.seed,
+        prompt=config.prompt,
         mask=config.mask,
         adapter=config.adapter,
         time=asdict(config.time),

@@ -12,7 +12,15 @@ from typing import Any
 import torch
 import yaml
 
-from iomm.config import PRESETS, AdapterConfig, AlignConfig, InputError, MaskConfig, choice
+from iomm.config import (
+    PRESETS,
+    AdapterConfig,
+    AlignConfig,
+    InputError,
+    MaskConfig,
+    PromptConfig,
+    choice,
+)
 from iomm.engine.config_parser import all_keys, read
 from iomm.flow import TIME_KINDS
 from iomm.kernels.dispatch import cpu_has_bf16
@@ -436,6 +444,7 @@ class RunConfig:
 
     run: RunSection = field(default_factory=RunSection)
     model: ModelSection = field(default_factory=ModelSection)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     align: AlignConfig = field(default_factory=AlignConfig)

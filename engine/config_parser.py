@@ -190,7 +190,8 @@ def value_of(kind: Any, node: yaml.Node, where: str) -> Any:
     if isinstance(node, yaml.SequenceNode):
         if typing.get_origin(kind) is not tuple:
             raise InputError(f"{where} must be {spell(kind)}, got a list")
-        return scalar(kind, ",".join(str(item.value) for item in node.value), where)
+        items = [str(item.value) for item in node.value]
+        return tuple(items) if is_texts(kind) else scalar(kind, ",".join(items), where)
     if not isinstance(node, yaml.ScalarNode):
         raise InputError(f"{where} must be {spell(kind)}, got a section")
     if node.style in ("'", '"') and str not in (kind, *typing.get_args(kind)):
@@ -215,6 +216,8 @@ def scalar(kind: Any, text: str, where: str) -> Any:
             if not math.isfinite(float(text)):
                 raise ValueError
             return float(text)
+        if is_texts(kind):
+            return tuple(part.strip() for part in text.split(" | "))
         if typing.get_origin(kind) is tuple:
             kinds, items = typing.get_args(kind), text.strip("[]()").split(",")
             if len(items) != len(kinds):
@@ -227,10 +230,17 @@ def scalar(kind: Any, text: str, where: str) -> Any:
         raise InputError(f"{where} must be {spell(kind)}, got {text!r}") from None
 
 
+def is_texts(kind: Any) -> bool:
+    """Return whether a type is tuple[str, ...]."""
+    return typing.get_origin(kind) is tuple and typing.get_args(kind) == (str, ...)
+
+
 def spell(kind: Any) -> str:
     """Return the name of a type in errors."""
     if typing.get_origin(kind) is types.UnionType:
         return " or ".join(spell(k) for k in typing.get_args(kind))
+    if is_texts(kind):
+        return "a text or a list of texts"
     if typing.get_origin(kind) is tuple:
         return f"{len(typing.get_args(kind))} numbers separated by commas"
     return {

@@ -119,6 +119,39 @@ def generator_config(preset: str, *, token_dim: int, condition_dim: int) -> Gene
     return replace(PRESETS[preset], token_dim=token_dim, condition_dim=condition_dim)
 
 
+RECONSTRUCT = "Generate an image that is identical to the reference image:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptConfig:
+    """Texts of the user turn that the MLLM reads (Algorithm 1, step 5)."""
+
+    # Prompt before the image tokens. With several, as a YAML list or separated by " | ", each
+    # sample draws one.
+    reconstruct: tuple[str, ...] = (RECONSTRUCT,)
+    # Template of captions, in training and for prompts; it contains {caption} once. LLaDA-Image and
+    # OpenUni use "Generate an image: {caption}".
+    caption: str = "{caption}"
+    # Text in place of a dropped caption, and for the other half of classifier-free guidance.
+    empty: str = ""
+
+    def __post_init__(self) -> None:
+        # JSON has lists.
+        object.__setattr__(self, "reconstruct", tuple(self.reconstruct))
+        if not self.reconstruct or not all(self.reconstruct):
+            raise InputError(
+                f"prompt.reconstruct must be one or more texts, none empty, got {self.reconstruct}"
+            )
+        if self.caption.count("{caption}") != 1:
+            raise InputError(
+                f"prompt.caption must contain {{caption}} exactly once, got {self.caption!r}"
+            )
+
+    def text_of(self, caption: str) -> str:
+        """Return the text that the MLLM reads for a caption; "" becomes the empty prompt."""
+        return self.caption.replace("{caption}", caption) if caption else self.empty
+
+
 @dataclass(frozen=True, kw_only=True)
 class MaskConfig:
     """Which image tokens are hidden from the MLLM (Algorithm 1, step 4)."""

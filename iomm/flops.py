@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from iomm.mllm import IMAGE, RECONSTRUCT, TURN
+from iomm.mllm import IMAGE, TURN
 
 if TYPE_CHECKING:
     from iomm.model import IOMM
@@ -108,7 +108,9 @@ def condition_tokens(
     """
     mllm, mask = model.frozen[0], model.recipe.mask
     if num_text is None:
-        num_text = len(mllm.token_ids("".join(TURN) + "".join(IMAGE) + RECONSTRUCT))
+        prompts = model.recipe.prompt.reconstruct
+        lengths = [len(mllm.token_ids("".join(TURN) + "".join(IMAGE) + text)) for text in prompts]
+        num_text = sum(lengths) / len(lengths)
     visible = 0
     if image:
         visible = mllm.num_image_tokens * (1 if mask.mode == "zero" else 1 - mask.ratio)

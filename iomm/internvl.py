@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from iomm.config import InputError, choice
-from iomm.mllm import MLLM, RECONSTRUCT
+from iomm.config import RECONSTRUCT, InputError, choice
+from iomm.mllm import MLLM
 
 if TYPE_CHECKING:
     from transformers import InternVLConfig, PreTrainedTokenizerFast

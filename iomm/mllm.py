@@ -23,7 +23,6 @@ from iomm.kernels.masked_attention import masked_attention
 # chat format without a system prompt.
 TURN = ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")
 IMAGE = ("<img>", "</img>")
-RECONSTRUCT = "Generate an image that is identical to the reference image:"
 # ImageNet's statistics, with which InternVL was trained.
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

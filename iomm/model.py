@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from iomm.alignment import AlignmentHead, alignment_loss, on_grid
-from iomm.config import AdapterConfig, AlignConfig, MaskConfig
+from iomm.config import AdapterConfig, AlignConfig, MaskConfig, PromptConfig
 from iomm.flow import sample_time, velocity_loss
 from iomm.kernels.noisy_tokens import noisy_tokens
-from iomm.kernels.philox import CAPTION_DROP, TIME, VAE, normal, uniform
+from iomm.kernels.philox import CAPTION_DROP, PROMPT, TIME, VAE, normal, uniform
 from iomm.layers import use_fp8
 from iomm.masking import visible_mask
-from iomm.mllm import MLLM, RECONSTRUCT, Cache, Condition
+from iomm.mllm import MLLM, Cache, Condition
 from iomm.profiling import named
 
 
@@ -33,6 +33,7 @@ class Recipe:
     """
 
     seed: int = 0
+    prompt: PromptConfig = field(default_factory=PromptConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     # Keyword arguments of flow.sample_time.
@@ -274,19 +275,22 @@ class IOMM(nn.Module):
     ) -> Condition:
         """Pack the condition of all samples: steps 3 to 5.
 
-        An image's condition is the fixed prompt and its visible image tokens. A pair's condition is
-        its caption, replaced by the empty prompt with probability caption_drop. With `tokens_IPD`,
-        the image tokens, the ViT does not run.
+        An image's condition is the reconstruction prompt and its visible image tokens. A pair's
+        condition is its caption, replaced by the empty prompt with probability caption_drop. With
+        `tokens_IPD`, the image tokens, the ViT does not run.
         """
         mllm, _ = self.frozen
-        mask, texts, image_n = self.recipe.mask, [RECONSTRUCT] * len(n_B), n_B
+        mask, prompt, image_n = self.recipe.mask, self.recipe.prompt, n_B
+        texts = self.reconstruct_prompts(n_B)
         if has_image is not None and not all(has_image):
             dropped = (
                 uniform(self.recipe.seed, CAPTION_DROP, n_B, 1)[:, 0] < self.recipe.caption_drop
             ).tolist()
             texts = [
-                RECONSTRUCT if image else "" if drop else caption
-                for image, drop, caption in zip(has_image, dropped, captions, strict=True)
+                text if image else prompt.empty if drop else prompt.text_of(caption)
+                for text, image, drop, caption in zip(
+                    texts, has_image, dropped, captions, strict=True
+                )
             ]
             image_n = n_B[torch.tensor(has_image, device=n_B.device)]
         else:
@@ -307,6 +311,15 @@ class IOMM(nn.Module):
             mode=mask.mode,
             positions=mask.positions,
         )
+
+    def reconstruct_prompts(self, n_B: Tensor) -> list[str]:
+        """Return the prompt of each image. With several to draw from, it depends on (seed, n)."""
+        prompts = self.recipe.prompt.reconstruct
+        if len(prompts) == 1:
+            return [prompts[0]] * len(n_B)
+        index_B = uniform(self.recipe.seed, PROMPT, n_B, 1)[:, 0].mul(len(prompts)).long()
+        # Rounding of the product may reach len(prompts).
+        return [prompts[min(i, len(prompts) - 1)] for i in index_B.tolist()]
 
     def encode(self, pixels_BCHW: Tensor, n_B: Tensor) -> Tensor:
         """Return latents (B, channels, H / factor, W / factor) of pixels.

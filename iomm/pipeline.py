@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from iomm.adapter import Connector, QueryAdapter
-from iomm.config import AdapterConfig, InputError
+from iomm.config import AdapterConfig, InputError, PromptConfig
 from iomm.internvl import load_mllm
 from iomm.kernels.noisy_tokens import unpatch
 from iomm.mllm import Condition
@@ -87,6 +87,7 @@ class Pipeline:
         card = read_json(folder / CARD)
         try:
             config, size_px = AdapterConfig(**card["adapter"]), int(card["size_px"])
+            prompt = PromptConfig(**card.get("prompt", {}))
             mllm_name, vae_name = mllm or card["mllm"], vae or card["vae"]
             revision = card["mllm_revision"]
         except (KeyError, TypeError) as error:
@@ -111,7 +112,7 @@ class Pipeline:
         if config.connector_layers:
             connector = Connector(config, frozen[0].width).to(device, dtype)
             load_module(connector, folder / "connector.safetensors")
-        model = IOMM(generator, adapter, *frozen, Recipe(adapter=config), connector)
+        model = IOMM(generator, adapter, *frozen, Recipe(adapter=config, prompt=prompt), connector)
         return cls(model, size_px, origin=card.get("origin"))
 
     def compile(self) -> Self:
@@ -150,6 +151,7 @@ class Pipeline:
                 save_module(getattr(model, name), folder / f"{name}.safetensors", dtype=dtype)
         card = {
             "adapter": asdict(model.recipe.adapter),
+            "prompt": asdict(model.recipe.prompt),
             "size_px": self.size_px,
             "mllm": str(mllm),
             "mllm_revision": mllm_revision,
@@ -298,8 +300,9 @@ class Pipeline:
             # The texts that the MLLM reads, and which of them each image is conditioned on.
             prompts, row_B, tokens_IPD = texts[part], None, None
             if sources is None:
-                prompts = list(dict.fromkeys(texts[part]))
-                row_B = torch.tensor([prompts.index(text) for text in texts[part]], device=device)
+                read = [self.model.recipe.prompt.text_of(text) for text in texts[part]]
+                prompts = list(dict.fromkeys(read))
+                row_B = torch.tensor([prompts.index(text) for text in read], device=device)
             else:
                 tokens_IPD = mllm.image_tokens(
                     torch.cat([self._vit_pixels(source) for source in sources[part]])
@@ -356,7 +359,7 @@ def sample_pixels(
         lengths_B = None if lengths_B is None else lengths_B[row_B]
     empty_BCD = None
     if guidance != 1.0:
-        empty_1CD, _ = model.encode_condition(mllm.condition([""]))
+        empty_1CD, _ = model.encode_condition(mllm.condition([model.recipe.prompt.empty]))
         # With adapter.conditions "all", the lengths of prompts differ from that of the empty one.
         if lengths_B is not None or empty_1CD.shape[1] != hidden_BCD.shape[1]:
             if lengths_B is None:

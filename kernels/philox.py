@@ -34,6 +34,7 @@ VAE = 8
 INIT = 9
 SCENE = 10
 EDIT = 11
+PROMPT = 12
 
 
 def checked_seed(seed: int, n_B: Tensor) -> int:

@@ -41,8 +41,8 @@ def mllm_folder(tmp_path_factory):
     # Imported here, because kernel tests do not need transformers.
     from toy_models import TEXT, VISION
 
+    from iomm.config import RECONSTRUCT
     from iomm.engine.shapes.mllm import create_mllm
-    from iomm.mllm import RECONSTRUCT
 
     return create_mllm(
         tmp_path_factory.mktemp("mllm") / "tiny",

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
-from iomm.config import AdapterConfig, GeneratorConfig
+from iomm.config import RECONSTRUCT, AdapterConfig, GeneratorConfig
 from iomm.engine.config import OptimSection, RunConfig
 from iomm.engine.data.source import Batch
 from iomm.engine.parallel.optim import STACK_BYTES, orthogonal_stack, stacks_of
@@ -31,7 +31,7 @@ from iomm.flow import sample_time
 from iomm.kernels.philox import CAPTION_DROP, NOISE, TIME, normal, uniform
 from iomm.layout import Layout, to_diffusers_config
 from iomm.masking import visible_mask
-from iomm.mllm import IMAGE, MLLM, RECONSTRUCT, TURN
+from iomm.mllm import IMAGE, MLLM, TURN
 from iomm.vae import Latents
 
 

@@ -29,13 +29,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.lib.baseline import BaselineModel
-from iomm.config import generator_config
+from iomm.config import RECONSTRUCT, generator_config
 from iomm.engine import dry_run
 from iomm.engine.builders import mllm_name, vae_name
 from iomm.engine.config import RunConfig, load_config
 from iomm.flops import flops_per_image
 from iomm.internvl import mllm_without_weights, prompt_tokenizer
-from iomm.mllm import IMAGE, RECONSTRUCT, TURN
+from iomm.mllm import IMAGE, TURN
 from iomm.model import IOMM
 from iomm.vae import vae_without_weights
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.loader import draw_photographs
-from iomm.config import PRESETS, InputError
+from iomm.config import PRESETS, InputError, PromptConfig
 from iomm.engine import launch, loop
 from iomm.engine.builders import assemble
 from iomm.engine.config import RunConfig, load_config
@@ -55,10 +55,12 @@ def prepare(args: argparse.Namespace, device: str, folder: Path) -> tuple[RunCon
         or config.adapter.connector_layers
         or config.train.data != "image"
         or config.train.noise_draws != 1
+        or config.prompt != PromptConfig()
     ):
         raise InputError(
             "--against baseline implements Algorithm 1 on images with the RQA, no connector, "
-            "FLUX's blocks and train.noise_draws=1. Omit it, or choose such a config"
+            "FLUX's blocks, train.noise_draws=1 and the default prompts. Omit it, or choose such "
+            "a config"
         )
     changes = [
         f"run.dir={folder / 'run'}",

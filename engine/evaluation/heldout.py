@@ -219,7 +219,10 @@ class Evaluation:
             for first in range(self.ranks.rank * m, -(-num // (m * size)) * m * size, m * size):
                 numbers = list(range(first, first + m))
                 condition = model.frozen[0].condition(
-                    [self.prompts[n % len(self.prompts)] for n in numbers]
+                    [
+                        model.recipe.prompt.text_of(self.prompts[n % len(self.prompts)])
+                        for n in numbers
+                    ]
                 )
                 number_B = torch.tensor(numbers, device=self.ranks.device)
                 pixels_BCHW = sample_pixels(

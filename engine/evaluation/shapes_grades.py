@@ -20,7 +20,6 @@ from iomm.engine.shapes.dataset import COLOURS, DIRECTION, KINDS, Scene, edit, r
 from iomm.engine.shapes.mllm import vit_bytes, vit_pixels
 from iomm.engine.shapes.scorer import parse, score, score_edit
 from iomm.masking import visible_mask
-from iomm.mllm import RECONSTRUCT
 from iomm.model import IOMM
 from iomm.pipeline import sample_pixels, to_images
 from iomm.vae import Latents
@@ -85,8 +84,7 @@ def requests(task: str, split: str, per_kind: int, seed: int = 0) -> Requests:
     kinds = [kind for kind in KINDS for _ in range(per_kind)]
     scenes = [scene(SEED + seed, i, split, kind) for i, kind in enumerate(kinds)]
     captions = [picture.caption for picture in scenes]
-    texts = captions if task == "text" else [RECONSTRUCT] * len(kinds)
-    return Requests(kinds, texts, captions, scenes)
+    return Requests(kinds, captions, captions, scenes)
 
 
 @torch.no_grad()
@@ -137,8 +135,13 @@ def grade(
             tokens_BPD = mllm.image_tokens(torch.stack(shown).to(device))
         if task == "image":
             visible = visible_mask(model.recipe.mask, seed, n_B, mllm.num_image_tokens)
+        texts = wanted.texts[part]
+        if task == "text":
+            texts = [model.recipe.prompt.text_of(caption) for caption in texts]
+        elif task == "image":
+            texts = model.reconstruct_prompts(n_B)
         condition = mllm.condition(
-            wanted.texts[part],
+            texts,
             tokens_BPD,
             visible=visible,
             mode=model.recipe.mask.mode,

@@ -29,12 +29,12 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from iomm.config import InputError
+from iomm.config import RECONSTRUCT, InputError
 from iomm.engine.data.atomic import whole_file
 from iomm.engine.shapes.dataset import VERSION, edit, render, scene
 from iomm.internvl import byte_tokenizer, internvl_config
 from iomm.kernels.dispatch import cpu_has_bf16
-from iomm.mllm import IMAGE, IMAGE_MEAN, IMAGE_STD, RECONSTRUCT, TURN
+from iomm.mllm import IMAGE, IMAGE_MEAN, IMAGE_STD, TURN
 
 logger = logging.getLogger("iomm")
 

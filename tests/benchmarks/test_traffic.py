@@ -18,7 +18,7 @@ from launches import PIXELS
 from benchmarks.lib.traffic import DEFAULTS, count_traffic
 from iomm.adapter import Connector, QueryAdapter
 from iomm.alignment import AlignmentHead
-from iomm.config import AdapterConfig, GeneratorConfig
+from iomm.config import RECONSTRUCT, AdapterConfig, GeneratorConfig
 from iomm.engine.config import load_config
 from iomm.engine.parallel import ranks as group
 from iomm.engine.parallel import zero
@@ -27,7 +27,6 @@ from iomm.engine.parallel.optim import make_optimizer
 from iomm.engine.shapes.mllm import create_mllm
 from iomm.generator import new_generator
 from iomm.internvl import load_mllm
-from iomm.mllm import RECONSTRUCT
 from iomm.model import IOMM, Recipe
 from iomm.vae import load_vae
 

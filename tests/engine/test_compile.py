@@ -9,9 +9,9 @@ from launches import finish, start_ranks
 from torch._dynamo.utils import counters
 from toy_models import TEXT, VISION, autoencoder
 
+from iomm.config import RECONSTRUCT
 from iomm.engine.shapes.mllm import create_mllm
 from iomm.internvl import load_mllm
-from iomm.mllm import RECONSTRUCT
 from iomm.vae import FluxVAE
 
 Q = 7

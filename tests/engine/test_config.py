@@ -134,6 +134,18 @@ def test_errors_name_file_line_and_key(text, message):
     assert time.monotonic() - started < 2
 
 
+def test_prompts_are_a_text_or_a_list():
+    one = parse("prompt:\n  reconstruct: 'The same as: it'\n").prompt
+    assert one.reconstruct == ("The same as: it",)
+    several = parse("prompt:\n  reconstruct: ['a, b', c]\n")
+    assert several.prompt.reconstruct == ("a, b", "c")
+    assert parse("", overrides=["prompt.reconstruct=a, b | c"]).prompt == several.prompt
+    # A saved config is read back.
+    assert parse(several.to_yaml()) == several
+    with pytest.raises(InputError, match=r"f\.yaml:2: prompt\.caption must contain \{caption\}"):
+        parse("prompt:\n  caption: Generate\n", "f.yaml")
+
+
 @pytest.mark.parametrize(
     "override, message",
     [

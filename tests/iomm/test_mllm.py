@@ -4,11 +4,11 @@ import pytest
 import torch
 from toy_models import TEXT, VISION
 
-from iomm.config import InputError
+from iomm.config import RECONSTRUCT, InputError
 from iomm.engine.shapes.mllm import create_mllm
 from iomm.internvl import load_mllm
 from iomm.kernels.image_patches import normalised
-from iomm.mllm import IMAGE_MEAN, IMAGE_STD, RECONSTRUCT
+from iomm.mllm import IMAGE_MEAN, IMAGE_STD
 
 Q = 7
 

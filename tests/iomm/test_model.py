@@ -3,6 +3,7 @@
 Also gradients, mixed batches of images and pairs, and FLOPs.
 """
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -12,12 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from toy_models import SIZE, build, pixels
 
 from iomm.adapter import QueryAdapter
-from iomm.config import AdapterConfig, MaskConfig
+from iomm.config import RECONSTRUCT, AdapterConfig, InputError, MaskConfig, PromptConfig
 from iomm.flops import flops_by_part
 from iomm.kernels.noisy_tokens import noisy_tokens
 from iomm.kernels.philox import CAPTION_DROP, TIME, uniform
 from iomm.masking import visible_mask
-from iomm.mllm import IMAGE, RECONSTRUCT, TURN
+from iomm.mllm import IMAGE, TURN
 from iomm.pipeline import sample_pixels
 
 
@@ -152,6 +153,53 @@ def test_captions_are_dropped_only_from_pairs(mllm):
     )
     empty = len(mllm.condition([""]).tokens_TD)
     assert [bare[0], bare[2]] == [kept[0], kept[2]] and bare[1] == bare[3] == empty < min(kept)
+
+
+def test_default_prompts_are_the_texts_of_the_paper(mllm):
+    model, n_B = build(mllm), torch.arange(3)
+    image_tokens = mllm.image_tokens(pixels(n_B[:1])[1])
+    visible = visible_mask(model.recipe.mask, model.recipe.seed, n_B[:1], mllm.num_image_tokens)
+    model.recipe = replace(model.recipe, caption_drop=0.0)
+    has_image = [True, False, False]
+    condition = model.condition(None, n_B, ["", "two", ""], has_image, image_tokens)
+    texts = ["Generate an image that is identical to the reference image:", "two", ""]
+    expected = mllm.condition(texts, image_tokens, has_image=has_image, visible=visible)
+    assert torch.equal(condition.tokens_TD, expected.tokens_TD)
+
+
+def test_prompts_are_configuration(mllm):
+    prompt = PromptConfig(reconstruct=("a", "b b"), caption="Draw {caption}!", empty="nothing")
+    model, n_B = build(mllm), torch.arange(400)
+    model.recipe = replace(model.recipe, prompt=prompt, caption_drop=0.5)
+    drawn = model.reconstruct_prompts(n_B)
+    assert set(drawn) == {"a", "b b"} and 160 < drawn.count("a") < 240
+    # A prompt is a function of the sample, not of its batch.
+    assert model.reconstruct_prompts(n_B[100:103]) == drawn[100:103]
+    lengths = {
+        text: len(mllm.condition([text]).tokens_TD) for text in ("Draw two!", "nothing", "a", "b b")
+    }
+    condition = model.condition(None, n_B, ["two"] * 400, [False] * 400)
+    pairs = condition.offsets.diff().tolist()
+    assert set(pairs) == {lengths["Draw two!"], lengths["nothing"]}
+    image_tokens = mllm.image_tokens(pixels(n_B[:4])[1])
+    images = model.condition(None, n_B[:4], None, None, image_tokens).offsets.diff()
+    visible = visible_mask(model.recipe.mask, model.recipe.seed, n_B[:4], mllm.num_image_tokens)
+    extra = len(mllm.token_ids("".join(IMAGE)))
+    text_tokens = torch.tensor([lengths[text] for text in drawn[:4]])
+    assert torch.equal(images, text_tokens + visible.view(4, -1).sum(1) + extra)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(reconstruct=()), "prompt.reconstruct must be one or more texts"),
+        (dict(reconstruct=("a", "")), "prompt.reconstruct must be one or more texts"),
+        (dict(caption="Generate:"), "prompt.caption must contain {caption} exactly once"),
+    ],
+)
+def test_invalid_prompts_are_refused(settings, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        PromptConfig(**settings)
 
 
 def test_captions_are_tokenized_in_the_chat_format(mllm):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 from toy_models import build
 
-from iomm.config import InputError
+from iomm.config import InputError, PromptConfig
 from iomm.pipeline import Pipeline, image_grid, sample_pixels, to_images
 
 SETTINGS = dict(steps=2, guidance=2.0)
@@ -42,6 +43,24 @@ def test_exported_folder_samples_the_same_images(folder):
     for ours, theirs in zip(
         arrays(pipe(prompts, **SETTINGS)), arrays(again(prompts, **SETTINGS)), strict=True
     ):
+        assert np.abs(ours.astype(int) - theirs.astype(int)).max() <= 1
+
+
+def test_card_keeps_the_prompts(folder, tmp_path, mllm_folder):
+    pipe, plain = folder[1], folder[1].model.recipe
+    prompt = PromptConfig(reconstruct=("x", "y"), caption="Draw {caption}.", empty="none")
+    pipe.model.recipe = replace(plain, prompt=prompt)
+    try:
+        path = pipe.save_pretrained(tmp_path / "e", mllm=mllm_folder, vae="pixel:4")
+        again = Pipeline.from_pretrained(path, device="cpu")
+        assert again.model.recipe.prompt == prompt
+        # Without guidance the texts that the MLLM reads decide the image.
+        settings = SETTINGS | dict(guidance=1.0)
+        templated = arrays(again(["two", ""], **settings))
+    finally:
+        pipe.model.recipe = plain
+    literal = arrays(pipe(["Draw two.", "none"], **settings))
+    for ours, theirs in zip(templated, literal, strict=True):
         assert np.abs(ours.astype(int) - theirs.astype(int)).max() <= 1
 
 

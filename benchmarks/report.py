@@ -583,6 +583,7 @@ def keys_table() -> str:
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for key, kind, default, meaning in documented(RunConfig):
         mark = "\\*" if key in FREE_KEYS else ""
+        kind = "text or list" if kind == "tuple[str, ...]" else kind
         kind = "two numbers" if kind.startswith("tuple") else kind
         rows.append(f"| `{key}`{mark} | {kind} | `{as_yaml(default)}` | {escaped(meaning)} |")
     return "\n".join(rows)

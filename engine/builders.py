@@ -5,10 +5,11 @@ Shared by training and by the console command.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import zlib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +19,8 @@ from tqdm import tqdm
 
 from iomm.adapter import Connector, QueryAdapter
 from iomm.alignment import PREFIX, AlignmentHead
-from iomm.config import InputError, generator_config
-from iomm.engine.config import load_config, positive
+from iomm.config import InputError
+from iomm.engine.config import FROM_INIT, load_config, positive
 from iomm.engine.data.buckets import BucketSampler, bucket_sizes, share_buckets
 from iomm.engine.data.index import ensure_index, load, records_crc32, warnings_on
 from iomm.engine.data.latents import EncodedSamples, LatentStore, write_cache
@@ -35,8 +36,10 @@ from iomm.engine.shapes import vae as shapes_vae
 from iomm.engine.shapes.dataset import write_dataset
 from iomm.generator import empty_generator
 from iomm.internvl import load_mllm
+from iomm.layout import from_diffusers_config
 from iomm.model import IOMM, Recipe
 from iomm.vae import load_vae
+from iomm.weights import initialize_generator, load_module, read_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -360,7 +363,7 @@ def assemble(
         InputError: data.size_px is not a multiple of the VAE's patch.
     """
     vae.grid(config.data.size_px, config.data.size_px)
-    shape = generator_config(config.model.preset, token_dim=vae.token_dim, condition_dim=mllm.width)
+    shape = replace(config.model.generator, token_dim=vae.token_dim, condition_dim=mllm.width)
     adapter = connector = alignment = None
     with torch.device("cpu" if device is None else device):
         if config.adapter.kind != "none":
@@ -375,6 +378,64 @@ def assemble(
             if part is not None:
                 part.init_weights(config.run.seed)
     return IOMM(generator, adapter, mllm, vae, make_recipe(config), connector, alignment)
+
+
+def diffusers_folder(init: str | Path) -> Path | None:
+    """Return the folder of a diffusers generator's config.json, or None for anything else.
+
+    init: run.init, the generator's folder or that of a pipeline with a `transformer` folder.
+    """
+    if (Path(init) / "config.yaml").is_file():
+        return None
+    for folder in (Path(init), Path(init) / "transformer"):
+        if (folder / "config.json").is_file():
+            return folder
+    return None
+
+
+def with_generator_shape(config: RunConfig) -> RunConfig:
+    """Return the config with model.shape set if model.preset is "from-init".
+
+    A run that was started before keeps its shape, whatever became of run.init since.
+
+    Raises:
+        InputError: run.init is missing or describes no generator that this engine supports.
+    """
+    if config.model.preset != FROM_INIT or config.model.shape is not None:
+        return config
+    saved, init = Path(config.run.dir) / "config.yaml", config.run.init
+    if saved.is_file() and (shape := load_config(str(saved)).model.shape) is not None:
+        return replace(config, model=replace(config.model, shape=shape))
+    if init is None:
+        # Raises InputError, which says what to set.
+        _ = config.model.generator
+    if (folder := diffusers_folder(init)) is not None:
+        path = folder / "config.json"
+        generator, _ = from_diffusers_config(read_json(path), path, ignored=("guidance_embeds",))
+    elif (Path(init) / "config.yaml").is_file():
+        generator = load_config(str(Path(init) / "config.yaml")).model.generator
+    else:
+        raise InputError(
+            f"run.init: {init} is neither a run folder nor the folder of a diffusers model: it has "
+            "no config.yaml, config.json or transformer/config.json"
+        )
+    return replace(config, model=replace(config.model, shape=json.dumps(asdict(generator))))
+
+
+def load_foreign_weights(model: IOMM, folder: Path) -> str:
+    """Initialize the trained parts from a diffusers folder and return a description in lines."""
+    done = initialize_generator(model.generator, folder, patch=model.frozen[1].patch)
+    total = len(done.taken) + len(done.fresh)
+    lines = [f"initialized with {len(done.taken)} of the generator's {total} tensors of {folder}"]
+    for name in ("adapter", "connector"):
+        part, path = getattr(model, name), folder / f"{name}.safetensors"
+        if part is not None and path.is_file():
+            load_module(part, path)
+            lines.append(f"  and with {path}")
+    lines += [f"  fresh: {name} ({reason})" for name, reason in done.fresh.items()]
+    if done.unused:
+        lines.append(f"  not used: {', '.join(done.unused)}")
+    return "\n".join(lines)
 
 
 def read_run(run_dir: str | Path, ranks: Ranks | None = None) -> tuple[RunConfig, Path]:

@@ -4,6 +4,7 @@ Every key is typed and checked once, and every error names its key. The comment 
 entry in the table of engine/README.md. engine/config_parser.py reads the files.
 """
 
+import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from iomm.config import (
     PRESETS,
     AdapterConfig,
     AlignConfig,
+    GeneratorConfig,
     InputError,
     MaskConfig,
     PromptConfig,
@@ -45,15 +47,21 @@ def positive(key: str, value: float, least: float = 1) -> None:
         raise InputError(f"{key} must be >= {least}, got {value}")
 
 
+# The preset that takes the generator's shape from run.init.
+FROM_INIT = "from-init"
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunSection:
     # Folder of the run. Indexes and rendered data go to `shared/` next to it.
     dir: str = "runs/demo"
     # Seed for weights, data order, masks, times, noise, flips and dropped captions.
     seed: int = 0
-    # Run folder whose newest weights this run starts from. Everything else starts fresh.
+    # Run folder whose newest weights this run starts from, or a folder with the transformer of a
+    # diffusers model (FLUX.1, Z-Image or an export), whose weights are taken where they fit.
+    # Everything else starts fresh.
     init: str | None = None
-    # ema | raw: which weights of that run to load.
+    # ema | raw: which weights of a run to load.
     init_weights: str = "ema"
 
     def __post_init__(self) -> None:
@@ -64,8 +72,10 @@ class RunSection:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSection:
-    # Shape of the generator, a name in PRESETS of iomm/config.py.
+    # Shape of the generator: a name in PRESETS of iomm/config.py, or "from-init": that of run.init.
     preset: str = "iomm-b"
+    # The shape that "from-init" found, as JSON. Set by the first start of a run.
+    shape: str | None = None
     # Folder or hub id of an InternVL. "shapes": the tiny one that ships with the package.
     # "random:internvl3-2b": random weights, to measure speed.
     mllm: str = "shapes"
@@ -81,8 +91,31 @@ class ModelSection:
     vae_sample: bool = False
 
     def __post_init__(self) -> None:
-        choice("model.preset", self.preset, tuple(PRESETS))
+        choice("model.preset", self.preset, (*PRESETS, FROM_INIT))
         positive("model.patch", self.patch)
+        if self.preset != FROM_INIT and self.shape is not None:
+            raise InputError(
+                f"model.shape is set, but model.preset is {self.preset}: omit model.shape"
+            )
+
+    @property
+    def generator(self) -> GeneratorConfig:
+        """The generator's shape, before it is adapted to VAE and MLLM.
+
+        Raises:
+            InputError: the preset is "from-init" and no shape was found yet.
+        """
+        if self.preset != FROM_INIT:
+            return PRESETS[self.preset]
+        if self.shape is None:
+            raise InputError(
+                "model.preset=from-init takes the generator's shape from run.init. Set run.init to "
+                "a run or to a folder with the transformer of a diffusers model"
+            )
+        try:
+            return GeneratorConfig(**json.loads(self.shape))
+        except (TypeError, ValueError) as error:
+            raise InputError(f"model.shape is not the shape of a generator: {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -477,7 +510,8 @@ class RunConfig:
                 "set train.data=image or data.latents=memory, or leave data.latents out"
             )
         if self.align.weight:
-            self.align.block_in(PRESETS[self.model.preset].depth)
+            if self.model.preset != FROM_INIT or self.model.shape is not None:
+                self.align.block_in(self.model.generator.depth)
             if not self.align_share:
                 raise InputError(
                     f"align.weight is {self.align.weight:g}, but no sample of this run is "

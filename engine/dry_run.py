@@ -14,7 +14,13 @@ from torch.overrides import TorchFunctionMode
 from iomm.adapter import Connector
 from iomm.alignment import AlignmentHead, alignment_loss
 from iomm.config import InputError
-from iomm.engine.builders import assemble, mllm_name, vae_name, without_head
+from iomm.engine.builders import (
+    assemble,
+    diffusers_folder,
+    mllm_name,
+    vae_name,
+    without_head,
+)
 from iomm.engine.data import latents
 from iomm.engine.data.patterns import expand
 from iomm.engine.resilience import checkpoint_reader
@@ -135,6 +141,8 @@ def check_paths(config: RunConfig, model: IOMM) -> None:
     if data.latents not in (None, "memory"):
         latents.check(data.latents, vae=config.model.vae, size_px=data.size_px)
     if config.run.init is not None:
+        if diffusers_folder(config.run.init) is not None:
+            return
         if not (Path(config.run.init) / "config.yaml").is_file():
             raise InputError(
                 f"run.init: {config.run.init} is not a run folder: it has no config.yaml. Give the "

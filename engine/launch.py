@@ -93,6 +93,7 @@ def main(argv: list[str] | None = None, start_peers: bool = False) -> int:
         if args.init:
             overrides.append(f"run.init={args.init}")
         config = load_config(args.config or STAGES[args.stage], overrides)
+        config = builders.with_generator_shape(config)
         if args.stage == "finetune" and config.run.init is None:
             raise InputError(
                 "--stage finetune needs the weights of a stage-1 run: give --init RUN, the run.dir "
@@ -381,6 +382,9 @@ def start_from(config: RunConfig, model: IOMM, ranks: Ranks) -> str:
 
     Called by all ranks together.
     """
+    foreign = builders.diffusers_folder(config.run.init)
+    if foreign is not None:
+        return builders.load_foreign_weights(model, foreign)
     _, folder = builders.read_run(config.run.init, ranks)
     averaged = builders.load_weights(model, folder, config.run.init_weights)["ema"]
     weights = config.run.init_weights if averaged else "raw"

@@ -5,7 +5,7 @@ only tables and arithmetic and does not import diffusers. iomm/weights.py reads 
 files.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -309,17 +309,55 @@ def to_diffusers_config(config: GeneratorConfig, patch: int) -> dict[str, Any]:
     return description if config.norm_affine else description | {NORM_FREE: True}
 
 
+# Entries that a config.json may omit, with the values of diffusers' classes. Checkpoints that are
+# older than an entry lack it.
+DEFAULTS = {
+    "FluxTransformer2DModel": {
+        "patch_size": 1,
+        "in_channels": 64,
+        "out_channels": None,
+        "num_layers": 19,
+        "num_single_layers": 38,
+        "attention_head_dim": 128,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 4096,
+        "guidance_embeds": False,
+        "axes_dims_rope": [16, 56, 56],
+    },
+    "ZImageTransformer2DModel": {
+        "all_patch_size": [2],
+        "all_f_patch_size": [1],
+        "in_channels": 16,
+        "dim": 3840,
+        "n_layers": 30,
+        "n_refiner_layers": 2,
+        "n_heads": 30,
+        "n_kv_heads": 30,
+        "norm_eps": 1e-5,
+        "qk_norm": True,
+        "cap_feat_dim": 2560,
+        "siglip_feat_dim": None,
+        "rope_theta": 256.0,
+        "t_scale": 1000.0,
+        "axes_dims": [32, 48, 48],
+    },
+}
+
+
 def from_diffusers_config(
-    description: Mapping[str, Any], where: Path | str
+    description: Mapping[str, Any], where: Path | str, ignored: Collection[str] = ()
 ) -> tuple[GeneratorConfig, int]:
     """Return the GeneratorConfig and the patch that diffusers' config.json describes.
 
-    `where` is the file's name for error messages.
+    Args:
+        description: the contents of config.json.
+        where: the file's name for error messages.
+        ignored: entries that may have any value.
 
     Raises:
         InputError: unless it describes a shape that our generators support.
     """
-    read, patch = dict(description), 1
+    read, patch = DEFAULTS.get(description.get("_class_name"), {}) | dict(description), 1
     try:
         if read.get("_class_name") == "FluxTransformer2DModel":
             config = GeneratorConfig(
@@ -353,7 +391,7 @@ def from_diffusers_config(
             raise
         raise InputError(f"{where} has a missing or invalid entry: {error}") from error
     expected = to_diffusers_config(config, patch)
-    unchecked = {"axes_lens", "pooled_projection_dim", "out_channels"}
+    unchecked = {"axes_lens", "pooled_projection_dim", "out_channels", *ignored}
     wrong = [
         f"{key}={read.get(key)!r} (expected {value!r})"
         for key, value in expected.items()

@@ -4,13 +4,15 @@ A generator that is exported and loaded again is bitwise equal. Only safetensors
 so nothing is ever unpickled. This module does not import diffusers.
 """
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -102,16 +104,9 @@ def load_generator(
     """
     folder = Path(folder)
     config, patch = from_diffusers_config(read_json(folder / CONFIG), folder / CONFIG)
-    if (folder / INDEX).is_file():
-        weight_map = read_json(folder / INDEX).get("weight_map")
-        files = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
-        if not files or any(not isinstance(file, str) or Path(file).name != file for file in files):
-            raise InputError(f"{folder / INDEX} has no usable weight_map")
-    else:
-        files = [f"{STEM}.safetensors"]
     tensors, layout = {}, Layout(config, patch)
-    for file in files:
-        tensors |= read_tensors(folder / file)
+    for file in weight_files(folder):
+        tensors |= read_tensors(file)
     pooled = [name for name in tensors if name.startswith(TEXT_EMBEDDER)]
     layout_shapes = layout.shapes | {
         name: tuple(tensors[name].shape) for name in pooled if name in layout.shapes
@@ -133,6 +128,101 @@ def load_generator(
         for name, parameter in model.named_parameters():
             parameter.copy_(layout.to_ours(name, tensors.__getitem__))
     return model.eval()
+
+
+class Initialization(NamedTuple):
+    """What `initialize_generator` did."""
+
+    # Parameters that have the folder's weights.
+    taken: list[str]
+    # Parameters that keep their fresh weights, each with the reason.
+    fresh: dict[str, str]
+    # Tensors of the folder for which the model has no parameter.
+    unused: list[str]
+
+
+@torch.no_grad()
+def initialize_generator(
+    model: MMDiT | SingleStream, folder: Path | str, *, patch: int
+) -> Initialization:
+    """Copy the weights of a diffusers FLUX or Z-Image model into a generator where they fit.
+
+    A parameter whose tensors are missing or of another shape keeps its weights; `condition_in`
+    usually does, because it reads another encoder. FLUX's pooled text vector is taken as zero: what
+    its embedder then adds to the time embedding is constant, and is added to the bias of `time_in`.
+    A guidance embedder is not used.
+
+    Args:
+        model: the generator, with fresh weights.
+        folder: folder with config.json and safetensors.
+        patch: side of the patch of VAE latents that forms a token.
+
+    Raises:
+        InputError: if the folder is damaged, or has no weights for any block of the model.
+    """
+    folder, layout = Path(folder), Layout(model.config, patch)
+    with contextlib.ExitStack() as files:
+        source = {}
+        for file in weight_files(folder):
+            try:
+                opened = files.enter_context(safe_open(file, framework="pt"))
+            except (OSError, SafetensorError) as error:
+                raise InputError(f"cannot read {file} as safetensors: {error}") from error
+            source |= dict.fromkeys(opened.keys(), opened)
+        taken, fresh, used = [], {}, set()
+        for name, parameter in model.named_parameters():
+            reason = ""
+            for theirs, rows in layout.pieces[name]:
+                expected = (rows, *parameter.shape[1:])
+                if theirs not in source:
+                    reason = f"{theirs} is missing"
+                    continue
+                shape = tuple(source[theirs].get_slice(theirs).get_shape())
+                # Of a piece with fewer rows in the model, the first ones are used.
+                if shape[1:] != expected[1:] or shape[0] < rows:
+                    reason = f"{theirs} has shape {shape}, expected {expected}"
+            if reason:
+                fresh[name] = reason
+                continue
+            tensor = layout.to_ours(name, lambda theirs: source[theirs].get_tensor(theirs))
+            parameter.copy_(tensor)
+            taken.append(name)
+            used |= {theirs for theirs, _ in layout.pieces[name]}
+        matrices = {name for name, parameter in model.named_parameters() if parameter.ndim > 1}
+        blocks = ("blocks.", "single_blocks.")
+        if not any(name.startswith(blocks) for name in matrices.intersection(taken)):
+            raise InputError(
+                f"{folder} has no weights for the blocks of this generator: "
+                f"{next(reason for name, reason in fresh.items() if name in matrices)}. "
+                "Set model.preset=from-init to use its shape."
+            )
+        embedder = [
+            f"{TEXT_EMBEDDER}linear_{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")
+        ]
+        if "time_in.linear_out.bias" in taken and all(theirs in source for theirs in embedder):
+            bias = model.time_in.linear_out.bias
+            bias_1, weight_2, bias_2 = (
+                source[theirs].get_tensor(theirs).to(bias) for theirs in embedder[1:]
+            )
+            bias += F.linear(F.silu(bias_1), weight_2, bias_2)
+            used |= set(embedder)
+        unused = sorted(set(source) - used - set(layout.fillers))
+    return Initialization(taken, fresh, unused)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a diffusers folder.
+
+    Raises:
+        InputError: if its index is damaged.
+    """
+    if not (folder / INDEX).is_file():
+        return [folder / f"{STEM}.safetensors"]
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    files = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
+    if not files or any(not isinstance(file, str) or Path(file).name != file for file in files):
+        raise InputError(f"{folder / INDEX} has no usable weight_map")
+    return [folder / file for file in files]
 
 
 def save_module(

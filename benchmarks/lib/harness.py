@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.loader import draw_photographs
-from iomm.config import PRESETS, InputError, PromptConfig
+from iomm.config import InputError, PromptConfig
 from iomm.engine import launch, loop
 from iomm.engine.builders import assemble
 from iomm.engine.config import RunConfig, load_config
@@ -50,7 +50,7 @@ def prepare(args: argparse.Namespace, device: str, folder: Path) -> tuple[RunCon
     """
     config = load_config(args.config, args.overrides)
     if args.against and (
-        PRESETS[config.model.preset].kind != "mmdit"
+        config.model.generator.kind != "mmdit"
         or config.adapter.kind != "rqa"
         or config.adapter.connector_layers
         or config.train.data != "image"

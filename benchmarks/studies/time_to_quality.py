@@ -68,7 +68,7 @@ from benchmarks.lib.baseline import BaselineModel, Trainer, engine_draws
 from benchmarks.lib.harness import Bench
 from benchmarks.report import baseline_name, command, label, positive, time_to_quality
 from benchmarks.studies.recipes import write
-from iomm.config import PRESETS, InputError
+from iomm.config import InputError
 from iomm.engine import builders, launch
 from iomm.engine.config import RunConfig, flat, load_config
 from iomm.engine.data.source import Batch, ImageSource
@@ -523,7 +523,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> tuple[RunConfig, list[str
         for key, value in expected.items()
         if given[key] != value
     ]
-    if PRESETS[config.model.preset].kind != "mmdit":
+    if config.model.generator.kind != "mmdit":
         wrong.append(f"model.preset {config.model.preset} has no FLUX blocks")
     if wrong:
         raise InputError(

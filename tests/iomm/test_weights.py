@@ -17,7 +17,13 @@ from test_single_stream import run_twin as run_zimage
 from iomm.config import PRESETS, InputError
 from iomm.generator import empty_generator, new_generator
 from iomm.layout import Layout, from_diffusers_config, to_diffusers_config
-from iomm.weights import export_generator, load_generator, load_module, save_module
+from iomm.weights import (
+    export_generator,
+    initialize_generator,
+    load_generator,
+    load_module,
+    save_module,
+)
 
 CONFIGS = pytest.mark.parametrize(
     "config", [DUAL, MIXED, SINGLE, NORM_FREE], ids=["dual", "dual+single", "single", "norm-free"]
@@ -235,3 +241,113 @@ def test_full_iomm_b_survives_export_in_bfloat16(tmp_path):
         torch.equal(one, two)
         for one, two in zip(model.parameters(), load_generator(tmp_path).parameters(), strict=True)
     )
+
+
+def their_model(name):
+    """Return a tiny random model of diffusers with FLUX.1's or Z-Image's layout, its config and run."""
+    import diffusers
+
+    torch.manual_seed(0)
+    if name == "flux":
+        model = diffusers.FluxTransformer2DModel(
+            in_channels=8,
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=32,
+            num_attention_heads=3,
+            joint_attention_dim=16,
+            pooled_projection_dim=24,
+            axes_dims_rope=(4, 14, 14),
+        )
+        return randomize(model.double()), MIXED, run_flux
+    model = diffusers.ZImageTransformer2DModel(
+        in_channels=SINGLE.token_dim // 4,
+        dim=SINGLE.width,
+        n_layers=SINGLE.num_blocks,
+        n_refiner_layers=SINGLE.num_refiner_blocks,
+        n_heads=SINGLE.num_heads,
+        n_kv_heads=SINGLE.num_heads,
+        cap_feat_dim=SINGLE.condition_dim,
+        rope_theta=SINGLE.rope_theta,
+        axes_dims=list(SINGLE.rope_axes),
+    )
+    return randomize(model.double()), SINGLE, run_zimage
+
+
+@pytest.mark.parametrize("name", ["flux", "zimage"])
+def test_foreign_weights_give_the_outputs_of_diffusers(name, tmp_path):
+    """Whole models: everything fits, and FLUX's pooled text vector is zero but not its embedder."""
+    theirs, config, run = their_model(name)
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    found, patch = from_diffusers_config(json.loads(path.read_text()), path)
+    assert found == config
+    ours = new_generator(config, 0).double()
+    done = initialize_generator(ours, tmp_path, patch=patch)
+    assert not done.fresh and not done.unused and len(done.taken) == len(ours.state_dict())
+    arguments = *inputs(config, (3, 5), 7), (3, 5)
+    with true_float64():
+        expected = run(theirs, *arguments)
+    # Measured: 1.4e-15 and 3.5e-15.
+    assert relative_error(ours(*arguments), expected) <= 1e-14
+
+
+@pytest.mark.parametrize("name", ["flux", "zimage"])
+def test_foreign_weights_are_taken_where_they_fit(name, tmp_path):
+    """Another encoder's width: condition_in stays fresh, every block equals diffusers'."""
+    theirs, config, run = their_model(name)
+    theirs.save_pretrained(tmp_path)
+    config = replace(config, condition_dim=40)
+    ours = new_generator(config, 3).double()
+    fresh = {key: tensor.clone() for key, tensor in ours.state_dict().items()}
+    done = initialize_generator(ours, tmp_path, patch=2)
+    names = {
+        "flux": {"condition_in.weight"},
+        "zimage": {"condition_in.weight", "condition_norm.weight"},
+    }
+    assert set(done.fresh) == names[name]
+    for key in done.fresh:
+        assert torch.equal(ours.state_dict()[key], fresh[key])
+    assert "has shape" in done.fresh["condition_in.weight"]
+    # With their own projection of the condition the outputs are theirs.
+    twin = new_generator(
+        replace(config, condition_dim=their_model(name)[1].condition_dim), 3
+    ).double()
+    initialize_generator(twin, tmp_path, patch=2)
+    state = twin.state_dict()
+    for key, tensor in ours.state_dict().items():
+        assert key in done.fresh or torch.equal(tensor, state[key]), key
+
+
+def test_foreign_weights_without_a_fitting_block_are_refused(tmp_path):
+    theirs, config, _ = their_model("flux")
+    theirs.save_pretrained(tmp_path)
+    wide = new_generator(replace(config, width=128, num_heads=4), 0)
+    with pytest.raises(InputError, match=r"no weights for the blocks .*model\.preset=from-init"):
+        initialize_generator(wide, tmp_path, patch=2)
+    (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(InputError, match="cannot read .* as safetensors"):
+        initialize_generator(new_generator(config, 0), tmp_path, patch=2)
+
+
+def test_config_of_a_published_checkpoint_may_omit_defaults():
+    """FLUX.1-schnell's config.json, which is older than some entries, and FLUX.1-dev's guidance."""
+    schnell = {
+        "_class_name": "FluxTransformer2DModel",
+        "attention_head_dim": 128,
+        "guidance_embeds": False,
+        "in_channels": 64,
+        "joint_attention_dim": 4096,
+        "num_attention_heads": 24,
+        "num_layers": 19,
+        "num_single_layers": 38,
+        "patch_size": 1,
+        "pooled_projection_dim": 768,
+    }
+    config, _ = from_diffusers_config(schnell, "config.json")
+    assert (config.width, config.num_blocks, config.num_single_blocks) == (3072, 19, 38)
+    with pytest.raises(InputError, match="guidance_embeds=True"):
+        from_diffusers_config(schnell | {"guidance_embeds": True}, "config.json")
+    assert from_diffusers_config(schnell | {"guidance_embeds": True}, "", ("guidance_embeds",))
+    config, patch = from_diffusers_config({"_class_name": "ZImageTransformer2DModel"}, "")
+    assert replace(config, condition_dim=1536, token_dim=64) == PRESETS["iomm-xl"] and patch == 2

@@ -927,3 +927,62 @@ def test_console_command_is_installed():
         "CUDA ops",
     ):
         assert part in done.stdout
+
+
+@pytest.mark.parametrize("name", ["flux", "zimage"])
+def test_both_stages_train_from_a_diffusers_model(name, dataset, tmp_path):
+    """The shape and the weights of the blocks come from the folder, and a resume needs neither."""
+    import diffusers
+
+    torch.manual_seed(0)
+    if name == "flux":
+        theirs = diffusers.FluxTransformer2DModel(
+            in_channels=12,
+            num_layers=2,
+            num_single_layers=1,
+            attention_head_dim=32,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            pooled_projection_dim=24,
+            axes_dims_rope=(4, 14, 14),
+        )
+    else:
+        theirs = diffusers.ZImageTransformer2DModel(
+            in_channels=3,
+            dim=64,
+            n_layers=2,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            cap_feat_dim=16,
+            axes_dims=[8, 12, 12],
+        )
+    folder = tmp_path / "theirs"
+    theirs.save_pretrained(folder / "transformer")
+    settings = [
+        "--config",
+        PIXELS,
+        "model.preset=from-init",
+        f"data.shards={dataset}",
+        "train.global_batch=4",
+        "log.sample_images=0",
+        "checkpoint.every_steps=1",
+        "train.threads=1",
+    ]
+    run_dir = tmp_path / "stage-1"
+    first = [*settings, f"run.init={folder}", f"run.dir={run_dir}"]
+    done = start(1, *first, "train.steps=1")
+    assert done.returncode == 0, done.stdout
+    assert "tensors of" in done.stdout and "fresh: condition_in.weight" in done.stdout
+    shapes = checkpoint_reader.read_manifest(run_dir / "checkpoints/step-00000001")["shapes"]
+    widths = {shape[-1] for key, shape in shapes.items() if key.endswith("qkv.weight")}
+    assert 64 in widths
+    # After the first start the run knows its shape.
+    (folder / "transformer" / "config.json").unlink()
+    done = start(1, "--resume", "auto", *first, "train.steps=2")
+    assert done.returncode == 0 and "resumed from" in done.stdout, done.stdout
+    second = [*settings, f"data.pairs={dataset}", "train.data=mix", f"run.dir={tmp_path / '2'}"]
+    done = start(1, "--stage", "finetune", "--init", str(run_dir), *second, "train.steps=1")
+    assert done.returncode == 0 and "initialized with the ema weights" in done.stdout, done.stdout
+    done = start(1, *settings, f"run.init={folder}", f"run.dir={tmp_path / '3'}", "train.steps=1")
+    assert done.returncode == 2 and "neither a run folder nor" in done.stdout, done.stdout

@@ -2,11 +2,8 @@
 
     python benchmarks/throughput.py                     demo-cpu without a GPU, iomm-b-512 with one
     python benchmarks/throughput.py --against baseline  and Algorithm 1 in plain PyTorch, in turn
+    python benchmarks/throughput.py --against baseline --trace traces     everything, for a GPU
     python benchmarks/throughput.py precision=fp32 train.micro_batch=4    config keys, as for a run
-
-    everything at once, on a GPU:
-    python benchmarks/throughput.py --config iomm-b-512 --against baseline --trace traces \
-        --limit-s 480
 
 This times the whole step of the engine (launch.build, loop.train_step, the weight average, reading
 the loss) with one micro-batch on a CPU and four on a GPU. Hub models are replaced by random weights

@@ -303,7 +303,7 @@ def test_wrong_caches_raise_input_error(dataset, vae, tmp_path):
         batches(dataset, store(dataset, tmp_path / "cache"), flip=True)
     with pytest.raises(InputError, match=r"data\.latents holds latents of unflipped centre crops"):
         parse("data: {latents: memory, crop: random}")
-    with pytest.raises(InputError, match=r"set data\.latents=memory, no data\.pairs"):
+    with pytest.raises(InputError, match=r"leave data\.pairs out, set data\.latents=memory"):
         parse("data: {latents: x, pairs: shapes}")
     with pytest.raises(InputError, match=r"data\.latents=memory, or leave data\.latents out"):
         parse("data: {latents: x}\ntrain: {data: pair}")

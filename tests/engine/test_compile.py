@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from kernel_checks import assert_no_worse
-from launches import finish, start_ranks
+from launches import finish, start_processes
 from torch._dynamo.utils import counters
 from toy_models import TEXT, VISION, autoencoder
 
@@ -163,7 +163,7 @@ def test_zero_3_frees_gathered_weights_of_compiled_blocks(compiled, tmp_path):
     (tmp_path / "kept.py").write_text(KEPT)
     with open(tmp_path / "output.txt", "w") as output:
         codes = finish(
-            start_ranks(
+            start_processes(
                 2,
                 tmp_path / "kept.py",
                 str(tmp_path / "kept.json"),

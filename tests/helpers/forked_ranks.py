@@ -14,8 +14,19 @@ from collections.abc import Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 
-# What a run imports, in the order in which it does so.
-MODULES = ("iomm.engine.launch", "deepspeed", "transformers", "diffusers")
+# What a run imports, at its start or later.
+MODULES = (
+    "iomm.engine.launch",
+    "iomm.engine.observe.report",
+    "deepspeed",
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "tensorboard.summary.writer.event_file_writer",
+    "torch.distributed.checkpoint",
+    "torch.utils.tensorboard",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.internvl.modeling_internvl",
+    "transformers.models.qwen2.modeling_qwen2",
+)
 ROOT = Path(__file__).resolve().parents[2]
 CONTEXT = multiprocessing.get_context("forkserver")
 

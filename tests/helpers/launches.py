@@ -76,10 +76,25 @@ def group_environment(ranks):
 
 
 def start_ranks(ranks, script, *arguments, output):
-    """Start ranks as any launcher would, and return their processes.
+    """Start ranks as any launcher would, but forked (forked_ranks.py), and return them.
 
-    They write to the open file `output`.
+    They write to the file at the path `output`.
     """
+    start_server(tuple(sorted({**environment(), "PYTHONPATH": str(ROOT)}.items())))
+    shared = group_environment(ranks)
+    return [
+        Rank(
+            str(script),
+            arguments,
+            {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            str(output),
+        )
+        for rank in range(ranks)
+    ]
+
+
+def start_processes(ranks, script, *arguments, output):
+    """Do the same as start_ranks() with processes of their own; `output` is an open file."""
     shared = group_environment(ranks)
     return [
         subprocess.Popen(
@@ -106,21 +121,10 @@ def finish(processes):
 
 
 def start(ranks, *arguments):
-    """Do the same as launch() with forked ranks (forked_ranks.py) and no DeepSpeed launcher."""
-    start_server(tuple(sorted({**environment(), "PYTHONPATH": str(ROOT)}.items())))
+    """Do the same as launch() with forked ranks and without DeepSpeed's launcher."""
     with tempfile.NamedTemporaryFile("r") as output:
-        shared = group_environment(ranks)
-        codes = finish(
-            [
-                Rank(
-                    str(ROOT / "engine/launch.py"),
-                    arguments,
-                    {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    output.name,
-                )
-                for rank in range(ranks)
-            ]
-        )
+        script = ROOT / "engine/launch.py"
+        codes = finish(start_ranks(ranks, script, *arguments, output=output.name))
         return subprocess.CompletedProcess(arguments, max(codes, key=abs), output.read())
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from launches import LIMIT_S, PIXELS, ROOT, rows, start, start_ranks
+from launches import LIMIT_S, PIXELS, ROOT, rows, start, start_processes
 
 from iomm.engine.config import TrainSection, differences, load_config
 from iomm.engine.launch import main
@@ -49,7 +49,7 @@ class Job:
         self.run_dir = run_dir
         self.path = Path(f"{run_dir}.out")
         with open(self.path, "w") as output:
-            (self.rank_0,) = start_ranks(
+            (self.rank_0,) = start_processes(
                 1,
                 ROOT / "engine/launch.py",
                 f"run.dir={run_dir}",

@@ -36,8 +36,8 @@ def reports(tmp_path_factory):
     folder, started = tmp_path_factory.mktemp("zero"), {}
     for size in (1, 2):
         (folder / str(size)).mkdir()
-        with open(folder / f"{size}.txt", "w") as output:
-            processes = start_ranks(size, zero_ranks.__file__, str(folder), output=output)
+        output = folder / f"{size}.txt"
+        processes = start_ranks(size, zero_ranks.__file__, str(folder), output=output)
         started |= {(size, rank): process for rank, process in enumerate(processes)}
     codes = finish(started.values())
     assert not any(codes), "\n".join(

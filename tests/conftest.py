@@ -11,7 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # For the processes that tests start.
     os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
-# Seconds of the slowest files with two workers (Xeon, 2 cores, 2026-11-30, pytest --durations=0). The
+# Seconds of the slowest files with two workers (Xeon, 2026-11-30, pytest --durations=0). The
 # longest run first, which keeps both workers busy at the end.
 SECONDS = {
     "test_run.py": 107,

@@ -109,7 +109,7 @@ def main(argv=None):
     command = commands.add_parser(
         "evaluate", help="draw or check the picture folder that a benchmark's official grader wants"
     )
-    command.add_argument("bench", choices=("geneval", "dpg", "wise", "imgedit"))
+    command.add_argument("bench", choices=("geneval", "dpg", "wise", "imgedit", "gedit"))
     command.add_argument(
         "--prompts",
         nargs="+",

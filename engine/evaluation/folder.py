@@ -130,6 +130,7 @@ def draw_share(pipe, layout, items, num, out, partial, facts, settings, quiet):
     todo = []
     for item in items:
         for name, data in item.files:
+            data = data.read_bytes() if isinstance(data, Path) else data
             if not (out / name).is_file() or (out / name).read_bytes() != data:
                 place(partial, out / name, lambda: partial.write_bytes(data))
         for name, indices in layout.pictures(item, num).items():
@@ -207,7 +208,9 @@ def check(layout, items, num, out, *, own, size=None):
         for name, data in item.files:
             if not (out / name).is_file():
                 missing.append(name)
-            elif (out / name).read_bytes() != data:
+            elif isinstance(data, Path) and (out / name).read_bytes() != data.read_bytes():
+                malformed.append(f"{name}: differs from {data}")
+            elif isinstance(data, bytes) and (out / name).read_bytes() != data:
                 malformed.append(f"{name}: not the line of the prompt file")
         for name, indices in layout.pictures(item, num).items():
             if not (out / name).is_file():

@@ -1,7 +1,8 @@
-"""Four benchmarks as layouts of a folder: their prompt files, the files that the official grader wants, its command.
+"""Five benchmarks as layouts of a folder: their prompt files, the files that the official grader wants, its command.
 
 Everything here was read in the graders' own sources, at these commits: djghosh13/geneval af4902f, TencentQQGYLab/ELLA
-3c228f1 (DPG-Bench), PKU-YuanGroup/WISE eb51174, PKU-YuanGroup/ImgEdit 547185d. Prompt files are the user's.
+3c228f1 (DPG-Bench), PKU-YuanGroup/WISE eb51174, PKU-YuanGroup/ImgEdit 547185d, stepfun-ai/Step1X-Edit 570eba6
+(GEdit-Bench); GenEval's rewritten prompts in ByteDance-Seed/Bagel 056b5fd. Prompt files are the user's.
 """
 
 import csv
@@ -10,9 +11,11 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
+
+from PIL import Image
 
 from iomm.config import InputError
 
@@ -24,7 +27,7 @@ class Item:
     id: str
     prompt: str
     image: Path | None = None
-    # (path in the folder, bytes)
+    # (path in the folder, its bytes or the file to copy)
     files: tuple = ()
 
 
@@ -44,6 +47,8 @@ class Layout:
     pictures: Callable = lambda item, num: {f"{item.id}.png": tuple(range(num))}
     # Patterns of what a grader leaves in the folder and does not stumble over.
     graders_own: tuple = ()
+    # Of an item's id, from which file names are made. DPG-Bench cuts a name at its first dot.
+    id_pattern: str = r"[A-Za-z0-9_-]+"
 
 
 def read_geneval(paths, root):
@@ -53,7 +58,41 @@ def read_geneval(paths, root):
         where, name = f"{paths[0]}:{number + 1}", f"{number:05d}"
         files = ((f"{name}/metadata.jsonl", line.encode() + b"\n"),)
         items.append(Item(id=name, prompt=field(parse(line, where), "prompt", where), files=files))
-    return items, "geneval"
+    return geneval_protocol(items, paths)
+
+
+def geneval_protocol(items: list[Item], paths: list[str]) -> tuple[list[Item], str]:
+    """Return the items with the prompts of their protocol, and its name.
+
+    A second file holds rewritten prompts, as BAGEL's evaluation_metadata_long.jsonl does: the
+    official lines with another "prompt". Images are generated from these, and the grader still
+    receives the official lines of the first file.
+    """
+    official = all(item.prompt.startswith("a photo of ") for item in items)
+    if len(paths) == 1:
+        return items, "geneval" if official else "geneval, other prompts"
+    if not official:
+        raise InputError(
+            f"--prompts {paths[0]}: the prompts are not GenEval's own (a photo of ...); "
+            "give the official evaluation_metadata.jsonl first, then the rewritten prompts"
+        )
+    lines, rewritten = text_of(paths[1]).removesuffix("\n").split("\n"), []
+    if len(lines) != len(items):
+        raise InputError(
+            f"--prompts {paths[1]}: expected a line for each of the {len(items)} official prompts, "
+            f"got {len(lines)}"
+        )
+    for number, (item, line) in enumerate(zip(items, lines, strict=True)):
+        where = f"{paths[1]}:{number + 1}"
+        entry, own = parse(line, where), json.loads(item.files[0][1])
+        prompt = field(entry, "prompt", where)
+        if different := [key for key in entry if key != "prompt" and entry[key] != own.get(key)]:
+            raise InputError(
+                f"--prompts {where}: {different[0]!r} differs from the official line; "
+                "the lines must be in the official order and differ only in their prompt"
+            )
+        rewritten.append(replace(item, prompt=prompt))
+    return rewritten, "geneval, rewritten prompts"
 
 
 def read_dpg(paths, root):
@@ -110,10 +149,72 @@ def read_imgedit(paths, root):
     return items, "imgedit"
 
 
+# As its scripts list them.
+GEDIT_TASKS = (
+    "background_change",
+    "color_alter",
+    "material_alter",
+    "motion_change",
+    "ps_human",
+    "style_change",
+    "subject-add",
+    "subject-remove",
+    "subject-replace",
+    "text_change",
+    "tone_transfer",
+)
+
+
+def read_gedit(paths: list[str], root: str | None) -> tuple[list[Item], str]:
+    """Read one language of GEdit-Bench: JSON lines with PNGs beside them.
+
+    engine/README.md shows how to export them. A line has the dataset's task_type, key, instruction
+    and instruction_language, and `image`: the path of its input_image relative to the file. The
+    grader expects that image in the folder as well.
+    """
+    items, languages = [], set()
+    for number, line in enumerate(text_of(paths[0]).removesuffix("\n").split("\n")):
+        where = f"{paths[0]}:{number + 1}"
+        entry = parse(line, where)
+        task, language, key = (
+            field(entry, name, where) for name in ("task_type", "instruction_language", "key")
+        )
+        languages.add(language)
+        if task not in GEDIT_TASKS or language not in ("en", "cn"):
+            raise InputError(
+                f"--prompts {where}: expected a task_type of GEdit-Bench and the language en or "
+                f"cn, got {task!r} and {language!r}"
+            )
+        image = Path(paths[0]).parent / field(entry, "image", where)
+        try:
+            with Image.open(image) as picture:
+                found = f"{picture.format} in {picture.mode}"
+        except OSError as error:
+            raise InputError(f"--prompts {where}: {image} cannot be read: {error}") from error
+        if found != "PNG in RGB":
+            # The grader saves it as JPEG, which fails for RGBA, and retries 10,000 times.
+            raise InputError(f"--prompts {where}: {image} must be a PNG in RGB, got {found}")
+        name = f"{task}/{language}/{key}"
+        items.append(
+            Item(
+                id=name,
+                prompt=field(entry, "instruction", where),
+                image=image,
+                files=((f"fullset/{name}_SRCIMG.png", image),),
+            )
+        )
+    if len(languages) > 1:
+        raise InputError(
+            f"--prompts {paths[0]}: both languages are in it; give one file and one folder for each"
+        )
+    return items, f"gedit {languages.pop()}"
+
+
 LAYOUTS = {
     "geneval": Layout(
         num_prompts=553,
         num_images=4,
+        max_files=2,
         read=read_geneval,
         graders_own=("*/grid.png",),
         pictures=lambda item, num: {f"{item.id}/samples/{k:04d}.png": (k,) for k in range(num)},
@@ -121,6 +222,14 @@ LAYOUTS = {
     "dpg": Layout(num_prompts=1065, num_images=4, read=read_dpg),
     "wise": Layout(num_prompts=1000, max_files=3, read=read_wise, graders_own=("Results*",)),
     "imgedit": Layout(num_prompts=737, read=read_imgedit, graders_own=("result.json",)),
+    # Of one language.
+    "gedit": Layout(
+        num_prompts=606,
+        read=read_gedit,
+        graders_own=("gpt4o*", "qwen25vl*"),
+        pictures=lambda item, num: {f"fullset/{item.id}.png": tuple(range(num))},
+        id_pattern=r"[a-z_-]+/(en|cn)/[A-Za-z0-9_-]+",
+    ),
 }
 
 WISE_TRAPS = """
@@ -134,7 +243,9 @@ NEXT = {
 in a checkout of github.com/djghosh13/geneval, on a GPU:
   python evaluation/evaluate_images.py {out} --outfile {results}.jsonl --model-path <OBJECT_DETECTOR_FOLDER>
   python evaluation/summary_scores.py {results}.jsonl
-It scores what it finds: a missing folder or picture is left out silently, and any samples/<digits>.png is counted.""",
+It scores what it finds: a missing folder or picture is left out silently, and any samples/<digits>.png is counted.
+Protocol: GenEval with {variant}. State it with the score: rewritten and official prompts are not
+comparable.""",
     "dpg": """\
 in a checkout of github.com/TencentQQGYLab/ELLA (8 GPUs; on one, --num_processes 1 and no --multi_gpu):
   PYTHONHASHSEED=0 accelerate launch --num_machines 1 --num_processes 8 --multi_gpu --mixed_precision fp16 \\
@@ -167,34 +278,69 @@ in Benchmark/Basic of a checkout of github.com/PKU-YuanGroup/ImgEdit, with key a
   python step2_typescore.py --average_score_json average_score.json --basic_edit {prompts} --typescore_json typescore.json
 The flag of basic_bench.py is --edit_json: the --basic_edit of its readme is refused, but step 2 takes it. A missing picture
 is an error entry in result.json, on which step 1 stops.""",
+    "gedit": """\
+in GEdit-Bench of a checkout of github.com/stepfun-ai/Step1X-Edit, with the key in secret_t2.env:
+  sed -i 's|("stepfun-ai/GEdit-Bench")|("stepfun-ai/GEdit-Bench")["train"]|' test_gedit_score.py
+  sed -i 's|"en", "zh"|"en", "cn"|' calculate_statistics.py
+  python test_gedit_score.py --save_path {parent} --model_name {folder} --backbone gpt4o
+  python calculate_statistics.py --save_path {parent} --model_name {folder} --backbone gpt4o \\
+    --language {language}
+Without the first sed the script iterates over the names of the splits and fails; without the second
+it has no language for the rows in cn. A missing picture is skipped with one line of output. Each
+picture is stretched to the size of its source image before it is judged. Existing results are kept:
+remove {out}/gpt4o after generating again. GPT-4.1 varies by about 0.1 between runs and has changed
+over the months (issue 74 of Step1X-Edit): state the judge and the date.""",
+}
+
+# Benchmark with its protocol -> what `iomm evaluate BENCHMARK --graded` reads after these commands.
+RESULT_FILES = {
+    "geneval": "{results}.jsonl",
+    "dpg": "{results}.txt",
+    "wise verified": "{out}/Results-qwen35/*_scores_results.jsonl",
+    "wise legacy": "{results}/*.jsonl",
+    "imgedit": "average_score.json --prompts {prompts}",
+    "gedit": "{out}/gpt4o/eval_results_new/{folder}_combined_gpt_score.csv",
 }
 
 
 def next_step(name, out, side, paths, root):
     """What to type next, for a folder of this benchmark with images of `side` pixels."""
-    name, rewritten, _ = name.partition(", rewritten")
+    name, _, variant = name.partition(", ")
+    # "gedit en": one text for both languages.
+    name, _, language = name.partition(" ") if name.startswith("gedit") else (name, "", "")
     prompts, root = (
         quote(str(Path(path).resolve())) if path else "<origin_img_root>"
         for path in (paths[0], root)
     )
-    return "next, " + NEXT[name].format(
+    fields = dict(
         out=quote(str(out)),
+        parent=quote(str(Path(out).parent)),
+        folder=quote(Path(out).name),
         results=quote(f"{out}-results"),
         side=side,
         prompts=prompts,
         root=root,
-        rewrite="_rewrite" if rewritten else "",
+        rewrite="_rewrite" if variant else "",
+        variant=variant or "its official prompts",
+        language=language,
     )
+    text = "next, " + NEXT[name].format(**fields)
+    if name in RESULT_FILES:
+        text += (
+            "\nthen, to see the scores beside the paper's:\n"
+            f"  iomm evaluate {name.split()[0]} --graded {RESULT_FILES[name].format(**fields)}"
+        )
+    return text
 
 
 def read_items(layout, paths, root):
     """-> (items, name). Raises InputError for prompt files that are not as the benchmark has them."""
     if len(paths) > layout.max_files:
-        raise InputError(f"--prompts: this benchmark has one prompt file, got {len(paths)}")
+        most = "one prompt file" if layout.max_files == 1 else f"{layout.max_files} prompt files"
+        raise InputError(f"--prompts: this benchmark has at most {most}, got {len(paths)}")
     items, name = layout.read(paths, root)
     for item in items:
-        # A file name; DPG-Bench cuts it at the first dot.
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", item.id):
+        if not re.fullmatch(layout.id_pattern, item.id):
             raise InputError(
                 f"--prompts {paths[0]}: {item.id!r} cannot be a file name: wanted letters, digits, _ and -"
             )

@@ -113,13 +113,20 @@ def main(argv=None):
     command.add_argument(
         "--prompts",
         nargs="+",
-        required=True,
         metavar="FILE",
-        help="geneval: evaluation_metadata.jsonl; dpg: its "
-        "folder of prompts, or dpg_bench.csv; wise: its json files of one protocol; imgedit: basic_edit.json",
+        help="geneval: evaluation_metadata.jsonl, and a second one with rewritten prompts; dpg: "
+        "its folder of prompts, or dpg_bench.csv; wise: its json files of one protocol; imgedit: "
+        "basic_edit.json; gedit: the lines of one language, exported as in engine/README.md",
+    )
+    command.add_argument("--out", help="the folder; intact pictures of the same settings stay")
+    command.add_argument(
+        "--graded",
+        nargs="+",
+        metavar="FILE",
+        help="print the scores in the grader's result files beside the paper's; needs no --run",
     )
     command.add_argument(
-        "--out", required=True, help="the folder; intact pictures of the same settings stay"
+        "--model", help="with --graded: the paper's model, as iomm-b-512; default: all of them"
     )
     command.add_argument("--run", help="folder of a run, or an exported one")
     command.add_argument("--weights", choices=("ema", "raw"), default="ema")
@@ -233,6 +240,19 @@ def edit(args):
 
 
 def evaluate(args):
+    if args.graded:
+        from iomm.engine.evaluation.graded import compare
+
+        if args.run or args.check or args.out:
+            raise InputError("--graded reads result files alone: give no --run, --out or --check")
+        print(compare(args.bench, args.graded, model=args.model, prompts=args.prompts))
+        return 0
+    if args.model or not args.prompts or not args.out:
+        raise InputError(
+            "evaluate needs --prompts and --out, or --graded with a grader's result files; "
+            "--model belongs to --graded"
+        )
+
     from iomm.engine.evaluation.folder import evaluate
     from iomm.engine.evaluation.sample import parse_size
 

@@ -113,17 +113,24 @@ def main(argv: list[str] | None = None) -> int:
     command = commands.add_parser(
         "evaluate", help="generate or check the images that a benchmark's official grader reads"
     )
-    command.add_argument("bench", choices=("geneval", "dpg", "wise", "imgedit"))
+    command.add_argument("bench", choices=("geneval", "dpg", "wise", "imgedit", "gedit"))
     command.add_argument(
         "--prompts",
         nargs="+",
-        required=True,
         metavar="FILE",
-        help="geneval: evaluation_metadata.jsonl; dpg: its folder of prompts, or dpg_bench.csv; "
-        "wise: the JSON files of one protocol; imgedit: basic_edit.json",
+        help="geneval: evaluation_metadata.jsonl, optionally followed by a file with rewritten "
+        "prompts; dpg: its folder of prompts, or dpg_bench.csv; wise: the JSON files of one "
+        "protocol; imgedit: basic_edit.json; gedit: one language, exported as in engine/README.md",
+    )
+    command.add_argument("--out", help="the folder; intact images with the same settings are kept")
+    command.add_argument(
+        "--graded",
+        nargs="+",
+        metavar="FILE",
+        help="compare the scores in the grader's result files with the paper's; needs no --run",
     )
     command.add_argument(
-        "--out", required=True, help="the folder; intact images with the same settings are kept"
+        "--model", help="with --graded: a model of the paper, such as iomm-b-512; default: all"
     )
     command.add_argument("--run", help="run folder, or an exported folder")
     command.add_argument("--weights", choices=("ema", "raw"), default="ema")
@@ -241,6 +248,22 @@ def edit(args: argparse.Namespace) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> int:
+    if args.graded:
+        from iomm.engine.evaluation.graded import compare
+
+        if args.run or args.check or args.out:
+            raise InputError("--graded only reads result files. Remove --run, --out and --check.")
+        print(compare(args.bench, args.graded, model=args.model, prompts=args.prompts))
+        return 0
+    if args.model:
+        raise InputError("--model is an option of --graded, which is missing")
+    required = {"--prompts": args.prompts, "--out": args.out}
+    if missing := [name for name, value in required.items() if not value]:
+        raise InputError(
+            f"the following arguments are required: {', '.join(missing)}. "
+            "To read a grader's result files, give --graded instead."
+        )
+
     from iomm.engine.evaluation.folder import evaluate
     from iomm.engine.evaluation.sample import parse_size
 

@@ -185,9 +185,10 @@ def sample_files(
     todo = []
     for item in items:
         for name, data in item.files:
-            if not (out / name).is_file() or (out / name).read_bytes() != data:
+            content = content_of(data)
+            if not (out / name).is_file() or (out / name).read_bytes() != content:
                 with renamed_to(out / name, partial):
-                    partial.write_bytes(data)
+                    partial.write_bytes(content)
         for name, indices in layout.pictures(item, num).items():
             if not is_current(out / name, {**metadata, "item": item.id, "prompt": item.prompt}):
                 todo.append((item, name, indices))
@@ -214,6 +215,11 @@ def sample_files(
             bar.update(len(part))
     # An interrupted run may have left one.
     partial.unlink(missing_ok=True)
+
+
+def content_of(data: bytes | Path) -> bytes:
+    """Return the content of a file that accompanies the images: Item.files has bytes or a path."""
+    return data.read_bytes() if isinstance(data, Path) else data
 
 
 @contextmanager
@@ -286,8 +292,9 @@ def check(
         for name, data in item.files:
             if not (out / name).is_file():
                 missing.append(name)
-            elif (out / name).read_bytes() != data:
-                malformed.append(f"{name}: differs from the line of the prompt file")
+            elif (out / name).read_bytes() != content_of(data):
+                origin = data if isinstance(data, Path) else "the line of the prompt file"
+                malformed.append(f"{name}: differs from {origin}")
         for name, indices in layout.pictures(item, num).items():
             if not (out / name).is_file():
                 missing.append(name)

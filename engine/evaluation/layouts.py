@@ -1,8 +1,9 @@
-"""Folder layouts of four benchmarks: prompt files, the files a grader expects, its command.
+"""Folder layouts of five benchmarks: prompt files, the files a grader expects, its command.
 
 Everything here follows the sources of the official graders at these commits: djghosh13/geneval
 af4902f, TencentQQGYLab/ELLA 3c228f1 (DPG-Bench), PKU-YuanGroup/WISE eb51174, PKU-YuanGroup/ImgEdit
-547185d. Users provide the prompt files.
+547185d, stepfun-ai/Step1X-Edit 570eba6 (GEdit-Bench). GenEval's rewritten prompts have the format
+of ByteDance-Seed/Bagel 056b5fd. Users provide the prompt files.
 """
 
 import csv
@@ -11,10 +12,12 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
+
+from PIL import Image
 
 from iomm.config import InputError
 
@@ -28,8 +31,8 @@ class Item:
     prompt: str
     # File of the picture to edit.
     image: Path | None = None
-    # Text files that accompany the images: (path in the folder, bytes).
-    files: tuple[tuple[str, bytes], ...] = ()
+    # Files that accompany the images: (path in the folder, bytes or the file to copy).
+    files: tuple[tuple[str, bytes | Path], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,8 @@ class Layout:
     }
     # Patterns of files that the grader writes into the folder and later ignores.
     grader_outputs: tuple[str, ...] = ()
+    # Pattern of the ids, from which file names are made. DPG-Bench cuts a name at its first dot.
+    id_pattern: str = r"[A-Za-z0-9_-]+"
 
 
 def read_geneval(paths: Sequence[str], root: str | None) -> tuple[list[Item], str]:
@@ -63,7 +68,45 @@ def read_geneval(paths: Sequence[str], root: str | None) -> tuple[list[Item], st
         where, name = f"{paths[0]}:{number + 1}", f"{number:05d}"
         files = ((f"{name}/metadata.jsonl", line.encode() + b"\n"),)
         items.append(Item(id=name, prompt=field(parse(line, where), "prompt", where), files=files))
-    return items, "geneval"
+    return geneval_protocol(items, paths)
+
+
+def geneval_protocol(items: list[Item], paths: Sequence[str]) -> tuple[list[Item], str]:
+    """Return the items with the prompts of their protocol, and the protocol's name.
+
+    A second file contains rewritten prompts in the format of BAGEL's
+    evaluation_metadata_long.jsonl: the official lines with another "prompt". Images are sampled
+    from these prompts. The grader still receives the official lines of the first file.
+
+    Raises:
+        InputError: if the first file is not the official one, or the second does not match it.
+    """
+    official = all(item.prompt.startswith("a photo of ") for item in items)
+    if len(paths) == 1:
+        return items, "geneval" if official else "geneval, other prompts"
+    if not official:
+        raise InputError(
+            f"--prompts {paths[0]}: the prompts are not GenEval's (a photo of ...). "
+            "Give the official evaluation_metadata.jsonl first, then the rewritten prompts."
+        )
+    lines, rewritten = text_of(paths[1]).removesuffix("\n").split("\n"), []
+    if len(lines) != len(items):
+        raise InputError(
+            f"--prompts {paths[1]}: expected {len(items)} lines, one for each official prompt, "
+            f"got {len(lines)}"
+        )
+    for number, (item, line) in enumerate(zip(items, lines, strict=True)):
+        where = f"{paths[1]}:{number + 1}"
+        entry, expected = parse(line, where), json.loads(item.files[0][1])
+        prompt = field(entry, "prompt", where)
+        for key, value in entry.items():
+            if key != "prompt" and value != expected.get(key):
+                raise InputError(
+                    f"--prompts {where}: {key!r} differs from the official line. The lines must "
+                    "be in the official order and differ from it only in their prompt."
+                )
+        rewritten.append(replace(item, prompt=prompt))
+    return rewritten, "geneval, rewritten prompts"
 
 
 def read_dpg(paths: Sequence[str], root: str | None) -> tuple[list[Item], str]:
@@ -130,10 +173,73 @@ def read_imgedit(paths: Sequence[str], root: str | None) -> tuple[list[Item], st
     return items, "imgedit"
 
 
+# In the order of GEdit-Bench's scripts.
+GEDIT_TASKS = (
+    "background_change",
+    "color_alter",
+    "material_alter",
+    "motion_change",
+    "ps_human",
+    "style_change",
+    "subject-add",
+    "subject-remove",
+    "subject-replace",
+    "text_change",
+    "tone_transfer",
+)
+
+
+def read_gedit(paths: Sequence[str], root: str | None) -> tuple[list[Item], str]:
+    """Read one language of GEdit-Bench: JSON lines and the PNGs that they name.
+
+    engine/README.md shows how to export them. A line has the dataset's task_type, key, instruction
+    and instruction_language. Its `image` is the path of the input_image, relative to the file. The
+    grader expects a copy of that image in the folder.
+    """
+    items, languages = [], set()
+    for number, line in enumerate(text_of(paths[0]).removesuffix("\n").split("\n")):
+        where = f"{paths[0]}:{number + 1}"
+        entry = parse(line, where)
+        task, language, key = (
+            field(entry, name, where) for name in ("task_type", "instruction_language", "key")
+        )
+        languages.add(language)
+        if task not in GEDIT_TASKS or language not in ("en", "cn"):
+            raise InputError(
+                f"--prompts {where}: expected a task_type of GEdit-Bench and the language en or "
+                f"cn, got {task!r} and {language!r}"
+            )
+        image = Path(paths[0]).parent / field(entry, "image", where)
+        try:
+            with Image.open(image) as picture:
+                found = f"{picture.format} in {picture.mode}"
+        except OSError as error:
+            raise InputError(f"--prompts {where}: {image} cannot be read: {error}") from error
+        if found != "PNG in RGB":
+            # The grader saves it as JPEG. For RGBA this fails and is retried 10,000 times.
+            raise InputError(f"--prompts {where}: {image} must be a PNG in RGB, got {found}")
+        name = f"{task}/{language}/{key}"
+        items.append(
+            Item(
+                id=name,
+                prompt=field(entry, "instruction", where),
+                image=image,
+                files=((f"fullset/{name}_SRCIMG.png", image),),
+            )
+        )
+    if len(languages) > 1:
+        raise InputError(
+            f"--prompts {paths[0]} contains two languages. "
+            "Give one file and one folder for each language."
+        )
+    return items, f"gedit {languages.pop()}"
+
+
 LAYOUTS = {
     "geneval": Layout(
         num_prompts=553,
         num_images=4,
+        max_files=2,
         read=read_geneval,
         grader_outputs=("*/grid.png",),
         pictures=lambda item, num: {f"{item.id}/samples/{k:04d}.png": (k,) for k in range(num)},
@@ -141,6 +247,14 @@ LAYOUTS = {
     "dpg": Layout(num_prompts=1065, num_images=4, read=read_dpg),
     "wise": Layout(num_prompts=1000, max_files=3, read=read_wise, grader_outputs=("Results*",)),
     "imgedit": Layout(num_prompts=737, read=read_imgedit, grader_outputs=("result.json",)),
+    # One language.
+    "gedit": Layout(
+        num_prompts=606,
+        read=read_gedit,
+        grader_outputs=("gpt4o*", "qwen25vl*"),
+        pictures=lambda item, num: {f"fullset/{item.id}.png": tuple(range(num))},
+        id_pattern=r"[a-z_-]+/(en|cn)/[A-Za-z0-9_-]+",
+    ),
 }
 
 WISE_NOTES = """
@@ -158,7 +272,9 @@ in a checkout of github.com/djghosh13/geneval, on a GPU:
     --model-path <OBJECT_DETECTOR_FOLDER>
   python evaluation/summary_scores.py {results}.jsonl
 It scores the files that it finds: a missing folder or picture is left out silently, and every
-samples/<digits>.png counts.""",
+samples/<digits>.png counts.
+Protocol: GenEval with {variant}. Report it with the score: rewritten and official prompts are not
+comparable.""",
     "dpg": """\
 in a checkout of github.com/TencentQQGYLab/ELLA (8 GPUs; on one, --num_processes 1 and no
 --multi_gpu):
@@ -201,11 +317,33 @@ basic_bench.py:
     --typescore_json typescore.json
 The flag of basic_bench.py is --edit_json. It rejects the --basic_edit of its readme, which step 2
 accepts. A missing picture becomes an error entry in result.json, at which step 1 stops.""",
+    "gedit": """\
+in GEdit-Bench of a checkout of github.com/stepfun-ai/Step1X-Edit, with the key in secret_t2.env:
+  sed -i 's|("stepfun-ai/GEdit-Bench")|("stepfun-ai/GEdit-Bench")["train"]|' test_gedit_score.py
+  sed -i 's|"en", "zh"|"en", "cn"|' calculate_statistics.py
+  python test_gedit_score.py --save_path {parent} --model_name {folder} --backbone gpt4o
+  python calculate_statistics.py --save_path {parent} --model_name {folder} --backbone gpt4o \\
+    --language {language}
+Without the first sed the script iterates over the names of the splits and fails. Without the second
+it finds no language for rows in cn. A missing picture is skipped with one line of output. Each
+picture is stretched to the size of its source image before grading. Existing results are kept:
+remove {out}/gpt4o after generating again. GPT-4.1 varies by about 0.1 between runs and has changed
+over the months (issue 74 of Step1X-Edit): report the grading model and the date.""",
+}
+
+# Benchmark and protocol -> what `iomm evaluate BENCHMARK --graded` reads after these commands.
+RESULT_FILES = {
+    "geneval": "{results}.jsonl",
+    "dpg": "{results}.txt",
+    "wise verified": "{out}/Results-qwen35/*_scores_results.jsonl",
+    "wise legacy": "{results}/*.jsonl",
+    "imgedit": "average_score.json --prompts {prompts}",
+    "gedit": "{out}/gpt4o/eval_results_new/{folder}_combined_gpt_score.csv",
 }
 
 
 def next_step(name: str, out: Path, side: int, paths: Sequence[str], root: str | None) -> str:
-    """Return the next command to type, with notes on the grader.
+    """Return the next commands to type, with notes on the grader.
 
     Args:
         name: name of the benchmark, as read_items returns it.
@@ -214,19 +352,34 @@ def next_step(name: str, out: Path, side: int, paths: Sequence[str], root: str |
         paths: prompt files.
         root: folder of the pictures to edit, if known.
     """
-    name, rewritten, _ = name.partition(", rewritten")
+    name, _, variant = name.partition(", ")
+    language = ""
+    if name.startswith("gedit"):
+        # The commands for both languages are the same.
+        name, _, language = name.partition(" ")
     prompts, root = (
         quote(str(Path(path).resolve())) if path else "<origin_img_root>"
         for path in (paths[0], root)
     )
-    return "Next: " + NEXT[name].format(
+    fields = dict(
         out=quote(str(out)),
+        parent=quote(str(Path(out).parent)),
+        folder=quote(Path(out).name),
         results=quote(f"{out}-results"),
         side=side,
         prompts=prompts,
         root=root,
-        rewrite="_rewrite" if rewritten else "",
+        rewrite="_rewrite" if variant else "",
+        variant=variant or "its official prompts",
+        language=language,
     )
+    text = "Next: " + NEXT[name].format(**fields)
+    if name in RESULT_FILES:
+        text += (
+            "\nTo compare the scores with the paper's:\n"
+            f"  iomm evaluate {name.split()[0]} --graded {RESULT_FILES[name].format(**fields)}"
+        )
+    return text
 
 
 def read_items(layout: Layout, paths: Sequence[str], root: str | None) -> tuple[list[Item], str]:
@@ -243,8 +396,7 @@ def read_items(layout: Layout, paths: Sequence[str], root: str | None) -> tuple[
     if not items:
         raise InputError(f"--prompts {paths[0]} contains no prompts")
     for item in items:
-        # The id becomes a file name, which DPG-Bench cuts at the first dot.
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", item.id):
+        if not re.fullmatch(layout.id_pattern, item.id):
             raise InputError(
                 f"--prompts {paths[0]}: the id {item.id!r} cannot be a file name, "
                 "use only letters, digits, _ and -"

@@ -111,10 +111,8 @@ def check_image(
             image.load()
             num_fill_rows = 0 if kind == "PNG" else _num_fill_rows(image)
             if num_fill_rows > MAX_FILL_SHARE * height:
-                raise Rejected(
-                    "half_grey",
-                    f"the lowest {num_fill_rows} of {height} rows are the decoder's grey",
-                )
+                lost = f"the lowest {num_fill_rows} of {height} rows are the decoder's grey"
+                raise Rejected("half_grey", lost)
             # PNG may store its orientation after the pixels, so it is known only after loading.
             if _is_turned(image):
                 width, height = height, width

@@ -77,7 +77,7 @@ def encoded_again(jpeg, size=None, kind="JPEG", **options):
 def with_lower_part(photo, level, share=0.5, noise=0):
     """Return a copy of a photograph whose lower `share` has this level, with or without noise."""
     pixels = np.asarray(photo).copy()
-    lower = pixels[int(len(pixels) * (1 - share)) :]
+    lower = pixels[len(pixels) - round(len(pixels) * share) :]
     random = np.random.default_rng(4)
     lower[...] = level + random.integers(-noise, noise, lower.shape, endpoint=True)
     return Image.fromarray(pixels)

@@ -57,13 +57,48 @@ def exif_of(orientation):
     return exif
 
 
+def cut_with_end(jpeg, share):
+    """Return a JPEG that lacks the end of its data but has an end marker.
+
+    Decoders accept it and write grey where the data are missing. `share` is of the data of the
+    first scan onwards.
+    """
+    start = jpeg.index(b"\xff\xda") + 14
+    return jpeg[: start + int((len(jpeg) - start - 2) * share)].rstrip(b"\xff") + b"\xff\xd9"
+
+
+def encoded_again(jpeg, size=None, kind="JPEG", **options):
+    """Return an image decoded, resized and encoded again, as tools for datasets do."""
+    with Image.open(io.BytesIO(jpeg)) as image:
+        image.load()
+    return encode(image.resize(size or image.size, Image.BICUBIC), kind, **options)
+
+
+def with_lower_part(photo, level, share=0.5, noise=0):
+    """Return a copy of a photograph whose lower `share` has this level, with or without noise."""
+    pixels = np.asarray(photo).copy()
+    lower = pixels[len(pixels) - round(len(pixels) * share) :]
+    random = np.random.default_rng(4)
+    lower[...] = level + random.integers(-noise, noise, lower.shape, endpoint=True)
+    return Image.fromarray(pixels)
+
+
+def within(photo, size, colour):
+    """Return a photograph in the middle of a canvas of one colour."""
+    canvas = Image.new("RGB", size, colour)
+    canvas.paste(
+        photo, tuple((side - own) // 2 for side, own in zip(size, photo.size, strict=True))
+    )
+    return canvas
+
+
 def animated(kind):
     frames = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
     return encode(frames[0], kind, save_all=True, append_images=frames[1:])
 
 
 def images():
-    """Return {name: (bytes, expected)}, 72 cases.
+    """Return {name: (bytes, expected)}, 91 cases.
 
     `expected` is a reason for rejection, or the set of remarks on a good image. undetectable() has
     three more cases, with damage after the header that only a checksum detects.
@@ -82,6 +117,8 @@ def images():
     palette = photo.quantize(16)
     text = png_chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(8 << 20), 9))
     large = encode(Image.new("L", (9000, 9000)), quality=30)
+    half = cut_with_end(jpeg, 0.5)
+    grey = 128, 128, 128
     return {
         # 1: almost empty
         "empty": (b"", "truncated"),
@@ -98,6 +135,31 @@ def images():
         "no_last_byte": (jpeg[:-1], "truncated"),
         "no_eoi": (jpeg[:-2], "truncated"),
         "progressive_half": (progressive[: len(progressive) // 2], "truncated"),
+        # 3: truncated, but with an end marker, or decoded in spite of it and encoded again
+        "half_grey": (half, "half_grey"),
+        "half_grey_444": (cut_with_end(encode(photo, subsampling=0), 0.5), "half_grey"),
+        "half_grey_l": (cut_with_end(encode(photo.convert("L")), 0.5), "half_grey"),
+        "half_grey_turned": (
+            cut_with_end(encode(photo, exif=exif_of(6)), 0.5),
+            "half_grey",
+        ),
+        # Grey remains only where the first scan of a progressive JPEG is cut, which is its DC scan.
+        "half_grey_progressive": (cut_with_end(progressive, 0.05), "half_grey"),
+        "half_grey_again": (encoded_again(half, quality=60), "half_grey"),
+        "half_grey_resized": (encoded_again(half, (151, 140)), "half_grey"),
+        "half_grey_webp": (encoded_again(half, kind="WEBP", lossless=True), "half_grey"),
+        "mostly_grey": (cut_with_end(jpeg, 0.02), "half_grey"),
+        "last_rows_grey": (cut_with_end(jpeg, 0.95), {"grey_rows"}),
+        # Pictures that only look like these.
+        "grey_wall": (encode(with_lower_part(photo, 128, noise=3)), set()),
+        "even_wall": (encode(with_lower_part(photo, 127)), set()),
+        "grey_around": (encode(within(photo, (260, 300), grey)), set()),
+        "grey_above_and_below": (encode(within(photo, (200, 300), grey)), set()),
+        "white_margins": (encode(within(photo, (260, 300), "white")), set()),
+        "white_below": (encode(with_lower_part(photo, 255)), set()),
+        "night_below": (encode(with_lower_part(photo, 0)), set()),
+        "letterbox": (encode(within(photo, (200, 260), "black")), set()),
+        "constant_grey": (encode(Image.new("RGB", (64, 48), grey)), {"constant"}),
         # 4: damaged or foreign headers
         "marker_bit": (with_bytes(jpeg, frame + 1, b"\xd0"), "bad_header"),
         "no_dqt": (without_segment(jpeg, b"\xff\xdb"), "bad_header"),

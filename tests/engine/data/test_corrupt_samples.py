@@ -14,6 +14,7 @@ import corrupt_samples
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from iomm.config import InputError
 from iomm.engine.data.archive import Tar
@@ -63,9 +64,9 @@ def images():
     return corrupt_samples.images()
 
 
-def test_75_images_are_classified_and_batches_are_full(images, tmp_path):
+def test_94_images_are_classified_and_batches_are_full(images, tmp_path):
     _, undetectable = corrupt_samples.undetectable()
-    assert len(images) + len(undetectable) == 75
+    assert len(images) + len(undetectable) == 94
     members = [(f"{name}.jpg", data) for name, (data, _) in images.items()]
     folder = build(
         write(tmp_path / "corrupt.tar", corrupt_samples.tar_of(members)),
@@ -109,6 +110,45 @@ def test_75_images_are_classified_and_batches_are_full(images, tmp_path):
                     and not batch.failures
                     and torch.isfinite(batch.pixels_BCHW).all()
                 )
+
+
+def test_grey_rows_are_noted_up_to_an_eighth_and_rejected_above():
+    """Rows count only at the bottom, and not in a PNG, a palette or an image that is grey on top.
+
+    The encoding is lossless, so the number of grey rows is exact.
+    """
+
+    def verdict(image, kind="WEBP"):
+        options = {"lossless": True} if kind == "WEBP" else {}
+        try:
+            return check_image(
+                corrupt_samples.encode(image, kind, **options), min_size_px=32, max_aspect=10
+            ).notes
+        except Rejected as error:
+            return error.reason, str(error)
+
+    photo = corrupt_samples.smooth_image(90, 160)
+
+    def lower_rows(num, level=128):
+        return corrupt_samples.with_lower_part(photo, level, share=num / 160)
+
+    assert verdict(lower_rows(0)) == ()
+    assert verdict(lower_rows(1)) == verdict(lower_rows(20)) == ("grey_rows",)
+    for num in (21, 64, 65, 128, 159):
+        assert verdict(lower_rows(num)) == (
+            "half_grey",
+            f"the lowest {num} of 160 rows are the decoder's grey",
+        )
+    assert verdict(lower_rows(160)) == ("constant",)
+    assert verdict(lower_rows(80), "PNG") == ()
+    assert verdict(lower_rows(80, level=129)) == ()
+    # One pixel of the lowest row, not in a corner, or the top row decides.
+    pixel, top = lower_rows(80), lower_rows(80)
+    pixel.putpixel((45, 159), (128, 128, 129))
+    top.paste((128, 128, 128), (0, 0, 90, 1))
+    assert verdict(pixel) == verdict(top) == ()
+    upside_down = lower_rows(80).transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+    assert verdict(upside_down) == ()
 
 
 def test_each_image_is_checked_fast_and_within_memory(images):

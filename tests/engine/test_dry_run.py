@@ -31,20 +31,20 @@ from iomm.flops import flops_by_part
 # method's table for B), millions of samples)}
 PAPER = {
     "iomm-b-512": ((1.55e9, 1.65e9), (7.9, 8.2), 110),
-    "iomm-l-512": ((2.65e9, 2.80e9), (10.5, 11.5), 110),
+    "iomm-l-512": ((2.65e9, 2.80e9), (10.5, 11.5), 55),
     "iomm-xl-512": ((5.7e9, 6.3e9), (48.0, 52.0), 110),
-    # 10 epochs over 210 k pairs, and the same number of images.
-    "iomm-b-512-finetune": ((1.55e9, 1.65e9), (7.6, 7.9), 4.2),
-    "iomm-l-512-finetune": ((2.65e9, 2.80e9), (10.2, 11.1), 4.2),
-    "iomm-xl-512-finetune": ((5.7e9, 6.3e9), (47.5, 51.0), 4.2),
-    "iomm-b-1024-finetune": ((1.55e9, 1.65e9), (26.0, 29.0), 4.2),
-    "iomm-l-1024-finetune": ((2.65e9, 2.80e9), (36.0, 41.0), 4.2),
+    # 10 epochs of 210 k samples, half of them pairs.
+    "iomm-b-512-finetune": ((1.55e9, 1.65e9), (7.6, 7.9), 2.1),
+    "iomm-l-512-finetune": ((2.65e9, 2.80e9), (10.2, 11.1), 2.1),
+    "iomm-xl-512-finetune": ((5.7e9, 6.3e9), (47.5, 51.0), 2.1),
+    "iomm-b-1024-finetune": ((1.55e9, 1.65e9), (26.0, 29.0), 2.1),
+    "iomm-l-1024-finetune": ((2.65e9, 2.80e9), (36.0, 41.0), 2.1),
 }
 NO_PATHS = ("data.shards=shapes", "data.pairs=shapes", "run.init=null")
 STAGE_1 = {
     "iomm-b": (1024, 0.85, "adamw", 0.999),
-    "iomm-l": (512, 0.85, "adamw", 0),
-    "iomm-xl": (4096, 0.45, "muon", 0),
+    "iomm-l": (512, 0.85, "adamw", 0.999),
+    "iomm-xl": (4096, 0.45, "muon", 0.999),
 }
 
 

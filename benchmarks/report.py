@@ -91,6 +91,7 @@ def demo(result: dict) -> Rows:
     """Yield a row per stage, and the share of correct samples per kind of condition."""
     one, two = result["pretrain"], result["finetune"]
     given = "".join(f" {setting}" for setting in result.get("settings", ()))
+    given = f" ({given.strip()})" if given else ""
     for name, found in (
         (f"default run{given}, stage 1", one),
         (f"default run{given}, stage 2", two),
@@ -104,7 +105,7 @@ def demo(result: dict) -> Rows:
         )
     for way, shown in (("image", "masked images"), ("text", "captions")):
         yield (
-            f"correct samples from {shown}, after stage 1 and after stage 2",
+            f"correct samples from {shown}{given}, after stage 1 and after stage 2",
             "; ".join(
                 f"{words} {one[key][way]:.0%} and {two[key][way]:.0%}"
                 for key, words in (

@@ -22,11 +22,19 @@ from iomm.alignment import PREFIX, AlignmentHead
 from iomm.config import InputError
 from iomm.engine.config import FROM_INIT, load_config, positive
 from iomm.engine.data.buckets import BucketSampler, bucket_sizes, share_buckets
-from iomm.engine.data.index import ensure_index, load, records_crc32, warnings_on
+from iomm.engine.data.index import (
+    ensure_index,
+    find_index,
+    is_index,
+    load,
+    records_crc32,
+    warnings_on,
+)
 from iomm.engine.data.latents import EncodedSamples, LatentStore, write_cache
 from iomm.engine.data.mixture import Joined, MixtureSampler, num_images_per_batch
 from iomm.engine.data.samplers import EpochPermutation, FixedSizeSampler, held_out
 from iomm.engine.data.shards import Shards
+from iomm.engine.data.sizes import Upscaled, upscaled_squares
 from iomm.engine.data.source import ImageSource
 from iomm.engine.data.validate import Rules
 from iomm.engine.resilience import checkpoint_reader
@@ -38,7 +46,7 @@ from iomm.generator import empty_generator
 from iomm.internvl import load_mllm
 from iomm.layout import from_diffusers_config
 from iomm.model import IOMM, Recipe
-from iomm.vae import load_vae
+from iomm.vae import load_vae, vae_without_weights
 from iomm.weights import initialize_generator, load_module, read_json
 
 if TYPE_CHECKING:
@@ -71,32 +79,139 @@ def prepare_data(config: RunConfig, progress: bool = True, pairs: bool = False) 
         InputError: no shard, no image, or a shard that has changed since it was indexed.
     """
     data, cache = config.data, cache_dir(config)
-    shards = data.pairs if pairs else data.shards
+    shards = data_shards(config, pairs)
     if not shards:
         raise InputError(
             "data.pairs is empty, but train.data needs text-image pairs: give tars, globs or "
             "folders"
         )
-    if shards == "shapes":
-        number, seed = (
-            (data.num_pairs, config.run.seed + 1000)
-            if pairs
-            else (data.num_images, config.run.seed)
-        )
-        folder = cache / f"shapes-{number}-seed{seed}"
-        write_dataset(folder, num_images=number, seed=seed)
-        shards = str(folder)
-    rules = Rules(
+    if (data.pairs if pairs else data.shards) == "shapes":
+        number, seed = shapes_number_and_seed(config, pairs)
+        write_dataset(Path(shards), num_images=number, seed=seed)
+    index_dir = ensure_index(
+        shards, cache / "index", rules=data_rules(config, pairs), progress=progress
+    )
+    if progress:
+        for sentence in warnings_on(load(index_dir)):
+            log.warning(sentence)
+    return str(index_dir)
+
+
+def shapes_number_and_seed(config: RunConfig, pairs: bool) -> tuple[int, int]:
+    """Return the number of pictures and the seed of the rendered images, or pairs."""
+    data, seed = config.data, config.run.seed
+    return (data.num_pairs, seed + 1000) if pairs else (data.num_images, seed)
+
+
+def data_shards(config: RunConfig, pairs: bool) -> str | None:
+    """Return data.shards or data.pairs, where "shapes" is the folder of the rendered dataset."""
+    shards = config.data.pairs if pairs else config.data.shards
+    if shards != "shapes":
+        return shards
+    number, seed = shapes_number_and_seed(config, pairs)
+    return str(cache_dir(config) / f"shapes-{number}-seed{seed}")
+
+
+def data_rules(config: RunConfig, pairs: bool) -> Rules:
+    """Return the rules for good samples of data.shards or data.pairs."""
+    data = config.data
+    return Rules(
         min_size_px=data.min_size_px,
         max_aspect=data.max_aspect,
         max_pixels=data.max_pixels,
         captions="required" if pairs else "optional",
     )
-    index_dir = ensure_index(shards, cache / "index", rules=rules, progress=progress)
-    if progress:
-        for sentence in warnings_on(load(index_dir)):
-            log.warning(sentence)
-    return str(index_dir)
+
+
+def find_data(config: RunConfig, pairs: bool = False) -> str | None:
+    """Return the index folder that prepare_data would return, or None if it is not built yet.
+
+    Nothing is rendered or indexed.
+
+    Raises:
+        InputError: no shard, or an index given as data.shards or data.pairs is out of date.
+    """
+    shards = data_shards(config, pairs)
+    rendered = (config.data.pairs if pairs else config.data.shards) == "shapes"
+    if not shards or (rendered and not Path(shards).is_dir()):
+        return None
+    folder = find_index(shards, cache_dir(config) / "index", data_rules(config, pairs))
+    return None if folder is None else str(folder)
+
+
+def count_upscaled(
+    config: RunConfig, index_dir: str | None, pairs_dir: str | None
+) -> dict[str, Upscaled]:
+    """Return how many images of each index are upscaled, by "images" and "pairs' images"."""
+    size_px = config.data.size_px
+    shards = {
+        noun: Shards(folder)
+        for noun, folder in (("images", index_dir), ("pairs' images", pairs_dir))
+        if folder is not None
+    }
+    if not config.data.buckets:
+        return {
+            noun: upscaled_squares(of_kind.index.records, size_px)
+            for noun, of_kind in shards.items()
+        }
+    # The buckets depend on the sizes that the VAE allows and on the number of samples in each.
+    vae = vae_without_weights(vae_name(config), config.model.patch)
+    order = make_order(config, shards.get("images"), shards.get("pairs' images"), vae)
+    samplers = {"images": order}
+    if isinstance(order, MixtureSampler):
+        samplers = {"images": order.images, "pairs' images": order.pairs}
+    return {
+        noun: sampler.upscaled(size_px) for noun, sampler in samplers.items() if sampler is not None
+    }
+
+
+def check_upscaling(
+    config: RunConfig, index_dir: str | None, pairs_dir: str | None = None
+) -> list[str]:
+    """Count the images that are smaller than the run's crops, and return sentences on them.
+
+    There is one with the share for the images, and one for the pairs, where there are any. The last
+    one says what to do, unless data.upscale is allow.
+
+    Raises:
+        InputError: data.upscale is refuse, and there are some.
+    """
+    data = config.data
+    counts = count_upscaled(config, index_dir, pairs_dir)
+    found = {noun: upscaled for noun, upscaled in counts.items() if upscaled.num}
+    sentences = [upscaled.sentence(noun) for noun, upscaled in found.items()]
+    if not sentences or data.upscale == "allow":
+        return sentences
+    accept = "warn" if data.upscale == "refuse" else "allow"
+    advice = f"a smaller data.size_px, or data.upscale={accept} to accept them"
+    # If all were too small, none would be left.
+    if all(upscaled.num < upscaled.total for upscaled in found.values()):
+        least_px = max(upscaled.enough_px for upscaled in found.values())
+        # An index that is given keeps the rules that it was built with.
+        given = (index_dir and is_index(data.shards)) or (pairs_dir and is_index(data.pairs))
+        least = (
+            f"--min-size={least_px} of `iomm index`" if given else f"data.min_size_px={least_px}"
+        )
+        advice = f"{least} to leave them out, {advice}"
+    sentences.append(f"Set {advice}")
+    if data.upscale == "refuse":
+        raise InputError(f"data.upscale is refuse, but {'. '.join(sentences)}")
+    return sentences
+
+
+def report_upscaling(
+    config: RunConfig, index_dir: str | None, pairs_dir: str | None = None
+) -> None:
+    """Log what check_upscaling returns, as a warning unless data.upscale is allow.
+
+    Raises:
+        InputError: see check_upscaling.
+    """
+    sentences = check_upscaling(config, index_dir, pairs_dir)
+    if sentences and config.data.upscale == "allow":
+        log.info(". ".join(sentences))
+    elif sentences:
+        log.warning(f"warning: {'. '.join(sentences)}")
 
 
 def open_source(
@@ -257,7 +372,12 @@ def write_latents(
     """
     rank, num_ranks, device = share(rank, num_ranks)
     positive("--batch", batch)
-    shards = Shards(prepare_data(config, progress=rank == 0))
+    index_dir = prepare_data(config, progress=rank == 0)
+    if rank == 0:
+        report_upscaling(config, index_dir)
+    else:
+        check_upscaling(config, index_dir)
+    shards = Shards(index_dir)
     # Loaded as in training, so the latents are the ones that training would compute.
     vae = new_vae(config, device)
     with tqdm(

@@ -131,6 +131,9 @@ class DataSection:
     latents: str | None = None
     # Side of the square crops. With data.buckets their area is size_px squared.
     size_px: int = 512
+    # allow | warn | refuse: whether the run may upscale images that are smaller than its crops. The
+    # share is logged when it starts. refuse: it does not start.
+    upscale: str = "warn"
     # center | random: position of the crop in the image.
     crop: str = "center"
     # Crop close to the image's own aspect ratio, at the same area, instead of to a square.
@@ -164,6 +167,7 @@ class DataSection:
 
     def __post_init__(self) -> None:
         positive("data.size_px", self.size_px, 16)
+        choice("data.upscale", self.upscale, ("allow", "warn", "refuse"))
         choice("data.crop", self.crop, ("center", "random"))
         choice("data.precision", self.precision, ("fp32", "bf16"))
         choice("data.resize", self.resize, ("dali", "torch"))
@@ -568,6 +572,7 @@ FREE_KEYS = (
     "train.compile",
     "train.recompute",
     "train.timeout_s",
+    "data.upscale",
     "data.threads",
     "data.hw_decoder_load",
     "data.max_bad_fraction",

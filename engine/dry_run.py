@@ -16,7 +16,9 @@ from iomm.alignment import AlignmentHead, alignment_loss
 from iomm.config import InputError
 from iomm.engine.builders import (
     assemble,
+    check_upscaling,
     diffusers_folder,
+    find_data,
     mllm_name,
     vae_name,
     without_head,
@@ -66,6 +68,8 @@ class Plan:
     memory: dict[str, float]
     # FLOPs per sample, forward and backward (if there is one), mean over images and pairs.
     flops: dict[str, float]
+    # Sentences on images that are smaller than the crops.
+    upscaling: list[str]
 
     def gpu_hours(self, flops_per_s: float) -> float:
         """Return the GPU-hours of the whole run at this many FLOP/s per GPU."""
@@ -87,7 +91,8 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
     """Count a run on a number of GPUs.
 
     Raises:
-        InputError: the batch cannot be divided over the ranks, or data or weights are missing.
+        InputError: the batch cannot be divided over the ranks, data or weights are missing, or
+            images are smaller than data.upscale=refuse allows.
     """
     batch = config.train.global_batch
     micro_batch = config.train.micro_batch or max(1, batch // ranks)
@@ -99,6 +104,7 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
     config.zero.check_ranks(ranks)
     model = build_without_weights(config)
     check_paths(config, model)
+    upscaling = upscaled_images(config)
     parts = {
         "generator": model.generator,
         "adapter": model.adapter,
@@ -115,7 +121,25 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
         flops=work(model, config),
         memory=memory(model, config, ranks, micro_batch),
         parameters={name: size(part) for name, part in parts.items() if part is not None},
+        upscaling=upscaling,
     )
+
+
+def upscaled_images(config: RunConfig) -> list[str]:
+    """Return what check_upscaling finds in the indexes that are built already.
+
+    Buckets of a mixture depend on both indexes, so nothing is counted while one is missing.
+
+    Raises:
+        InputError: see check_upscaling.
+    """
+    images = find_data(config) if config.train.data != "pair" else None
+    pairs = find_data(config, pairs=True) if config.train.data != "image" else None
+    if images is None and pairs is None:
+        return []
+    if config.data.buckets and config.train.data == "mix" and None in (images, pairs):
+        return []
+    return check_upscaling(config, images, pairs)
 
 
 def check_paths(config: RunConfig, model: IOMM) -> None:
@@ -453,5 +477,6 @@ def describe(plan: Plan, config: RunConfig) -> str:
             f"the bf16 matmul rate of an H200 ({MATMUL_FLOPS / 1e12:.0f} TFLOP/s), "
             f"{plan.gpu_hours(MATMUL_FLOPS * UTILISATION):,.0f} expected at {UTILISATION:.0%} of "
             "it",
+            *(["", ". ".join(plan.upscaling)] if plan.upscaling else []),
         ]
     )

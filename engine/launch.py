@@ -297,6 +297,7 @@ def build(
         pairs_dir = ranks.on_first(lambda: builders.prepare_data(config, pairs=True))
     for sentence in builders.foreign_data(config):
         log.warning(sentence)
+    ranks.on_first(lambda: builders.report_upscaling(config, index_dir, pairs_dir))
     model = builders.build_model(config, ranks.device)
     mllm, vae = model.frozen
     source = builders.open_source(

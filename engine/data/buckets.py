@@ -11,6 +11,7 @@ import numpy as np
 from iomm.config import InputError
 from iomm.engine.data.index import Index
 from iomm.engine.data.samplers import EpochPermutation, mix, permute
+from iomm.engine.data.sizes import Upscaled, chunks
 
 # Of a bucket. Images with a larger aspect ratio are cropped to it.
 MAX_ASPECT = 4.0
@@ -136,6 +137,33 @@ class BucketSampler:
     def is_pair(self, n: np.ndarray) -> np.ndarray:
         return np.zeros(len(n), dtype=bool)
 
+    def upscaled(self, size_px: int) -> Upscaled:
+        """Count the images of the index, held-out ones too, of which a side is below the bucket's.
+
+        They are upscaled to cover it. size_px is the one that bucket_sizes was given.
+        """
+        heights, widths = np.array(self._all_sizes).T
+        nums, totals = np.zeros((2, len(heights)), dtype=np.int64)
+        largest_px = 0
+        for records in chunks(self.records):
+            width, height = records["width"], records["height"]
+            buckets = self._buckets_of(records)
+            small = (height < heights[buckets]) | (width < widths[buckets])
+            totals += np.bincount(buckets, minlength=len(heights))
+            nums += np.bincount(buckets[small], minlength=len(heights))
+            edges = np.minimum(width, height)[small]
+            largest_px = max(largest_px, int(edges.max(initial=0)))
+        return Upscaled(
+            num=int(nums.sum()),
+            total=len(self.records),
+            size_px=size_px,
+            enough_px=largest_px + 1,
+            buckets={
+                self._all_sizes[bucket]: (int(nums[bucket]), int(totals[bucket]))
+                for bucket in np.flatnonzero(totals)
+            },
+        )
+
     def _batch(self, step: int) -> tuple[int, int]:
         """Return (bucket, number of the batch in that bucket's own order) of a step."""
         epoch = step * self.global_batch // self.total
@@ -181,7 +209,10 @@ class BucketSampler:
     def _buckets(self, shard: int) -> np.ndarray:
         """Return the bucket of each sample of a shard."""
         first = self.first_entry[shard]
-        records = self.records[first : first + self.num_samples[shard]]
+        return self._buckets_of(self.records[first : first + self.num_samples[shard]])
+
+    def _buckets_of(self, records: np.ndarray) -> np.ndarray:
+        """Return the bucket of each record."""
         return self._joined[np.searchsorted(self._borders, records["width"] / records["height"])]
 
 

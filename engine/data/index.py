@@ -23,6 +23,7 @@ from tqdm import tqdm
 from iomm.config import InputError
 from iomm.engine.data.atomic import check_replaceable, whole_file, whole_folder
 from iomm.engine.data.patterns import expand
+from iomm.engine.data.sizes import describe_edges
 from iomm.engine.data.validate import DEFAULT_RULES, RECORD, Rules
 from iomm.engine.data.workers import validate_shards
 
@@ -49,7 +50,8 @@ class Index:
     shards: list[dict[str, Any]]
     # Reason -> count.
     rejected: dict[str, int]
-    # Remark on good samples -> count: trailing, icc_bad, alpha, constant, padded, no_caption.
+    # Remark on good samples -> count: trailing, icc_bad, alpha, constant, padded, grey_rows,
+    # no_caption.
     notes: dict[str, int]
     rules: Rules
 
@@ -277,13 +279,31 @@ def ensure_index(
     Raises:
         InputError: see build and load.
     """
-    if isinstance(shards, str | os.PathLike) and (Path(shards) / HEADER).is_file():
+    found = find_index(shards, cache_root, rules)
+    if found is not None:
+        return found
+    folder = default_index_dir(shards, cache_root, rules)
+    return build(shards, folder, rules=rules, progress=progress, workers=workers, keep=True)
+
+
+def find_index(
+    shards: Patterns, cache_root: str | os.PathLike, rules: Rules = DEFAULT_RULES
+) -> Path | None:
+    """Return the folder that ensure_index would return without building, or None.
+
+    Raises:
+        InputError: no shard matches, or an index given as `shards` is out of date.
+    """
+    if is_index(shards):
         load(shards)
         return Path(shards)
     folder = default_index_dir(shards, cache_root, rules)
-    if _is_current(folder, rules):
-        return folder
-    return build(shards, folder, rules=rules, progress=progress, workers=workers, keep=True)
+    return folder if _is_current(folder, rules) else None
+
+
+def is_index(shards: Patterns) -> bool:
+    """Return whether `shards` is the folder of an index."""
+    return isinstance(shards, str | os.PathLike) and (Path(shards) / HEADER).is_file()
 
 
 def default_index_dir(
@@ -303,11 +323,14 @@ def default_index_dir(
 def summary(folder: str | os.PathLike) -> str:
     """Return a summary of an index for the console.
 
-    It has one line on the good samples, tables of the rejected ones by reason and of the remarks on
-    good ones, and a warning if the images look padded.
+    It has a line on the good samples and one on their sizes, tables of the rejected ones by reason
+    and of the remarks on good ones, and a warning if the images look padded.
     """
     index = load(folder)
-    lines = [f"{len(index.records):,} samples in {len(index.shards):,} shards"]
+    lines = [
+        f"{len(index.records):,} samples in {len(index.shards):,} shards",
+        describe_edges(index.records),
+    ]
     lines += [f"  {count:>9,}  {reason}" for reason, count in index.rejected.items()]
     if index.rejected:
         lines.append(f"  listed in {index.folder / REJECTED}")

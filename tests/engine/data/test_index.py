@@ -1,11 +1,13 @@
 """The index: good samples, rejected samples and their reasons, damaged tars, later changes."""
 
+import hashlib
 import io
 import json
 import os
 import tarfile
 import zlib
 from collections import Counter
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -13,10 +15,18 @@ from PIL import Image
 
 from iomm.config import InputError
 from iomm.engine.data.archive import Tar, TarError
-from iomm.engine.data.index import build, default_index_dir, ensure_index, load, summary
+from iomm.engine.data.index import (
+    FORMAT,
+    build,
+    default_index_dir,
+    ensure_index,
+    find_index,
+    load,
+    summary,
+)
 from iomm.engine.data.patterns import expand
 from iomm.engine.data.shards import Shards
-from iomm.engine.data.validate import RECORD
+from iomm.engine.data.validate import DEFAULT_RULES, RECORD, Rules
 
 
 def encode(size=(48, 40), kind="JPEG", seed=0, mode="RGB", **options):
@@ -86,7 +96,12 @@ def test_images_and_captions_read_back(tmp_path):
     assert (
         tmp_path / "index" / "index.bin"
     ).stat().st_size == 5 * RECORD.itemsize and RECORD.itemsize <= 40
-    assert summary(tmp_path / "index") == "5 samples in 2 shards\n          2  good, but no_caption"
+    assert summary(tmp_path / "index").splitlines() == [
+        "5 samples in 2 shards",
+        "shorter edges: 40 (min), 40 (1 %), 40 (5 %), 40 (25 %), 40 (50 %), 40 (75 %), 50 (95 %), "
+        "50 (max) px",
+        "          2  good, but no_caption",
+    ]
 
 
 def cut(data, share):
@@ -433,6 +448,47 @@ def test_ensure_index_rebuilds_only_after_a_change(tmp_path):
     write_tar(path, [("a.jpg", JPEG), ("b.jpg", JPEG)])
     assert len(Shards(ensure_index(path, tmp_path / "cache", progress=False))) == 2
     assert os.listdir(tmp_path / "cache") == [folder.name]
+
+
+def test_index_of_earlier_versions_is_used(tmp_path):
+    """The rules and the format name the folder of an index, so a new rule would rebuild them all.
+
+    Remarks of later versions, here grey_rows, are missing in an earlier one.
+    """
+    rules = {
+        "min_size_px": 32,
+        "max_aspect": 10.0,
+        "max_pixels": 1 << 26,
+        "captions": "optional",
+        "verify": "full",
+    }
+    assert asdict(DEFAULT_RULES) == rules and FORMAT == {
+        "format": "iomm-index",
+        "version": 2,
+        "record_bytes": 37,
+    }
+    path = write_tar(tmp_path / "a.tar", [("a.jpg", JPEG)])
+    name = "\n".join([str(path), json.dumps(rules, sort_keys=True)])
+    folder = tmp_path / f"cache/index-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+    build(path, folder, progress=False)
+    header = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps(header | {"notes": {"no_caption": 1}}))
+    before = (folder / "index.json").stat()
+    assert find_index(path, tmp_path / "cache") == folder
+    assert ensure_index(path, tmp_path / "cache", progress=False) == folder
+    assert (folder / "index.json").stat() == before
+
+
+def test_find_index_builds_nothing(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [("a.jpg", JPEG)])
+    assert find_index(path, tmp_path / "cache") is None and not (tmp_path / "cache").exists()
+    folder = ensure_index(path, tmp_path / "cache", progress=False)
+    assert find_index(path, tmp_path / "cache") == find_index(folder, tmp_path / "other") == folder
+    assert find_index(path, tmp_path / "cache", Rules(min_size_px=100)) is None
+    write_tar(path, [("a.jpg", JPEG), ("b.jpg", JPEG)])
+    assert find_index(path, tmp_path / "cache") is None
+    with pytest.raises(InputError, match=r"a\.tar has changed since it was indexed"):
+        find_index(folder, tmp_path / "other")
 
 
 def test_wrong_input_raises_input_error(tmp_path):

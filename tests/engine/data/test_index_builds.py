@@ -25,6 +25,7 @@ from iomm.engine.data.buckets import BucketSampler, bucket_sizes
 from iomm.engine.data.index import build, ensure_index, load, summary
 from iomm.engine.data.samplers import EpochPermutation
 from iomm.engine.data.shards import Shards
+from iomm.engine.data.sizes import upscaled_squares
 from iomm.engine.data.source import ImageSource
 from iomm.engine.data.validate import RECORD, Rules
 from iomm.engine.shapes.dataset import write_dataset
@@ -413,4 +414,9 @@ def test_ten_million_samples_fit_400_mb_and_start_in_two_seconds(ten_million):
         f"buckets {time.process_time() - started:.2f} s"
     )
     assert time.process_time() - started < 5
+    started = time.process_time()
+    # All pictures have 48 px.
+    counts = [upscaled_squares(shards.index.records, size_px).num for size_px in (48, 49)]
+    assert [*counts, sampler.upscaled(512).num] == [0, 10_000_000, 10_000_000]
+    print(f"images to upscale, three times: {time.process_time() - started:.2f} s")
     assert EpochPermutation(0, shards.shard_sizes).total == 10_000_000

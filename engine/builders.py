@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from iomm.mllm import MLLM
     from iomm.vae import Latents
 
-log = logging.getLogger("iomm")
+logger = logging.getLogger("iomm")
 
 
 def cache_dir(config: RunConfig) -> Path:
@@ -93,7 +93,7 @@ def prepare_data(config: RunConfig, progress: bool = True, pairs: bool = False) 
     )
     if progress:
         for sentence in warnings_on(load(index_dir)):
-            log.warning(sentence)
+            logger.warning(sentence)
     return str(index_dir)
 
 
@@ -209,9 +209,9 @@ def report_upscaling(
     """
     sentences = check_upscaling(config, index_dir, pairs_dir)
     if sentences and config.data.upscale == "allow":
-        log.info(". ".join(sentences))
+        logger.info(". ".join(sentences))
     elif sentences:
-        log.warning(f"warning: {'. '.join(sentences)}")
+        logger.warning(f"warning: {'. '.join(sentences)}")
 
 
 def open_source(

@@ -69,7 +69,7 @@ M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD = (-4, 0), (-1, 2**31 - 1), (-2, 2**28)
 # Stages and their default configs.
 STAGES = {"pretrain": "demo", "finetune": "demo-finetune"}
 
-log = logging.getLogger("iomm")
+logger = logging.getLogger("iomm")
 
 
 def main(argv: list[str] | None = None, start_peers: bool = False) -> int:
@@ -253,7 +253,7 @@ def run(config: RunConfig, args: argparse.Namespace, ranks: Ranks, watchdog: Wat
     )
     evaluation = Evaluation(config, source, ranks, hook) if config.evaluate.every_steps else None
     if not loop.train(state, source, config, saver, watchdog, metrics, window, evaluation):
-        log.info(f"stopped by a signal; step {state.step} is saved. Continue with --resume auto")
+        logger.info(f"stopped by a signal; step {state.step} is saved. Continue with --resume auto")
         return False
     if ranks.device.type == "cpu":
         # The other ranks of this machine are idle while rank 0 finishes.
@@ -296,7 +296,7 @@ def build(
     if config.train.data != "image":
         pairs_dir = ranks.on_first(lambda: builders.prepare_data(config, pairs=True))
     for sentence in builders.foreign_data(config):
-        log.warning(sentence)
+        logger.warning(sentence)
     ranks.on_first(lambda: builders.report_upscaling(config, index_dir, pairs_dir))
     model = builders.build_model(config, ranks.device)
     mllm, vae = model.frozen
@@ -304,11 +304,11 @@ def build(
         config, ranks, mllm, vae, index_dir=index_dir, pairs_dir=pairs_dir
     )
     if ranks.first:
-        log.info(describe_start(config, ranks, model, source))
+        logger.info(describe_start(config, ranks, model, source))
     if config.run.init is not None and folder is None:
-        log.info(start_from(config, model, ranks))
+        logger.info(start_from(config, model, ranks))
     if config.precision == "fp8":
-        log.warning(
+        logger.warning(
             "warning: precision fp8 has not been compared on a GPU yet, so its loss may differ "
             "from bf16's (python benchmarks/studies/precision.py compares them)"
         )
@@ -347,7 +347,7 @@ def build(
     )
     if folder is not None:
         run_state.restore(state, folder)
-        log.info(f"resumed from {folder}: step {state.step} of {config.train.steps}")
+        logger.info(f"resumed from {folder}: step {state.step} of {config.train.steps}")
     source.start_step = state.step
     return state, source, flops
 
@@ -443,7 +443,7 @@ def choose_checkpoint(
                 f"all checkpoints in {checkpoints} are damaged. Choose another run.dir to start "
                 "from scratch"
             )
-        log.info(f"no checkpoint in {checkpoints} yet: starting at step 0")
+        logger.info(f"no checkpoint in {checkpoints} yet: starting at step 0")
     return folder
 
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from iomm.engine.resilience.loss_guard import LossGuard
     from iomm.engine.resilience.watchdog import Watchdog
 
-log = logging.getLogger("iomm")
+logger = logging.getLogger("iomm")
 
 
 class StepResult(NamedTuple):
@@ -206,7 +206,7 @@ def train(
             if metrics is not None and (
                 state.step % config.log.every_steps == 0 or state.step == 1 or evaluated
             ):
-                log.info(line(row, num_steps))
+                logger.info(line(row, num_steps))
             bar.update()
             if window is not None:
                 window.after(state.step)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from iomm.engine.parallel.ranks import Ranks
 
-log = logging.getLogger("iomm")
+logger = logging.getLogger("iomm")
 
 # Seconds to wait for a key at the start, and for the server at the end.
 WANDB_PATIENCE_S = 30
@@ -135,7 +135,7 @@ class Metrics:
             if sink not in self.failed:
                 self.failed.add(sink)
                 message = " ".join(str(error).split())[:200]
-                log.warning(f"{sink} cannot be written: {message}; training continues")
+                logger.warning(f"{sink} cannot be written: {message}; training continues")
 
     def open_lines(self, start_step: int) -> None:
         """Open log.jsonl for appending, after the row of start_step."""

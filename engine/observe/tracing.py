@@ -19,7 +19,7 @@ from iomm.config import InputError
 if TYPE_CHECKING:
     from iomm.engine.parallel.ranks import Ranks
 
-log = logging.getLogger("iomm")
+logger = logging.getLogger("iomm")
 
 
 class Window:
@@ -94,8 +94,8 @@ class Window:
                 torch.cuda.memory._dump_snapshot(str(self.dir / f"{name}-memory.pickle"))
                 torch.cuda.memory._record_memory_history(enabled=None)
             if self.ranks.first:
-                log.info(
+                logger.info(
                     f"trace       {self.dir / name}.json.gz (chrome://tracing or ui.perfetto.dev)"
                 )
         except OSError as error:
-            log.warning(f"the trace cannot be written: {error}; training continues")
+            logger.warning(f"the trace cannot be written: {error}; training continues")

@@ -101,7 +101,8 @@ def _joint(
         if first_cos is not None:
             first_q = [rotate(x, first_cos, first_sin) for x in first_q]
             first_k = rotate(first_k, first_cos, first_sin)
-        q = torch.cat((*first_q, q), dim=1)
+        if first_q:
+            q = torch.cat((*first_q, q), dim=1)
         k = torch.cat((first_k, k), dim=1)
         v = torch.cat((first_v, v), dim=1)
     return q, k, v

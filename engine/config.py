@@ -58,8 +58,8 @@ class RunSection:
     # Seed for weights, data order, masks, times, noise, flips and dropped captions.
     seed: int = 0
     # Run folder whose newest weights this run starts from, or a folder with the transformer of a
-    # diffusers model (FLUX.1, Z-Image or an export), whose weights are taken where they fit.
-    # Everything else starts fresh.
+    # diffusers model (FLUX.1, Qwen-Image, Z-Image or an export), whose weights are taken where they
+    # fit. Everything else starts fresh.
     init: str | None = None
     # ema | raw: which weights of a run to load.
     init_weights: str = "ema"

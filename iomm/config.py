@@ -31,7 +31,7 @@ def choice(key: str, value: object, allowed: Collection) -> None:
 class GeneratorConfig:
     """Shape of a generator. The VAE determines `token_dim` (K), the MLLM `condition_dim`."""
 
-    # mmdit: dual-stream FLUX blocks | single_stream: Z-Image blocks
+    # mmdit: dual-stream FLUX or Qwen-Image blocks | single_stream: Z-Image blocks
     kind: str = "mmdit"
     # D
     width: int
@@ -50,9 +50,16 @@ class GeneratorConfig:
     rope_theta: float = 10000.0
     # RMS norms have a learned scale (single_stream only).
     norm_affine: bool = True
+    # RMS norm of the condition before its projection (mmdit only; single_stream always has one).
+    condition_norm: bool = False
+    # Rotary positions (mmdit only). corner: rows and columns of the image count from 0, condition
+    # tokens are not rotated | centred: they count from the middle of the image, and condition
+    # token i is at max(rows // 2, columns // 2) + i on every axis
+    positions: str = "corner"
 
     def __post_init__(self) -> None:
         choice("generator.kind", self.kind, ("mmdit", "single_stream"))
+        choice("generator.positions", self.positions, ("corner", "centred"))
         if min(self.width, self.num_heads, self.num_blocks, self.token_dim, self.condition_dim) < 1:
             raise InputError(f"generator sizes must be >= 1, got {self}")
         if self.width % self.num_heads:
@@ -65,6 +72,8 @@ class GeneratorConfig:
                 "generator.num_single_blocks is only for kind mmdit. "
                 "Set the layers of a single_stream with num_blocks."
             )
+        if self.kind == "single_stream" and (self.condition_norm or self.positions != "corner"):
+            raise InputError("generator.condition_norm and positions are only for kind mmdit")
         if self.kind == "mmdit" and (self.num_refiner_blocks or not self.norm_affine):
             raise InputError(
                 "generator.num_refiner_blocks and norm_affine are only for kind single_stream"
@@ -109,6 +118,14 @@ PRESETS = {
         num_blocks=30,
         num_refiner_blocks=2,
         rope_theta=256.0,
+    ),
+    "qwen-image": GeneratorConfig(
+        width=3072,
+        num_heads=24,
+        num_blocks=60,
+        condition_dim=3584,
+        condition_norm=True,
+        positions="centred",
     ),
 }
 

@@ -2,8 +2,9 @@
 
 It maps noisy latent tokens, times and condition tokens to a velocity. The architecture is FLUX.1's
 (github.com/black-forest-labs/flux) without the pooled text vector: two streams with separate
-weights meet in joint attention, condition tokens first. iomm/layout.py maps it to diffusers'
-FluxTransformer2DModel.
+weights meet in joint attention, condition tokens first. With `condition_norm` and centred
+`positions` it is Qwen-Image's. iomm/layout.py maps it to diffusers' FluxTransformer2DModel or
+QwenImageTransformer2DModel.
 """
 
 from functools import lru_cache
@@ -28,7 +29,7 @@ from iomm.layers import (
     rope_tables,
 )
 
-# Epsilon of every norm, as in FLUX.
+# Epsilon of every norm, as in FLUX and Qwen-Image.
 EPS = 1e-6
 
 # What qk_norm_rope takes of one stream: qkv or kv (B, L, 3 or 2, A, E), the scale of the queries'
@@ -105,20 +106,21 @@ class DualBlock(nn.Module):
         latents_BND: Tensor,
         condition_BCD: Tensor,
         time_BD: Tensor,
-        cos_NF: Tensor,
-        sin_NF: Tensor,
+        cos: Tensor,
+        sin: Tensor,
         key_mask_BL: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the latents and the condition after the block.
 
-        SiLU has already been applied to `time_BD`. All condition tokens have position 0, where the
-        rotary embedding is the identity. In the joint sequence they come before the latents.
+        SiLU has already been applied to `time_BD`. In the joint sequence the condition tokens come
+        before the latents. `cos` and `sin` are (N, E / 2) if the condition is not rotated, else
+        (L, E / 2).
         """
         latents, latent_modulation = self.latent_stream.pre_attention(latents_BND, time_BD)
         condition, condition_modulation = self.condition_stream.pre_attention(
             condition_BCD, time_BD
         )
-        q, k, v = qk_norm_rope(*latents, cos_NF, sin_NF, condition=condition, eps=EPS)
+        q, k, v = qk_norm_rope(*latents, cos, sin, condition=condition, eps=EPS)
         attended = attend(q, k, v, key_mask_BL)
         if self.last:
             latents_BND = self.latent_stream.post_attention(
@@ -181,12 +183,26 @@ def grid_tables(
     theta: float,
     device: torch.device,
     dtype: torch.dtype,
+    centred: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return rotary cosines and sines (N, E / 2) of the latent tokens at (0, row, column).
 
-    1024 tokens with a head dim of 128 take 0.5 MB.
+    Rows and columns count from 0, or if `centred` from -(rows - rows // 2), so that the middle of
+    the image is at 0. 1024 tokens with a head dim of 128 take 0.5 MB.
     """
-    return rope_tables(grid_positions(0, *grid), axes, theta, device, dtype)
+    positions_NX = grid_positions(0, *grid)
+    if centred:
+        positions_NX -= torch.tensor([0, *(side - side // 2 for side in grid)])
+    return rope_tables(positions_NX, axes, theta, device, dtype)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def line_tables(
+    length: int, axes: tuple[int, ...], theta: float, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return rotary cosines and sines (length, E / 2) of the positions (i, i, i)."""
+    return rope_tables(torch.arange(length)[:, None].expand(-1, 3), axes, theta, device, dtype)
 
 
 class MMDiT(nn.Module):
@@ -200,6 +216,8 @@ class MMDiT(nn.Module):
         width = config.width
         self.config = config
         self.latents_in = nn.Linear(config.token_dim, width)
+        if config.condition_norm:
+            self.condition_norm = nn.RMSNorm(config.condition_dim, eps=EPS)
         self.condition_in = nn.Linear(config.condition_dim, width)
         self.time_in = TimeEmbedding(width, width)
         self.blocks = nn.ModuleList(
@@ -242,15 +260,11 @@ class MMDiT(nn.Module):
         assert noisy_BNK.shape[1] == rows * columns, (
             f"{noisy_BNK.shape[1]} latent tokens do not fill a grid of {rows} x {columns}"
         )
+        if self.config.condition_norm:
+            condition_BCD = self.condition_norm(condition_BCD)
         latents, condition = self.latents_in(noisy_BNK), self.condition_in(condition_BCD)
         time_BD = F.silu(self.time_in(t_B))
-        cos, sin = grid_tables(
-            (rows, columns),
-            self.config.rope_axes,
-            self.config.rope_theta,
-            latents.device,
-            at_least_float32(latents[:0]).dtype,
-        )
+        cos, sin = self.rotary_tables(grid, num_condition, latents)
         key_mask_BL = None
         if lengths_B is not None:
             key_mask_BL = F.pad(
@@ -265,9 +279,10 @@ class MMDiT(nn.Module):
                 tapped_BND = latents
         if self.single_blocks:
             joint = torch.cat((condition, latents), dim=1)
-            # The identity rotation for the condition tokens: cosine 1, sine 0.
-            cos = F.pad(cos, (0, 0, num_condition, 0), value=1.0)
-            sin = F.pad(sin, (0, 0, num_condition, 0))
+            # The identity rotation for condition tokens without a position: cosine 1, sine 0.
+            unrotated = joint.shape[1] - len(cos)
+            cos = F.pad(cos, (0, 0, unrotated, 0), value=1.0)
+            sin = F.pad(sin, (0, 0, unrotated, 0))
             for number, block in enumerate(self.single_blocks, len(self.blocks) + 1):
                 joint = block(joint, time_BD, cos, sin, key_mask_BL)
                 if number == tap:
@@ -276,6 +291,32 @@ class MMDiT(nn.Module):
         scale, shift = self.final_modulation(time_BD).chunk(2, dim=-1)
         velocity_BNK = self.final(norm_modulate(latents, shift, scale, eps=EPS))
         return (velocity_BNK, tapped_BND) if tap else velocity_BNK
+
+    def rotary_tables(
+        self, grid: tuple[int, int], num_condition: int, like: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return rotary cosines and sines, at least float32, on the device of `like`.
+
+        They are (N, E / 2) of the latent tokens, or with centred positions (L, E / 2) of the
+        condition and the latent tokens.
+        """
+        config, centred = self.config, self.config.positions == "centred"
+        shared = (
+            config.rope_axes,
+            config.rope_theta,
+            like.device,
+            at_least_float32(like[:0]).dtype,
+        )
+        tables = grid_tables(tuple(grid), *shared, centred)
+        if not centred:
+            return tables
+        start = max(grid[0] // 2, grid[1] // 2)
+        # Conditions have many lengths. A table of the next power of two serves most of them.
+        lines = line_tables(1 << (start + num_condition).bit_length(), *shared)
+        return tuple(
+            torch.cat((line[start : start + num_condition], table))
+            for line, table in zip(lines, tables, strict=True)
+        )
 
     def init_weights(self, seed: int) -> None:
         """Initialize all weights as a function of the seed.

@@ -1,8 +1,9 @@
-"""MMDiT against diffusers' FluxTransformer2DModel: outputs and every gradient.
+"""MMDiT against diffusers' FLUX and Qwen-Image transformers: outputs and every gradient.
 
 Also parameter counts, FLOPs and fresh weights.
 """
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -19,43 +20,66 @@ SMALL = GeneratorConfig(width=64, num_heads=2, num_blocks=2, token_dim=12, condi
 MIXED = GeneratorConfig(
     width=96, num_heads=3, num_blocks=2, num_single_blocks=2, token_dim=8, condition_dim=16
 )
+QWEN = replace(SMALL, condition_norm=True, positions="centred")
 
 
 def count(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def twin(model, dtype=torch.float64):
+def twin(model, dtype=torch.float64, patch=2):
     """Return diffusers' model with our weights."""
-    from diffusers import FluxTransformer2DModel
+    import diffusers
 
-    description = {
-        key: value
-        for key, value in to_diffusers_config(model.config, 1).items()
-        if key != "_class_name"
-    }
-    theirs = FluxTransformer2DModel(**description).to(dtype)
-    theirs.load_state_dict(Layout(model.config, 1).to_theirs(model.state_dict()), strict=True)
+    description = to_diffusers_config(model.config, patch)
+    theirs = getattr(diffusers, description.pop("_class_name"))(**description).to(dtype)
+    theirs.load_state_dict(Layout(model.config, patch).to_theirs(model.state_dict()), strict=True)
     return theirs
 
 
-def run_twin(theirs, noisy, t, condition, grid):
+def use_float64_tables(rope):
+    """Replace the rotary tables of diffusers' Qwen-Image, which are complex64 in every dtype."""
+    for name in ("pos_freqs", "neg_freqs"):
+        rounded = getattr(rope, name)
+        index = torch.arange(len(rounded), dtype=torch.float64)
+        index -= len(rounded) if name == "neg_freqs" else 0
+        angles = torch.cat(
+            [
+                torch.outer(index, rope.theta ** -(torch.arange(0, dim, 2).double() / dim))
+                for dim in rope.axes_dim
+            ],
+            dim=1,
+        )
+        exact = torch.polar(torch.ones_like(angles), angles)
+        # Angles up to 4096 are rounded to float32.
+        assert (exact - rounded).abs().max() < 1e-3
+        setattr(rope, name, exact)
+
+
+def run_twin(theirs, noisy, t, condition, grid, lengths=None):
+    """Return the velocity of diffusers' model. Only Qwen-Image's takes ragged conditions."""
     rows, columns = grid
+    if type(theirs).__name__ == "QwenImageTransformer2DModel":
+        mask = None
+        if lengths is not None:
+            mask = torch.arange(condition.shape[1]) < lengths[:, None]
+        if noisy.dtype == torch.float64:
+            use_float64_tables(theirs.pos_embed)
+        return theirs(noisy, condition, mask, t, [[(1, rows, columns)]], return_dict=False)[0]
     latent_ids = torch.cartesian_prod(torch.arange(1), torch.arange(rows), torch.arange(columns))
     pooled = noisy.new_zeros(len(noisy), theirs.config.pooled_projection_dim)
     text_ids = torch.zeros(condition.shape[1], 3)
     return theirs(noisy, condition, pooled, t, latent_ids.float(), text_ids, return_dict=False)[0]
 
 
-@pytest.mark.parametrize("config", [SMALL, MIXED], ids=["dual", "dual+single"])
-@pytest.mark.parametrize("grid, num_condition", [((3, 5), 7), ((4, 2), 1), ((1, 6), 9)])
-def test_outputs_and_all_gradients_equal_diffusers(config, grid, num_condition):
+def errors_against_diffusers(config, grid, num_condition, lengths=None):
+    """Return {name: relative error} of the velocity and of every gradient in float64."""
     ours = randomize(MMDiT(config).double())
     theirs = twin(ours)
     mine, other = inputs(config, grid, num_condition), inputs(config, grid, num_condition)
-    velocity = ours(*mine, grid)
+    velocity = ours(*mine, grid, lengths)
     with true_float64():
-        expected = run_twin(theirs, *other, grid)
+        expected = run_twin(theirs, *other, grid, lengths)
         (expected * expected.detach().cos()).sum().backward()
     (velocity * expected.detach().cos()).sum().backward()
     errors = {"velocity": relative_error(velocity, expected)}
@@ -64,27 +88,43 @@ def test_outputs_and_all_gradients_equal_diffusers(config, grid, num_condition):
         "condition": relative_error(mine[2].grad, other[2].grad),
     }
     layout, their_gradients = (
-        Layout(config, 1),
+        Layout(config, 2),
         {name: parameter.grad for name, parameter in theirs.named_parameters()},
     )
     for name, parameter in ours.named_parameters():
         errors[name] = relative_error(
             parameter.grad, layout.to_ours(name, their_gradients.__getitem__)
         )
+    return errors
+
+
+@pytest.mark.parametrize("config", [SMALL, MIXED, QWEN], ids=["dual", "dual+single", "qwen"])
+@pytest.mark.parametrize("grid, num_condition", [((3, 5), 7), ((4, 2), 1), ((1, 6), 9)])
+def test_outputs_and_all_gradients_equal_diffusers(config, grid, num_condition):
+    errors = errors_against_diffusers(config, grid, num_condition)
     worst = max(errors, key=errors.get)
-    # Measured: 2e-15.
+    # Measured: 1.8e-15, and 7.2e-14 for Qwen-Image.
     assert all(error <= 1e-10 for error in errors.values()), f"{worst}: {errors[worst]:.1e}"
 
 
-def test_tensors_only_in_diffusers_have_no_effect():
+@pytest.mark.parametrize("grid", [(3, 5), (2, 8)])
+def test_ragged_conditions_equal_diffusers_qwen_image(grid):
+    errors = errors_against_diffusers(QWEN, grid, 7, lengths=torch.tensor([7, 3]))
+    worst = max(errors, key=errors.get)
+    # Measured: 7.2e-14.
+    assert all(error <= 1e-10 for error in errors.values()), f"{worst}: {errors[worst]:.1e}"
+
+
+@pytest.mark.parametrize("config", [SMALL, QWEN], ids=["flux", "qwen"])
+def test_tensors_only_in_diffusers_have_no_effect(config):
     """Tensors that only diffusers has do not change its output and get no gradient.
 
     Those of the pooled text vector are not included.
     """
-    theirs = twin(randomize(MMDiT(SMALL).double()))
-    arguments = *inputs(SMALL, (3, 4), 5), (3, 4)
+    theirs = twin(randomize(MMDiT(config).double()))
+    arguments = *inputs(config, (3, 4), 5), (3, 4)
     before = run_twin(theirs, *arguments)
-    layout = Layout(SMALL, 1)
+    layout = Layout(config, 2)
     rows = {their: count for pieces in layout.pieces.values() for their, count in pieces}
     dead = [name for name in layout.fillers if not name.startswith("time_text_embed.text_embedder")]
     with torch.no_grad():
@@ -99,21 +139,23 @@ def test_tensors_only_in_diffusers_have_no_effect():
     )
 
 
-def test_float32_error_is_no_worse_than_diffusers():
-    ours = randomize(MMDiT(MIXED).double())
-    exact = ours(*inputs(MIXED, (5, 3), 6), (5, 3))
+@pytest.mark.parametrize("config", [MIXED, QWEN], ids=["flux", "qwen"])
+def test_float32_error_is_no_worse_than_diffusers(config):
+    ours = randomize(MMDiT(config).double())
+    exact = ours(*inputs(config, (5, 3), 6), (5, 3))
     ours.float()
-    arguments = *inputs(MIXED, (5, 3), 6, dtype=torch.float32), (5, 3)
+    arguments = *inputs(config, (5, 3), 6, dtype=torch.float32), (5, 3)
     got, theirs = ours(*arguments), run_twin(twin(ours, torch.float32), *arguments)
     budget = 2 * (theirs - exact).abs().max() + torch.finfo(torch.float32).eps * exact.abs().max()
     assert (got - exact).abs().max() <= budget
 
 
-def test_bfloat16_error_is_no_worse_than_diffusers():
-    ours = randomize(MMDiT(MIXED).double())
-    exact = ours(*inputs(MIXED, (4, 4), 6), (4, 4))
+@pytest.mark.parametrize("config", [MIXED, QWEN], ids=["flux", "qwen"])
+def test_bfloat16_error_is_no_worse_than_diffusers(config):
+    ours = randomize(MMDiT(config).double())
+    exact = ours(*inputs(config, (4, 4), 6), (4, 4))
     ours.bfloat16()
-    noisy, t, condition = inputs(MIXED, (4, 4), 6)
+    noisy, t, condition = inputs(config, (4, 4), 6)
     arguments = noisy.bfloat16(), condition.bfloat16()
     got = ours(arguments[0], t.float(), arguments[1], (4, 4))
     theirs = run_twin(twin(ours, torch.bfloat16), arguments[0], t.float(), arguments[1], (4, 4))
@@ -128,8 +170,26 @@ def test_presets_have_the_papers_parameter_counts(preset, low, high):
     assert low < count(empty_generator(PRESETS[preset], device="meta")) < high
 
 
+def test_qwen_image_preset_equals_the_shape_of_diffusers():
+    from diffusers import QwenImageTransformer2DModel
+
+    config = PRESETS["qwen-image"]
+    with torch.device("meta"):
+        theirs = QwenImageTransformer2DModel()
+    shapes = {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
+    layout = Layout(config, 2)
+    assert layout.shapes == shapes
+    total = sum(math.prod(shape) for shape in shapes.values())
+    assert total == 20_430_401_088
+    # The last block lacks 14 of the matrices of width x width that diffusers computes in vain.
+    dead = total - count(empty_generator(config, device="meta"))
+    assert dead == 14 * 3072**2 + 11 * 3072 + 128
+
+
 @pytest.mark.parametrize(
-    "config", [SMALL, MIXED, PRESETS["iomm-b"]], ids=["dual", "dual+single", "iomm-b"]
+    "config",
+    [SMALL, MIXED, QWEN, PRESETS["iomm-b"]],
+    ids=["dual", "dual+single", "qwen", "iomm-b"],
 )
 @pytest.mark.parametrize("grid, num_condition", [((32, 32), 256), ((5, 7), 11)])
 def test_flops_match_pytorch_flop_counter(config, grid, num_condition):
@@ -177,16 +237,18 @@ def test_fresh_blocks_are_identity_and_velocity_is_zero():
     assert all(abs(part.std() / (2 / 128) ** 0.5 - 1) < 0.05 for part in (q, k, v))
 
 
-def test_rope_table_from_sampling_works_in_training():
-    model, grid = randomize(MMDiT(SMALL)), (2, 11)
+@pytest.mark.parametrize("config", [SMALL, QWEN], ids=["flux", "qwen"])
+def test_rope_table_from_sampling_works_in_training(config):
+    model, grid = randomize(MMDiT(config)), (2, 11)
     with torch.inference_mode():
-        model(*inputs(SMALL, grid, 3, dtype=torch.float32), grid)
-    model(*inputs(SMALL, grid, 3, dtype=torch.float32), grid).sum().backward()
+        model(*inputs(config, grid, 3, dtype=torch.float32), grid)
+    model(*inputs(config, grid, 3, dtype=torch.float32), grid).sum().backward()
 
 
-def test_blocks_compile_as_one_graph():
-    model, grid = randomize(MMDiT(MIXED)), (3, 3)
-    arguments = *inputs(MIXED, grid, 5, dtype=torch.float32), grid
+@pytest.mark.parametrize("config", [MIXED, QWEN], ids=["flux", "qwen"])
+def test_blocks_compile_as_one_graph(config):
+    model, grid = randomize(MMDiT(config)), (3, 3)
+    arguments = *inputs(config, grid, 5, dtype=torch.float32), grid
     expected = model(*arguments)
     for block in model.modules():
         if isinstance(block, MMDiT.block_classes):
@@ -195,7 +257,16 @@ def test_blocks_compile_as_one_graph():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"num_blocks": 0}, {"num_heads": 3}, {"width": 48}, {"kind": "unet"}]
+    "changes",
+    [
+        {"num_blocks": 0},
+        {"num_heads": 3},
+        {"width": 48},
+        {"kind": "unet"},
+        {"positions": "center"},
+        {"kind": "single_stream", "condition_norm": True},
+        {"kind": "single_stream", "positions": "centred"},
+    ],
 )
 def test_invalid_generator_shape_is_rejected(changes):
     with pytest.raises(InputError, match="generator"):

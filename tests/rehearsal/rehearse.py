@@ -126,7 +126,7 @@ def run(folder, *keys: str, ranks: int = 1, watched: bool = True) -> dict:
 
 
 def host_waits(report: dict) -> dict[str, dict[str, int]]:
-    """Return the waits of the counted step as {"micro-batch" or "step": {"place: what": number}}."""
+    """Return the waits of the counted step as {"micro-batch" or "step": {"place: what": n}}."""
     total, first = Counter(), Counter()
     for step, micro_batch, place, what, _ in report["waits"]:
         if step == COUNTED:

@@ -458,6 +458,7 @@ def make_recipe(config: RunConfig) -> Recipe:
         sample_latents=config.model.vae_sample,
         caption_drop=config.train.caption_drop,
         noise_draws=config.train.noise_draws,
+        route=config.route,
         align=config.align,
         align_share=config.align_share,
     )

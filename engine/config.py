@@ -21,6 +21,7 @@ from iomm.config import (
     InputError,
     MaskConfig,
     PromptConfig,
+    RouteConfig,
     choice,
 )
 from iomm.engine.config_parser import all_keys, read
@@ -488,6 +489,7 @@ class RunConfig:
     prompt: PromptConfig = field(default_factory=PromptConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    route: RouteConfig = field(default_factory=RouteConfig)
     align: AlignConfig = field(default_factory=AlignConfig)
     data: DataSection = field(default_factory=DataSection)
     train: TrainSection = field(default_factory=TrainSection)
@@ -517,6 +519,8 @@ class RunConfig:
                 f"a folder in data.latents holds images only, but train.data is {self.train.data}: "
                 "set train.data=image or data.latents=memory, or leave data.latents out"
             )
+        if self.route.ratio and (self.model.preset != FROM_INIT or self.model.shape is not None):
+            self.route.blocks_in(self.model.generator)
         if self.align.weight:
             if self.model.preset != FROM_INIT or self.model.shape is not None:
                 self.align.block_in(self.model.generator.depth)

@@ -38,6 +38,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     command.add_argument("--max-pixels", type=int, default=1 << 26)
     command.add_argument("--workers", type=int, help="processes; default: one per core")
+    command.add_argument(
+        "--config",
+        default="demo-finetune",
+        help="with --captions required: config of the run that will read the pairs; captions that "
+        "exceed the context of its MLLM are counted",
+    )
 
     command = commands.add_parser(
         "cache", help="write VAE latents, which a run with data.latents reads instead of pixels"
@@ -204,8 +210,19 @@ def index(args: argparse.Namespace) -> int:
         max_aspect=args.max_aspect,
         max_pixels=args.max_pixels,
     )
+    config = None
+    if args.captions == "required":
+        from iomm.engine.config import load_config
+
+        config = load_config(args.config)
     try:
-        print(summary(build(args.shards, Path(args.out), rules=rules, workers=args.workers)))
+        folder = build(args.shards, Path(args.out), rules=rules, workers=args.workers)
+        print(summary(folder))
+        if config is not None:
+            from iomm.engine.builders import long_captions
+
+            for sentence in long_captions(config, folder):
+                print(sentence)
     except KeyboardInterrupt:
         print("iomm: interrupted; the same command continues from here", file=sys.stderr)
         return 130

@@ -19,6 +19,7 @@ from iomm.engine.builders import (
     check_upscaling,
     diffusers_folder,
     find_data,
+    long_captions,
     mllm_name,
     vae_name,
     without_head,
@@ -70,6 +71,8 @@ class Plan:
     flops: dict[str, float]
     # Sentences on images that are smaller than the crops.
     upscaling: list[str]
+    # Sentences on captions that are longer than the MLLM's context.
+    captions: list[str]
 
     def gpu_hours(self, flops_per_s: float) -> float:
         """Return the GPU-hours of the whole run at this many FLOP/s per GPU."""
@@ -122,6 +125,7 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
         memory=memory(model, config, ranks, micro_batch),
         parameters={name: size(part) for name, part in parts.items() if part is not None},
         upscaling=upscaling,
+        captions=captions_to_cut(config),
     )
 
 
@@ -140,6 +144,12 @@ def upscaled_images(config: RunConfig) -> list[str]:
     if config.data.buckets and config.train.data == "mix" and None in (images, pairs):
         return []
     return check_upscaling(config, images, pairs)
+
+
+def captions_to_cut(config: RunConfig) -> list[str]:
+    """Return a warning if the index of the pairs is built and has captions that are too long."""
+    pairs_dir = find_data(config, pairs=True) if config.train.data != "image" else None
+    return [] if pairs_dir is None else long_captions(config, pairs_dir)
 
 
 def check_paths(config: RunConfig, model: IOMM) -> None:
@@ -496,5 +506,6 @@ def describe(plan: Plan, config: RunConfig) -> str:
             f"{plan.gpu_hours(MATMUL_FLOPS * UTILISATION):,.0f} expected at {UTILISATION:.0%} of "
             "it",
             *(["", ". ".join(plan.upscaling)] if plan.upscaling else []),
+            *(["", *plan.captions] if plan.captions else []),
         ]
     )

@@ -301,6 +301,9 @@ def build(
     ranks.on_first(lambda: builders.report_upscaling(config, index_dir, pairs_dir))
     model = builders.build_model(config, ranks.device)
     mllm, vae = model.frozen
+    if pairs_dir is not None:
+        for sentence in ranks.on_first(lambda: builders.long_captions(config, pairs_dir, mllm)):
+            logger.warning(sentence)
     source = builders.open_source(
         config, ranks, mllm, vae, index_dir=index_dir, pairs_dir=pairs_dir
     )

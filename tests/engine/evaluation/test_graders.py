@@ -453,6 +453,23 @@ def test_invalid_settings_write_nothing(run, files, bench, more, message, tmp_pa
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+def test_prompts_longer_than_the_context_are_cut_and_reported(run, files, tmp_path, capsys):
+    """One prompt of 300 words among three does not end the evaluation."""
+    prompts = tmp_path / "prompts"
+    prompts.mkdir()
+    for name, text in {"a": "a dog", "b": "a dog and a cat " * 60, "c": "a cat"}.items():
+        (prompts / f"{name}.txt").write_text(text)
+    out = tmp_path / "dpg"
+    command = ["evaluate", "dpg", "--run", run, "--prompts", str(prompts), "--out", str(out)]
+    for _ in range(2):
+        assert main([*command, "--steps", "1", "--guidance", "2"]) == 0
+        printed = capsys.readouterr().out
+        assert "1 of 3 prompts exceed the MLLM's context and are cut: b\n" in printed
+    assert sorted(p.stem for p in out.glob("*.png")) == ["a", "b", "c"]
+    with Image.open(out / "b.png") as image:
+        assert image.text["prompt"] == ("a dog and a cat " * 60).strip()
+
+
 def test_num_changes_geneval_and_run_is_required(run, files, tmp_path, capsys):
     out = tmp_path / "geneval"
     assert fill("geneval", run, files[0], out, "--num", "1") == 0

@@ -33,9 +33,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from iomm.config import InputError, choice
-from iomm.engine import builders, dry_run, loop
+from iomm.engine import arguments, builders, dry_run, loop
 from iomm.engine import state as run_state
 from iomm.engine.config import differences, flat, load_config
+from iomm.engine.config_parser import given_once
 from iomm.engine.data.atomic import whole_file
 from iomm.engine.data.bad_samples import BadSamples
 from iomm.engine.evaluation.heldout import Evaluation, load_hook
@@ -91,7 +92,7 @@ def main(argv: list[str] | None = None, start_peers: bool = False) -> int:
         check_args(args)
         overrides = list(args.overrides)
         if args.init:
-            overrides.append(f"run.init={args.init}")
+            overrides = given_once([*overrides, f"run.init={args.init}"])
         config = load_config(args.config or STAGES[args.stage], overrides)
         config = builders.with_generator_shape(config)
         if args.stage == "finetune" and config.run.init is None:
@@ -133,21 +134,24 @@ def main(argv: list[str] | None = None, start_peers: bool = False) -> int:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Return the options of the command line; `overrides` holds the section.key=value words."""
-    parser = argparse.ArgumentParser(
+    parser = arguments.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--stage", default="pretrain", help=f"one of: {', '.join(STAGES)}")
     parser.add_argument(
         "--config",
+        type=arguments.path,
         help="name of a file in engine/configs, or a path ending in .yaml; default: the stage's "
         "demo",
     )
     parser.add_argument(
         "--init",
+        type=arguments.path,
         help="run folder whose newest weights (run.init_weights) this run starts from",
     )
     parser.add_argument(
         "--resume",
+        type=arguments.path,
         default="none",
         help="none, auto (newest intact checkpoint of run.dir, if any), or a checkpoint folder",
     )
@@ -158,13 +162,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--hook",
+        type=arguments.path,
         metavar="package.module:function",
         help="called on rank 0 after each evaluation with (config, step, images, prompts); the "
         "{name: number} that it returns is logged",
     )
     parser.add_argument(
         "--dry-run",
-        type=int,
+        type=arguments.whole(1),
         nargs="?",
         const=8,
         metavar="GPUS",
@@ -173,7 +178,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     # DeepSpeed's launcher adds it.
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments.add_overrides(parser)
     return parser.parse_intermixed_args(argv)
 
 
@@ -181,14 +186,6 @@ def check_args(args: argparse.Namespace) -> None:
     """Raise InputError for options whose values are wrong whatever the config holds."""
     choice("--stage", args.stage, tuple(STAGES))
     choice("--profile", args.profile, ("none", "nsys", "torch"))
-    for name in ("config", "init", "hook", "resume"):
-        if getattr(args, name) == "":
-            raise InputError(
-                f"--{name} is empty. Give a value, or leave the option out; a shell variable may "
-                "be unset"
-            )
-    if args.dry_run is not None and args.dry_run < 1:
-        raise InputError(f"--dry-run must be a number of GPUs, 1 or more, got {args.dry_run}")
 
 
 def check_kernels(precision: str) -> None:

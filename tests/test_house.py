@@ -24,6 +24,7 @@ MAY_IMPORT = {
 LAYERS = (
     "config_parser",
     "config",
+    "arguments",
     "data",
     "shapes",
     "resilience",
@@ -42,7 +43,12 @@ DOORS = {
     "transformers": ("iomm/internvl.py", "engine/shapes/mllm.py"),
     "diffusers": ("iomm/vae.py", "benchmarks/lib/baseline.py", "tests/"),
     "nvidia": ("engine/data/decode.py",),
-    "deepspeed": ("engine/parallel/zero.py", "engine/parallel/ranks.py", "engine/launch.py"),
+    "deepspeed": (
+        "engine/parallel/zero.py",
+        "engine/parallel/ranks.py",
+        "engine/launch.py",
+        "tests/engine/test_arguments.py",
+    ),
     "triton": ("kernels/", "tests/helpers/offline.py"),
     "wandb": ("engine/observe/metrics.py",),
     "matplotlib": ("engine/observe/report.py", "benchmarks/"),

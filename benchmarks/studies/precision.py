@@ -24,6 +24,8 @@ import subprocess
 import tempfile
 
 from benchmarks.report import positive
+from iomm.engine.arguments import add_overrides
+from iomm.engine.config_parser import layered
 from iomm.engine.observe.doctor import machine
 
 RUNS = {"bf16": ("bf16", 0), "fp8": ("fp8", 0), "bf16, another seed": ("bf16", 1)}
@@ -62,8 +64,7 @@ def run(folder: str, precision: str, seed: int, steps: int, overrides: list[str]
             "--num_gpus",
             "1",
             str(ROOT / "engine/launch.py"),
-            *overrides,
-            *arguments,
+            *layered([*overrides, *arguments]),
         ],
         cwd=ROOT,
         check=True,
@@ -115,7 +116,7 @@ def main() -> None:
         type=positive(int),
         help=f"default: {STEPS[True]} with a GPU, {STEPS[False]} without",
     )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    add_overrides(parser)
     args, facts = parser.parse_intermixed_args(), machine()
     args.steps = args.steps or STEPS[bool(facts["gpu"])]
     with tempfile.TemporaryDirectory() as folder:

@@ -95,6 +95,11 @@ def sample_run(
     """
     if num < 1 or steps < 1:
         raise InputError(f"--num and --steps must be >= 1, got {num} and {steps}")
+    if len(prompts) > num:
+        raise InputError(
+            f"--num is {num}, but {len(prompts)} prompts were given: give --num {len(prompts)}, or "
+            "leave it out"
+        )
     pipe, config = open_pipeline(run_dir, weights=weights, device=device)
     words = slug(*prompts[:1])
     if not prompts and config is None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from forked_ranks import Rank, start_server
 
+from iomm.engine.config_parser import layered
 from iomm.engine.parallel.cpu_ranks import free_port
 from iomm.engine.resilience import checkpoint_reader
 
@@ -24,7 +25,10 @@ BUILDS = Path(tempfile.mkdtemp(prefix="iomm-test-"))
 
 
 def command(ranks, *arguments):
-    """Return the deepspeed command line that starts engine/launch.py."""
+    """Return the deepspeed command line that starts engine/launch.py.
+
+    Here and below, a later setting of a key replaces an earlier one.
+    """
     return [
         str(Path(sys.executable).with_name("deepspeed")),
         "--num_gpus",
@@ -32,7 +36,7 @@ def command(ranks, *arguments):
         "--master_port",
         str(free_port()),
         str(ROOT / "engine/launch.py"),
-        *arguments,
+        *layered(arguments),
     ]
 
 
@@ -85,7 +89,7 @@ def start_ranks(ranks, script, *arguments, output):
     return [
         Rank(
             str(script),
-            arguments,
+            tuple(layered(arguments)),
             {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             str(output),
         )
@@ -98,7 +102,7 @@ def start_processes(ranks, script, *arguments, output):
     shared = group_environment(ranks)
     return [
         subprocess.Popen(
-            [sys.executable, str(script), *arguments],
+            [sys.executable, str(script), *layered(arguments)],
             cwd=ROOT,
             stdout=output,
             stderr=subprocess.STDOUT,

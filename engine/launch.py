@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None, start_peers: bool = False) -> int:
         if args.init:
             overrides = given_once([*overrides, f"run.init={args.init}"])
         config = load_config(args.config or STAGES[args.stage], overrides)
-        config = builders.with_generator_shape(config)
+        config = builders.with_generator_shape(builders.resolved(config))
         if args.stage == "finetune" and config.run.init is None:
             raise InputError(
                 "--stage finetune needs the weights of a stage-1 run: give --init RUN, the run.dir "
@@ -212,8 +212,9 @@ def run(config: RunConfig, args: argparse.Namespace, ranks: Ranks, watchdog: Wat
     hook = load_hook(args.hook) if args.hook else None
     ranks.on_first(lambda: open_run_dir(config, args))
     folder = choose_checkpoint(config, args, ranks)
-    ranks.on_first(lambda: write_config(config))
     state, source, flops = build(config, ranks, folder)
+    # Only now are the data known to be the run's.
+    ranks.on_first(lambda: write_config(config))
     if args.resume not in ("none", "auto"):
         # The given checkpoint may be an earlier one of this run: set later ones aside.
         ranks.on_first(
@@ -398,7 +399,7 @@ def open_run_dir(config: RunConfig, args: argparse.Namespace) -> None:
     """
     run_dir = Path(config.run.dir)
     if (run_dir / "config.yaml").is_file():
-        changed = differences(config, load_config(str(run_dir / "config.yaml")))
+        changed = differences(config, builders.saved_config(run_dir))
         if changed:
             raise InputError(
                 f"{run_dir} belongs to a run with another config ({'; '.join(changed)}). Resume it "
@@ -413,6 +414,8 @@ def open_run_dir(config: RunConfig, args: argparse.Namespace) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         checkpoint_writer.lock_run_dir(run_dir)
+        if config.cache.dir is not None:
+            builders.cache_dir(config)
     except OSError as error:
         raise InputError(f"run.dir {run_dir} cannot be written: {error.strerror}") from error
 

@@ -125,7 +125,7 @@ def test_words_without_a_key_say_what_to_do(monkeypatch, capsys):
     assert "'b.tar' must look like section.key=value" in found and "put it in quotes" in found
 
 
-# Stands for pdsh and ssh to one machine: joins its words with blanks for a shell, as ssh does.
+# Replaces pdsh and ssh to one machine: joins its words with blanks for a shell, as ssh does.
 PDSH = """#!/bin/bash
 while [ $# -gt 0 ]; do case "$1" in -S) shift;; -f|-w) shift 2;; *) break;; esac; done
 exec bash -c "${*//%n/0}"

@@ -184,6 +184,17 @@ def test_no_file_hides_a_module():
             )
 
 
+def test_child_processes_import_nothing_from_the_current_folder():
+    wrong = []
+    for path in sources():
+        tree = path.relative_to(ROOT).parts[0]
+        for node in ast.walk(ast.parse(path.read_text())) if tree != "tests" else ():
+            words = [ast.unparse(word) for word in getattr(node, "elts", [])]
+            if "sys.executable" in words and {"'-m'", "'-c'"} & set(words) and "'-P'" not in words:
+                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} needs -P")
+    assert not wrong, "\n".join(wrong)
+
+
 @pytest.fixture
 def hugging_face_kernels(tmp_path):
     """Return a folder with a stand-in for Hugging Face's `kernels` 0.18.2.

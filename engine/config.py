@@ -5,6 +5,7 @@ entry in the table of engine/README.md. engine/config_parser.py reads the files.
 """
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from iomm.kernels.dispatch import cpu_has_bf16
 __all__ = [
     "CONFIGS",
     "FREE_KEYS",
+    "SHARD_LISTS",
     "RunConfig",
     "all_keys",
     "differences",
@@ -54,7 +56,7 @@ FROM_INIT = "from-init"
 
 @dataclass(frozen=True, kw_only=True)
 class RunSection:
-    # Folder of the run. Indexes and rendered data go to `shared/` next to it.
+    # Folder of the run.
     dir: str = "runs/demo"
     # Seed for weights, data order, masks, times, noise, flips and dropped captions.
     seed: int = 0
@@ -194,6 +196,13 @@ class DataSection:
                 "a folder of `iomm cache` in data.latents holds images only: leave data.pairs out, "
                 "set data.latents=memory, or leave data.latents out"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheSection:
+    # Folder for rendered data and for the indexes of data.shards and data.pairs; null: `shared/`
+    # next to run.dir, and where that cannot be written, run.dir or the user's cache folder.
+    dir: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -492,6 +501,7 @@ class RunConfig:
     route: RouteConfig = field(default_factory=RouteConfig)
     align: AlignConfig = field(default_factory=AlignConfig)
     data: DataSection = field(default_factory=DataSection)
+    cache: CacheSection = field(default_factory=CacheSection)
     train: TrainSection = field(default_factory=TrainSection)
     time: TimeSection = field(default_factory=TimeSection)
     optim: OptimSection = field(default_factory=OptimSection)
@@ -559,9 +569,17 @@ class RunConfig:
         return yaml.safe_dump(as_plain(asdict(self)), sort_keys=False)
 
 
+# Keys that name shards. On the command line they may be given several times, as a shell does that
+# expands a pattern.
+SHARD_LISTS = ("data.shards", "data.pairs")
+
 # Keys that a resumed run may change: they do not change what a step computes, except for rounding.
+# Shards are compared by their content, which a checkpoint records (builders.data_facts).
 FREE_KEYS = (
     "run.dir",
+    "data.shards",
+    "data.pairs",
+    "cache.dir",
     "optim.adamw",
     "zero.stage",
     "zero.reduce_precision",
@@ -672,5 +690,26 @@ def differences(config: RunConfig, other: RunConfig) -> list[str]:
     return [
         f"{key}: {theirs[key]} became {mine[key]}"
         for key in mine
-        if mine[key] != theirs[key] and (key not in FREE_KEYS or key in bound)
+        if not same(mine[key], theirs[key]) and (key not in FREE_KEYS or key in bound)
     ]
+
+
+def same(one: Any, other: Any) -> bool:
+    """Return whether two values are equal, or are spellings of one existing file or folder.
+
+    A relative name counts as the end of an absolute one, because a config.yaml of earlier versions
+    has names relative to the folder in which the run was started.
+    """
+    if one == other or not (isinstance(one, str) and isinstance(other, str)):
+        return one == other
+    if os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other):
+        return True
+    names = [Path(os.path.normpath(name)) for name in (one, other)]
+    absolute = [name for name in names if name.is_absolute()]
+    relative = [name for name in names if not name.is_absolute() and ".." not in name.parts]
+    return bool(
+        absolute
+        and relative
+        and absolute[0].exists()
+        and absolute[0].parts[-len(relative[0].parts) :] == relative[0].parts
+    )

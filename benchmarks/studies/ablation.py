@@ -29,6 +29,7 @@ from benchmarks.lib.harness import Bench
 from benchmarks.report import command, label, positive
 from benchmarks.studies.findings import T_95, widened
 from benchmarks.studies.recipes import read, write
+from iomm.engine.arguments import add_overrides
 from iomm.engine.config import load_config
 from iomm.engine.dry_run import build_without_weights
 from iomm.engine.evaluation.heldout import Evaluation
@@ -124,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=positive(int), default=250)
     parser.add_argument("--seeds", type=positive(int), default=3, help=f"up to {len(T_95) + 1}")
     parser.add_argument("--results", default=str(ROOT / "benchmarks/results"))
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    add_overrides(parser)
     args = parser.parse_args(argv)
     facts, settings = machine(), {"steps": args.steps, "overrides": args.overrides}
     device = "cuda" if facts["gpu"] else "cpu"

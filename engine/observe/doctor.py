@@ -221,7 +221,10 @@ def dali_row() -> Row:
         )
     # In another process, which a wheel that does not fit this machine may crash.
     load = subprocess.run(
-        [sys.executable, "-c", "import nvidia.dali.fn"], capture_output=True, text=True
+        # -P: not from the user's current folder, where a file may hide a module.
+        [sys.executable, "-P", "-c", "import nvidia.dali.fn"],
+        capture_output=True,
+        text=True,
     )
     if load.returncode:
         return (

@@ -470,11 +470,16 @@ class GuardSection:
     skip_spikes: bool = False
     # A step that takes longer, in seconds, counts as a hang and ends the run; 0: no limit.
     hang_s: float = 600.0
+    # Another host from which no heartbeat comes for this long, in seconds, while no collective
+    # completes, counts as lost and ends the run; 0: no limit. A link that is back in time costs
+    # nothing.
+    lost_s: float = 30.0
 
     def __post_init__(self) -> None:
         positive("guard.max_skips", self.max_skips, 0)
         positive("guard.spike_sigmas", self.spike_sigmas)
         positive("guard.hang_s", self.hang_s, 0)
+        positive("guard.lost_s", self.lost_s, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -620,6 +625,7 @@ FREE_KEYS = (
     "evaluate.prompts",
     "guard.max_skips",
     "guard.hang_s",
+    "guard.lost_s",
     "profile.start_step",
     "profile.num_steps",
 )

@@ -116,7 +116,8 @@ def main(argv: list[str] | None = None, start_peers: bool = False) -> int:
         ):
             ranks = group.start(config.train.timeout_s, args.local_rank)
             parent = int(os.environ.get("IOMM_PARENT", 0))
-            with Watchdog(ranks, config.run.dir, config.guard.hang_s, parent) as watchdog:
+            guard = config.guard
+            with Watchdog(ranks, config.run.dir, guard.hang_s, guard.lost_s, parent) as watchdog:
                 # From here on the watchdog reports errors.
                 reports_errors = False
                 return 0 if run(config, args, ranks, watchdog) else REQUEUE

@@ -31,6 +31,7 @@ from benchmarks.studies.findings import T_95, widened
 from benchmarks.studies.recipes import read, write
 from iomm.engine.arguments import add_overrides
 from iomm.engine.config import load_config
+from iomm.engine.config_parser import layered
 from iomm.engine.dry_run import build_without_weights
 from iomm.engine.evaluation.heldout import Evaluation
 from iomm.engine.observe.doctor import machine
@@ -63,7 +64,7 @@ SAME_WORK = {"routing": ["half of the tokens skip blocks 2 to 5"]}
 
 def heldout_loss(overrides: list[str], seed: int, steps: int, ranks: group.Ranks) -> dict:
     """Train a cell and return the held-out velocity loss of its average, {"mean", "by_time"}."""
-    config = load_config("demo", [*overrides, f"run.seed={seed}", f"train.steps={steps}"])
+    config = load_config("demo", layered([*overrides, f"run.seed={seed}", f"train.steps={steps}"]))
     bench = Bench(config, ranks, fresh=True)
     evaluation = Evaluation(config, bench.source, ranks)
     for _ in range(steps):

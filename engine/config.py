@@ -81,9 +81,9 @@ class ModelSection:
     mllm: str = "shapes"
     # Commit of the hub checkpoint; null: the newest.
     mllm_revision: str | None = None
-    # Folder or hub id of an AutoencoderKL. "shapes": the tiny one that ships with the package.
-    # "pixel:<patch>": no VAE, a token is <patch> x <patch> pixels. "random:flux": random weights,
-    # to measure speed.
+    # Folder or hub id of an AutoencoderKL or AutoencoderKLQwenImage. "shapes": the tiny one that
+    # ships with the package. "pixel:<patch>": no VAE, a token is <patch> x <patch> pixels.
+    # "random:flux": random weights, to measure speed.
     vae: str = "pixel:4"
     # Side of the square of VAE latents that forms one token of the generator.
     patch: int = 2

@@ -483,6 +483,8 @@ def assemble(
         InputError: data.size_px is not a multiple of the VAE's patch.
     """
     vae.grid(config.data.size_px, config.data.size_px)
+    if config.model.mllm_precision == "fp8":
+        mllm.use_fp8()
     shape = replace(config.model.generator, token_dim=vae.token_dim, condition_dim=mllm.width)
     adapter = connector = alignment = None
     with torch.device("cpu" if device is None else device):

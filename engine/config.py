@@ -81,6 +81,9 @@ class ModelSection:
     mllm: str = "shapes"
     # Commit of the hub checkpoint; null: the newest.
     mllm_revision: str | None = None
+    # auto: the run's precision | fp8: the products of the frozen ViT's and decoder's layers in fp8,
+    # with weights rounded once. Beyond the paper; not measured on a GPU yet.
+    mllm_precision: str = "auto"
     # Folder or hub id of an AutoencoderKL or AutoencoderKLQwenImage. "shapes": the tiny one that
     # ships with the package. "pixel:<patch>": no VAE, a token is <patch> x <patch> pixels.
     # "random:flux": random weights, to measure speed.
@@ -92,6 +95,7 @@ class ModelSection:
 
     def __post_init__(self) -> None:
         choice("model.preset", self.preset, (*PRESETS, FROM_INIT))
+        choice("model.mllm_precision", self.mllm_precision, ("auto", "fp8"))
         positive("model.patch", self.patch)
         if self.preset != FROM_INIT and self.shape is not None:
             raise InputError(

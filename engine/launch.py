@@ -101,6 +101,7 @@ def main(argv: list[str] | None = None, start_peers: bool = False) -> int:
             )
         _, device = group.take_device(args.local_rank)
         check_kernels(config.precision)
+        check_kernels(config.model.mllm_precision, "model.mllm_precision")
         if config.log.wandb:
             check_wandb()
         if args.dry_run is not None:
@@ -191,8 +192,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise InputError(f"--dry-run must be a number of GPUs, 1 or more, got {args.dry_run}")
 
 
-def check_kernels(precision: str) -> None:
-    """Check that this machine can run the backends in IOMM_KERNELS, and fp8 if it is requested.
+def check_kernels(precision: str, key: str = "precision") -> None:
+    """Check that this machine can run the backends in IOMM_KERNELS, and fp8 if `key` requests it.
 
     Raises:
         InputError: IOMM_KERNELS names an unknown backend or one that cannot run here, or the
@@ -200,8 +201,8 @@ def check_kernels(precision: str) -> None:
     """
     if precision == "fp8" and (reason := fp8_linear.why_not()):
         raise InputError(
-            f"precision fp8 on this GPU ({torch.cuda.get_device_name()}) {reason}: set "
-            "precision=bf16"
+            f"{key} fp8 on this GPU ({torch.cuda.get_device_name()}) {reason}: set "
+            f"{key}={'bf16' if key == 'precision' else 'auto'}"
         )
     try:
         dispatch.table("cuda" if torch.cuda.is_available() else "cpu")

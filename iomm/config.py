@@ -11,7 +11,7 @@ Shape letters, used as suffixes of tensor names in the whole project:
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 
 class InputError(ValueError):
@@ -128,12 +128,6 @@ PRESETS = {
         positions="centred",
     ),
 }
-
-
-def generator_config(preset: str, *, token_dim: int, condition_dim: int) -> GeneratorConfig:
-    """Return the shape of a preset for a VAE and an MLLM with these dims."""
-    choice("model.preset", preset, tuple(PRESETS))
-    return replace(PRESETS[preset], token_dim=token_dim, condition_dim=condition_dim)
 
 
 RECONSTRUCT = "Generate an image that is identical to the reference image:"

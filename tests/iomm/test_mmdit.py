@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from parity import randomize, relative_error, true_float64
+from parity import inputs, randomize, relative_error, true_float64
 from torch.utils.flop_counter import FlopCounterMode
 
-from iomm.config import PRESETS, GeneratorConfig, InputError, generator_config
+from iomm.config import PRESETS, GeneratorConfig, InputError
 from iomm.generator import empty_generator, new_generator
 from iomm.layout import Layout, to_diffusers_config
 from iomm.mmdit import MMDiT, grid_tables
@@ -25,22 +25,6 @@ QWEN = replace(SMALL, condition_norm=True, positions="centred")
 
 def count(model):
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def inputs(config, grid, num_condition, batch=2, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(1)
-    shapes = (
-        (batch, grid[0] * grid[1], config.token_dim),
-        (batch, num_condition, config.condition_dim),
-    )
-    noisy, condition = (
-        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes
-    )
-    return (
-        noisy.requires_grad_(),
-        torch.rand(batch, generator=generator, dtype=torch.float64).to(dtype),
-        condition.requires_grad_(),
-    )
 
 
 def twin(model, dtype=torch.float64, patch=2):
@@ -287,11 +271,6 @@ def test_blocks_compile_as_one_graph(config):
 def test_invalid_generator_shape_is_rejected(changes):
     with pytest.raises(InputError, match="generator"):
         replace(SMALL, **changes)
-
-
-def test_generator_config_takes_dims_of_vae_and_mllm():
-    config = generator_config("demo", token_dim=48, condition_dim=64)
-    assert (config.token_dim, config.condition_dim, config.rope_axes) == (48, 64, (4, 14, 14))
 
 
 def test_larger_image_extends_the_rope_positions():

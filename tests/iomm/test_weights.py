@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from parity import randomize, relative_error, true_float64
+from parity import inputs, randomize, relative_error, true_float64
 from safetensors.torch import load_file, save_file
 from test_mmdit import MIXED, QWEN
 from test_mmdit import SMALL as DUAL
 from test_mmdit import run_twin as run_mmdit
-from test_single_stream import NORM_FREE, inputs
+from test_single_stream import NORM_FREE
 from test_single_stream import SMALL as SINGLE
 from test_single_stream import run_twin as run_zimage
 

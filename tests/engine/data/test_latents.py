@@ -4,6 +4,7 @@ Caches are written by any number of ranks, resumed and verified.
 """
 
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from launches import PIXELS
 from toy_models import qwen_autoencoder
 
 from iomm.adapter import QueryAdapter
-from iomm.config import AdapterConfig, InputError, MaskConfig, generator_config
+from iomm.config import PRESETS, AdapterConfig, InputError, MaskConfig
 from iomm.engine import cli
 from iomm.engine.builders import write_latents
 from iomm.engine.config import load_config, parse
@@ -102,7 +103,7 @@ def pairs(tmp_path_factory):
 
 
 def tiny_model(mllm, vae):
-    shape = generator_config("demo", token_dim=vae.token_dim, condition_dim=mllm.width)
+    shape = replace(PRESETS["demo"], token_dim=vae.token_dim, condition_dim=mllm.width)
     settings = AdapterConfig(num_queries=8, head_dim=32)
     adapter = QueryAdapter(settings, mllm.width)
     adapter.init_weights(0)

@@ -87,9 +87,9 @@ class ModelSection:
     # auto: the run's precision | fp8: the products of the frozen ViT's and decoder's layers in fp8,
     # with weights rounded once. Beyond the paper; not measured on a GPU yet.
     mllm_precision: str = "auto"
-    # Folder or hub id of an AutoencoderKL. "shapes": the tiny one that ships with the package.
-    # "pixel:<patch>": no VAE, a token is <patch> x <patch> pixels. "random:flux": random weights,
-    # to measure speed.
+    # Folder or hub id of an AutoencoderKL or AutoencoderKLQwenImage. "shapes": the tiny one that
+    # ships with the package. "pixel:<patch>": no VAE, a token is <patch> x <patch> pixels.
+    # "random:flux": random weights, to measure speed.
     vae: str = "pixel:4"
     # Side of the square of VAE latents that forms one token of the generator.
     patch: int = 2

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iomm.config import GeneratorConfig
-from iomm.flops import attention_flops, linear_flops
+from iomm.flops import attention_flops, attention_products, linear_flops
 from iomm.kernels.norm_modulate import norm_modulate
 from iomm.kernels.qk_norm_rope import qk_norm_rope
 from iomm.layers import (
@@ -284,24 +284,36 @@ class MMDiT(nn.Module):
         """
         init_weights(self, seed)
 
-    def flops_per_image(self, grid: tuple[int, int], num_condition: float) -> float:
-        """Return the forward FLOPs of one image: 2 m n k of every matrix product."""
+    def flops_per_image(
+        self, grid: tuple[int, int], num_condition: float, training: bool = False
+    ) -> float:
+        """Return the FLOPs of one image: 2 m n k of every matrix product.
+
+        They are those of a forward pass, or with `training` of both passes.
+        """
         num_latents, width = grid[0] * grid[1], self.config.width
         num_joint = num_latents + num_condition
-        total = linear_flops(self.time_in, 1) + linear_flops(self.final_modulation, 1)
-        total += linear_flops(self.condition_in, num_condition)
-        total += linear_flops(self.latents_in, num_latents) + linear_flops(self.final, num_latents)
+        total = sum(
+            linear_flops(part, 1, training) for part in (self.time_in, self.final_modulation)
+        )
+        total += linear_flops(self.condition_in, num_condition, training)
+        total += sum(
+            linear_flops(part, num_latents, training) for part in (self.latents_in, self.final)
+        )
         # A modulation runs on one row per sample, not on every token.
         for block in self.blocks:
             for stream, num_tokens in (
                 (block.latent_stream, num_latents),
                 (block.condition_stream, num_condition),
             ):
-                total += linear_flops(stream, num_tokens)
-                total -= linear_flops(stream.modulation, num_tokens - 1)
-            total += attention_flops(num_latents if block.last else num_joint, num_joint, width)
+                total += linear_flops(stream, num_tokens, training)
+                total -= linear_flops(stream.modulation, num_tokens - 1, training)
+            num_queries = num_latents if block.last else num_joint
+            attention = attention_flops(num_queries, num_joint, width)
+            total += attention_products(block, training) * attention
         for block in self.single_blocks:
-            total += linear_flops(block, num_joint)
-            total -= linear_flops(block.modulation, num_joint - 1)
-            total += attention_flops(num_joint, num_joint, width)
+            total += linear_flops(block, num_joint, training)
+            total -= linear_flops(block.modulation, num_joint - 1, training)
+            attention = attention_flops(num_joint, num_joint, width)
+            total += attention_products(block, training) * attention
         return total

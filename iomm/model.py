@@ -14,8 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from iomm import lora
 from iomm.alignment import AlignmentHead, alignment_loss, on_grid
-from iomm.config import AdapterConfig, AlignConfig, MaskConfig, PromptConfig, RouteConfig
+from iomm.config import (
+    AdapterConfig,
+    AlignConfig,
+    LoraConfig,
+    MaskConfig,
+    PromptConfig,
+    RouteConfig,
+)
 from iomm.flow import sample_time, velocity_loss
 from iomm.kernels.noisy_tokens import noisy_tokens
 from iomm.kernels.philox import CAPTION_DROP, PROMPT, TIME, VAE, normal, uniform
@@ -50,6 +58,7 @@ class Recipe:
     # Share of the samples of a global batch that are aligned. The alignment loss is their mean,
     # however the batch is cut into micro-batches.
     align_share: float = 1.0
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +71,7 @@ class PreparedBatch:
         noisy_RNK: noisy latent tokens x_t.
         target_RNK: velocity targets, noise - image.
         t_R: times in [0, 1].
+        n_R: number of each draw, `IOMM.draw_numbers`.
         grid: (rows, columns) of latent tokens.
         condition: packed condition tokens of the B samples.
         prefix: keys and values of every MLLM layer, and the MLLM's outputs or None.
@@ -74,6 +84,7 @@ class PreparedBatch:
     noisy_RNK: Tensor
     target_RNK: Tensor
     t_R: Tensor
+    n_R: Tensor
     grid: tuple[int, int]
     condition: Condition
     prefix: tuple[Cache, Tensor | None]
@@ -88,6 +99,7 @@ class PreparedBatch:
             self.noisy_RNK,
             self.target_RNK,
             self.t_R,
+            self.n_R,
             *vars(self.condition).values(),
             *chain(*cache),
             outputs_TD,
@@ -175,6 +187,7 @@ class IOMM(nn.Module):
             noisy_RNK=noisy_RNK,
             target_RNK=target_RNK,
             t_R=t_R,
+            n_R=n_R,
             grid=latent_grid,
             condition=condition,
             # The part of step 7 that sees no query.
@@ -200,14 +213,14 @@ class IOMM(nn.Module):
         hidden_RCD, lengths_R = self.repeat_draws(hidden_BCD), self.repeat_draws(lengths_B)
         # Step 8.
         generator_inputs = batch.noisy_RNK, batch.t_R, hidden_RCD, lengths_R, batch.grid
-        route = self.route(batch)
+        options = {"n_R": batch.n_R, "route": self.route(batch)}
         if self.alignment is None:
-            velocity_RNK = self.velocity(*generator_inputs, route=route)
+            velocity_RNK = self.velocity(*generator_inputs, **options)
             loss, loss_R = velocity_loss(velocity_RNK, batch.target_RNK)
             return loss, loss_R.detach(), batch.t_R
         align = self.recipe.align
         velocity_RNK, latents_RND = self.velocity(
-            *generator_inputs, tap=align.block_in(self.generator.config.depth), route=route
+            *generator_inputs, tap=align.block_in(self.generator.config.depth), **options
         )
         loss, loss_R = velocity_loss(velocity_RNK, batch.target_RNK)
         align_I = self.align(latents_RND, batch)
@@ -397,6 +410,17 @@ class IOMM(nn.Module):
             classes = (*classes, *self.connector.block_classes)
         return tuple(c for c in classes if any(isinstance(module, c) for module in self.modules()))
 
+    def add_lora(self, check: bool = True) -> None:
+        """Freeze all weights and add the recipe's LoRA to the generator. Call once.
+
+        `check` is as in lora.add_lora.
+        """
+        lora.freeze(self)
+        patch = self.frozen[1].patch
+        lora.add_lora(
+            self.generator, self.recipe.lora, seed=self.recipe.seed, patch=patch, check=check
+        )
+
     def prepare_blocks(
         self, *, compiled: bool = False, recompute: int = 0, fp8: bool = False
     ) -> None:
@@ -438,12 +462,16 @@ class IOMM(nn.Module):
         lengths_B: Tensor | None,
         grid: tuple[int, int],
         tap: int = 0,
+        n_R: Tensor | None = None,
         route: Route | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return the generator's velocity in its weights' dtype.
 
-        With `tap`, return the latents after that block as well. `route` is as in MMDiT.forward.
+        With `tap`, return the latents after that block as well. `n_R` numbers the rows in training;
+        LoRA has no dropout without it. `route` is as in MMDiT.forward.
         """
+        if self.recipe.lora.dropout:
+            lora.number_rows(self.generator, n_R)
         options = {} if route is None else {"route": route}
         with named("generator"):
             return self.generator(

@@ -258,7 +258,10 @@ def load_module(module: nn.Module, path: Path | str) -> None:
 
 
 def write_tensors(
-    tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype | None = None
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write one safetensors file atomically. Tensors may share memory.
 
@@ -269,7 +272,7 @@ def write_tensors(
         for name, tensor in tensors.items()
     }
     part = path.with_name(path.name + ".part")
-    save_file(copies, part, metadata={"format": "pt"})
+    save_file(copies, part, metadata={"format": "pt", **(metadata or {})})
     part.replace(path)
 
 

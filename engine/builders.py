@@ -10,6 +10,7 @@ import logging
 import os
 import zlib
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,7 @@ from iomm.engine.shapes.dataset import write_dataset
 from iomm.generator import empty_generator
 from iomm.internvl import load_mllm
 from iomm.layout import from_diffusers_config
-from iomm.model import IOMM, Recipe
+from iomm.model import IOMM, Recipe, draw_turns
 from iomm.vae import load_vae, vae_without_weights
 from iomm.weights import initialize_generator, load_module, read_json
 
@@ -260,6 +261,8 @@ def open_source(
         hw_decoder_load=data.hw_decoder_load,
         resize=data.resize,
         look_at_pairs=config.align.weight > 0 and config.align.pairs,
+        # Not the model's own method: an evaluation changes the model's recipe for a while.
+        draw_turns=partial(draw_turns, make_recipe(config), mllm),
     )
 
 

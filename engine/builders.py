@@ -11,6 +11,7 @@ import os
 import tempfile
 import zlib
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,7 @@ from iomm.engine.shapes.dataset import is_dataset, write_dataset
 from iomm.generator import empty_generator
 from iomm.internvl import load_mllm, load_tokenizer, mllm_without_weights
 from iomm.layout import from_diffusers_config
-from iomm.model import IOMM, Recipe
+from iomm.model import IOMM, Recipe, draw_turns
 from iomm.vae import load_vae, vae_without_weights
 from iomm.weights import initialize_generator, load_module, read_json
 
@@ -397,6 +398,8 @@ def open_source(
         resize=data.resize,
         look_at_pairs=config.align.weight > 0 and config.align.pairs,
         caption_limit=CaptionLimit(mllm, config.adapter, config.prompt),
+        # Not the model's own method: an evaluation changes the model's recipe for a while.
+        draw_turns=partial(draw_turns, make_recipe(config), mllm),
     )
 
 

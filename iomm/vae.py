@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from iomm.config import InputError, choice
 from iomm.mllm import Frozen
+from iomm.weights import STEM, move_frozen, stored_dtype
 
 
 class Latents:
@@ -243,6 +244,9 @@ def load_vae(
 ) -> PixelVAE | FluxVAE:
     """Load a frozen VAE. Only safetensors are read.
 
+    Weights are placed as in `weights.load_frozen`, but kernels of convolutions are copied to
+    channels_last.
+
     Args:
         name: one of
             - pixel:<patch>;
@@ -287,11 +291,18 @@ def load_vae(
     # Imported here because it takes seconds and a pixel VAE does not need it.
     from diffusers import AutoencoderKL
 
+    stored = stored_dtype(
+        options["pretrained_model_name_or_path"],
+        STEM,
+        revision=options.get("revision"),
+        subfolder=options.get("subfolder", ""),
+    )
     try:
         autoencoder, report = AutoencoderKL.from_pretrained(
             **options,
             use_safetensors=True,
-            torch_dtype=dtype,
+            # Other dtypes are cast on the host, all at once.
+            torch_dtype=stored or dtype,
             low_cpu_mem_usage=False,
             output_loading_info=True,
         )
@@ -302,7 +313,8 @@ def load_vae(
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"]))
         raise InputError(f"model.vae: {name} lacks the weights {missing}")
-    return FluxVAE(autoencoder, patch, tiling=tiling).to(device)
+    move_frozen(autoencoder, device, dtype)
+    return FluxVAE(autoencoder, patch, tiling=tiling)
 
 
 def no_folder(name: str) -> InputError:

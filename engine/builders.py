@@ -627,20 +627,30 @@ def make_recipe(config: RunConfig) -> Recipe:
 
 
 def build_model(config: RunConfig, device: torch.device | str) -> IOMM:
-    """Return the model: frozen parts on `device`, trained parts drawn from run.seed on the CPU."""
+    """Return the model on `device`, with trained parts drawn from run.seed."""
     mllm = load_mllm(
         mllm_name(config), revision=config.model.mllm_revision, dtype=config.dtype, device=device
     )
-    return assemble(config, mllm, new_vae(config, device))
+    return assemble(config, mllm, new_vae(config, device), device=device)
 
 
 def assemble(
-    config: RunConfig, mllm: MLLM, vae: Latents, *, device: torch.device | str | None = None
+    config: RunConfig,
+    mllm: MLLM,
+    vae: Latents,
+    *,
+    device: torch.device | str = "cpu",
+    fresh: bool = True,
 ) -> IOMM:
     """Return the IOMM of a run around its frozen parts.
 
-    device: None draws the trained parts from run.seed on the CPU. Otherwise they are on that device
-    with weights that are still to be loaded, or on "meta" without any.
+    Args:
+        config: the run's config.
+        mllm: the frozen MLLM.
+        vae: the frozen VAE.
+        device: device of the trained parts; "meta" for a model without weights.
+        fresh: draw the trained parts from run.seed. The numbers do not depend on the device: one
+            weight at a time is drawn on the CPU. Otherwise the weights are still to be loaded.
 
     Raises:
         InputError: data.size_px is not a multiple of the VAE's patch.
@@ -650,15 +660,15 @@ def assemble(
         mllm.use_fp8()
     shape = replace(config.model.generator, token_dim=vae.token_dim, condition_dim=mllm.width)
     adapter = connector = alignment = None
-    with torch.device("cpu" if device is None else device):
+    with torch.device(device):
         if config.adapter.kind != "none":
             adapter = QueryAdapter(config.adapter, mllm.width)
         if config.adapter.connector_layers:
             connector = Connector(config.adapter, mllm.width)
         if config.align.weight:
             alignment = AlignmentHead(config.align, shape.width, mllm)
-    generator = empty_generator(shape, device="cpu" if device is None else device)
-    if device is None:
+    generator = empty_generator(shape, device=device)
+    if fresh:
         for part in (generator, adapter, connector, alignment):
             if part is not None:
                 part.init_weights(config.run.seed)

@@ -19,6 +19,7 @@ from iomm.config import (
     AlignConfig,
     GeneratorConfig,
     InputError,
+    LoraConfig,
     MaskConfig,
     PromptConfig,
     choice,
@@ -59,7 +60,7 @@ class RunSection:
     seed: int = 0
     # Run folder whose newest weights this run starts from, or a folder with the transformer of a
     # diffusers model (FLUX.1, Z-Image or an export), whose weights are taken where they fit.
-    # Everything else starts fresh.
+    # Everything else starts fresh. With lora.rank it is the frozen base, which must be complete.
     init: str | None = None
     # ema | raw: which weights of a run to load.
     init_weights: str = "ema"
@@ -485,6 +486,7 @@ class RunConfig:
     mask: MaskConfig = field(default_factory=MaskConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     align: AlignConfig = field(default_factory=AlignConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataSection = field(default_factory=DataSection)
     train: TrainSection = field(default_factory=TrainSection)
     time: TimeSection = field(default_factory=TimeSection)
@@ -512,6 +514,16 @@ class RunConfig:
             raise InputError(
                 f"a folder in data.latents holds images only, but train.data is {self.train.data}: "
                 "set train.data=image or data.latents=memory, or leave data.latents out"
+            )
+        if self.lora.rank and self.run.init is None:
+            raise InputError(
+                f"lora.rank is {self.lora.rank}, but run.init does not name the base to fine-tune: "
+                "set it to a run, an export or the folder of a diffusers model"
+            )
+        if self.lora.rank and self.align.weight:
+            raise InputError(
+                "align.weight trains an alignment head, but LoRA trains nothing else than its "
+                "matrices: set align.weight=0"
             )
         if self.align.weight:
             if self.model.preset != FROM_INIT or self.model.shape is not None:

@@ -646,9 +646,9 @@ def check_base(
     """
     if saved and current and saved["checksum"] != current["checksum"]:
         raise InputError(
-            f"{folder} was trained on another base: {current['source']} has not the weights "
-            f"that {saved['source']} had (checksum {current['checksum']} instead of "
-            f"{saved['checksum']}). Restore them"
+            f"{folder} was trained on another base than {current['source']} is now (checksum "
+            f"{current['checksum']}, expected {saved['checksum']}): restore the weights that "
+            f"{saved['source']} had"
         )
 
 

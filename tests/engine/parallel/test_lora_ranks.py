@@ -14,6 +14,7 @@ from iomm.config import GeneratorConfig
 from iomm.engine.builders import build_model
 from iomm.engine.config import load_config
 from iomm.engine.shapes.dataset import write_dataset
+from iomm.engine.shapes.mllm import WEIGHTS
 from iomm.pipeline import Pipeline
 
 SETTINGS = [
@@ -40,7 +41,7 @@ def arguments(tmp_path_factory):
     config = load_config(PIXELS, [*SETTINGS, "model.preset=from-init"])
     config = replace(config, model=replace(config.model, shape=json.dumps(asdict(SHAPE))))
     base = Pipeline(randomize(build_model(config, "cpu")), 16)
-    base.save_pretrained(folder / "base", mllm="shapes", vae="pixel:2")
+    base.save_pretrained(folder / "base", mllm=WEIGHTS, vae="pixel:2")
     return folder, [
         *SETTINGS,
         "model.preset=from-init",

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from iomm import lora
 from iomm.adapter import Connector, QueryAdapter
 from iomm.alignment import PREFIX, AlignmentHead
 from iomm.caption_limit import CaptionLimit
@@ -623,15 +624,38 @@ def make_recipe(config: RunConfig) -> Recipe:
         route=config.route,
         align=config.align,
         align_share=config.align_share,
+        lora=config.lora,
     )
 
 
-def build_model(config: RunConfig, device: torch.device | str) -> IOMM:
-    """Return the model on `device`, with trained parts drawn from run.seed."""
+def build_model(
+    config: RunConfig,
+    device: torch.device | str,
+    ranks: Ranks | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> IOMM:
+    """Return the model on `device`, with trained parts drawn from run.seed.
+
+    With LoRA, generator, adapter and connector are frozen too: they have the weights of run.init,
+    and the fresh A and B are beside them.
+
+    Args:
+        config: the run's config.
+        device: device of all parts.
+        ranks: with LoRA, all ranks call this together if given, as in read_run.
+        dtype: dtype of the base of LoRA, by default the run's.
+    """
     mllm = load_mllm(
         mllm_name(config), revision=config.model.mllm_revision, dtype=config.dtype, device=device
     )
-    return assemble(config, mllm, new_vae(config, device), device=device)
+    vae = new_vae(config, device)
+    if not config.lora.rank:
+        return assemble(config, mllm, vae, device=device)
+    model = assemble(config, mllm, vae, device=device, fresh=False, dtype=dtype or config.dtype)
+    logger.info(load_base(model, config, ranks))
+    model.add_lora()
+    return model
 
 
 def assemble(
@@ -641,8 +665,9 @@ def assemble(
     *,
     device: torch.device | str = "cpu",
     fresh: bool = True,
+    dtype: torch.dtype = torch.float32,
 ) -> IOMM:
-    """Return the IOMM of a run around its frozen parts.
+    """Return the IOMM of a run around its frozen parts, still without LoRA.
 
     Args:
         config: the run's config.
@@ -651,6 +676,7 @@ def assemble(
         device: device of the trained parts; "meta" for a model without weights.
         fresh: draw the trained parts from run.seed. The numbers do not depend on the device: one
             weight at a time is drawn on the CPU. Otherwise the weights are still to be loaded.
+        dtype: dtype of the trained parts.
 
     Raises:
         InputError: data.size_px is not a multiple of the VAE's patch.
@@ -667,10 +693,11 @@ def assemble(
             connector = Connector(config.adapter, mllm.width)
         if config.align.weight:
             alignment = AlignmentHead(config.align, shape.width, mllm)
-    generator = empty_generator(shape, device=device)
-    if fresh:
-        for part in (generator, adapter, connector, alignment):
-            if part is not None:
+    generator = empty_generator(shape, device=device, dtype=dtype)
+    for part in (generator, adapter, connector, alignment):
+        if part is not None:
+            part.to(dtype)
+            if fresh:
                 part.init_weights(config.run.seed)
     return IOMM(generator, adapter, mllm, vae, make_recipe(config), connector, alignment)
 
@@ -733,6 +760,69 @@ def load_foreign_weights(model: IOMM, folder: Path) -> str:
     return "\n".join(lines)
 
 
+def load_base(model: IOMM, config: RunConfig, ranks: Ranks | None = None) -> str:
+    """Load the weights of run.init as the base of LoRA, and return a description.
+
+    Called by all ranks together if `ranks` is given.
+
+    Raises:
+        InputError: run.init does not have all weights of the model, or it is a run with LoRA.
+    """
+    init = config.run.init
+    if (folder := diffusers_folder(init)) is None:
+        base, folder = read_run(init, ranks)
+        if base.lora.rank:
+            raise InputError(
+                f"run.init: {init} is itself a run with LoRA and cannot be a base: write it with "
+                f"`iomm export --run {init} --merge` and give the exported folder"
+            )
+        averaged = load_weights(model, folder, config.run.init_weights)["ema"]
+        return f"LoRA base: {config.run.init_weights if averaged else 'raw'} weights of {folder}"
+    missing = initialize_generator(model.generator, folder, patch=model.frozen[1].patch).fresh
+    for name in ("adapter", "connector"):
+        part, path = getattr(model, name), folder / f"{name}.safetensors"
+        if part is not None and path.is_file():
+            load_module(part, path)
+        elif part is not None:
+            missing[name] = f"{path} is missing"
+    if missing:
+        name, reason = next(iter(missing.items()))
+        raise InputError(
+            f"run.init: {folder} lacks weights of {len(missing)} parts, such as {name} ({reason}). "
+            "The base of LoRA is not trained, so it must be complete: set model.* and adapter.* as "
+            "the base has them, or train the missing parts first, with lora.rank=0"
+        )
+    return f"LoRA base: {folder}"
+
+
+def base_facts(config: RunConfig, model: IOMM) -> dict[str, str] | None:
+    """Return what identifies the base of LoRA, for a checkpoint: its source and its checksum.
+
+    None for a run without LoRA.
+    """
+    if not config.lora.rank:
+        return None
+    return {"source": config.run.init, "checksum": lora.checksum(model)}
+
+
+def check_base(
+    folder: Path | str, saved: dict[str, str] | None, current: dict[str, str] | None
+) -> None:
+    """Compare the base that a checkpoint was trained on with the one that is loaded.
+
+    Both are results of base_facts.
+
+    Raises:
+        InputError: they differ.
+    """
+    if saved and current and saved["checksum"] != current["checksum"]:
+        raise InputError(
+            f"{folder} was trained on another base than {current['source']} is now (checksum "
+            f"{current['checksum']}, expected {saved['checksum']}): restore the weights that "
+            f"{saved['source']} had"
+        )
+
+
 def read_run(run_dir: str | Path, ranks: Ranks | None = None) -> tuple[RunConfig, Path]:
     """Return the config of a run folder and its newest intact checkpoint.
 
@@ -763,16 +853,19 @@ def load_run(
     """Return (config, model, manifest) of a run folder's newest intact checkpoint.
 
     The model is not sharded. Its weights are in the run's precision on a GPU, as in training, and
-    in float32 on a CPU.
+    in float32 on a CPU. With LoRA it has the base and, beside it, A and B of the checkpoint.
+
+    Raises:
+        InputError: there is no intact checkpoint, or the base of LoRA has changed.
     """
     config, folder = read_run(run_dir)
-    model = build_model(config, device).to(device)
+    dtype = config.dtype if torch.device(device).type == "cuda" else torch.float32
+    model = build_model(config, device, dtype=dtype).to(device)
     # Only training needs the alignment head.
     model.alignment = None
     manifest = load_weights(model, folder, weights)
-    if torch.device(device).type == "cuda" and config.dtype == torch.bfloat16:
-        model.to(torch.bfloat16)
-    return config, model, manifest
+    check_base(folder, manifest.get("base"), base_facts(config, model))
+    return config, model.to(dtype), manifest
 
 
 @torch.no_grad()

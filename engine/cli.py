@@ -192,8 +192,15 @@ def main(argv: list[str] | None = None) -> int:
     )
     command.add_argument("--ranks", type=arguments.whole(1))
 
-    add_run_command(
-        "export", "write generator (diffusers folder), adapter and connector (safetensors)"
+    command = add_run_command(
+        "export",
+        "write generator (diffusers folder), adapter and connector (safetensors), or the LoRA of a "
+        "run that trained one",
+    )
+    command.add_argument(
+        "--merge",
+        action="store_true",
+        help="merge the LoRA into its base and write the whole model",
     )
     command = commands.add_parser(
         "report", help="write a page with curves, samples, times and settings of one run or several"
@@ -343,7 +350,7 @@ def evaluate(args: argparse.Namespace) -> int:
 def export(args: argparse.Namespace) -> int:
     from iomm.engine.evaluation.sample import export_run
 
-    print(export_run(args.run, weights=args.weights, out=args.out))
+    print(export_run(args.run, weights=args.weights, out=args.out, merge=args.merge))
     return 0
 
 

@@ -20,6 +20,7 @@ from iomm.config import (
     AlignConfig,
     GeneratorConfig,
     InputError,
+    LoraConfig,
     MaskConfig,
     PromptConfig,
     RouteConfig,
@@ -62,7 +63,8 @@ class RunSection:
     seed: int = 0
     # Run folder whose newest weights this run starts from, or a folder with the transformer of a
     # diffusers model (FLUX.1, Qwen-Image, Z-Image or an export), whose weights are taken where they
-    # fit. Everything else starts fresh.
+    # fit. Everything else starts fresh. With lora.rank it is the frozen base, which must be
+    # complete.
     init: str | None = None
     # ema | raw: which weights of a run to load.
     init_weights: str = "ema"
@@ -505,6 +507,7 @@ class RunConfig:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     route: RouteConfig = field(default_factory=RouteConfig)
     align: AlignConfig = field(default_factory=AlignConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataSection = field(default_factory=DataSection)
     cache: CacheSection = field(default_factory=CacheSection)
     train: TrainSection = field(default_factory=TrainSection)
@@ -536,6 +539,16 @@ class RunConfig:
             )
         if self.route.ratio and (self.model.preset != FROM_INIT or self.model.shape is not None):
             self.route.blocks_in(self.model.generator)
+        if self.lora.rank and self.run.init is None:
+            raise InputError(
+                f"lora.rank is {self.lora.rank}, but run.init does not name the base to fine-tune: "
+                "set it to a run, an export or the folder of a diffusers model"
+            )
+        if self.lora.rank and self.align.weight:
+            raise InputError(
+                "align.weight trains an alignment head, but LoRA trains nothing else than its "
+                "matrices: set align.weight=0"
+            )
         if self.align.weight:
             if self.model.preset != FROM_INIT or self.model.shape is not None:
                 self.align.block_in(self.model.generator.depth)

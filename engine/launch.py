@@ -298,7 +298,7 @@ def build(
     for sentence in builders.foreign_data(config):
         logger.warning(sentence)
     ranks.on_first(lambda: builders.report_upscaling(config, index_dir, pairs_dir))
-    model = builders.build_model(config, ranks.device)
+    model = builders.build_model(config, ranks.device, ranks)
     mllm, vae = model.frozen
     if pairs_dir is not None:
         for sentence in ranks.on_first(lambda: builders.long_captions(config, pairs_dir, mllm)):
@@ -308,7 +308,7 @@ def build(
     )
     if ranks.first:
         logger.info(describe_start(config, ranks, model, source))
-    if config.run.init is not None and folder is None:
+    if config.run.init is not None and folder is None and not config.lora.rank:
         logger.info(start_from(config, model, ranks))
     if config.precision == "fp8":
         logger.warning(
@@ -316,6 +316,7 @@ def build(
             "from bf16's (python benchmarks/studies/precision.py compares them)"
         )
     flops = sum(dry_run.work(model, config).values())
+    base = builders.base_facts(config, model)
     compiled = config.train.compiled(ranks.device)
     if compiled:
         from torch._inductor.runtime.cache_dir_utils import cache_dir
@@ -347,6 +348,7 @@ def build(
         bad_samples,
         ranks,
         ranks.on_first(lambda: builders.data_facts(source.shards)),
+        base,
     )
     if folder is not None:
         run_state.restore(state, folder)
@@ -358,7 +360,8 @@ def build(
 def describe_start(config: RunConfig, ranks: Ranks, model: IOMM, source: ImageSource) -> str:
     """Return the lines that rank 0 logs before training."""
     threads, steps = torch.get_num_threads(), source.accumulation_steps
-    trained, frozen = dry_run.size(model), sum(map(dry_run.size, model.frozen))
+    trained, frozen = dry_run.size(model), dry_run.frozen_size(model)
+    what = "trained (LoRA)" if config.lora.rank else "trained"
     memory = dry_run.memory(model, config, ranks.size, source.micro_batch)
     return "\n".join(
         [
@@ -367,7 +370,7 @@ def describe_start(config: RunConfig, ranks: Ranks, model: IOMM, source: ImageSo
             f"{count(threads, 'thread')} each",
             f"training    {config.train.steps:,} steps of {config.train.global_batch:,} samples, "
             f"{source.micro_batch} per rank, {count(steps, 'accumulation step')}",
-            f"model       {trained / 1e6:.1f} M trained and {frozen / 1e6:.1f} M frozen "
+            f"model       {trained / 1e6:.1f} M {what} and {frozen / 1e6:.1f} M frozen "
             f"parameters, {config.precision}, ZeRO stage {config.zero.stage}",
             "kernels     op, device, backend in use; other backends with the reason",
             textwrap.indent(dispatch.format_table(ranks.device.type), "  "),

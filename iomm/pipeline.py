@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from iomm import lora
 from iomm.adapter import Connector, QueryAdapter
 from iomm.config import AdapterConfig, InputError, PromptConfig
 from iomm.internvl import load_mllm
@@ -134,6 +135,8 @@ class Pipeline:
     ) -> Path:
         """Export the model as a diffusers folder that also contains adapter and connector.
 
+        LoRA is merged into the weights.
+
         Args:
             folder: folder to write.
             mllm: folder or hub id of the MLLM that the model needs.
@@ -145,7 +148,12 @@ class Pipeline:
             The folder.
         """
         folder, model = Path(folder), self.model
-        export_generator(model.generator, folder, patch=model.frozen[1].patch, dtype=dtype)
+        patch = model.frozen[1].patch
+        if model.recipe.lora.rank:
+            with lora.merged(model.generator) as state:
+                export_generator(model.generator, folder, patch=patch, state=state, dtype=dtype)
+        else:
+            export_generator(model.generator, folder, patch=patch, dtype=dtype)
         for name in ("adapter", "connector"):
             if getattr(model, name) is not None:
                 save_module(getattr(model, name), folder / f"{name}.safetensors", dtype=dtype)
@@ -156,11 +164,26 @@ class Pipeline:
             "mllm": str(mllm),
             "mllm_revision": mllm_revision,
             "vae": str(vae),
-            "patch": model.frozen[1].patch,
+            "patch": patch,
             "origin": self.origin,
         }
         (folder / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
         return folder
+
+    def save_lora(self, folder: Path | str, *, dtype: torch.dtype | None = None) -> Path:
+        """Write only the LoRA, for load_lora_weights of diffusers' pipelines and for ComfyUI.
+
+        Args:
+            folder: folder of the file.
+            dtype: dtype of the file. Defaults to that of the weights.
+
+        Returns:
+            The file, `lora.FILE` in the folder.
+        """
+        patch = self.model.frozen[1].patch
+        return lora.save_lora(
+            self.model.generator, folder, patch=patch, origin=self.origin, dtype=dtype
+        )
 
     def __call__(
         self,

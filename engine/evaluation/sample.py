@@ -349,15 +349,35 @@ def png_path(out: str | Path | None, run_dir: str | Path, name: str) -> Path:
     return path
 
 
-def export_run(run_dir: str | Path, *, weights: str = "ema", out: str | Path | None = None) -> Path:
+def export_run(
+    run_dir: str | Path,
+    *,
+    weights: str = "ema",
+    out: str | Path | None = None,
+    merge: bool = False,
+) -> Path:
     """Export a run for diffusers' from_pretrained and for Pipeline.from_pretrained.
 
-    Returns the folder, by default run_dir/export/<weights>.
+    Of a run with LoRA, only A and B are exported, as a file for diffusers' load_lora_weights. With
+    `merge` they are merged into the base, and the result is that of a run without LoRA.
+
+    Returns:
+        The folder, by default run_dir/export/<weights> or run_dir/export/<weights>-merged, or the
+        LoRA file.
+
+    Raises:
+        InputError: run_dir is an exported folder, or `merge` is given and the run has no LoRA.
     """
     pipe, config = open_pipeline(run_dir, weights=weights)
     if config is None:
         raise InputError(f"{run_dir} is already an exported folder: give the folder of a run")
-    folder = Path(out) if out else Path(run_dir) / "export" / weights
+    if merge and not config.lora.rank:
+        raise InputError(f"{run_dir} is a run without LoRA: leave --merge out")
+    name = f"{weights}-merged" if merge else weights
+    folder = Path(out) if out else Path(run_dir) / "export" / name
+    if config.lora.rank and not merge:
+        pipe.origin["base"] = config.run.init
+        return pipe.save_lora(folder)
     names = [
         Path(name).resolve() if Path(name).is_dir() else name
         for name in (builders.mllm_name(config), builders.vae_name(config))

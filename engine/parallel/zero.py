@@ -25,7 +25,6 @@ from iomm.engine.parallel.optim import (
 )
 from iomm.engine.parallel.ranks import Ranks
 from iomm.engine.parallel.zero_layouts import Replicated, Stage3, Stages1And2
-from iomm.layers import FusedLinear
 
 
 def adamw_backend(name: str, device: torch.device) -> AdamwBackend:
@@ -126,7 +125,7 @@ class Sharded:
         fused = {
             f"{name}.weight": m.parts
             for name, m in module.named_modules()
-            if isinstance(m, FusedLinear)
+            if isinstance(m, nn.Linear) and hasattr(m, "parts")
         }
         everywhere = [self.places] if whole else ranks.all(self.places)
         matrices = {

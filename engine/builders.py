@@ -706,14 +706,25 @@ def read_run(run_dir: str | Path, ranks: Ranks | None = None) -> tuple[RunConfig
 
 
 def load_run(
-    run_dir: str | Path, *, weights: str = "ema", device: torch.device | str = "cpu"
+    run_dir: str | Path,
+    *,
+    weights: str = "ema",
+    device: torch.device | str = "cpu",
+    mllm: str | None = None,
+    vae: str | None = None,
 ) -> tuple[RunConfig, IOMM, dict[str, Any]]:
     """Return (config, model, manifest) of a run folder's newest intact checkpoint.
 
     The model is not sharded. Its weights are in the run's precision on a GPU, as in training, and
-    in float32 on a CPU.
+    in float32 on a CPU. mllm and vae replace the names in the run's config.
     """
     config, folder = read_run(run_dir)
+    model = config.model
+    if mllm is not None:
+        model = replace(model, mllm=mllm, mllm_revision=None)
+    if vae is not None:
+        model = replace(model, vae=vae)
+    config = replace(config, model=model)
     model = build_model(config, device).to(device)
     # Only training needs the alignment head.
     model.alignment = None

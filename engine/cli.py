@@ -90,6 +90,12 @@ def main(argv: list[str] | None = None) -> int:
         return command
 
     def add_sampling(command: argparse.ArgumentParser, guidance: float) -> None:
+        for part, meaning in (("mllm", "MLLM"), ("vae", "VAE")):
+            command.add_argument(
+                f"--{part}",
+                type=arguments.path,
+                help=f"folder or hub id of the {meaning}; default: the one that the run names",
+            )
         command.add_argument("--steps", type=arguments.whole(1), default=20, help="Euler steps")
         command.add_argument("--seed", type=arguments.seed, default=0)
         command.add_argument(
@@ -320,6 +326,8 @@ def evaluate(args: argparse.Namespace) -> int:
         rank=args.rank,
         num_ranks=args.ranks,
         check_only=args.check,
+        mllm=args.mllm,
+        vae=args.vae,
     )
 
 
@@ -343,6 +351,8 @@ def sampling_settings(args: argparse.Namespace) -> dict[str, Any]:
         shift=args.shift,
         weights=args.weights,
         out=args.out,
+        mllm=args.mllm,
+        vae=args.vae,
         size=parse_size(args.size) if args.size else None,
         device="cuda" if torch.cuda.is_available() else "cpu",
     )

@@ -213,7 +213,8 @@ def read_gedit(paths: Sequence[str], root: str | None) -> tuple[list[Item], str]
         try:
             with Image.open(image) as picture:
                 found = f"{picture.format} in {picture.mode}"
-        except OSError as error:
+        except Exception as error:
+            # Pillow raises exceptions of many types for a damaged file.
             raise InputError(f"--prompts {where}: {image} cannot be read: {error}") from error
         if found != "PNG in RGB":
             # The grader saves it as JPEG. For RGBA this fails and is retried 10,000 times.

@@ -238,7 +238,7 @@ def read_run(run_dir: str | Path) -> Run:
         for step, path in numbered(folder, r"evaluate-(\d+)").items()
         if step <= last.get("step", step)
     }
-    final = numbered(folder, r"step-(\d+)-seed0")
+    final = numbered(folder, r"step-(\d+)-seed0(?:-[0-9a-f]{8})?")
     return Run(
         name=folder.resolve().name,
         dir=folder,
@@ -257,9 +257,13 @@ def read_run(run_dir: str | Path) -> Run:
 
 
 def numbered(folder: Path, pattern: str) -> dict[int, Path]:
-    """Return {number: path} of the PNGs in samples/ whose stem matches, rising."""
+    """Return {number: path} of the PNGs in samples/ whose stem matches, rising.
+
+    Of several with the same number, the newest one counts.
+    """
     paths = [(re.fullmatch(pattern, path.stem), path) for path in folder.glob("samples/*.png")]
-    return dict(sorted((int(match[1]), path) for match, path in paths if match))
+    found = [(int(match[1]), path) for match, path in paths if match]
+    return dict(sorted(found, key=lambda item: (item[0], item[1].stat().st_mtime_ns, item[1])))
 
 
 def read_log(path: Path) -> tuple[dict, dict, dict[str, float], int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import tempfile
 import zlib
 from dataclasses import asdict, replace
@@ -525,7 +526,7 @@ def write_latents(
         )
     return (
         f"rank {rank} of {num_ranks}: {num:,} of {len(shards):,} latents written to {out}. "
-        f"Train with data.latents={out}"
+        f"Train with {shlex.quote(f'data.latents={out}')}"
     )
 
 

@@ -1,6 +1,8 @@
 """The console command `iomm`: index, cache, sample, edit, evaluate, export, report, doctor."""
 
 import argparse
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code.
 
     0: done. 1: a folder that `evaluate` checked is incomplete. 2: something that the user gave is
-    wrong, with one line on stderr.
+    wrong. 130: Ctrl-C. 141: the output was a pipe, and its reader has ended. One line on stderr
+    has the reason.
     """
     parser = arguments.Parser(
         prog="iomm",
@@ -213,9 +216,10 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser(
         "doctor", help="list what is installed and what is missing, why, and what that costs"
     )
+    args = None
     try:
         args = parser.parse_args(argv)
-        return {
+        code = {
             "index": index,
             "cache": cache,
             "sample": sample,
@@ -225,8 +229,26 @@ def main(argv: list[str] | None = None) -> int:
             "report": report,
             "doctor": doctor,
         }[args.command](args)
+        # Here and not when Python exits, where an error could not be caught.
+        sys.stdout.flush()
+        return code
     except InputError as error:
         print(f"iomm: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        resumes = args is not None and args.command in ("index", "cache", "evaluate")
+        rest = "the same command continues from here" if resumes else "nothing was written"
+        print(f"iomm: interrupted; {rest}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # What is still in the buffer would fail again when Python exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print("iomm: the program that reads the output has ended", file=sys.stderr)
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        if os.environ.get("IOMM_TRACEBACK"):
+            raise
+        print(f"iomm: {arguments.sentence(error)}", file=sys.stderr)
         return 2
 
 
@@ -241,11 +263,7 @@ def index(args: argparse.Namespace) -> int:
         max_aspect=args.max_aspect,
         max_pixels=args.max_pixels,
     )
-    try:
-        print(summary(build(args.shards, Path(args.out), rules=rules, workers=args.workers)))
-    except KeyboardInterrupt:
-        print("iomm: interrupted; the same command continues from here", file=sys.stderr)
-        return 130
+    print(summary(build(args.shards, Path(args.out), rules=rules, workers=args.workers)))
     return 0
 
 

@@ -146,7 +146,7 @@ def train(
         evaluation: called between steps.
 
     Returns:
-        True after the last step. False if SIGTERM or SIGUSR1 requested a stop; the state is saved.
+        True after the last step. False if a signal requested a stop; the state is saved.
 
     Raises:
         InputError: too many skipped steps or bad samples, or the last checkpoint was not written.
@@ -167,7 +167,7 @@ def train(
         total=num_steps, initial=state.step, unit="step", disable=None if ranks.first else True
     )
     stop_requested = False
-    with Stop() as stop, metrics.clock if metrics is not None else nullcontext():
+    with Stop(reports=ranks.first) as stop, metrics.clock if metrics is not None else nullcontext():
         while state.step < num_steps and not stop_requested:
             watchdog.heartbeat(state.step + 1)
             lr = learning_rate(state.step, config.optim, num_steps)

@@ -23,8 +23,8 @@ MAY_IMPORT = {
 # list and from itself.
 LAYERS = (
     "config_parser",
-    "config",
     "arguments",
+    "config",
     "data",
     "shapes",
     "resilience",

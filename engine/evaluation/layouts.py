@@ -397,6 +397,12 @@ def read_items(layout: Layout, paths: Sequence[str], root: str | None) -> tuple[
     if not items:
         raise InputError(f"--prompts {paths[0]} contains no prompts")
     for item in items:
+        try:
+            item.prompt.encode()
+        except UnicodeEncodeError:
+            raise InputError(
+                f"--prompts {paths[0]}: the prompt {item.prompt!r} is not valid Unicode text"
+            ) from None
         if not re.fullmatch(layout.id_pattern, item.id):
             raise InputError(
                 f"--prompts {paths[0]}: the id {item.id!r} cannot be a file name, "

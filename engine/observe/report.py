@@ -13,6 +13,7 @@ import io
 import json
 import math
 import re
+import shlex
 import textwrap
 import time
 from collections import Counter
@@ -711,7 +712,7 @@ def page(runs: list[Run], curves: Figure | None, sheets: list[Image.Image | None
     if rows:
         names = [run.name for run in runs] if len(runs) > 1 else [""]
         body += ["<h2>Machine and versions</h2>", table(["", *names], rows)]
-    now, where = time.strftime("%Y-%m-%d %H:%M"), " ".join(run.dir.as_posix() for run in runs)
+    now, where = time.strftime("%Y-%m-%d %H:%M"), shlex.join(run.dir.as_posix() for run in runs)
     body += [f"<footer>{quiet(f'Written {now}. To update it: iomm report {where}')}</footer>"]
     title = f"{', '.join(run.name for run in runs)} {DASH} IOMM run report"
     return PAGE.format(title=esc(title), body="\n".join(body))

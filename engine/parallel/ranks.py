@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from iomm.config import InputError
+from iomm.engine.arguments import sentence
 from iomm.engine.parallel.cpu_ranks import free_port
 
 
@@ -39,7 +40,7 @@ class Ranks:
         """Run work() on rank 0 only and return its result on every rank.
 
         Raises:
-            InputError: On every rank, if work() raised it on rank 0.
+            InputError: On every rank, if work() raised it, or an OSError, on rank 0.
         """
         outcome = [None, None]
         if self.first:
@@ -47,6 +48,8 @@ class Ranks:
                 outcome[0] = work()
             except InputError as error:
                 outcome[1] = str(error)
+            except OSError as error:
+                outcome[1] = sentence(error)
         dist.broadcast_object_list(outcome, src=0, group=self.control_group)
         if outcome[1] is not None:
             raise InputError(outcome[1])

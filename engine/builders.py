@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from iomm.adapter import Connector, QueryAdapter
 from iomm.alignment import PREFIX, AlignmentHead
+from iomm.caption_limit import CaptionLimit
 from iomm.config import InputError
 from iomm.engine.config import FROM_INIT, load_config, positive
 from iomm.engine.data.buckets import BucketSampler, bucket_sizes, share_buckets
@@ -37,7 +38,7 @@ from iomm.engine.data.mixture import Joined, MixtureSampler, num_images_per_batc
 from iomm.engine.data.patterns import absolute
 from iomm.engine.data.samplers import EpochPermutation, FixedSizeSampler, held_out
 from iomm.engine.data.shards import Shards
-from iomm.engine.data.sizes import Upscaled, upscaled_squares
+from iomm.engine.data.sizes import Upscaled, count_long, upscaled_squares
 from iomm.engine.data.source import ImageSource
 from iomm.engine.data.validate import Rules
 from iomm.engine.resilience import checkpoint_reader
@@ -46,7 +47,7 @@ from iomm.engine.shapes import mllm as shapes_mllm
 from iomm.engine.shapes import vae as shapes_vae
 from iomm.engine.shapes.dataset import is_dataset, write_dataset
 from iomm.generator import empty_generator
-from iomm.internvl import load_mllm
+from iomm.internvl import load_mllm, load_tokenizer, mllm_without_weights
 from iomm.layout import from_diffusers_config
 from iomm.model import IOMM, Recipe
 from iomm.vae import load_vae, vae_without_weights
@@ -61,6 +62,10 @@ if TYPE_CHECKING:
     from iomm.vae import Latents
 
 logger = logging.getLogger("iomm")
+
+# No MLLM has so small a context that a caption of this length, which has at most as many tokens,
+# does not fit. The smallest one, of tests, has 256 tokens.
+SHORT_CAPTION_BYTES = 192
 
 
 def resolved(config: RunConfig, base: str | Path = ".") -> RunConfig:
@@ -316,6 +321,36 @@ def report_upscaling(
         logger.warning(f"warning: {'. '.join(sentences)}")
 
 
+def long_captions(config: RunConfig, index_dir: str | Path, mllm: MLLM | None = None) -> list[str]:
+    """Return a warning if an index has captions that exceed the MLLM's context, else nothing.
+
+    Args:
+        config: config of the run.
+        index_dir: the index of its pairs.
+        mllm: the MLLM. None: its tokenizer is loaded, but only if a caption is suspiciously long.
+
+    Raises:
+        InputError: the MLLM's context has no room for captions.
+    """
+    shards = Shards(index_dir)
+    longest = int(shards.index.records["caption_bytes"].max(initial=0))
+    if longest <= SHORT_CAPTION_BYTES:
+        return []
+    if mllm is None:
+        name, revision = mllm_name(config), config.model.mllm_revision
+        try:
+            mllm = mllm_without_weights(name, revision)
+            rest = config.adapter.num_queries + len(config.prompt.caption.encode())
+            if longest + rest + SHORT_CAPTION_BYTES <= mllm.max_positions:
+                return []
+            mllm.tokenizer = load_tokenizer(name, revision)
+        except InputError as error:
+            # It may be on a hub that this machine cannot reach.
+            return [f"captions that exceed the MLLM's context were not counted: {error}"]
+    found = count_long(shards, CaptionLimit(mllm, config.adapter, config.prompt))
+    return [f"warning: {found.sentence(config.model.mllm)}"] if found.num else []
+
+
 def open_source(
     config: RunConfig,
     ranks: Ranks,
@@ -362,6 +397,7 @@ def open_source(
         hw_decoder_load=data.hw_decoder_load,
         resize=data.resize,
         look_at_pairs=config.align.weight > 0 and config.align.pairs,
+        caption_limit=CaptionLimit(mllm, config.adapter, config.prompt),
     )
 
 
@@ -582,6 +618,7 @@ def make_recipe(config: RunConfig) -> Recipe:
         sample_latents=config.model.vae_sample,
         caption_drop=config.train.caption_drop,
         noise_draws=config.train.noise_draws,
+        route=config.route,
         align=config.align,
         align_share=config.align_share,
     )
@@ -607,6 +644,8 @@ def assemble(
         InputError: data.size_px is not a multiple of the VAE's patch.
     """
     vae.grid(config.data.size_px, config.data.size_px)
+    if config.model.mllm_precision == "fp8":
+        mllm.use_fp8()
     shape = replace(config.model.generator, token_dim=vae.token_dim, condition_dim=mllm.width)
     adapter = connector = alignment = None
     with torch.device("cpu" if device is None else device):

@@ -50,6 +50,13 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument(
         "--workers", type=arguments.whole(1), help="processes; default: one per core"
     )
+    command.add_argument(
+        "--config",
+        type=arguments.path,
+        default="demo-finetune",
+        help="with --captions required: config of the run that will read the pairs; captions that "
+        "exceed the context of its MLLM are counted",
+    )
 
     command = commands.add_parser(
         "cache", help="write VAE latents, which a run with data.latents reads instead of pixels"
@@ -263,7 +270,18 @@ def index(args: argparse.Namespace) -> int:
         max_aspect=args.max_aspect,
         max_pixels=args.max_pixels,
     )
-    print(summary(build(args.shards, Path(args.out), rules=rules, workers=args.workers)))
+    config = None
+    if args.captions == "required":
+        from iomm.engine.config import load_config
+
+        config = load_config(args.config)
+    folder = build(args.shards, Path(args.out), rules=rules, workers=args.workers)
+    print(summary(folder))
+    if config is not None:
+        from iomm.engine.builders import long_captions
+
+        for sentence in long_captions(config, folder):
+            print(sentence)
     return 0
 
 

@@ -22,6 +22,7 @@ from iomm.config import (
     InputError,
     MaskConfig,
     PromptConfig,
+    RouteConfig,
     choice,
 )
 from iomm.engine.config_parser import all_keys, read
@@ -59,8 +60,8 @@ class RunSection:
     # Seed for weights, data order, masks, times, noise, flips and dropped captions.
     seed: int = 0
     # Run folder whose newest weights this run starts from, or a folder with the transformer of a
-    # diffusers model (FLUX.1, Z-Image or an export), whose weights are taken where they fit.
-    # Everything else starts fresh.
+    # diffusers model (FLUX.1, Qwen-Image, Z-Image or an export), whose weights are taken where they
+    # fit. Everything else starts fresh.
     init: str | None = None
     # ema | raw: which weights of a run to load.
     init_weights: str = "ema"
@@ -82,9 +83,12 @@ class ModelSection:
     mllm: str = "shapes"
     # Commit of the hub checkpoint; null: the newest.
     mllm_revision: str | None = None
-    # Folder or hub id of an AutoencoderKL. "shapes": the tiny one that ships with the package.
-    # "pixel:<patch>": no VAE, a token is <patch> x <patch> pixels. "random:flux": random weights,
-    # to measure speed.
+    # auto: the run's precision | fp8: the products of the frozen ViT's and decoder's layers in fp8,
+    # with weights rounded once. Beyond the paper; not measured on a GPU yet.
+    mllm_precision: str = "auto"
+    # Folder or hub id of an AutoencoderKL or AutoencoderKLQwenImage. "shapes": the tiny one that
+    # ships with the package. "pixel:<patch>": no VAE, a token is <patch> x <patch> pixels.
+    # "random:flux": random weights, to measure speed.
     vae: str = "pixel:4"
     # Side of the square of VAE latents that forms one token of the generator.
     patch: int = 2
@@ -93,6 +97,7 @@ class ModelSection:
 
     def __post_init__(self) -> None:
         choice("model.preset", self.preset, (*PRESETS, FROM_INIT))
+        choice("model.mllm_precision", self.mllm_precision, ("auto", "fp8"))
         positive("model.patch", self.patch)
         if self.preset != FROM_INIT and self.shape is not None:
             raise InputError(
@@ -464,11 +469,16 @@ class GuardSection:
     skip_spikes: bool = False
     # A step that takes longer, in seconds, counts as a hang and ends the run; 0: no limit.
     hang_s: float = 600.0
+    # Another host from which no heartbeat comes for this long, in seconds, while no collective
+    # completes, counts as lost and ends the run; 0: no limit. A link that is back in time costs
+    # nothing.
+    lost_s: float = 30.0
 
     def __post_init__(self) -> None:
         positive("guard.max_skips", self.max_skips, 0)
         positive("guard.spike_sigmas", self.spike_sigmas)
         positive("guard.hang_s", self.hang_s, 0)
+        positive("guard.lost_s", self.lost_s, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -492,6 +502,7 @@ class RunConfig:
     prompt: PromptConfig = field(default_factory=PromptConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    route: RouteConfig = field(default_factory=RouteConfig)
     align: AlignConfig = field(default_factory=AlignConfig)
     data: DataSection = field(default_factory=DataSection)
     cache: CacheSection = field(default_factory=CacheSection)
@@ -522,6 +533,8 @@ class RunConfig:
                 f"a folder in data.latents holds images only, but train.data is {self.train.data}: "
                 "set train.data=image or data.latents=memory, or leave data.latents out"
             )
+        if self.route.ratio and (self.model.preset != FROM_INIT or self.model.shape is not None):
+            self.route.blocks_in(self.model.generator)
         if self.align.weight:
             if self.model.preset != FROM_INIT or self.model.shape is not None:
                 self.align.block_in(self.model.generator.depth)
@@ -607,6 +620,7 @@ FREE_KEYS = (
     "evaluate.prompts",
     "guard.max_skips",
     "guard.hang_s",
+    "guard.lost_s",
     "profile.start_step",
     "profile.num_steps",
 )

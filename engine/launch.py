@@ -103,6 +103,7 @@ def main(argv: list[str] | None = None, start_peers: bool = False) -> int:
             )
         _, device = group.take_device(args.local_rank)
         check_kernels(config.precision)
+        check_kernels(config.model.mllm_precision, "model.mllm_precision")
         if config.log.wandb:
             check_wandb()
         if args.dry_run is not None:
@@ -116,7 +117,8 @@ def main(argv: list[str] | None = None, start_peers: bool = False) -> int:
         ):
             ranks = group.start(config.train.timeout_s, args.local_rank)
             parent = int(os.environ.get("IOMM_PARENT", 0))
-            with Watchdog(ranks, config.run.dir, config.guard.hang_s, parent) as watchdog:
+            guard = config.guard
+            with Watchdog(ranks, config.run.dir, guard.hang_s, guard.lost_s, parent) as watchdog:
                 # From here on the watchdog reports errors.
                 reports_errors = False
                 try:
@@ -196,8 +198,8 @@ def check_args(args: argparse.Namespace) -> None:
     choice("--profile", args.profile, ("none", "nsys", "torch"))
 
 
-def check_kernels(precision: str) -> None:
-    """Check that this machine can run the backends in IOMM_KERNELS, and fp8 if it is requested.
+def check_kernels(precision: str, key: str = "precision") -> None:
+    """Check that this machine can run the backends in IOMM_KERNELS, and fp8 if `key` requests it.
 
     Raises:
         InputError: IOMM_KERNELS names an unknown backend or one that cannot run here, or the
@@ -205,8 +207,8 @@ def check_kernels(precision: str) -> None:
     """
     if precision == "fp8" and (reason := fp8_linear.why_not()):
         raise InputError(
-            f"precision fp8 on this GPU ({torch.cuda.get_device_name()}) {reason}: set "
-            "precision=bf16"
+            f"{key} fp8 on this GPU ({torch.cuda.get_device_name()}) {reason}: set "
+            f"{key}={'bf16' if key == 'precision' else 'auto'}"
         )
     try:
         dispatch.table("cuda" if torch.cuda.is_available() else "cpu")
@@ -308,6 +310,9 @@ def build(
     ranks.on_first(lambda: builders.report_upscaling(config, index_dir, pairs_dir))
     model = builders.build_model(config, ranks.device)
     mllm, vae = model.frozen
+    if pairs_dir is not None:
+        for sentence in ranks.on_first(lambda: builders.long_captions(config, pairs_dir, mllm)):
+            logger.warning(sentence)
     source = builders.open_source(
         config, ranks, mllm, vae, index_dir=index_dir, pairs_dir=pairs_dir
     )

@@ -26,6 +26,7 @@ from iomm.engine.data.shards import Damaged, Shards
 from iomm.kernels.philox import CROP, FLIP, uniform
 
 if TYPE_CHECKING:
+    from iomm.caption_limit import CaptionLimit
     from iomm.engine.data.latents import EncodedSamples, LatentStore
 
 # Threads that wait for the disk. A photograph of 80 KB costs them 0.04 ms of CPU.
@@ -56,7 +57,7 @@ class Batch:
     latents_BCHW: Tensor | None = None
     # Replaces vit_pixels_BHWC, which is then None.
     image_tokens_IPD: Tensor | None = None
-    # Samples that were replaced.
+    # Samples that were replaced, and captions that were cut.
     failures: list[Failure] = field(default_factory=list)
     # Output of IOMM.prepare for the pixels, if it has run ahead of the step.
     prepared: Any = None
@@ -87,7 +88,8 @@ class ImageSource:
 
     A sample that is unreadable now (damaged on disk, refused by DALI) is replaced by the next one
     of its sampler, up to MAX_ATTEMPTS times, and then by a black image. The batch lists it in
-    `failures`, the input of BadSamples. Batches are always full, so ranks stay in step.
+    `failures`, the input of BadSamples. Batches are always full, so ranks stay in step. A caption
+    that exceeds the MLLM's context is cut, and listed there too.
     """
 
     def __init__(
@@ -113,6 +115,7 @@ class ImageSource:
         hw_decoder_load: float = 0.65,
         resize: str = "torch",
         look_at_pairs: bool = False,
+        caption_limit: CaptionLimit | None = None,
     ) -> None:
         """Check the settings. Reading starts with the iteration.
 
@@ -140,6 +143,8 @@ class ImageSource:
             hw_decoder_load: share of baseline JPEGs decoded in hardware, see Decoder.
             resize: "dali" or "torch", see Decoder.
             look_at_pairs: return ViT pixels of pairs too, in order with those of the images.
+            caption_limit: cuts captions that are too long for the MLLM. None: they stay as they
+                are.
 
         Raises:
             InputError: global_batch is not a multiple of micro_batch x world_size, or exceeds the
@@ -175,6 +180,7 @@ class ImageSource:
         # Latents and image tokens are in memory, and no image is decoded.
         self.encoded = getattr(latents, "tokens", None) is not None
         self.look_at_pairs = look_at_pairs
+        self.caption_limit = caption_limit
         self.sampler = sampler or FixedSizeSampler(
             EpochPermutation(seed, shards.shard_sizes), size_px
         )
@@ -350,18 +356,36 @@ class ImageSource:
         if self.encoded:
             entries = [sample.entry for sample in samples if not sample.is_pair]
             tokens_IPD = self.latents.tokens(entries).to(self.decoder.device)
+        captions = [self._fitting_caption(sample) for sample in samples]
         return Batch(
             torch.tensor([sample.n for sample in samples]),
             torch.tensor([sample.entry for sample in samples]),
             pixels_BCHW,
             vit_pixels_BHWC,
             wait_s,
-            captions=[sample.caption for sample in samples],
+            captions=captions,
             has_image=[not sample.is_pair for sample in samples],
             latents_BCHW=latents_BCHW,
             image_tokens_IPD=tokens_IPD,
-            failures=[sample.failure for sample in samples if sample.failure],
+            failures=[
+                failure for sample in samples for failure in (sample.failure, sample.cut) if failure
+            ],
         )
+
+    def _fitting_caption(self, sample: _Sample) -> str:
+        """Return the caption of a sample, cut if it is too long. The cut is recorded in it."""
+        if self.caption_limit is None or not sample.caption:
+            return sample.caption
+        caption = self.caption_limit.cut(sample.caption)
+        if caption != sample.caption:
+            problem = (
+                f"{self.shards.name(sample.entry)}: its caption of "
+                f"{self.caption_limit.num_tokens(sample.caption):,} tokens was cut to the "
+                f"{self.caption_limit.num_tokens(caption):,} that fit into the MLLM's context"
+            )
+            shard = self.shards.shard(sample.entry)
+            sample.cut = Failure(sample.n, shard, problem, cut=True)
+        return caption
 
 
 @dataclass
@@ -377,6 +401,7 @@ class _Sample:
     caption: str = ""
     latents: Tensor | None = None
     failure: Failure | None = None
+    cut: Failure | None = None
 
 
 def _black(width: int, height: int) -> bytes:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from PIL import Image
 from tqdm import tqdm
 
+from iomm.caption_limit import CaptionLimit
 from iomm.config import InputError
 from iomm.engine import builders
 from iomm.engine.config import positive
@@ -120,6 +121,11 @@ def evaluate(
                 f"--out {out} contains files that do not belong to {bench}, "
                 f"the first is {extra[0]}. Remove them, or choose another folder."
             )
+        if long := long_prompts(pipe, own):
+            print(
+                f"{len(long)} of {len(own)} prompts exceed the MLLM's context and are cut: "
+                f"{', '.join(long[:NUM_LISTED])}{' ...' if len(long) > NUM_LISTED else ''}"
+            )
         settings = dict(steps=steps, seed=seed, guidance=guidance, shift=shift)
         metadata = {"benchmark": name, **sample.sampling_metadata(pipe, size, **settings)}
         sample_files(
@@ -159,6 +165,18 @@ def evaluate(
     return 0
 
 
+def caption_limit(pipe: Pipeline, items: Sequence[Item]) -> CaptionLimit:
+    """Return the limit of the prompts of a benchmark, or of its instructions."""
+    recipe, edit = pipe.model.recipe, any(item.image is not None for item in items)
+    return CaptionLimit(pipe.model.frozen[0], recipe.adapter, recipe.prompt, edit=edit)
+
+
+def long_prompts(pipe: Pipeline, items: Sequence[Item]) -> list[str]:
+    """Return the ids of the prompts that the pipeline cannot read as a whole."""
+    limit = caption_limit(pipe, items)
+    return [item.id for item in items if limit.cut(item.prompt) != item.prompt]
+
+
 def sample_files(
     pipe: Pipeline,
     layout: Layout,
@@ -187,6 +205,7 @@ def sample_files(
         quiet: do not show a progress bar.
     """
     todo = []
+    limit = caption_limit(pipe, items)
     for item in items:
         for name, data in item.files:
             content = content_of(data)
@@ -203,7 +222,8 @@ def sample_files(
         for start in range(0, len(todo), files_per_batch):
             part = todo[start : start + files_per_batch]
             wanted = [(item, k) for item, _, indices in part for k in indices]
-            texts = [item.prompt for item, _ in wanted]
+            # Of a prompt that is too long, the part that fits is used.
+            texts = [limit.cut(item.prompt) for item, _ in wanted]
             numbers = [image_number(item.id, k) for item, k in wanted]
             if wanted[0][0].image is None:
                 images = pipe(texts, numbers=numbers, **settings)

@@ -18,6 +18,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
+from iomm.caption_limit import CaptionLimit
 from iomm.config import InputError
 from iomm.engine import builders
 from iomm.engine.config import RunConfig
@@ -127,7 +128,8 @@ def sample_run(
     if not prompts and config.train.data != "image":
         pairs = Shards(builders.prepare_data(config, progress=False, pairs=True))
         builders.check_data(config, pipe.origin["step"], pairs=pairs)
-        prompts = [pairs.caption(k) for k in range(min(num, len(pairs)))]
+        limit = CaptionLimit(pipe.model.frozen[0], config.adapter, config.prompt)
+        prompts = [limit.cut(pairs.caption(k)) for k in range(min(num, len(pairs)))]
     if not prompts and (size or guidance != 1.0):
         raise InputError("--size and --guidance apply only to samples from text: give a --prompt")
     if prompts:

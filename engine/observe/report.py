@@ -785,6 +785,8 @@ def final_values(run: Run) -> dict[str, str]:
     for key in ("skipped_steps", "skipped_samples"):
         if key in run.last:
             found[key.replace("_", " ")] = f"{number(run.last[key]):,.0f}"
+    if run.last.get("cut_captions"):
+        found["cut captions"] = f"{number(run.last['cut_captions']):,.0f}"
     found["warnings"] = f"{run.warnings.total():,}"
     if run.num_damaged:
         found["damaged log lines"] = f"{run.num_damaged:,}"

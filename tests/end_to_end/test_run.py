@@ -114,6 +114,7 @@ def test_every_step_is_logged_with_all_keys(golden):
             "memory_gib",
             "skipped_steps",
             "skipped_samples",
+            "cut_captions",
             "gpu_hours",
             "gpu_hours_left",
         }

@@ -1,6 +1,7 @@
 """Start runs in tests, with DeepSpeed's launcher or without, and read what they leave."""
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -79,12 +80,18 @@ def group_environment(ranks):
     }
 
 
+@functools.cache
+def start_server_once():
+    """Start the process that all ranks are forked from."""
+    start_server({**environment(), "PYTHONPATH": str(ROOT)})
+
+
 def start_ranks(ranks, script, *arguments, output):
     """Start ranks as any launcher would, but forked (forked_ranks.py), and return them.
 
     They write to the file at the path `output`.
     """
-    start_server(tuple(sorted({**environment(), "PYTHONPATH": str(ROOT)}.items())))
+    start_server_once()
     shared = group_environment(ranks)
     return [
         Rank(

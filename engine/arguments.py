@@ -112,6 +112,21 @@ def number(least: float | None = None, *, above: float | None = None) -> Callabl
     return read
 
 
+def whole_variable(name: str, default: int, most: int = MOST) -> int:
+    """Return an environment variable of a launcher as a whole number from 0 to `most`.
+
+    Raises:
+        InputError: it is something else.
+    """
+    try:
+        return whole(0, most)(os.environ.get(name, str(default)))
+    except argparse.ArgumentTypeError as error:
+        raise InputError(
+            f"the environment variable {name} {error}. Start with deepspeed or torchrun, which set "
+            "it, or unset it"
+        ) from None
+
+
 # A seed selects a stream of the counter-based generator, which has 64 bits for it.
 seed = whole(0, 2**64 - 1)
 

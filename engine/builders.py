@@ -23,7 +23,9 @@ from iomm.adapter import Connector, QueryAdapter
 from iomm.alignment import PREFIX, AlignmentHead
 from iomm.caption_limit import CaptionLimit
 from iomm.config import InputError
+from iomm.engine.arguments import whole_variable
 from iomm.engine.config import FROM_INIT, load_config, positive
+from iomm.engine.cores import num_cores
 from iomm.engine.data.buckets import BucketSampler, bucket_sizes, share_buckets
 from iomm.engine.data.index import (
     ensure_index,
@@ -494,15 +496,21 @@ def share(rank: int | None = None, num_ranks: int | None = None) -> tuple[int, i
     Raises:
         InputError: the rank is out of range.
     """
-    rank = int(os.environ.get("RANK", 0)) if rank is None else rank
-    num_ranks = int(os.environ.get("WORLD_SIZE", 1)) if num_ranks is None else num_ranks
+    rank = whole_variable("RANK", 0) if rank is None else rank
+    num_ranks = whole_variable("WORLD_SIZE", 1) if num_ranks is None else num_ranks
     if not 0 <= rank < num_ranks:
         raise InputError(f"--rank must be from 0 to --ranks - 1, got {rank} of {num_ranks}")
+    limit_threads()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', rank)) % torch.cuda.device_count()}"
         torch.cuda.set_device(device)
     return rank, num_ranks, device
+
+
+def limit_threads() -> None:
+    """Use as many threads as this process has cores: torch ignores the quotas of containers."""
+    torch.set_num_threads(min(torch.get_num_threads(), num_cores()))
 
 
 def write_latents(

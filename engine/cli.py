@@ -378,8 +378,10 @@ def sampling_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Return the settings that sample and edit share."""
     import torch
 
+    from iomm.engine.builders import limit_threads
     from iomm.engine.evaluation.sample import parse_size
 
+    limit_threads()
     return dict(
         steps=args.steps,
         seed=args.seed,

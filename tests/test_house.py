@@ -22,6 +22,7 @@ MAY_IMPORT = {
 # Files and folders of engine/ from bottom to top. Each imports only from those above it in this
 # list and from itself.
 LAYERS = (
+    "cores",
     "config_parser",
     "arguments",
     "config",

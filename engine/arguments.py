@@ -1,15 +1,24 @@
-"""Command-line arguments of the engine's programs, validated as strictly as config values."""
+"""Command lines of the engine's programs: strict arguments, and errors as one sentence.
+
+Imports nothing heavy, so that `iomm --help` is quick.
+"""
 
 import argparse
+import errno
 import math
+import os
 import re
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from iomm.config import InputError
-from iomm.engine.config import SHARD_LISTS
 from iomm.engine.config_parser import given_once
 
+# Keys that name shards. On the command line they may be given several times, as a shell does that
+# expands a pattern.
+SHARD_LISTS = ("data.shards", "data.pairs")
 # Largest whole number of an option: a count beyond it can only be a mistake.
 MOST = 2**31 - 1
 
@@ -103,6 +112,21 @@ def number(least: float | None = None, *, above: float | None = None) -> Callabl
     return read
 
 
+def whole_variable(name: str, default: int, most: int = MOST) -> int:
+    """Return an environment variable of a launcher as a whole number from 0 to `most`.
+
+    Raises:
+        InputError: it is something else.
+    """
+    try:
+        return whole(0, most)(os.environ.get(name, str(default)))
+    except argparse.ArgumentTypeError as error:
+        raise InputError(
+            f"the environment variable {name} {error}. Start with deepspeed or torchrun, which set "
+            "it, or unset it"
+        ) from None
+
+
 # A seed selects a stream of the counter-based generator, which has 64 bits for it.
 seed = whole(0, 2**64 - 1)
 
@@ -133,3 +157,70 @@ class Overrides(argparse.Action):
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     """Add the positional arguments `overrides`, which set keys of the config."""
     parser.add_argument("overrides", nargs="*", action=Overrides, metavar="section.key=value")
+
+
+# What a user can do about an error of the operating system.
+ADVICE = {
+    errno.ENOSPC: "free some space on that disk",
+    errno.EDQUOT: "free some of your quota on that disk",
+    errno.EACCES: "give a place that you may read and write",
+    errno.EPERM: "give a place that you may read and write",
+    errno.EROFS: "give a place that can be written",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENOTDIR: "one of the folders in this path is a file",
+    errno.EEXIST: "remove it, or give another place",
+    errno.EISDIR: "a file was expected, not a folder",
+}
+
+
+def sentence(error: OSError) -> str:
+    """Return an error of the operating system in one sentence, with the file that it concerns."""
+    reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
+    where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+    advice = ADVICE.get(error.errno)
+    return f"{where}{reason}{f'; {advice}' if advice else ''}"
+
+
+def command_of_process(pid: int) -> tuple[list[str], int]:
+    """Return the command line of a process and the process id of its parent."""
+    words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:-1]
+    parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return [os.fsdecode(word) for word in words], parent
+
+
+def start_of_command(module: str) -> list[str]:
+    """Return the words with which the user started this program, up to its own arguments.
+
+    They are those of the launcher above this process, such as ["deepspeed", "--num_gpus", "2",
+    "engine/launch.py"], and else those of Python, such as ["python", "engine/launch.py"].
+
+    module: the program's dotted name, as `python -m` and `deepspeed --module` start it.
+    """
+    script = {sys.argv[0], os.path.abspath(sys.argv[0]), module}
+    try:
+        pid = os.getppid()
+        while pid > 1:
+            words, pid = command_of_process(pid)
+            if found := launcher_words(words, script):
+                return found
+    except (OSError, ValueError, IndexError):
+        # No /proc, or a process that has ended.
+        pass
+    number = len(sys.orig_argv) - len(sys.argv[1:])
+    python, *rest = sys.orig_argv[:number]
+    return [Path(python).name, *rest]
+
+
+def launcher_words(words: list[str], script: set[str]) -> list[str]:
+    """Return a launcher's command line up to the script, [] for another program's."""
+    for at, word in enumerate(words[:4]):
+        name = Path(word).name
+        as_module = at > 0 and words[at - 1] == "-m" and name.startswith("torch.distributed.")
+        if name not in ("deepspeed", "torchrun") and not as_module:
+            continue
+        for end in range(at + 1, len(words)):
+            if words[end] in script:
+                start = ["python", "-m", word] if as_module else [name]
+                return [*start, *words[at + 1 : end + 1]]
+    return []

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import tempfile
 import zlib
 from dataclasses import asdict, replace
@@ -24,7 +25,9 @@ from iomm.adapter import Connector, QueryAdapter
 from iomm.alignment import PREFIX, AlignmentHead
 from iomm.caption_limit import CaptionLimit
 from iomm.config import InputError
+from iomm.engine.arguments import whole_variable
 from iomm.engine.config import FROM_INIT, load_config, positive
+from iomm.engine.cores import num_cores
 from iomm.engine.data.buckets import BucketSampler, bucket_sizes, share_buckets
 from iomm.engine.data.index import (
     ensure_index,
@@ -497,15 +500,21 @@ def share(rank: int | None = None, num_ranks: int | None = None) -> tuple[int, i
     Raises:
         InputError: the rank is out of range.
     """
-    rank = int(os.environ.get("RANK", 0)) if rank is None else rank
-    num_ranks = int(os.environ.get("WORLD_SIZE", 1)) if num_ranks is None else num_ranks
+    rank = whole_variable("RANK", 0) if rank is None else rank
+    num_ranks = whole_variable("WORLD_SIZE", 1) if num_ranks is None else num_ranks
     if not 0 <= rank < num_ranks:
         raise InputError(f"--rank must be from 0 to --ranks - 1, got {rank} of {num_ranks}")
+    limit_threads()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', rank)) % torch.cuda.device_count()}"
         torch.cuda.set_device(device)
     return rank, num_ranks, device
+
+
+def limit_threads() -> None:
+    """Use as many threads as this process has cores: torch ignores the quotas of containers."""
+    torch.set_num_threads(min(torch.get_num_threads(), num_cores()))
 
 
 def write_latents(
@@ -565,7 +574,7 @@ def write_latents(
         )
     return (
         f"rank {rank} of {num_ranks}: {num:,} of {len(shards):,} latents written to {out}. "
-        f"Train with data.latents={out}"
+        f"Train with {shlex.quote(f'data.latents={out}')}"
     )
 
 
@@ -848,17 +857,29 @@ def read_run(run_dir: str | Path, ranks: Ranks | None = None) -> tuple[RunConfig
 
 
 def load_run(
-    run_dir: str | Path, *, weights: str = "ema", device: torch.device | str = "cpu"
+    run_dir: str | Path,
+    *,
+    weights: str = "ema",
+    device: torch.device | str = "cpu",
+    mllm: str | None = None,
+    vae: str | None = None,
 ) -> tuple[RunConfig, IOMM, dict[str, Any]]:
     """Return (config, model, manifest) of a run folder's newest intact checkpoint.
 
     The model is not sharded. Its weights are in the run's precision on a GPU, as in training, and
-    in float32 on a CPU. With LoRA it has the base and, beside it, A and B of the checkpoint.
+    in float32 on a CPU. mllm and vae replace the names in the run's config. With LoRA it has the
+    base and, beside it, A and B of the checkpoint.
 
     Raises:
         InputError: there is no intact checkpoint, or the base of LoRA has changed.
     """
     config, folder = read_run(run_dir)
+    model = config.model
+    if mllm is not None:
+        model = replace(model, mllm=mllm, mllm_revision=None)
+    if vae is not None:
+        model = replace(model, vae=vae)
+    config = replace(config, model=model)
     dtype = config.dtype if torch.device(device).type == "cuda" else torch.float32
     model = build_model(config, device, dtype=dtype).to(device)
     # Only training needs the alignment head.

@@ -1,6 +1,8 @@
 """The console command `iomm`: index, cache, sample, edit, evaluate, export, report, doctor."""
 
 import argparse
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code.
 
     0: done. 1: a folder that `evaluate` checked is incomplete. 2: something that the user gave is
-    wrong, with one line on stderr.
+    wrong. 130: Ctrl-C. 141: the output was a pipe, and its reader has ended. One line on stderr
+    has the reason.
     """
     parser = arguments.Parser(
         prog="iomm",
@@ -49,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     command.add_argument(
         "--config",
+        type=arguments.path,
         default="demo-finetune",
         help="with --captions required: config of the run that will read the pairs; captions that "
         "exceed the context of its MLLM are counted",
@@ -96,6 +100,12 @@ def main(argv: list[str] | None = None) -> int:
         return command
 
     def add_sampling(command: argparse.ArgumentParser, guidance: float) -> None:
+        for part, meaning in (("mllm", "MLLM"), ("vae", "VAE")):
+            command.add_argument(
+                f"--{part}",
+                type=arguments.path,
+                help=f"folder or hub id of the {meaning}; default: the one that the run names",
+            )
         command.add_argument("--steps", type=arguments.whole(1), default=20, help="Euler steps")
         command.add_argument("--seed", type=arguments.seed, default=0)
         command.add_argument(
@@ -220,9 +230,10 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser(
         "doctor", help="list what is installed and what is missing, why, and what that costs"
     )
+    args = None
     try:
         args = parser.parse_args(argv)
-        return {
+        code = {
             "index": index,
             "cache": cache,
             "sample": sample,
@@ -232,8 +243,26 @@ def main(argv: list[str] | None = None) -> int:
             "report": report,
             "doctor": doctor,
         }[args.command](args)
+        # Here and not when Python exits, where an error could not be caught.
+        sys.stdout.flush()
+        return code
     except InputError as error:
         print(f"iomm: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        resumes = args is not None and args.command in ("index", "cache", "evaluate")
+        rest = "the same command continues from here" if resumes else "nothing was written"
+        print(f"iomm: interrupted; {rest}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # What is still in the buffer would fail again when Python exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print("iomm: the program that reads the output has ended", file=sys.stderr)
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        if os.environ.get("IOMM_TRACEBACK"):
+            raise
+        print(f"iomm: {arguments.sentence(error)}", file=sys.stderr)
         return 2
 
 
@@ -253,17 +282,13 @@ def index(args: argparse.Namespace) -> int:
         from iomm.engine.config import load_config
 
         config = load_config(args.config)
-    try:
-        folder = build(args.shards, Path(args.out), rules=rules, workers=args.workers)
-        print(summary(folder))
-        if config is not None:
-            from iomm.engine.builders import long_captions
+    folder = build(args.shards, Path(args.out), rules=rules, workers=args.workers)
+    print(summary(folder))
+    if config is not None:
+        from iomm.engine.builders import long_captions
 
-            for sentence in long_captions(config, folder):
-                print(sentence)
-    except KeyboardInterrupt:
-        print("iomm: interrupted; the same command continues from here", file=sys.stderr)
-        return 130
+        for sentence in long_captions(config, folder):
+            print(sentence)
     return 0
 
 
@@ -344,6 +369,8 @@ def evaluate(args: argparse.Namespace) -> int:
         rank=args.rank,
         num_ranks=args.ranks,
         check_only=args.check,
+        mllm=args.mllm,
+        vae=args.vae,
     )
 
 
@@ -358,8 +385,10 @@ def sampling_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Return the settings that sample and edit share."""
     import torch
 
+    from iomm.engine.builders import limit_threads
     from iomm.engine.evaluation.sample import parse_size
 
+    limit_threads()
     return dict(
         steps=args.steps,
         seed=args.seed,
@@ -367,6 +396,8 @@ def sampling_settings(args: argparse.Namespace) -> dict[str, Any]:
         shift=args.shift,
         weights=args.weights,
         out=args.out,
+        mllm=args.mllm,
+        vae=args.vae,
         size=parse_size(args.size) if args.size else None,
         device="cuda" if torch.cuda.is_available() else "cpu",
     )

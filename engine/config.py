@@ -33,7 +33,6 @@ from iomm.kernels.dispatch import cpu_has_bf16
 __all__ = [
     "CONFIGS",
     "FREE_KEYS",
-    "SHARD_LISTS",
     "RunConfig",
     "all_keys",
     "differences",
@@ -586,10 +585,6 @@ class RunConfig:
         """Return all keys as YAML, which parse() reads back."""
         return yaml.safe_dump(as_plain(asdict(self)), sort_keys=False)
 
-
-# Keys that name shards. On the command line they may be given several times, as a shell does that
-# expands a pattern.
-SHARD_LISTS = ("data.shards", "data.pairs")
 
 # Keys that a resumed run may change: they do not change what a step computes, except for rounding.
 # Shards are compared by their content, which a checkpoint records (builders.data_facts).

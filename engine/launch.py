@@ -35,8 +35,8 @@ import torch
 from iomm.config import InputError, choice
 from iomm.engine import arguments, builders, dry_run, loop
 from iomm.engine import state as run_state
-from iomm.engine.config import differences, flat, load_config
-from iomm.engine.config_parser import given_once
+from iomm.engine.config import CONFIGS, differences, flat, load_config
+from iomm.engine.config_parser import given_once, layered
 from iomm.engine.data.atomic import whole_file
 from iomm.engine.data.bad_samples import BadSamples
 from iomm.engine.evaluation.heldout import Evaluation, load_hook
@@ -77,17 +77,19 @@ def main(argv: list[str] | None = None, start_peers: bool = False) -> int:
     """Run the command and return its exit code.
 
     0: done. 2: something that the user gave is wrong; rank 0, or the rank concerned with its name,
-    prints one line to stderr. 75: stopped by SIGTERM or SIGUSR1 and saved, start again with
-    --resume auto. 130: Ctrl-C. The watchdog ends the process with 70 when a rank or the launcher
-    died, and with 71 after a hang.
+    prints one line to stderr. 75: stopped by SIGTERM, SIGUSR1 or Ctrl-C and saved, start again with
+    --resume auto. 130: Ctrl-C before training, or a second one. The watchdog ends the process with
+    70 when a rank or the launcher died, and with 71 after a hang.
 
     start_peers: this process may start the other ranks of train.cpu_ranks with its own command
     line.
     """
-    rank = int(os.environ.get("RANK", 0))
-    # One rank per machine until the ranks have joined; then the watchdog decides.
-    reports_errors = rank == 0 or os.environ.get("LOCAL_RANK") == "0"
+    rank, reports_errors, args = 0, True, None
     try:
+        group.check_variables()
+        rank = int(os.environ.get("RANK", 0))
+        # One rank per machine until the ranks have joined; then the watchdog decides.
+        reports_errors = rank == 0 or os.environ.get("LOCAL_RANK") == "0"
         args = parse_args(argv)
         check_args(args)
         overrides = list(args.overrides)
@@ -120,15 +122,22 @@ def main(argv: list[str] | None = None, start_peers: bool = False) -> int:
             with Watchdog(ranks, config.run.dir, guard.hang_s, guard.lost_s, parent) as watchdog:
                 # From here on the watchdog reports errors.
                 reports_errors = False
-                return 0 if run(config, args, ranks, watchdog) else REQUEUE
-    except InputError as error:
+                try:
+                    return 0 if run(config, args, ranks, watchdog) else REQUEUE
+                except OSError as error:
+                    raise InputError(arguments.sentence(error)) from error
+    except (InputError, OSError) as error:
         if reports_errors:
             who = f"rank {rank} ({socket.gethostname()}): " if rank else ""
-            print(f"iomm: {who}{error}", file=sys.stderr, flush=True)
+            text = arguments.sentence(error) if isinstance(error, OSError) else error
+            print(f"iomm: {who}{text}", file=sys.stderr, flush=True)
         if os.environ.get("IOMM_TRACEBACK"):
             raise
         return REFUSED
     except KeyboardInterrupt:
+        if rank == 0:
+            again = f"Continue with: {command(args)}" if args else "Start it again"
+            print(f"iomm: interrupted without saving. {again}", file=sys.stderr, flush=True)
         return 130
     finally:
         group.stop()
@@ -253,7 +262,9 @@ def run(config: RunConfig, args: argparse.Namespace, ranks: Ranks, watchdog: Wat
     )
     evaluation = Evaluation(config, source, ranks, hook) if config.evaluate.every_steps else None
     if not loop.train(state, source, config, saver, watchdog, metrics, window, evaluation):
-        logger.info(f"stopped by a signal; step {state.step} is saved. Continue with --resume auto")
+        logger.info(
+            f"stopped by a signal; step {state.step} is saved. Continue with: {command(args)}"
+        )
         return False
     if ranks.device.type == "cpu":
         # The other ranks of this machine are idle while rank 0 finishes.
@@ -412,7 +423,7 @@ def open_run_dir(config: RunConfig, args: argparse.Namespace) -> None:
             raise InputError(
                 f"{run_dir} belongs to a run with another config ({'; '.join(changed)}). Resume it "
                 "with the same values, or continue in a new run.dir with --resume "
-                f"{run_dir}/checkpoints/step-N"
+                f"{shlex.quote(f'{run_dir}/checkpoints/step-N')}"
             )
     if args.resume == "none" and checkpoint_reader.steps(run_dir / "checkpoints"):
         raise InputError(
@@ -503,32 +514,39 @@ def finish(
             f"{saver.write_s:.1f} s; training waited {saver.stall_s:.2f} s for it"
         )
         print(f"            {advice(config, metrics, saver, ranks.size)}")
-    print(f"log         {run_dir}/log.jsonl; tensorboard --logdir {run_dir}/tb")
+    print(f"log         {run_dir}/log.jsonl; tensorboard --logdir {shlex.quote(f'{run_dir}/tb')}")
     print(f"GPU-hours   {metrics.gpu_hours:.3f}")
     print("\n".join(next_commands(config, args)), flush=True)
+
+
+def command(args: argparse.Namespace, *changes: str, resume: str = "auto") -> str:
+    """Return this command with other settings, quoted for a shell, as the user started it.
+
+    changes: "section.key=value" words.
+    """
+    given = {"stage": args.stage, "config": args.config, "init": args.init, "hook": args.hook}
+    options = [f"--{name}={value}" for name, value in given.items() if value]
+    overrides = layered([*args.overrides, *changes])
+    start = arguments.start_of_command("iomm.engine.launch")
+    return shlex.join([*start, *options, "--resume", resume, *overrides])
 
 
 def next_commands(config: RunConfig, args: argparse.Namespace) -> list[str]:
     """Return the lines of the summary with the commands to run next."""
     run_dir = config.run.dir
-    commands = [f"iomm sample --run {run_dir} --num 16"]
+    commands = [shlex.join(["iomm", "sample", "--run", run_dir, "--num", "16"])]
     if args.stage == "pretrain":
-        commands.append(f"deepspeed engine/launch.py --stage finetune --init {run_dir}   # stage 2")
+        words = arguments.start_of_command("iomm.engine.launch")
+        words += ["--stage", "finetune", "--init", run_dir]
+        if (CONFIGS / f"{args.config}-finetune.yaml").is_file():
+            words += ["--config", f"{args.config}-finetune"]
+        commands.append(f"{shlex.join(words)}   # stage 2")
     # With a cosine schedule the number of steps shapes all steps, so that more cannot be added.
     if config.optim.schedule != "cosine":
-        options = [
-            f"--{name} {shlex.quote(value)}"
-            for name in ("config", "init", "hook")
-            if (value := getattr(args, name))
-        ]
-        overrides = [shlex.quote(o) for o in args.overrides if not o.startswith("train.steps=")]
-        again = " ".join(options + overrides)
-        commands.append(
-            f"deepspeed engine/launch.py --stage {args.stage} --resume auto {again} "
-            f"train.steps={2 * config.train.steps}   # train for twice as many steps"
-        )
+        again = command(args, f"train.steps={2 * config.train.steps}")
+        commands.append(f"{again}   # train for twice as many steps")
     labels = ["next", *[""] * (len(commands) - 1)]
-    return [f"{label:<12}{command}" for label, command in zip(labels, commands, strict=True)]
+    return [f"{label:<12}{line}" for label, line in zip(labels, commands, strict=True)]
 
 
 if __name__ == "__main__":

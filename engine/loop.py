@@ -148,7 +148,7 @@ def train(
         evaluation: called between steps.
 
     Returns:
-        True after the last step. False if SIGTERM or SIGUSR1 requested a stop; the state is saved.
+        True after the last step. False if a signal requested a stop; the state is saved.
 
     Raises:
         InputError: too many skipped steps or bad samples, or the last checkpoint was not written.
@@ -170,7 +170,7 @@ def train(
     )
     stop_requested = False
     clock = metrics.clock if metrics is not None else nullcontext()
-    with Stop() as stop, clock, completed_save(saver, watchdog):
+    with Stop(reports=ranks.first) as stop, clock, completed_save(saver, watchdog):
         while state.step < num_steps and not stop_requested:
             watchdog.heartbeat(state.step + 1)
             lr = learning_rate(state.step, config.optim, num_steps)

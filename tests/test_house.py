@@ -22,9 +22,10 @@ MAY_IMPORT = {
 # Files and folders of engine/ from bottom to top. Each imports only from those above it in this
 # list and from itself.
 LAYERS = (
+    "cores",
     "config_parser",
-    "config",
     "arguments",
+    "config",
     "data",
     "shapes",
     "resilience",

@@ -2,11 +2,12 @@
 
 import errno
 import fcntl
+import hashlib
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,13 +32,15 @@ def whole_file(
     Args:
         path: the file to create or replace.
         partial: where to write, on the same file system. Default `.NAME.PID.partial` in the folder
-            of `path`.
+            of `path`, with a hash in place of a long name.
         durable: flush the content to disk before the file takes its name.
     """
     path = Path(path)
-    partial = (
-        path.with_name(f".{path.name}.{os.getpid()}.partial") if partial is None else Path(partial)
-    )
+    if partial is None:
+        name = os.fsencode(path.name)
+        short = path.name if len(name) <= 200 else hashlib.sha256(name).hexdigest()[:16]
+        partial = path.with_name(f".{short}.{os.getpid()}.partial")
+    partial = Path(partial)
     try:
         yield partial
         if durable:
@@ -50,12 +53,15 @@ def whole_file(
 
 
 @contextmanager
-def whole_folder(path: str | os.PathLike, marker: str) -> Iterator[Path]:
+def whole_folder(
+    path: str | os.PathLike, marker: str, keep: Collection[str] = ()
+) -> Iterator[Path]:
     """Yield an empty folder to write into, and move it to `path` when the block succeeds.
 
     An existing folder at `path` is replaced only if it is empty or contains a file named `marker`,
     which identifies it as written by this project. If the block raises, nothing changes. A killed
-    process leaves at most a folder `.NAME.*` in the same parent, which is never read.
+    process leaves at most a folder `.NAME.*` in the same parent, which is never read. `keep` names
+    entries of an existing folder that the new one takes over.
 
     Raises:
         InputError: `path` exists and may not be replaced.
@@ -74,6 +80,9 @@ def whole_folder(path: str | os.PathLike, marker: str) -> Iterator[Path]:
             retired = fresh.with_name(f"{fresh.name}.old")
             path.rename(retired)
             fresh.rename(path)
+            for name in keep:
+                if (retired / name).exists():
+                    (retired / name).rename(path / name)
             shutil.rmtree(retired)
         else:
             fresh.rename(path)

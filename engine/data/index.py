@@ -20,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from iomm.config import InputError
+from iomm.engine.cores import num_cores
 from iomm.engine.data.atomic import check_replaceable, lock, whole_file, whole_folder
 from iomm.engine.data.patterns import expand
 from iomm.engine.data.sizes import describe_edges
@@ -106,7 +107,7 @@ def build(
         )
         with bar:
             results = validate_shards(
-                [paths[i] for i in todo], rules, workers or os.cpu_count(), _rate(bar)
+                [paths[i] for i in todo], rules, workers or num_cores(), _rate(bar)
             )
             for number, records, rejected, notes, files in results:
                 i = todo[number]

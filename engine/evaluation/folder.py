@@ -50,6 +50,8 @@ def evaluate(
     rank: int | None = None,
     num_ranks: int | None = None,
     check_only: bool = False,
+    mllm: str | None = None,
+    vae: str | None = None,
 ) -> int:
     """Sample this rank's missing files of a benchmark, check the folder, and print the result.
 
@@ -74,6 +76,8 @@ def evaluate(
         rank: number of this process, by default from the environment, as torchrun sets it.
         num_ranks: number of processes, by default from the environment.
         check_only: check the folder without sampling.
+        mllm: MLLM to use instead of the one that `run` names.
+        vae: VAE to use instead of the one that `run` names.
 
     Returns:
         The exit code: 0 if this rank's share is complete, 1 otherwise.
@@ -103,7 +107,7 @@ def evaluate(
         own = items[rank::num_ranks]
         if num_ranks > 1:
             share = f"rank {rank} of {num_ranks}, {len(own)} of "
-        pipe, _ = sample.open_pipeline(run, weights=weights, device=device)
+        pipe, _ = sample.open_pipeline(run, weights=weights, device=device, mllm=mllm, vae=vae)
         pipe.batch, size = batch, height_width(size or pipe.size_px)
         # Raises if the size does not divide.
         pipe.model.frozen[1].grid(*size)
@@ -224,7 +228,9 @@ def sample_files(
             if wanted[0][0].image is None:
                 images = pipe(texts, numbers=numbers, **settings)
             else:
-                sources = [sample.open_image(item.image) for item, _ in wanted]
+                sources = [
+                    sample.open_image(item.image, "the image to edit,") for item, _ in wanted
+                ]
                 images = pipe.edit(sources, texts, numbers=numbers, **settings)
             for item, name, indices in part:
                 own, images = images[: len(indices)], images[len(indices) :]

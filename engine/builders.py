@@ -28,6 +28,7 @@ from iomm.engine.data.index import (
     find_index,
     is_index,
     load,
+    omissions,
     records_crc32,
     warnings_on,
 )
@@ -97,8 +98,11 @@ def prepare_data(config: RunConfig, progress: bool = True, pairs: bool = False) 
         shards, cache / "index", rules=data_rules(config, pairs), progress=progress
     )
     if progress:
-        for sentence in warnings_on(load(index_dir)):
+        index = load(index_dir)
+        for sentence in warnings_on(index):
             logger.warning(sentence)
+        for sentence in omissions(index):
+            logger.info(f"{index_dir}: {sentence}")
     return str(index_dir)
 
 
@@ -108,7 +112,7 @@ def shapes_number_and_seed(config: RunConfig, pairs: bool) -> tuple[int, int]:
     return (data.num_pairs, seed + 1000) if pairs else (data.num_images, seed)
 
 
-def data_shards(config: RunConfig, pairs: bool) -> str | None:
+def data_shards(config: RunConfig, pairs: bool) -> str | tuple[str, ...] | None:
     """Return data.shards or data.pairs, where "shapes" is the folder of the rendered dataset."""
     shards = config.data.pairs if pairs else config.data.shards
     if shards != "shapes":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import tempfile
 import zlib
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from iomm.engine.data.index import (
 )
 from iomm.engine.data.latents import EncodedSamples, LatentStore, write_cache
 from iomm.engine.data.mixture import Joined, MixtureSampler, num_images_per_batch
+from iomm.engine.data.patterns import absolute
 from iomm.engine.data.samplers import EpochPermutation, FixedSizeSampler, held_out
 from iomm.engine.data.shards import Shards
 from iomm.engine.data.sizes import Upscaled, count_long, upscaled_squares
@@ -43,7 +45,7 @@ from iomm.engine.resilience import checkpoint_reader
 from iomm.engine.shapes import check_weights
 from iomm.engine.shapes import mllm as shapes_mllm
 from iomm.engine.shapes import vae as shapes_vae
-from iomm.engine.shapes.dataset import write_dataset
+from iomm.engine.shapes.dataset import is_dataset, write_dataset
 from iomm.generator import empty_generator
 from iomm.internvl import load_mllm, load_tokenizer, mllm_without_weights
 from iomm.layout import from_diffusers_config
@@ -66,9 +68,96 @@ logger = logging.getLogger("iomm")
 SHORT_CAPTION_BYTES = 192
 
 
+def resolved(config: RunConfig, base: str | Path = ".") -> RunConfig:
+    """Return a config whose names of files and folders are absolute.
+
+    A run therefore finds its data and weights whatever folder its config.yaml is read from.
+
+    Args:
+        config: the run's config.
+        base: folder that relative names refer to.
+    """
+    run, model, data, cache = config.run, config.model, config.data, config.cache
+    base = Path(base).absolute()
+
+    def path(name: str | None) -> str | None:
+        return None if name is None else os.path.normpath(base / Path(name).expanduser())
+
+    def weights(name: str) -> str:
+        # A hub id, "shapes" or another name that is not a folder keeps its meaning.
+        named = name == "shapes" or not (base / Path(name).expanduser()).is_dir()
+        return name if named else path(name)
+
+    def shards(name: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        return name if name in (None, "shapes") else absolute(name, base)
+
+    return replace(
+        config,
+        run=replace(run, dir=path(run.dir), init=path(run.init)),
+        model=replace(model, mllm=weights(model.mllm), vae=weights(model.vae)),
+        data=replace(
+            data,
+            shards=shards(data.shards),
+            pairs=shards(data.pairs),
+            latents=data.latents if data.latents == "memory" else path(data.latents),
+        ),
+        cache=replace(cache, dir=path(cache.dir)),
+    )
+
+
+def saved_config(run_dir: str | Path) -> RunConfig:
+    """Return the config of a run folder, wherever the folder is now, with absolute names.
+
+    Earlier versions saved names relative to the folder in which the run was started. That is the
+    folder from which the saved run.dir leads to `run_dir`, or else the current one.
+    """
+    config = load_config(str(Path(run_dir) / "config.yaml"))
+    folder, started = Path(os.path.abspath(run_dir)), Path(os.path.normpath(config.run.dir))
+    base = Path.cwd()
+    depth = len(started.parts)
+    if not started.is_absolute() and folder.parts[-depth:] == started.parts:
+        base = folder.parents[depth - 1]
+    config = resolved(config, base)
+    return replace(config, run=replace(config.run, dir=str(folder)))
+
+
+def cache_folders(config: RunConfig) -> list[Path]:
+    """Return the folders in which rendered data and indexes may be, the preferred one first.
+
+    All runs in one folder share the first one.
+    """
+    if config.cache.dir is not None:
+        return [Path(config.cache.dir)]
+    run_dir = Path(config.run.dir)
+    own = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "iomm"
+    return [run_dir.parent / "shared", run_dir / "shared", own]
+
+
 def cache_dir(config: RunConfig) -> Path:
-    """Return the folder that all runs in one folder share: the rendered dataset and indexes."""
-    return Path(config.run.dir).parent / "shared"
+    """Return the first of cache_folders() that can be written, and create it.
+
+    Raises:
+        InputError: none of them can be written.
+    """
+    reasons = []
+    for folder in cache_folders(config):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            reasons.append(f"{folder} cannot be written ({error.strerror})")
+            continue
+        if reasons:
+            logger.warning(
+                "warning: %s; rendered data and indexes go to %s. Set cache.dir to choose a folder",
+                "; ".join(reasons),
+                folder,
+            )
+        return folder
+    raise InputError(
+        f"{'; '.join(reasons)}. Set cache.dir to a writable folder for rendered data and indexes"
+    )
 
 
 def prepare_data(config: RunConfig, progress: bool = True, pairs: bool = False) -> str:
@@ -84,19 +173,21 @@ def prepare_data(config: RunConfig, progress: bool = True, pairs: bool = False) 
     Raises:
         InputError: no shard, no image, or a shard that has changed since it was indexed.
     """
-    data, cache = config.data, cache_dir(config)
-    shards = data_shards(config, pairs)
-    if not shards:
+    if not (config.data.pairs if pairs else config.data.shards):
         raise InputError(
             "data.pairs is empty, but train.data needs text-image pairs: give tars, globs or "
             "folders"
         )
-    if (data.pairs if pairs else data.shards) == "shapes":
-        number, seed = shapes_number_and_seed(config, pairs)
-        write_dataset(Path(shards), num_images=number, seed=seed)
-    index_dir = ensure_index(
-        shards, cache / "index", rules=data_rules(config, pairs), progress=progress
-    )
+    index_dir = find_data(config, pairs)
+    if index_dir is None:
+        cache = cache_dir(config)
+        shards = data_shards(config, pairs, cache)
+        if is_rendered(config, pairs):
+            number, seed = shapes_number_and_seed(config, pairs)
+            write_dataset(Path(shards), num_images=number, seed=seed)
+        index_dir = ensure_index(
+            shards, cache / "index", rules=data_rules(config, pairs), progress=progress
+        )
     if progress:
         index = load(index_dir)
         for sentence in warnings_on(index):
@@ -112,13 +203,17 @@ def shapes_number_and_seed(config: RunConfig, pairs: bool) -> tuple[int, int]:
     return (data.num_pairs, seed + 1000) if pairs else (data.num_images, seed)
 
 
-def data_shards(config: RunConfig, pairs: bool) -> str | tuple[str, ...] | None:
-    """Return data.shards or data.pairs, where "shapes" is the folder of the rendered dataset."""
-    shards = config.data.pairs if pairs else config.data.shards
-    if shards != "shapes":
-        return shards
+def is_rendered(config: RunConfig, pairs: bool) -> bool:
+    """Return whether data.shards or data.pairs is the rendered dataset."""
+    return (config.data.pairs if pairs else config.data.shards) == "shapes"
+
+
+def data_shards(config: RunConfig, pairs: bool, cache: Path) -> str | tuple[str, ...] | None:
+    """Return data.shards or data.pairs, where "shapes" is a folder of rendered data in `cache`."""
+    if not is_rendered(config, pairs):
+        return config.data.pairs if pairs else config.data.shards
     number, seed = shapes_number_and_seed(config, pairs)
-    return str(cache_dir(config) / f"shapes-{number}-seed{seed}")
+    return str(cache / f"shapes-{number}-seed{seed}")
 
 
 def data_rules(config: RunConfig, pairs: bool) -> Rules:
@@ -140,12 +235,18 @@ def find_data(config: RunConfig, pairs: bool = False) -> str | None:
     Raises:
         InputError: no shard, or an index given as data.shards or data.pairs is out of date.
     """
-    shards = data_shards(config, pairs)
-    rendered = (config.data.pairs if pairs else config.data.shards) == "shapes"
-    if not shards or (rendered and not Path(shards).is_dir()):
-        return None
-    folder = find_index(shards, cache_dir(config) / "index", data_rules(config, pairs))
-    return None if folder is None else str(folder)
+    for cache in cache_folders(config):
+        shards = data_shards(config, pairs, cache)
+        if not shards:
+            return None
+        if is_rendered(config, pairs):
+            number, seed = shapes_number_and_seed(config, pairs)
+            if not is_dataset(Path(shards), num_images=number, seed=seed):
+                continue
+        folder = find_index(shards, cache / "index", data_rules(config, pairs))
+        if folder is not None:
+            return str(folder)
+    return None
 
 
 def count_upscaled(
@@ -367,6 +468,27 @@ def data_facts(shards: Shards | Joined) -> dict[str, list[int]]:
     }
 
 
+def check_data(
+    config: RunConfig, step: int | str, images: Shards | None = None, pairs: Shards | None = None
+) -> None:
+    """Check that indexed data are those that a run's checkpoint of a step was trained on.
+
+    Raises:
+        InputError: the names in the config lead to other data now.
+    """
+    folder = Path(config.run.dir) / "checkpoints" / f"step-{int(step):08d}"
+    # Checkpoints of earlier versions do not record their data.
+    saved = checkpoint_reader.read_manifest(folder).get("data") or {}
+    current = data_facts(images if pairs is None else Joined(images, pairs))
+    for kind, facts in current.items():
+        if facts != saved.get(kind, facts):
+            names = config.data.shards if kind == "images" else config.data.pairs
+            raise InputError(
+                f"{names} holds {facts[0]} {kind}, which are not the {saved[kind][0]} that "
+                f"{folder} was trained on. Put them back, or give a --prompt to sample from"
+            )
+
+
 def share(rank: int | None = None, num_ranks: int | None = None) -> tuple[int, int, str]:
     """Return (rank, number of ranks, device) of a process that shares work without a connection.
 
@@ -412,6 +534,7 @@ def write_latents(
     """
     rank, num_ranks, device = share(rank, num_ranks)
     positive("--batch", batch)
+    config = resolved(config)
     index_dir = prepare_data(config, progress=rank == 0)
     if rank == 0:
         report_upscaling(config, index_dir)
@@ -498,6 +621,7 @@ def make_recipe(config: RunConfig) -> Recipe:
         sample_latents=config.model.vae_sample,
         caption_drop=config.train.caption_drop,
         noise_draws=config.train.noise_draws,
+        route=config.route,
         align=config.align,
         align_share=config.align_share,
     )
@@ -523,6 +647,8 @@ def assemble(
         InputError: data.size_px is not a multiple of the VAE's patch.
     """
     vae.grid(config.data.size_px, config.data.size_px)
+    if config.model.mllm_precision == "fp8":
+        mllm.use_fp8()
     shape = replace(config.model.generator, token_dim=vae.token_dim, condition_dim=mllm.width)
     adapter = connector = alignment = None
     with torch.device("cpu" if device is None else device):
@@ -619,7 +745,7 @@ def read_run(run_dir: str | Path, ranks: Ranks | None = None) -> tuple[RunConfig
             f"{run_dir} has no intact checkpoint. Train first, or wait until step "
             "checkpoint.every_steps"
         )
-    return load_config(str(path)), folder
+    return saved_config(run_dir), folder
 
 
 def load_run(

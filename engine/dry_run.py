@@ -30,7 +30,7 @@ from iomm.engine.resilience import checkpoint_reader
 from iomm.flops import condition_tokens, flops_by_part, tokens_per_image
 from iomm.generator import empty_generator
 from iomm.internvl import mllm_without_weights
-from iomm.layers import use_fp8
+from iomm.layers import RoundedLinear, use_fp8
 from iomm.mllm import TURN
 from iomm.vae import vae_without_weights
 
@@ -194,8 +194,27 @@ def check_paths(config: RunConfig, model: IOMM) -> None:
 
 
 def size(module: nn.Module) -> int:
-    """Return the number of parameters."""
-    return sum(p.numel() for p in module.parameters())
+    """Return the number of parameters, with those that were rounded to fp8."""
+    return sum(p.numel() for p in module.parameters()) + rounded_size(module)
+
+
+def rounded_size(module: nn.Module) -> int:
+    """Return the number of weights that were rounded to fp8."""
+    rounded = (m for m in module.modules() if isinstance(m, RoundedLinear))
+    return sum(m.values_OI.numel() for m in rounded)
+
+
+def frozen_bytes(module: nn.Module, width: int) -> int:
+    """Return the bytes of a frozen part in a dtype of `width` bytes; fp8 weights take one each.
+
+    The layers whose inputs need gradients hold their fp8 weights twice.
+    """
+    copies = sum(
+        m.values_OI.numel()
+        for m in module.modules()
+        if isinstance(m, RoundedLinear) and m.values_IO is not None
+    )
+    return width * (size(module) - rounded_size(module)) + rounded_size(module) + copies
 
 
 def kinds(model: IOMM, config: RunConfig) -> list[tuple[float, dict[str, Any]]]:
@@ -241,15 +260,14 @@ def memory(model: IOMM, config: RunConfig, ranks: int, micro_batch: int) -> dict
 
     Not included: activations of the frozen encoders, and what communication and the allocator keep.
     """
-    trained, frozen = size(model), sum(map(size, model.frozen))
-    width = config.dtype.itemsize
+    trained, width = size(model), config.dtype.itemsize
     zero, leaves = config.zero, model.leaves
     weights, gradients, state = (
         trained / (ranks if zero.stage >= stage else 1) for stage in (3, 2, 1)
     )
     block = max(size(module) for module in model.modules() if isinstance(module, leaves))
     return {
-        "frozen weights": width * frozen,
+        "frozen weights": sum(frozen_bytes(part, width) for part in model.frozen),
         "working weights": width * weights
         + (width * trained / zero.hpz_partition_size if zero.hpz_partition_size > 1 else 0),
         # At least one block in use and the next one; up to max_live_parameters are kept for the

@@ -33,9 +33,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from iomm.config import InputError, choice
-from iomm.engine import builders, dry_run, loop
+from iomm.engine import arguments, builders, dry_run, loop
 from iomm.engine import state as run_state
 from iomm.engine.config import differences, flat, load_config
+from iomm.engine.config_parser import given_once
 from iomm.engine.data.atomic import whole_file
 from iomm.engine.data.bad_samples import BadSamples
 from iomm.engine.evaluation.heldout import Evaluation, load_hook
@@ -91,9 +92,9 @@ def main(argv: list[str] | None = None, start_peers: bool = False) -> int:
         check_args(args)
         overrides = list(args.overrides)
         if args.init:
-            overrides.append(f"run.init={args.init}")
+            overrides = given_once([*overrides, f"run.init={args.init}"])
         config = load_config(args.config or STAGES[args.stage], overrides)
-        config = builders.with_generator_shape(config)
+        config = builders.with_generator_shape(builders.resolved(config))
         if args.stage == "finetune" and config.run.init is None:
             raise InputError(
                 "--stage finetune needs the weights of a stage-1 run: give --init RUN, the run.dir "
@@ -101,6 +102,7 @@ def main(argv: list[str] | None = None, start_peers: bool = False) -> int:
             )
         _, device = group.take_device(args.local_rank)
         check_kernels(config.precision)
+        check_kernels(config.model.mllm_precision, "model.mllm_precision")
         if config.log.wandb:
             check_wandb()
         if args.dry_run is not None:
@@ -114,7 +116,8 @@ def main(argv: list[str] | None = None, start_peers: bool = False) -> int:
         ):
             ranks = group.start(config.train.timeout_s, args.local_rank)
             parent = int(os.environ.get("IOMM_PARENT", 0))
-            with Watchdog(ranks, config.run.dir, config.guard.hang_s, parent) as watchdog:
+            guard = config.guard
+            with Watchdog(ranks, config.run.dir, guard.hang_s, guard.lost_s, parent) as watchdog:
                 # From here on the watchdog reports errors.
                 reports_errors = False
                 return 0 if run(config, args, ranks, watchdog) else REQUEUE
@@ -133,21 +136,24 @@ def main(argv: list[str] | None = None, start_peers: bool = False) -> int:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Return the options of the command line; `overrides` holds the section.key=value words."""
-    parser = argparse.ArgumentParser(
+    parser = arguments.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--stage", default="pretrain", help=f"one of: {', '.join(STAGES)}")
     parser.add_argument(
         "--config",
+        type=arguments.path,
         help="name of a file in engine/configs, or a path ending in .yaml; default: the stage's "
         "demo",
     )
     parser.add_argument(
         "--init",
+        type=arguments.path,
         help="run folder whose newest weights (run.init_weights) this run starts from",
     )
     parser.add_argument(
         "--resume",
+        type=arguments.path,
         default="none",
         help="none, auto (newest intact checkpoint of run.dir, if any), or a checkpoint folder",
     )
@@ -158,13 +164,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--hook",
+        type=arguments.path,
         metavar="package.module:function",
         help="called on rank 0 after each evaluation with (config, step, images, prompts); the "
         "{name: number} that it returns is logged",
     )
     parser.add_argument(
         "--dry-run",
-        type=int,
+        type=arguments.whole(1),
         nargs="?",
         const=8,
         metavar="GPUS",
@@ -173,7 +180,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     # DeepSpeed's launcher adds it.
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments.add_overrides(parser)
     return parser.parse_intermixed_args(argv)
 
 
@@ -181,18 +188,10 @@ def check_args(args: argparse.Namespace) -> None:
     """Raise InputError for options whose values are wrong whatever the config holds."""
     choice("--stage", args.stage, tuple(STAGES))
     choice("--profile", args.profile, ("none", "nsys", "torch"))
-    for name in ("config", "init", "hook", "resume"):
-        if getattr(args, name) == "":
-            raise InputError(
-                f"--{name} is empty. Give a value, or leave the option out; a shell variable may "
-                "be unset"
-            )
-    if args.dry_run is not None and args.dry_run < 1:
-        raise InputError(f"--dry-run must be a number of GPUs, 1 or more, got {args.dry_run}")
 
 
-def check_kernels(precision: str) -> None:
-    """Check that this machine can run the backends in IOMM_KERNELS, and fp8 if it is requested.
+def check_kernels(precision: str, key: str = "precision") -> None:
+    """Check that this machine can run the backends in IOMM_KERNELS, and fp8 if `key` requests it.
 
     Raises:
         InputError: IOMM_KERNELS names an unknown backend or one that cannot run here, or the
@@ -200,8 +199,8 @@ def check_kernels(precision: str) -> None:
     """
     if precision == "fp8" and (reason := fp8_linear.why_not()):
         raise InputError(
-            f"precision fp8 on this GPU ({torch.cuda.get_device_name()}) {reason}: set "
-            "precision=bf16"
+            f"{key} fp8 on this GPU ({torch.cuda.get_device_name()}) {reason}: set "
+            f"{key}={'bf16' if key == 'precision' else 'auto'}"
         )
     try:
         dispatch.table("cuda" if torch.cuda.is_available() else "cpu")
@@ -215,8 +214,9 @@ def run(config: RunConfig, args: argparse.Namespace, ranks: Ranks, watchdog: Wat
     hook = load_hook(args.hook) if args.hook else None
     ranks.on_first(lambda: open_run_dir(config, args))
     folder = choose_checkpoint(config, args, ranks)
-    ranks.on_first(lambda: write_config(config))
     state, source, flops = build(config, ranks, folder)
+    # Only now are the data known to be the run's.
+    ranks.on_first(lambda: write_config(config))
     if args.resume not in ("none", "auto"):
         # The given checkpoint may be an earlier one of this run: set later ones aside.
         ranks.on_first(
@@ -404,7 +404,7 @@ def open_run_dir(config: RunConfig, args: argparse.Namespace) -> None:
     """
     run_dir = Path(config.run.dir)
     if (run_dir / "config.yaml").is_file():
-        changed = differences(config, load_config(str(run_dir / "config.yaml")))
+        changed = differences(config, builders.saved_config(run_dir))
         if changed:
             raise InputError(
                 f"{run_dir} belongs to a run with another config ({'; '.join(changed)}). Resume it "
@@ -419,6 +419,8 @@ def open_run_dir(config: RunConfig, args: argparse.Namespace) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         checkpoint_writer.lock_run_dir(run_dir)
+        if config.cache.dir is not None:
+            builders.cache_dir(config)
     except OSError as error:
         raise InputError(f"run.dir {run_dir} cannot be written: {error.strerror}") from error
 

@@ -73,7 +73,9 @@ def flops_by_part(
         "MLLM": sum(
             mllm.decoder_flops(num_prefix, num_queries, outputs=recipe.adapter.conditions == "all")
         ),
-        "generator": 3 * recipe.noise_draws * model.generator.flops_per_image(grid, num_condition),
+        "generator": 3
+        * recipe.noise_draws
+        * model.generator.flops_per_image(grid, num_condition, recipe.route),
     }
     if model.adapter is not None:
         parts["adapter"] = 3 * model.adapter.flops(num_prefix)

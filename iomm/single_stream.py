@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iomm.config import GeneratorConfig
+from iomm.config import GeneratorConfig, RouteConfig
 from iomm.flops import attention_flops, linear_flops
 from iomm.kernels.qk_norm_rope import qk_norm_rope
 from iomm.layers import (
@@ -264,7 +264,9 @@ class SingleStream(nn.Module):
                 torch.empty(pad_1D.shape).normal_(std=0.02, generator=generator_for(seed, name))
             )
 
-    def flops_per_image(self, grid: tuple[int, int], num_condition: float) -> float:
+    def flops_per_image(
+        self, grid: tuple[int, int], num_condition: float, route: RouteConfig | None = None
+    ) -> float:
         """Return the forward FLOPs of one image: 2 m n k of every matrix product.
 
         Pad tokens are included.

@@ -145,7 +145,7 @@ class Initialization(NamedTuple):
 def initialize_generator(
     model: MMDiT | SingleStream, folder: Path | str, *, patch: int
 ) -> Initialization:
-    """Copy the weights of a diffusers FLUX or Z-Image model into a generator where they fit.
+    """Copy the weights of a diffusers transformer (see layout.py) into a generator where they fit.
 
     A parameter whose tensors are missing or of another shape keeps its weights; `condition_in`
     usually does, because it reads another encoder. FLUX's pooled text vector is taken as zero: what

@@ -130,6 +130,24 @@ def _suffix(name: str) -> str:
     return name.rpartition(".")[2].lower()
 
 
+def absolute(shards: str | tuple[str, ...], base: str | os.PathLike = ".") -> str | tuple[str, ...]:
+    """Return a pattern, or several separated by commas, with names relative to `base` resolved.
+
+    Braces and globs stay as they are, so files that are added later are found later. A list of
+    patterns stays one.
+    """
+    if not isinstance(shards, str):
+        return tuple(absolute(pattern, base) for pattern in shards)
+    base = os.path.abspath(base)
+    whole = os.path.join(base, os.path.expanduser(shards))
+    if os.path.exists(whole):
+        return os.path.normpath(whole)
+    return ",".join(
+        part if URL.match(part) else os.path.normpath(os.path.join(base, os.path.expanduser(part)))
+        for part in _parts(shards)
+    )
+
+
 def _parts(pattern: str) -> list[str]:
     """Split a pattern at commas outside braces that are not in the name of an existing path."""
     if "," not in pattern or os.path.exists(os.path.expanduser(pattern)):

@@ -407,12 +407,12 @@ def read_items(layout: Layout, paths: Sequence[str], root: str | None) -> tuple[
     return items, name
 
 
-def text_of(path: str | Path) -> str:
-    """Return the text of a prompt file, without a byte order mark. Raises InputError."""
+def text_of(path: str | Path, option: str = "--prompts") -> str:
+    """Return the text of an option's file, without a byte order mark. Raises InputError."""
     try:
         return Path(path).read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--prompts {path} cannot be read: {error}") from error
+        raise InputError(f"{option} {path} cannot be read: {error}") from error
 
 
 def parse(text: str, where: str | Path) -> Any:

@@ -96,6 +96,11 @@ def sample_run(
     """
     if num < 1 or steps < 1:
         raise InputError(f"--num and --steps must be >= 1, got {num} and {steps}")
+    if len(prompts) > num:
+        raise InputError(
+            f"--num is {num}, but {len(prompts)} prompts were given: give --num {len(prompts)}, or "
+            "leave it out"
+        )
     pipe, config = open_pipeline(run_dir, weights=weights, device=device)
     words = slug(*prompts[:1])
     if not prompts and config is None:
@@ -104,6 +109,7 @@ def sample_run(
         )
     if not prompts and config.train.data != "image":
         pairs = Shards(builders.prepare_data(config, progress=False, pairs=True))
+        builders.check_data(config, pipe.origin["step"], pairs=pairs)
         limit = CaptionLimit(pipe.model.frozen[0], config.adapter, config.prompt)
         prompts = [limit.cut(pairs.caption(k)) for k in range(min(num, len(pairs)))]
     if not prompts and (size or guidance != 1.0):
@@ -116,7 +122,7 @@ def sample_run(
         }
     else:
         texts = [f"masked image {i} of the run" for i in range(num)]
-        rows = reconstruct(config, pipe.model, num, steps, seed, shift, device)
+        rows = reconstruct(config, pipe.model, num, steps, seed, shift, device, pipe.origin["step"])
     step = f"step-{int(pipe.origin['step']):08d}-" if "step" in pipe.origin else ""
     path = png_path(out, run_dir, f"{step}{words}seed{seed}")
     metadata = sampling_metadata(
@@ -138,8 +144,11 @@ def reconstruct(
     seed: int,
     shift: float | str,
     device: str | torch.device,
+    step: str,
 ) -> dict[str, list[Image.Image]]:
     """Reconstruct the first `num` images of a run's order from their visible parts.
+
+    step: the model's step. Its checkpoint records the images that the run was trained on.
 
     Returns:
         {"original": the images, "visible": the parts that the MLLM sees, "drawn": the model's
@@ -147,6 +156,7 @@ def reconstruct(
     """
     mllm, _ = model.frozen
     shards = Shards(builders.prepare_data(config, progress=False))
+    builders.check_data(config, step, images=shards)
     batch = next(
         iter(
             ImageSource(

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from iomm.config import InputError
 from iomm.engine.parallel.cpu_ranks import free_port
+from iomm.engine.resilience.watchdog import reported_wait
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,11 +125,14 @@ def start(timeout_s: float, local_rank: int | None = None) -> Ranks:
             MASTER_PORT=str(free_port()),
         )
     local_rank, device = take_device(local_rank)
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo",
-        timeout=timedelta(seconds=timeout_s),
-        verbose=False,
-    )
+    others = int(os.environ.get("WORLD_SIZE", 1)) - 1
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    with reported_wait(f"{others} other rank(s) at {address}"):
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device.type == "cuda" else "gloo",
+            timeout=timedelta(seconds=timeout_s),
+            verbose=False,
+        )
     return Ranks(
         rank=dist.get_rank(),
         local_rank=local_rank,

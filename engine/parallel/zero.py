@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional
 
 from iomm.config import InputError
 from iomm.engine.config import RunConfig
@@ -105,6 +106,7 @@ class Sharded:
                 optimizer=self.optimizer,
                 config=deepspeed_config(config, ranks.device, micro_batch, accumulation),
             )
+            spare_frozen_linears()
             layout = Stage3 if stage == 3 else Stages1And2
             self.layout = layout(module, self.engine.optimizer, ranks.rank)
         self.masters: list[Tensor] = self.layout.masters
@@ -269,6 +271,22 @@ def reduce_dtype(config: RunConfig) -> torch.dtype:
         if "fp32" in (config.precision, config.zero.reduce_precision)
         else torch.bfloat16
     )
+
+
+def spare_frozen_linears() -> None:
+    """Let frozen linears use PyTorch's function where DeepSpeed has replaced it.
+
+    DeepSpeed's function keeps the input of every linear for the backward pass, also where the
+    weight needs no gradient: 4 GiB in the MLLM of IOMM-B with 16 images.
+    """
+    replaced, original = functional.linear, torch._C._nn.linear
+    if replaced.__module__ != "deepspeed.runtime.zero.linear":
+        return
+
+    def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return (replaced if weight.requires_grad else original)(input, weight, bias)
+
+    functional.linear = linear
 
 
 def deepspeed_config(

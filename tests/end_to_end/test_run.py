@@ -193,6 +193,7 @@ WITH_AND_WITHOUT = """
 import sys
 from iomm.config import PRESETS, GeneratorConfig
 from iomm.engine.parallel import ranks as group
+from iomm.engine.config_parser import layered
 from iomm.engine.launch import main as launch
 # DeepSpeed creates its process groups only once per process.
 group.stop = lambda: None
@@ -205,7 +206,7 @@ for compiled, stage in stages:
             name = f"{compiled}-{stage}-{precision}-{every}"
             more = [f"zero.stage={stage}", f"precision={precision}", f"train.compile={compiled}"]
             more += [f"run.dir={root}/{name}", f"evaluate.every_steps={every}"]
-            assert launch([*settings, *more]) == 0, name
+            assert launch(layered([*settings, *more])) == 0, name
 """
 
 
@@ -465,13 +466,15 @@ import sys
 from iomm.config import PRESETS, GeneratorConfig
 from iomm.engine.parallel import ranks as group
 from iomm.engine.cli import main as iomm
+from iomm.engine.config_parser import layered
 from iomm.engine.launch import main as launch
 # DeepSpeed creates its process groups only once per process.
 group.stop = lambda: None
 PRESETS["demo"] = GeneratorConfig(width=64, num_heads=2, num_blocks=2)
 root, *settings = sys.argv[1:]
 def run(name, stage, *arguments):
-    assert launch(["--stage", stage, f"run.dir={root}/{name}", *settings, *arguments]) == 0, name
+    words = layered([f"run.dir={root}/{name}", *settings, *arguments])
+    assert launch(["--stage", stage, *words]) == 0, name
 for first in ("image", "pair"):
     run(first, "pretrain", f"train.data={first}")
     for second in ("image", "pair", "mix"):
@@ -602,8 +605,8 @@ def test_muon_matches_on_one_and_two_ranks_and_resumes(settings, tmp_path):
         (["--stage", "pretrian"], "--stage must be one of pretrain"),
         (["--config", ""], "--config is empty"),
         (["--hook", ""], "--hook is empty"),
-        (["--dry-run", "-8"], "--dry-run must be a number of GPUs"),
-        (["--dry-run", "0"], "--dry-run must be a number of GPUs, 1 or more, got 0"),
+        (["--dry-run", "-8"], "--dry-run must be a whole number >= 1, got '-8'"),
+        (["--dry-run", "0"], "--dry-run must be a whole number >= 1, got '0'"),
         (["--config", "dmeo"], "--config dmeo: no such file"),
         (["trian.steps=3"], "unknown key trian.steps; did you mean train.steps?"),
         (["train.steps=ten"], "train.steps must be a whole number, got 'ten'"),
@@ -656,11 +659,12 @@ def test_run_is_complete_if_final_samples_fail(schedule, offered, tmp_path, monk
 MISTAKES = """
 import json, sys
 from iomm.engine.parallel import ranks as group
+from iomm.engine.config_parser import layered
 from iomm.engine.launch import main as launch
 # DeepSpeed creates its process groups only once per process.
 group.stop = lambda: None
 for arguments in json.loads(sys.argv[1]):
-    print(f"exit {launch(arguments)}", file=sys.stderr)
+    print(f"exit {launch(layered(arguments))}", file=sys.stderr)
 """
 
 

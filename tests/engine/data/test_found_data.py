@@ -11,12 +11,14 @@ import tarfile
 import corrupt_samples
 import numpy as np
 import pytest
+from launches import PIXELS
 
 from iomm.config import InputError
-from iomm.engine import cli
+from iomm.engine import builders, cli
+from iomm.engine.config import load_config
 from iomm.engine.data.archive import LeftOut
 from iomm.engine.data.index import build, ensure_index, find_index, load
-from iomm.engine.data.patterns import expand, resolve
+from iomm.engine.data.patterns import absolute, expand, resolve
 from iomm.engine.data.shards import Shards
 from iomm.engine.data.validate import (
     CAPTION_JSON,
@@ -335,9 +337,13 @@ def test_error_gives_the_most_frequent_reasons(tmp_path, make, reasons):
 
 
 @pytest.mark.parametrize("url", ["s3://bucket/{0..3}.tar", "https://host/a.tar", "pipe:curl x"])
-def test_urls_are_refused_by_name(url):
+def test_urls_are_refused_by_name(url, tmp_path):
     with pytest.raises(InputError, match="is a URL, but shards are read from files"):
         expand(url)
+    # A run makes relative names absolute first.
+    config = load_config(PIXELS, [f"run.dir={tmp_path}/run", f"data.shards={url}"])
+    with pytest.raises(InputError, match="is a URL, but shards are read from files"):
+        builders.prepare_data(builders.resolved(config), progress=False)
 
 
 def test_missing_shards_of_a_range_are_refused_by_name(tmp_path):
@@ -398,6 +404,8 @@ def test_existing_paths_win_over_patterns(tmp_path, folder, monkeypatch):
     both = expand(f"{root}/[x].tar,{root}/a,b.tar, {root}/a b.tar ,{root}/{{1,2}}.tar")
     assert [path.name for path in both] == ["[x].tar", "a b.tar", "a,b.tar", "{1,2}.tar"]
     assert len(expand([root / name for name in ODD])) == len(ODD)
+    assert absolute(tuple(ODD)) == tuple(str(root / name) for name in ODD)
+    assert absolute("[x].tar, a b.tar") == f"{root}/[x].tar,{root}/a b.tar"
     # Patterns keep their meaning where no such path exists.
     assert {path.name for path in expand(f"{root}/[a1].tar")} == {"a.tar", "1.tar"}
     assert {path.name for path in expand(f"{root}/{{x,a}}.tar")} == {"a.tar", "x.tar"}

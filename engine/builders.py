@@ -11,6 +11,7 @@ import os
 import tempfile
 import zlib
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +50,7 @@ from iomm.engine.shapes.dataset import is_dataset, write_dataset
 from iomm.generator import empty_generator
 from iomm.internvl import load_mllm, load_tokenizer, mllm_without_weights
 from iomm.layout import from_diffusers_config
-from iomm.model import IOMM, Recipe
+from iomm.model import IOMM, Recipe, draw_turns
 from iomm.vae import load_vae, vae_without_weights
 from iomm.weights import initialize_generator, load_module, read_json
 
@@ -401,6 +402,8 @@ def open_source(
         resize=data.resize,
         look_at_pairs=config.align.weight > 0 and config.align.pairs,
         caption_limit=CaptionLimit(mllm, config.adapter, config.prompt),
+        # Not the model's own method: an evaluation changes the model's recipe for a while.
+        draw_turns=partial(draw_turns, make_recipe(config), mllm),
     )
 
 
@@ -628,20 +631,30 @@ def make_recipe(config: RunConfig) -> Recipe:
 
 
 def build_model(config: RunConfig, device: torch.device | str) -> IOMM:
-    """Return the model: frozen parts on `device`, trained parts drawn from run.seed on the CPU."""
+    """Return the model on `device`, with trained parts drawn from run.seed."""
     mllm = load_mllm(
         mllm_name(config), revision=config.model.mllm_revision, dtype=config.dtype, device=device
     )
-    return assemble(config, mllm, new_vae(config, device))
+    return assemble(config, mllm, new_vae(config, device), device=device)
 
 
 def assemble(
-    config: RunConfig, mllm: MLLM, vae: Latents, *, device: torch.device | str | None = None
+    config: RunConfig,
+    mllm: MLLM,
+    vae: Latents,
+    *,
+    device: torch.device | str = "cpu",
+    fresh: bool = True,
 ) -> IOMM:
     """Return the IOMM of a run around its frozen parts.
 
-    device: None draws the trained parts from run.seed on the CPU. Otherwise they are on that device
-    with weights that are still to be loaded, or on "meta" without any.
+    Args:
+        config: the run's config.
+        mllm: the frozen MLLM.
+        vae: the frozen VAE.
+        device: device of the trained parts; "meta" for a model without weights.
+        fresh: draw the trained parts from run.seed. The numbers do not depend on the device: one
+            weight at a time is drawn on the CPU. Otherwise the weights are still to be loaded.
 
     Raises:
         InputError: data.size_px is not a multiple of the VAE's patch.
@@ -651,15 +664,15 @@ def assemble(
         mllm.use_fp8()
     shape = replace(config.model.generator, token_dim=vae.token_dim, condition_dim=mllm.width)
     adapter = connector = alignment = None
-    with torch.device("cpu" if device is None else device):
+    with torch.device(device):
         if config.adapter.kind != "none":
             adapter = QueryAdapter(config.adapter, mllm.width)
         if config.adapter.connector_layers:
             connector = Connector(config.adapter, mllm.width)
         if config.align.weight:
             alignment = AlignmentHead(config.align, shape.width, mllm)
-    generator = empty_generator(shape, device="cpu" if device is None else device)
-    if device is None:
+    generator = empty_generator(shape, device=device)
+    if fresh:
         for part in (generator, adapter, connector, alignment):
             if part is not None:
                 part.init_weights(config.run.seed)

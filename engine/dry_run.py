@@ -87,7 +87,7 @@ def build_without_weights(config: RunConfig) -> IOMM:
     """
     mllm = mllm_without_weights(mllm_name(config))
     vae = vae_without_weights(vae_name(config), config.model.patch)
-    return assemble(config, mllm, vae, device="meta")
+    return assemble(config, mllm, vae, device="meta", fresh=False)
 
 
 def make_plan(config: RunConfig, ranks: int) -> Plan:

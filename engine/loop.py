@@ -65,6 +65,8 @@ class StepTotals(NamedTuple):
     by_time: list[float]
     # Mean over the aligned samples, None without any.
     align_loss: float | None
+    # None if the step was skipped.
+    grad_norm: float | None
     num_failures: int
     stop_requested: bool
 
@@ -183,7 +185,8 @@ def train(
                     state.ema.update(state.step)
             state.step += 1
 
-            totals = reduce_over_ranks(result, stop.requested, ranks)
+            grad_norm = sharded.grad_norm() if result.applied else None
+            totals = reduce_over_ranks(result, grad_norm, stop.requested, ranks)
             stop_requested = totals.stop_requested
             error = check_step(state, result, totals, config.train.global_batch)
             row = None
@@ -220,22 +223,34 @@ def train(
     return state.step == num_steps
 
 
-def reduce_over_ranks(result: StepResult, stop_requested: bool, ranks: Ranks) -> StepTotals:
+def reduce_over_ranks(
+    result: StepResult, grad_norm: Tensor | float | None, stop_requested: bool, ranks: Ranks
+) -> StepTotals:
     """Return the step's figures over all ranks.
 
-    Takes one collective and the step's only wait for the device. A stop requested on any rank stops
-    all of them after the same step.
+    Takes one collective and one copy from the device, the step's only wait for it: the loss guard,
+    skipped steps and a requested stop decide whether the next step runs. A stop requested on any
+    rank stops all of them after the same step. The gradient norm is of all ranks already.
     """
     loss, by_time, align_sums = result.loss, result.by_time, result.align_sums
-    flags = loss.new_tensor([len(result.failures), stop_requested])
-    sums = torch.cat((loss[None] / ranks.size, by_time.flatten(), align_sums, flags))
+    # Filled by kernels. A tensor of a list would be copied from the host.
+    flags = [loss.new_full((1,), float(x)) for x in (len(result.failures), stop_requested)]
+    sums = torch.cat((loss[None] / ranks.size, by_time.flatten(), align_sums, *flags))
     dist.all_reduce(sums)
-    mean_loss, *parts, num_failures, num_stops = sums.tolist()
+    # float64 holds every float32 exactly.
+    values = [sums.double()]
+    if torch.is_tensor(grad_norm):
+        values.append(grad_norm.double().reshape(1))
+    mean_loss, *parts = torch.cat(values).tolist()
+    if torch.is_tensor(grad_norm):
+        grad_norm = parts.pop()
+    *parts, num_failures, num_stops = parts
     by_time, align_sums = parts[: by_time.numel()], parts[by_time.numel() :]
     return StepTotals(
         loss=mean_loss,
         by_time=by_time,
         align_loss=align_sums[0] / align_sums[1] if any(align_sums[1:]) else None,
+        grad_norm=grad_norm,
         num_failures=int(num_failures),
         stop_requested=bool(num_stops),
     )
@@ -280,7 +295,7 @@ def record_step(
         loss=totals.loss,
         align_loss=totals.align_loss,
         by_time=totals.by_time,
-        grad_norm=state.sharded.grad_norm() if result.applied else None,
+        grad_norm=totals.grad_norm,
         lr=lr,
         data_wait_s=result.data_wait_s,
         skipped_steps=state.loss_guard.total,

@@ -263,6 +263,33 @@ class RouteConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Fine-tuning of a frozen generator by LoRA (arXiv 2106.09685)."""
+
+    # Rank of the matrices A and B, which are all that is trained: generator, adapter and connector
+    # keep the weights of run.init. 0: no LoRA, everything is trained. The paper uses 64.
+    rank: int = 0
+    # B A is multiplied by alpha / rank.
+    alpha: float = 64.0
+    # Probability that a number is dropped from the input of A in training.
+    dropout: float = 0.0
+    # Layers of the generator with LoRA, by the name in diffusers or its end, as a YAML list or
+    # separated by " | "; * matches any text. Empty: attention, MLPs and time embedding, as in
+    # TwinFlow by the paper's authors (TARGETS in iomm/lora.py).
+    targets: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        # JSON has lists, and an empty text is no target.
+        object.__setattr__(self, "targets", tuple(filter(None, self.targets)))
+        if self.rank < 0:
+            raise InputError(f"lora.rank must be >= 0, got {self.rank}")
+        if not self.alpha > 0:
+            raise InputError(f"lora.alpha must be > 0, got {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"lora.dropout must be in [0, 1), got {self.dropout}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class AlignConfig:
     """Alignment of a generator block with the frozen ViT (REPA, arXiv 2410.06940).
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iomm.config import GeneratorConfig, RouteConfig
-from iomm.flops import attention_flops, linear_flops
+from iomm.flops import attention_flops, attention_products, linear_flops
 from iomm.kernels.norm_modulate import norm_modulate
 from iomm.kernels.qk_norm_rope import qk_norm_rope
 from iomm.layers import (
@@ -374,11 +374,16 @@ class MMDiT(nn.Module):
         init_weights(self, seed)
 
     def flops_per_image(
-        self, grid: tuple[int, int], num_condition: float, route: RouteConfig | None = None
+        self,
+        grid: tuple[int, int],
+        num_condition: float,
+        training: bool = False,
+        route: RouteConfig | None = None,
     ) -> float:
-        """Return the forward FLOPs of one image: 2 m n k of every matrix product.
+        """Return the FLOPs of one image: 2 m n k of every matrix product.
 
-        route: count a training step, where tokens may skip blocks.
+        They are those of a forward pass, or with `training` of both passes. With `route`, tokens
+        skip blocks, as they do in training only.
         """
         num_latents, width = grid[0] * grid[1], self.config.width
         num_joint = num_latents + num_condition
@@ -386,9 +391,13 @@ class MMDiT(nn.Module):
         if route is not None and route.ratio:
             first, last = route.blocks_in(self.config)
             routed = range(first, last + 1)
-        total = linear_flops(self.time_in, 1) + linear_flops(self.final_modulation, 1)
-        total += linear_flops(self.condition_in, num_condition)
-        total += linear_flops(self.latents_in, num_latents) + linear_flops(self.final, num_latents)
+        total = sum(
+            linear_flops(part, 1, training) for part in (self.time_in, self.final_modulation)
+        )
+        total += linear_flops(self.condition_in, num_condition, training)
+        total += sum(
+            linear_flops(part, num_latents, training) for part in (self.latents_in, self.final)
+        )
         # A modulation runs on one row per sample, not on every token.
         for number, block in enumerate(self.blocks, 1):
             num_inside = route.num_kept(num_latents) if number in routed else num_latents
@@ -396,12 +405,15 @@ class MMDiT(nn.Module):
                 (block.latent_stream, num_inside),
                 (block.condition_stream, num_condition),
             ):
-                total += linear_flops(stream, num_tokens)
-                total -= linear_flops(stream.modulation, num_tokens - 1)
+                total += linear_flops(stream, num_tokens, training)
+                total -= linear_flops(stream.modulation, num_tokens - 1, training)
             num_keys = num_inside + num_condition
-            total += attention_flops(num_inside if block.last else num_keys, num_keys, width)
+            num_queries = num_inside if block.last else num_keys
+            attention = attention_flops(num_queries, num_keys, width)
+            total += attention_products(block, training) * attention
         for block in self.single_blocks:
-            total += linear_flops(block, num_joint)
-            total -= linear_flops(block.modulation, num_joint - 1)
-            total += attention_flops(num_joint, num_joint, width)
+            total += linear_flops(block, num_joint, training)
+            total -= linear_flops(block.modulation, num_joint - 1, training)
+            attention = attention_flops(num_joint, num_joint, width)
+            total += attention_products(block, training) * attention
         return total

@@ -173,14 +173,13 @@ def reconstruct(
             )
         )
     )
-    n_B = batch.n_B.to(device)
-    condition = model.condition(batch.vit_pixels_BHWC, n_B)
+    condition = model.condition(batch.vit_pixels_BHWC, batch.n_B)
     image_B = torch.arange(num, device=device)
     samples = sample_pixels(
         model, condition, image_B, size_px=config.data.size_px, steps=steps, seed=seed, shift=shift
     )
     originals = to_images(batch.pixels_BCHW)
-    visible = visible_parts(model, n_B, originals)
+    visible = visible_parts(model, batch.n_B, originals)
     return {"original": originals, "visible": visible, "drawn": to_images(samples)}
 
 
@@ -192,7 +191,7 @@ def visible_parts(model: IOMM, n_B: Tensor, images: list[Image.Image]) -> list[I
     """
     mask, seed, num = model.recipe.mask, model.recipe.seed, model.frozen[0].num_image_tokens
     side = math.isqrt(num)
-    visible_BYX = visible_mask(mask, seed, n_B, num).view(-1, side, side).cpu().numpy()
+    visible_BYX = visible_mask(mask, seed, n_B.cpu(), num).view(-1, side, side).numpy()
     shown = []
     for image, visible_YX in zip(images, visible_BYX, strict=True):
         pixels_HWC = np.array(image)

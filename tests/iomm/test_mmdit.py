@@ -390,8 +390,8 @@ def test_flops_of_a_routed_step_are_counted():
         kept = torch.zeros(1, 8, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(noisy, t, condition, (4, 4), route=Route(kept, 16, 2, 4))
-    assert counter.get_total_flops() == model.flops_per_image((4, 4), 7, settings)
-    assert model.flops_per_image((4, 4), 7, settings) < model.flops_per_image((4, 4), 7)
+    assert counter.get_total_flops() == model.flops_per_image((4, 4), 7, route=settings)
+    assert model.flops_per_image((4, 4), 7, route=settings) < model.flops_per_image((4, 4), 7)
 
 
 @pytest.mark.parametrize(

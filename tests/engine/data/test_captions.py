@@ -158,7 +158,7 @@ def test_many_long_captions_are_estimated(index_dir, limit, monkeypatch):
 
 
 def test_unreachable_tokenizer_does_not_fail_the_count(index_dir, monkeypatch):
-    config = load_config(PIXELS, ["model.mllm=nobody/nothing"])
+    config = load_config(PIXELS, ["model.mllm=unknown/nothing"])
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (line,) = builders.long_captions(config, index_dir)
     assert line.startswith("captions that exceed the MLLM's context were not counted: model.mllm")

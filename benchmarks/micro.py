@@ -524,7 +524,7 @@ def memory(argv: list[str]) -> None:
     size = ["--layers", str(args.layers), "--width", str(args.width)]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        # In a process of its own, whose memory is then free.
+        # In a separate process, whose memory is free afterwards.
         subprocess.run(
             [sys.executable, __file__, "memory", "--write", folder, *size], cwd=ROOT, check=True
         )

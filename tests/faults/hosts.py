@@ -18,7 +18,7 @@ from namespaces import Hosts
 from iomm.engine.resilience.preemption import REQUEUE
 from iomm.engine.resilience.watchdog import DEAD, alive
 
-# Trials wait most of the time, therefore several run side by side, each on hosts of its own.
+# Trials wait most of the time, therefore several run side by side, each on separate hosts.
 SIDE_BY_SIDE = 4
 # Exit codes and names are due so long after guard.lost_s.
 BEYOND_S = 5.0

@@ -110,7 +110,7 @@ def test_unreadable_shards_are_counted_once_and_others_are_used(tmp_path):
 
 
 def test_unreadable_part_of_a_tar_costs_only_its_members(tmp_path, monkeypatch):
-    """Two headers of a tar of 2 MiB lie in bad sectors."""
+    """Two headers of a tar of 2 MiB are in bad sectors."""
     big = os.urandom(1 << 20)
     members = [(f"{i}.jpg", JPEG) for i in range(3)] + [("big.bin", big)]
     members += [("3.jpg", JPEG), ("big2.bin", big), ("4.jpg", JPEG)]

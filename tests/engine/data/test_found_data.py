@@ -371,10 +371,17 @@ def test_folders_and_images_beside_tars_are_counted(tmp_path):
     tar(tmp_path / "0.tar", ("0.jpg", JPEG))
     tar(tmp_path / "1.TAR", ("0.jpg", JPEG))
     tar(tmp_path / "more" / "2.tar", ("0.jpg", JPEG))
-    files(tmp_path, "x.jpg", "._0.tar", "0_stats.json", "index/index.bin", "@eaDir/0.jpg")
+    files(
+        tmp_path, "x.jpg", "._0.tar", "3.tar.gz", "0_stats.json", "index/index.bin", "@eaDir/0.jpg"
+    )
     resolved = resolve(tmp_path)
     assert [path.name for path in resolved.paths] == ["0.tar", "1.TAR"]
-    assert counts(resolved.left_out) == {"images beside tars": 1, "folders beside tars": 1}
+    assert counts(resolved.left_out) == {
+        "images beside tars": 1,
+        "folders beside tars": 1,
+        "hidden files": 1,
+        "named *.gz": 1,
+    }
 
 
 def test_glob_leaves_out_system_folders_and_a_name_does_not(tmp_path):

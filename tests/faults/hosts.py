@@ -7,18 +7,21 @@ counts, or raises.
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from faults.toy_job import Job
 from faults.trials import final_files, log_rows, newest_logged_commit, newest_step, samples_of
+from launches import LIMIT_S, ROOT, environment, rows
 from namespaces import Hosts
 
 from iomm.engine.resilience.preemption import REQUEUE
 from iomm.engine.resilience.watchdog import DEAD, alive
 
-# Trials wait most of the time, therefore several run side by side, each on hosts of its own.
+# Trials wait most of the time, therefore several run side by side, each with separate hosts.
 SIDE_BY_SIDE = 4
 # Exit codes and names are due so long after guard.lost_s.
 BEYOND_S = 5.0
@@ -265,3 +268,64 @@ def preempted_hosts(folder, num_trials, number=3, seed=0):
         "same_step_saved_exit_75_and_same_batches_on_the_hosts_left": num_trials - len(failures),
         "slowest_exit_s": round(max(seconds for seconds, _ in found), 2),
     }, failures
+
+
+class HostsRun:
+    """A run of engine/launch.py on all hosts, one rank on each, with a launcher on each host.
+
+    `launcher` is "deepspeed" (with --no_ssh) or "torchrun" (engine/torchrun.py).
+    """
+
+    def __init__(self, hosts, launcher, run_dir, *arguments, options=(), only=None):
+        self.run_dir = Path(run_dir)
+        self.run_dir.parent.mkdir(parents=True, exist_ok=True)
+        self.launcher = launcher
+        self.processes, self.paths = {}, {}
+        hostfile = Path(f"{run_dir}.hostfile")
+        hostfile.write_text("".join(f"{name} slots=1\n" for name in hosts.names))
+        for i in range(hosts.number) if only is None else only:
+            if launcher == "deepspeed":
+                line = [
+                    str(Path(sys.executable).with_name("deepspeed")),
+                    *("--hostfile", str(hostfile), "--no_ssh", "--node_rank", str(i)),
+                    *("--master_addr", hosts.addresses[0], "--master_port", "29500"),
+                ]
+            else:
+                line = [
+                    *(sys.executable, str(ROOT / "engine/torchrun.py"), "--nproc-per-node", "1"),
+                    *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{hosts.addresses[0]}:29500"),
+                    *("--local-addr", hosts.addresses[i], "--nnodes", str(hosts.number), *options),
+                ]
+            line += [str(ROOT / "engine/launch.py"), *arguments, f"run.dir={run_dir}"]
+            self.paths[i] = Path(f"{run_dir}.h{i}.out")
+            with open(self.paths[i], "ab") as file:
+                self.processes[i] = hosts.start(
+                    i,
+                    line,
+                    env={**environment(), **hosts.environment()},
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                )
+
+    def output(self, i):
+        """Return what host i has printed."""
+        return self.paths[i].read_text(errors="replace")
+
+    def wait_for_steps(self, number):
+        """Wait until the run has logged a number of steps."""
+        until = time.monotonic() + LIMIT_S
+        while len(rows(self.run_dir / "log.jsonl")) < number:
+            running = all(process.poll() is None for process in self.processes.values())
+            assert running and time.monotonic() < until, self.output(0)[-3000:]
+            time.sleep(0.05)
+
+    def wait(self, limit_s=LIMIT_S):
+        """Return {host: exit code of its launcher}; None for one that had to be killed."""
+        until, codes = time.monotonic() + limit_s, {}
+        for i, process in self.processes.items():
+            try:
+                codes[i] = process.wait(max(0.1, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                codes[i] = None
+                process.kill()
+        return codes

@@ -42,7 +42,7 @@ logger = logging.getLogger("iomm")
 class StepResult(NamedTuple):
     """What one rank computed in a step. Reading a tensor would wait for the device."""
 
-    # Mean velocity loss of this rank's samples, ().
+    # Mean velocity loss of this rank's samples in float64, ().
     loss: Tensor
     # Sums and counts of the velocity loss in equal intervals of t, (2, intervals).
     by_time: Tensor
@@ -113,7 +113,7 @@ def train_step(
         data_wait_s += batch.wait_s
         failures += batch.failures
     return StepResult(
-        loss=torch.stack(losses).mean(),
+        loss=torch.stack(losses).double().mean(),
         by_time=by_time,
         applied=applied,
         data_wait_s=data_wait_s,
@@ -225,13 +225,14 @@ def reduce_over_ranks(result: StepResult, stop_requested: bool, ranks: Ranks) ->
     """Return the step's figures over all ranks.
 
     Takes one collective and the step's only wait for the device. A stop requested on any rank stops
-    all of them after the same step.
+    all of them after the same step. Sums are in float64, where their order has no effect on the
+    float32 result: equal weights give the same loss on any number of ranks.
     """
     loss, by_time, align_sums = result.loss, result.by_time, result.align_sums
     flags = loss.new_tensor([len(result.failures), stop_requested])
     sums = torch.cat((loss[None] / ranks.size, by_time.flatten(), align_sums, flags))
     dist.all_reduce(sums)
-    mean_loss, *parts, num_failures, num_stops = sums.tolist()
+    mean_loss, *parts, num_failures, num_stops = sums.float().tolist()
     by_time, align_sums = parts[: by_time.numel()], parts[by_time.numel() :]
     return StepTotals(
         loss=mean_loss,

@@ -4,11 +4,11 @@ The messages are counted from the modules by DeepSpeed's own rules, without runn
 row kernels are those between the matrix products.
 
 At stage 3 the rules are those of deepspeed/runtime/zero/partitioned_param_coordinator.py (0.19)
-once its trace is complete, which is from the second micro-batch on. A module's weights are gathered when
-it is entered, and up to prefetch_bucket_size more are prefetched. They are released when the module
-is left, unless they are used again within max_reuse_distance. tests/benchmarks/test_traffic.py
-compares the count with the collectives of two ranks, and tests/faults/wire.py with the bytes that
-two to four hosts put on the wire, at all stages.
+once its trace is complete, which is from the second micro-batch on. A module's weights are gathered
+when it is entered, and up to prefetch_bucket_size more are prefetched. They are released when the
+module is left, unless they are used again within max_reuse_distance. The count is compared with the
+collectives of two ranks by tests/benchmarks/test_traffic.py, and with the bytes that two to four
+hosts put on the wire by tests/faults/wire.py.
 
 Known limits: every parameter is assumed to get a gradient (single-stream pad tokens get none at
 lengths that are multiples of 32), and with max_live_parameters below one block the gathers were
@@ -244,6 +244,9 @@ def replicated_weights(
     # computes the norm of the whole gradient on every rank.
     if stage == 2 or (stage == 1 and config.dtype == torch.float32):
         after.append(all_reduce(4))
+    if stage == 2 and config.dtype == torch.bfloat16:
+        # DeepSpeed's own check for overflow.
+        after.append(all_reduce(1))
     if stage > 0:
         # DeepSpeed pads a group to an even number of values on each rank.
         after += [

@@ -27,6 +27,7 @@ from iomm.engine.config import load_config
 from iomm.engine.parallel import ranks as group
 from iomm.engine.parallel import zero
 from iomm.engine.parallel.optim import make_optimizer
+from iomm.engine.resilience.watchdog import Watchdog
 
 ACCUMULATION, WARM_UP = 2, 3
 
@@ -89,7 +90,9 @@ def rank_of(facts, rank):
     )
     torch.set_num_threads(1)
     ranks = group.start(300)
-    found = [measure(ranks, stage, facts["overrides"], facts["steps"]) for stage in facts["stages"]]
+    overrides, steps = facts["overrides"], facts["steps"]
+    with Watchdog(ranks, facts["folder"], 0.0):
+        found = [measure(ranks, stage, overrides, steps) for stage in facts["stages"]]
     Path(f"{facts['folder']}/{rank}.json").write_text(json.dumps(found))
     ranks.all(None)
     group.stop()

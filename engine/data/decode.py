@@ -96,7 +96,7 @@ class Decoder:
 
     On CUDA nvJPEG decodes, and `hw_decoder_load` is the share of baseline JPEGs that it decodes in
     hardware. Without DALI Pillow decodes and torch resizes in `num_threads` threads of the CPU. A
-    GPU then gets bytes from pinned memory on a stream of its own, and scales them itself.
+    GPU then gets bytes from pinned memory on a separate stream, and scales them itself.
 
     Nothing is read beyond the end of `batches`, and an error raised by `batches` is raised
     unchanged. An image that DALI refuses costs the whole batch and the pipeline: DecodeError is
@@ -445,7 +445,7 @@ def resized(image_1CHW: Tensor, size: tuple[int, int]) -> Tensor:
 def send(host: Tensor, device: torch.device) -> Tensor:
     """Queue the copy of a tensor to a device on the current stream.
 
-    The host goes on at once. Memory that is not pinned yet is copied to pinned memory first.
+    The host does not wait for it. Memory that is not pinned is copied to pinned memory first.
     """
     if device.type == "cuda" and not host.is_pinned():
         host = host.pin_memory()

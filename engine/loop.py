@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -22,7 +22,7 @@ from iomm.flow import loss_by_time
 from iomm.profiling import named, named_each, named_whole
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from iomm.engine.config import RunConfig
     from iomm.engine.data.bad_samples import Failure
@@ -50,7 +50,7 @@ class StepResult(NamedTuple):
     applied: bool
     # Seconds in which the step waited for data.
     data_wait_s: float
-    # Samples that had to be replaced.
+    # Samples that had to be replaced, and captions that were cut.
     failures: list[Failure]
     # (sample numbers, their losses): velocity and alignment losses, per micro-batch.
     sample_losses: list[tuple[Tensor, Tensor]]
@@ -148,7 +148,7 @@ def train(
         evaluation: called between steps.
 
     Returns:
-        True after the last step. False if SIGTERM or SIGUSR1 requested a stop; the state is saved.
+        True after the last step. False if a signal requested a stop; the state is saved.
 
     Raises:
         InputError: too many skipped steps or bad samples, or the last checkpoint was not written.
@@ -169,7 +169,8 @@ def train(
         total=num_steps, initial=state.step, unit="step", disable=None if ranks.first else True
     )
     stop_requested = False
-    with Stop() as stop, metrics.clock if metrics is not None else nullcontext():
+    clock = metrics.clock if metrics is not None else nullcontext()
+    with Stop(reports=ranks.first) as stop, clock, completed_save(saver, watchdog):
         while state.step < num_steps and not stop_requested:
             watchdog.heartbeat(state.step + 1)
             lr = learning_rate(state.step, config.optim, num_steps)
@@ -196,13 +197,11 @@ def train(
             if last or state.step % config.checkpoint.every_steps == 0:
                 save_checkpoint(state, config, saver, watchdog)
             if error is not None:
-                watchdog.pause()
-                saver.wait()
                 raise error
 
             evaluated = {}
             if evaluation is not None and evaluation.due(state.step) and not stop_requested:
-                evaluated = evaluate(state, evaluation, saver, watchdog)
+                evaluated = evaluate(state, evaluation, watchdog)
                 if metrics is not None:
                     state.gpu_hours = metrics.add(row, evaluated)["gpu_hours"]
                     metrics.report()
@@ -260,7 +259,7 @@ def reduce_over_ranks(
 def check_step(
     state: State, result: StepResult, totals: StepTotals, global_batch: int
 ) -> InputError | None:
-    """Record replaced samples and the loss, on all ranks together with the same outcome.
+    """Record bad samples and the loss, on all ranks together with the same outcome.
 
     Returns:
         The error that ends the run, or None. The weights are sound: the step is saved first.
@@ -301,6 +300,7 @@ def record_step(
         data_wait_s=result.data_wait_s,
         skipped_steps=state.loss_guard.total,
         skipped_samples=state.bad_samples.total,
+        cut_captions=state.bad_samples.cut_captions,
     )
     state.gpu_hours = row["gpu_hours"]
     return row
@@ -315,19 +315,30 @@ def save_checkpoint(state: State, config: RunConfig, saver: Saver, watchdog: Wat
         save(state, config, saver)
 
 
-def evaluate(state: State, evaluation: Evaluation, saver: Saver, watchdog: Watchdog) -> dict:
-    """Return what the evaluation found.
-
-    Called after the save of its step. If it fails, for example by running out of memory, that
-    checkpoint is still completed.
-    """
+def evaluate(state: State, evaluation: Evaluation, watchdog: Watchdog) -> dict:
+    """Return what the evaluation found. Called after the save of its step."""
     # An evaluation may take longer than a step is allowed to.
     watchdog.pause()
+    with named_whole("evaluation"):
+        return evaluation(state)
+
+
+@contextmanager
+def completed_save(saver: Saver, watchdog: Watchdog) -> Iterator[None]:
+    """Complete the checkpoint that is being written before any exception ends the run.
+
+    The exception may be of this rank alone. The other ranks' threads still write their parts, and
+    if one of them has died, the watchdog ends this process.
+    """
     try:
-        with named_whole("evaluation"):
-            return evaluation(state)
-    except Exception:
-        saver.wait()
+        yield
+    except BaseException:
+        # Waiting for the disk may take longer than a step is allowed to.
+        watchdog.pause()
+        try:
+            saver.wait()
+        except Exception as error:
+            logger.error(f"the checkpoint that was being written is lost: {error}")
         raise
 
 

@@ -20,6 +20,7 @@ from iomm.config import InputError
 from iomm.kernels.image_patches import image_patches, normalised
 from iomm.kernels.masked_attention import masked_attention
 from iomm.kernels.masked_attention.sdpa import DenseLayout, padded_attention, ragged_layout
+from iomm.layers import round_linears
 from iomm.turns import Turns, pack_turns
 
 # One user turn, then the start of the assistant's turn, where the queries are placed: the Qwen2.5
@@ -127,6 +128,15 @@ class MLLM(Frozen):
             torch.compile(part, dynamic=True, fullgraph=True, backend=backend)
             for part in (project_qkv, finish_layer, ragged_layer)
         )
+
+    def use_fp8(self) -> None:
+        """Compute the products of the ViT's and the decoder's layers in fp8.
+
+        Weights are rounded once, here. The patch embedding, the projector and the token embeddings
+        keep their dtype. In the decoder the queries need gradients, in the ViT nothing does.
+        """
+        round_linears(self.backbone.vision_tower.encoder, backward=False)
+        round_linears(self.backbone.language_model.layers, backward=True)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -14,14 +14,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from iomm import lora
 from iomm.alignment import AlignmentHead, alignment_loss, on_grid
-from iomm.config import AdapterConfig, AlignConfig, MaskConfig, PromptConfig
+from iomm.config import (
+    AdapterConfig,
+    AlignConfig,
+    LoraConfig,
+    MaskConfig,
+    PromptConfig,
+    RouteConfig,
+)
 from iomm.flow import sample_time, velocity_loss
 from iomm.kernels.noisy_tokens import noisy_tokens
 from iomm.kernels.philox import CAPTION_DROP, PROMPT, TIME, VAE, normal, uniform
 from iomm.layers import use_fp8
-from iomm.masking import visible_mask
+from iomm.masking import kept_tokens, visible_mask
 from iomm.mllm import MLLM, Cache, Condition
+from iomm.mmdit import Route
 from iomm.profiling import named
 from iomm.turns import Turns
 
@@ -45,10 +54,12 @@ class Recipe:
     caption_drop: float = 0.1
     # Number of times and noises drawn for each sample.
     noise_draws: int = 1
+    route: RouteConfig = field(default_factory=RouteConfig)
     align: AlignConfig = field(default_factory=AlignConfig)
     # Share of the samples of a global batch that are aligned. The alignment loss is their mean,
     # however the batch is cut into micro-batches.
     align_share: float = 1.0
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +72,12 @@ class PreparedBatch:
         noisy_RNK: noisy latent tokens x_t.
         target_RNK: velocity targets, noise - image.
         t_R: times in [0, 1].
+        n_R: number of each draw, `IOMM.draw_numbers`.
         grid: (rows, columns) of latent tokens.
         condition: packed condition tokens of the B samples.
         prefix: keys and values of every MLLM layer, and the MLLM's outputs or None.
+        kept_RK: ascending indices of the latent tokens that run through all blocks; None without
+            routing.
         align_IND: alignment targets on the latent grid; None without an alignment head.
         aligned_I: batch rows of the aligned samples; None if all are aligned.
     """
@@ -71,9 +85,11 @@ class PreparedBatch:
     noisy_RNK: Tensor
     target_RNK: Tensor
     t_R: Tensor
+    n_R: Tensor
     grid: tuple[int, int]
     condition: Condition
     prefix: tuple[Cache, Tensor | None]
+    kept_RK: Tensor | None = None
     align_IND: Tensor | None = None
     aligned_I: Tensor | None = None
 
@@ -84,9 +100,11 @@ class PreparedBatch:
             self.noisy_RNK,
             self.target_RNK,
             self.t_R,
+            self.n_R,
             *vars(self.condition).values(),
             *chain(*cache),
             outputs_TD,
+            self.kept_RK,
             self.align_IND,
             self.aligned_I,
         )
@@ -177,10 +195,12 @@ class IOMM(nn.Module):
             noisy_RNK=noisy_RNK,
             target_RNK=target_RNK,
             t_R=t_R,
+            n_R=n_R,
             grid=latent_grid,
             condition=condition,
             # The part of step 7 that sees no query.
             prefix=self.prefix(condition),
+            kept_RK=kept_tokens(self.recipe.route, seed, n_R, math.prod(latent_grid)),
             align_IND=align_IND,
             aligned_I=aligned_I,
         )
@@ -201,18 +221,27 @@ class IOMM(nn.Module):
         hidden_RCD, lengths_R = self.repeat_draws(hidden_BCD), self.repeat_draws(lengths_B)
         # Step 8.
         generator_inputs = batch.noisy_RNK, batch.t_R, hidden_RCD, lengths_R, batch.grid
+        options = {"n_R": batch.n_R, "route": self.route(batch)}
         if self.alignment is None:
-            loss, loss_R = velocity_loss(self.velocity(*generator_inputs), batch.target_RNK)
+            velocity_RNK = self.velocity(*generator_inputs, **options)
+            loss, loss_R = velocity_loss(velocity_RNK, batch.target_RNK)
             return loss, loss_R.detach(), batch.t_R
         align = self.recipe.align
         velocity_RNK, latents_RND = self.velocity(
-            *generator_inputs, tap=align.block_in(self.generator.config.depth)
+            *generator_inputs, tap=align.block_in(self.generator.config.depth), **options
         )
         loss, loss_R = velocity_loss(velocity_RNK, batch.target_RNK)
         align_I = self.align(latents_RND, batch)
         num_aligned = self.recipe.align_share * batch.condition.batch
         loss = loss + align.weight / num_aligned * align_I.sum()
         return loss, loss_R.detach(), batch.t_R, align_I.detach()
+
+    def route(self, batch: PreparedBatch) -> Route | None:
+        """Return which latent tokens run through all blocks, or None without routing."""
+        if batch.kept_RK is None:
+            return None
+        first, last = self.recipe.route.blocks_in(self.generator.config)
+        return Route(batch.kept_RK, batch.noisy_RNK.shape[1], first, last)
 
     def draw_numbers(self, n_B: Tensor) -> Tensor:
         """Return the numbers (R,) that key each draw's time and noise: n x draws + k."""
@@ -372,6 +401,17 @@ class IOMM(nn.Module):
             classes = (*classes, *self.connector.block_classes)
         return tuple(c for c in classes if any(isinstance(module, c) for module in self.modules()))
 
+    def add_lora(self, check: bool = True) -> None:
+        """Freeze all weights and add the recipe's LoRA to the generator. Call once.
+
+        `check` is as in lora.add_lora.
+        """
+        lora.freeze(self)
+        patch = self.frozen[1].patch
+        lora.add_lora(
+            self.generator, self.recipe.lora, seed=self.recipe.seed, patch=patch, check=check
+        )
+
     def prepare_blocks(
         self, *, compiled: bool = False, recompute: int = 0, fp8: bool = False
     ) -> None:
@@ -413,14 +453,26 @@ class IOMM(nn.Module):
         lengths_B: Tensor | None,
         grid: tuple[int, int],
         tap: int = 0,
+        n_R: Tensor | None = None,
+        route: Route | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return the generator's velocity in its weights' dtype.
 
-        With `tap`, return the latents after that block as well.
+        With `tap`, return the latents after that block as well. `n_R` numbers the rows in training;
+        LoRA has no dropout without it. `route` is as in MMDiT.forward.
         """
+        if self.recipe.lora.dropout:
+            lora.number_rows(self.generator, n_R)
+        options = {} if route is None else {"route": route}
         with named("generator"):
             return self.generator(
-                noisy_BNK.to(self.dtype), t_B, condition_BCD.to(self.dtype), grid, lengths_B, tap
+                noisy_BNK.to(self.dtype),
+                t_B,
+                condition_BCD.to(self.dtype),
+                grid,
+                lengths_B,
+                tap,
+                **options,
             )
 
 

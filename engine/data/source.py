@@ -33,6 +33,7 @@ from iomm.engine.data.shards import Damaged, Shards
 from iomm.kernels.philox import CROP, FLIP, uniform
 
 if TYPE_CHECKING:
+    from iomm.caption_limit import CaptionLimit
     from iomm.engine.data.latents import EncodedSamples, LatentStore
 
 # Threads that wait for the disk. A photograph of 80 KB costs them 0.04 ms of CPU.
@@ -65,7 +66,7 @@ class Batch:
     image_tokens_IPD: Tensor | None = None
     # What the condition consists of, drawn ahead on the host; in pinned memory with a GPU.
     turns: Any = None
-    # Samples that were replaced.
+    # Samples that were replaced, and captions that were cut.
     failures: list[Failure] = field(default_factory=list)
     # Output of IOMM.prepare for the pixels, if it has run ahead of the step.
     prepared: Any = None
@@ -97,7 +98,8 @@ class ImageSource:
 
     A sample that is unreadable now (damaged on disk, refused by DALI) is replaced by the next one
     of its sampler, up to MAX_ATTEMPTS times, and then by a black image. The batch lists it in
-    `failures`, the input of BadSamples. Batches are always full, so ranks stay in step.
+    `failures`, the input of BadSamples. Batches are always full, so ranks stay in step. A caption
+    that exceeds the MLLM's context is cut, and listed there too.
     """
 
     def __init__(
@@ -123,6 +125,7 @@ class ImageSource:
         hw_decoder_load: float = 0.65,
         resize: str = "torch",
         look_at_pairs: bool = False,
+        caption_limit: CaptionLimit | None = None,
         draw_turns: Callable[[Tensor, list[str], list[bool]], Any] | None = None,
     ) -> None:
         """Check the settings. Reading starts with the iteration.
@@ -151,6 +154,8 @@ class ImageSource:
             hw_decoder_load: share of baseline JPEGs decoded in hardware, see Decoder.
             resize: "dali" or "torch", see Decoder.
             look_at_pairs: return ViT pixels of pairs too, in order with those of the images.
+            caption_limit: cuts captions that are too long for the MLLM. None: they stay as they
+                are.
             draw_turns: called in a reader thread with n_B, captions and has_image of each batch.
                 Batch.turns is its result.
 
@@ -188,6 +193,7 @@ class ImageSource:
         # Latents and image tokens are in memory, and no image is decoded.
         self.encoded = getattr(latents, "tokens", None) is not None
         self.look_at_pairs = look_at_pairs
+        self.caption_limit = caption_limit
         self.draw_turns = draw_turns
         self.sampler = sampler or FixedSizeSampler(
             EpochPermutation(seed, shards.shard_sizes), size_px
@@ -294,6 +300,7 @@ class ImageSource:
 
     def _fill(self, sample: _Sample) -> _Sample:
         """Read the data of a sample, or of its replacement."""
+        sample.cut = None
         while sample.attempt <= MAX_ATTEMPTS:
             k = sample.entry
             try:
@@ -315,6 +322,9 @@ class ImageSource:
         return self._turns([sample.result() for sample in filled])
 
     def _turns(self, samples: list[_Sample]) -> Any:
+        """Cut captions that are too long, and return what draw_turns returns, if it is set."""
+        for sample in samples:
+            self._fit_caption(sample)
         if self.draw_turns is None:
             return None
         turns = self.draw_turns(
@@ -402,8 +412,24 @@ class ImageSource:
             latents_BCHW=latents_BCHW,
             image_tokens_IPD=tokens_IPD,
             turns=turns,
-            failures=failures,
+            failures=[
+                failure for sample in samples for failure in (sample.failure, sample.cut) if failure
+            ],
         )
+
+    def _fit_caption(self, sample: _Sample) -> None:
+        """Cut the caption of a sample if it is too long, and record that in it."""
+        if self.caption_limit is None or not sample.caption:
+            return
+        caption = self.caption_limit.cut(sample.caption)
+        if caption != sample.caption:
+            problem = (
+                f"{self.shards.name(sample.entry)}: its caption of "
+                f"{self.caption_limit.num_tokens(sample.caption):,} tokens was cut to the "
+                f"{self.caption_limit.num_tokens(caption):,} that fit into the MLLM's context"
+            )
+            shard = self.shards.shard(sample.entry)
+            sample.cut, sample.caption = Failure(sample.n, shard, problem, cut=True), caption
 
 
 @dataclass
@@ -419,6 +445,7 @@ class _Sample:
     caption: str = ""
     latents: Tensor | None = None
     failure: Failure | None = None
+    cut: Failure | None = None
 
 
 def _black(width: int, height: int) -> bytes:

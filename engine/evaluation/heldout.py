@@ -127,6 +127,14 @@ class Evaluation:
         ]
         if not self.prompts and pairs is not None:
             self.prompts = [shards.caption(k) for k in self.pictured["pair"].tolist()]
+        if source.caption_limit is not None:
+            fitting = [source.caption_limit.cut(prompt) for prompt in self.prompts]
+            if config.evaluate.prompts and fitting != self.prompts and ranks.first:
+                logger.warning(
+                    "warning: evaluate.prompts has prompts that exceed the MLLM's context, and "
+                    "these are cut"
+                )
+            self.prompts = fitting
 
     def due(self, step: int) -> bool:
         """Return whether an evaluation follows this step."""
@@ -190,6 +198,7 @@ class Evaluation:
             dtype=source.decoder.dtype,
             hw_decoder_load=config.data.hw_decoder_load,
             resize=config.data.resize,
+            caption_limit=source.caption_limit,
         )
 
     def loss(self, model: IOMM, kind: str) -> dict[str, Any]:

@@ -193,7 +193,7 @@ def stored_dtype(
         subfolder: folder of the files inside the hub checkpoint.
 
     Returns:
-        The dtype, or None if the files cannot be read. Whoever loads them knows why.
+        The dtype, or None if the files cannot be read; loading them raises the reason.
     """
     try:
         folder = Path(name)

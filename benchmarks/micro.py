@@ -51,6 +51,8 @@ import torch
 
 from benchmarks.report import command, positive
 from iomm.config import InputError
+from iomm.engine.arguments import add_overrides
+from iomm.engine.config_parser import layered
 from iomm.engine.parallel import ranks as group
 
 if TYPE_CHECKING:
@@ -292,7 +294,7 @@ def startup(argv: list[str]) -> None:
     parser.add_argument("--config", default="demo-cpu")
     parser.add_argument("--runs", type=positive(int), default=5)
     parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    add_overrides(parser)
     args = parser.parse_intermixed_args(argv)
     if args.once:
         time_start(args.config, args.overrides)
@@ -308,8 +310,7 @@ def startup(argv: list[str]) -> None:
             "--once",
             "--config",
             args.config,
-            *args.overrides,
-            f"run.dir={folder}/run",
+            *layered([*args.overrides, f"run.dir={folder}/run"]),
         ]
         for _ in range(args.runs + 1):
             done = subprocess.run(once, cwd=ROOT, capture_output=True, text=True)

@@ -79,6 +79,8 @@ class QueryAdapter(nn.Module):
             prefix_k=k_TAE,
             prefix_v=v_TAE,
             prefix_offsets=condition.offsets,
+            lengths=(num,) * condition.batch,
+            prefix_lengths=condition.lengths,
         )
         x_BQD = x_BQD + self.to_out(attended.flatten(-2)).view_as(x_BQD)
         return x_BQD + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x_BQD)), approximate="tanh"))

@@ -94,6 +94,25 @@ def load_mllm(
     return MLLM(internvl, tokenizer)
 
 
+def load_tokenizer(name: str, revision: str | None = None) -> Any:
+    """Return the tokenizer that `load_mllm` would load.
+
+    Raises:
+        InputError: if there is no such checkpoint.
+    """
+    from transformers import AutoTokenizer
+
+    if name.startswith("random:"):
+        return prompt_tokenizer()
+    try:
+        return AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=False, local_files_only=is_folder(name)
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"model.mllm: cannot load the tokenizer of {name}: {reason}") from error
+
+
 # OpenGVLab/InternVL3-2B: InternViT-300M and Qwen2.5-1.5B.
 INTERNVL3_2B = {
     "vision": dict(

@@ -237,7 +237,7 @@ class Initialization(NamedTuple):
 def initialize_generator(
     model: MMDiT | SingleStream, folder: Path | str, *, patch: int
 ) -> Initialization:
-    """Copy the weights of a diffusers FLUX or Z-Image model into a generator where they fit.
+    """Copy the weights of a diffusers transformer (see layout.py) into a generator where they fit.
 
     A parameter whose tensors are missing or of another shape keeps its weights; `condition_in`
     usually does, because it reads another encoder. FLUX's pooled text vector is taken as zero: what
@@ -364,7 +364,10 @@ def load_module(module: nn.Module, path: Path | str) -> None:
 
 
 def write_tensors(
-    tensors: Mapping[str, Tensor], path: Path, dtype: torch.dtype | None = None
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write one safetensors file atomically. Tensors may share memory.
 
@@ -375,7 +378,7 @@ def write_tensors(
         for name, tensor in tensors.items()
     }
     part = path.with_name(path.name + ".part")
-    save_file(copies, part, metadata={"format": "pt"})
+    save_file(copies, part, metadata={"format": "pt", **(metadata or {})})
     part.replace(path)
 
 

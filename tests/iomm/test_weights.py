@@ -15,16 +15,21 @@ import torch
 from host_memory import mapped_from
 from parity import inputs, randomize, relative_error, true_float64
 from safetensors.torch import load_file, save_file
-from test_mmdit import MIXED
+from test_mmdit import MIXED, QWEN
 from test_mmdit import SMALL as DUAL
-from test_mmdit import run_twin as run_flux
+from test_mmdit import run_twin as run_mmdit
 from test_single_stream import NORM_FREE
 from test_single_stream import SMALL as SINGLE
 from test_single_stream import run_twin as run_zimage
 
 from iomm.config import PRESETS, InputError
 from iomm.generator import empty_generator, new_generator
-from iomm.layout import Layout, from_diffusers_config, to_diffusers_config
+from iomm.layout import (
+    Layout,
+    diffusers_class,
+    from_diffusers_config,
+    to_diffusers_config,
+)
 from iomm.weights import (
     export_generator,
     initialize_generator,
@@ -37,7 +42,9 @@ from iomm.weights import (
 )
 
 CONFIGS = pytest.mark.parametrize(
-    "config", [DUAL, MIXED, SINGLE, NORM_FREE], ids=["dual", "dual+single", "single", "norm-free"]
+    "config",
+    [DUAL, MIXED, QWEN, SINGLE, NORM_FREE],
+    ids=["dual", "dual+single", "qwen", "single", "norm-free"],
 )
 
 
@@ -49,12 +56,8 @@ def run_diffusers(folder, config, arguments):
     """Return the velocity that diffusers computes from the folder."""
     import diffusers
 
-    name, run = (
-        ("FluxTransformer2DModel", run_flux)
-        if config.kind == "mmdit"
-        else ("ZImageTransformer2DModel", run_zimage)
-    )
-    model, report = getattr(diffusers, name).from_pretrained(
+    run = run_mmdit if config.kind == "mmdit" else run_zimage
+    model, report = getattr(diffusers, diffusers_class(config)).from_pretrained(
         folder, torch_dtype=torch.float64, low_cpu_mem_usage=False, output_loading_info=True
     )
     assert not report["missing_keys"] and not report["unexpected_keys"]
@@ -216,6 +219,10 @@ def test_unsupported_shapes_are_not_exported(tmp_path):
         export_generator(random_model(replace(DUAL, rope_theta=5000.0)), tmp_path / "a")
     with pytest.raises(InputError, match="patch of 5 x 5"):
         export_generator(random_model(SINGLE), tmp_path / "b", patch=5)
+    with pytest.raises(InputError, match="patch of 5 x 5"):
+        export_generator(random_model(QWEN), tmp_path / "c", patch=5)
+    with pytest.raises(InputError, match="no diffusers model has condition_norm True"):
+        export_generator(random_model(replace(DUAL, condition_norm=True)), tmp_path / "d")
 
 
 def test_module_survives_save_and_load(tmp_path):
@@ -401,7 +408,7 @@ def test_full_iomm_b_survives_export_in_bfloat16(tmp_path):
 
 
 def their_model(name):
-    """Return a tiny random FLUX.1 or Z-Image model of diffusers, its config and its runner."""
+    """Return a tiny random FLUX.1, Qwen-Image or Z-Image model of diffusers, config and runner."""
     import diffusers
 
     torch.manual_seed(0)
@@ -416,7 +423,18 @@ def their_model(name):
             pooled_projection_dim=24,
             axes_dims_rope=(4, 14, 14),
         )
-        return randomize(model.double()), MIXED, run_flux
+        return randomize(model.double()), MIXED, run_mmdit
+    if name == "qwen":
+        model = diffusers.QwenImageTransformer2DModel(
+            in_channels=QWEN.token_dim,
+            out_channels=QWEN.token_dim // 4,
+            num_layers=QWEN.num_blocks,
+            attention_head_dim=QWEN.head_dim,
+            num_attention_heads=QWEN.num_heads,
+            joint_attention_dim=QWEN.condition_dim,
+            axes_dims_rope=QWEN.rope_axes,
+        )
+        return randomize(model.double()), QWEN, run_mmdit
     model = diffusers.ZImageTransformer2DModel(
         in_channels=SINGLE.token_dim // 4,
         dim=SINGLE.width,
@@ -431,7 +449,7 @@ def their_model(name):
     return randomize(model.double()), SINGLE, run_zimage
 
 
-@pytest.mark.parametrize("name", ["flux", "zimage"])
+@pytest.mark.parametrize("name", ["flux", "qwen", "zimage"])
 def test_foreign_weights_give_the_outputs_of_diffusers(name, tmp_path):
     """Whole models: everything fits, and FLUX's pooled text vector is zero but not its embedder."""
     theirs, config, run = their_model(name)
@@ -445,11 +463,11 @@ def test_foreign_weights_give_the_outputs_of_diffusers(name, tmp_path):
     arguments = *inputs(config, (3, 5), 7), (3, 5)
     with true_float64():
         expected = run(theirs, *arguments)
-    # Measured: 1.4e-15 and 3.5e-15.
+    # Measured: 1.4e-15, 1.9e-15 and 3.5e-15.
     assert relative_error(ours(*arguments), expected) <= 1e-14
 
 
-@pytest.mark.parametrize("name", ["flux", "zimage"])
+@pytest.mark.parametrize("name", ["flux", "qwen", "zimage"])
 def test_foreign_weights_are_taken_where_they_fit(name, tmp_path):
     """Another encoder's width: its projection stays fresh, everything else is taken."""
     theirs, config, _ = their_model(name)
@@ -460,7 +478,7 @@ def test_foreign_weights_are_taken_where_they_fit(name, tmp_path):
     fresh = {key: tensor.clone() for key, tensor in ours.state_dict().items()}
     done = initialize_generator(ours, tmp_path, patch=2)
     assert set(done.fresh) == {"condition_in.weight"} | (
-        {"condition_norm.weight"} if name == "zimage" else set()
+        set() if name == "flux" else {"condition_norm.weight"}
     )
     assert "has shape" in done.fresh["condition_in.weight"]
     for key, tensor in ours.state_dict().items():
@@ -498,5 +516,11 @@ def test_config_of_a_published_checkpoint_may_omit_defaults():
     with pytest.raises(InputError, match="guidance_embeds=True"):
         from_diffusers_config(schnell | {"guidance_embeds": True}, "config.json")
     assert from_diffusers_config(schnell | {"guidance_embeds": True}, "", ("guidance_embeds",))
+    qwen = {"_class_name": "QwenImageTransformer2DModel", "pooled_projection_dim": 768}
+    config, patch = from_diffusers_config(qwen, "")
+    assert config == PRESETS["qwen-image"] and patch == 2
+    for changes in ({"zero_cond_t": True}, {"out_channels": 64}, {"patch_size": 0}):
+        with pytest.raises(InputError, match=next(iter(changes))):
+            from_diffusers_config(qwen | changes, "")
     config, patch = from_diffusers_config({"_class_name": "ZImageTransformer2DModel"}, "")
     assert replace(config, condition_dim=1536, token_dim=64) == PRESETS["iomm-xl"] and patch == 2

@@ -349,7 +349,7 @@ def memory(result: dict) -> Rows:
 
         yield (
             f"host memory of {ranks} rank(s) that build a model on {where}: MLLM of "
-            f"{rows[0]['file_mb']:.0f} MB in {stored}, used in {precision}, and a generator of "
+            f"{rows[0]['file_mb']:.0f} MB in {stored}, used in {precision}, and trained parts of "
             f"{rows[0]['trained_mb']:.0f} MB",
             f"private to the ranks {each('peak_private_mb')} MB at the peak and "
             f"{each('after_private_mb')} MB after it; with shared pages "

@@ -466,7 +466,11 @@ def make_recipe(config: RunConfig) -> Recipe:
 def build_model(config: RunConfig, device: torch.device | str) -> IOMM:
     """Return the model: frozen parts on `device`, trained parts drawn from run.seed on the CPU."""
     mllm = load_mllm(
-        mllm_name(config), revision=config.model.mllm_revision, dtype=config.dtype, device=device
+        mllm_name(config),
+        revision=config.model.mllm_revision,
+        dtype=config.dtype,
+        device=device,
+        vit_px=config.model.vit_px,
     )
     return assemble(config, mllm, new_vae(config, device))
 

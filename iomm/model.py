@@ -5,6 +5,7 @@ of step 7). `IOMM.forward` does the rest. iomm/README.md lists the steps.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, pairwise
@@ -336,12 +337,16 @@ class IOMM(nn.Module):
     def prefix(self, condition: Condition) -> tuple[Cache, Tensor | None]:
         """Run the part of step 7 that depends on no query.
 
-        Returns keys and values of every MLLM layer, and the MLLM's outputs if adapter.conditions is
-        "all" (else None).
+        Returns keys and values of every MLLM layer (none if there is no adapter), and the MLLM's
+        outputs if adapter.conditions is "all" (else None).
         """
         mllm, _ = self.frozen
         with named("prefix"):
-            return mllm.prefix(condition, outputs=self.recipe.adapter.conditions == "all")
+            return mllm.prefix(
+                condition,
+                outputs=self.recipe.adapter.conditions == "all",
+                cached=self.adapter is not None,
+            )
 
     def encode_condition(
         self, condition: Condition, prefix: tuple[Cache, Tensor | None] | None = None
@@ -349,8 +354,9 @@ class IOMM(nn.Module):
         """Return the generator's condition (B, C, D) and its lengths (B,) or None: steps 6 and 7.
 
         With adapter.conditions "query" these are the MLLM's outputs at the queries, so C = Q. With
-        "all" they are all outputs of each sample, zero-padded to the longest sample. The lengths
-        are None if all samples have the same length. `prefix` defaults to `self.prefix(condition)`.
+        "all" they are all outputs of each sample but the skipped ones, zero-padded to the longest
+        sample. The lengths are None if all samples have the same length. `prefix` defaults to
+        `self.prefix(condition)`.
         """
         mllm, _ = self.frozen
         queries_BQD = hidden_BCD = lengths_B = None
@@ -367,7 +373,9 @@ class IOMM(nn.Module):
                     causal=self.recipe.adapter.attention == "causal",
                 )
         if self.recipe.adapter.conditions == "all":
-            hidden_BCD, lengths_B = pad_outputs(outputs_TD, condition.offsets, hidden_BCD)
+            hidden_BCD, lengths_B = pad_outputs(
+                outputs_TD, condition.offsets, hidden_BCD, condition.skipped
+            )
         if self.connector is not None:
             with named("connector"):
                 hidden_BCD = self.connector(hidden_BCD.to(self.dtype), lengths_B)
@@ -434,13 +442,17 @@ class IOMM(nn.Module):
 
 
 def pad_outputs(
-    outputs_TD: Tensor, offsets: Tensor, hidden_BQD: Tensor | None
+    outputs_TD: Tensor, offsets: Tensor, hidden_BQD: Tensor | None, skipped: Sequence[int]
 ) -> tuple[Tensor, Tensor | None]:
     """Unpack each sample's outputs, append its queries' outputs, zero-pad: (B, C, D).
 
-    Returns the lengths (B,) as well, or None if all samples have the same length.
+    The first skipped[b] outputs of sample b are left out. Returns the lengths (B,) as well, or None
+    if all samples have the same length.
     """
-    rows = [outputs_TD[start:stop] for start, stop in pairwise(offsets.tolist())]
+    rows = [
+        outputs_TD[start + skip : stop]
+        for (start, stop), skip in zip(pairwise(offsets.tolist()), skipped, strict=True)
+    ]
     if hidden_BQD is not None:
         rows = [torch.cat((row, hidden)) for row, hidden in zip(rows, hidden_BQD, strict=True)]
     lengths = [len(row) for row in rows]

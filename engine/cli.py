@@ -82,10 +82,10 @@ def main(argv: list[str] | None = None) -> int:
         )
         command.add_argument(
             "--shift",
-            type=lambda text: text if text == "flux" else float(text),
+            type=lambda text: text if text in ("flux", "qwen-image") else float(text),
             default=1.0,
-            help="resolution shift of the time steps, above 1 towards noise; flux: FLUX's shift "
-            "for the image size",
+            help="resolution shift of the time steps, above 1 towards noise; flux or qwen-image: "
+            "the steps of that model for the image size",
         )
         command.add_argument(
             "--size",

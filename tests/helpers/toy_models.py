@@ -149,20 +149,30 @@ def qwen_vl(dtype=torch.float64):
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = Qwen2_5_VLForConditionalGeneration(config).to(dtype).eval()
+        model = Qwen2_5_VLForConditionalGeneration(config).float().eval()
         # Fresh biases are zero and fresh norms one, which could hide a difference.
         for parameter in model.parameters():
             parameter.data += torch.randn_like(parameter) * 0.05
-    return model, tokenizer
+    return model.to(dtype), tokenizer
+
+
+def qwen_scheduler():
+    """Return a scheduler with the values of Qwen/Qwen-Image's scheduler_config.json."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return FlowMatchEulerDiscreteScheduler(
+        base_image_seq_len=256,
+        base_shift=0.5,
+        max_image_seq_len=8192,
+        max_shift=0.9,
+        shift_terminal=0.02,
+        use_dynamic_shifting=True,
+    )
 
 
 def qwen_pipeline(dtype=torch.float64):
     """Return a tiny random QwenImagePipeline of diffusers, the same in each call."""
-    from diffusers import (
-        FlowMatchEulerDiscreteScheduler,
-        QwenImagePipeline,
-        QwenImageTransformer2DModel,
-    )
+    from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 
     text_encoder, tokenizer = qwen_vl(dtype)
     with torch.random.fork_rng(devices=[]):
@@ -176,17 +186,12 @@ def qwen_pipeline(dtype=torch.float64):
             joint_attention_dim=64,
             axes_dims_rope=(4, 14, 14),
         )
-    # The values of Qwen/Qwen-Image's scheduler_config.json.
-    scheduler = FlowMatchEulerDiscreteScheduler(
-        base_image_seq_len=256,
-        base_shift=0.5,
-        max_image_seq_len=8192,
-        max_shift=0.9,
-        shift_terminal=0.02,
-        use_dynamic_shifting=True,
-    )
     return QwenImagePipeline(
-        scheduler, qwen_autoencoder().to(dtype), text_encoder, tokenizer, transformer.to(dtype)
+        qwen_scheduler(),
+        qwen_autoencoder().to(dtype),
+        text_encoder,
+        tokenizer,
+        transformer.to(dtype),
     )
 
 

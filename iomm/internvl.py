@@ -19,6 +19,7 @@ from iomm.config import RECONSTRUCT, InputError, choice
 from iomm.kernels.image_patches import image_patches, normalised
 from iomm.mllm import IMAGE_MEAN, IMAGE_STD, MLLM
 from iomm.qwen_vl import QwenVL
+from iomm.weights import move_frozen, stored_dtype
 
 if TYPE_CHECKING:
     from transformers import InternVLConfig, PretrainedConfig, PreTrainedTokenizerFast
@@ -202,7 +203,8 @@ def load_mllm(
 ) -> MLLM:
     """Load a frozen InternVL or Qwen2.5-VL in transformers' own format.
 
-    Only safetensors are read, and no code from the checkpoint is run.
+    Only safetensors are read, and no code from the checkpoint is run. Weights are placed as in
+    `weights.load_frozen`.
 
     Args:
         name: a local folder, also that of a diffusers pipeline, a hub id owner/name[/subfolder], or
@@ -222,33 +224,58 @@ def load_mllm(
     logging.disable_progress_bar()
     if name.startswith("random:"):
         return random_mllm(random_shape(name), dtype, device, vit_px=vit_px)
-    path, tokenizer_path, subfolder = find_checkpoint(name)
+    path, _, subfolder = find_checkpoint(name)
     config = read_config(name, revision)
-    options = dict(revision=revision, trust_remote_code=False, local_files_only=Path(path).is_dir())
+    model = getattr(transformers, ARCHITECTURES[config.model_type][0])
     try:
-        model = getattr(transformers, ARCHITECTURES[config.model_type][0])
         backbone, report = model.from_pretrained(
             path,
+            revision=revision,
+            trust_remote_code=False,
+            local_files_only=Path(path).is_dir(),
             use_safetensors=True,
-            dtype=dtype,
+            # Other dtypes are cast on the host, all at once.
+            dtype=stored_dtype(path, "model", revision=revision, **subfolder) or dtype,
             output_loading_info=True,
-            **options,
             **subfolder,
         )
         # Transformers would initialize missing weights at random.
         if report["missing_keys"]:
             missing = ", ".join(sorted(report["missing_keys"])[:5])
             raise InputError(f"model.mllm: {name} lacks the weights {missing}")
-        # A pipeline on the hub has its tokenizer in another subfolder.
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            tokenizer_path, **options, **dict.fromkeys(subfolder, "tokenizer")
-        )
     except (OSError, ValueError, KeyError) as error:
         if isinstance(error, InputError):
             raise
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"model.mllm: cannot load {name}: {reason}") from error
-    return frozen_mllm(backbone.to(device), tokenizer, vit_px)
+    tokenizer = load_tokenizer(name, revision)
+    move_frozen(backbone, device, dtype)
+    return frozen_mllm(backbone, tokenizer, vit_px)
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> Any:
+    """Return the tokenizer that `load_mllm` would load.
+
+    Raises:
+        InputError: if there is no such checkpoint.
+    """
+    from transformers import AutoTokenizer
+
+    if name.startswith("random:"):
+        return prompt_tokenizer()
+    _, path, subfolder = find_checkpoint(name)
+    try:
+        # A pipeline on the hub has its tokenizer in another subfolder.
+        return AutoTokenizer.from_pretrained(
+            path,
+            revision=revision,
+            trust_remote_code=False,
+            local_files_only=Path(path).is_dir(),
+            **dict.fromkeys(subfolder, "tokenizer"),
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"model.mllm: cannot load the tokenizer of {name}: {reason}") from error
 
 
 def frozen_mllm(backbone: nn.Module, tokenizer: Any, vit_px: int | None = None) -> MLLM:

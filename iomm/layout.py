@@ -253,7 +253,9 @@ class Layout:
 
     def to_ours(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
         """Return our parameter `name`, where `read` returns their tensor of a given name."""
-        stacked = torch.cat([read(their)[:rows] for their, rows in self.pieces[name]])
+        pieces = [read(their)[:rows] for their, rows in self.pieces[name]]
+        # A single piece stays a view, which may be mapped from a file.
+        stacked = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
         return self.reorder(name, stacked, back=True)
 
 

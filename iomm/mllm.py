@@ -8,15 +8,16 @@ followed by queries that attend to it.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iomm.config import InputError
 from iomm.kernels.masked_attention import masked_attention
 from iomm.layers import round_linears
+from iomm.turns import Turns, pack_turns
 
 # One user turn, then the start of the assistant's turn, where the queries are placed: the Qwen2.5
 # chat format without a system prompt.
@@ -51,23 +52,27 @@ class Condition:
         positions_T: position ids (int64), with gaps where tokens were dropped. (3, T) if the MLLM
             has separate ones for time, row and column.
         offsets: first row of each sample and the end of the last, (B + 1,) int32.
+        lengths: number of rows of each sample, on the host. Reading them from the GPU would wait
+            for everything queued there.
         end_B: position id of the first token after each sample (int64).
-        end: the largest of end_B, as a Python int. Reading it from the GPU later would wait for
-            everything queued there.
-        skipped: how many of the first tokens of each sample the generator does not read.
+        end: the largest of end_B, on the host.
+        skipped: how many of the first rows of each sample the generator does not read, on the host.
+        skipped_B: the same on the device (int64).
     """
 
     tokens_TD: Tensor
     positions_T: Tensor
     offsets: Tensor
+    lengths: tuple[int, ...]
     end_B: Tensor
     end: int
     skipped: tuple[int, ...]
+    skipped_B: Tensor
 
     @property
     def batch(self) -> int:
         """Number of samples."""
-        return len(self.end_B)
+        return len(self.lengths)
 
 
 class MLLM(Frozen):
@@ -87,6 +92,8 @@ class MLLM(Frozen):
     num_image_tokens: int
     vit_px: int
     vit_width: int
+    # Side of the square of image tokens, if they have positions of their row and column.
+    grid_side: int | None = None
     # Tokens of a turn with an image and the fixed prompt, of a turn without text, and how many of
     # the first tokens of either the generator does not read, with Qwen2.5's tokenizer. Used where
     # the model has no tokenizer.
@@ -143,6 +150,15 @@ class MLLM(Frozen):
         opening, closing = IMAGE if image else ("", "")
         return self.token_ids(TURN[0] + text + opening), self.token_ids(closing + TURN[1]), 0
 
+    def text_frame(self, image: bool) -> tuple[str, str, int]:
+        """Return the texts that a turn's text is tokenized together with, before and after it.
+
+        The third result is the number of all other tokens of the turn.
+        """
+        opening, closing = IMAGE if image else ("", "")
+        rest = len(self.token_ids(closing + TURN[1])) + self.num_image_tokens * image
+        return TURN[0], opening, rest
+
     def compile_parts(self, backend: str = "inductor") -> None:
         """Compile both halves of a decoder layer with torch.compile.
 
@@ -180,7 +196,7 @@ class MLLM(Frozen):
 
     def token_ids(self, text: str) -> list[int]:
         """Tokenize a text. Special tokens in it are recognized, and none are added."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return list(tokenized(self.tokenizer, text))
 
     def decoder_flops(
         self, num_prefix: float, num_queries: int, outputs: bool = False
@@ -251,7 +267,60 @@ class MLLM(Frozen):
 
         return run, layer.parameters()
 
-    @torch.no_grad()
+    def turns(
+        self,
+        texts: list[str],
+        has_image: list[bool],
+        visible: Tensor | None = None,
+        *,
+        mode: str = "drop",
+        positions: str = "original",
+        n_B: Tensor | None = None,
+        source: Any = None,
+    ) -> Turns:
+        """Pack the user turn of each sample, text and visible image tokens, on the host.
+
+        Args:
+            texts: B strings. "" is valid and means unconditional.
+            has_image: B bools.
+            visible: bool mask (I * P,) of the image tokens. Defaults to all visible.
+            mode: as in `condition`.
+            positions: as in `condition`.
+            n_B: sample numbers, carried along.
+            source: what drew the texts and the mask, see Turns.
+
+        Raises:
+            InputError: if a text exceeds the decoder's context.
+        """
+        if positions == "compact" and self.grid_side is not None:
+            raise InputError(
+                "mask.positions=compact is undefined for an MLLM whose image tokens have a row and "
+                "a column. Set mask.positions=original."
+            )
+        num_image, before, after, skipped = self.num_image_tokens, [], [], []
+        for text, image in zip(texts, has_image, strict=True):
+            for part, parts in zip(self.turn(text, image), (before, after, skipped), strict=True):
+                parts.append(part)
+            length = len(before[-1]) + num_image * image + len(after[-1])
+            if length > self.max_positions:
+                raise InputError(
+                    f"a prompt of {length} tokens exceeds the MLLM's context of "
+                    f"{self.max_positions}. Shorten the prompt."
+                )
+        return pack_turns(
+            before,
+            after,
+            has_image,
+            num_image,
+            None if visible is None else visible.cpu().numpy().reshape(-1, num_image),
+            mode=mode,
+            positions=positions,
+            grid_side=self.grid_side,
+            skipped=skipped,
+            n_B=n_B,
+            source=source,
+        )
+
     def condition(
         self,
         texts: list[str],
@@ -262,7 +331,7 @@ class MLLM(Frozen):
         mode: str = "drop",
         positions: str = "original",
     ) -> Condition:
-        """Pack the user turn of each sample, text and visible image tokens, without gradient.
+        """Pack and embed the user turn of each sample, text and visible image tokens.
 
         Args:
             texts: B strings. "" is valid and means unconditional.
@@ -276,71 +345,34 @@ class MLLM(Frozen):
         Raises:
             InputError: if a text exceeds the decoder's context.
         """
-        device, num_image = self.backbone.device, self.num_image_tokens
         if has_image is None:
             has_image = [image_tokens_IPD is not None] * len(texts)
-        ids, is_image, parts, skipped = [], [], [], []
-        for text, image in zip(texts, has_image, strict=True):
-            before, after, skip = self.turn(text, image)
-            middle = num_image if image else 0
-            ids += before + [0] * middle + after
-            is_image += [False] * len(before) + [True] * middle + [False] * len(after)
-            parts.append((len(before), middle, len(after)))
-            skipped.append(skip)
-            if sum(parts[-1]) > self.max_positions:
-                raise InputError(
-                    f"a prompt of {sum(parts[-1])} tokens exceeds the MLLM's context of "
-                    f"{self.max_positions}. Shorten the prompt."
-                )
-        lengths_B = torch.tensor([sum(part) for part in parts], device=device)
-        sample_T = torch.repeat_interleave(
-            torch.arange(len(texts), device=device), lengths_B, output_size=len(ids)
-        )
-        positions_T, end_B, end = self.positions(parts)
-        tokens_TD = self.backbone.get_input_embeddings()(torch.tensor(ids, device=device))
-        if any(has_image):
-            image_T = torch.tensor(is_image, device=device)
-            image_TD = image_tokens_IPD.flatten(0, 1).to(tokens_TD.dtype)
-            if visible is not None and mode == "zero":
-                image_TD = image_TD * visible[:, None]
-            tokens_TD = tokens_TD.masked_scatter(image_T[:, None], image_TD)
-            if visible is not None and mode == "drop":
-                keep_T = torch.ones_like(image_T).masked_scatter(image_T, visible)
-                rows = keep_T.nonzero().squeeze(1)
-                lengths_B = torch.zeros_like(lengths_B).index_add(0, sample_T, keep_T.long())
-                tokens_TD = tokens_TD[rows]
-                sample_T = sample_T[rows]
-                positions_T = positions_T[..., rows]
-                if positions == "compact":
-                    if positions_T.dim() > 1:
-                        raise InputError(
-                            "mask.positions=compact is undefined for an MLLM whose image tokens "
-                            "have a row and a column. Set mask.positions=original."
-                        )
-                    starts_B = lengths_B.cumsum(0) - lengths_B
-                    positions_T = torch.arange(len(rows), device=device) - starts_B[sample_T]
-                    end_B, end = lengths_B, int(lengths_B.max())
-        offsets = F.pad(lengths_B.cumsum(0), (1, 0)).int()
+        turns = self.turns(texts, has_image, visible, mode=mode, positions=positions)
+        return self.embed(turns.to(self.device), image_tokens_IPD)
+
+    @torch.no_grad()
+    def embed(self, turns: Turns, image_tokens_IPD: Tensor | None = None) -> Condition:
+        """Return the condition of packed turns on the MLLM's device, without gradient.
+
+        `image_tokens_IPD` holds the image tokens of the I samples with an image, in order.
+        """
+        parts = turns.parts()
+        tokens_TD = self.backbone.get_input_embeddings()(parts.ids_T)
+        if turns.num_images:
+            image_VD = image_tokens_IPD.flatten(0, 1).to(tokens_TD.dtype)[parts.image_V]
+            if len(parts.kept_V):
+                image_VD = image_VD * parts.kept_V.bool()[:, None]
+            tokens_TD = tokens_TD.index_copy(0, parts.row_V, image_VD)
         return Condition(
             tokens_TD=tokens_TD,
-            positions_T=positions_T,
-            offsets=offsets,
-            end_B=end_B,
-            end=end,
-            skipped=tuple(skipped),
+            positions_T=parts.positions_T,
+            offsets=parts.offsets.int(),
+            lengths=turns.lengths,
+            end_B=parts.end_B,
+            end=turns.end,
+            skipped=turns.skipped,
+            skipped_B=parts.skipped_B,
         )
-
-    def positions(self, parts: list[tuple[int, int, int]]) -> tuple[Tensor, Tensor, int]:
-        """Return `positions_T`, `end_B` and `end` of a Condition without dropped tokens.
-
-        parts: numbers of tokens of each sample before, of, and after its image.
-        """
-        lengths, device = [sum(part) for part in parts], self.device
-        lengths_B = torch.tensor(lengths, device=device)
-        starts_B = lengths_B.cumsum(0) - lengths_B
-        positions_T = torch.arange(sum(lengths), device=device)
-        starts_T = torch.repeat_interleave(starts_B, lengths_B, output_size=sum(lengths))
-        return positions_T - starts_T, lengths_B, max(lengths)
 
     def rotary(self, x_TD: Tensor, positions_T: Tensor) -> Rotary:
         """Return the rotary cosines and sines of positions (T,) or (3, T)."""
@@ -367,7 +399,9 @@ class MLLM(Frozen):
             if cached:
                 cache.append((k, v))
             if whole:
-                mixed = masked_attention(q, k, v, condition.offsets, causal=True)
+                mixed = masked_attention(
+                    q, k, v, condition.offsets, causal=True, lengths=condition.lengths
+                )
                 x_TD = self.finish_layer(layer, x_TD, mixed)
         return cache, decoder.norm(x_TD) if outputs else None
 
@@ -414,9 +448,18 @@ class MLLM(Frozen):
                 prefix_v=prefix_v,
                 prefix_offsets=condition.offsets,
                 causal=causal,
+                lengths=(num,) * batch,
+                prefix_lengths=condition.lengths,
             )
             x_SD = self.finish_layer(layer, x_SD, mixed)
         return decoder.norm(x_SD).view(batch, num, width)
+
+
+# Images share a few prompts, and a call of the tokenizer takes a tenth of a millisecond.
+@lru_cache(1 << 10)
+def tokenized(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """Return the token ids of a text, without adding special tokens."""
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def project_qkv(

@@ -8,13 +8,14 @@ QwenImageTransformer2DModel.
 """
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iomm.config import GeneratorConfig
-from iomm.flops import attention_flops, linear_flops
+from iomm.config import GeneratorConfig, RouteConfig
+from iomm.flops import attention_flops, attention_products, linear_flops
 from iomm.kernels.norm_modulate import norm_modulate
 from iomm.kernels.qk_norm_rope import qk_norm_rope
 from iomm.layers import (
@@ -35,6 +36,44 @@ EPS = 1e-6
 # What qk_norm_rope takes of one stream: qkv or kv (B, L, 3 or 2, A, E), the scale of the queries'
 # norm (None if the stream has no queries) and the scale of the keys' norm.
 Projections = tuple[Tensor, Tensor | None, Tensor]
+
+
+class Route(NamedTuple):
+    """Which latent tokens run through all blocks in a training step (`RouteConfig`).
+
+    kept_BK are the ascending indices (int64) of the K tokens, out of num_latents. The others skip
+    the blocks from `first` to `last`, counted from 1.
+    """
+
+    kept_BK: Tensor
+    num_latents: int
+    first: int
+    last: int
+
+    def take(self, x_BNX: Tensor) -> Tensor:
+        """Return the rows of the kept tokens."""
+        return x_BNX.gather(1, self.kept_BK[..., None].expand(-1, -1, x_BNX.shape[-1]))
+
+    def take_inputs(
+        self, cos: Tensor, sin: Tensor, key_mask_BL: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return rotary tables and key mask of the kept tokens, one table per sample.
+
+        Rows for condition tokens, which come first, stay.
+        """
+        batch, num_kept = self.kept_BK.shape
+        tables = []
+        for table in (cos, sin):
+            first, last = table.split((len(table) - self.num_latents, self.num_latents))
+            tables.append(torch.cat((first.expand(batch, -1, -1), last[self.kept_BK]), dim=1))
+        if key_mask_BL is not None:
+            key_mask_BL = key_mask_BL[:, : key_mask_BL.shape[1] - self.num_latents + num_kept]
+        return *tables, key_mask_BL
+
+    def merge(self, whole_BND: Tensor, kept_BKD: Tensor) -> Tensor:
+        """Return all tokens: the kept ones after the blocks, the others as they were before."""
+        index = self.kept_BK[..., None].expand(-1, -1, whole_BND.shape[-1])
+        return whole_BND.scatter(1, index, kept_BKD)
 
 
 class Stream(nn.Module):
@@ -243,6 +282,7 @@ class MMDiT(nn.Module):
         grid: tuple[int, int],
         lengths_B: Tensor | None = None,
         tap: int = 0,
+        route: Route | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return the velocity (B, N, K) = noise - image.
 
@@ -255,6 +295,8 @@ class MMDiT(nn.Module):
                 others are masked out.
             tap: number of a block, counted from 1 and on through the single-stream blocks, whose
                 latents (B, N, D) are returned as well; 0 for none.
+            route: the tokens that run through all blocks, and the first and last block that the
+                others skip; None for all tokens in all blocks.
         """
         num_condition, (rows, columns) = condition_BCD.shape[1], grid
         assert noisy_BNK.shape[1] == rows * columns, (
@@ -272,11 +314,17 @@ class MMDiT(nn.Module):
                 (0, rows * columns),
                 value=True,
             )
-        tapped_BND = None
+        tapped_BND, inputs = None, (cos, sin, key_mask_BL)
         for number, block in enumerate(self.blocks, 1):
-            latents, condition = block(latents, condition, time_BD, cos, sin, key_mask_BL)
+            if route is not None and number == route.first:
+                whole = latents
+                latents, inputs = route.take(latents), route.take_inputs(cos, sin, key_mask_BL)
+            latents, condition = block(latents, condition, time_BD, *inputs)
+            if route is not None and number == route.last:
+                latents, inputs = route.merge(whole, latents), (cos, sin, key_mask_BL)
             if number == tap:
-                tapped_BND = latents
+                inside = route is not None and route.first <= number < route.last
+                tapped_BND = route.merge(whole, latents) if inside else latents
         if self.single_blocks:
             joint = torch.cat((condition, latents), dim=1)
             # The identity rotation for condition tokens without a position: cosine 1, sine 0.
@@ -325,24 +373,47 @@ class MMDiT(nn.Module):
         """
         init_weights(self, seed)
 
-    def flops_per_image(self, grid: tuple[int, int], num_condition: float) -> float:
-        """Return the forward FLOPs of one image: 2 m n k of every matrix product."""
+    def flops_per_image(
+        self,
+        grid: tuple[int, int],
+        num_condition: float,
+        training: bool = False,
+        route: RouteConfig | None = None,
+    ) -> float:
+        """Return the FLOPs of one image: 2 m n k of every matrix product.
+
+        They are those of a forward pass, or with `training` of both passes. With `route`, tokens
+        skip blocks, as they do in training only.
+        """
         num_latents, width = grid[0] * grid[1], self.config.width
         num_joint = num_latents + num_condition
-        total = linear_flops(self.time_in, 1) + linear_flops(self.final_modulation, 1)
-        total += linear_flops(self.condition_in, num_condition)
-        total += linear_flops(self.latents_in, num_latents) + linear_flops(self.final, num_latents)
+        routed = range(0)
+        if route is not None and route.ratio:
+            first, last = route.blocks_in(self.config)
+            routed = range(first, last + 1)
+        total = sum(
+            linear_flops(part, 1, training) for part in (self.time_in, self.final_modulation)
+        )
+        total += linear_flops(self.condition_in, num_condition, training)
+        total += sum(
+            linear_flops(part, num_latents, training) for part in (self.latents_in, self.final)
+        )
         # A modulation runs on one row per sample, not on every token.
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks, 1):
+            num_inside = route.num_kept(num_latents) if number in routed else num_latents
             for stream, num_tokens in (
-                (block.latent_stream, num_latents),
+                (block.latent_stream, num_inside),
                 (block.condition_stream, num_condition),
             ):
-                total += linear_flops(stream, num_tokens)
-                total -= linear_flops(stream.modulation, num_tokens - 1)
-            total += attention_flops(num_latents if block.last else num_joint, num_joint, width)
+                total += linear_flops(stream, num_tokens, training)
+                total -= linear_flops(stream.modulation, num_tokens - 1, training)
+            num_keys = num_inside + num_condition
+            num_queries = num_inside if block.last else num_keys
+            attention = attention_flops(num_queries, num_keys, width)
+            total += attention_products(block, training) * attention
         for block in self.single_blocks:
-            total += linear_flops(block, num_joint)
-            total -= linear_flops(block.modulation, num_joint - 1)
-            total += attention_flops(num_joint, num_joint, width)
+            total += linear_flops(block, num_joint, training)
+            total -= linear_flops(block.modulation, num_joint - 1, training)
+            attention = attention_flops(num_joint, num_joint, width)
+            total += attention_products(block, training) * attention
         return total

@@ -61,8 +61,9 @@ class QwenVL(MLLM):
             raise InputError(
                 f"model.vit_px must be a positive multiple of {token_px}, got {self.vit_px}"
             )
-        self.side = self.vit_px // token_px
-        self.num_image_tokens = self.side**2
+        # Rotary positions of an image token are its time, row and column, as in get_rope_index.
+        self.grid_side = self.vit_px // token_px
+        self.num_image_tokens = self.grid_side**2
         self.vit_width = self.width
 
     @property
@@ -82,27 +83,15 @@ class QwenVL(MLLM):
         ids = self.token_ids(SYSTEM[False] + text + ASSISTANT)
         return ids[: num_system + MAX_TEXT_TOKENS], [], num_system
 
-    def positions(self, parts: list[tuple[int, int, int]]) -> tuple[Tensor, Tensor, int]:
-        """Return `positions_T` (3, T) of time, row and column, `end_B` and `end` of a Condition.
+    def text_frame(self, image: bool) -> tuple[str, str, int]:
+        """Return the texts that a turn's text is tokenized together with, before and after it.
 
-        Text has the same position on all axes. An image token at (row, column) has those of the
-        token before the image plus (1, 1 + row, 1 + column), and the text after the image follows
-        the largest one. They equal those of transformers' get_rope_index.
+        The third result is the number of all other tokens of the turn.
         """
-        rows_columns = torch.cartesian_prod(
-            torch.arange(1), torch.arange(self.side), torch.arange(self.side)
-        ).T
-        pieces, ends = [], []
-        for before, image, after in parts:
-            pieces.append(torch.arange(before).expand(3, -1))
-            ends.append(before + after)
-            if image:
-                pieces.append(before + rows_columns)
-                before += self.side
-                ends[-1] += self.side
-            pieces.append(before + torch.arange(after).expand(3, -1))
-        positions_T = torch.cat(pieces, dim=1).to(self.device)
-        return positions_T, torch.tensor(ends, device=self.device), max(ends)
+        if not image:
+            return SYSTEM[False], ASSISTANT, 0
+        rest = len(self.token_ids(SYSTEM[True] + VISION[0])) + self.num_image_tokens
+        return VISION[1], ASSISTANT, rest
 
     @torch.no_grad()
     def vit_states(self, vit_pixels: Tensor) -> Tensor:

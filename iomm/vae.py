@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from iomm.config import InputError, choice
 from iomm.mllm import Frozen
+from iomm.weights import STEM, move_frozen, stored_dtype
 
 
 class Latents:
@@ -226,8 +227,8 @@ class QwenVAE(Autoencoder):
         self.factor = 2 ** len(config.temperal_downsample)
         # float32, as in diffusers, whatever the dtype of the weights.
         for name, values in (("mean", config.latents_mean), ("std", config.latents_std)):
-            statistics = torch.tensor(values, dtype=torch.float32)[:, None, None]
-            self.register_buffer(name, statistics, persistent=False)
+            statistics = torch.tensor(values, dtype=torch.float32, device=autoencoder.device)
+            self.register_buffer(name, statistics[:, None, None], persistent=False)
         keep_last_frame(autoencoder)
         if tiling:
             autoencoder.enable_tiling()
@@ -385,6 +386,9 @@ def load_vae(
 ) -> PixelVAE | Autoencoder:
     """Load a frozen VAE. Only safetensors are read.
 
+    Weights are placed as in `weights.load_frozen`, but kernels of convolutions are copied to
+    channels_last.
+
     Args:
         name: one of
             - pixel:<patch>;
@@ -423,6 +427,9 @@ def load_vae(
     # Imported here because it takes seconds and a pixel VAE does not need it.
     import diffusers
 
+    stored = stored_dtype(
+        path, STEM, revision=options.get("revision"), subfolder=options.get("subfolder", "")
+    )
     try:
         architecture = diffusers.AutoencoderKL.load_config(path, **options).get("_class_name")
         if architecture not in AUTOENCODERS:
@@ -431,7 +438,8 @@ def load_vae(
             path,
             **options,
             use_safetensors=True,
-            torch_dtype=dtype,
+            # Other dtypes are cast on the host, all at once.
+            torch_dtype=stored or dtype,
             low_cpu_mem_usage=False,
             output_loading_info=True,
         )
@@ -442,7 +450,8 @@ def load_vae(
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"]))
         raise InputError(f"model.vae: {name} lacks the weights {missing}")
-    return frozen_vae(autoencoder, patch, tiling).to(device)
+    move_frozen(autoencoder, device, dtype)
+    return frozen_vae(autoencoder, patch, tiling)
 
 
 def no_folder(name: str) -> InputError:

@@ -190,10 +190,15 @@ class _Scaled(torch.autograd.Function):
         x8_MI, x_scale, weight_OI = ctx.saved_tensors
         g8_MO, g_scale = quantised(grad_MO, BACKWARD)
         w8_IO, w_scale = quantised(weight_OI.t().contiguous(), FORWARD)
-        dx_MI = product(g8_MO, w8_IO, (g_scale, w_scale), None, grad_MO.dtype)
-        dweight_OI = product(
-            g8_MO.t().contiguous(), x8_MI.t().contiguous(), (g_scale, x_scale), None, grad_MO.dtype
-        )
+        dx_MI, dweight_OI = product(g8_MO, w8_IO, (g_scale, w_scale), None, grad_MO.dtype), None
+        if ctx.needs_input_grad[1]:
+            dweight_OI = product(
+                g8_MO.t().contiguous(),
+                x8_MI.t().contiguous(),
+                (g_scale, x_scale),
+                None,
+                grad_MO.dtype,
+            )
         return dx_MI, dweight_OI, grad_MO.sum(0) if ctx.needs_input_grad[2] else None
 
 

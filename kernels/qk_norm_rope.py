@@ -35,7 +35,8 @@ def qk_norm_rope(
         q_weight_E: Weight of the q norm. None means 1.
         k_weight_E: Weight of the k norm. None means 1.
         cos_NF: Cosines (N, E / 2) of the rotation angles, float32 or float64. With L = C + N rows
-            instead of N, the first C rotate the condition, which is not rotated otherwise.
+            instead of N, the first C rotate the condition, which is not rotated otherwise. With
+            (B, N or L, E / 2) each sample has its own angles; only PyTorch's formula has those.
         sin_NF: Sines of the rotation angles, shaped like the cosines.
         condition: (projections, q weight, k weight) of a second stream, which comes first in the
             joint sequence of L = C + N. Its projections are qkv (B, C, 3, A, E) or kv (B, C, 2, A,
@@ -51,9 +52,9 @@ def qk_norm_rope(
     projections, q_weight, k_weight = condition or (None, None, None)
     joint = length if projections is None else projections.shape[1] + length
     if (
-        cos_NF.dim() != 2
-        or cos_NF.shape[0] not in (length, joint)
-        or cos_NF.shape[1] != dim // 2
+        cos_NF.shape[:-2] not in ((), (batch,))
+        or cos_NF.shape[-2] not in (length, joint)
+        or cos_NF.shape[-1] != dim // 2
         or sin_NF.shape != cos_NF.shape
         or dim % 2
     ):
@@ -74,7 +75,10 @@ def qk_norm_rope(
     for weight in (q_weight_E, k_weight_E, q_weight, k_weight):
         if weight is not None and weight.shape != (dim,):
             raise ValueError(f"weights must be ({dim},), got {tuple(weight.shape)}")
-    run = pick("qk_norm_rope", qkv_BNPAE.device, qkv_BNPAE.dtype)
+    if cos_NF.dim() == 3:
+        run = qk_norm_rope_torch
+    else:
+        run = pick("qk_norm_rope", qkv_BNPAE.device, qkv_BNPAE.dtype)
     return run(
         qkv_BNPAE, q_weight_E, k_weight_E, cos_NF, sin_NF, projections, q_weight, k_weight, eps
     )
@@ -112,10 +116,11 @@ def _split_tables(
     cos: Tensor, sin: Tensor, length: int
 ) -> tuple[tuple[Tensor | None, Tensor | None], tuple[Tensor, Tensor]]:
     """Return (cos, sin) of the condition, None if it is not rotated, and of the main stream."""
-    num_first = len(cos) - length
+    num_first = cos.shape[-2] - length
     if not num_first:
         return (None, None), (cos, sin)
-    return (cos[:num_first], sin[:num_first]), (cos[num_first:], sin[num_first:])
+    parts = (table.split((num_first, length), dim=-2) for table in (cos, sin))
+    return tuple(zip(*parts, strict=True))
 
 
 def rotate(x_BLAE: Tensor, cos_LF: Tensor, sin_LF: Tensor) -> Tensor:
@@ -128,7 +133,7 @@ def rotate(x_BLAE: Tensor, cos_LF: Tensor, sin_LF: Tensor) -> Tensor:
         .unflatten(-1, (-1, 2))
         .unbind(-1)
     )
-    cos, sin = cos_LF[:, None], sin_LF[:, None]
+    cos, sin = cos_LF.unsqueeze(-2), sin_LF.unsqueeze(-2)
     return (
         torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
         .flatten(-2)

@@ -31,6 +31,8 @@ from torch import Tensor
 
 from benchmarks.report import positive
 from iomm.config import RECONSTRUCT
+from iomm.engine.arguments import add_overrides
+from iomm.engine.config_parser import layered
 from iomm.engine.observe.doctor import machine
 from iomm.engine.shapes.dataset import render, scene
 from iomm.engine.shapes.mllm import WEIGHTS
@@ -76,8 +78,7 @@ def run(folder: str, settings: Sequence[str], steps: int, overrides: list[str]) 
             "--num_gpus",
             "1",
             str(ROOT / "engine/launch.py"),
-            *overrides,
-            *arguments,
+            *layered([*overrides, *arguments]),
         ],
         cwd=ROOT,
         check=True,
@@ -166,7 +167,7 @@ def main() -> None:
         type=positive(int),
         help=f"default: {STEPS[True]} with a GPU, {STEPS[False]} without",
     )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    add_overrides(parser)
     args, facts = parser.parse_intermixed_args(), machine()
     args.steps = args.steps or STEPS[bool(facts["gpu"])]
     with tempfile.TemporaryDirectory() as folder:

@@ -11,10 +11,12 @@ import torch
 from parity import inputs, randomize, relative_error, true_float64
 from torch.utils.flop_counter import FlopCounterMode
 
-from iomm.config import PRESETS, GeneratorConfig, InputError
+from iomm.config import PRESETS, GeneratorConfig, InputError, RouteConfig
 from iomm.generator import empty_generator, new_generator
+from iomm.kernels.norm_modulate import norm_modulate
 from iomm.layout import Layout, to_diffusers_config
-from iomm.mmdit import MMDiT, grid_tables
+from iomm.masking import kept_tokens
+from iomm.mmdit import EPS, MMDiT, Route, grid_tables
 
 SMALL = GeneratorConfig(width=64, num_heads=2, num_blocks=2, token_dim=12, condition_dim=20)
 MIXED = GeneratorConfig(
@@ -297,3 +299,112 @@ def test_larger_image_extends_the_rope_positions():
             assert torch.equal(mine, other[:, ::2]) and torch.equal(mine, other[:, 1::2])
     for small, large in zip(tables[32], tables[64], strict=True):
         assert torch.equal(large.unflatten(0, (64, 64))[:32, :32].flatten(0, 1), small)
+
+
+ROUTED = replace(SMALL, num_blocks=5)
+
+
+def routed_by_hand(model, noisy, t, condition, grid, lengths, kept, first, last):
+    """Run blocks one sample at a time, with the kept tokens alone in the routed ones."""
+    velocities = []
+    for b in range(len(noisy)):
+        one = slice(b, b + 1)
+        latents = model.latents_in(noisy[one])
+        length = condition.shape[1] if lengths is None else int(lengths[b])
+        inside = condition[one, :length]
+        if model.config.condition_norm:
+            inside = model.condition_norm(inside)
+        inside, time = model.condition_in(inside), torch.nn.functional.silu(model.time_in(t[one]))
+        # Condition tokens without a position are not in the tables.
+        tables = model.rotary_tables(grid, length, latents)
+        num_first = len(tables[0]) - latents.shape[1]
+        rows = torch.cat((torch.arange(num_first), num_first + kept[b]))
+        for number, block in enumerate(model.blocks, 1):
+            if first <= number <= last:
+                alone, inside = block(
+                    latents[:, kept[b]], inside, time, *(table[rows] for table in tables)
+                )
+                latents = latents.index_copy(1, kept[b], alone)
+            else:
+                latents, inside = block(latents, inside, time, *tables)
+        scale, shift = model.final_modulation(time).chunk(2, dim=-1)
+        velocities.append(model.final(norm_modulate(latents, shift, scale, eps=EPS)))
+    return torch.cat(velocities)
+
+
+@pytest.mark.parametrize("positions", ["corner", "centred"])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_routed_tokens_skip_exactly_the_middle_blocks(positions, ragged):
+    """Velocity and every gradient equal blocks that run on the kept tokens of each sample alone.
+
+    With centred positions the condition is rotated too.
+    """
+    config = replace(ROUTED, positions=positions)
+    model = randomize(MMDiT(config).double(), std=0.2)
+    grid, batch = (3, 5), 3
+    noisy, t, condition = inputs(config, grid, 7, batch=batch)
+    lengths = torch.tensor([7, 4, 6]) if ragged else None
+    settings = RouteConfig(ratio=0.5, first=2, last=4)
+    kept = kept_tokens(settings, 3, torch.arange(batch), 15)
+    route = Route(kept, 15, *settings.blocks_in(config))
+    leaves = [noisy, condition, *model.parameters()]
+    got = model(noisy, t, condition, grid, lengths, route=route)
+    exact = routed_by_hand(model, noisy, t, condition, grid, lengths, kept, 2, 4)
+    assert relative_error(got, exact) < 1e-12
+    gradients = torch.autograd.grad(got.square().sum(), leaves)
+    for ours, theirs in zip(
+        gradients, torch.autograd.grad(exact.square().sum(), leaves), strict=True
+    ):
+        assert relative_error(ours, theirs) < 1e-10 and ours.abs().max() > 0
+    assert relative_error(model(noisy, t, condition, grid, lengths), exact) > 1e-3
+
+
+def test_tapped_latents_of_a_routed_block_are_those_of_all_tokens():
+    model = randomize(MMDiT(ROUTED).double(), std=0.2)
+    arguments = *inputs(ROUTED, (3, 5), 7), (3, 5)
+    kept = kept_tokens(RouteConfig(ratio=0.6), 3, torch.arange(2), 15)
+    route = Route(kept, 15, 2, 4)
+    before, inside, after = (model(*arguments, tap=tap, route=route)[1] for tap in (1, 2, 4))
+    skipped = torch.ones(2, 15, dtype=torch.bool).scatter(1, kept, False)
+    for tapped in (inside, after):
+        assert torch.equal(tapped[skipped], before[skipped])
+        assert not torch.equal(tapped[~skipped], before[~skipped])
+
+
+def test_route_is_a_pure_function_of_seed_and_number():
+    settings, numbers = RouteConfig(ratio=0.5), torch.arange(64)
+    kept = kept_tokens(settings, 7, numbers, 40)
+    assert kept.shape == (64, 20) and (kept.diff(dim=1) > 0).all()
+    assert torch.equal(kept[5:9], kept_tokens(settings, 7, numbers[5:9], 40))
+    assert not torch.equal(kept[:4], kept_tokens(settings, 8, numbers[:4], 40))
+    # Each token is kept in about half of the samples: 5 standard deviations are 0.31.
+    assert (torch.bincount(kept.flatten(), minlength=40) / 64 - 0.5).abs().max() < 0.32
+    assert kept_tokens(RouteConfig(), 7, numbers, 40) is None
+
+
+def test_flops_of_a_routed_step_are_counted():
+    settings = RouteConfig(ratio=0.5, first=2, last=4)
+    with torch.device("meta"):
+        model = MMDiT(ROUTED)
+        noisy, t, condition = torch.empty(1, 16, 12), torch.empty(1), torch.empty(1, 7, 20)
+        kept = torch.zeros(1, 8, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(noisy, t, condition, (4, 4), route=Route(kept, 16, 2, 4))
+    assert counter.get_total_flops() == model.flops_per_image((4, 4), 7, route=settings)
+    assert model.flops_per_image((4, 4), 7, route=settings) < model.flops_per_image((4, 4), 7)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(ratio=1.0), "route.ratio must be at least 0 and below 1, got 1.0"),
+        (dict(ratio=0.5, first=0), "route.first must be >= 1"),
+        (dict(ratio=0.5, first=4, last=3), "blocks from 1 to 4 in this order, got 4 and 3"),
+        (dict(ratio=0.5, last=5), "blocks from 1 to 4 in this order, got 3 and 5"),
+    ],
+)
+def test_invalid_route_is_rejected(settings, message):
+    with pytest.raises(InputError, match=message):
+        RouteConfig(**settings).blocks_in(ROUTED)
+    with pytest.raises(InputError, match="of kind mmdit, got single_stream"):
+        RouteConfig(ratio=0.5).blocks_in(PRESETS["iomm-xl"])

@@ -42,7 +42,7 @@ def generator_condition(mllm, condition):
     """Return what the generator reads with adapter none: (B, C, D) and lengths or None."""
     cache, outputs_TD = mllm.prefix(condition, outputs=True, cached=False)
     assert cache == []
-    return pad_outputs(outputs_TD, condition.offsets, None, condition.skipped)
+    return pad_outputs(outputs_TD, condition, None)
 
 
 class EditProcessor:

@@ -1,10 +1,18 @@
-"""Exports against diffusers, bitwise round trips, shards, and invalid folders."""
+"""Exports against diffusers, bitwise round trips, shards, memory, and invalid folders."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
+import host_memory
 import pytest
 import torch
+from host_memory import mapped_from
 from parity import inputs, randomize, relative_error, true_float64
 from safetensors.torch import load_file, save_file
 from test_mmdit import MIXED, QWEN
@@ -25,9 +33,12 @@ from iomm.layout import (
 from iomm.weights import (
     export_generator,
     initialize_generator,
+    load_frozen,
     load_generator,
     load_module,
+    read_folder,
     save_module,
+    stored_dtype,
 )
 
 CONFIGS = pytest.mark.parametrize(
@@ -237,6 +248,152 @@ def test_pickled_weights_are_not_loaded(exported):
     torch.save({"x": torch.zeros(1)}, exported / "diffusion_pytorch_model.safetensors")
     with pytest.raises(InputError, match="as safetensors"):
         load_generator(exported)
+
+
+@pytest.fixture(scope="module")
+def large_folders(tmp_path_factory):
+    """Folders of a random MLLM, VAE and generator in float32, with 16 to 60 MB of weights each."""
+    from toy_models import TEXT, VISION, autoencoder
+
+    from iomm.config import RECONSTRUCT
+    from iomm.engine.shapes.mllm import create_mllm
+
+    root = tmp_path_factory.mktemp("large")
+    vision = VISION | {"hidden_size": 256, "intermediate_size": 1024}
+    text = TEXT | {"hidden_size": 512, "intermediate_size": 2048}
+    create_mllm(root / "mllm", texts=[RECONSTRUCT], vision=vision, text=text)
+    autoencoder(widths=(32, 64, 128, 256)).save_pretrained(root / "vae")
+    shape = replace(PRESETS["iomm-b-quarter"], token_dim=64, condition_dim=64)
+    export_generator(new_generator(shape, 0), root / "generator")
+    return [root / name for name in ("mllm", "vae", "generator")]
+
+
+def test_loading_holds_no_private_copy_on_the_host(large_folders):
+    """The meta device stands for a GPU: what is moved there leaves the host."""
+    done = subprocess.run(
+        [sys.executable, host_memory.__file__, *map(str, large_folders)],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    grown = json.loads(done.stdout.splitlines()[-1])
+    mllm, vae, generator = (
+        sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        for folder in large_folders
+    )
+    assert min(mllm, vae, generator) > 15e6
+    # What else a load takes: the modules, the tokenizer, and the largest single tensor.
+    slack = 6e6
+    for name, size in {
+        "MLLM, CPU": mllm,
+        "MLLM, cast, device": mllm,
+        "VAE, cast, device": vae,
+        "generator, CPU": generator,
+        "generator, cast, device": generator,
+        "trained parts, device": generator,
+    }.items():
+        assert grown[name] < size / 10 + slack, (name, size, grown)
+
+
+def file_tensors(folder, dtype):
+    """Return how often each (shape, bytes) occurs in the files of a folder, cast to `dtype`."""
+    return Counter(
+        (tuple(tensor.shape), tensor.to(dtype).reshape(-1).view(torch.uint8).numpy().tobytes())
+        for path in folder.glob("*.safetensors")
+        for name, tensor in load_file(path).items()
+        # The MLLM has no language-model head.
+        if "lm_head" not in name
+    )
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_frozen_models_have_the_bits_of_their_files(mllm_folder, stored, dtype, tmp_path):
+    from toy_models import autoencoder
+
+    from iomm.internvl import load_mllm
+    from iomm.vae import load_vae
+
+    folders = tmp_path / "mllm", tmp_path / "vae"
+    shutil.copytree(mllm_folder, folders[0])
+    autoencoder().save_pretrained(folders[1])
+    for folder in folders:
+        (path,) = folder.glob("*.safetensors")
+        tensors = {name: tensor.to(stored) for name, tensor in load_file(path).items()}
+        # config.json keeps float32, which must not matter.
+        save_file(tensors, path, metadata={"format": "pt"})
+    exact = load_mllm(str(mllm_folder), dtype=torch.float32)
+    mllm, vae = load_mllm(str(folders[0]), dtype=dtype), load_vae(str(folders[1]), dtype=dtype)
+    for model, folder in zip((mllm, vae), folders, strict=True):
+        found = Counter(
+            (tuple(p.shape), p.reshape(-1).view(torch.uint8).numpy().tobytes())
+            for p in model.parameters()
+        )
+        assert found == file_tensors(folder, dtype)
+        assert {p.dtype for p in model.parameters()} == {dtype}
+    for one, two in zip(mllm.buffers(), exact.buffers(), strict=True):
+        assert one.dtype == two.dtype and torch.equal(one, two)
+    files = {mapped_from(p)[0] for p in mllm.parameters()}
+    assert (files == {str(folders[0] / "model.safetensors")}) == (stored == dtype)
+
+
+def test_training_writes_nothing_into_the_map(mllm):
+    from toy_models import build, pixels
+
+    n_B = torch.arange(2)
+    model = build(mllm)
+    model(*pixels(n_B), n_B)[0].backward()
+    for parameter in mllm.parameters():
+        path, private = mapped_from(parameter)
+        assert path.endswith("model.safetensors") and private == 0
+
+
+def test_a_write_to_a_mapped_weight_does_not_reach_the_file(exported):
+    before = load_file(exported / "diffusion_pytorch_model.safetensors")
+    before = {name: tensor.clone() for name, tensor in before.items()}
+    model = load_generator(exported)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    after = load_file(exported / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_any_module_loads_from_a_sharded_folder(tmp_path):
+    """Two files of different dtypes with an index in transformers' naming, and a buffer."""
+    torch.manual_seed(0)
+    source = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.BatchNorm1d(4))
+    source(torch.randn(8, 6))
+    state = source.state_dict()
+    names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    where = {name: names[name.startswith("1.")] for name in state}
+    for file in names:
+        dtype = torch.bfloat16 if file == names[0] else torch.float32
+        part = {
+            name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in state.items()
+            if where[name] == file
+        }
+        save_file(part, tmp_path / file)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": where}))
+    assert stored_dtype(tmp_path, "model") == torch.float32
+    tensors = read_folder(tmp_path, "model")
+    for dtype in (None, torch.float32):
+        with torch.device("meta"):
+            model = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.BatchNorm1d(4))
+        load_frozen(model, tensors.__getitem__, dtype=dtype)
+        for name, tensor in model.state_dict().items():
+            cast = dtype if tensor.is_floating_point() else None
+            expected = tensors[name].to(cast or tensors[name].dtype)
+            assert tensor.dtype == expected.dtype and torch.equal(tensor, expected)
+            assert bool(mapped_from(tensor)[0]) == (expected is tensors[name])
+    (tmp_path / names[1]).write_bytes(b"damaged")
+    assert stored_dtype(tmp_path, "model") is None
+    with pytest.raises(InputError, match="as safetensors"):
+        read_folder(tmp_path, "model")
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ class InternVL(MLLM):
         return self.backbone.vision_tower.encoder
 
     def compile_parts(self, backend: str = "inductor") -> None:
-        """Compile each ViT layer and both halves of a decoder layer with torch.compile."""
+        """Compile each ViT layer and the decoder layers with torch.compile."""
         for layer in self.vit_layers.layer:
             layer.forward = torch.compile(layer.forward, fullgraph=True, backend=backend)
         super().compile_parts(backend)

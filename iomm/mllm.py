@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from iomm.config import InputError
 from iomm.kernels.masked_attention import masked_attention
+from iomm.kernels.masked_attention.sdpa import DenseLayout, padded_attention, ragged_layout
 from iomm.layers import round_linears
 from iomm.turns import Turns, pack_turns
 
@@ -112,6 +113,8 @@ class MLLM(Frozen):
         # Functions of the module, or their compiled versions.
         self.project_qkv = project_qkv
         self.finish_layer = finish_layer
+        # Only as one graph. The eager prefix runs the halves around the attention.
+        self.ragged_layer = None
 
     def vit_states(self, vit_pixels: Tensor) -> Tensor:
         """Return the ViT's last hidden states (B, patches, W), without gradient.
@@ -160,14 +163,16 @@ class MLLM(Frozen):
         return TURN[0], opening, rest
 
     def compile_parts(self, backend: str = "inductor") -> None:
-        """Compile both halves of a decoder layer with torch.compile.
+        """Compile the decoder layers with torch.compile.
 
-        All layers share one graph. The halves are compiled for any number of tokens, as prefixes
-        are ragged.
+        All layers share one graph. A decoder layer of the prefix, which has no gradient, is one
+        graph with its attention. Around the attention of the queries, and where no layout pads the
+        prefix, both halves of the layer are graphs. All are compiled for any number of tokens, as
+        prefixes are ragged.
         """
-        self.project_qkv, self.finish_layer = (
-            torch.compile(half, dynamic=True, fullgraph=True, backend=backend)
-            for half in (project_qkv, finish_layer)
+        self.project_qkv, self.finish_layer, self.ragged_layer = (
+            torch.compile(part, dynamic=True, fullgraph=True, backend=backend)
+            for part in (project_qkv, finish_layer, ragged_layer)
         )
 
     def use_fp8(self) -> None:
@@ -391,10 +396,17 @@ class MLLM(Frozen):
         """
         decoder = self.backbone.language_model
         x_TD = condition.tokens_TD
-        rotary = self.rotary(x_TD, condition.positions_T)
+        rotary, layout = self.rotary(x_TD, condition.positions_T), None
+        if self.ragged_layer is not None:
+            layout = ragged_layout(condition.offsets, condition.lengths, x_TD.dtype)
         cache = []
         for i, layer in enumerate(decoder.layers):
             whole = outputs or i < len(decoder.layers) - 1
+            if whole and layout is not None:
+                k, v, x_TD = self.ragged_layer(layer, x_TD, rotary, layout)
+                if cached:
+                    cache.append((k, v))
+                continue
             q, k, v = self.project_qkv(layer, x_TD, rotary, with_query=whole)
             if cached:
                 cache.append((k, v))
@@ -488,6 +500,15 @@ def finish_layer(layer: nn.Module, x_TD: Tensor, mixed_TAE: Tensor) -> Tensor:
     """Run a decoder layer after its attention: output projection, residual, feed-forward."""
     x_TD = x_TD + layer.self_attn.o_proj(mixed_TAE.flatten(-2))
     return x_TD + layer.mlp(layer.post_attention_layernorm(x_TD))
+
+
+def ragged_layer(
+    layer: nn.Module, x_TD: Tensor, rotary: Rotary, layout: DenseLayout
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run a decoder layer on ragged samples. Return its keys, its values and its output."""
+    q, k, v = project_qkv(layer, x_TD, rotary)
+    mixed = padded_attention(q, k, v, None, None, layout, q.shape[-1] ** -0.5)
+    return k, v, finish_layer(layer, x_TD, mixed)
 
 
 def rotate(x_TAE: Tensor, rotary: Rotary) -> Tensor:

@@ -72,7 +72,7 @@ class Turns:
         return parts._replace(positions_T=parts.positions_T.unflatten(0, (3, -1)))
 
     def pinned(self) -> Self:
-        """Return the turns in pinned memory, from which `to` copies while the host goes on."""
+        """Return the turns in pinned memory, from which `to` copies without a wait."""
         return replace(self, buffer=self.buffer.pin_memory())
 
     def to(self, device: torch.device) -> Self:

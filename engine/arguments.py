@@ -132,13 +132,14 @@ seed = whole(0, 2**64 - 1)
 
 
 def shift(value: str) -> float | str:
-    """Return the resolution shift of the time steps: "flux", or a number above 0."""
-    if value == "flux":
+    """Return the resolution shift of the time steps: "flux", "qwen-image" or a number above 0."""
+    if value in ("flux", "qwen-image"):
         return value
     try:
         return number(above=0)(value)
     except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(str(error).replace("must be", "must be flux or")) from None
+        reason = str(error).replace("must be", "must be flux, qwen-image or")
+        raise argparse.ArgumentTypeError(reason) from None
 
 
 class Overrides(argparse.Action):

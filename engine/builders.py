@@ -660,7 +660,11 @@ def build_model(
         dtype: dtype of the base of LoRA, by default the run's.
     """
     mllm = load_mllm(
-        mllm_name(config), revision=config.model.mllm_revision, dtype=config.dtype, device=device
+        mllm_name(config),
+        revision=config.model.mllm_revision,
+        dtype=config.dtype,
+        device=device,
+        vit_px=config.model.vit_px,
     )
     vae = new_vae(config, device)
     if not config.lora.rank:

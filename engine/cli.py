@@ -118,8 +118,8 @@ def main(argv: list[str] | None = None) -> int:
             "--shift",
             type=arguments.shift,
             default=1.0,
-            help="resolution shift of the time steps, above 1 towards noise; flux: FLUX's shift "
-            "for the image size",
+            help="resolution shift of the time steps, above 1 towards noise; flux or qwen-image: "
+            "the steps of that model for the image size",
         )
         command.add_argument(
             "--size",

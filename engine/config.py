@@ -80,11 +80,15 @@ class ModelSection:
     preset: str = "iomm-b"
     # The shape that "from-init" found, as JSON. Set by the first start of a run.
     shape: str | None = None
-    # Folder or hub id of an InternVL. "shapes": the tiny one that ships with the package.
-    # "random:internvl3-2b": random weights, to measure speed.
+    # Folder or hub id of an InternVL or a Qwen2.5-VL, or folder of a diffusers pipeline with one as
+    # text encoder. "shapes": the tiny InternVL that ships with the package. "random:internvl3-2b":
+    # random weights, to measure speed.
     mllm: str = "shapes"
     # Commit of the hub checkpoint; null: the newest.
     mllm_revision: str | None = None
+    # Side in pixels of the square that the ViT of a Qwen2.5-VL sees, a multiple of 28; null: 448,
+    # which gives 256 image tokens. The ViT of an InternVL has a fixed input.
+    vit_px: int | None = None
     # auto: the run's precision | fp8: the products of the frozen ViT's and decoder's layers in fp8,
     # with weights rounded once. Beyond the paper; not measured on a GPU yet.
     mllm_precision: str = "auto"
@@ -101,6 +105,7 @@ class ModelSection:
         choice("model.preset", self.preset, (*PRESETS, FROM_INIT))
         choice("model.mllm_precision", self.mllm_precision, ("auto", "fp8"))
         positive("model.patch", self.patch)
+        positive("model.vit_px", self.vit_px if self.vit_px is not None else 1)
         if self.preset != FROM_INIT and self.shape is not None:
             raise InputError(
                 f"model.shape is set, but model.preset is {self.preset}: omit model.shape"

@@ -34,7 +34,6 @@ from iomm.generator import empty_generator
 from iomm.internvl import mllm_without_weights
 from iomm.layers import RoundedLinear, use_fp8
 from iomm.lora import add_lora, freeze, frozen_weights
-from iomm.mllm import TURN
 from iomm.vae import vae_without_weights
 
 if TYPE_CHECKING:
@@ -45,9 +44,6 @@ if TYPE_CHECKING:
     from iomm.engine.config import RunConfig
     from iomm.model import IOMM
 
-# Tokens of the chat turn with and without the fixed prompt, with Qwen2.5's tokenizer. Used where
-# the model has no tokenizer.
-NUM_TEXT, NUM_TURN = 24, 8
 # Tokens of a caption. An assumption, not counted: 64 more are 2 % more work for a pair of IOMM-B.
 NUM_CAPTION = 64
 # Rate of bf16 matrix products on one H200 in FLOP/s; measured: 769 to 798 TFLOP/s.
@@ -88,7 +84,7 @@ def build_without_weights(config: RunConfig) -> IOMM:
     Raises:
         InputError: as in loading and building the real model.
     """
-    mllm = mllm_without_weights(mllm_name(config))
+    mllm = mllm_without_weights(mllm_name(config), vit_px=config.model.vit_px)
     vae = vae_without_weights(vae_name(config), config.model.patch)
     model = assemble(config, mllm, vae, device="meta", fresh=False)
     if config.lora.rank:
@@ -248,9 +244,10 @@ def kinds(model: IOMM, config: RunConfig) -> list[tuple[float, dict[str, Any]]]:
     NUM_CAPTION tokens, a dropped one as none.
     """
     mllm, images = model.frozen[0], config.image_share
-    turn, text = NUM_TURN, NUM_TEXT
+    turn, text = mllm.num_turn, mllm.num_text
     if mllm.tokenizer is not None:
-        turn, text = len(mllm.token_ids("".join(TURN))), None
+        before, after, _ = mllm.turn("", False)
+        turn, text = len(before) + len(after), None
     caption = turn + (1 - config.train.caption_drop) * NUM_CAPTION
     both = [(images, {"num_text": text}), (1 - images, {"num_text": caption, "image": False})]
     return [(share, kind) for share, kind in both if share]
@@ -485,14 +482,12 @@ def prepared_bytes(model: IOMM, config: RunConfig, micro_batch: int) -> float:
         * vae.token_dim
         * (2 if config.data.precision == "bf16" else 4)
     )
+    prefix = mllm.num_prefix_elements(num_prefix, cached=model.adapter is not None)
     target = 0
     if model.alignment is not None:
         values = rows * columns * model.alignment.target_width
         target = num_aligned(config, micro_batch) * values * config.dtype.itemsize
-    return (
-        micro_batch * (latents + mllm.num_prefix_elements(num_prefix) * config.dtype.itemsize)
-        + target
-    )
+    return micro_batch * (latents + prefix * config.dtype.itemsize) + target
 
 
 def table(title: str, rows: Mapping[str, float], unit: str, scale: float, digits: int) -> list[str]:

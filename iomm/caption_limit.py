@@ -3,7 +3,7 @@
 import unicodedata
 
 from iomm.config import AdapterConfig, InputError, PromptConfig
-from iomm.mllm import IMAGE, MLLM, TURN
+from iomm.mllm import MLLM
 
 # Tokens of a text may merge with those of the template around it, so a text that fits by its bytes
 # alone must leave this many tokens free.
@@ -28,7 +28,7 @@ class CaptionLimit:
             mllm: the MLLM, with a tokenizer. Its weights are not used.
             adapter: settings of the queries, which follow the chat turn.
             prompt: the template of captions.
-            edit: the texts are instructions, which are followed by an image and have no template.
+            edit: the texts are instructions, whose turns have an image and no template.
 
         Raises:
             InputError: the context has no room for a caption.
@@ -36,13 +36,11 @@ class CaptionLimit:
         self.tokenizer = mllm.tokenizer
         template = "{caption}" if edit else prompt.caption
         before, _, after = template.partition("{caption}")
-        opening, closing = IMAGE if edit else ("", "")
-        self.before, self.after = TURN[0] + before, after + opening
+        opening, closing, num_rest = mllm.text_frame(edit)
+        self.before, self.after = opening + before, after + closing
         num_queries = 0 if adapter.kind == "none" else adapter.num_queries
-        num_image = mllm.num_image_tokens if edit else 0
-        tail = len(mllm.token_ids(closing + TURN[1]))
-        # Of the text up to the image tokens, as MLLM.condition counts them.
-        self.max_turn = mllm.max_positions - num_queries - num_image - tail
+        # Of the text and what is tokenized with it, as MLLM.condition counts them.
+        self.max_turn = mllm.max_positions - num_queries - num_rest
         self.max_tokens = self.max_turn - self.num_turn("")
         if self.max_tokens < 1:
             raise InputError(
@@ -52,7 +50,7 @@ class CaptionLimit:
             )
 
     def num_turn(self, caption: str) -> int:
-        """Return the number of tokens of the chat turn up to the image tokens."""
+        """Return the number of tokens of a caption and what is tokenized with it."""
         return len(self._encoded(self.before + caption + self.after)["input_ids"])
 
     def num_tokens(self, caption: str) -> int:

@@ -96,6 +96,11 @@ class GeneratorConfig:
         return self.num_blocks + self.num_single_blocks
 
     @property
+    def keep_norm(self) -> bool:
+        """Whether guided velocities keep the norm of the conditional one, as for Qwen-Image."""
+        return self.positions == "centred"
+
+    @property
     def rope_axes(self) -> tuple[int, int, int]:
         """Rotary dims of the (index, row, column) axes.
 

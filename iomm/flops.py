@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from iomm.mllm import IMAGE, TURN
-
 if TYPE_CHECKING:
     from iomm.model import IOMM
 
@@ -130,13 +128,16 @@ def condition_tokens(
     mllm, mask = model.frozen[0], model.recipe.mask
     if num_text is None:
         prompts = model.recipe.prompt.reconstruct
-        lengths = [len(mllm.token_ids("".join(TURN) + "".join(IMAGE) + text)) for text in prompts]
-        num_text = sum(lengths) / len(lengths)
+        turns = [mllm.turn(text, True) for text in prompts]
+        num_text = sum(len(before) + len(after) for before, after, _ in turns) / len(turns)
     visible = 0
     if image:
         visible = mllm.num_image_tokens * (1 if mask.mode == "zero" else 1 - mask.ratio)
     num_prefix = num_text + visible
     num_condition = 0 if model.adapter is None else model.recipe.adapter.num_queries
     if model.recipe.adapter.conditions == "all":
-        num_condition = num_condition + num_prefix
+        skipped = mllm.num_skipped[image]
+        if mllm.tokenizer is not None:
+            skipped = mllm.turn("", image)[2]
+        num_condition = num_condition + num_prefix - skipped
     return num_prefix, num_condition

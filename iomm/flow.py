@@ -36,6 +36,15 @@ def flux_shift(num_tokens: int) -> float:
     return math.exp(0.5 + (1.15 - 0.5) * (num_tokens - 256) / (4096 - 256))
 
 
+def qwen_shift(num_tokens: int) -> float:
+    """Return Qwen-Image's resolution shift for an image of `num_tokens` latent tokens.
+
+    As FLUX's, with a line through 0.5 at 256 tokens and 0.9 at 8192: 1.71 at 512 px, 2.00 at 1024.
+    Source: scheduler_config.json of huggingface.co/Qwen/Qwen-Image.
+    """
+    return math.exp(0.5 + (0.9 - 0.5) * (num_tokens - 256) / (8192 - 256))
+
+
 def sample_time(
     uniform_B: Tensor,
     kind: str = "uniform",

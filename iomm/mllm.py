@@ -1,23 +1,20 @@
-"""The frozen multimodal LLM: image tokens, text tokens, and the prefix and query passes.
+"""The frozen multimodal LLM: packed text and image tokens, and the prefix and query passes.
 
 The prefix (prompt and image tokens) runs without gradients, the queries with them. The weights stay
-in transformers' own modules, which internvl.py loads or creates. The two passes over them are
-implemented here because no library runs a packed, gradient-free prefix followed by queries that
-attend to it.
+in transformers' own modules. internvl.py and qwen_vl.py run the vision encoders. The two passes
+over the decoder are implemented here because no library runs a packed, gradient-free prefix
+followed by queries that attend to it.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iomm.config import InputError
-from iomm.kernels.image_patches import image_patches, normalised
 from iomm.kernels.masked_attention import masked_attention
 from iomm.kernels.masked_attention.sdpa import DenseLayout, padded_attention, ragged_layout
 from iomm.layers import round_linears
@@ -53,12 +50,15 @@ class Condition:
 
     Attributes:
         tokens_TD: embeddings.
-        positions_T: position ids (int64), with gaps where tokens were dropped.
+        positions_T: position ids (int64), with gaps where tokens were dropped. (3, T) if the MLLM
+            has separate ones for time, row and column.
         offsets: first row of each sample and the end of the last, (B + 1,) int32.
         lengths: number of rows of each sample, on the host. Reading them from the GPU would wait
             for everything queued there.
         end_B: position id of the first token after each sample (int64).
         end: the largest of end_B, on the host.
+        skipped: how many of the first rows of each sample the generator does not read, on the host.
+        skipped_B: the same on the device (int64).
     """
 
     tokens_TD: Tensor
@@ -67,6 +67,8 @@ class Condition:
     lengths: tuple[int, ...]
     end_B: Tensor
     end: int
+    skipped: tuple[int, ...]
+    skipped_B: Tensor
 
     @property
     def batch(self) -> int:
@@ -75,55 +77,99 @@ class Condition:
 
 
 class MLLM(Frozen):
-    """A frozen InternVL (ViT, projector, Qwen2 or Qwen3 decoder) without language-model head.
+    """A frozen multimodal LLM without language-model head, in transformers' own modules.
 
-    The modules are transformers' own.
+    Subclasses run the vision encoder of their architecture and write its chat turns. The decoder
+    is a Qwen2, Qwen2.5-VL or Qwen3.
 
     Attributes:
         width: D of the decoder.
         num_image_tokens: P, image tokens per image.
         vit_px: side of the ViT's square input in pixels.
-        vit_width: W, width of the ViT's hidden states.
+        vit_width: W, width of the hidden states that `vit_states` returns.
         max_positions: context length of the decoder.
     """
 
-    def __init__(self, internvl: nn.Module, tokenizer: Any):
-        super().__init__(internvl)
-        config = internvl.config
-        if config.text_config.model_type not in ("qwen2", "qwen3"):
+    num_image_tokens: int
+    vit_px: int
+    vit_width: int
+    # Side of the square of image tokens, if they have positions of their row and column.
+    grid_side: int | None = None
+    # Tokens of a turn with an image and the fixed prompt, of a turn without text, and how many of
+    # the first tokens of either the generator does not read, with Qwen2.5's tokenizer. Used where
+    # the model has no tokenizer.
+    num_text, num_turn, num_skipped = 24, 8, {True: 0, False: 0}
+
+    def __init__(self, backbone: nn.Module, tokenizer: Any):
+        super().__init__(backbone)
+        text = backbone.config.text_config
+        if text.model_type not in ("qwen2", "qwen3", "qwen2_5_vl_text"):
             raise InputError(
-                "model.mllm: the decoder must be qwen2 or qwen3, "
-                f"got {config.text_config.model_type}"
-            )
-        if config.vision_feature_layer != -1 or config.vision_feature_select_strategy != "default":
-            raise InputError(
-                "model.mllm: the image tokens must come from the ViT's last layer without the "
-                f"class token, got layer {config.vision_feature_layer}, "
-                f"strategy {config.vision_feature_select_strategy}"
+                f"model.mllm: the decoder must be qwen2 or qwen3, got {text.model_type}"
             )
         self.tokenizer = tokenizer
-        self.width = config.text_config.hidden_size
-        self.vit_px = config.vision_config.image_size[0]
-        self.vit_width = config.vision_config.hidden_size
-        side = self.vit_px // config.vision_config.patch_size[0]
-        self.num_image_tokens = int(side * config.downsample_ratio) ** 2
-        self.max_positions = config.text_config.max_position_embeddings
+        self.width = text.hidden_size
+        self.max_positions = text.max_position_embeddings
         # Functions of the module, or their compiled versions.
         self.project_qkv = project_qkv
         self.finish_layer = finish_layer
         # Only as one graph. The eager prefix runs the halves around the attention.
         self.ragged_layer = None
 
-    def compile_parts(self, backend: str = "inductor") -> None:
-        """Compile each ViT layer and the decoder layers with torch.compile.
+    def vit_states(self, vit_pixels: Tensor) -> Tensor:
+        """Return the ViT's last hidden states (B, patches, W), without gradient.
 
-        All layers of a kind share one graph. A decoder layer of the prefix, which has no gradient,
-        is one graph with its attention. Around the attention of the queries, and where no layout
-        pads the prefix, both halves of the layer are graphs. All are compiled for any number of
-        tokens, as prefixes are ragged.
+        The patches are a square in row-major order.
+
+        Args:
+            vit_pixels: uint8 (B, vit_px, vit_px, 3), or normalised float (B, 3, vit_px, vit_px).
         """
-        for layer in self.backbone.vision_tower.encoder.layer:
-            layer.forward = torch.compile(layer.forward, fullgraph=True, backend=backend)
+        raise NotImplementedError
+
+    def project(self, states_BNW: Tensor) -> Tensor:
+        """Return the image tokens (B, P, D) of the hidden states that `vit_states` returned.
+
+        They are a square in row-major order.
+        """
+        raise NotImplementedError
+
+    def vit_flops(self, projector: bool = True) -> int:
+        """Return the forward FLOPs of one image through the ViT and, optionally, the projector.
+
+        Each matrix product counts 2 m n k.
+        """
+        raise NotImplementedError
+
+    @property
+    def vit_layers(self) -> nn.Module:
+        """The ViT's layers, without patch embedding and projector."""
+        raise NotImplementedError
+
+    def turn(self, text: str, image: bool) -> tuple[list[int], list[int], int]:
+        """Return the token ids of a user turn before and after its image tokens, tokenized.
+
+        The third result is how many of the first tokens the generator does not read.
+        """
+        opening, closing = IMAGE if image else ("", "")
+        return self.token_ids(TURN[0] + text + opening), self.token_ids(closing + TURN[1]), 0
+
+    def text_frame(self, image: bool) -> tuple[str, str, int]:
+        """Return the texts that a turn's text is tokenized together with, before and after it.
+
+        The third result is the number of all other tokens of the turn.
+        """
+        opening, closing = IMAGE if image else ("", "")
+        rest = len(self.token_ids(closing + TURN[1])) + self.num_image_tokens * image
+        return TURN[0], opening, rest
+
+    def compile_parts(self, backend: str = "inductor") -> None:
+        """Compile the decoder layers with torch.compile.
+
+        All layers share one graph. A decoder layer of the prefix, which has no gradient, is one
+        graph with its attention. Around the attention of the queries, and where no layout pads the
+        prefix, both halves of the layer are graphs. All are compiled for any number of tokens, as
+        prefixes are ragged.
+        """
         self.project_qkv, self.finish_layer, self.ragged_layer = (
             torch.compile(part, dynamic=True, fullgraph=True, backend=backend)
             for part in (project_qkv, finish_layer, ragged_layer)
@@ -135,7 +181,7 @@ class MLLM(Frozen):
         Weights are rounded once, here. The patch embedding, the projector and the token embeddings
         keep their dtype. In the decoder the queries need gradients, in the ViT nothing does.
         """
-        round_linears(self.backbone.vision_tower.encoder, backward=False)
+        round_linears(self.vit_layers, backward=False)
         round_linears(self.backbone.language_model.layers, backward=True)
 
     @property
@@ -150,90 +196,12 @@ class MLLM(Frozen):
 
     @torch.no_grad()
     def image_tokens(self, vit_pixels: Tensor) -> Tensor:
-        """Return the image tokens (B, P, D), without gradient.
-
-        `vit_pixels` is as in `vit_states`. The result equals transformers' get_image_features,
-        without its hooks on every layer, which torch.compile cannot trace.
-        """
+        """Return the image tokens (B, P, D), without gradient, of pixels as in `vit_states`."""
         return self.project(self.vit_states(vit_pixels))
-
-    @torch.no_grad()
-    def vit_states(self, vit_pixels: Tensor) -> Tensor:
-        """Return the ViT's last hidden states (B, patches, W), normed, without class token.
-
-        The patches are a square in row-major order.
-
-        Args:
-            vit_pixels: uint8 (B, vit_px, vit_px, 3), or float (B, 3, vit_px, vit_px) normalised by
-                IMAGE_MEAN and IMAGE_STD.
-        """
-        tower = self.backbone.vision_tower
-        if vit_pixels.dtype != torch.uint8:
-            embedded = tower.embeddings(vit_pixels.to(self.dtype))
-        elif vit_pixels.is_cuda:
-            embedded = self.embed_bytes(vit_pixels)
-        else:
-            # On a CPU a single matrix product is no faster (LOG.md, 2026-11-30), and it rounds
-            # differently from the convolution of earlier runs.
-            embedded = tower.embeddings(
-                normalised(vit_pixels, IMAGE_MEAN, IMAGE_STD).to(self.dtype)
-            )
-        return tower.layernorm(tower.encoder(embedded).last_hidden_state)[:, 1:]
-
-    def embed_bytes(self, pixels_BHWC: Tensor) -> Tensor:
-        """Return the ViT's embeddings of uint8 pixels.
-
-        One pass normalises the pixels and cuts them into patch rows. One matrix product with the
-        convolution's weight embeds them.
-        """
-        embeddings = self.backbone.vision_tower.embeddings
-        projection = embeddings.patch_embeddings.projection
-        rows_BNK = image_patches(
-            pixels_BHWC,
-            projection.kernel_size[0],
-            mean=IMAGE_MEAN,
-            std=IMAGE_STD,
-            dtype=projection.weight.dtype,
-        )
-        patches_BNW = F.linear(rows_BNK, projection.weight.flatten(1), projection.bias)
-        class_B1W = embeddings.cls_token.expand(len(patches_BNW), -1, -1)
-        tokens_BNW = torch.cat((class_B1W, patches_BNW), dim=1)
-        if embeddings.position_embeddings is None:
-            return tokens_BNW
-        return tokens_BNW + embeddings.position_embeddings
-
-    @torch.no_grad()
-    def project(self, states_BNW: Tensor) -> Tensor:
-        """Return the image tokens (B, P, D) of the hidden states that `vit_states` returned.
-
-        They are a square in row-major order. Each token covers 2 x 2 patches.
-        """
-        side, ratio = math.isqrt(states_BNW.shape[1]), self.backbone.config.downsample_ratio
-        shuffled = self.backbone.pixel_shuffle(
-            states_BNW.unflatten(1, (side, side)), scale_factor=ratio
-        )
-        return self.backbone.multi_modal_projector(shuffled.flatten(1, 2))
 
     def token_ids(self, text: str) -> list[int]:
         """Tokenize a text. Special tokens in it are recognized, and none are added."""
         return list(tokenized(self.tokenizer, text))
-
-    def vit_flops(self, projector: bool = True) -> int:
-        """Return the forward FLOPs of one image through the ViT and, optionally, the projector.
-
-        Each matrix product counts 2 m n k.
-        """
-        vision, width = self.backbone.config.vision_config, self.width
-        patches = (vision.image_size[0] // vision.patch_size[0]) ** 2
-        tokens, inner = patches + 1, vision.hidden_size
-        linears = tokens * (8 * inner**2 + 4 * inner * vision.intermediate_size)
-        layer = linears + 4 * tokens**2 * inner
-        total = 2 * patches * 3 * vision.patch_size[0] ** 2 * inner
-        total += vision.num_hidden_layers * layer
-        if projector:
-            shuffled = inner * patches // self.num_image_tokens
-            total += 2 * self.num_image_tokens * (shuffled * width + width**2)
-        return total
 
     def decoder_flops(
         self, num_prefix: float, num_queries: int, outputs: bool = False
@@ -257,11 +225,14 @@ class MLLM(Frozen):
         to_queries = layers * num_queries**2 * pair
         return prefix, linears + to_prefix + to_queries, linears + to_prefix + 2 * to_queries
 
-    def num_prefix_elements(self, num_prefix: float) -> float:
+    def num_prefix_elements(self, num_prefix: float, cached: bool = True) -> float:
         """Return the number of elements held for the condition of one image.
 
-        These are its tokens, and the keys and values that `prefix` returns for them.
+        These are its tokens, and the keys and values that `prefix` returns for them, or without
+        `cached` its outputs.
         """
+        if not cached:
+            return 2 * num_prefix * self.width
         text = self.backbone.config.text_config
         cached = 2 * text.num_hidden_layers * text.num_key_value_heads * self.head_dim
         return num_prefix * (self.width + cached)
@@ -312,7 +283,7 @@ class MLLM(Frozen):
         n_B: Tensor | None = None,
         source: Any = None,
     ) -> Turns:
-        """Pack the user turn [text, visible image tokens] of each sample on the host.
+        """Pack the user turn of each sample, text and visible image tokens, on the host.
 
         Args:
             texts: B strings. "" is valid and means unconditional.
@@ -326,11 +297,15 @@ class MLLM(Frozen):
         Raises:
             InputError: if a text exceeds the decoder's context.
         """
-        num_image, before, after = self.num_image_tokens, [], []
+        if positions == "compact" and self.grid_side is not None:
+            raise InputError(
+                "mask.positions=compact is undefined for an MLLM whose image tokens have a row and "
+                "a column. Set mask.positions=original."
+            )
+        num_image, before, after, skipped = self.num_image_tokens, [], [], []
         for text, image in zip(texts, has_image, strict=True):
-            opening, closing = IMAGE if image else ("", "")
-            before.append(self.token_ids(TURN[0] + text + opening))
-            after.append(self.token_ids(closing + TURN[1]))
+            for part, parts in zip(self.turn(text, image), (before, after, skipped), strict=True):
+                parts.append(part)
             length = len(before[-1]) + num_image * image + len(after[-1])
             if length > self.max_positions:
                 raise InputError(
@@ -345,6 +320,8 @@ class MLLM(Frozen):
             None if visible is None else visible.cpu().numpy().reshape(-1, num_image),
             mode=mode,
             positions=positions,
+            grid_side=self.grid_side,
+            skipped=skipped,
             n_B=n_B,
             source=source,
         )
@@ -359,7 +336,7 @@ class MLLM(Frozen):
         mode: str = "drop",
         positions: str = "original",
     ) -> Condition:
-        """Pack and embed the user turn [text, visible image tokens] of each sample.
+        """Pack and embed the user turn of each sample, text and visible image tokens.
 
         Args:
             texts: B strings. "" is valid and means unconditional.
@@ -398,20 +375,28 @@ class MLLM(Frozen):
             lengths=turns.lengths,
             end_B=parts.end_B,
             end=turns.end,
+            skipped=turns.skipped,
+            skipped_B=parts.skipped_B,
         )
 
+    def rotary(self, x_TD: Tensor, positions_T: Tensor) -> Rotary:
+        """Return the rotary cosines and sines of positions (T,) or (3, T)."""
+        one_sample = positions_T[None] if positions_T.dim() == 1 else positions_T[:, None]
+        return self.backbone.language_model.rotary_emb(x_TD, one_sample)
+
     @torch.no_grad()
-    def prefix(self, condition: Condition, outputs: bool = False) -> tuple[Cache, Tensor | None]:
+    def prefix(
+        self, condition: Condition, outputs: bool = False, cached: bool = True
+    ) -> tuple[Cache, Tensor | None]:
         """Return keys and values of every layer for the condition tokens, without gradient.
 
-        With `outputs`, the second result is the hidden states (T, D) after the final norm.
-        Otherwise it is None, and the last layer computes only keys and values because the rest of
-        its output is never read.
+        Without `cached` they are not kept, and the list is empty. With `outputs`, the second result
+        is the hidden states (T, D) after the final norm. Otherwise it is None, and the last layer
+        computes only keys and values because the rest of its output is never read.
         """
         decoder = self.backbone.language_model
         x_TD = condition.tokens_TD
-        rotary = decoder.rotary_emb(x_TD, condition.positions_T[None])
-        layout = None
+        rotary, layout = self.rotary(x_TD, condition.positions_T), None
         if self.ragged_layer is not None:
             layout = ragged_layout(condition.offsets, condition.lengths, x_TD.dtype)
         cache = []
@@ -419,10 +404,12 @@ class MLLM(Frozen):
             whole = outputs or i < len(decoder.layers) - 1
             if whole and layout is not None:
                 k, v, x_TD = self.ragged_layer(layer, x_TD, rotary, layout)
-                cache.append((k, v))
+                if cached:
+                    cache.append((k, v))
                 continue
             q, k, v = self.project_qkv(layer, x_TD, rotary, with_query=whole)
-            cache.append((k, v))
+            if cached:
+                cache.append((k, v))
             if whole:
                 mixed = masked_attention(
                     q, k, v, condition.offsets, causal=True, lengths=condition.lengths
@@ -458,7 +445,7 @@ class MLLM(Frozen):
             )
         positions = condition.end_B[:, None] + torch.arange(num, device=queries_BQD.device)
         x_SD = queries_BQD.flatten(0, 1)
-        rotary = decoder.rotary_emb(x_SD, positions.flatten()[None])
+        rotary = self.rotary(x_SD, positions.flatten())
         offsets = torch.arange(
             0, batch * num + 1, num, dtype=torch.int32, device=queries_BQD.device
         )

@@ -356,12 +356,16 @@ class IOMM(nn.Module):
     def prefix(self, condition: Condition) -> tuple[Cache, Tensor | None]:
         """Run the part of step 7 that depends on no query.
 
-        Returns keys and values of every MLLM layer, and the MLLM's outputs if adapter.conditions is
-        "all" (else None).
+        Returns keys and values of every MLLM layer (none if there is no adapter), and the MLLM's
+        outputs if adapter.conditions is "all" (else None).
         """
         mllm, _ = self.frozen
         with named("prefix"):
-            return mllm.prefix(condition, outputs=self.recipe.adapter.conditions == "all")
+            return mllm.prefix(
+                condition,
+                outputs=self.recipe.adapter.conditions == "all",
+                cached=self.adapter is not None,
+            )
 
     def encode_condition(
         self, condition: Condition, prefix: tuple[Cache, Tensor | None] | None = None
@@ -369,8 +373,9 @@ class IOMM(nn.Module):
         """Return the generator's condition (B, C, D) and its lengths (B,) or None: steps 6 and 7.
 
         With adapter.conditions "query" these are the MLLM's outputs at the queries, so C = Q. With
-        "all" they are all outputs of each sample, zero-padded to the longest sample. The lengths
-        are None if all samples have the same length. `prefix` defaults to `self.prefix(condition)`.
+        "all" they are all outputs of each sample but the skipped ones, zero-padded to the longest
+        sample. The lengths are None if all samples have the same length. `prefix` defaults to
+        `self.prefix(condition)`.
         """
         mllm, _ = self.frozen
         queries_BQD = hidden_BCD = lengths_B = None
@@ -537,17 +542,21 @@ def pad_outputs(
 ) -> tuple[Tensor, Tensor | None]:
     """Unpack each sample's outputs, append its queries' outputs, zero-pad: (B, C, D).
 
-    Returns the lengths (B,) as well, or None if all samples have the same length.
+    The outputs of skipped tokens are left out. Returns the lengths (B,) as well, or None if all
+    samples have the same length.
     """
-    rows = outputs_TD.split(condition.lengths)
-    num = 0
+    rows = [
+        row[skip:]
+        for row, skip in zip(outputs_TD.split(condition.lengths), condition.skipped, strict=True)
+    ]
+    lengths, num = {len(row) for row in rows}, 0
     if hidden_BQD is not None:
         num = hidden_BQD.shape[1]
         rows = [torch.cat((row, hidden)) for row, hidden in zip(rows, hidden_BQD, strict=True)]
     padded_BCD = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    if len(set(condition.lengths)) == 1:
+    if len(lengths) == 1:
         return padded_BCD, None
-    return padded_BCD, condition.offsets.diff().long() + num
+    return padded_BCD, condition.offsets.diff().long() - condition.skipped_B + num
 
 
 def grid(latents_BCHW: Tensor, patch: int) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from iomm.internvl import load_mllm
 from iomm.kernels.noisy_tokens import unpatch
 from iomm.mllm import Condition
 from iomm.model import IOMM, Recipe
+from iomm.qwen_vl import QwenVL
 from iomm.sampler import image_noise, sample
 from iomm.vae import load_vae
 from iomm.weights import export_generator, load_generator, load_module, read_json, save_module
@@ -100,7 +101,13 @@ class Pipeline:
         except (KeyError, TypeError) as error:
             raise InputError(f"{folder / CARD} is not an IOMM card: {error}") from error
         frozen = (
-            load_mllm(mllm_name, revision=None if mllm else revision, dtype=dtype, device=device),
+            load_mllm(
+                mllm_name,
+                revision=None if mllm else revision,
+                dtype=dtype,
+                device=device,
+                vit_px=card.get("vit_px"),
+            ),
             load_vae(vae_name, patch=card.get("patch", 2), dtype=dtype, device=device),
         )
         generator = load_generator(folder, device=device, dtype=dtype)
@@ -170,6 +177,8 @@ class Pipeline:
             "size_px": self.size_px,
             "mllm_revision": mllm_revision,
             "patch": patch,
+            # That of an InternVL is fixed.
+            "vit_px": model.frozen[0].vit_px if isinstance(model.frozen[0], QwenVL) else None,
             "origin": self.portable_origin(),
         }
         for key, name in (("mllm", str(mllm)), ("vae", str(vae))):
@@ -216,6 +225,7 @@ class Pipeline:
         numbers: Sequence[int] | None = None,
         method: str = "euler",
         shift: float | str = 1.0,
+        keep_norm: bool | None = None,
     ) -> list[Image.Image]:
         """Generate one image for each prompt. The MLLM reads each distinct text of a batch once.
 
@@ -229,7 +239,9 @@ class Pipeline:
             numbers: int64 number of each image, by default 0, 1, 2 ... The noise of an image
                 depends only on seed and number, not on its position in the list.
             method: "euler" or "heun".
-            shift: resolution shift of the times, or "flux" (`sampler.sample`).
+            shift: resolution shift of the times, or "flux" or "qwen-image" (`sampler.sample`).
+            keep_norm: scale guided velocities to the norm of the conditional one
+                (`sampler.guided`). Defaults to whether the generator is Qwen-Image's.
 
         Raises:
             InputError: (a ValueError) if an argument is invalid.
@@ -247,6 +259,7 @@ class Pipeline:
             size=size,
             method=method,
             shift=shift,
+            keep_norm=keep_norm,
         )
 
     def edit(
@@ -261,6 +274,7 @@ class Pipeline:
         numbers: Sequence[int] | None = None,
         method: str = "euler",
         shift: float | str = 1.0,
+        keep_norm: bool | None = None,
     ) -> Image.Image | list[Image.Image]:
         """Edit an image by an instruction, or a list of images by a list of instructions.
 
@@ -276,7 +290,8 @@ class Pipeline:
             size: side of the result in pixels, or (height, width).
             numbers: int64 number of each image.
             method: "euler" or "heun".
-            shift: resolution shift of the times, or "flux".
+            shift: resolution shift of the times, or "flux" or "qwen-image".
+            keep_norm: scale guided velocities to the norm of the conditional one.
 
         Raises:
             InputError: (a ValueError) if an argument is invalid.
@@ -300,6 +315,7 @@ class Pipeline:
             size=size,
             method=method,
             shift=shift,
+            keep_norm=keep_norm,
         )
         return edited if many else edited[0]
 
@@ -375,6 +391,7 @@ def sample_pixels(
     seed: int = 0,
     method: str = "euler",
     shift: float | str = 1.0,
+    keep_norm: bool | None = None,
 ) -> Tensor:
     """Sample a batch of images: pixels (B, 3, H, W) in [-1, 1], float32.
 
@@ -392,7 +409,9 @@ def sample_pixels(
             prompts (stage 2).
         seed: seed of the noise.
         method: "euler" or "heun".
-        shift: resolution shift of the times, or "flux" (`sampler.sample`).
+        shift: resolution shift of the times, or "flux" or "qwen-image" (`sampler.sample`).
+        keep_norm: scale guided velocities to the norm of the conditional one. None: whether the
+            generator is Qwen-Image's.
     """
     mllm, vae = model.frozen
     rows, columns = grid = vae.grid(*height_width(size_px))
@@ -429,6 +448,7 @@ def sample_pixels(
         method=method,
         guidance=guidance,
         shift=shift,
+        keep_norm=model.generator.config.keep_norm if keep_norm is None else keep_norm,
     )
     return vae.decode(unpatch(tokens_BNK, rows * vae.patch, columns * vae.patch, vae.patch)).float()
 

@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 
 from iomm.config import InputError, choice
-from iomm.flow import flux_shift, shift_time
+from iomm.flow import flux_shift, qwen_shift, shift_time
 from iomm.kernels.philox import SAMPLER, normal
 
 METHODS = ("euler", "heun")
+# Names of resolution shifts that depend on the number of tokens.
+SHIFTS = ("flux", "qwen-image")
+# Last time before 0 of Qwen-Image's steps.
+QWEN_TERMINAL = 0.02
 
 # (x_BNK, t_B, condition_BCD) -> velocity_BNK.
 VelocityFn = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -29,17 +33,32 @@ def image_noise(seed: int, image_B: Tensor, num_tokens: int, token_dim: int) -> 
     )
 
 
-def step_times(steps: int, shift: float = 1.0) -> Tensor:
+def step_times(steps: int, shift: float | str = 1.0, num_tokens: int = 0) -> Tensor:
     """Return the steps + 1 times from 1 to 0 in float64.
 
     The steps are equal before the resolution shift is applied.
 
+    Args:
+        steps: number of steps.
+        shift: resolution shift (`flow.shift_time`), or one of SHIFTS. With "qwen-image", the times
+            are also stretched so that the last one before 0 is QWEN_TERMINAL.
+        num_tokens: number of latent tokens, for SHIFTS.
+
     Raises:
-        InputError: unless steps >= 1 and shift > 0.
+        InputError: unless steps >= 1 and shift > 0 or in SHIFTS.
     """
     if steps < 1:
         raise InputError(f"sampler steps must be >= 1, got {steps}")
-    return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift)
+    equal = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    if not isinstance(shift, str):
+        return shift_time(equal, shift)
+    choice("sampler shift", shift, SHIFTS)
+    if shift == "flux":
+        return shift_time(equal, flux_shift(num_tokens))
+    times = shift_time(equal, qwen_shift(num_tokens))
+    if steps > 1:
+        times[:-1] = 1 - (1 - times[:-1]) * (1 - QWEN_TERMINAL) / (1 - times[-2])
+    return times
 
 
 def guided(
@@ -47,11 +66,13 @@ def guided(
     condition_BCD: Tensor,
     uncondition_BCD: Tensor | None,
     guidance: float,
+    keep_norm: bool = False,
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """Return the function F(x, t) = F_u + guidance (F_c - F_u): classifier-free guidance.
 
-    Source: arXiv 2207.12598; a guidance of 1 means none. Both halves run as one doubled batch, or
-    in two passes if their condition lengths differ.
+    Source: arXiv 2207.12598; a guidance of 1 means none. With `keep_norm`, each token's velocity is
+    scaled to the norm of F_c, as in diffusers' QwenImagePipeline. Both halves run as one doubled
+    batch, or in two passes if their condition lengths differ.
 
     Raises:
         InputError: if guidance is not 1 and there is no unconditional condition.
@@ -71,8 +92,13 @@ def guided(
         else:
             conditioned = velocity_fn(x, t_B, condition_BCD)
             unconditioned = velocity_fn(x, t_B, uncondition_BCD)
-        unconditioned = unconditioned.to(x.dtype)
-        return unconditioned + guidance * (conditioned.to(x.dtype) - unconditioned)
+        conditioned, unconditioned = conditioned.to(x.dtype), unconditioned.to(x.dtype)
+        combined = unconditioned + guidance * (conditioned - unconditioned)
+        if not keep_norm:
+            return combined
+        wanted, got = (part.norm(dim=-1, keepdim=True) for part in (conditioned, combined))
+        # A fresh generator returns zeros.
+        return combined * (wanted / got.clamp_min(torch.finfo(x.dtype).tiny))
 
     return velocity
 
@@ -88,6 +114,7 @@ def sample(
     method: str = "euler",
     shift: float | str = 1.0,
     guidance: float = 1.0,
+    keep_norm: bool = False,
 ) -> Tensor:
     """Integrate noise to image tokens (B, N, K).
 
@@ -100,17 +127,18 @@ def sample(
         uncondition_BCD: condition tokens of the empty prompt, for guidance.
         steps: number of steps. Euler calls `velocity_fn` once per step, Heun twice.
         method: "euler" or "heun".
-        shift: resolution shift of the times (`flow.shift_time`), or "flux" for FLUX's, which
-            depends on the number of tokens.
+        shift: resolution shift of the times (`flow.shift_time`), or "flux" or "qwen-image" for
+            those models', which depend on the number of tokens.
         guidance: weight of classifier-free guidance; 1 means none.
+        keep_norm: scale guided velocities to the norm of the conditional one (`guided`).
 
     Raises:
         InputError: if an argument is out of range.
     """
     choice("sampler method", method, METHODS)
-    velocity = guided(velocity_fn, condition_BCD, uncondition_BCD, guidance)
+    velocity = guided(velocity_fn, condition_BCD, uncondition_BCD, guidance, keep_norm)
     x = noise_BNK.to(torch.promote_types(noise_BNK.dtype, torch.float32))
-    times = step_times(steps, flux_shift(x.shape[1]) if shift == "flux" else shift).tolist()
+    times = step_times(steps, shift, x.shape[1]).tolist()
     for t, t_next in pairwise(times):
         slope = velocity(x, torch.full((len(x),), t, device=x.device)).to(x.dtype)
         if method == "heun":

@@ -4,6 +4,7 @@ Which tokens a condition consists of depends on texts and masks, not on any weig
 known before the device has computed anything, and the host never reads lengths from the device.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, NamedTuple, Self
@@ -27,9 +28,11 @@ class TurnParts(NamedTuple):
     offsets: Tensor
     # Position id of the first token after each sample.
     end_B: Tensor
+    # How many of the first tokens of each sample the generator does not read.
+    skipped_B: Tensor
     # Token ids. 0 where an image token is.
     ids_T: Tensor
-    # Position ids.
+    # Position ids. (3, T) if image tokens have a row and a column.
     positions_T: Tensor
     # Which of the T tokens are image tokens.
     row_V: Tensor
@@ -49,6 +52,7 @@ class Turns:
         num_images: number of samples with an image, I.
         buffer: the tensors of `parts` one after the other, so that one copy moves all of them.
         sizes: their sizes.
+        skipped: `skipped_B` of the parts, on the host.
         source: what drew the texts and masks, for comparison; None if they were given.
     """
 
@@ -57,11 +61,15 @@ class Turns:
     num_images: int
     buffer: Tensor
     sizes: tuple[int, ...]
+    skipped: tuple[int, ...]
     source: Any = None
 
     def parts(self) -> TurnParts:
         """Return the tensors, as views of the buffer."""
-        return TurnParts(*self.buffer.split(self.sizes))
+        parts = TurnParts(*self.buffer.split(self.sizes))
+        if len(parts.positions_T) == len(parts.ids_T):
+            return parts
+        return parts._replace(positions_T=parts.positions_T.unflatten(0, (3, -1)))
 
     def pinned(self) -> Self:
         """Return the turns in pinned memory, from which `to` copies without a wait."""
@@ -81,6 +89,8 @@ def pack_turns(
     *,
     mode: str = "drop",
     positions: str = "original",
+    grid_side: int | None = None,
+    skipped: Sequence[int] | None = None,
     n_B: Tensor | None = None,
     source: Any = None,
 ) -> Turns:
@@ -95,12 +105,16 @@ def pack_turns(
         mode: "drop" leaves hidden tokens out; "zero" marks them in `kept_V`.
         positions: "original" position ids have gaps where tokens were dropped; "compact" ids
             have none.
+        grid_side: side of the square of image tokens, if each token has a position of its time, row
+            and column. An image then takes as many positions as it has rows. Without "compact".
+        skipped: how many of the first tokens of each sample the generator does not read. None: 0.
         n_B: sample numbers, carried along.
         source: see Turns.
     """
     ids, positions_T, rows, image_rows = [], [], [], []
     lengths, ends, start, image = [], [], 0, 0
     every_token = np.arange(num_image_tokens)
+    extent = num_image_tokens if grid_side is None else grid_side
     drop = visible_IP is not None and mode == "drop"
     for first, last, shown in zip(before, after, has_image, strict=True):
         kept = every_token if shown else every_token[:0]
@@ -109,21 +123,26 @@ def pack_turns(
         length = len(first) + len(kept) + len(last)
         ids += [first, np.zeros(len(kept), dtype=np.int64), last]
         if drop and positions == "compact":
-            positions_T.append(np.arange(length))
+            positions_T.append(np.arange(length)[None])
             ends.append(length)
         else:
-            end = len(first) + num_image_tokens * shown + len(last)
-            positions_T += [
-                np.arange(len(first)),
-                len(first) + kept,
-                np.arange(end - len(last), end),
-            ]
+            end = len(first) + extent * shown + len(last)
+            image_XV = kept[None]
+            if grid_side is not None:
+                image_XV = np.stack((0 * kept, kept // grid_side, kept % grid_side))
+            for part in (
+                np.arange(len(first))[None],
+                len(first) + image_XV,
+                np.arange(end - len(last), end)[None],
+            ):
+                positions_T.append(np.broadcast_to(part, (len(image_XV), part.shape[1])))
             ends.append(end)
         rows.append(start + len(first) + np.arange(len(kept)))
         image_rows.append(image * num_image_tokens + kept)
         lengths.append(length)
         start += length
         image += shown
+    skipped = (0,) * len(lengths) if skipped is None else tuple(skipped)
     kept_V = np.zeros(0)
     if visible_IP is not None and mode == "zero":
         kept_V = visible_IP.reshape(-1)
@@ -132,8 +151,9 @@ def pack_turns(
         np.flatnonzero(has_image),
         np.array([0, *accumulate(lengths)]),
         np.array(ends),
+        np.array(skipped),
         np.concatenate(ids),
-        np.concatenate(positions_T),
+        np.concatenate(positions_T, axis=1).ravel(),
         np.concatenate(rows),
         np.concatenate(image_rows),
         kept_V,
@@ -144,5 +164,6 @@ def pack_turns(
         num_images=image,
         buffer=torch.from_numpy(np.concatenate([part.astype(np.int64) for part in parts])),
         sizes=tuple(map(len, parts)),
+        skipped=skipped,
         source=source,
     )

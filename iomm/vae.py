@@ -227,8 +227,8 @@ class QwenVAE(Autoencoder):
         self.factor = 2 ** len(config.temperal_downsample)
         # float32, as in diffusers, whatever the dtype of the weights.
         for name, values in (("mean", config.latents_mean), ("std", config.latents_std)):
-            statistics = torch.tensor(values, dtype=torch.float32)[:, None, None]
-            self.register_buffer(name, statistics, persistent=False)
+            statistics = torch.tensor(values, dtype=torch.float32, device=autoencoder.device)
+            self.register_buffer(name, statistics[:, None, None], persistent=False)
         keep_last_frame(autoencoder)
         if tiling:
             autoencoder.enable_tiling()

@@ -25,7 +25,6 @@ import torch
 from torch import nn
 
 from iomm.engine.config import RunConfig
-from iomm.engine.dry_run import NUM_TEXT
 from iomm.engine.parallel.optim import make_optimizer
 from iomm.engine.parallel.zero import deepspeed_config
 from iomm.model import IOMM
@@ -436,7 +435,7 @@ def row_bytes(model: IOMM, config: RunConfig) -> dict[str, tuple[float, float]]:
         forward, backward = 4 * 2 + 6 + 2 * 3 + 3 * 8 / 3, 4 * 3 + 8 + 2 * 3 + 5 * 8 / 3 + 2 * 3
     text, vision = mllm.backbone.config.text_config, mllm.backbone.config.vision_config
     prefix, queries = (
-        NUM_TEXT + mllm.num_image_tokens * (1 - config.mask.ratio),
+        mllm.num_text + mllm.num_image_tokens * (1 - config.mask.ratio),
         config.adapter.num_queries,
     )
     layers, gate = (

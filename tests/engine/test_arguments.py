@@ -180,8 +180,11 @@ def test_arguments_survive_the_shell_of_another_machine(given, expected, tmp_pat
         (["sample", "--run", "x", "--guidance", "nan"], "--guidance must be a number >= 0"),
         (["sample", "--run", "x", "--guidance", "inf"], "--guidance must be a number >= 0"),
         (["sample", "--run", "x", "--guidance", "-1"], "--guidance must be a number >= 0"),
-        (["sample", "--run", "x", "--shift", "0"], "--shift must be flux or a number > 0, got '0'"),
-        (["sample", "--run", "x", "--shift", "nan"], "--shift must be flux or a number > 0"),
+        (
+            ["sample", "--run", "x", "--shift", "0"],
+            "--shift must be flux, qwen-image or a number > 0, got '0'",
+        ),
+        (["sample", "--run", "x", "--shift", "nan"], "--shift must be flux, qwen-image or a num"),
         (["sample", "--run", "x", "--prompt", "\udcff"], "--prompt must be UTF-8 text"),
         (["index", "x", "--out", "y", "--max-aspect", "nan"], "--max-aspect must be a number >= 1"),
         (["index", "x", "--out", "y", "--workers", "0"], "--workers must be a whole number >= 1"),

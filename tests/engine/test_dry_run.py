@@ -12,8 +12,6 @@ from iomm.config import InputError
 from iomm.engine.config import CONFIGS, load_config
 from iomm.engine.dry_run import (
     NUM_CAPTION,
-    NUM_TEXT,
-    NUM_TURN,
     activation_bytes,
     build_without_weights,
     check_paths,
@@ -108,8 +106,8 @@ def test_shipped_configs_have_the_papers_values(name):
 def test_pair_counts_the_caption_and_not_the_vit(model):
     config = load_config("iomm-b-512-finetune", NO_PATHS)
     image, pair = (
-        flops_by_part(model, 512, NUM_TEXT),
-        flops_by_part(model, 512, NUM_TURN + 0.9 * NUM_CAPTION, image=False),
+        flops_by_part(model, 512, model.frozen[0].num_text),
+        flops_by_part(model, 512, model.frozen[0].num_turn + 0.9 * NUM_CAPTION, image=False),
     )
     mllm = model.frozen[0]
     assert (
@@ -117,14 +115,16 @@ def test_pair_counts_the_caption_and_not_the_vit(model):
         and pair["ViT"] == 0
         and pair["generator"] == image["generator"]
     )
-    assert pair["MLLM"] == sum(mllm.decoder_flops(NUM_TURN + 0.9 * NUM_CAPTION, 256))
+    assert pair["MLLM"] == sum(
+        mllm.decoder_flops(model.frozen[0].num_turn + 0.9 * NUM_CAPTION, 256)
+    )
     assert work(model, config) == pytest.approx(
         {part: (image[part] + pair[part]) / 2 for part in image}
     )
     assert tokens(model, config) == 1024 + 256
     every = load_config("iomm-b-512", ["adapter.conditions=all", *NO_PATHS])
     assert tokens(build_without_weights(every), every) == pytest.approx(
-        1024 + 256 + NUM_TEXT + 0.15 * 256
+        1024 + 256 + model.frozen[0].num_text + 0.15 * 256
     )
     latents = replace(
         config,

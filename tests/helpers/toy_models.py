@@ -7,7 +7,9 @@ import torch
 from iomm.adapter import Connector, QueryAdapter
 from iomm.config import AdapterConfig, GeneratorConfig, MaskConfig
 from iomm.generator import new_generator
+from iomm.internvl import byte_tokenizer
 from iomm.model import IOMM, Recipe
+from iomm.qwen_vl import ASSISTANT, SYSTEM
 from iomm.vae import load_vae
 
 # The MLLM's vision and text configs, for iomm.engine.shapes.mllm.create_mllm.
@@ -106,6 +108,91 @@ def qwen_autoencoder():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return AutoencoderKLQwenImage(base_dim=8, num_res_blocks=1).eval()
+
+
+def qwen_vl(dtype=torch.float64):
+    """Return a random Qwen2_5_VLForConditionalGeneration and a tokenizer, the same in each call.
+
+    The tokenizer splits the system texts into as many tokens as Qwen2.5's: whole words.
+    """
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    special = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    tokenizer = byte_tokenizer([*SYSTEM.values(), ASSISTANT] * 2, 1024, special)
+    start, end, image, video = tokenizer.convert_tokens_to_ids(special)
+    config = Qwen2_5_VLConfig(
+        text_config=dict(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=80,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=2048,
+            rms_norm_eps=1e-6,
+            rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[2, 3, 3]),
+            bos_token_id=0,
+            eos_token_id=0,
+        ),
+        vision_config=dict(
+            depth=2,
+            hidden_size=32,
+            intermediate_size=40,
+            num_heads=2,
+            out_hidden_size=64,
+            fullatt_block_indexes=[1],
+        ),
+        image_token_id=image,
+        video_token_id=video,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Qwen2_5_VLForConditionalGeneration(config).float().eval()
+        # Fresh biases are zero and fresh norms one, which could hide a difference.
+        for parameter in model.parameters():
+            parameter.data += torch.randn_like(parameter) * 0.05
+    return model.to(dtype), tokenizer
+
+
+def qwen_scheduler():
+    """Return a scheduler with the values of Qwen/Qwen-Image's scheduler_config.json."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return FlowMatchEulerDiscreteScheduler(
+        base_image_seq_len=256,
+        base_shift=0.5,
+        max_image_seq_len=8192,
+        max_shift=0.9,
+        shift_terminal=0.02,
+        use_dynamic_shifting=True,
+    )
+
+
+def qwen_pipeline(dtype=torch.float64):
+    """Return a tiny random QwenImagePipeline of diffusers, the same in each call."""
+    from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
+
+    text_encoder, tokenizer = qwen_vl(dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformer = QwenImageTransformer2DModel(
+            in_channels=64,
+            out_channels=16,
+            num_layers=2,
+            attention_head_dim=32,
+            num_attention_heads=2,
+            joint_attention_dim=64,
+            axes_dims_rope=(4, 14, 14),
+        )
+    return QwenImagePipeline(
+        qwen_scheduler(),
+        qwen_autoencoder().to(dtype),
+        text_encoder,
+        tokenizer,
+        transformer.to(dtype),
+    )
 
 
 def walk(value):

@@ -1,4 +1,4 @@
-"""LoRA against peft and diffusers, on tiny FLUX and Z-Image transformers.
+"""LoRA against peft and diffusers, on tiny FLUX, Qwen-Image and Z-Image transformers.
 
 Also freezing, merging, dropout, FLOPs and compiled blocks.
 """
@@ -10,9 +10,9 @@ import pytest
 import torch
 from parity import inputs, randomize, relative_error, true_float64
 from safetensors import safe_open
-from test_mmdit import MIXED, SMALL
-from test_mmdit import run_twin as run_flux
-from test_mmdit import twin as twin_flux
+from test_mmdit import MIXED, QWEN, SMALL
+from test_mmdit import run_twin as run_mmdit
+from test_mmdit import twin as twin_mmdit
 from test_single_stream import SMALL as STREAM
 from test_single_stream import run_twin as run_zimage
 from test_single_stream import twin as twin_zimage
@@ -24,21 +24,28 @@ from iomm import lora
 from iomm.config import InputError, LoraConfig
 from iomm.flops import condition_tokens, flops_by_part
 from iomm.generator import GENERATORS, empty_generator
-from iomm.layout import Layout, module_names
+from iomm.layout import Layout, diffusers_class, module_names
 from iomm.weights import export_generator, load_generator
 
 PATCH = {"mmdit": 1, "single_stream": 2}
 SETTINGS = LoraConfig(rank=3, alpha=6.0)
-TWINS = {"mmdit": (twin_flux, run_flux), "single_stream": (twin_zimage, run_zimage)}
+TWINS = {"mmdit": (twin_mmdit, run_mmdit), "single_stream": (twin_zimage, run_zimage)}
 # Names that peft's list of targets can have.
 SUFFIXES = tuple(target for target in lora.TARGETS if "*" not in target)
 CONFIGS = pytest.mark.parametrize(
-    "config", [SMALL, MIXED, STREAM], ids=["dual", "dual+single", "z-image"]
+    "config", [SMALL, MIXED, QWEN, STREAM], ids=["dual", "dual+single", "qwen", "z-image"]
 )
 # Attention from the second block on, the first layer and the last one, parts of fused layers.
 SUBSETS = {
     "late": ("transformer_blocks.1.attn.to_out.0", "layers.1.attention.to_k"),
-    "ends": ("x_embedder", "proj_out", "all_x_embedder.2-1", "all_final_layer.2-1.linear"),
+    "ends": (
+        "x_embedder",
+        "img_in",
+        "txt_in",
+        "proj_out",
+        "all_x_embedder.2-1",
+        "all_final_layer.2-1.linear",
+    ),
     "parts": ("to_q", "to_v", "proj_mlp", "feed_forward.w3", "norm_out.linear"),
 }
 
@@ -198,15 +205,15 @@ def test_merged_export_is_a_generator_like_any_other(config, tmp_path):
     assert changed == {f"{name}.weight" for name in lora.layers_with_lora(generator)}
 
 
-def diffusers_pipeline(kind, transformer):
+def diffusers_pipeline(config, transformer):
     """Return diffusers' pipeline with this transformer and nothing else."""
     import diffusers
 
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     parts = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
-    if kind == "mmdit":
+    name = diffusers_class(config).replace("Transformer2DModel", "Pipeline")
+    if name == "FluxPipeline":
         parts |= dict.fromkeys(("text_encoder_2", "tokenizer_2"))
-    name = {"mmdit": "FluxPipeline", "single_stream": "ZImagePipeline"}[kind]
     return getattr(diffusers, name)(scheduler=scheduler, transformer=transformer, **parts)
 
 
@@ -224,7 +231,7 @@ def test_exported_file_loads_in_diffusers(config, targets, tmp_path):
     origin = {"run": "runs/x", "step": "7"}
     path = lora.save_lora(ours, tmp_path, patch=PATCH[config.kind], origin=origin)
     assert path == tmp_path / "pytorch_lora_weights.safetensors"
-    pipeline = diffusers_pipeline(config.kind, theirs)
+    pipeline = diffusers_pipeline(config, theirs)
     pipeline.load_lora_weights(tmp_path)
     with true_float64():
         # Measured: 4e-15.
@@ -248,7 +255,7 @@ def test_exported_file_loads_in_diffusers(config, targets, tmp_path):
         ("to_q", "to_k", "to_v"),
         ("transformer_blocks.1.attn.to_out.0", "layers.1.attention.to_out.0"),
         ("proj_out", "all_final_layer.2-1.linear"),
-        ("x_embedder", "all_x_embedder.2-1"),
+        ("x_embedder", "img_in", "all_x_embedder.2-1"),
     ],
     ids=["default", "qkv", "second block", "last layer", "first layer"],
 )

@@ -60,6 +60,46 @@ def test_flux_shift_equals_diffusers(num_tokens):
     )
 
 
+@pytest.mark.parametrize("steps", [1, 2, 20])
+@pytest.mark.parametrize("num_tokens", [256, 1024, 4096])
+def test_qwen_image_times_equal_diffusers(num_tokens, steps):
+    import numpy
+    from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
+    from toy_models import qwen_scheduler
+
+    scheduler = qwen_scheduler()
+    config = scheduler.config
+    mu = calculate_shift(
+        num_tokens,
+        config.base_image_seq_len,
+        config.max_image_seq_len,
+        config.base_shift,
+        config.max_shift,
+    )
+    times = step_times(steps, "qwen-image", num_tokens)
+    assert times[0] == 1 and times[-1] == 0 and len(times) == steps + 1
+    # With one step diffusers divides zero by zero.
+    if steps > 1:
+        scheduler.set_timesteps(sigmas=numpy.linspace(1.0, 1 / steps, steps), mu=mu)
+        assert (scheduler.sigmas.double() - times).abs().max() < 1e-6
+        assert times[-2] == pytest.approx(0.02, abs=1e-12)
+
+
+def test_guidance_keeps_the_norm_of_the_conditional_velocity():
+    noise, condition = torch.randn(3, 5, 4), torch.randn(3, 2, 4)
+    t_B, uncondition = torch.rand(3), torch.zeros(3, 2, 4)
+    plain = guided(field, condition, uncondition, 4.0)(noise, t_B)
+    kept = guided(field, condition, uncondition, 4.0, keep_norm=True)(noise, t_B)
+    alone = field(noise, t_B, condition)
+    assert torch.allclose(kept.norm(dim=-1), alone.norm(dim=-1))
+    assert torch.allclose(
+        kept / kept.norm(dim=-1, keepdim=True), plain / plain.norm(dim=-1, keepdim=True), atol=1e-6
+    )
+    # The velocity of a fresh generator is zero.
+    zero = guided(lambda x, t_B, c: torch.zeros_like(x), condition, uncondition, 4.0, True)
+    assert not zero(noise, t_B).any()
+
+
 def gaussian(mean, std):
     """Return the exact velocity E[z - x | x_t] for data from N(mean, std^2).
 
@@ -162,6 +202,7 @@ def test_image_does_not_depend_on_its_batch():
         ({"steps": 0}, "steps"),
         ({"steps": 4, "method": "rk4"}, "euler, heun"),
         ({"steps": 4, "shift": 0.0}, "shift"),
+        ({"steps": 4, "shift": "sd3"}, "flux, qwen-image"),
         ({"steps": 4, "guidance": 2.0}, "guidance"),
     ],
 )

@@ -95,9 +95,10 @@ def test_turns_move_in_one_copy(mllm):
     moved = turns.to(torch.device("meta"))
     storages = {part.untyped_storage()._cdata for part in moved.parts()}
     assert len(storages) == 1 and moved.lengths == turns.lengths
-    # n_B, images, offsets, ends, then ids and positions of all tokens, rows and places of images.
+    # n_B, images, offsets, ends, skipped tokens, then ids and positions of all tokens, rows and
+    # places of images.
     num_visible = len(turns.parts().row_V)
-    assert len(turns.buffer) == 3 + 2 + 4 + 3 + 2 * sum(turns.lengths) + 2 * num_visible
+    assert len(turns.buffer) == 3 + 2 + 4 + 3 + 3 + 2 * sum(turns.lengths) + 2 * num_visible
 
 
 def test_turns_of_another_recipe_are_drawn_again(mllm):

@@ -71,10 +71,10 @@ def path(text: str) -> str:
         raise argparse.ArgumentTypeError(
             "is empty. Give a value, or leave it out; a shell variable may be unset"
         )
-    return text
+    return text_of_shell(text)
 
 
-def text(value: str) -> str:
+def text_of_shell(value: str) -> str:
     """Return a text, which may be empty but must be text: a shell passes any bytes on."""
     try:
         value.encode()

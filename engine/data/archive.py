@@ -20,6 +20,7 @@ OTHER_IMAGE_SUFFIXES = (
 )
 CAPTION_SUFFIXES = ("txt", "json")
 SUFFIXES = IMAGE_SUFFIXES + OTHER_IMAGE_SUFFIXES + CAPTION_SUFFIXES
+COMPRESSED_SUFFIXES = ("gz", "tgz", "bz2", "xz", "zst", "zip", "7z", "rar")
 # Folders that viewers and systems make, in lower case.
 SYSTEM_FOLDERS = {
     *("@eadir", "__macosx", "lost+found", "$recycle.bin", "system volume information"),

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from iomm.config import InputError
 from iomm.engine.cores import num_cores
-from iomm.engine.data.archive import IMAGE_SUFFIXES, LeftOut
+from iomm.engine.data.archive import COMPRESSED_SUFFIXES, IMAGE_SUFFIXES, LeftOut
 from iomm.engine.data.atomic import check_replaceable, lock, whole_file, whole_folder
 from iomm.engine.data.patterns import expand, resolve
 from iomm.engine.data.sizes import describe_edges
@@ -39,7 +39,6 @@ FORMAT = {"format": "iomm-index", "version": VERSION, "record_bytes": RECORD.ite
 PADDED_SHARE = 0.05
 # Reasons in the error that no sample is usable.
 NUM_REASONS = 3
-COMPRESSED = ("gz", "tgz", "bz2", "xz", "zst", "zip", "7z", "rar")
 
 # A path, a glob or a brace list, or several of them. See patterns.expand.
 Patterns = str | os.PathLike | Iterable[str | os.PathLike]
@@ -452,7 +451,7 @@ def _advice(reason: str) -> str:
     """Return what to do about something that was left out, to append to an example, or ""."""
     if reason == "named *.tar":
         return " (a tar in a subfolder; name that folder, or use a glob such as FOLDER/*/*.tar)"
-    if reason.removeprefix("named *.") in COMPRESSED:
+    if reason.removeprefix("named *.") in COMPRESSED_SUFFIXES:
         return " (compressed; make it a tar first)"
     if reason == "in a hidden or thumbnail folder":
         return " (name that folder itself to use it)"

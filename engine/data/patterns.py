@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from iomm.config import InputError
-from iomm.engine.data.archive import IMAGE_SUFFIXES, OTHER_IMAGE_SUFFIXES, LeftOut, hidden_reason
+from iomm.engine.data.archive import (
+    COMPRESSED_SUFFIXES,
+    IMAGE_SUFFIXES,
+    OTHER_IMAGE_SUFFIXES,
+    LeftOut,
+    hidden_reason,
+)
 
 # Pieces between commas that are tried together as one path.
 MAX_JOINED = 8
@@ -95,17 +101,25 @@ def _paths(pattern: str) -> list[str]:
 
 
 def _tars_in(path: str, left_out: LeftOut) -> list[str]:
-    """Return the tars in a folder, and count images and folders of data beside them."""
+    """Return the tars in a folder, and count other data beside them."""
     try:
         entries = sorted(os.scandir(path), key=lambda entry: entry.name)
     except OSError:
         # Not a folder, or an unreadable one, which indexing reports.
         return []
-    entries = [entry for entry in entries if not entry.name.startswith(".")]
-    tars = [entry.path for entry in entries if _suffix(entry.name) == "tar"]
+    tars = [
+        entry.path
+        for entry in entries
+        if _suffix(entry.name) == "tar" and not entry.name.startswith(".")
+    ]
     if tars:
         for entry in entries:
-            if _suffix(entry.name) in IMAGE_SUFFIXES + OTHER_IMAGE_SUFFIXES:
+            if entry.name.startswith("."):
+                if _is_data(entry.name):
+                    left_out.add("hidden files", entry.path)
+            elif _suffix(entry.name) in COMPRESSED_SUFFIXES:
+                left_out.add(f"named *.{_suffix(entry.name)}", entry.path)
+            elif _suffix(entry.name) in IMAGE_SUFFIXES + OTHER_IMAGE_SUFFIXES:
                 left_out.add("images beside tars", entry.path)
             elif _suffix(entry.name) != "tar" and _holds_data(entry.path):
                 left_out.add("folders beside tars", entry.path)
@@ -118,12 +132,13 @@ def _holds_data(path: str) -> bool:
         return False
     try:
         with os.scandir(path) as entries:
-            return any(
-                _suffix(entry.name) in ("tar", *IMAGE_SUFFIXES, *OTHER_IMAGE_SUFFIXES)
-                for entry in entries
-            )
+            return any(_is_data(entry.name) for entry in entries)
     except OSError:
         return False
+
+
+def _is_data(name: str) -> bool:
+    return _suffix(name) in ("tar", *IMAGE_SUFFIXES, *OTHER_IMAGE_SUFFIXES)
 
 
 def _suffix(name: str) -> str:

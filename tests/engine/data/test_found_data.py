@@ -110,7 +110,7 @@ def test_unreadable_shards_are_counted_once_and_others_are_used(tmp_path):
 
 
 def test_unreadable_part_of_a_tar_costs_only_its_members(tmp_path, monkeypatch):
-    """Two headers of a tar of 2 MiB lie in bad sectors."""
+    """Two headers of a tar of 2 MiB are in bad sectors."""
     big = os.urandom(1 << 20)
     members = [(f"{i}.jpg", JPEG) for i in range(3)] + [("big.bin", big)]
     members += [("3.jpg", JPEG), ("big2.bin", big), ("4.jpg", JPEG)]
@@ -371,10 +371,17 @@ def test_folders_and_images_beside_tars_are_counted(tmp_path):
     tar(tmp_path / "0.tar", ("0.jpg", JPEG))
     tar(tmp_path / "1.TAR", ("0.jpg", JPEG))
     tar(tmp_path / "more" / "2.tar", ("0.jpg", JPEG))
-    files(tmp_path, "x.jpg", "._0.tar", "0_stats.json", "index/index.bin", "@eaDir/0.jpg")
+    files(
+        tmp_path, "x.jpg", "._0.tar", "3.tar.gz", "0_stats.json", "index/index.bin", "@eaDir/0.jpg"
+    )
     resolved = resolve(tmp_path)
     assert [path.name for path in resolved.paths] == ["0.tar", "1.TAR"]
-    assert counts(resolved.left_out) == {"images beside tars": 1, "folders beside tars": 1}
+    assert counts(resolved.left_out) == {
+        "images beside tars": 1,
+        "folders beside tars": 1,
+        "hidden files": 1,
+        "named *.gz": 1,
+    }
 
 
 def test_glob_leaves_out_system_folders_and_a_name_does_not(tmp_path):

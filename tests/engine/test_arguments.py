@@ -208,6 +208,7 @@ def test_arguments_survive_the_shell_of_another_machine(given, expected, tmp_pat
         (["sample", "--run", "x", "--guidance", "nan"], "--guidance must be a number >= 0"),
         (["sample", "--run", "x", "--guidance", "inf"], "--guidance must be a number >= 0"),
         (["sample", "--run", "x", "--guidance", "-1"], "--guidance must be a number >= 0"),
+        (["sample", "--run", "x", "--size", "99999"], "--size must be at most 67,108,864 pixels"),
         (["sample", "--run", "x", "--shift", "0"], "--shift must be flux or a number > 0, got '0'"),
         (["sample", "--run", "x", "--shift", "nan"], "--shift must be flux or a number > 0"),
         (["sample", "--run", "x", "--prompt", "\udcff"], "--prompt must be UTF-8 text"),

@@ -208,6 +208,9 @@ def start_of_command(module: str) -> list[str]:
         # No /proc, or a process that has ended.
         pass
     number = len(sys.orig_argv) - len(sys.argv[1:])
+    if number < 1 or sys.orig_argv[number:] != sys.argv[1:]:
+        # Another program runs this one in its own process.
+        return ["python", sys.argv[0]]
     python, *rest = sys.orig_argv[:number]
     return [Path(python).name, *rest]
 

@@ -71,10 +71,10 @@ def path(text: str) -> str:
         raise argparse.ArgumentTypeError(
             "is empty. Give a value, or leave it out; a shell variable may be unset"
         )
-    return text
+    return text_of_shell(text)
 
 
-def text(value: str) -> str:
+def text_of_shell(value: str) -> str:
     """Return a text, which may be empty but must be text: a shell passes any bytes on."""
     try:
         value.encode()
@@ -209,6 +209,9 @@ def start_of_command(module: str) -> list[str]:
         # No /proc, or a process that has ended.
         pass
     number = len(sys.orig_argv) - len(sys.argv[1:])
+    if number < 1 or sys.orig_argv[number:] != sys.argv[1:]:
+        # Another program runs this one in its own process.
+        return ["python", sys.argv[0]]
     python, *rest = sys.orig_argv[:number]
     return [Path(python).name, *rest]
 

@@ -86,11 +86,11 @@ def resolved(config: RunConfig, base: str | Path = ".") -> RunConfig:
     base = Path(base).absolute()
 
     def path(name: str | None) -> str | None:
-        return None if name is None else os.path.normpath(base / Path(name).expanduser())
+        return None if name is None else os.path.normpath(base / os.path.expanduser(name))
 
     def weights(name: str) -> str:
         # A hub id, "shapes" or another name that is not a folder keeps its meaning.
-        named = name == "shapes" or not (base / Path(name).expanduser()).is_dir()
+        named = name == "shapes" or not (base / os.path.expanduser(name)).is_dir()
         return name if named else path(name)
 
     def shards(name: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
@@ -117,13 +117,15 @@ def saved_config(run_dir: str | Path) -> RunConfig:
     folder from which the saved run.dir leads to `run_dir`, or else the current one.
     """
     config = load_config(str(Path(run_dir) / "config.yaml"))
-    folder, started = Path(os.path.abspath(run_dir)), Path(os.path.normpath(config.run.dir))
-    base = Path.cwd()
+    started, base = Path(os.path.normpath(config.run.dir)), Path.cwd()
     depth = len(started.parts)
-    if not started.is_absolute() and folder.parts[-depth:] == started.parts:
-        base = folder.parents[depth - 1]
+    # The second one is where a link to the run leads.
+    folders = [Path(os.path.abspath(run_dir)), Path(os.path.realpath(run_dir))]
+    for folder in folders:
+        if not started.is_absolute() and folder.parts[-depth:] == started.parts:
+            base = folder.parents[depth - 1]
     config = resolved(config, base)
-    return replace(config, run=replace(config.run, dir=str(folder)))
+    return replace(config, run=replace(config.run, dir=str(folders[0])))
 
 
 def cache_folders(config: RunConfig) -> list[Path]:
@@ -133,9 +135,13 @@ def cache_folders(config: RunConfig) -> list[Path]:
     """
     if config.cache.dir is not None:
         return [Path(config.cache.dir)]
-    run_dir = Path(config.run.dir)
-    own = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "iomm"
-    return [run_dir.parent / "shared", run_dir / "shared", own]
+    # A link to a run means the folder that it leads to.
+    run_dir = Path(os.path.realpath(config.run.dir))
+    own = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not os.path.isabs(own):
+        # A process without a home, as in a container.
+        own = os.path.join(tempfile.gettempdir(), f"cache-{os.getuid()}")
+    return [run_dir.parent / "shared", run_dir / "shared", Path(own) / "iomm"]
 
 
 def cache_dir(config: RunConfig) -> Path:

@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument(
         "--prompt",
         action="append",
-        type=arguments.text,
+        type=arguments.text_of_shell,
         default=[],
         help="generate from this text instead of masked images; may be repeated",
     )
@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     command = add_run_command("edit", "edit an image by an instruction")
     add_sampling(command, 1.0)
     command.add_argument("--image", type=arguments.path, required=True)
-    command.add_argument("--instruction", type=arguments.text, required=True)
+    command.add_argument("--instruction", type=arguments.text_of_shell, required=True)
 
     command = commands.add_parser(
         "evaluate", help="generate or check the images that a benchmark's official grader reads"

@@ -6,6 +6,7 @@ entry in the table of engine/README.md. engine/config_parser.py reads the files.
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -189,6 +190,13 @@ class DataSection:
                     )
                 # One form for a single pattern, so that "shapes" and an index are recognised.
                 object.__setattr__(self, key, value[0] if len(value) == 1 else value)
+            elif value is not None and "," in value and not os.path.exists(value):
+                parts = re.sub(r"\{[^{}]*\}", "braces", value).split(",")
+                if not all(part.strip() for part in parts):
+                    raise InputError(
+                        f"data.{key} has an empty name between its commas, got {value!r}. Remove "
+                        "the comma; a shell variable may be unset"
+                    )
         positive("data.size_px", self.size_px, 16)
         choice("data.upscale", self.upscale, ("allow", "warn", "refuse"))
         choice("data.crop", self.crop, ("center", "random"))

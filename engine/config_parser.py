@@ -268,6 +268,7 @@ def value_of(kind: Any, node: yaml.Node, where: str) -> Any:
         if not all(isinstance(item, yaml.ScalarNode) for item in node.value):
             raise InputError(f"{where} must be {spell(kind)}, got a nested list")
         items = [str(item.value) for item in node.value]
+        check_text("".join(items), where)
         return tuple(items) if is_texts(listed) else scalar(listed, ",".join(items), where)
     if not isinstance(node, yaml.ScalarNode):
         raise InputError(f"{where} must be {spell(kind)}, got a section")
@@ -278,6 +279,7 @@ def value_of(kind: Any, node: yaml.Node, where: str) -> Any:
 
 def scalar(kind: Any, text: str, where: str) -> Any:
     """Return `text` as `kind`. Raises InputError unless it is written exactly as that type."""
+    check_text(text, where)
     if typing.get_origin(kind) is types.UnionType:
         if text in ("null", "~", "") and types.NoneType in typing.get_args(kind):
             return None
@@ -305,6 +307,16 @@ def scalar(kind: Any, text: str, where: str) -> Any:
         return text
     except (ValueError, KeyError):
         raise InputError(f"{where} must be {spell(kind)}, got {text!r}") from None
+
+
+def check_text(text: str, where: str) -> None:
+    """Raise InputError unless a value is text that a file can hold: a shell passes any bytes on."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{where} must be UTF-8 text, got {text!r}") from None
+    if "\0" in text:
+        raise InputError(f"{where} must not contain a null character, got {text!r}")
 
 
 def is_texts(kind: Any) -> bool:

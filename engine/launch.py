@@ -97,6 +97,7 @@ def main(argv: list[str] | None = None, start_peers: bool = False) -> int:
             overrides = given_once([*overrides, f"run.init={args.init}"])
         config = load_config(args.config or STAGES[args.stage], overrides)
         config = builders.with_generator_shape(builders.resolved(config))
+        check_run_dir(Path(config.run.dir))
         if args.stage == "finetune" and config.run.init is None:
             raise InputError(
                 "--stage finetune needs the weights of a stage-1 run: give --init RUN, the run.dir "
@@ -197,6 +198,23 @@ def check_args(args: argparse.Namespace) -> None:
     """Raise InputError for options whose values are wrong whatever the config holds."""
     choice("--stage", args.stage, tuple(STAGES))
     choice("--profile", args.profile, ("none", "nsys", "torch"))
+
+
+def check_run_dir(run_dir: Path) -> None:
+    """Check that a new run does not fill the current folder or one above it.
+
+    A value such as "$RUNS/" or "./$NAME" means these when the shell variable is not set.
+
+    Raises:
+        InputError: it would, and no run is there yet.
+    """
+    if run_dir not in (Path.cwd(), *Path.cwd().parents, Path("/")):
+        return
+    if not (run_dir / "config.yaml").is_file():
+        raise InputError(
+            f"run.dir is {run_dir}, which is the current folder or one above it. Give the run a "
+            "folder of its own such as runs/NAME; a shell variable may be unset"
+        )
 
 
 def check_kernels(precision: str, key: str = "precision") -> None:

@@ -28,6 +28,9 @@ from iomm.weights import export_generator, load_generator, load_module, read_jso
 # File in an exported folder with everything that diffusers' config.json does not record.
 CARD = "iomm.json"
 
+# Ends of the paths of the MLLM and the VAE that ship with the package.
+SHIPPED_FOLDERS = ("engine", "shapes", "weights"), ("shapes", "weights", "vae")
+
 # Side of a square in pixels, or (height, width).
 Size = int | Sequence[int]
 
@@ -460,7 +463,9 @@ def frozen_name(card: dict[str, Any], key: str, folder: Path) -> str:
         InputError: it was in a folder of the machine that exported the model.
     """
     name = card[key]
-    # Earlier versions recorded the path.
+    # Earlier versions recorded paths, also that of what ships with the package.
+    if name is not None and Path(name).parts[-3:] in SHIPPED_FOLDERS:
+        return "shapes"
     if name is not None and not (Path(name).is_absolute() and not Path(name).is_dir()):
         return name
     local = card.get(f"{key}_folder") or Path(name or "unknown").name

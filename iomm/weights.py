@@ -378,7 +378,12 @@ def write_tensors(
         for name, tensor in tensors.items()
     }
     part = path.with_name(path.name + ".part")
-    save_file(copies, part, metadata={"format": "pt", **(metadata or {})})
+    try:
+        save_file(copies, part, metadata={"format": "pt", **(metadata or {})})
+    except SafetensorError as error:
+        # A full disk, for example.
+        part.unlink(missing_ok=True)
+        raise OSError(f"{part} cannot be written: {error}") from error
     part.replace(path)
 
 

@@ -37,9 +37,7 @@ def whole_file(
     """
     path = Path(path)
     if partial is None:
-        name = os.fsencode(path.name)
-        short = path.name if len(name) <= 200 else hashlib.sha256(name).hexdigest()[:16]
-        partial = path.with_name(f".{short}.{os.getpid()}.partial")
+        partial = path.with_name(f".{short_name(path)}.{os.getpid()}.partial")
     partial = Path(partial)
     try:
         yield partial
@@ -52,6 +50,12 @@ def whole_file(
         raise
 
 
+def short_name(path: Path) -> str:
+    """Return a path's name, or a hash of one that leaves no room for a prefix and a suffix."""
+    name = os.fsencode(path.name)
+    return path.name if len(name) <= 200 else hashlib.sha256(name).hexdigest()[:16]
+
+
 @contextmanager
 def whole_folder(
     path: str | os.PathLike, marker: str, keep: Collection[str] = ()
@@ -61,7 +65,8 @@ def whole_folder(
     An existing folder at `path` is replaced only if it is empty or contains a file named `marker`,
     which identifies it as written by this project. If the block raises, nothing changes. A killed
     process leaves at most a folder `.NAME.*` in the same parent, which is never read. `keep` names
-    entries of an existing folder that the new one takes over.
+    entries of an existing folder that the new one takes over. A mount point, such as a container's
+    volume, cannot be renamed; its files are replaced one by one, and `marker` comes last.
 
     Raises:
         InputError: `path` exists and may not be replaced.
@@ -69,14 +74,21 @@ def whole_folder(
     path = Path(path).absolute()
     check_replaceable(path, marker)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    mounted = os.path.ismount(path)
+    fresh = Path(
+        tempfile.mkdtemp(dir=path if mounted else path.parent, prefix=f".{short_name(path)}.")
+    )
     try:
         yield fresh
         fresh.chmod(0o777 & ~_umask())
         for file in fresh.iterdir():
             with open(file, "rb") as f:
                 os.fsync(f.fileno())
-        if path.exists():
+        if mounted:
+            (path / marker).unlink(missing_ok=True)
+            for file in sorted(fresh.iterdir(), key=lambda file: file.name == marker):
+                os.replace(file, path / file.name)
+        elif path.exists():
             retired = fresh.with_name(f"{fresh.name}.old")
             path.rename(retired)
             fresh.rename(path)

@@ -25,7 +25,7 @@ from iomm.engine import builders
 from iomm.engine.config import RunConfig
 from iomm.engine.data.atomic import whole_file, whole_folder
 from iomm.engine.data.decode import DecodeError, as_trained
-from iomm.engine.data.image import Rejected
+from iomm.engine.data.image import MAX_PIXELS, Rejected
 from iomm.engine.data.shards import Shards
 from iomm.engine.data.source import ImageSource
 from iomm.masking import visible_mask
@@ -332,7 +332,10 @@ def parse_size(text: str) -> tuple[int, int]:
             "--size must be a side in pixels such as 512, or WIDTHxHEIGHT such as 640x448, "
             f"got {text!r}"
         )
-    return int(match[2] or match[1]), int(match[1])
+    height, width = int(match[2] or match[1]), int(match[1])
+    if height * width > MAX_PIXELS:
+        raise InputError(f"--size must be at most {MAX_PIXELS:,} pixels in all, got {text}")
+    return height, width
 
 
 def size_text(size: int | tuple[int, int]) -> str:

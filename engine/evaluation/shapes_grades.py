@@ -16,6 +16,7 @@ from PIL import Image
 
 from iomm.config import InputError, choice
 from iomm.engine.builders import load_run
+from iomm.engine.data.atomic import whole_file
 from iomm.engine.shapes.dataset import COLOURS, DIRECTION, KINDS, Scene, edit, render, scene
 from iomm.engine.shapes.mllm import vit_bytes, vit_pixels
 from iomm.engine.shapes.scorer import parse, score, score_edit
@@ -277,7 +278,8 @@ def grade_run(
         for task in ("image", "text")
     }
     tables["real"] = ceiling(size_px, per_kind=per_kind, vae=model.frozen[1], device=device)
-    (Path(run_dir) / "scores.json").write_text(json.dumps(tables, indent=1) + "\n")
+    with whole_file(Path(run_dir) / "scores.json") as partial:
+        partial.write_text(json.dumps(tables, indent=1) + "\n")
     return "\n".join(
         f"scores, {title}\n{describe(tables[key])}"
         for key, title in (

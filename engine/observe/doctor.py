@@ -21,6 +21,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from iomm.engine.cores import num_cores
+from iomm.engine.data.atomic import whole_file
 from iomm.kernels import native
 
 PRESENT, ABSENT, PROBLEM = "present", "absent", "problem"
@@ -116,7 +117,8 @@ def machine() -> dict[str, Any]:
 def write_machine(run_dir: str | Path, num_ranks: int) -> None:
     """Write machine() and the number of ranks to run_dir/machine.json. Raises OSError."""
     text = json.dumps({**machine(), "ranks": num_ranks}, indent=1) + "\n"
-    (Path(run_dir) / "machine.json").write_text(text, encoding="utf-8")
+    with whole_file(Path(run_dir) / "machine.json") as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def version_of(distribution: str) -> str | None:

@@ -208,12 +208,13 @@ def start(timeout_s: float, local_rank: int | None = None) -> Ranks:
                 timeout=timedelta(seconds=timeout_s),
                 verbose=False,
             )
-    except dist.DistError as error:
+    except RuntimeError as error:
         reason = " ".join(str(error).partition("Exception raised from")[0].split())[:200]
         raise InputError(
             f"rank {os.environ['RANK']} could not join the {others} other rank(s) at {address} "
             f"within train.timeout_s = {timeout_s:g} s ({reason}). Start every rank from 0 to "
-            f"{others} once, and check --master_addr, --master_port and the network"
+            f"{others} once, and check --master_addr, --master_port and the network "
+            "(GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)"
         ) from error
     return Ranks(
         rank=dist.get_rank(),

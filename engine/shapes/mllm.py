@@ -30,6 +30,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from iomm.config import RECONSTRUCT, InputError
+from iomm.engine import arguments
 from iomm.engine.data.atomic import whole_file
 from iomm.engine.shapes.dataset import VERSION, edit, render, scene
 from iomm.internvl import byte_tokenizer, internvl_config
@@ -506,12 +507,18 @@ def accuracies(
 
 def main(argv: list[str] | None = None) -> int:
     """Train on the shipped schedule from the command line and return the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = arguments.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", required=True, help="folder to write; must not exist yet")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
+    parser.add_argument(
+        "--out", type=arguments.path, required=True, help="folder to write; must not exist yet"
+    )
+    parser.add_argument("--seed", type=arguments.seed, default=0)
+    try:
+        args = parser.parse_args(argv)
+    except InputError as error:
+        print(f"iomm: {error}", file=sys.stderr)
+        return 2
     steps = sum(leg.steps for leg in LEGS)
     hours = [steps * step_s / 3600 for step_s in STEP_S]
     print(

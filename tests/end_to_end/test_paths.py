@@ -154,6 +154,22 @@ def test_cache_falls_back_with_a_message(tmp_path, monkeypatch, caplog):
     assert builders.prepare_data(config, progress=False) and not caplog.messages
 
 
+def test_a_link_to_a_run_means_the_run(started, elsewhere):
+    link = elsewhere / "latest"
+    link.symlink_to(started / "runs/x")
+    assert sample(link, "--out", "grid.png") == 0
+    assert sorted(os.listdir(elsewhere)) == ["grid", "grid.png", "latest", "photos"]
+
+
+def test_a_process_without_a_home_has_a_cache(tmp_path, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda name: name)
+    *_, last = builders.cache_folders(config_with(tmp_path / "x"))
+    assert last.is_absolute() and last.name == "iomm"
+    given = builders.resolved(config_with("~no-such-user/x"))
+    assert given.run.dir == os.path.abspath("~no-such-user/x")
+
+
 def test_cache_dir_that_cannot_be_written_is_refused_at_the_start(tmp_path):
     (tmp_path / "file").touch()
     config = config_with(tmp_path / "x", f"cache.dir={tmp_path}/file/cache")

@@ -47,6 +47,34 @@ def test_null_and_the_empty_prompt_remain_values():
     assert parse("", overrides=["run.init=null"]).run.init is None
 
 
+@pytest.mark.parametrize("value", ["a.tar,", ",a.tar", "a.tar, ,b.tar", "{a,b}.tar,"])
+def test_an_empty_name_among_shards_is_refused(value):
+    with pytest.raises(InputError, match=r"data\.shards has an empty name between its commas"):
+        parse("", overrides=[f"data.shards={value}"])
+    assert parse("", overrides=["data.shards=x{,_b}.tar,y"]).data.shards == "x{,_b}.tar,y"
+
+
+@pytest.mark.parametrize("value", [".", "./", "..", "/", "runs/.."])
+def test_a_run_never_fills_the_current_folder(value, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RANK", raising=False)
+    found = error_of(launch.main, capsys, f"run.dir={value}")
+    assert "which is the current folder or one above it" in found
+    assert not list(tmp_path.iterdir())
+    # A run that is there may be resumed from its own folder.
+    (tmp_path / "config.yaml").touch()
+    launch.check_run_dir(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["\udcff", "a\ud800", "a\0b"])
+def test_values_must_be_text(text, capsys):
+    for key in ("run.dir", "data.shards", "evaluate.prompts", "prompt.empty"):
+        with pytest.raises(InputError, match=f"{key} must (be UTF-8 text|not contain a null)"):
+            parse("", overrides=[f"{key}={text}"])
+    if "\0" not in text:
+        assert "--out must be UTF-8 text" in error_of(iomm, capsys, "export", "--out", text)
+
+
 def test_an_empty_run_dir_trains_nowhere(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RANK", raising=False)
@@ -180,6 +208,7 @@ def test_arguments_survive_the_shell_of_another_machine(given, expected, tmp_pat
         (["sample", "--run", "x", "--guidance", "nan"], "--guidance must be a number >= 0"),
         (["sample", "--run", "x", "--guidance", "inf"], "--guidance must be a number >= 0"),
         (["sample", "--run", "x", "--guidance", "-1"], "--guidance must be a number >= 0"),
+        (["sample", "--run", "x", "--size", "99999"], "--size must be at most 67,108,864 pixels"),
         (
             ["sample", "--run", "x", "--shift", "0"],
             "--shift must be flux, qwen-image or a number > 0, got '0'",
@@ -217,4 +246,4 @@ def test_version(capsys):
 def test_types_read_what_config_values_may_be():
     assert arguments.whole(0)("7") == 7 and arguments.seed(str(2**64 - 1)) == 2**64 - 1
     assert arguments.number(0)("1e3") == 1000 and arguments.shift("flux") == "flux"
-    assert arguments.shift("2.5") == 2.5 and arguments.text("zwölf") == "zwölf"
+    assert arguments.shift("2.5") == 2.5 and arguments.text_of_shell("zwölf") == "zwölf"

@@ -226,3 +226,8 @@ def test_start_without_a_launcher_is_that_of_python(monkeypatch):
         "-m",
         "iomm.engine.launch",
     ]
+    # A process that was forked for several programs has the command line of another one.
+    for other in (["/v/bin/python3", "-c", "x"], ["/v/bin/python3", "-c", "x", "y", "z"]):
+        monkeypatch.setattr(sys, "orig_argv", other)
+        script = "/x/iomm/engine/launch.py"
+        assert arguments.start_of_command("iomm.engine.launch") == ["python", script]

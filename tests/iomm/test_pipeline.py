@@ -14,7 +14,7 @@ from PIL import Image
 from toy_models import build
 
 from iomm.config import InputError, PromptConfig
-from iomm.pipeline import Pipeline, image_grid, sample_pixels, to_images
+from iomm.pipeline import Pipeline, frozen_name, image_grid, sample_pixels, to_images
 
 SETTINGS = dict(steps=2, guidance=2.0)
 
@@ -205,6 +205,9 @@ def test_exported_folder_names_no_path_of_its_machine(folder, mllm_folder, tmp_p
     name = re.escape(repr(mllm_folder.name))
     with pytest.raises(InputError, match=f"needs the MLLM .*folder named {name}.* with --mllm"):
         Pipeline.from_pretrained(path, device="cpu")
+    # Of what shipped with the package an earlier version recorded the path.
+    for name in ("/old/site-packages/iomm/engine/shapes/weights", "/x/shapes/weights/vae"):
+        assert frozen_name({"mllm": name}, "mllm", path) == "shapes"
     # What ships with the package is named, and found wherever it is installed.
     shipped = pipe.save_pretrained(tmp_path / "shipped", mllm="shapes", vae="shapes")
     card = json.loads((shipped / "iomm.json").read_text())

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from iomm.engine.data.atomic import folder_lock, lock, whole_file
+from iomm.engine.data.atomic import folder_lock, lock, whole_file, whole_folder
 from iomm.engine.data.index import build
 from iomm.engine.resilience.checkpoint_writer import lock_run_dir
 from iomm.engine.shapes.dataset import write_dataset
@@ -48,6 +48,34 @@ def test_kill_leaves_the_old_file(tmp_path):
     with whole_file(path, partial=tmp_path / "partial") as partial:
         partial.write_text("new")
     assert path.read_text() == "new" and not (tmp_path / "partial").exists()
+
+
+def test_a_mounted_folder_is_filled_in_place(tmp_path, monkeypatch):
+    """A volume of a container cannot be renamed."""
+    (tmp_path / "volume").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "volume")
+    for text in ("old", "new"):
+        inode = (tmp_path / "volume").stat().st_ino
+        with whole_folder(tmp_path / "volume", "marker") as fresh:
+            assert fresh.parent == tmp_path / "volume"
+            for name in ("marker", "zz"):
+                (fresh / name).write_text(text)
+        assert (tmp_path / "volume").stat().st_ino == inode
+        assert sorted(os.listdir(tmp_path / "volume")) == ["marker", "zz"]
+        assert (tmp_path / "volume/marker").read_text() == text
+    with pytest.raises(OSError), whole_folder(tmp_path / "volume", "marker") as fresh:
+        raise OSError("the disk is full")
+    assert sorted(os.listdir(tmp_path / "volume")) == ["marker", "zz"]
+
+
+def test_long_names_leave_room_for_partial_ones(tmp_path):
+    name = "n" * 255
+    with whole_file(tmp_path / name) as partial:
+        partial.touch()
+    (tmp_path / name).unlink()
+    with whole_folder(tmp_path / name, "marker"):
+        pass
+    assert os.listdir(tmp_path) == [name]
 
 
 @pytest.mark.parametrize("number", ["ENOSYS", "ENOTSUP", "EOPNOTSUPP", "EBADF", "ENOLCK"])

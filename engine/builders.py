@@ -24,7 +24,7 @@ from iomm import lora
 from iomm.adapter import Connector, QueryAdapter
 from iomm.alignment import PREFIX, AlignmentHead
 from iomm.caption_limit import CaptionLimit
-from iomm.config import InputError
+from iomm.config import InputError, PromptConfig
 from iomm.engine.arguments import whole_variable
 from iomm.engine.config import FROM_INIT, load_config, positive
 from iomm.engine.cores import num_cores
@@ -365,6 +365,28 @@ def long_captions(config: RunConfig, index_dir: str | Path, mllm: MLLM | None = 
     return [f"warning: {found.sentence(config.model.mllm)}"] if found.num else []
 
 
+def check_prompts(config: RunConfig, mllm: MLLM) -> None:
+    """Check that the run's own prompts fit into the MLLM's context.
+
+    A prompt that is drawn per sample could otherwise end the run at any step.
+
+    Raises:
+        InputError: a prompt is too long, or there is no room for captions.
+    """
+    checked = [("prompt.empty", [config.prompt.empty], False)]
+    if config.train.data != "pair":
+        checked.append(("prompt.reconstruct", config.prompt.reconstruct, True))
+    for key, texts, edit in checked:
+        # Like an instruction, a prompt has no template, and images follow it.
+        limit = CaptionLimit(mllm, config.adapter, PromptConfig(), edit=edit)
+        for text in texts:
+            if limit.cut(text) != text:
+                raise InputError(
+                    f"{key} has a prompt of {limit.num_tokens(text):,} tokens, but "
+                    f"{limit.max_tokens:,} fit into the context of model.mllm. Shorten it"
+                )
+
+
 def open_source(
     config: RunConfig,
     ranks: Ranks,
@@ -379,6 +401,7 @@ def open_source(
     They hold images of index_dir, pairs of pairs_dir, or both in the ratio data.mix.
     """
     data, batch = config.data, config.train.global_batch
+    check_prompts(config, mllm)
     images, pairs = (Shards(folder) if folder else None for folder in (index_dir, pairs_dir))
     shards = images if pairs is None else Joined(images, pairs)
     latents = None

@@ -27,6 +27,7 @@ SECONDS = {
     "test_budget.py": 23,
     "test_counts.py": 21,
     "test_traffic.py": 18,
+    "test_found_data.py": 16,
     "test_dataset.py": 16,
     "test_bad_samples.py": 13,
     "test_optim.py": 13,

@@ -170,7 +170,13 @@ def _parts(pattern: str) -> list[str]:
     pieces = re.findall(r"(?:\{[^{}]*\}|[^,{}]|[{}])+", pattern)
     parts, start = [], 0
     while start < len(pieces):
-        alone = _matches_any(_trimmed(pieces[start]))
+        first = _trimmed(pieces[start])
+        if os.path.isfile(os.path.expanduser(first)):
+            # A list may have thousands of tars.
+            parts.append(first)
+            start += 1
+            continue
+        alone = _matches_any(first)
         for end in range(min(len(pieces), start + MAX_JOINED), start, -1):
             joined = _trimmed(",".join(pieces[start:end]))
             if end == start + 1 or _is_one(joined, alone):

@@ -8,7 +8,7 @@ import torch
 from launches import PIXELS, launch, rows
 
 from iomm.caption_limit import CaptionLimit
-from iomm.config import AdapterConfig, PromptConfig
+from iomm.config import AdapterConfig, InputError, PromptConfig
 from iomm.engine import builders, cli, dry_run
 from iomm.engine.config import load_config
 from iomm.engine.data import bad_samples as counted
@@ -193,6 +193,18 @@ def test_index_and_dry_run_warn_of_long_captions(tar, tmp_path, capsys):
     plan = dry_run.make_plan(config, ranks=1)
     assert plan.captions[0].startswith(words)
     assert dry_run.describe(plan, config).splitlines()[-1] == plan.captions[0]
+
+
+def test_prompts_of_the_config_are_checked_at_the_start(mllm):
+    """With several prompts to draw from, the long one could end the run at any step."""
+    for key, others in (("reconstruct", "Generate | "), ("empty", "")):
+        config = load_config(PIXELS, [f"prompt.{key}={others}{'word ' * 200}"])
+        with pytest.raises(InputError, match=rf"prompt\.{key} has a prompt of (999|1,000) tokens, but "):
+            builders.check_prompts(config, mllm)
+    builders.check_prompts(load_config(PIXELS), mllm)
+    # A run on pairs does not read the prompts of images.
+    pairs = ["train.data=pair", "data.pairs=x", f"prompt.reconstruct={'word ' * 200}"]
+    builders.check_prompts(load_config(PIXELS, pairs), mllm)
 
 
 def test_many_long_captions_are_estimated(index_dir, limit, monkeypatch):

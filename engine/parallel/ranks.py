@@ -133,6 +133,7 @@ def start(timeout_s: float, local_rank: int | None = None) -> Ranks:
             timeout=timedelta(seconds=timeout_s),
             verbose=False,
         )
+        control_group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
     return Ranks(
         rank=dist.get_rank(),
         local_rank=local_rank,
@@ -141,7 +142,7 @@ def start(timeout_s: float, local_rank: int | None = None) -> Ranks:
         local_size=int(
             os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
         ),
-        control_group=dist.new_group(backend="gloo", timeout=timedelta(days=7)),
+        control_group=control_group,
     )
 
 

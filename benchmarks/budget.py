@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from benchmarks.lib.counts import PAPER_EPOCHS, PAPER_HOURS, paper_rate
 from benchmarks.lib.traffic import Message, Traffic, count_traffic, row_bytes
 from benchmarks.report import pyplot
 from iomm.engine.config import RunConfig, load_config
@@ -123,12 +124,8 @@ PROTOCOLS = {
 # Multiprocessors of the chip; a product is split into tiles of 128 x 128.
 SMS, TILE = 132, 128
 CONFIGS, GPUS = ("iomm-b-512", "iomm-l-512", "iomm-xl-512"), (1, 8, 16, 32, 64, 128, 256, 512)
-# The paper's GPU-hours of IOMM-B's stage 1 on H800, and our goals for images/s per GPU online and
-# with cached latents.
-PAPER_HOURS, GOALS = 1000, (61, 80)
-# Epochs of IOMM-B's stage 1 by the paper's table 1 and by its table 9, with the same score in both,
-# and the images/s per GPU that PAPER_HOURS imply.
-PAPER_RATES = {10: 30.6, 5: 15.3}
+# Our goals for images/s per GPU online and with cached latents.
+GOALS = 61, 80
 # Settings that differ from the defaults: keep 4 GB of bf16 weights, and a second copy of the
 # weights within each node (if there are several).
 TUNED = {"max_live_parameters": 2_000_000_000, "hpz_partition_size": NODE}
@@ -631,7 +628,7 @@ def main(argv: list[str] | None = None) -> None:
             for gpu in MACHINES
         )
         + f"; the paper's {PAPER_HOURS} H800 GPU-hours imply "
-        + " and ".join(f"{rate} for {epochs} epochs" for epochs, rate in PAPER_RATES.items())
+        + " and ".join(f"{paper_rate(epochs):.1f} for {epochs} epochs" for epochs in PAPER_EPOCHS)
         + "; our goals are "
         f"{GOALS[0]} online and {GOALS[1]} with latents"
     )

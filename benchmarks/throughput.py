@@ -44,10 +44,19 @@ from torch import Tensor
 
 from benchmarks.lib.ablations import ablations, swapped
 from benchmarks.lib.baseline import BaselineModel, Trainer, engine_draws
-from benchmarks.lib.counts import Count, baseline_flops, part_flops
+from benchmarks.lib.counts import (
+    PAPER_EPOCHS,
+    PAPER_HOURS,
+    PAPER_IMAGES,
+    Count,
+    baseline_flops,
+    paper_rate,
+    part_flops,
+)
 from benchmarks.lib.harness import WARM_UP, Bench, prepare, ratio, summary, unsharded_copy
 from benchmarks.ops import ceilings
 from benchmarks.report import baseline_name, command, label, positive, pyplot
+from iomm.engine.arguments import add_overrides
 from iomm.engine.observe.doctor import machine
 from iomm.engine.observe.metrics import memory_gib, peak_flops
 from iomm.engine.observe.tracing import Window
@@ -55,10 +64,9 @@ from iomm.engine.parallel import ranks as group
 
 # The config for which the paper reports GPU-hours.
 PAPER_CONFIG = "iomm-b-512"
-# Images: 11 M x 10 epochs in stage 1; 210 k pairs x 10 epochs and as many images in stage 2.
-STAGE_1, STAGE_2 = 110e6, 2.1e6
-# H800-hours of both stages, and the images/s that stage 1 implies.
-PAPER_HOURS, PAPER_RATE = (1000, 50), 110e6 / (1000 * 3600)
+# Samples of stage 1 and of stage 2 (10 epochs of 210 k), and the paper's H800-hours of stage 2.
+STAGE_1, STAGE_2 = PAPER_IMAGES * PAPER_EPOCHS[0], 2.1e6
+STAGE_2_HOURS = 50
 LIMIT_S = {"cpu": 170, "cuda": 480}
 # Shares of the time limit at which the comparison and the ablations end, after 3 rounds at least.
 SHARES = 0.55, 0.95
@@ -258,18 +266,20 @@ def projection(result: dict) -> str:
     """
     rate = result["rows"]["ours"]["images_per_s"]
     hours = [images / rate / 3600 for images in (STAGE_1, STAGE_2)]
+    table_1, table_9 = PAPER_EPOCHS
     result["projection"] = {
         "stage_1_gpu_hours": hours[0],
         "stage_2_gpu_hours": hours[1],
-        "paper_gpu_hours": PAPER_HOURS,
-        "paper_images_per_s": PAPER_RATE,
+        "paper_gpu_hours": (PAPER_HOURS, STAGE_2_HOURS),
+        "paper_images_per_s": paper_rate(table_1),
     }
     return (
         f"at this rate on every GPU, without communication: stage 1, {STAGE_1 / 1e6:.0f} M "
-        f"images: {hours[0]:,.0f} GPU-hours (paper: {PAPER_HOURS[0]:,} on H800); stage 2, "
-        f"{STAGE_2 / 1e6:.1f} M, at stage 1's rate: {hours[1]:,.1f} (paper: {PAPER_HOURS[1]}); "
-        f"{rate:.1f} images/s per GPU (paper: {PAPER_RATE:.1f}, or {PAPER_RATE / 2:.1f} if stage 1 "
-        "had the 5 epochs of its table 9 instead of 10)"
+        f"images: {hours[0]:,.0f} GPU-hours (paper: {PAPER_HOURS:,} on H800); stage 2, "
+        f"{STAGE_2 / 1e6:.1f} M, at stage 1's rate: {hours[1]:,.1f} (paper: {STAGE_2_HOURS}); "
+        f"{rate:.1f} images/s per GPU (paper: {paper_rate(table_1):.1f}, or "
+        f"{paper_rate(table_9):.1f} if stage 1 had the {table_9} epochs of its table 9 instead of "
+        f"{table_1})"
     )
 
 
@@ -489,7 +499,7 @@ def main() -> int:
     )
     parser.add_argument("--no-ablations", action="store_true")
     parser.add_argument("--trace", help="folder for a torch trace of ten micro-batches")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    add_overrides(parser)
     args = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as folder:
         config, changes = prepare(args, device, Path(folder))

@@ -8,8 +8,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
+import tempfile
 import zlib
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,35 +20,41 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from iomm import lora
 from iomm.adapter import Connector, QueryAdapter
 from iomm.alignment import PREFIX, AlignmentHead
+from iomm.caption_limit import CaptionLimit
 from iomm.config import InputError
+from iomm.engine.arguments import whole_variable
 from iomm.engine.config import FROM_INIT, load_config, positive
+from iomm.engine.cores import num_cores
 from iomm.engine.data.buckets import BucketSampler, bucket_sizes, share_buckets
 from iomm.engine.data.index import (
     ensure_index,
     find_index,
     is_index,
     load,
+    omissions,
     records_crc32,
     warnings_on,
 )
 from iomm.engine.data.latents import EncodedSamples, LatentStore, write_cache
 from iomm.engine.data.mixture import Joined, MixtureSampler, num_images_per_batch
+from iomm.engine.data.patterns import absolute
 from iomm.engine.data.samplers import EpochPermutation, FixedSizeSampler, held_out
 from iomm.engine.data.shards import Shards
-from iomm.engine.data.sizes import Upscaled, upscaled_squares
+from iomm.engine.data.sizes import Upscaled, count_long, upscaled_squares
 from iomm.engine.data.source import ImageSource
 from iomm.engine.data.validate import Rules
 from iomm.engine.resilience import checkpoint_reader
 from iomm.engine.shapes import check_weights
 from iomm.engine.shapes import mllm as shapes_mllm
 from iomm.engine.shapes import vae as shapes_vae
-from iomm.engine.shapes.dataset import write_dataset
+from iomm.engine.shapes.dataset import is_dataset, write_dataset
 from iomm.generator import empty_generator
-from iomm.internvl import load_mllm
+from iomm.internvl import load_mllm, load_tokenizer, mllm_without_weights
 from iomm.layout import from_diffusers_config
-from iomm.model import IOMM, Recipe
+from iomm.model import IOMM, Recipe, draw_turns
 from iomm.vae import load_vae, vae_without_weights
 from iomm.weights import initialize_generator, load_module, read_json
 
@@ -59,10 +68,101 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("iomm")
 
+# No MLLM has so small a context that a caption of this length, which has at most as many tokens,
+# does not fit. The smallest one, of tests, has 256 tokens.
+SHORT_CAPTION_BYTES = 192
+
+
+def resolved(config: RunConfig, base: str | Path = ".") -> RunConfig:
+    """Return a config whose names of files and folders are absolute.
+
+    A run therefore finds its data and weights whatever folder its config.yaml is read from.
+
+    Args:
+        config: the run's config.
+        base: folder that relative names refer to.
+    """
+    run, model, data, cache = config.run, config.model, config.data, config.cache
+    base = Path(base).absolute()
+
+    def path(name: str | None) -> str | None:
+        return None if name is None else os.path.normpath(base / Path(name).expanduser())
+
+    def weights(name: str) -> str:
+        # A hub id, "shapes" or another name that is not a folder keeps its meaning.
+        named = name == "shapes" or not (base / Path(name).expanduser()).is_dir()
+        return name if named else path(name)
+
+    def shards(name: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        return name if name in (None, "shapes") else absolute(name, base)
+
+    return replace(
+        config,
+        run=replace(run, dir=path(run.dir), init=path(run.init)),
+        model=replace(model, mllm=weights(model.mllm), vae=weights(model.vae)),
+        data=replace(
+            data,
+            shards=shards(data.shards),
+            pairs=shards(data.pairs),
+            latents=data.latents if data.latents == "memory" else path(data.latents),
+        ),
+        cache=replace(cache, dir=path(cache.dir)),
+    )
+
+
+def saved_config(run_dir: str | Path) -> RunConfig:
+    """Return the config of a run folder, wherever the folder is now, with absolute names.
+
+    Earlier versions saved names relative to the folder in which the run was started. That is the
+    folder from which the saved run.dir leads to `run_dir`, or else the current one.
+    """
+    config = load_config(str(Path(run_dir) / "config.yaml"))
+    folder, started = Path(os.path.abspath(run_dir)), Path(os.path.normpath(config.run.dir))
+    base = Path.cwd()
+    depth = len(started.parts)
+    if not started.is_absolute() and folder.parts[-depth:] == started.parts:
+        base = folder.parents[depth - 1]
+    config = resolved(config, base)
+    return replace(config, run=replace(config.run, dir=str(folder)))
+
+
+def cache_folders(config: RunConfig) -> list[Path]:
+    """Return the folders in which rendered data and indexes may be, the preferred one first.
+
+    All runs in one folder share the first one.
+    """
+    if config.cache.dir is not None:
+        return [Path(config.cache.dir)]
+    run_dir = Path(config.run.dir)
+    own = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "iomm"
+    return [run_dir.parent / "shared", run_dir / "shared", own]
+
 
 def cache_dir(config: RunConfig) -> Path:
-    """Return the folder that all runs in one folder share: the rendered dataset and indexes."""
-    return Path(config.run.dir).parent / "shared"
+    """Return the first of cache_folders() that can be written, and create it.
+
+    Raises:
+        InputError: none of them can be written.
+    """
+    reasons = []
+    for folder in cache_folders(config):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            reasons.append(f"{folder} cannot be written ({error.strerror})")
+            continue
+        if reasons:
+            logger.warning(
+                "warning: %s; rendered data and indexes go to %s. Set cache.dir to choose a folder",
+                "; ".join(reasons),
+                folder,
+            )
+        return folder
+    raise InputError(
+        f"{'; '.join(reasons)}. Set cache.dir to a writable folder for rendered data and indexes"
+    )
 
 
 def prepare_data(config: RunConfig, progress: bool = True, pairs: bool = False) -> str:
@@ -78,22 +178,27 @@ def prepare_data(config: RunConfig, progress: bool = True, pairs: bool = False) 
     Raises:
         InputError: no shard, no image, or a shard that has changed since it was indexed.
     """
-    data, cache = config.data, cache_dir(config)
-    shards = data_shards(config, pairs)
-    if not shards:
+    if not (config.data.pairs if pairs else config.data.shards):
         raise InputError(
             "data.pairs is empty, but train.data needs text-image pairs: give tars, globs or "
             "folders"
         )
-    if (data.pairs if pairs else data.shards) == "shapes":
-        number, seed = shapes_number_and_seed(config, pairs)
-        write_dataset(Path(shards), num_images=number, seed=seed)
-    index_dir = ensure_index(
-        shards, cache / "index", rules=data_rules(config, pairs), progress=progress
-    )
+    index_dir = find_data(config, pairs)
+    if index_dir is None:
+        cache = cache_dir(config)
+        shards = data_shards(config, pairs, cache)
+        if is_rendered(config, pairs):
+            number, seed = shapes_number_and_seed(config, pairs)
+            write_dataset(Path(shards), num_images=number, seed=seed)
+        index_dir = ensure_index(
+            shards, cache / "index", rules=data_rules(config, pairs), progress=progress
+        )
     if progress:
-        for sentence in warnings_on(load(index_dir)):
+        index = load(index_dir)
+        for sentence in warnings_on(index):
             logger.warning(sentence)
+        for sentence in omissions(index):
+            logger.info(f"{index_dir}: {sentence}")
     return str(index_dir)
 
 
@@ -103,13 +208,17 @@ def shapes_number_and_seed(config: RunConfig, pairs: bool) -> tuple[int, int]:
     return (data.num_pairs, seed + 1000) if pairs else (data.num_images, seed)
 
 
-def data_shards(config: RunConfig, pairs: bool) -> str | None:
-    """Return data.shards or data.pairs, where "shapes" is the folder of the rendered dataset."""
-    shards = config.data.pairs if pairs else config.data.shards
-    if shards != "shapes":
-        return shards
+def is_rendered(config: RunConfig, pairs: bool) -> bool:
+    """Return whether data.shards or data.pairs is the rendered dataset."""
+    return (config.data.pairs if pairs else config.data.shards) == "shapes"
+
+
+def data_shards(config: RunConfig, pairs: bool, cache: Path) -> str | tuple[str, ...] | None:
+    """Return data.shards or data.pairs, where "shapes" is a folder of rendered data in `cache`."""
+    if not is_rendered(config, pairs):
+        return config.data.pairs if pairs else config.data.shards
     number, seed = shapes_number_and_seed(config, pairs)
-    return str(cache_dir(config) / f"shapes-{number}-seed{seed}")
+    return str(cache / f"shapes-{number}-seed{seed}")
 
 
 def data_rules(config: RunConfig, pairs: bool) -> Rules:
@@ -131,12 +240,18 @@ def find_data(config: RunConfig, pairs: bool = False) -> str | None:
     Raises:
         InputError: no shard, or an index given as data.shards or data.pairs is out of date.
     """
-    shards = data_shards(config, pairs)
-    rendered = (config.data.pairs if pairs else config.data.shards) == "shapes"
-    if not shards or (rendered and not Path(shards).is_dir()):
-        return None
-    folder = find_index(shards, cache_dir(config) / "index", data_rules(config, pairs))
-    return None if folder is None else str(folder)
+    for cache in cache_folders(config):
+        shards = data_shards(config, pairs, cache)
+        if not shards:
+            return None
+        if is_rendered(config, pairs):
+            number, seed = shapes_number_and_seed(config, pairs)
+            if not is_dataset(Path(shards), num_images=number, seed=seed):
+                continue
+        folder = find_index(shards, cache / "index", data_rules(config, pairs))
+        if folder is not None:
+            return str(folder)
+    return None
 
 
 def count_upscaled(
@@ -214,6 +329,36 @@ def report_upscaling(
         logger.warning(f"warning: {'. '.join(sentences)}")
 
 
+def long_captions(config: RunConfig, index_dir: str | Path, mllm: MLLM | None = None) -> list[str]:
+    """Return a warning if an index has captions that exceed the MLLM's context, else nothing.
+
+    Args:
+        config: config of the run.
+        index_dir: the index of its pairs.
+        mllm: the MLLM. None: its tokenizer is loaded, but only if a caption is suspiciously long.
+
+    Raises:
+        InputError: the MLLM's context has no room for captions.
+    """
+    shards = Shards(index_dir)
+    longest = int(shards.index.records["caption_bytes"].max(initial=0))
+    if longest <= SHORT_CAPTION_BYTES:
+        return []
+    if mllm is None:
+        name, revision = mllm_name(config), config.model.mllm_revision
+        try:
+            mllm = mllm_without_weights(name, revision)
+            rest = config.adapter.num_queries + len(config.prompt.caption.encode())
+            if longest + rest + SHORT_CAPTION_BYTES <= mllm.max_positions:
+                return []
+            mllm.tokenizer = load_tokenizer(name, revision)
+        except InputError as error:
+            # It may be on a hub that this machine cannot reach.
+            return [f"captions that exceed the MLLM's context were not counted: {error}"]
+    found = count_long(shards, CaptionLimit(mllm, config.adapter, config.prompt))
+    return [f"warning: {found.sentence(config.model.mllm)}"] if found.num else []
+
+
 def open_source(
     config: RunConfig,
     ranks: Ranks,
@@ -260,6 +405,9 @@ def open_source(
         hw_decoder_load=data.hw_decoder_load,
         resize=data.resize,
         look_at_pairs=config.align.weight > 0 and config.align.pairs,
+        caption_limit=CaptionLimit(mllm, config.adapter, config.prompt),
+        # Not the model's own method: an evaluation changes the model's recipe for a while.
+        draw_turns=partial(draw_turns, make_recipe(config), mllm),
     )
 
 
@@ -327,6 +475,27 @@ def data_facts(shards: Shards | Joined) -> dict[str, list[int]]:
     }
 
 
+def check_data(
+    config: RunConfig, step: int | str, images: Shards | None = None, pairs: Shards | None = None
+) -> None:
+    """Check that indexed data are those that a run's checkpoint of a step was trained on.
+
+    Raises:
+        InputError: the names in the config lead to other data now.
+    """
+    folder = Path(config.run.dir) / "checkpoints" / f"step-{int(step):08d}"
+    # Checkpoints of earlier versions do not record their data.
+    saved = checkpoint_reader.read_manifest(folder).get("data") or {}
+    current = data_facts(images if pairs is None else Joined(images, pairs))
+    for kind, facts in current.items():
+        if facts != saved.get(kind, facts):
+            names = config.data.shards if kind == "images" else config.data.pairs
+            raise InputError(
+                f"{names} holds {facts[0]} {kind}, which are not the {saved[kind][0]} that "
+                f"{folder} was trained on. Put them back, or give a --prompt to sample from"
+            )
+
+
 def share(rank: int | None = None, num_ranks: int | None = None) -> tuple[int, int, str]:
     """Return (rank, number of ranks, device) of a process that shares work without a connection.
 
@@ -335,15 +504,21 @@ def share(rank: int | None = None, num_ranks: int | None = None) -> tuple[int, i
     Raises:
         InputError: the rank is out of range.
     """
-    rank = int(os.environ.get("RANK", 0)) if rank is None else rank
-    num_ranks = int(os.environ.get("WORLD_SIZE", 1)) if num_ranks is None else num_ranks
+    rank = whole_variable("RANK", 0) if rank is None else rank
+    num_ranks = whole_variable("WORLD_SIZE", 1) if num_ranks is None else num_ranks
     if not 0 <= rank < num_ranks:
         raise InputError(f"--rank must be from 0 to --ranks - 1, got {rank} of {num_ranks}")
+    limit_threads()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', rank)) % torch.cuda.device_count()}"
         torch.cuda.set_device(device)
     return rank, num_ranks, device
+
+
+def limit_threads() -> None:
+    """Use as many threads as this process has cores: torch ignores the quotas of containers."""
+    torch.set_num_threads(min(torch.get_num_threads(), num_cores()))
 
 
 def write_latents(
@@ -372,6 +547,7 @@ def write_latents(
     """
     rank, num_ranks, device = share(rank, num_ranks)
     positive("--batch", batch)
+    config = resolved(config)
     index_dir = prepare_data(config, progress=rank == 0)
     if rank == 0:
         report_upscaling(config, index_dir)
@@ -402,7 +578,7 @@ def write_latents(
         )
     return (
         f"rank {rank} of {num_ranks}: {num:,} of {len(shards):,} latents written to {out}. "
-        f"Train with data.latents={out}"
+        f"Train with {shlex.quote(f'data.latents={out}')}"
     )
 
 
@@ -458,44 +634,83 @@ def make_recipe(config: RunConfig) -> Recipe:
         sample_latents=config.model.vae_sample,
         caption_drop=config.train.caption_drop,
         noise_draws=config.train.noise_draws,
+        route=config.route,
         align=config.align,
         align_share=config.align_share,
+        lora=config.lora,
     )
 
 
-def build_model(config: RunConfig, device: torch.device | str) -> IOMM:
-    """Return the model: frozen parts on `device`, trained parts drawn from run.seed on the CPU."""
+def build_model(
+    config: RunConfig,
+    device: torch.device | str,
+    ranks: Ranks | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> IOMM:
+    """Return the model on `device`, with trained parts drawn from run.seed.
+
+    With LoRA, generator, adapter and connector are frozen too: they have the weights of run.init,
+    and the fresh A and B are beside them.
+
+    Args:
+        config: the run's config.
+        device: device of all parts.
+        ranks: with LoRA, all ranks call this together if given, as in read_run.
+        dtype: dtype of the base of LoRA, by default the run's.
+    """
     mllm = load_mllm(
         mllm_name(config), revision=config.model.mllm_revision, dtype=config.dtype, device=device
     )
-    return assemble(config, mllm, new_vae(config, device))
+    vae = new_vae(config, device)
+    if not config.lora.rank:
+        return assemble(config, mllm, vae, device=device)
+    model = assemble(config, mllm, vae, device=device, fresh=False, dtype=dtype or config.dtype)
+    logger.info(load_base(model, config, ranks))
+    model.add_lora()
+    return model
 
 
 def assemble(
-    config: RunConfig, mllm: MLLM, vae: Latents, *, device: torch.device | str | None = None
+    config: RunConfig,
+    mllm: MLLM,
+    vae: Latents,
+    *,
+    device: torch.device | str = "cpu",
+    fresh: bool = True,
+    dtype: torch.dtype = torch.float32,
 ) -> IOMM:
-    """Return the IOMM of a run around its frozen parts.
+    """Return the IOMM of a run around its frozen parts, still without LoRA.
 
-    device: None draws the trained parts from run.seed on the CPU. Otherwise they are on that device
-    with weights that are still to be loaded, or on "meta" without any.
+    Args:
+        config: the run's config.
+        mllm: the frozen MLLM.
+        vae: the frozen VAE.
+        device: device of the trained parts; "meta" for a model without weights.
+        fresh: draw the trained parts from run.seed. The numbers do not depend on the device: one
+            weight at a time is drawn on the CPU. Otherwise the weights are still to be loaded.
+        dtype: dtype of the trained parts.
 
     Raises:
         InputError: data.size_px is not a multiple of the VAE's patch.
     """
     vae.grid(config.data.size_px, config.data.size_px)
+    if config.model.mllm_precision == "fp8":
+        mllm.use_fp8()
     shape = replace(config.model.generator, token_dim=vae.token_dim, condition_dim=mllm.width)
     adapter = connector = alignment = None
-    with torch.device("cpu" if device is None else device):
+    with torch.device(device):
         if config.adapter.kind != "none":
             adapter = QueryAdapter(config.adapter, mllm.width)
         if config.adapter.connector_layers:
             connector = Connector(config.adapter, mllm.width)
         if config.align.weight:
             alignment = AlignmentHead(config.align, shape.width, mllm)
-    generator = empty_generator(shape, device="cpu" if device is None else device)
-    if device is None:
-        for part in (generator, adapter, connector, alignment):
-            if part is not None:
+    generator = empty_generator(shape, device=device, dtype=dtype)
+    for part in (generator, adapter, connector, alignment):
+        if part is not None:
+            part.to(dtype)
+            if fresh:
                 part.init_weights(config.run.seed)
     return IOMM(generator, adapter, mllm, vae, make_recipe(config), connector, alignment)
 
@@ -558,6 +773,69 @@ def load_foreign_weights(model: IOMM, folder: Path) -> str:
     return "\n".join(lines)
 
 
+def load_base(model: IOMM, config: RunConfig, ranks: Ranks | None = None) -> str:
+    """Load the weights of run.init as the base of LoRA, and return a description.
+
+    Called by all ranks together if `ranks` is given.
+
+    Raises:
+        InputError: run.init does not have all weights of the model, or it is a run with LoRA.
+    """
+    init = config.run.init
+    if (folder := diffusers_folder(init)) is None:
+        base, folder = read_run(init, ranks)
+        if base.lora.rank:
+            raise InputError(
+                f"run.init: {init} is itself a run with LoRA and cannot be a base: write it with "
+                f"`iomm export --run {init} --merge` and give the exported folder"
+            )
+        averaged = load_weights(model, folder, config.run.init_weights)["ema"]
+        return f"LoRA base: {config.run.init_weights if averaged else 'raw'} weights of {folder}"
+    missing = initialize_generator(model.generator, folder, patch=model.frozen[1].patch).fresh
+    for name in ("adapter", "connector"):
+        part, path = getattr(model, name), folder / f"{name}.safetensors"
+        if part is not None and path.is_file():
+            load_module(part, path)
+        elif part is not None:
+            missing[name] = f"{path} is missing"
+    if missing:
+        name, reason = next(iter(missing.items()))
+        raise InputError(
+            f"run.init: {folder} lacks weights of {len(missing)} parts, such as {name} ({reason}). "
+            "The base of LoRA is not trained, so it must be complete: set model.* and adapter.* as "
+            "the base has them, or train the missing parts first, with lora.rank=0"
+        )
+    return f"LoRA base: {folder}"
+
+
+def base_facts(config: RunConfig, model: IOMM) -> dict[str, str] | None:
+    """Return what identifies the base of LoRA, for a checkpoint: its source and its checksum.
+
+    None for a run without LoRA.
+    """
+    if not config.lora.rank:
+        return None
+    return {"source": config.run.init, "checksum": lora.checksum(model)}
+
+
+def check_base(
+    folder: Path | str, saved: dict[str, str] | None, current: dict[str, str] | None
+) -> None:
+    """Compare the base that a checkpoint was trained on with the one that is loaded.
+
+    Both are results of base_facts.
+
+    Raises:
+        InputError: they differ.
+    """
+    if saved and current and saved["checksum"] != current["checksum"]:
+        raise InputError(
+            f"{folder} was trained on another base than {current['source']} is now (checksum "
+            f"{current['checksum']}, expected {saved['checksum']}): restore the weights that "
+            f"{saved['source']} had"
+        )
+
+
 def read_run(run_dir: str | Path, ranks: Ranks | None = None) -> tuple[RunConfig, Path]:
     """Return the config of a run folder and its newest intact checkpoint.
 
@@ -579,25 +857,40 @@ def read_run(run_dir: str | Path, ranks: Ranks | None = None) -> tuple[RunConfig
             f"{run_dir} has no intact checkpoint. Train first, or wait until step "
             "checkpoint.every_steps"
         )
-    return load_config(str(path)), folder
+    return saved_config(run_dir), folder
 
 
 def load_run(
-    run_dir: str | Path, *, weights: str = "ema", device: torch.device | str = "cpu"
+    run_dir: str | Path,
+    *,
+    weights: str = "ema",
+    device: torch.device | str = "cpu",
+    mllm: str | None = None,
+    vae: str | None = None,
 ) -> tuple[RunConfig, IOMM, dict[str, Any]]:
     """Return (config, model, manifest) of a run folder's newest intact checkpoint.
 
     The model is not sharded. Its weights are in the run's precision on a GPU, as in training, and
-    in float32 on a CPU.
+    in float32 on a CPU. mllm and vae replace the names in the run's config. With LoRA it has the
+    base and, beside it, A and B of the checkpoint.
+
+    Raises:
+        InputError: there is no intact checkpoint, or the base of LoRA has changed.
     """
     config, folder = read_run(run_dir)
-    model = build_model(config, device).to(device)
+    model = config.model
+    if mllm is not None:
+        model = replace(model, mllm=mllm, mllm_revision=None)
+    if vae is not None:
+        model = replace(model, vae=vae)
+    config = replace(config, model=model)
+    dtype = config.dtype if torch.device(device).type == "cuda" else torch.float32
+    model = build_model(config, device, dtype=dtype).to(device)
     # Only training needs the alignment head.
     model.alignment = None
     manifest = load_weights(model, folder, weights)
-    if torch.device(device).type == "cuda" and config.dtype == torch.bfloat16:
-        model.to(torch.bfloat16)
-    return config, model, manifest
+    check_base(folder, manifest.get("base"), base_facts(config, model))
+    return config, model.to(dtype), manifest
 
 
 @torch.no_grad()

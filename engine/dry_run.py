@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from iomm.adapter import Connector
@@ -19,6 +21,7 @@ from iomm.engine.builders import (
     check_upscaling,
     diffusers_folder,
     find_data,
+    long_captions,
     mllm_name,
     vae_name,
     without_head,
@@ -29,14 +32,15 @@ from iomm.engine.resilience import checkpoint_reader
 from iomm.flops import condition_tokens, flops_by_part, tokens_per_image
 from iomm.generator import empty_generator
 from iomm.internvl import mllm_without_weights
-from iomm.layers import use_fp8
+from iomm.layers import RoundedLinear, use_fp8
+from iomm.lora import add_lora, freeze, frozen_weights
 from iomm.mllm import TURN
 from iomm.vae import vae_without_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    from torch import Tensor, nn
+    from torch import nn
 
     from iomm.engine.config import RunConfig
     from iomm.model import IOMM
@@ -70,6 +74,8 @@ class Plan:
     flops: dict[str, float]
     # Sentences on images that are smaller than the crops.
     upscaling: list[str]
+    # Sentences on captions that are longer than the MLLM's context.
+    captions: list[str]
 
     def gpu_hours(self, flops_per_s: float) -> float:
         """Return the GPU-hours of the whole run at this many FLOP/s per GPU."""
@@ -84,7 +90,10 @@ def build_without_weights(config: RunConfig) -> IOMM:
     """
     mllm = mllm_without_weights(mllm_name(config))
     vae = vae_without_weights(vae_name(config), config.model.patch)
-    return assemble(config, mllm, vae, device="meta")
+    model = assemble(config, mllm, vae, device="meta", fresh=False)
+    if config.lora.rank:
+        model.add_lora()
+    return model
 
 
 def make_plan(config: RunConfig, ranks: int) -> Plan:
@@ -105,14 +114,6 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
     model = build_without_weights(config)
     check_paths(config, model)
     upscaling = upscaled_images(config)
-    parts = {
-        "generator": model.generator,
-        "adapter": model.adapter,
-        "connector": model.connector,
-        "align": model.alignment,
-        "MLLM (frozen)": model.frozen[0],
-        "VAE (frozen)": model.frozen[1],
-    }
     return Plan(
         ranks=ranks,
         micro_batch=micro_batch,
@@ -120,9 +121,30 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
         samples=config.train.steps * batch,
         flops=work(model, config),
         memory=memory(model, config, ranks, micro_batch),
-        parameters={name: size(part) for name, part in parts.items() if part is not None},
+        parameters=parameters(model),
         upscaling=upscaling,
+        captions=captions_to_cut(config),
     )
+
+
+def parameters(model: IOMM) -> dict[str, int]:
+    """Return {part: number of parameters}, where the name of a part says if it is frozen."""
+    parts = {
+        "generator": model.generator,
+        "adapter": model.adapter,
+        "connector": model.connector,
+        "align": model.alignment,
+    }
+    parts = {name: part for name, part in parts.items() if part is not None}
+    if model.recipe.lora.rank:
+        counts = {"LoRA": size(model)} | {
+            f"{name} (frozen)": sum(map(Tensor.numel, frozen_weights(part).values()))
+            for name, part in parts.items()
+        }
+    else:
+        counts = {name: size(part) for name, part in parts.items()}
+    mllm, vae = model.frozen
+    return counts | {"MLLM (frozen)": size(mllm), "VAE (frozen)": size(vae)}
 
 
 def upscaled_images(config: RunConfig) -> list[str]:
@@ -140,6 +162,12 @@ def upscaled_images(config: RunConfig) -> list[str]:
     if config.data.buckets and config.train.data == "mix" and None in (images, pairs):
         return []
     return check_upscaling(config, images, pairs)
+
+
+def captions_to_cut(config: RunConfig) -> list[str]:
+    """Return a warning if the index of the pairs is built and has captions that are too long."""
+    pairs_dir = find_data(config, pairs=True) if config.train.data != "image" else None
+    return [] if pairs_dir is None else long_captions(config, pairs_dir)
 
 
 def check_paths(config: RunConfig, model: IOMM) -> None:
@@ -175,7 +203,8 @@ def check_paths(config: RunConfig, model: IOMM) -> None:
         found = checkpoint_reader.steps(Path(config.run.init) / "checkpoints")
         if not found:
             raise InputError(f"run.init: {config.run.init} has no checkpoint yet: train it first")
-        here = {name: list(p.shape) for name, p in model.named_parameters()}
+        weights = frozen_weights(model) if config.lora.rank else dict(model.named_parameters())
+        here = {name: list(weight.shape) for name, weight in weights.items()}
         if without_head(checkpoint_reader.read_manifest(found[-1])["shapes"]) != without_head(here):
             raise InputError(
                 f"run.init: {found[-1]} is a checkpoint of another model: set model.* and "
@@ -184,8 +213,32 @@ def check_paths(config: RunConfig, model: IOMM) -> None:
 
 
 def size(module: nn.Module) -> int:
-    """Return the number of parameters."""
-    return sum(p.numel() for p in module.parameters())
+    """Return the number of parameters, with those that were rounded to fp8."""
+    return sum(p.numel() for p in module.parameters()) + rounded_size(module)
+
+
+def rounded_size(module: nn.Module) -> int:
+    """Return the number of weights that were rounded to fp8."""
+    rounded = (m for m in module.modules() if isinstance(m, RoundedLinear))
+    return sum(m.values_OI.numel() for m in rounded)
+
+
+def frozen_bytes(module: nn.Module, width: int) -> int:
+    """Return the bytes of a frozen part in a dtype of `width` bytes; fp8 weights take one each.
+
+    The layers whose inputs need gradients hold their fp8 weights twice.
+    """
+    copies = sum(
+        m.values_OI.numel()
+        for m in module.modules()
+        if isinstance(m, RoundedLinear) and m.values_IO is not None
+    )
+    return width * (size(module) - rounded_size(module)) + rounded_size(module) + copies
+
+
+def frozen_size(model: IOMM) -> int:
+    """Return the number of frozen weights: those of MLLM and VAE, and of the base of LoRA."""
+    return sum(number for name, number in parameters(model).items() if name.endswith("(frozen)"))
 
 
 def kinds(model: IOMM, config: RunConfig) -> list[tuple[float, dict[str, Any]]]:
@@ -231,15 +284,15 @@ def memory(model: IOMM, config: RunConfig, ranks: int, micro_batch: int) -> dict
 
     Not included: activations of the frozen encoders, and what communication and the allocator keep.
     """
-    trained, frozen = size(model), sum(map(size, model.frozen))
-    width = config.dtype.itemsize
+    trained, width = size(model), config.dtype.itemsize
+    base = frozen_size(model) - sum(map(size, model.frozen))
     zero, leaves = config.zero, model.leaves
     weights, gradients, state = (
         trained / (ranks if zero.stage >= stage else 1) for stage in (3, 2, 1)
     )
     block = max(size(module) for module in model.modules() if isinstance(module, leaves))
     return {
-        "frozen weights": width * frozen,
+        "frozen weights": sum(frozen_bytes(part, width) for part in model.frozen) + width * base,
         "working weights": width * weights
         + (width * trained / zero.hpz_partition_size if zero.hpz_partition_size > 1 else 0),
         # At least one block in use and the next one; up to max_live_parameters are kept for the
@@ -338,8 +391,9 @@ def activation_bytes(model: IOMM, config: RunConfig, micro_batch: int) -> dict[s
     drawn = micro_batch * config.train.noise_draws
     with torch.device("meta"):
         noisy_RNK = torch.empty(drawn, rows * columns, vae.token_dim, dtype=dtype)
+        # With LoRA nothing before the generator is trained.
         condition_RCD = torch.empty(
-            drawn, num_condition, mllm.width, dtype=dtype, requires_grad=True
+            drawn, num_condition, mllm.width, dtype=dtype, requires_grad=not config.lora.rank
         )
         t_R = torch.empty(drawn)
 
@@ -347,10 +401,16 @@ def activation_bytes(model: IOMM, config: RunConfig, micro_batch: int) -> dict[s
         generator = empty_generator(
             replace(model.generator.config, num_blocks=num_blocks), device="meta", dtype=dtype
         )
+        if config.lora.rank:
+            freeze(generator)
+            # Targets may name blocks that this smaller generator does not have.
+            add_lora(generator, config.lora, patch=vae.patch, check=False)
+            generator.to(dtype)
         if config.precision == "fp8":
             use_fp8(generator)
         return kept_bytes(
-            lambda: generator(noisy_RNK, t_R, condition_RCD, grid), generator.parameters()
+            lambda: generator(noisy_RNK, t_R, condition_RCD, grid),
+            chain(generator.parameters(), generator.buffers()),
         )
 
     # All blocks but the last keep the same: models of 2 and 3 blocks are enough, which takes a
@@ -369,6 +429,8 @@ def activation_bytes(model: IOMM, config: RunConfig, micro_batch: int) -> dict[s
         * dtype.itemsize
     )
     kept = {"generator": everything * (blocks - max(recomputed - 1, 0)) // blocks + inputs}
+    if config.lora.rank:
+        return kept
     if model.connector is not None:
         with torch.device("meta"):
             connector = Connector(config.adapter, mllm.width).to(dtype)
@@ -478,5 +540,6 @@ def describe(plan: Plan, config: RunConfig) -> str:
             f"{plan.gpu_hours(MATMUL_FLOPS * UTILISATION):,.0f} expected at {UTILISATION:.0%} of "
             "it",
             *(["", ". ".join(plan.upscaling)] if plan.upscaling else []),
+            *(["", *plan.captions] if plan.captions else []),
         ]
     )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from iomm.config import InputError
+from iomm.engine.builders import check_base
 from iomm.engine.resilience import checkpoint_reader
 
 if TYPE_CHECKING:
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
 class State:
     """Weights, optimizer moments, moving average, counters and step: all that a checkpoint holds.
 
-    Everything else is a function of the config and the data. `data` identifies the data: the result
-    of builders.data_facts, which a checkpoint records and a resume compares.
+    Everything else is a function of the config, the data and the base of LoRA. `data` and `base`
+    identify these: the results of builders.data_facts and base_facts, which a checkpoint records
+    and a resume compares.
     """
 
     def __init__(
@@ -37,10 +39,11 @@ class State:
         bad_samples: BadSamples,
         ranks: Ranks,
         data: dict[str, list[int]] | None = None,
+        base: dict[str, str] | None = None,
     ) -> None:
         self.sharded, self.ema, self.ranks = sharded, ema, ranks
         self.loss_guard, self.bad_samples = loss_guard, bad_samples
-        self.data = data
+        self.data, self.base = data, base
         self.step, self.gpu_hours = 0, 0.0
 
     def tensors(self) -> dict[tuple[str, str], Tensor]:
@@ -71,6 +74,7 @@ def save(state: State, config: RunConfig, saver: Saver) -> None:
         "samples_seen": state.step * config.train.global_batch,
         "gpu_hours": state.gpu_hours,
         "data": state.data,
+        "base": state.base,
     }
     written = {name: place.start for name, place in state.sharded.places.items() if place.written}
     tensors = {f"start/{name}": torch.tensor(start) for name, start in written.items()}
@@ -87,7 +91,8 @@ def restore(state: State, folder: Path | str) -> None:
     """Read a checkpoint into the state, written by any number of ranks at any ZeRO stage.
 
     Raises:
-        InputError: the checkpoint belongs to another model or was trained on other data.
+        InputError: the checkpoint belongs to another model, or was trained on other data or on
+            another base of LoRA.
     """
     reader = checkpoint_reader.Reader(folder)
     shapes = {name: list(shape) for name, shape in state.sharded.shapes.items()}
@@ -103,13 +108,16 @@ def restore(state: State, folder: Path | str) -> None:
             f"{folder} was trained on different data ({changes(saved, current)}). Resume with the "
             "original tars, or start a new run.dir from its weights with --init"
         )
+    check_base(folder, reader.manifest.get("base"), state.base)
     for (slot, name), piece in state.tensors().items():
         start = state.sharded.places[name].start
         piece.copy_(reader.piece(slot, name, start, len(piece), first=state.ranks.rank))
     state.sharded.finish_restore(reader.manifest["optimizer_step"])
     state.step, state.gpu_hours = reader.manifest["step"], reader.manifest["gpu_hours"]
     state.loss_guard.restore(reader.manifest["guard"])
-    state.bad_samples.restore(reader.manifest["skipped_samples"])
+    state.bad_samples.restore(
+        reader.manifest["skipped_samples"], reader.manifest.get("samples_seen")
+    )
 
 
 def changes(saved: dict[str, Any], current: dict[str, Any]) -> str:

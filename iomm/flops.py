@@ -23,13 +23,30 @@ def attention_flops(num_queries: float, num_keys: float, width: int) -> float:
     return 4 * num_queries * num_keys * width
 
 
-def linear_flops(module: nn.Module, num_tokens: float) -> float:
-    """Return the forward FLOPs of all linear layers inside `module` on one sequence.
+def attention_products(block: nn.Module, training: bool) -> int:
+    """Return by how much a block's attention_flops are multiplied: 1, or 3 with a backward pass.
 
-    They are counted from the layers' sizes, because ZeRO-3 leaves the weights empty.
+    With LoRA, the blocks before the first trained layer have none in training.
     """
-    linears = [part for part in module.modules() if isinstance(part, nn.Linear)]
-    return sum(2 * num_tokens * linear.in_features * linear.out_features for linear in linears)
+    return getattr(block, "attention_products", 3) if training else 1
+
+
+def linear_flops(module: nn.Module, num_tokens: float, training: bool = False) -> float:
+    """Return the FLOPs of all linear layers inside `module` on one sequence.
+
+    They are counted from the layers' sizes, because ZeRO-3 leaves the weights empty. A forward pass
+    is one product, and `training` three. With LoRA, `lora.count_products` sets how many a layer
+    takes in training.
+    """
+    return sum(
+        (getattr(linear, "products", 3) if training else 1)
+        * 2
+        * num_tokens
+        * linear.in_features
+        * linear.out_features
+        for linear in module.modules()
+        if isinstance(linear, nn.Linear)
+    )
 
 
 def flops_per_image(model: IOMM, size_px: int, num_text: int | None = None, **sample: Any) -> float:
@@ -49,7 +66,8 @@ def flops_by_part(
     """Return {part: FLOPs} of one sample of a training step.
 
     The frozen encoders and the prefix run forward. The queries run forward, and backward to their
-    inputs. Adapter, connector, alignment head and generator are trained and count 3 x forward.
+    inputs. Adapter, connector, alignment head and generator are trained and count 3 x forward. With
+    LoRA, adapter and connector are frozen and run forward, and no gradient reaches the queries.
 
     Args:
         model: the model, on any device.
@@ -67,18 +85,21 @@ def flops_by_part(
     projected = image or recipe.align.target == "projector"
     vit = mllm.vit_flops(projector=projected) if (image or aligned) and not tokens_cached else 0
     grid = vae.grid(size_px, size_px)
+    prefix, forward, backward = mllm.decoder_flops(
+        num_prefix, num_queries, outputs=recipe.adapter.conditions == "all"
+    )
+    frozen = bool(recipe.lora.rank)
     parts = {
         "VAE": 0 if cached else vae.flops_per_image(size_px),
         "ViT": vit,
-        "MLLM": sum(
-            mllm.decoder_flops(num_prefix, num_queries, outputs=recipe.adapter.conditions == "all")
-        ),
-        "generator": 3 * recipe.noise_draws * model.generator.flops_per_image(grid, num_condition),
+        "MLLM": prefix + forward + (0 if frozen else backward),
+        "generator": recipe.noise_draws
+        * model.generator.flops_per_image(grid, num_condition, training=True, route=recipe.route),
     }
     if model.adapter is not None:
-        parts["adapter"] = 3 * model.adapter.flops(num_prefix)
+        parts["adapter"] = (1 if frozen else 3) * model.adapter.flops(num_prefix)
     if model.connector is not None:
-        parts["connector"] = 3 * model.connector.flops(num_condition)
+        parts["connector"] = (1 if frozen else 3) * model.connector.flops(num_condition)
     if model.alignment is not None:
         parts["align"] = (
             3 * recipe.noise_draws * model.alignment.flops(math.prod(grid)) if aligned else 0

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iomm.config import GeneratorConfig
-from iomm.flops import attention_flops, linear_flops
+from iomm.config import GeneratorConfig, RouteConfig
+from iomm.flops import attention_flops, attention_products, linear_flops
 from iomm.kernels.qk_norm_rope import qk_norm_rope
 from iomm.layers import (
     FusedLinear,
@@ -107,13 +107,14 @@ class Layer(nn.Module):
         q, k, v = qk_norm_rope(qkv, self.q_norm.weight, self.k_norm.weight, cos_LF, sin_LF, eps=EPS)
         return self.out(attend(q, k, v))
 
-    def flops(self, num_tokens: float) -> float:
-        """Return the forward FLOPs on one sequence: 2 m n k of every matrix product."""
-        linears = linear_flops(self, num_tokens)
+    def flops(self, num_tokens: float, training: bool = False) -> float:
+        """Return the FLOPs on one sequence: 2 m n k of every matrix product."""
+        linears = linear_flops(self, num_tokens, training)
         # The modulation runs on one row per sample, not on every token.
         if self.modulation is not None:
-            linears -= linear_flops(self.modulation, num_tokens - 1)
-        return linears + attention_flops(num_tokens, num_tokens, self.out.in_features)
+            linears -= linear_flops(self.modulation, num_tokens - 1, training)
+        attention = attention_flops(num_tokens, num_tokens, self.out.in_features)
+        return linears + attention_products(self, training) * attention
 
 
 def padded_length(length: int) -> int:
@@ -264,16 +265,27 @@ class SingleStream(nn.Module):
                 torch.empty(pad_1D.shape).normal_(std=0.02, generator=generator_for(seed, name))
             )
 
-    def flops_per_image(self, grid: tuple[int, int], num_condition: float) -> float:
-        """Return the forward FLOPs of one image: 2 m n k of every matrix product.
+    def flops_per_image(
+        self,
+        grid: tuple[int, int],
+        num_condition: float,
+        training: bool = False,
+        route: RouteConfig | None = None,
+    ) -> float:
+        """Return the FLOPs of one image: 2 m n k of every matrix product.
 
-        Pad tokens are included.
+        They are those of a forward pass, or with `training` of both passes. Pad tokens are
+        included.
         """
         num_latents = grid[0] * grid[1]
         latents, condition = padded_length(num_latents), padded_length(num_condition)
-        total = linear_flops(self.time_in, 1) + linear_flops(self.final_modulation, 1)
-        total += linear_flops(self.condition_in, num_condition)
-        total += linear_flops(self.latents_in, num_latents) + linear_flops(self.final, num_latents)
-        total += sum(layer.flops(latents) for layer in self.latent_refiners)
-        total += sum(layer.flops(condition) for layer in self.condition_refiners)
-        return total + sum(layer.flops(latents + condition) for layer in self.blocks)
+        total = sum(
+            linear_flops(part, 1, training) for part in (self.time_in, self.final_modulation)
+        )
+        total += linear_flops(self.condition_in, num_condition, training)
+        total += sum(
+            linear_flops(part, num_latents, training) for part in (self.latents_in, self.final)
+        )
+        total += sum(layer.flops(latents, training) for layer in self.latent_refiners)
+        total += sum(layer.flops(condition, training) for layer in self.condition_refiners)
+        return total + sum(layer.flops(latents + condition, training) for layer in self.blocks)

@@ -11,9 +11,12 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from iomm.engine.observe import doctor
 from iomm.kernels import native
@@ -121,6 +124,7 @@ def test_doctor_reports_every_component(monkeypatch, tmp_path, capsys):
     assert {
         "torch",
         "CUDA device",
+        "attention",
         "DeepSpeed",
         "DALI",
         "Triton",
@@ -142,6 +146,26 @@ def test_doctor_reports_every_component(monkeypatch, tmp_path, capsys):
 def test_machine_facts_without_git(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert doctor.machine()["commit"] == "unknown" and doctor.machine()["torch"]
+
+
+def test_doctor_names_the_attention_backend(monkeypatch):
+    """The backend is the one that PyTorch would run, and a slow one on Hopper is a problem."""
+    with sdpa_kernel(SDPBackend.MATH):
+        assert doctor.sdpa_backend() == doctor.machine()["attention"] == "math"
+    assert doctor.sdpa_backend() != "math"
+    monkeypatch.setattr(doctor.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(doctor.torch.cuda, "get_device_capability", lambda: (9, 0))
+    for backend, state in ("flash_attention", "problem"), ("cudnn_attention", "present"):
+        monkeypatch.setattr(doctor, "sdpa_backend", lambda backend=backend: backend)
+        assert doctor.attention_row()[2] == state and backend in doctor.attention_row()[3]
+
+
+def test_deepspeed_with_a_nan_race_is_excluded():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = next(
+        Requirement(line) for line in project["dependencies"] if line.startswith("deepspeed")
+    )
+    assert "0.19.2" not in needed.specifier and "0.19.3" in needed.specifier
 
 
 def test_machine_facts_record_dali_version_or_none(monkeypatch):

@@ -20,6 +20,7 @@ ROOT = enter(__file__)
 import argparse
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.lib.baseline import BaselineModel
-from iomm.config import RECONSTRUCT, generator_config
+from iomm.config import PRESETS, RECONSTRUCT
 from iomm.engine import dry_run
 from iomm.engine.builders import mllm_name, vae_name
 from iomm.engine.config import RunConfig, load_config
@@ -40,8 +41,16 @@ from iomm.model import IOMM
 from iomm.vae import vae_without_weights
 
 FILE = ROOT / "benchmarks/lib/counts.json"
+# The paper's stage 1 of IOMM-B: images of the dataset, epochs by its table 1 and by its table 9
+# (with the same score in both), and H800 GPU-hours.
+PAPER_IMAGES, PAPER_EPOCHS, PAPER_HOURS = 11e6, (10, 5), 1000
 # Ops that write a tensor without reading it.
 WRITE_ONLY = "aten::copy_", "aten::zero_", "aten::fill_"
+
+
+def paper_rate(epochs: int) -> float:
+    """Return the images/s per GPU that the paper's hours imply for a stage 1 of so many epochs."""
+    return epochs * PAPER_IMAGES / (PAPER_HOURS * 3600)
 
 
 class Count(TorchDispatchMode):
@@ -104,7 +113,8 @@ def baseline_flops(config: RunConfig, every: bool = False) -> int:
         vae_without_weights(vae_name(config), config.model.patch),
     )
     mllm.tokenizer = prompt_tokenizer()
-    shape = generator_config(config.model.preset, token_dim=vae.token_dim, condition_dim=mllm.width)
+    preset = PRESETS[config.model.preset]
+    shape = replace(preset, token_dim=vae.token_dim, condition_dim=mllm.width)
     size = config.data.size_px
     with torch.device("meta"):
         baseline = BaselineModel(

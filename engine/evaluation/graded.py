@@ -27,7 +27,7 @@ import yaml
 from PIL import Image
 
 from iomm.config import InputError
-from iomm.engine.evaluation.layouts import GEDIT_TASKS, LAYOUTS
+from iomm.engine.evaluation.layouts import GEDIT_TASKS, LAYOUTS, text_of
 
 TARGETS = Path(__file__).with_name("targets.yaml")
 
@@ -178,7 +178,7 @@ def read_dpg(paths: Sequence[str], prompts: Sequence[str] | None) -> Graded:
     path = single(paths)
     images, categories, reported, in_summary, warnings = {}, {}, None, False, []
     crops = set()
-    for number, line in enumerate(text_of(path).splitlines(), 1):
+    for number, line in enumerate(text_of(path, "--graded").splitlines(), 1):
         where = f"{path}:{number}"
         if line.startswith("Model: "):
             in_summary = True
@@ -295,7 +295,7 @@ def read_imgedit(paths: Sequence[str], prompts: Sequence[str] | None) -> Graded:
     """
     averages, types, warnings = {}, {}, []
     for path in paths:
-        entries = parse(text_of(path), path)
+        entries = parse(text_of(path, "--graded"), path)
         if not isinstance(entries, dict) or not entries:
             raise InputError(
                 f"{path}: expected a JSON object. Give result.json, average_score.json or "
@@ -367,7 +367,7 @@ def read_gedit(paths: Sequence[str], prompts: Sequence[str] | None) -> Graded:
     """
     by_task, languages, seen = {task: [] for task in GEDIT_TASKS}, set(), set()
     for path in paths:
-        rows = csv.DictReader(io.StringIO(text_of(path), newline=""))
+        rows = csv.DictReader(io.StringIO(text_of(path, "--graded"), newline=""))
         for row, line in enumerate(rows, 2):
             where = f"{path}:{row}"
             task = re.search(r"/fullset/([^/]+)/[^/]+/[^/]+$", line.get("edited_image") or "")
@@ -517,7 +517,7 @@ def single(paths: Sequence[str]) -> str:
 
 def json_lines(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (place, object) for each line of a file. Raises InputError for other content."""
-    lines = text_of(path).removesuffix("\n").split("\n")
+    lines = text_of(path, "--graded").removesuffix("\n").split("\n")
     if not any(line.strip() for line in lines):
         raise InputError(f"{path} is empty. Run the grader again.")
     for number, line in enumerate(lines, 1):
@@ -526,14 +526,6 @@ def json_lines(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
         if not isinstance(entry, dict):
             raise InputError(f"{where}: expected an object on each line, got {line[:60]!r}")
         yield where, entry
-
-
-def text_of(path: str) -> str:
-    """Return the text of a result file, without a byte order mark. Raises InputError."""
-    try:
-        return Path(path).read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--graded {path} cannot be read: {error}") from error
 
 
 def parse(text: str, where: str) -> Any:

@@ -8,7 +8,6 @@ import datetime
 import importlib.metadata
 import importlib.util
 import json
-import os
 import platform
 import re
 import shutil
@@ -19,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend
 
+from iomm.engine.cores import num_cores
 from iomm.kernels import native
 
 PRESENT, ABSENT, PROBLEM = "present", "absent", "problem"
@@ -33,6 +34,7 @@ def rows() -> list[Row]:
         ("Python", platform.python_version(), PRESENT, sys.executable),
         ("torch", torch.__version__, PRESENT, f"{torch.get_num_threads()} CPU threads"),
         cuda_row(),
+        attention_row(),
         package_row("DeepSpeed", "deepspeed", "needed for training: pip install deepspeed"),
         package_row(
             "transformers", "transformers", "needed for the MLLM: pip install transformers"
@@ -96,7 +98,7 @@ def machine() -> dict[str, Any]:
         ":(top,exclude)*.md",
     )
     return {
-        "device": gpu or f"{cpu_name()}, {len(os.sched_getaffinity(0))} cores",
+        "device": gpu or f"{cpu_name()}, {num_cores()} cores",
         "gpu": gpu,
         "date": str(datetime.date.today()),
         "torch": torch.__version__,
@@ -104,6 +106,8 @@ def machine() -> dict[str, Any]:
         **{name: version_of(name) for name in ("deepspeed", "transformers", "diffusers", "triton")},
         # None: Pillow decodes.
         "dali": " and ".join(dali_wheels().values()) or None,
+        "cudnn": torch.backends.cudnn.version(),
+        "attention": sdpa_backend(),
         "commit": git("rev-parse", "HEAD")
         + (" and changes" if changed not in ("", "unknown") else ""),
     }
@@ -160,6 +164,29 @@ def cuda_row() -> Row:
     )
 
 
+def sdpa_backend() -> str:
+    """Return the backend that scaled_dot_product_attention picks for the joint attention."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # IOMM-B's shape without its batch: 12 heads of 128, 256 condition and 1,024 latent tokens.
+    x_BALE = torch.empty(1, 12, 1280, 128, dtype=torch.bfloat16, device=device)
+    return SDPBackend(torch._fused_sdp_choice(x_BALE, x_BALE, x_BALE)).name.lower()
+
+
+def attention_row() -> Row:
+    """Return the row of PyTorch's attention, with cuDNN's version.
+
+    On Hopper cuDNN is the fastest choice, and PyTorch takes it only from version 9.15 on.
+    """
+    version, backend = torch.backends.cudnn.version(), sdpa_backend()
+    note = f"scaled_dot_product_attention uses {backend} (bf16, head dim 128)"
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+    slow = hopper and backend != "cudnn_attention"
+    if slow:
+        note += "; slower than cudnn_attention, which needs cuDNN 9.15 or later"
+    found = f"cuDNN {version}" if version else "-"
+    return "attention", found, PROBLEM if slow else PRESENT, note
+
+
 def dali_wheels() -> dict[str, str]:
     """Return {wheel: version} of DALI's installed wheels. More than one overwrite each other."""
     return {
@@ -194,7 +221,10 @@ def dali_row() -> Row:
         )
     # In another process, which a wheel that does not fit this machine may crash.
     load = subprocess.run(
-        [sys.executable, "-c", "import nvidia.dali.fn"], capture_output=True, text=True
+        # -P: not from the user's current folder, where a file may hide a module.
+        [sys.executable, "-P", "-c", "import nvidia.dali.fn"],
+        capture_output=True,
+        text=True,
     )
     if load.returncode:
         return (

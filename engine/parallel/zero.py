@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional
 
 from iomm.config import InputError
 from iomm.engine.config import RunConfig
@@ -24,7 +25,6 @@ from iomm.engine.parallel.optim import (
 )
 from iomm.engine.parallel.ranks import Ranks
 from iomm.engine.parallel.zero_layouts import Replicated, Stage3, Stages1And2
-from iomm.layers import FusedLinear
 
 
 def adamw_backend(name: str, device: torch.device) -> AdamwBackend:
@@ -105,6 +105,7 @@ class Sharded:
                 optimizer=self.optimizer,
                 config=deepspeed_config(config, ranks.device, micro_batch, accumulation),
             )
+            spare_frozen_linears()
             layout = Stage3 if stage == 3 else Stages1And2
             self.layout = layout(module, self.engine.optimizer, ranks.rank)
         self.masters: list[Tensor] = self.layout.masters
@@ -124,7 +125,7 @@ class Sharded:
         fused = {
             f"{name}.weight": m.parts
             for name, m in module.named_modules()
-            if isinstance(m, FusedLinear)
+            if isinstance(m, nn.Linear) and hasattr(m, "parts")
         }
         everywhere = [self.places] if whole else ranks.all(self.places)
         matrices = {
@@ -257,9 +258,12 @@ class Sharded:
             dist.all_reduce(finite, op=dist.ReduceOp.MIN)
         return gradients[0].view(-1)[:1].mul_(torch.where(finite > 0, 1.0, float("nan")))
 
-    def grad_norm(self) -> float | None:
-        """Return the gradient norm of the last step before clipping, or None if skipped."""
-        return float(self.engine.get_global_grad_norm()) if self.engine.was_step_applied() else None
+    def grad_norm(self) -> Tensor | float | None:
+        """Return the gradient norm of the last step before clipping, or None if skipped.
+
+        A tensor is still on the device.
+        """
+        return self.engine.get_global_grad_norm() if self.engine.was_step_applied() else None
 
 
 def reduce_dtype(config: RunConfig) -> torch.dtype:
@@ -269,6 +273,22 @@ def reduce_dtype(config: RunConfig) -> torch.dtype:
         if "fp32" in (config.precision, config.zero.reduce_precision)
         else torch.bfloat16
     )
+
+
+def spare_frozen_linears() -> None:
+    """Let frozen linears use PyTorch's function where DeepSpeed has replaced it.
+
+    DeepSpeed's function keeps the input of every linear for the backward pass, also where the
+    weight needs no gradient: 4 GiB in the MLLM of IOMM-B with 16 images.
+    """
+    replaced, original = functional.linear, torch._C._nn.linear
+    if replaced.__module__ != "deepspeed.runtime.zero.linear":
+        return
+
+    def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return (replaced if weight.requires_grad else original)(input, weight, bias)
+
+    functional.linear = linear
 
 
 def deepspeed_config(

@@ -11,7 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from iomm.kernels.masked_attention.packing import cached_layout, sample_lengths, target_rows
+from iomm.kernels.dispatch import pick
+from iomm.kernels.masked_attention.packing import (
+    Lengths,
+    cached_layout,
+    sample_lengths,
+    target_rows,
+)
 from iomm.kernels.masked_attention.reference import masked_attention_reference
 
 # cuDNN's backward returns NaN with a mask at lengths % 128 == 64 (pytorch #196678), so masked
@@ -90,13 +96,18 @@ class DenseLayout:
 
 
 def _make_layout(
-    offsets: Tensor, prefix_offsets: Tensor | None, has_suffix: bool, causal: bool
+    offsets: Tensor,
+    prefix_offsets: Tensor | None,
+    has_suffix: bool,
+    causal: bool,
+    lengths: Lengths = None,
+    prefix_lengths: Lengths = None,
 ) -> DenseLayout:
-    lengths = sample_lengths("offsets", offsets)
+    lengths = sample_lengths("offsets", offsets, lengths=lengths)
     prefix_lengths = (
-        [0] * len(lengths)
+        (0,) * len(lengths)
         if prefix_offsets is None
-        else sample_lengths("prefix_offsets", prefix_offsets)
+        else sample_lengths("prefix_offsets", prefix_offsets, lengths=prefix_lengths)
     )
     num_queries, num_prefix = max(lengths, default=0), max(prefix_lengths, default=0)
     equal_lengths = len(set(lengths)) <= 1 and len(set(prefix_lengths)) <= 1
@@ -110,14 +121,20 @@ def _make_layout(
     if equal_lengths and not (causal and has_suffix and num_prefix):
         return DenseLayout(regular=True, **sizes)
     num_slots = num_prefix + (num_queries if has_suffix else 0)
-    device, samples = offsets.device, torch.arange(len(lengths))
-    slot_J = torch.arange(num_slots)
-    visible_BJ = slot_J < torch.tensor(prefix_lengths)[:, None]
+    device = offsets.device
+    if prefix_offsets is None:
+        prefix_offsets = torch.zeros_like(offsets)
+    sample_B = torch.arange(len(lengths), device=device)
+    slot_J = torch.arange(num_slots, device=device)
+    visible_BJ = slot_J < prefix_offsets.diff()[:, None]
     visible = visible_BJ[:, None].repeat(1, num_queries, 1)
     if has_suffix:
         suffix_J = slot_J - num_prefix
-        present_BJ = (suffix_J >= 0) & (suffix_J < torch.tensor(lengths)[:, None])
-        last_I = torch.arange(num_queries) if causal else torch.full((num_queries,), num_queries)
+        present_BJ = (suffix_J >= 0) & (suffix_J < offsets.diff()[:, None])
+        # The last suffix key that each query sees.
+        last_I = torch.full((num_queries,), num_queries, device=device)
+        if causal:
+            last_I = torch.arange(num_queries, device=device)
         visible |= present_BJ[:, None] & (suffix_J <= last_I[:, None])
     # The softmax of a row without visible keys would be 0/0. Such a row sees slot 0 instead,
     # which is zero padding and makes its output zero.
@@ -126,12 +143,12 @@ def _make_layout(
     return DenseLayout(
         regular=False,
         **sizes,
-        mask=visible[:, None].to(device),
-        query_rows=target_rows(lengths, samples * num_queries, 0, device),
-        suffix_rows=target_rows(lengths, samples * num_slots, num_prefix, device)
+        mask=visible[:, None],
+        query_rows=target_rows(offsets, sizes["total_queries"], sample_B * num_queries),
+        suffix_rows=target_rows(offsets, sizes["total_queries"], sample_B * num_slots + num_prefix)
         if has_suffix
         else None,
-        prefix_rows=target_rows(prefix_lengths, samples * num_slots, 0, device),
+        prefix_rows=target_rows(prefix_offsets, sizes["total_prefix"], sample_B * num_slots),
     )
 
 
@@ -149,9 +166,13 @@ def masked_attention_sdpa(
     prefix_offsets: Tensor | None,
     causal: bool,
     scale: float,
+    lengths: Lengths = None,
+    prefix_lengths: Lengths = None,
 ) -> Tensor:
     """Return (S, A, E) from scaled_dot_product_attention."""
-    layout = cached_layout(_make_layout, offsets, prefix_offsets, k is not None, causal)
+    layout = cached_layout(
+        _make_layout, offsets, prefix_offsets, k is not None, causal, lengths, prefix_lengths
+    )
     num_prefix = 0 if prefix_k is None else prefix_k.shape[0]
     if layout.total_queries > q.shape[0] or layout.total_prefix > num_prefix:
         raise ValueError(
@@ -166,7 +187,17 @@ def masked_attention_sdpa(
             None if x is None else x[: layout.total_prefix] for x in (prefix_k, prefix_v)
         )
         own = masked_attention_sdpa(
-            q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, causal, scale
+            q,
+            k,
+            v,
+            offsets,
+            prefix_k,
+            prefix_v,
+            prefix_offsets,
+            causal,
+            scale,
+            lengths,
+            prefix_lengths,
         )
         return torch.cat((own, padding))
     num_keys = num_prefix + (0 if k is None else k.shape[0])
@@ -175,8 +206,9 @@ def masked_attention_sdpa(
         return masked_attention_reference(
             q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, causal, scale
         )
-    run = _regular if layout.regular else _padded
-    return run(layout, q, k, v, prefix_k, prefix_v, causal, scale)
+    if layout.regular:
+        return _regular(layout, q, k, v, prefix_k, prefix_v, causal, scale)
+    return padded_attention(q, k, v, prefix_k, prefix_v, layout, scale)
 
 
 def _regular(
@@ -208,38 +240,55 @@ def _regular(
     return out.transpose(1, 2).flatten(0, 1)
 
 
-def _padded(
-    layout: DenseLayout,
+def padded_attention(
     q: Tensor,
     k: Tensor | None,
     v: Tensor | None,
     prefix_k: Tensor | None,
     prefix_v: Tensor | None,
-    causal: bool,
+    layout: DenseLayout,
     scale: float,
 ) -> Tensor:
-    num_slots = layout.mask.shape[-1]
+    """Return (S, A, E) of ragged samples, padded to the dense layout.
+
+    All sizes are read from shapes, so that torch.compile makes one graph for all batches.
+    """
+    num_samples, _, num_queries, num_slots = layout.mask.shape
     repeat = q.shape[1] // (prefix_k if k is None else k).shape[1]
 
     def dense(prefix: Tensor | None, suffix: Tensor | None) -> Tensor:
         example = prefix if suffix is None else suffix
-        slots = example.new_zeros(layout.num_samples * num_slots, *example.shape[1:])
+        slots = example.new_zeros(num_samples * num_slots, *example.shape[1:])
         if prefix is not None:
             slots = slots.index_copy(0, layout.prefix_rows, prefix)
         if suffix is not None:
             slots = slots.index_copy(0, layout.suffix_rows, suffix)
         # Heads are repeated explicitly because the CUDA kernels that take a mask do not take
         # grouped heads.
-        return _heads_first(slots, layout.num_samples).repeat_interleave(repeat, dim=1)
+        return _heads_first(slots, num_samples).repeat_interleave(repeat, dim=1)
 
-    queries = q.new_zeros(layout.num_samples * layout.num_queries, *q.shape[1:]).index_copy(
+    queries = q.new_zeros(num_samples * num_queries, *q.shape[1:]).index_copy(
         0, layout.query_rows, q
     )
     out = dense_attention(
-        _heads_first(queries, layout.num_samples),
+        _heads_first(queries, num_samples),
         dense(prefix_k, k),
         dense(prefix_v, v),
         layout.mask,
         scale=scale,
     )
     return out.transpose(1, 2).flatten(0, 1).index_select(0, layout.query_rows)
+
+
+def ragged_layout(
+    offsets: Tensor, lengths: tuple[int, ...], dtype: torch.dtype
+) -> DenseLayout | None:
+    """Return the layout with which `padded_attention` is `masked_attention` without prefix.
+
+    None if another backend was chosen, or if nothing has to be padded because all samples have
+    equal lengths.
+    """
+    if pick("masked_attention", offsets.device, dtype) is not masked_attention_sdpa:
+        return None
+    layout = cached_layout(_make_layout, offsets, None, True, True, lengths, None)
+    return None if layout.regular else layout

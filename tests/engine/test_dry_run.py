@@ -171,20 +171,22 @@ def test_activation_bytes_match_a_real_pass():
     assert counted == pytest.approx(sum(kept.values()), rel=0.1) and out.requires_grad
 
 
+@pytest.mark.parametrize("lora", [[], ["lora.rank=8", "run.init=base"]], ids=["full", "lora"])
 @pytest.mark.parametrize("preset", ["demo", "iomm-xl"])
-def test_activation_bytes_match_a_model_of_all_blocks(preset):
-    config = load_config(
-        PIXELS, [f"model.preset={preset}", "precision=fp32", "data.size_px=32", "model.vae=pixel:4"]
-    )
+def test_activation_bytes_match_a_model_of_all_blocks(preset, lora):
+    """With LoRA, weights are frozen, and so is what the generator is conditioned on."""
+    settings = ["precision=fp32", "data.size_px=32", "model.vae=pixel:4", *lora]
+    config = load_config(PIXELS, [f"model.preset={preset}", *settings])
     model = build_without_weights(config)
     generator, vae = model.generator, model.frozen[1]
     with torch.device("meta"):
         inputs = (
             torch.empty(4, 64, vae.token_dim),
             torch.empty(4),
-            torch.empty(4, 16, generator.config.condition_dim, requires_grad=True),
+            torch.empty(4, 16, generator.config.condition_dim, requires_grad=not lora),
         )
-    whole = kept_bytes(lambda: generator(*inputs, (8, 8)), generator.parameters())
+    own = [*generator.parameters(), *generator.buffers()]
+    whole = kept_bytes(lambda: generator(*inputs, (8, 8)), own)
     assert activation_bytes(model, config, micro_batch=4)["generator"] == whole
 
 

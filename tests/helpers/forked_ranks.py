@@ -4,7 +4,6 @@ Importing torch, DeepSpeed and transformers takes about 5 s of CPU time, which i
 few steps. Everything else is as in a started process: arguments, environment, output, exit code.
 """
 
-import functools
 import multiprocessing
 import os
 import runpy
@@ -31,9 +30,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CONTEXT = multiprocessing.get_context("forkserver")
 
 
-@functools.cache
-def start_server(settings: tuple[tuple[str, str], ...]) -> None:
-    """Start the process that ranks are forked from, once, with these environment variables."""
+def start_server(settings: dict[str, str]) -> None:
+    """Start the process that ranks are forked from, with these environment variables."""
     before = dict(os.environ)
     os.environ.update(settings)
     try:

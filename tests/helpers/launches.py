@@ -1,6 +1,7 @@
 """Start runs in tests, with DeepSpeed's launcher or without, and read what they leave."""
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from forked_ranks import Rank, start_server
 
+from iomm.engine.config_parser import layered
 from iomm.engine.parallel.cpu_ranks import free_port
 from iomm.engine.resilience import checkpoint_reader
 
@@ -24,7 +26,10 @@ BUILDS = Path(tempfile.mkdtemp(prefix="iomm-test-"))
 
 
 def command(ranks, *arguments):
-    """Return the deepspeed command line that starts engine/launch.py."""
+    """Return the deepspeed command line that starts engine/launch.py.
+
+    Here and below, a later setting of a key replaces an earlier one.
+    """
     return [
         str(Path(sys.executable).with_name("deepspeed")),
         "--num_gpus",
@@ -32,7 +37,7 @@ def command(ranks, *arguments):
         "--master_port",
         str(free_port()),
         str(ROOT / "engine/launch.py"),
-        *arguments,
+        *layered(arguments),
     ]
 
 
@@ -75,17 +80,23 @@ def group_environment(ranks):
     }
 
 
+@functools.cache
+def start_server_once():
+    """Start the process that all ranks are forked from."""
+    start_server({**environment(), "PYTHONPATH": str(ROOT)})
+
+
 def start_ranks(ranks, script, *arguments, output):
     """Start ranks as any launcher would, but forked (forked_ranks.py), and return them.
 
     They write to the file at the path `output`.
     """
-    start_server(tuple(sorted({**environment(), "PYTHONPATH": str(ROOT)}.items())))
+    start_server_once()
     shared = group_environment(ranks)
     return [
         Rank(
             str(script),
-            arguments,
+            tuple(layered(arguments)),
             {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             str(output),
         )
@@ -98,7 +109,7 @@ def start_processes(ranks, script, *arguments, output):
     shared = group_environment(ranks)
     return [
         subprocess.Popen(
-            [sys.executable, str(script), *arguments],
+            [sys.executable, str(script), *layered(arguments)],
             cwd=ROOT,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -53,3 +53,20 @@ def relative_error(got, exact):
     NaN stays NaN, and fails any comparison.
     """
     return ((got - exact).abs().max() / exact.abs().max()).item()
+
+
+def inputs(config, grid, num_condition, batch=2, dtype=torch.float64):
+    """Return random noisy tokens, times and a condition; all but the times require grad."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = (
+        (batch, grid[0] * grid[1], config.token_dim),
+        (batch, num_condition, config.condition_dim),
+    )
+    noisy, condition = (
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes
+    )
+    return (
+        noisy.requires_grad_(),
+        torch.rand(batch, generator=generator, dtype=torch.float64).to(dtype),
+        condition.requires_grad_(),
+    )

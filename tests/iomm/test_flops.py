@@ -3,13 +3,15 @@
 The results are the table in iomm/README.md, for literal Algorithm 1 and for this implementation.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from iomm.adapter import QueryAdapter
-from iomm.config import AdapterConfig, generator_config
+from iomm.config import PRESETS, AdapterConfig
 from iomm.generator import empty_generator
 from iomm.internvl import INTERNVL3_2B, meta_mllm
 
@@ -61,7 +63,7 @@ def test_flops_match_the_readme_table(mllm):
     shown = round((1 - RATIO) * IMAGE)
     ours_mllm = sum(mllm.decoder_flops(TEXT + shown, QUERIES)) / T
     generator = empty_generator(
-        generator_config("iomm-b", token_dim=64, condition_dim=mllm.width), device="meta"
+        replace(PRESETS["iomm-b"], token_dim=64, condition_dim=mllm.width), device="meta"
     )
     literal_dit, ours_dit = (
         3 * generator.flops_per_image((32, 32), c) / T for c in (LITERAL, QUERIES)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from parity import randomize, relative_error, true_float64
+from parity import inputs, randomize, relative_error, true_float64
 from torch.utils.flop_counter import FlopCounterMode
 
 from iomm.config import PRESETS, GeneratorConfig, InputError
@@ -30,22 +30,6 @@ SMALL = GeneratorConfig(
     rope_theta=256.0,
 )
 NORM_FREE = replace(SMALL, norm_affine=False)
-
-
-def inputs(config, grid, num_condition, batch=2, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(1)
-    shapes = (
-        (batch, grid[0] * grid[1], config.token_dim),
-        (batch, num_condition, config.condition_dim),
-    )
-    noisy, condition = (
-        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes
-    )
-    return (
-        noisy.requires_grad_(),
-        torch.rand(batch, generator=generator, dtype=torch.float64).to(dtype),
-        condition.requires_grad_(),
-    )
 
 
 def twin(model, dtype=torch.float64):

@@ -4,6 +4,7 @@ Losses and norms are equal, steps are applied on all ranks or none, and checkpoi
 stages.
 """
 
+import importlib
 import json
 from pathlib import Path
 
@@ -267,3 +268,30 @@ def test_hpz_partition_size_must_divide_the_ranks():
         make_plan(config, ranks=4)
     with pytest.raises(InputError, match=message):
         config.zero.check_ranks(4)
+
+
+def test_frozen_linears_keep_no_inputs(monkeypatch):
+    """DeepSpeed's linear, which a GPU run uses without compilation, is for trained weights only.
+
+    A frozen linear keeps its weight and nothing else. Outputs and gradients stay the same.
+    """
+
+    def run(trained):
+        kept, generator = [], torch.Generator().manual_seed(0)
+        weight = torch.randn(5, 7, generator=generator).requires_grad_(trained)
+        x = torch.randn(3, 4, 7, generator=generator, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: kept.append(tensor.data_ptr()) or tensor, lambda tensor: tensor
+        ):
+            y = torch.nn.functional.linear(x, weight)
+        y.square().sum().backward()
+        return x.data_ptr() in kept, y, x.grad
+
+    keeps, y, gradient = run(trained=False)
+    of_deepspeed = importlib.import_module("deepspeed.runtime.zero.linear").zero3_linear_wrap
+    monkeypatch.setattr(torch.nn.functional, "linear", of_deepspeed)
+    assert not keeps and run(trained=False)[0]
+    zero.spare_frozen_linears()
+    keeps, again, gradient_again = run(trained=False)
+    assert not keeps and run(trained=True)[0]
+    torch.testing.assert_close((again, gradient_again), (y, gradient), rtol=0, atol=0)

@@ -208,6 +208,7 @@ def start(timeout_s: float, local_rank: int | None = None) -> Ranks:
                 timeout=timedelta(seconds=timeout_s),
                 verbose=False,
             )
+            control_group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
     except RuntimeError as error:
         reason = " ".join(str(error).partition("Exception raised from")[0].split())[:200]
         raise InputError(
@@ -224,7 +225,7 @@ def start(timeout_s: float, local_rank: int | None = None) -> Ranks:
         local_size=int(
             os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
         ),
-        control_group=dist.new_group(backend="gloo", timeout=timedelta(days=7)),
+        control_group=control_group,
     )
 
 

@@ -354,7 +354,7 @@ class Watchdog:
         if publish:
             self.call(functools.partial(self.raise_alarm, alarm))
         if alarm.kind == "lost":
-            self.call(self.write_stacks)
+            self.call(self.write_stacks, ANSWER_S + 2 * STACKS_S)
         if self.ranks.first and self.remote:
             time.sleep(LINGER_S)
         own = [rank for rank, host in enumerate(self.hosts) if host == self.host]
@@ -364,8 +364,13 @@ class Watchdog:
     def write_stacks(self) -> None:
         """Write the stacks of this rank."""
         self.open_stacks()
+        size = os.path.getsize(self.stacks.name)
         # From a native thread: a folder that hangs must not hold the GIL.
         faulthandler.dump_traceback_later(0.01, file=self.stacks)
+        until = time.monotonic() + ANSWER_S
+        # On a busy machine, the thread starts late.
+        while os.path.getsize(self.stacks.name) == size and time.monotonic() < until:
+            time.sleep(0.02)
         time.sleep(STACKS_S)
 
     def end_hang(self, idle_s: float) -> None:

@@ -1,14 +1,27 @@
 """Several hosts: lost, cut off, preempted, and as containers that share more than a network."""
 
+import os
+import signal
 import time
 
 import pytest
-from faults.hosts import lost_hosts, preempted_hosts, returning_links
+from faults.hosts import (
+    HostsRun,
+    bad_network,
+    hosts_train,
+    lost_hosts,
+    preempted_hosts,
+    returning_links,
+    wire,
+)
+from faults.real import small_run
 from faults.toy_job import Job
-from faults.trials import output
+from faults.trials import log_rows, newest_step, output
+from launches import ROOT
 from namespaces import Hosts, why_not
 
 from iomm.engine.resilience import watchdog
+from iomm.engine.resilience.preemption import REQUEUE
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
@@ -61,3 +74,61 @@ def test_wait_for_other_ranks_is_reported_once_per_host(monkeypatch, capsys):
         said = capsys.readouterr().err
         assert said.count(" is waiting for 3 other ranks at h0:29500\n") == number
         assert "nothing" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+@pytest.mark.parametrize("what", ["kill", "cut"])
+def test_lost_host_ends_the_launchers_with_70_and_its_name(what, launcher, tmp_path):
+    with Hosts(2) as hosts:
+        run = HostsRun(
+            hosts,
+            launcher,
+            tmp_path / "run",
+            *small_run(tmp_path),
+            "train.steps=100000",
+            "guard.lost_s=5",
+        )
+        run.wait_for_steps(3)
+        getattr(hosts, what)(1)
+        assert run.wait()[0] == watchdog.DEAD, run.output(0)[-3000:]
+        assert "rank 1 (h1)" in run.output(0) and "Traceback" not in run.output(0)
+
+
+@pytest.mark.slow
+def test_signal_to_torchrun_of_one_host_ends_all_with_75(tmp_path):
+    with Hosts(2) as hosts:
+        settings = [*small_run(tmp_path), "checkpoint.every_steps=1000"]
+        run_dir = tmp_path / "run"
+        run = HostsRun(
+            hosts,
+            "torchrun",
+            run_dir,
+            *settings,
+            "train.steps=100000",
+            options=("--max-restarts", "3"),
+        )
+        run.wait_for_steps(3)
+        os.kill(hosts.pids(1, str(ROOT / "engine/torchrun.py"))[-1], signal.SIGTERM)
+        assert run.wait() == {0: REQUEUE, 1: REQUEUE}, run.output(0)[-3000:]
+        assert newest_step(run_dir) == log_rows(run_dir)[-1][0]
+
+
+@pytest.mark.slow
+def test_hosts_train_like_one(tmp_path):
+    for case, found in hosts_train(tmp_path, sizes=(1, 2)).items():
+        assert found["samples_in_order"] and found["first_loss_bitwise"], (case, found)
+        assert found["worst_relative"] < 1e-3, (case, found)
+
+
+@pytest.mark.slow
+def test_bad_network_is_no_fault(tmp_path):
+    found = bad_network(tmp_path, num_steps=50)
+    assert found["alarms"] == 0 and found["same_bits"], found
+
+
+@pytest.mark.slow
+def test_counted_bytes_are_on_the_wire(tmp_path):
+    for case, found in wire(tmp_path, sizes=(3,)).items():
+        if isinstance(found, dict):
+            assert 0 <= found["more"] < 0.02, (case, found)

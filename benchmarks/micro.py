@@ -1,8 +1,9 @@
-"""Small measurements, one per subcommand: the cost of a save, images/s from text, start-up time.
+"""Small measurements, one per subcommand: saves, images/s from text, start-up time, host memory.
 
     python benchmarks/micro.py checkpoint [--parameters 5.5e6] [--step-s 0.65] [--saves 10]
     python benchmarks/micro.py sampling --run runs/demo-finetune [--compile]
     python benchmarks/micro.py startup [--config demo-cpu] [section.key=value ...]
+    python benchmarks/micro.py memory [--layers 10] [--width 1024]
 
 `checkpoint` has a single rank save masters, two moments and an average in fp32 in the background
 while the main thread multiplies matrices in steps of --step-s seconds. It measures how long save()
@@ -15,6 +16,13 @@ time to verify and read everything back.
 engine/launch.py (torch is imported before), joining the ranks, launch.build (data, index, frozen
 parts, ZeRO-3), and the first and second step. It reports medians over --runs interpreters. A
 warm-up run that does not count creates the shapes dataset and its index.
+
+`memory` measures by how much the host memory of 1, 2 and 4 ranks grows while they build the same
+model: a random InternVL from a file, and a trained generator. "Private" is memory that a rank does
+not share (Anonymous in /proc/PID/smaps_rollup); "with shared pages" adds each rank's part of the
+pages that it maps from the weight file (Pss). The ranks are fresh interpreters, not connected.
+In place of a GPU, which has memory of its own, they use PyTorch's meta device, which has none: what
+is moved there leaves the host just as on a GPU. What CUDA itself takes is not measured.
 
 Results are written to benchmarks/results/<subcommand>-<device>-<date>.json.
 """
@@ -32,8 +40,10 @@ import os
 import statistics
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +51,8 @@ import torch
 
 from benchmarks.report import command, positive
 from iomm.config import InputError
+from iomm.engine.arguments import add_overrides
+from iomm.engine.config_parser import layered
 from iomm.engine.parallel import ranks as group
 
 if TYPE_CHECKING:
@@ -282,7 +294,7 @@ def startup(argv: list[str]) -> None:
     parser.add_argument("--config", default="demo-cpu")
     parser.add_argument("--runs", type=positive(int), default=5)
     parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    add_overrides(parser)
     args = parser.parse_intermixed_args(argv)
     if args.once:
         time_start(args.config, args.overrides)
@@ -298,8 +310,7 @@ def startup(argv: list[str]) -> None:
             "--once",
             "--config",
             args.config,
-            *args.overrides,
-            f"run.dir={folder}/run",
+            *layered([*args.overrides, f"run.dir={folder}/run"]),
         ]
         for _ in range(args.runs + 1):
             done = subprocess.run(once, cwd=ROOT, capture_output=True, text=True)
@@ -323,7 +334,216 @@ def startup(argv: list[str]) -> None:
     print(path)
 
 
-SUBCOMMANDS = {"checkpoint": checkpoint, "sampling": sampling, "startup": startup}
+# memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Build:
+    """One way to build a model, and the numbers of ranks for which it is measured."""
+
+    # Dtype of the weight file, and precision of the run.
+    stored: str
+    precision: str
+    # Device of the ranks: "cpu", or "meta" in place of a GPU.
+    device: str
+    num_ranks: tuple[int, ...]
+
+
+BUILDS = (
+    Build(stored="bf16", precision="bf16", device="cpu", num_ranks=(1, 2, 4)),
+    Build(stored="bf16", precision="fp32", device="cpu", num_ranks=(1, 2)),
+    Build(stored="bf16", precision="bf16", device="meta", num_ranks=(1, 2, 4)),
+    Build(stored="fp32", precision="bf16", device="meta", num_ranks=(1, 2)),
+)
+# Keys of /proc/PID/smaps_rollup and their names here.
+ROLLUP = {"Anonymous": "private", "Pss": "with_shared", "Rss": "resident", "Private_Dirty": "dirty"}
+
+
+def write_mllms(folder: Path | str, *, layers: int, width: int) -> None:
+    """Write a random InternVL to folder/fp32, and the same rounded to bf16 to folder/bf16."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    from iomm.config import RECONSTRUCT
+    from iomm.engine.shapes.mllm import create_mllm
+
+    vision = dict(
+        hidden_size=width,
+        num_hidden_layers=-(-layers // 3),
+        num_attention_heads=width // 64,
+        intermediate_size=4 * width,
+        image_size=448,
+        patch_size=14,
+        attention_bias=True,
+    )
+    text = dict(
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        num_key_value_heads=2,
+        intermediate_size=4 * width,
+        max_position_embeddings=1024,
+    )
+    full, rounded = Path(folder) / "fp32", Path(folder) / "bf16"
+    create_mllm(full, texts=[RECONSTRUCT], vision=vision, text=text)
+    shutil.copytree(full, rounded, ignore=shutil.ignore_patterns("*.safetensors"))
+    tensors = load_file(full / "model.safetensors")
+    save_file(
+        {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()},
+        rounded / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+
+
+def host_memory() -> dict[str, float]:
+    """Return this process's memory in MB by the names in ROLLUP."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
+    kib = {line.partition(":")[0]: int(line.split()[1]) for line in lines}
+    return {name: kib[key] * 1024 / 1e6 for key, name in ROLLUP.items()}
+
+
+def build_once(mllm: str, precision: str, device: str, width: int) -> None:
+    """Be one rank: build the model, use its weights, and print MB after each step as JSON.
+
+    Between the steps, a line on stdin is awaited, so that all ranks are measured together.
+    """
+    from iomm.config import GeneratorConfig
+    from iomm.engine import builders
+    from iomm.engine.config import load_config
+
+    torch.set_num_threads(1)
+    # A first build, of the shapes dataset's MLLM, imports what is imported late.
+    builders.build_model(load_config("demo", ["model.vae=pixel:8"]), device)
+    config = load_config(
+        "demo", ["model.vae=pixel:8", f"model.mllm={mllm}", f"precision={precision}"]
+    )
+    shape = GeneratorConfig(width=width, num_heads=width // 64, num_blocks=5)
+    model_config = replace(config.model, preset="from-init", shape=json.dumps(asdict(shape)))
+    config = replace(config, model=model_config)
+    before = host_memory()
+    peak, done = dict(before), threading.Event()
+
+    def note() -> None:
+        peak.update({name: max(peak[name], mb) for name, mb in host_memory().items()})
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            note()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    model = builders.build_model(config, device).to(device)
+    for parameter in model.frozen[0].parameters():
+        # As the first step does: reads every page.
+        parameter.sum()
+    done.set()
+    watcher.join()
+    note()
+    trained = sum(p.numel() for p in model.parameters())
+    print(json.dumps({"trained": trained, "before": before, "peak": peak}), flush=True)
+    sys.stdin.readline()
+    print(json.dumps(host_memory()), flush=True)
+    sys.stdin.readline()
+
+
+def measure_build(folder: Path | str, build: Build, num_ranks: int, width: int) -> dict:
+    """Return the MB by which the memory of `num_ranks` ranks together grows in a build.
+
+    "peak" adds the ranks' own peaks, "after" is measured while all ranks hold the model.
+    """
+    command_line = [
+        sys.executable,
+        __file__,
+        "memory",
+        "--once",
+        str(Path(folder) / build.stored),
+        build.precision,
+        build.device,
+        "--width",
+        str(width),
+    ]
+    ranks = [
+        subprocess.Popen(
+            command_line, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(num_ranks)
+    ]
+    try:
+        # The last line, as libraries may print.
+        first = [json.loads(next_json(rank)) for rank in ranks]
+        after = []
+        for rank in ranks:
+            rank.stdin.write("\n")
+            rank.stdin.flush()
+            after.append(json.loads(next_json(rank)))
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+    grown = {}
+    for step, states in (("peak", [found["peak"] for found in first]), ("after", after)):
+        for name in ROLLUP.values():
+            grown[f"{step}_{name}_mb"] = sum(
+                state[name] - found["before"][name]
+                for state, found in zip(states, first, strict=True)
+            )
+    return {
+        **asdict(build),
+        "num_ranks": num_ranks,
+        "file_mb": (Path(folder) / build.stored / "model.safetensors").stat().st_size / 1e6,
+        "trained_mb": first[0]["trained"] * 4 / 1e6,
+        **grown,
+    }
+
+
+def next_json(process: subprocess.Popen) -> str:
+    """Return the next line of a process's output that is a JSON object."""
+    for line in process.stdout:
+        if line.startswith("{"):
+            return line
+    raise InputError("a rank ended before it had built the model; its error is above")
+
+
+def memory(argv: list[str]) -> None:
+    """Measure the host memory of ranks that build the same model."""
+    parser = subcommand_parser("memory")
+    parser.add_argument("--layers", type=positive(int), default=10, help="of the MLLM's decoder")
+    parser.add_argument("--width", type=positive(int), default=1024, help="of the MLLM, x 64")
+    parser.add_argument("--once", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--write", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.once:
+        build_once(*args.once, args.width)
+        return
+    if args.write:
+        write_mllms(args.write, layers=args.layers, width=args.width)
+        return
+    from iomm.engine.observe.doctor import machine
+
+    size = ["--layers", str(args.layers), "--width", str(args.width)]
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        # In a process of its own, whose memory is then free.
+        subprocess.run(
+            [sys.executable, __file__, "memory", "--write", folder, *size], cwd=ROOT, check=True
+        )
+        for build in BUILDS:
+            for num_ranks in build.num_ranks:
+                rows.append(measure_build(folder, build, num_ranks, width=384))
+                print(json.dumps(rows[-1]), flush=True)
+    facts = machine()
+    path = RESULTS / f"memory-cpu-{facts['date']}.json"
+    path.write_text(json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n")
+    print(path)
+
+
+SUBCOMMANDS = {
+    "checkpoint": checkpoint,
+    "sampling": sampling,
+    "startup": startup,
+    "memory": memory,
+}
 
 
 def subcommand_parser(name: str) -> argparse.ArgumentParser:

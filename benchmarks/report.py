@@ -33,9 +33,9 @@ START, END = "<!-- generated: {} (python benchmarks/report.py) -->", "<!-- /gene
 Rows = Iterator[tuple[str, str]]
 # Section of benchmarks/README.md -> the kinds of result files in its table.
 SECTIONS = {
-    "speed": ("throughput", "precision", "ops", "loader", "sampling", "startup"),
+    "speed": ("throughput", "precision", "ops", "loader", "sampling", "startup", "memory"),
     "reliability": ("survival", "data-reliability", "checkpoint"),
-    "learning": ("demo", "alignment", "recipes", "time-to-quality"),
+    "learning": ("demo", "alignment", "routing", "recipes", "time-to-quality"),
 }
 
 
@@ -335,6 +335,28 @@ def startup(result: dict) -> Rows:
     )
 
 
+def memory(result: dict) -> Rows:
+    """Yield a row per way to build a model, with the host memory of each number of ranks."""
+    by_build = {}
+    for row in result["rows"]:
+        by_build.setdefault((row["stored"], row["precision"], row["device"]), []).append(row)
+    for (stored, precision, device), rows in by_build.items():
+        where = "a CPU" if device == "cpu" else "a device with its own memory (meta)"
+        ranks = ", ".join(str(row["num_ranks"]) for row in rows)
+
+        def each(key: str, rows: list[dict] = rows) -> str:
+            return ", ".join(f"{max(row[key], 0):,.0f}" for row in rows)
+
+        yield (
+            f"host memory of {ranks} rank(s) that build a model on {where}: MLLM of "
+            f"{rows[0]['file_mb']:.0f} MB in {stored}, used in {precision}, and a generator of "
+            f"{rows[0]['trained_mb']:.0f} MB",
+            f"private to the ranks {each('peak_private_mb')} MB at the peak and "
+            f"{each('after_private_mb')} MB after it; with shared pages "
+            f"{each('after_with_shared_mb')} MB after it",
+        )
+
+
 def sizes_in_words(found: dict) -> str:
     """Return one sentence on resuming with another number of ranks."""
     exact = [path for path, row in found.items() if row["bitwise_to_the_end"]]
@@ -535,9 +557,11 @@ def table(section: str) -> str:
         "throughput": throughput,
         "startup": startup,
         "sampling": sampling,
+        "memory": memory,
         "survival": rows_of,
         "recipes": rows_of,
         "alignment": rows_of,
+        "routing": rows_of,
         "time-to-quality": time_to_quality,
     }
     rows = ["| what | figure | measured |", "|---|---|---|"]

@@ -56,6 +56,7 @@ from benchmarks.lib.counts import (
 from benchmarks.lib.harness import WARM_UP, Bench, prepare, ratio, summary, unsharded_copy
 from benchmarks.ops import ceilings
 from benchmarks.report import baseline_name, command, label, positive, pyplot
+from iomm.engine.arguments import add_overrides
 from iomm.engine.observe.doctor import machine
 from iomm.engine.observe.metrics import memory_gib, peak_flops
 from iomm.engine.observe.tracing import Window
@@ -498,7 +499,7 @@ def main() -> int:
     )
     parser.add_argument("--no-ablations", action="store_true")
     parser.add_argument("--trace", help="folder for a torch trace of ten micro-batches")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    add_overrides(parser)
     args = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as folder:
         config, changes = prepare(args, device, Path(folder))

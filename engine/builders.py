@@ -8,8 +8,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
+import tempfile
 import zlib
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +23,11 @@ from tqdm import tqdm
 from iomm import lora
 from iomm.adapter import Connector, QueryAdapter
 from iomm.alignment import PREFIX, AlignmentHead
+from iomm.caption_limit import CaptionLimit
 from iomm.config import InputError
+from iomm.engine.arguments import whole_variable
 from iomm.engine.config import FROM_INIT, load_config, positive
+from iomm.engine.cores import num_cores
 from iomm.engine.data.buckets import BucketSampler, bucket_sizes, share_buckets
 from iomm.engine.data.index import (
     ensure_index,
@@ -33,20 +39,21 @@ from iomm.engine.data.index import (
 )
 from iomm.engine.data.latents import EncodedSamples, LatentStore, write_cache
 from iomm.engine.data.mixture import Joined, MixtureSampler, num_images_per_batch
+from iomm.engine.data.patterns import absolute
 from iomm.engine.data.samplers import EpochPermutation, FixedSizeSampler, held_out
 from iomm.engine.data.shards import Shards
-from iomm.engine.data.sizes import Upscaled, upscaled_squares
+from iomm.engine.data.sizes import Upscaled, count_long, upscaled_squares
 from iomm.engine.data.source import ImageSource
 from iomm.engine.data.validate import Rules
 from iomm.engine.resilience import checkpoint_reader
 from iomm.engine.shapes import check_weights
 from iomm.engine.shapes import mllm as shapes_mllm
 from iomm.engine.shapes import vae as shapes_vae
-from iomm.engine.shapes.dataset import write_dataset
+from iomm.engine.shapes.dataset import is_dataset, write_dataset
 from iomm.generator import empty_generator
-from iomm.internvl import load_mllm
+from iomm.internvl import load_mllm, load_tokenizer, mllm_without_weights
 from iomm.layout import from_diffusers_config
-from iomm.model import IOMM, Recipe
+from iomm.model import IOMM, Recipe, draw_turns
 from iomm.vae import load_vae, vae_without_weights
 from iomm.weights import initialize_generator, load_module, read_json
 
@@ -60,10 +67,101 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("iomm")
 
+# No MLLM has so small a context that a caption of this length, which has at most as many tokens,
+# does not fit. The smallest one, of tests, has 256 tokens.
+SHORT_CAPTION_BYTES = 192
+
+
+def resolved(config: RunConfig, base: str | Path = ".") -> RunConfig:
+    """Return a config whose names of files and folders are absolute.
+
+    A run therefore finds its data and weights whatever folder its config.yaml is read from.
+
+    Args:
+        config: the run's config.
+        base: folder that relative names refer to.
+    """
+    run, model, data, cache = config.run, config.model, config.data, config.cache
+    base = Path(base).absolute()
+
+    def path(name: str | None) -> str | None:
+        return None if name is None else os.path.normpath(base / Path(name).expanduser())
+
+    def weights(name: str) -> str:
+        # A hub id, "shapes" or another name that is not a folder keeps its meaning.
+        named = name == "shapes" or not (base / Path(name).expanduser()).is_dir()
+        return name if named else path(name)
+
+    def shards(name: str | None) -> str | None:
+        return name if name in (None, "shapes") else absolute(name, base)
+
+    return replace(
+        config,
+        run=replace(run, dir=path(run.dir), init=path(run.init)),
+        model=replace(model, mllm=weights(model.mllm), vae=weights(model.vae)),
+        data=replace(
+            data,
+            shards=shards(data.shards),
+            pairs=shards(data.pairs),
+            latents=data.latents if data.latents == "memory" else path(data.latents),
+        ),
+        cache=replace(cache, dir=path(cache.dir)),
+    )
+
+
+def saved_config(run_dir: str | Path) -> RunConfig:
+    """Return the config of a run folder, wherever the folder is now, with absolute names.
+
+    Earlier versions saved names relative to the folder in which the run was started. That is the
+    folder from which the saved run.dir leads to `run_dir`, or else the current one.
+    """
+    config = load_config(str(Path(run_dir) / "config.yaml"))
+    folder, started = Path(os.path.abspath(run_dir)), Path(os.path.normpath(config.run.dir))
+    base = Path.cwd()
+    depth = len(started.parts)
+    if not started.is_absolute() and folder.parts[-depth:] == started.parts:
+        base = folder.parents[depth - 1]
+    config = resolved(config, base)
+    return replace(config, run=replace(config.run, dir=str(folder)))
+
+
+def cache_folders(config: RunConfig) -> list[Path]:
+    """Return the folders in which rendered data and indexes may be, the preferred one first.
+
+    All runs in one folder share the first one.
+    """
+    if config.cache.dir is not None:
+        return [Path(config.cache.dir)]
+    run_dir = Path(config.run.dir)
+    own = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "iomm"
+    return [run_dir.parent / "shared", run_dir / "shared", own]
+
 
 def cache_dir(config: RunConfig) -> Path:
-    """Return the folder that all runs in one folder share: the rendered dataset and indexes."""
-    return Path(config.run.dir).parent / "shared"
+    """Return the first of cache_folders() that can be written, and create it.
+
+    Raises:
+        InputError: none of them can be written.
+    """
+    reasons = []
+    for folder in cache_folders(config):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            reasons.append(f"{folder} cannot be written ({error.strerror})")
+            continue
+        if reasons:
+            logger.warning(
+                "warning: %s; rendered data and indexes go to %s. Set cache.dir to choose a folder",
+                "; ".join(reasons),
+                folder,
+            )
+        return folder
+    raise InputError(
+        f"{'; '.join(reasons)}. Set cache.dir to a writable folder for rendered data and indexes"
+    )
 
 
 def prepare_data(config: RunConfig, progress: bool = True, pairs: bool = False) -> str:
@@ -79,19 +177,21 @@ def prepare_data(config: RunConfig, progress: bool = True, pairs: bool = False) 
     Raises:
         InputError: no shard, no image, or a shard that has changed since it was indexed.
     """
-    data, cache = config.data, cache_dir(config)
-    shards = data_shards(config, pairs)
-    if not shards:
+    if not (config.data.pairs if pairs else config.data.shards):
         raise InputError(
             "data.pairs is empty, but train.data needs text-image pairs: give tars, globs or "
             "folders"
         )
-    if (data.pairs if pairs else data.shards) == "shapes":
-        number, seed = shapes_number_and_seed(config, pairs)
-        write_dataset(Path(shards), num_images=number, seed=seed)
-    index_dir = ensure_index(
-        shards, cache / "index", rules=data_rules(config, pairs), progress=progress
-    )
+    index_dir = find_data(config, pairs)
+    if index_dir is None:
+        cache = cache_dir(config)
+        shards = data_shards(config, pairs, cache)
+        if is_rendered(config, pairs):
+            number, seed = shapes_number_and_seed(config, pairs)
+            write_dataset(Path(shards), num_images=number, seed=seed)
+        index_dir = ensure_index(
+            shards, cache / "index", rules=data_rules(config, pairs), progress=progress
+        )
     if progress:
         for sentence in warnings_on(load(index_dir)):
             logger.warning(sentence)
@@ -104,13 +204,17 @@ def shapes_number_and_seed(config: RunConfig, pairs: bool) -> tuple[int, int]:
     return (data.num_pairs, seed + 1000) if pairs else (data.num_images, seed)
 
 
-def data_shards(config: RunConfig, pairs: bool) -> str | None:
-    """Return data.shards or data.pairs, where "shapes" is the folder of the rendered dataset."""
-    shards = config.data.pairs if pairs else config.data.shards
-    if shards != "shapes":
-        return shards
+def is_rendered(config: RunConfig, pairs: bool) -> bool:
+    """Return whether data.shards or data.pairs is the rendered dataset."""
+    return (config.data.pairs if pairs else config.data.shards) == "shapes"
+
+
+def data_shards(config: RunConfig, pairs: bool, cache: Path) -> str | None:
+    """Return data.shards or data.pairs, where "shapes" is a folder of rendered data in `cache`."""
+    if not is_rendered(config, pairs):
+        return config.data.pairs if pairs else config.data.shards
     number, seed = shapes_number_and_seed(config, pairs)
-    return str(cache_dir(config) / f"shapes-{number}-seed{seed}")
+    return str(cache / f"shapes-{number}-seed{seed}")
 
 
 def data_rules(config: RunConfig, pairs: bool) -> Rules:
@@ -132,12 +236,18 @@ def find_data(config: RunConfig, pairs: bool = False) -> str | None:
     Raises:
         InputError: no shard, or an index given as data.shards or data.pairs is out of date.
     """
-    shards = data_shards(config, pairs)
-    rendered = (config.data.pairs if pairs else config.data.shards) == "shapes"
-    if not shards or (rendered and not Path(shards).is_dir()):
-        return None
-    folder = find_index(shards, cache_dir(config) / "index", data_rules(config, pairs))
-    return None if folder is None else str(folder)
+    for cache in cache_folders(config):
+        shards = data_shards(config, pairs, cache)
+        if not shards:
+            return None
+        if is_rendered(config, pairs):
+            number, seed = shapes_number_and_seed(config, pairs)
+            if not is_dataset(Path(shards), num_images=number, seed=seed):
+                continue
+        folder = find_index(shards, cache / "index", data_rules(config, pairs))
+        if folder is not None:
+            return str(folder)
+    return None
 
 
 def count_upscaled(
@@ -215,6 +325,36 @@ def report_upscaling(
         logger.warning(f"warning: {'. '.join(sentences)}")
 
 
+def long_captions(config: RunConfig, index_dir: str | Path, mllm: MLLM | None = None) -> list[str]:
+    """Return a warning if an index has captions that exceed the MLLM's context, else nothing.
+
+    Args:
+        config: config of the run.
+        index_dir: the index of its pairs.
+        mllm: the MLLM. None: its tokenizer is loaded, but only if a caption is suspiciously long.
+
+    Raises:
+        InputError: the MLLM's context has no room for captions.
+    """
+    shards = Shards(index_dir)
+    longest = int(shards.index.records["caption_bytes"].max(initial=0))
+    if longest <= SHORT_CAPTION_BYTES:
+        return []
+    if mllm is None:
+        name, revision = mllm_name(config), config.model.mllm_revision
+        try:
+            mllm = mllm_without_weights(name, revision)
+            rest = config.adapter.num_queries + len(config.prompt.caption.encode())
+            if longest + rest + SHORT_CAPTION_BYTES <= mllm.max_positions:
+                return []
+            mllm.tokenizer = load_tokenizer(name, revision)
+        except InputError as error:
+            # It may be on a hub that this machine cannot reach.
+            return [f"captions that exceed the MLLM's context were not counted: {error}"]
+    found = count_long(shards, CaptionLimit(mllm, config.adapter, config.prompt))
+    return [f"warning: {found.sentence(config.model.mllm)}"] if found.num else []
+
+
 def open_source(
     config: RunConfig,
     ranks: Ranks,
@@ -261,6 +401,9 @@ def open_source(
         hw_decoder_load=data.hw_decoder_load,
         resize=data.resize,
         look_at_pairs=config.align.weight > 0 and config.align.pairs,
+        caption_limit=CaptionLimit(mllm, config.adapter, config.prompt),
+        # Not the model's own method: an evaluation changes the model's recipe for a while.
+        draw_turns=partial(draw_turns, make_recipe(config), mllm),
     )
 
 
@@ -328,6 +471,27 @@ def data_facts(shards: Shards | Joined) -> dict[str, list[int]]:
     }
 
 
+def check_data(
+    config: RunConfig, step: int | str, images: Shards | None = None, pairs: Shards | None = None
+) -> None:
+    """Check that indexed data are those that a run's checkpoint of a step was trained on.
+
+    Raises:
+        InputError: the names in the config lead to other data now.
+    """
+    folder = Path(config.run.dir) / "checkpoints" / f"step-{int(step):08d}"
+    # Checkpoints of earlier versions do not record their data.
+    saved = checkpoint_reader.read_manifest(folder).get("data") or {}
+    current = data_facts(images if pairs is None else Joined(images, pairs))
+    for kind, facts in current.items():
+        if facts != saved.get(kind, facts):
+            names = config.data.shards if kind == "images" else config.data.pairs
+            raise InputError(
+                f"{names} holds {facts[0]} {kind}, which are not the {saved[kind][0]} that "
+                f"{folder} was trained on. Put them back, or give a --prompt to sample from"
+            )
+
+
 def share(rank: int | None = None, num_ranks: int | None = None) -> tuple[int, int, str]:
     """Return (rank, number of ranks, device) of a process that shares work without a connection.
 
@@ -336,15 +500,21 @@ def share(rank: int | None = None, num_ranks: int | None = None) -> tuple[int, i
     Raises:
         InputError: the rank is out of range.
     """
-    rank = int(os.environ.get("RANK", 0)) if rank is None else rank
-    num_ranks = int(os.environ.get("WORLD_SIZE", 1)) if num_ranks is None else num_ranks
+    rank = whole_variable("RANK", 0) if rank is None else rank
+    num_ranks = whole_variable("WORLD_SIZE", 1) if num_ranks is None else num_ranks
     if not 0 <= rank < num_ranks:
         raise InputError(f"--rank must be from 0 to --ranks - 1, got {rank} of {num_ranks}")
+    limit_threads()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', rank)) % torch.cuda.device_count()}"
         torch.cuda.set_device(device)
     return rank, num_ranks, device
+
+
+def limit_threads() -> None:
+    """Use as many threads as this process has cores: torch ignores the quotas of containers."""
+    torch.set_num_threads(min(torch.get_num_threads(), num_cores()))
 
 
 def write_latents(
@@ -373,6 +543,7 @@ def write_latents(
     """
     rank, num_ranks, device = share(rank, num_ranks)
     positive("--batch", batch)
+    config = resolved(config)
     index_dir = prepare_data(config, progress=rank == 0)
     if rank == 0:
         report_upscaling(config, index_dir)
@@ -403,7 +574,7 @@ def write_latents(
         )
     return (
         f"rank {rank} of {num_ranks}: {num:,} of {len(shards):,} latents written to {out}. "
-        f"Train with data.latents={out}"
+        f"Train with {shlex.quote(f'data.latents={out}')}"
     )
 
 
@@ -459,6 +630,7 @@ def make_recipe(config: RunConfig) -> Recipe:
         sample_latents=config.model.vae_sample,
         caption_drop=config.train.caption_drop,
         noise_draws=config.train.noise_draws,
+        route=config.route,
         align=config.align,
         align_share=config.align_share,
         lora=config.lora,
@@ -472,14 +644,14 @@ def build_model(
     *,
     dtype: torch.dtype | None = None,
 ) -> IOMM:
-    """Return the model: frozen parts on `device`, trained parts drawn from run.seed on the CPU.
+    """Return the model on `device`, with trained parts drawn from run.seed.
 
-    With LoRA, generator, adapter and connector are frozen too: they are on `device` and have the
-    weights of run.init, and the fresh A and B are beside them.
+    With LoRA, generator, adapter and connector are frozen too: they have the weights of run.init,
+    and the fresh A and B are beside them.
 
     Args:
         config: the run's config.
-        device: device of the frozen parts.
+        device: device of all parts.
         ranks: with LoRA, all ranks call this together if given, as in read_run.
         dtype: dtype of the base of LoRA, by default the run's.
     """
@@ -488,8 +660,8 @@ def build_model(
     )
     vae = new_vae(config, device)
     if not config.lora.rank:
-        return assemble(config, mllm, vae)
-    model = assemble(config, mllm, vae, device=device, dtype=dtype or config.dtype)
+        return assemble(config, mllm, vae, device=device)
+    model = assemble(config, mllm, vae, device=device, fresh=False, dtype=dtype or config.dtype)
     logger.info(load_base(model, config, ranks))
     model.add_lora()
     return model
@@ -500,33 +672,41 @@ def assemble(
     mllm: MLLM,
     vae: Latents,
     *,
-    device: torch.device | str | None = None,
+    device: torch.device | str = "cpu",
+    fresh: bool = True,
     dtype: torch.dtype = torch.float32,
 ) -> IOMM:
     """Return the IOMM of a run around its frozen parts, still without LoRA.
 
-    device: None draws the trained parts from run.seed on the CPU. Otherwise they are on that device
-    with weights that are still to be loaded, or on "meta" without any.
+    Args:
+        config: the run's config.
+        mllm: the frozen MLLM.
+        vae: the frozen VAE.
+        device: device of the trained parts; "meta" for a model without weights.
+        fresh: draw the trained parts from run.seed. The numbers do not depend on the device: one
+            weight at a time is drawn on the CPU. Otherwise the weights are still to be loaded.
+        dtype: dtype of the trained parts.
 
     Raises:
         InputError: data.size_px is not a multiple of the VAE's patch.
     """
     vae.grid(config.data.size_px, config.data.size_px)
+    if config.model.mllm_precision == "fp8":
+        mllm.use_fp8()
     shape = replace(config.model.generator, token_dim=vae.token_dim, condition_dim=mllm.width)
     adapter = connector = alignment = None
-    place = torch.device("cpu" if device is None else device)
-    with place:
+    with torch.device(device):
         if config.adapter.kind != "none":
             adapter = QueryAdapter(config.adapter, mllm.width)
         if config.adapter.connector_layers:
             connector = Connector(config.adapter, mllm.width)
         if config.align.weight:
             alignment = AlignmentHead(config.align, shape.width, mllm)
-    generator = empty_generator(shape, device=place, dtype=dtype)
+    generator = empty_generator(shape, device=device, dtype=dtype)
     for part in (generator, adapter, connector, alignment):
         if part is not None:
             part.to(dtype)
-            if device is None:
+            if fresh:
                 part.init_weights(config.run.seed)
     return IOMM(generator, adapter, mllm, vae, make_recipe(config), connector, alignment)
 
@@ -673,21 +853,33 @@ def read_run(run_dir: str | Path, ranks: Ranks | None = None) -> tuple[RunConfig
             f"{run_dir} has no intact checkpoint. Train first, or wait until step "
             "checkpoint.every_steps"
         )
-    return load_config(str(path)), folder
+    return saved_config(run_dir), folder
 
 
 def load_run(
-    run_dir: str | Path, *, weights: str = "ema", device: torch.device | str = "cpu"
+    run_dir: str | Path,
+    *,
+    weights: str = "ema",
+    device: torch.device | str = "cpu",
+    mllm: str | None = None,
+    vae: str | None = None,
 ) -> tuple[RunConfig, IOMM, dict[str, Any]]:
     """Return (config, model, manifest) of a run folder's newest intact checkpoint.
 
     The model is not sharded. Its weights are in the run's precision on a GPU, as in training, and
-    in float32 on a CPU. With LoRA it has the base and, beside it, A and B of the checkpoint.
+    in float32 on a CPU. mllm and vae replace the names in the run's config. With LoRA it has the
+    base and, beside it, A and B of the checkpoint.
 
     Raises:
         InputError: there is no intact checkpoint, or the base of LoRA has changed.
     """
     config, folder = read_run(run_dir)
+    model = config.model
+    if mllm is not None:
+        model = replace(model, mllm=mllm, mllm_revision=None)
+    if vae is not None:
+        model = replace(model, vae=vae)
+    config = replace(config, model=model)
     dtype = config.dtype if torch.device(device).type == "cuda" else torch.float32
     model = build_model(config, device, dtype=dtype).to(device)
     # Only training needs the alignment head.

@@ -1,30 +1,38 @@
 """The console command `iomm`: index, cache, sample, edit, evaluate, export, report, doctor."""
 
 import argparse
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
+from iomm import __version__
 from iomm.config import InputError
+from iomm.engine import arguments
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code.
 
     0: done. 1: a folder that `evaluate` checked is incomplete. 2: something that the user gave is
-    wrong, with one line on stderr.
+    wrong. 130: Ctrl-C. 141: the output was a pipe, and its reader has ended. One line on stderr
+    has the reason.
     """
-    parser = argparse.ArgumentParser(
+    parser = arguments.Parser(
         prog="iomm",
         description="Tools around training, which starts with: deepspeed engine/launch.py",
     )
+    parser.add_argument("--version", action="version", version=f"iomm {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
 
     command = commands.add_parser(
         "index", help="validate every sample of tar shards and write an index of the good ones"
     )
-    command.add_argument("shards", nargs="+", help="tars, globs in quotes, or folders")
-    command.add_argument("--out", required=True, help="folder of the index")
+    command.add_argument(
+        "shards", nargs="+", type=arguments.path, help="tars, globs in quotes, or folders"
+    )
+    command.add_argument("--out", type=arguments.path, required=True, help="folder of the index")
     command.add_argument(
         "--verify",
         choices=("full", "fast"),
@@ -32,57 +40,83 @@ def main(argv: list[str] | None = None) -> int:
         help="full: decode every image; fast: read only headers, without checksums",
     )
     command.add_argument("--captions", choices=("optional", "required"), default="optional")
-    command.add_argument("--min-size", type=int, default=32, help="shorter edge in pixels")
     command.add_argument(
-        "--max-aspect", type=float, default=10.0, help="longer edge / shorter edge"
+        "--min-size", type=arguments.whole(1), default=32, help="shorter edge in pixels"
     )
-    command.add_argument("--max-pixels", type=int, default=1 << 26)
-    command.add_argument("--workers", type=int, help="processes; default: one per core")
+    command.add_argument(
+        "--max-aspect", type=arguments.number(1), default=10.0, help="longer edge / shorter edge"
+    )
+    command.add_argument("--max-pixels", type=arguments.whole(1), default=1 << 26)
+    command.add_argument(
+        "--workers", type=arguments.whole(1), help="processes; default: one per core"
+    )
+    command.add_argument(
+        "--config",
+        type=arguments.path,
+        default="demo-finetune",
+        help="with --captions required: config of the run that will read the pairs; captions that "
+        "exceed the context of its MLLM are counted",
+    )
 
     command = commands.add_parser(
         "cache", help="write VAE latents, which a run with data.latents reads instead of pixels"
     )
     command.add_argument(
         "--config",
+        type=arguments.path,
         default="demo",
         help="config of that run; its data, model.vae and data.size_px are used",
     )
-    command.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments.add_overrides(command)
     command.add_argument(
-        "--out", required=True, help="folder of the latents; existing files are kept"
+        "--out",
+        type=arguments.path,
+        required=True,
+        help="folder of the latents; existing files are kept",
     )
     command.add_argument("--dtype", choices=("bf16", "fp16"), default="bf16")
-    command.add_argument("--batch", type=int, default=32, help="images encoded at once")
+    command.add_argument(
+        "--batch", type=arguments.whole(1), default=32, help="images encoded at once"
+    )
     command.add_argument(
         "--rank",
-        type=int,
+        type=arguments.whole(0),
         help="this process among --ranks; default: $RANK and $WORLD_SIZE, as torchrun",
     )
-    command.add_argument("--ranks", type=int)
+    command.add_argument("--ranks", type=arguments.whole(1))
 
     def add_run_command(name: str, text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text)
         command.add_argument(
             "--run",
+            type=arguments.path,
             required=True,
             help="run folder, whose newest intact checkpoint is read, or an exported folder",
         )
         command.add_argument("--weights", choices=("ema", "raw"), default="ema")
-        command.add_argument("--out", help="where to write; default: inside the run folder")
+        command.add_argument(
+            "--out", type=arguments.path, help="where to write; default: inside the run folder"
+        )
         return command
 
     def add_sampling(command: argparse.ArgumentParser, guidance: float) -> None:
-        command.add_argument("--steps", type=int, default=20, help="Euler steps")
-        command.add_argument("--seed", type=seed, default=0)
+        for part, meaning in (("mllm", "MLLM"), ("vae", "VAE")):
+            command.add_argument(
+                f"--{part}",
+                type=arguments.path,
+                help=f"folder or hub id of the {meaning}; default: the one that the run names",
+            )
+        command.add_argument("--steps", type=arguments.whole(1), default=20, help="Euler steps")
+        command.add_argument("--seed", type=arguments.seed, default=0)
         command.add_argument(
             "--guidance",
-            type=float,
+            type=arguments.number(0),
             default=guidance,
             help="scale of classifier-free guidance; above 1 needs a stage-2 run",
         )
         command.add_argument(
             "--shift",
-            type=lambda text: text if text == "flux" else float(text),
+            type=arguments.shift,
             default=1.0,
             help="resolution shift of the time steps, above 1 towards noise; flux: FLUX's shift "
             "for the image size",
@@ -97,18 +131,21 @@ def main(argv: list[str] | None = None) -> int:
         "sample", "generate a PNG grid from masked images of the dataset, or from prompts"
     )
     add_sampling(command, 1.0)
-    command.add_argument("--num", type=int, default=16)
+    command.add_argument(
+        "--num", type=arguments.whole(1), help="images; default 16, or one per prompt"
+    )
     command.add_argument(
         "--prompt",
         action="append",
+        type=arguments.text,
         default=[],
         help="generate from this text instead of masked images; may be repeated",
     )
 
     command = add_run_command("edit", "edit an image by an instruction")
     add_sampling(command, 1.0)
-    command.add_argument("--image", required=True)
-    command.add_argument("--instruction", required=True)
+    command.add_argument("--image", type=arguments.path, required=True)
+    command.add_argument("--instruction", type=arguments.text, required=True)
 
     command = commands.add_parser(
         "evaluate", help="generate or check the images that a benchmark's official grader reads"
@@ -117,30 +154,42 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument(
         "--prompts",
         nargs="+",
+        type=arguments.path,
         metavar="FILE",
         help="geneval: evaluation_metadata.jsonl, optionally followed by a file with rewritten "
         "prompts; dpg: its folder of prompts, or dpg_bench.csv; wise: the JSON files of one "
         "protocol; imgedit: basic_edit.json; gedit: one language, exported as in engine/README.md",
     )
-    command.add_argument("--out", help="the folder; intact images with the same settings are kept")
+    command.add_argument(
+        "--out",
+        type=arguments.path,
+        help="the folder; intact images with the same settings are kept",
+    )
     command.add_argument(
         "--graded",
         nargs="+",
+        type=arguments.path,
         metavar="FILE",
         help="compare the scores in the grader's result files with the paper's; needs no --run",
     )
     command.add_argument(
         "--model", help="with --graded: a model of the paper, such as iomm-b-512; default: all"
     )
-    command.add_argument("--run", help="run folder, or an exported folder")
+    command.add_argument("--run", type=arguments.path, help="run folder, or an exported folder")
     command.add_argument("--weights", choices=("ema", "raw"), default="ema")
     command.add_argument(
         "--check", action="store_true", help="only check the folder, generate nothing"
     )
-    command.add_argument("--origin-img-root", help="imgedit: folder of the images to edit")
-    command.add_argument("--num", type=int, help="geneval: images per prompt; default 4")
+    command.add_argument(
+        "--origin-img-root", type=arguments.path, help="imgedit: folder of the images to edit"
+    )
+    command.add_argument(
+        "--num", type=arguments.whole(1), help="geneval: images per prompt; default 4"
+    )
     add_sampling(command, 4.0)
-    command.add_argument("--batch", type=int, default=16, help="images generated at once")
+    command.add_argument(
+        "--batch", type=arguments.whole(1), default=16, help="images generated at once"
+    )
     command.add_argument(
         "--compile",
         action="store_true",
@@ -148,10 +197,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     command.add_argument(
         "--rank",
-        type=int,
+        type=arguments.whole(0),
         help="this process among --ranks; default: $RANK and $WORLD_SIZE, as torchrun",
     )
-    command.add_argument("--ranks", type=int)
+    command.add_argument("--ranks", type=arguments.whole(1))
 
     command = add_run_command(
         "export",
@@ -167,18 +216,24 @@ def main(argv: list[str] | None = None) -> int:
         "report", help="write a page with curves, samples, times and settings of one run or several"
     )
     command.add_argument(
-        "runs", nargs="+", metavar="RUN", help="run folder; the run may be unfinished"
+        "runs",
+        nargs="+",
+        type=arguments.path,
+        metavar="RUN",
+        help="run folder; the run may be unfinished",
     )
     command.add_argument(
         "--out",
+        type=arguments.path,
         help="the HTML file; default: RUN/report.html, or report.html next to the first of several",
     )
     commands.add_parser(
         "doctor", help="list what is installed and what is missing, why, and what that costs"
     )
-    args = parser.parse_args(argv)
+    args = None
     try:
-        return {
+        args = parser.parse_args(argv)
+        code = {
             "index": index,
             "cache": cache,
             "sample": sample,
@@ -188,16 +243,27 @@ def main(argv: list[str] | None = None) -> int:
             "report": report,
             "doctor": doctor,
         }[args.command](args)
+        # Here and not when Python exits, where an error could not be caught.
+        sys.stdout.flush()
+        return code
     except InputError as error:
         print(f"iomm: {error}", file=sys.stderr)
         return 2
-
-
-def seed(text: str) -> int:
-    """Return a seed. argparse reports the error for anything else."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a whole number >= 0, got {text!r}")
-    return int(text)
+    except KeyboardInterrupt:
+        resumes = args is not None and args.command in ("index", "cache", "evaluate")
+        rest = "the same command continues from here" if resumes else "nothing was written"
+        print(f"iomm: interrupted; {rest}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # What is still in the buffer would fail again when Python exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print("iomm: the program that reads the output has ended", file=sys.stderr)
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        if os.environ.get("IOMM_TRACEBACK"):
+            raise
+        print(f"iomm: {arguments.sentence(error)}", file=sys.stderr)
+        return 2
 
 
 def index(args: argparse.Namespace) -> int:
@@ -211,11 +277,18 @@ def index(args: argparse.Namespace) -> int:
         max_aspect=args.max_aspect,
         max_pixels=args.max_pixels,
     )
-    try:
-        print(summary(build(args.shards, Path(args.out), rules=rules, workers=args.workers)))
-    except KeyboardInterrupt:
-        print("iomm: interrupted; the same command continues from here", file=sys.stderr)
-        return 130
+    config = None
+    if args.captions == "required":
+        from iomm.engine.config import load_config
+
+        config = load_config(args.config)
+    folder = build(args.shards, Path(args.out), rules=rules, workers=args.workers)
+    print(summary(folder))
+    if config is not None:
+        from iomm.engine.builders import long_captions
+
+        for sentence in long_captions(config, folder):
+            print(sentence)
     return 0
 
 
@@ -241,7 +314,11 @@ def sample(args: argparse.Namespace) -> int:
 
     print(
         sample_run(
-            args.run, num=args.num, prompts=args.prompt, singles=True, **sampling_settings(args)
+            args.run,
+            num=args.num or max(16, len(args.prompt)),
+            prompts=args.prompt,
+            singles=True,
+            **sampling_settings(args),
         )
     )
     return 0
@@ -292,6 +369,8 @@ def evaluate(args: argparse.Namespace) -> int:
         rank=args.rank,
         num_ranks=args.ranks,
         check_only=args.check,
+        mllm=args.mllm,
+        vae=args.vae,
     )
 
 
@@ -306,8 +385,10 @@ def sampling_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Return the settings that sample and edit share."""
     import torch
 
+    from iomm.engine.builders import limit_threads
     from iomm.engine.evaluation.sample import parse_size
 
+    limit_threads()
     return dict(
         steps=args.steps,
         seed=args.seed,
@@ -315,6 +396,8 @@ def sampling_settings(args: argparse.Namespace) -> dict[str, Any]:
         shift=args.shift,
         weights=args.weights,
         out=args.out,
+        mllm=args.mllm,
+        vae=args.vae,
         size=parse_size(args.size) if args.size else None,
         device="cuda" if torch.cuda.is_available() else "cpu",
     )

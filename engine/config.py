@@ -5,6 +5,7 @@ entry in the table of engine/README.md. engine/config_parser.py reads the files.
 """
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from iomm.config import (
     LoraConfig,
     MaskConfig,
     PromptConfig,
+    RouteConfig,
     choice,
 )
 from iomm.engine.config_parser import all_keys, read
@@ -54,13 +56,14 @@ FROM_INIT = "from-init"
 
 @dataclass(frozen=True, kw_only=True)
 class RunSection:
-    # Folder of the run. Indexes and rendered data go to `shared/` next to it.
+    # Folder of the run.
     dir: str = "runs/demo"
     # Seed for weights, data order, masks, times, noise, flips and dropped captions.
     seed: int = 0
     # Run folder whose newest weights this run starts from, or a folder with the transformer of a
-    # diffusers model (FLUX.1, Z-Image or an export), whose weights are taken where they fit.
-    # Everything else starts fresh. With lora.rank it is the frozen base, which must be complete.
+    # diffusers model (FLUX.1, Qwen-Image, Z-Image or an export), whose weights are taken where they
+    # fit. Everything else starts fresh. With lora.rank it is the frozen base, which must be
+    # complete.
     init: str | None = None
     # ema | raw: which weights of a run to load.
     init_weights: str = "ema"
@@ -82,9 +85,12 @@ class ModelSection:
     mllm: str = "shapes"
     # Commit of the hub checkpoint; null: the newest.
     mllm_revision: str | None = None
-    # Folder or hub id of an AutoencoderKL. "shapes": the tiny one that ships with the package.
-    # "pixel:<patch>": no VAE, a token is <patch> x <patch> pixels. "random:flux": random weights,
-    # to measure speed.
+    # auto: the run's precision | fp8: the products of the frozen ViT's and decoder's layers in fp8,
+    # with weights rounded once. Beyond the paper; not measured on a GPU yet.
+    mllm_precision: str = "auto"
+    # Folder or hub id of an AutoencoderKL or AutoencoderKLQwenImage. "shapes": the tiny one that
+    # ships with the package. "pixel:<patch>": no VAE, a token is <patch> x <patch> pixels.
+    # "random:flux": random weights, to measure speed.
     vae: str = "pixel:4"
     # Side of the square of VAE latents that forms one token of the generator.
     patch: int = 2
@@ -93,6 +99,7 @@ class ModelSection:
 
     def __post_init__(self) -> None:
         choice("model.preset", self.preset, (*PRESETS, FROM_INIT))
+        choice("model.mllm_precision", self.mllm_precision, ("auto", "fp8"))
         positive("model.patch", self.patch)
         if self.preset != FROM_INIT and self.shape is not None:
             raise InputError(
@@ -190,6 +197,13 @@ class DataSection:
                 "a folder of `iomm cache` in data.latents holds images only: leave data.pairs out, "
                 "set data.latents=memory, or leave data.latents out"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheSection:
+    # Folder for rendered data and for the indexes of data.shards and data.pairs; null: `shared/`
+    # next to run.dir, and where that cannot be written, run.dir or the user's cache folder.
+    dir: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -457,11 +471,16 @@ class GuardSection:
     skip_spikes: bool = False
     # A step that takes longer, in seconds, counts as a hang and ends the run; 0: no limit.
     hang_s: float = 600.0
+    # Another host from which no heartbeat comes for this long, in seconds, while no collective
+    # completes, counts as lost and ends the run; 0: no limit. A link that is back in time costs
+    # nothing.
+    lost_s: float = 30.0
 
     def __post_init__(self) -> None:
         positive("guard.max_skips", self.max_skips, 0)
         positive("guard.spike_sigmas", self.spike_sigmas)
         positive("guard.hang_s", self.hang_s, 0)
+        positive("guard.lost_s", self.lost_s, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -485,9 +504,11 @@ class RunConfig:
     prompt: PromptConfig = field(default_factory=PromptConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    route: RouteConfig = field(default_factory=RouteConfig)
     align: AlignConfig = field(default_factory=AlignConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataSection = field(default_factory=DataSection)
+    cache: CacheSection = field(default_factory=CacheSection)
     train: TrainSection = field(default_factory=TrainSection)
     time: TimeSection = field(default_factory=TimeSection)
     optim: OptimSection = field(default_factory=OptimSection)
@@ -515,6 +536,8 @@ class RunConfig:
                 f"a folder in data.latents holds images only, but train.data is {self.train.data}: "
                 "set train.data=image or data.latents=memory, or leave data.latents out"
             )
+        if self.route.ratio and (self.model.preset != FROM_INIT or self.model.shape is not None):
+            self.route.blocks_in(self.model.generator)
         if self.lora.rank and self.run.init is None:
             raise InputError(
                 f"lora.rank is {self.lora.rank}, but run.init does not name the base to fine-tune: "
@@ -564,8 +587,12 @@ class RunConfig:
 
 
 # Keys that a resumed run may change: they do not change what a step computes, except for rounding.
+# Shards are compared by their content, which a checkpoint records (builders.data_facts).
 FREE_KEYS = (
     "run.dir",
+    "data.shards",
+    "data.pairs",
+    "cache.dir",
     "optim.adamw",
     "zero.stage",
     "zero.reduce_precision",
@@ -606,6 +633,7 @@ FREE_KEYS = (
     "evaluate.prompts",
     "guard.max_skips",
     "guard.hang_s",
+    "guard.lost_s",
     "profile.start_step",
     "profile.num_steps",
 )
@@ -676,5 +704,26 @@ def differences(config: RunConfig, other: RunConfig) -> list[str]:
     return [
         f"{key}: {theirs[key]} became {mine[key]}"
         for key in mine
-        if mine[key] != theirs[key] and (key not in FREE_KEYS or key in bound)
+        if not same(mine[key], theirs[key]) and (key not in FREE_KEYS or key in bound)
     ]
+
+
+def same(one: Any, other: Any) -> bool:
+    """Return whether two values are equal, or are spellings of one existing file or folder.
+
+    A relative name counts as the end of an absolute one, because a config.yaml of earlier versions
+    has names relative to the folder in which the run was started.
+    """
+    if one == other or not (isinstance(one, str) and isinstance(other, str)):
+        return one == other
+    if os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other):
+        return True
+    names = [Path(os.path.normpath(name)) for name in (one, other)]
+    absolute = [name for name in names if name.is_absolute()]
+    relative = [name for name in names if not name.is_absolute() and ".." not in name.parts]
+    return bool(
+        absolute
+        and relative
+        and absolute[0].exists()
+        and absolute[0].parts[-len(relative[0].parts) :] == relative[0].parts
+    )

@@ -14,7 +14,7 @@ import textwrap
 import tokenize
 import types
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
@@ -36,7 +36,7 @@ def read(cls: type[T], text: str, source: str = "config", overrides: Iterable[st
         cls: the dataclass.
         text: YAML.
         source: name of the file in errors.
-        overrides: "section.key=value"; they win over the text.
+        overrides: "section.key=value"; they win over the text, and later ones over earlier ones.
 
     Raises:
         InputError: in one line, with file, line and key.
@@ -68,7 +68,10 @@ def read(cls: type[T], text: str, source: str = "config", overrides: Iterable[st
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
-            raise InputError(f"override {override!r} must look like section.key=value")
+            raise InputError(
+                f"{override!r} must look like section.key=value. If a shell made several words of "
+                "one value, put it in quotes: data.shards='/data/*.tar'"
+            )
         names = tuple(key.split("."))
         kind = field_type(cls, names, "command line")
         if is_dataclass(kind):
@@ -76,6 +79,8 @@ def read(cls: type[T], text: str, source: str = "config", overrides: Iterable[st
                 f"command line: {key} is a section; set one of its keys: "
                 + ", ".join(f"{key}.{f.name}" for f in fields(kind))
             )
+        if not value.strip():
+            check_empty(cls, names, "command line")
         values[names], where[names] = scalar(kind, value, f"command line: {key}"), "command line"
     try:
         return build(cls, (), values)
@@ -83,6 +88,49 @@ def read(cls: type[T], text: str, source: str = "config", overrides: Iterable[st
         # A value out of range: add where it was given.
         given = [place for names, place in where.items() if ".".join(names) in str(error)]
         raise InputError(f"{given[-1]}: {error}" if given else str(error)) from None
+
+
+def given_once(overrides: Iterable[str], lists: Collection[str] = ()) -> list[str]:
+    """Return what a user gave as "section.key=value", with the values of a list joined by commas.
+
+    A shell makes several words of a glob or of a brace list that is not in quotes. For the keys in
+    `lists` they are one list again. A repeated word counts once.
+
+    Raises:
+        InputError: any other key is given with several values, of which the last one would win.
+    """
+    values: dict[str, list[str]] = {}
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        found = values.setdefault(key if equals else override, [])
+        if override not in found:
+            found.append(override)
+    words = []
+    for key, found in values.items():
+        given = [word.partition("=")[2] for word in found]
+        if len(found) == 1:
+            words += found
+        elif key in lists and all(given) and not any("," in text for text in given):
+            words.append(f"{key}={','.join(given)}")
+        else:
+            raise InputError(
+                f"command line: {key} is given {len(found)} times, as "
+                f"{', '.join(map(repr, given[:3]))}{' ...' * (len(found) > 3)}. Give it once, and "
+                "put a value with braces, globs or blanks in quotes"
+            )
+    return words
+
+
+def layered(overrides: Iterable[str]) -> list[str]:
+    """Return "section.key=value" words without those that a later word of the same key replaces.
+
+    For programs that put a user's settings on top of their own. Other words are kept.
+    """
+    last: dict[str, str] = {}
+    for number, word in enumerate(overrides):
+        key, equals, _ = word.partition("=")
+        last[key if equals and not word.startswith("-") else f"{number} {word}"] = word
+    return list(last.values())
 
 
 def read_section(
@@ -106,6 +154,8 @@ def read_section(
             continue
         if names in values:
             raise InputError(f"{where}: {'.'.join(names)} is given twice")
+        if is_blank(value_node) and not (is_optional(kind) and value_node.style is None):
+            check_empty(cls, names, where)
         values[names], places[names] = (
             value_of(kind, value_node, f"{where}: {'.'.join(names)}"),
             where,
@@ -128,6 +178,28 @@ def field_type(cls: type, names: Names, where: str) -> Any:
             raise InputError(f"{where}: unknown key {key}{hint}")
         kind = hints[name]
     return kind
+
+
+def check_empty(cls: type, names: Names, where: str) -> None:
+    """Raise InputError unless the key at a path of names may be empty, as its default is."""
+    *sections, name = names
+    for section in sections:
+        cls = typing.get_type_hints(cls)[section]
+    if next(field.default for field in fields(cls) if field.name == name) != "":
+        raise InputError(
+            f"{where}: {'.'.join(names)} is empty. Give a value, or leave it out; a shell variable "
+            "may be unset"
+        )
+
+
+def is_blank(node: yaml.Node) -> bool:
+    """Return whether a YAML node is a text without characters other than blanks."""
+    return isinstance(node, yaml.ScalarNode) and not node.value.strip()
+
+
+def is_optional(kind: Any) -> bool:
+    """Return whether null is a value of a type."""
+    return types.NoneType in typing.get_args(kind)
 
 
 def all_keys(cls: type, prefix: str = "") -> list[str]:

@@ -21,6 +21,7 @@ from iomm.engine.builders import (
     check_upscaling,
     diffusers_folder,
     find_data,
+    long_captions,
     mllm_name,
     vae_name,
     without_head,
@@ -31,7 +32,7 @@ from iomm.engine.resilience import checkpoint_reader
 from iomm.flops import condition_tokens, flops_by_part, tokens_per_image
 from iomm.generator import empty_generator
 from iomm.internvl import mllm_without_weights
-from iomm.layers import use_fp8
+from iomm.layers import RoundedLinear, use_fp8
 from iomm.lora import add_lora, freeze, frozen_weights
 from iomm.mllm import TURN
 from iomm.vae import vae_without_weights
@@ -73,6 +74,8 @@ class Plan:
     flops: dict[str, float]
     # Sentences on images that are smaller than the crops.
     upscaling: list[str]
+    # Sentences on captions that are longer than the MLLM's context.
+    captions: list[str]
 
     def gpu_hours(self, flops_per_s: float) -> float:
         """Return the GPU-hours of the whole run at this many FLOP/s per GPU."""
@@ -87,7 +90,7 @@ def build_without_weights(config: RunConfig) -> IOMM:
     """
     mllm = mllm_without_weights(mllm_name(config))
     vae = vae_without_weights(vae_name(config), config.model.patch)
-    model = assemble(config, mllm, vae, device="meta")
+    model = assemble(config, mllm, vae, device="meta", fresh=False)
     if config.lora.rank:
         model.add_lora()
     return model
@@ -120,6 +123,7 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
         memory=memory(model, config, ranks, micro_batch),
         parameters=parameters(model),
         upscaling=upscaling,
+        captions=captions_to_cut(config),
     )
 
 
@@ -158,6 +162,12 @@ def upscaled_images(config: RunConfig) -> list[str]:
     if config.data.buckets and config.train.data == "mix" and None in (images, pairs):
         return []
     return check_upscaling(config, images, pairs)
+
+
+def captions_to_cut(config: RunConfig) -> list[str]:
+    """Return a warning if the index of the pairs is built and has captions that are too long."""
+    pairs_dir = find_data(config, pairs=True) if config.train.data != "image" else None
+    return [] if pairs_dir is None else long_captions(config, pairs_dir)
 
 
 def check_paths(config: RunConfig, model: IOMM) -> None:
@@ -203,8 +213,27 @@ def check_paths(config: RunConfig, model: IOMM) -> None:
 
 
 def size(module: nn.Module) -> int:
-    """Return the number of parameters."""
-    return sum(p.numel() for p in module.parameters())
+    """Return the number of parameters, with those that were rounded to fp8."""
+    return sum(p.numel() for p in module.parameters()) + rounded_size(module)
+
+
+def rounded_size(module: nn.Module) -> int:
+    """Return the number of weights that were rounded to fp8."""
+    rounded = (m for m in module.modules() if isinstance(m, RoundedLinear))
+    return sum(m.values_OI.numel() for m in rounded)
+
+
+def frozen_bytes(module: nn.Module, width: int) -> int:
+    """Return the bytes of a frozen part in a dtype of `width` bytes; fp8 weights take one each.
+
+    The layers whose inputs need gradients hold their fp8 weights twice.
+    """
+    copies = sum(
+        m.values_OI.numel()
+        for m in module.modules()
+        if isinstance(m, RoundedLinear) and m.values_IO is not None
+    )
+    return width * (size(module) - rounded_size(module)) + rounded_size(module) + copies
 
 
 def frozen_size(model: IOMM) -> int:
@@ -255,15 +284,15 @@ def memory(model: IOMM, config: RunConfig, ranks: int, micro_batch: int) -> dict
 
     Not included: activations of the frozen encoders, and what communication and the allocator keep.
     """
-    trained, frozen = size(model), frozen_size(model)
-    width = config.dtype.itemsize
+    trained, width = size(model), config.dtype.itemsize
+    base = frozen_size(model) - sum(map(size, model.frozen))
     zero, leaves = config.zero, model.leaves
     weights, gradients, state = (
         trained / (ranks if zero.stage >= stage else 1) for stage in (3, 2, 1)
     )
     block = max(size(module) for module in model.modules() if isinstance(module, leaves))
     return {
-        "frozen weights": width * frozen,
+        "frozen weights": sum(frozen_bytes(part, width) for part in model.frozen) + width * base,
         "working weights": width * weights
         + (width * trained / zero.hpz_partition_size if zero.hpz_partition_size > 1 else 0),
         # At least one block in use and the next one; up to max_live_parameters are kept for the
@@ -511,5 +540,6 @@ def describe(plan: Plan, config: RunConfig) -> str:
             f"{plan.gpu_hours(MATMUL_FLOPS * UTILISATION):,.0f} expected at {UTILISATION:.0%} of "
             "it",
             *(["", ". ".join(plan.upscaling)] if plan.upscaling else []),
+            *(["", *plan.captions] if plan.captions else []),
         ]
     )

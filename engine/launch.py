@@ -33,9 +33,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from iomm.config import InputError, choice
-from iomm.engine import builders, dry_run, loop
+from iomm.engine import arguments, builders, dry_run, loop
 from iomm.engine import state as run_state
-from iomm.engine.config import differences, flat, load_config
+from iomm.engine.config import CONFIGS, differences, flat, load_config
+from iomm.engine.config_parser import given_once, layered
 from iomm.engine.data.atomic import whole_file
 from iomm.engine.data.bad_samples import BadSamples
 from iomm.engine.evaluation.heldout import Evaluation, load_hook
@@ -76,24 +77,26 @@ def main(argv: list[str] | None = None, start_peers: bool = False) -> int:
     """Run the command and return its exit code.
 
     0: done. 2: something that the user gave is wrong; rank 0, or the rank concerned with its name,
-    prints one line to stderr. 75: stopped by SIGTERM or SIGUSR1 and saved, start again with
-    --resume auto. 130: Ctrl-C. The watchdog ends the process with 70 when a rank or the launcher
-    died, and with 71 after a hang.
+    prints one line to stderr. 75: stopped by SIGTERM, SIGUSR1 or Ctrl-C and saved, start again with
+    --resume auto. 130: Ctrl-C before training, or a second one. The watchdog ends the process with
+    70 when a rank or the launcher died, and with 71 after a hang.
 
     start_peers: this process may start the other ranks of train.cpu_ranks with its own command
     line.
     """
-    rank = int(os.environ.get("RANK", 0))
-    # One rank per machine until the ranks have joined; then the watchdog decides.
-    reports_errors = rank == 0 or os.environ.get("LOCAL_RANK") == "0"
+    rank, reports_errors, args = 0, True, None
     try:
+        group.check_variables()
+        rank = int(os.environ.get("RANK", 0))
+        # One rank per machine until the ranks have joined; then the watchdog decides.
+        reports_errors = rank == 0 or os.environ.get("LOCAL_RANK") == "0"
         args = parse_args(argv)
         check_args(args)
         overrides = list(args.overrides)
         if args.init:
-            overrides.append(f"run.init={args.init}")
+            overrides = given_once([*overrides, f"run.init={args.init}"])
         config = load_config(args.config or STAGES[args.stage], overrides)
-        config = builders.with_generator_shape(config)
+        config = builders.with_generator_shape(builders.resolved(config))
         if args.stage == "finetune" and config.run.init is None:
             raise InputError(
                 "--stage finetune needs the weights of a stage-1 run: give --init RUN, the run.dir "
@@ -101,6 +104,7 @@ def main(argv: list[str] | None = None, start_peers: bool = False) -> int:
             )
         _, device = group.take_device(args.local_rank)
         check_kernels(config.precision)
+        check_kernels(config.model.mllm_precision, "model.mllm_precision")
         if config.log.wandb:
             check_wandb()
         if args.dry_run is not None:
@@ -114,18 +118,26 @@ def main(argv: list[str] | None = None, start_peers: bool = False) -> int:
         ):
             ranks = group.start(config.train.timeout_s, args.local_rank)
             parent = int(os.environ.get("IOMM_PARENT", 0))
-            with Watchdog(ranks, config.run.dir, config.guard.hang_s, parent) as watchdog:
+            guard = config.guard
+            with Watchdog(ranks, config.run.dir, guard.hang_s, guard.lost_s, parent) as watchdog:
                 # From here on the watchdog reports errors.
                 reports_errors = False
-                return 0 if run(config, args, ranks, watchdog) else REQUEUE
-    except InputError as error:
+                try:
+                    return 0 if run(config, args, ranks, watchdog) else REQUEUE
+                except OSError as error:
+                    raise InputError(arguments.sentence(error)) from error
+    except (InputError, OSError) as error:
         if reports_errors:
             who = f"rank {rank} ({socket.gethostname()}): " if rank else ""
-            print(f"iomm: {who}{error}", file=sys.stderr, flush=True)
+            text = arguments.sentence(error) if isinstance(error, OSError) else error
+            print(f"iomm: {who}{text}", file=sys.stderr, flush=True)
         if os.environ.get("IOMM_TRACEBACK"):
             raise
         return REFUSED
     except KeyboardInterrupt:
+        if rank == 0:
+            again = f"Continue with: {command(args)}" if args else "Start it again"
+            print(f"iomm: interrupted without saving. {again}", file=sys.stderr, flush=True)
         return 130
     finally:
         group.stop()
@@ -133,21 +145,24 @@ def main(argv: list[str] | None = None, start_peers: bool = False) -> int:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """Return the options of the command line; `overrides` holds the section.key=value words."""
-    parser = argparse.ArgumentParser(
+    parser = arguments.Parser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--stage", default="pretrain", help=f"one of: {', '.join(STAGES)}")
     parser.add_argument(
         "--config",
+        type=arguments.path,
         help="name of a file in engine/configs, or a path ending in .yaml; default: the stage's "
         "demo",
     )
     parser.add_argument(
         "--init",
+        type=arguments.path,
         help="run folder whose newest weights (run.init_weights) this run starts from",
     )
     parser.add_argument(
         "--resume",
+        type=arguments.path,
         default="none",
         help="none, auto (newest intact checkpoint of run.dir, if any), or a checkpoint folder",
     )
@@ -158,13 +173,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--hook",
+        type=arguments.path,
         metavar="package.module:function",
         help="called on rank 0 after each evaluation with (config, step, images, prompts); the "
         "{name: number} that it returns is logged",
     )
     parser.add_argument(
         "--dry-run",
-        type=int,
+        type=arguments.whole(1),
         nargs="?",
         const=8,
         metavar="GPUS",
@@ -173,7 +189,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     # DeepSpeed's launcher adds it.
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments.add_overrides(parser)
     return parser.parse_intermixed_args(argv)
 
 
@@ -181,18 +197,10 @@ def check_args(args: argparse.Namespace) -> None:
     """Raise InputError for options whose values are wrong whatever the config holds."""
     choice("--stage", args.stage, tuple(STAGES))
     choice("--profile", args.profile, ("none", "nsys", "torch"))
-    for name in ("config", "init", "hook", "resume"):
-        if getattr(args, name) == "":
-            raise InputError(
-                f"--{name} is empty. Give a value, or leave the option out; a shell variable may "
-                "be unset"
-            )
-    if args.dry_run is not None and args.dry_run < 1:
-        raise InputError(f"--dry-run must be a number of GPUs, 1 or more, got {args.dry_run}")
 
 
-def check_kernels(precision: str) -> None:
-    """Check that this machine can run the backends in IOMM_KERNELS, and fp8 if it is requested.
+def check_kernels(precision: str, key: str = "precision") -> None:
+    """Check that this machine can run the backends in IOMM_KERNELS, and fp8 if `key` requests it.
 
     Raises:
         InputError: IOMM_KERNELS names an unknown backend or one that cannot run here, or the
@@ -200,8 +208,8 @@ def check_kernels(precision: str) -> None:
     """
     if precision == "fp8" and (reason := fp8_linear.why_not()):
         raise InputError(
-            f"precision fp8 on this GPU ({torch.cuda.get_device_name()}) {reason}: set "
-            "precision=bf16"
+            f"{key} fp8 on this GPU ({torch.cuda.get_device_name()}) {reason}: set "
+            f"{key}={'bf16' if key == 'precision' else 'auto'}"
         )
     try:
         dispatch.table("cuda" if torch.cuda.is_available() else "cpu")
@@ -215,8 +223,9 @@ def run(config: RunConfig, args: argparse.Namespace, ranks: Ranks, watchdog: Wat
     hook = load_hook(args.hook) if args.hook else None
     ranks.on_first(lambda: open_run_dir(config, args))
     folder = choose_checkpoint(config, args, ranks)
-    ranks.on_first(lambda: write_config(config))
     state, source, flops = build(config, ranks, folder)
+    # Only now are the data known to be the run's.
+    ranks.on_first(lambda: write_config(config))
     if args.resume not in ("none", "auto"):
         # The given checkpoint may be an earlier one of this run: set later ones aside.
         ranks.on_first(
@@ -253,7 +262,9 @@ def run(config: RunConfig, args: argparse.Namespace, ranks: Ranks, watchdog: Wat
     )
     evaluation = Evaluation(config, source, ranks, hook) if config.evaluate.every_steps else None
     if not loop.train(state, source, config, saver, watchdog, metrics, window, evaluation):
-        logger.info(f"stopped by a signal; step {state.step} is saved. Continue with --resume auto")
+        logger.info(
+            f"stopped by a signal; step {state.step} is saved. Continue with: {command(args)}"
+        )
         return False
     if ranks.device.type == "cpu":
         # The other ranks of this machine are idle while rank 0 finishes.
@@ -300,6 +311,9 @@ def build(
     ranks.on_first(lambda: builders.report_upscaling(config, index_dir, pairs_dir))
     model = builders.build_model(config, ranks.device, ranks)
     mllm, vae = model.frozen
+    if pairs_dir is not None:
+        for sentence in ranks.on_first(lambda: builders.long_captions(config, pairs_dir, mllm)):
+            logger.warning(sentence)
     source = builders.open_source(
         config, ranks, mllm, vae, index_dir=index_dir, pairs_dir=pairs_dir
     )
@@ -404,12 +418,12 @@ def open_run_dir(config: RunConfig, args: argparse.Namespace) -> None:
     """
     run_dir = Path(config.run.dir)
     if (run_dir / "config.yaml").is_file():
-        changed = differences(config, load_config(str(run_dir / "config.yaml")))
+        changed = differences(config, builders.saved_config(run_dir))
         if changed:
             raise InputError(
                 f"{run_dir} belongs to a run with another config ({'; '.join(changed)}). Resume it "
                 "with the same values, or continue in a new run.dir with --resume "
-                f"{run_dir}/checkpoints/step-N"
+                f"{shlex.quote(f'{run_dir}/checkpoints/step-N')}"
             )
     if args.resume == "none" and checkpoint_reader.steps(run_dir / "checkpoints"):
         raise InputError(
@@ -419,6 +433,8 @@ def open_run_dir(config: RunConfig, args: argparse.Namespace) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         checkpoint_writer.lock_run_dir(run_dir)
+        if config.cache.dir is not None:
+            builders.cache_dir(config)
     except OSError as error:
         raise InputError(f"run.dir {run_dir} cannot be written: {error.strerror}") from error
 
@@ -498,32 +514,39 @@ def finish(
             f"{saver.write_s:.1f} s; training waited {saver.stall_s:.2f} s for it"
         )
         print(f"            {advice(config, metrics, saver, ranks.size)}")
-    print(f"log         {run_dir}/log.jsonl; tensorboard --logdir {run_dir}/tb")
+    print(f"log         {run_dir}/log.jsonl; tensorboard --logdir {shlex.quote(f'{run_dir}/tb')}")
     print(f"GPU-hours   {metrics.gpu_hours:.3f}")
     print("\n".join(next_commands(config, args)), flush=True)
+
+
+def command(args: argparse.Namespace, *changes: str, resume: str = "auto") -> str:
+    """Return this command with other settings, quoted for a shell, as the user started it.
+
+    changes: "section.key=value" words.
+    """
+    given = {"stage": args.stage, "config": args.config, "init": args.init, "hook": args.hook}
+    options = [f"--{name}={value}" for name, value in given.items() if value]
+    overrides = layered([*args.overrides, *changes])
+    start = arguments.start_of_command("iomm.engine.launch")
+    return shlex.join([*start, *options, "--resume", resume, *overrides])
 
 
 def next_commands(config: RunConfig, args: argparse.Namespace) -> list[str]:
     """Return the lines of the summary with the commands to run next."""
     run_dir = config.run.dir
-    commands = [f"iomm sample --run {run_dir} --num 16"]
+    commands = [shlex.join(["iomm", "sample", "--run", run_dir, "--num", "16"])]
     if args.stage == "pretrain":
-        commands.append(f"deepspeed engine/launch.py --stage finetune --init {run_dir}   # stage 2")
+        words = arguments.start_of_command("iomm.engine.launch")
+        words += ["--stage", "finetune", "--init", run_dir]
+        if (CONFIGS / f"{args.config}-finetune.yaml").is_file():
+            words += ["--config", f"{args.config}-finetune"]
+        commands.append(f"{shlex.join(words)}   # stage 2")
     # With a cosine schedule the number of steps shapes all steps, so that more cannot be added.
     if config.optim.schedule != "cosine":
-        options = [
-            f"--{name} {shlex.quote(value)}"
-            for name in ("config", "init", "hook")
-            if (value := getattr(args, name))
-        ]
-        overrides = [shlex.quote(o) for o in args.overrides if not o.startswith("train.steps=")]
-        again = " ".join(options + overrides)
-        commands.append(
-            f"deepspeed engine/launch.py --stage {args.stage} --resume auto {again} "
-            f"train.steps={2 * config.train.steps}   # train for twice as many steps"
-        )
+        again = command(args, f"train.steps={2 * config.train.steps}")
+        commands.append(f"{again}   # train for twice as many steps")
     labels = ["next", *[""] * (len(commands) - 1)]
-    return [f"{label:<12}{command}" for label, command in zip(labels, commands, strict=True)]
+    return [f"{label:<12}{line}" for label, line in zip(labels, commands, strict=True)]
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -22,7 +22,7 @@ from iomm.flow import loss_by_time
 from iomm.profiling import named, named_each, named_whole
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from iomm.engine.config import RunConfig
     from iomm.engine.data.bad_samples import Failure
@@ -50,7 +50,7 @@ class StepResult(NamedTuple):
     applied: bool
     # Seconds in which the step waited for data.
     data_wait_s: float
-    # Samples that had to be replaced.
+    # Samples that had to be replaced, and captions that were cut.
     failures: list[Failure]
     # (sample numbers, their losses): velocity and alignment losses, per micro-batch.
     sample_losses: list[tuple[Tensor, Tensor]]
@@ -65,6 +65,8 @@ class StepTotals(NamedTuple):
     by_time: list[float]
     # Mean over the aligned samples, None without any.
     align_loss: float | None
+    # None if the step was skipped.
+    grad_norm: float | None
     num_failures: int
     stop_requested: bool
 
@@ -146,7 +148,7 @@ def train(
         evaluation: called between steps.
 
     Returns:
-        True after the last step. False if SIGTERM or SIGUSR1 requested a stop; the state is saved.
+        True after the last step. False if a signal requested a stop; the state is saved.
 
     Raises:
         InputError: too many skipped steps or bad samples, or the last checkpoint was not written.
@@ -167,7 +169,8 @@ def train(
         total=num_steps, initial=state.step, unit="step", disable=None if ranks.first else True
     )
     stop_requested = False
-    with Stop() as stop, metrics.clock if metrics is not None else nullcontext():
+    clock = metrics.clock if metrics is not None else nullcontext()
+    with Stop(reports=ranks.first) as stop, clock, completed_save(saver, watchdog):
         while state.step < num_steps and not stop_requested:
             watchdog.heartbeat(state.step + 1)
             lr = learning_rate(state.step, config.optim, num_steps)
@@ -182,7 +185,8 @@ def train(
                     state.ema.update(state.step)
             state.step += 1
 
-            totals = reduce_over_ranks(result, stop.requested, ranks)
+            grad_norm = sharded.grad_norm() if result.applied else None
+            totals = reduce_over_ranks(result, grad_norm, stop.requested, ranks)
             stop_requested = totals.stop_requested
             error = check_step(state, result, totals, config.train.global_batch)
             row = None
@@ -193,13 +197,11 @@ def train(
             if last or state.step % config.checkpoint.every_steps == 0:
                 save_checkpoint(state, config, saver, watchdog)
             if error is not None:
-                watchdog.pause()
-                saver.wait()
                 raise error
 
             evaluated = {}
             if evaluation is not None and evaluation.due(state.step) and not stop_requested:
-                evaluated = evaluate(state, evaluation, saver, watchdog)
+                evaluated = evaluate(state, evaluation, watchdog)
                 if metrics is not None:
                     state.gpu_hours = metrics.add(row, evaluated)["gpu_hours"]
                     metrics.report()
@@ -221,22 +223,34 @@ def train(
     return state.step == num_steps
 
 
-def reduce_over_ranks(result: StepResult, stop_requested: bool, ranks: Ranks) -> StepTotals:
+def reduce_over_ranks(
+    result: StepResult, grad_norm: Tensor | float | None, stop_requested: bool, ranks: Ranks
+) -> StepTotals:
     """Return the step's figures over all ranks.
 
-    Takes one collective and the step's only wait for the device. A stop requested on any rank stops
-    all of them after the same step.
+    Takes one collective and one copy from the device, the step's only wait for it: the loss guard,
+    skipped steps and a requested stop decide whether the next step runs. A stop requested on any
+    rank stops all of them after the same step. The gradient norm is of all ranks already.
     """
     loss, by_time, align_sums = result.loss, result.by_time, result.align_sums
-    flags = loss.new_tensor([len(result.failures), stop_requested])
-    sums = torch.cat((loss[None] / ranks.size, by_time.flatten(), align_sums, flags))
+    # Filled by kernels. A tensor of a list would be copied from the host.
+    flags = [loss.new_full((1,), float(x)) for x in (len(result.failures), stop_requested)]
+    sums = torch.cat((loss[None] / ranks.size, by_time.flatten(), align_sums, *flags))
     dist.all_reduce(sums)
-    mean_loss, *parts, num_failures, num_stops = sums.tolist()
+    # float64 holds every float32 exactly.
+    values = [sums.double()]
+    if torch.is_tensor(grad_norm):
+        values.append(grad_norm.double().reshape(1))
+    mean_loss, *parts = torch.cat(values).tolist()
+    if torch.is_tensor(grad_norm):
+        grad_norm = parts.pop()
+    *parts, num_failures, num_stops = parts
     by_time, align_sums = parts[: by_time.numel()], parts[by_time.numel() :]
     return StepTotals(
         loss=mean_loss,
         by_time=by_time,
         align_loss=align_sums[0] / align_sums[1] if any(align_sums[1:]) else None,
+        grad_norm=grad_norm,
         num_failures=int(num_failures),
         stop_requested=bool(num_stops),
     )
@@ -245,7 +259,7 @@ def reduce_over_ranks(result: StepResult, stop_requested: bool, ranks: Ranks) ->
 def check_step(
     state: State, result: StepResult, totals: StepTotals, global_batch: int
 ) -> InputError | None:
-    """Record replaced samples and the loss, on all ranks together with the same outcome.
+    """Record bad samples and the loss, on all ranks together with the same outcome.
 
     Returns:
         The error that ends the run, or None. The weights are sound: the step is saved first.
@@ -281,11 +295,12 @@ def record_step(
         loss=totals.loss,
         align_loss=totals.align_loss,
         by_time=totals.by_time,
-        grad_norm=state.sharded.grad_norm() if result.applied else None,
+        grad_norm=totals.grad_norm,
         lr=lr,
         data_wait_s=result.data_wait_s,
         skipped_steps=state.loss_guard.total,
         skipped_samples=state.bad_samples.total,
+        cut_captions=state.bad_samples.cut_captions,
     )
     state.gpu_hours = row["gpu_hours"]
     return row
@@ -300,19 +315,30 @@ def save_checkpoint(state: State, config: RunConfig, saver: Saver, watchdog: Wat
         save(state, config, saver)
 
 
-def evaluate(state: State, evaluation: Evaluation, saver: Saver, watchdog: Watchdog) -> dict:
-    """Return what the evaluation found.
-
-    Called after the save of its step. If it fails, for example by running out of memory, that
-    checkpoint is still completed.
-    """
+def evaluate(state: State, evaluation: Evaluation, watchdog: Watchdog) -> dict:
+    """Return what the evaluation found. Called after the save of its step."""
     # An evaluation may take longer than a step is allowed to.
     watchdog.pause()
+    with named_whole("evaluation"):
+        return evaluation(state)
+
+
+@contextmanager
+def completed_save(saver: Saver, watchdog: Watchdog) -> Iterator[None]:
+    """Complete the checkpoint that is being written before any exception ends the run.
+
+    The exception may be of this rank alone. The other ranks' threads still write their parts, and
+    if one of them has died, the watchdog ends this process.
+    """
     try:
-        with named_whole("evaluation"):
-            return evaluation(state)
-    except Exception:
-        saver.wait()
+        yield
+    except BaseException:
+        # Waiting for the disk may take longer than a step is allowed to.
+        watchdog.pause()
+        try:
+            saver.wait()
+        except Exception as error:
+            logger.error(f"the checkpoint that was being written is lost: {error}")
         raise
 
 

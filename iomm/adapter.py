@@ -48,7 +48,8 @@ class QueryAdapter(nn.Module):
         """Draw the weights on the CPU, as a function of the seed."""
         generator = torch.Generator().manual_seed(seed)
         width = self.queries_QD.shape[1]
-        self.queries_QD.normal_(std=width**-0.5, generator=generator)
+        drawn_QD = torch.empty(self.queries_QD.shape).normal_(std=width**-0.5, generator=generator)
+        self.queries_QD.copy_(drawn_QD)
         init_linears(self, generator)
         if self.kind == "rqa":
             nn.init.zeros_(self.to_out.weight)
@@ -78,6 +79,8 @@ class QueryAdapter(nn.Module):
             prefix_k=k_TAE,
             prefix_v=v_TAE,
             prefix_offsets=condition.offsets,
+            lengths=(num,) * condition.batch,
+            prefix_lengths=condition.lengths,
         )
         x_BQD = x_BQD + self.to_out(attended.flatten(-2)).view_as(x_BQD)
         return x_BQD + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x_BQD)), approximate="tanh"))
@@ -165,9 +168,10 @@ class Connector(nn.Module):
 def init_linears(module: nn.Module, generator: torch.Generator) -> None:
     """Initialize every linear layer inside: Xavier-uniform weights, zero biases.
 
-    Source: Glorot and Bengio, 2010.
+    Weights are drawn on the CPU, whatever their device. Source: Glorot and Bengio, 2010.
     """
     for part in module.modules():
         if isinstance(part, nn.Linear):
-            nn.init.xavier_uniform_(part.weight, generator=generator)
+            drawn = torch.empty(part.weight.shape)
+            part.weight.copy_(nn.init.xavier_uniform_(drawn, generator=generator))
             nn.init.zeros_(part.bias)

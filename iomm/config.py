@@ -31,7 +31,7 @@ def choice(key: str, value: object, allowed: Collection) -> None:
 class GeneratorConfig:
     """Shape of a generator. The VAE determines `token_dim` (K), the MLLM `condition_dim`."""
 
-    # mmdit: dual-stream FLUX blocks | single_stream: Z-Image blocks
+    # mmdit: dual-stream FLUX or Qwen-Image blocks | single_stream: Z-Image blocks
     kind: str = "mmdit"
     # D
     width: int
@@ -50,9 +50,16 @@ class GeneratorConfig:
     rope_theta: float = 10000.0
     # RMS norms have a learned scale (single_stream only).
     norm_affine: bool = True
+    # RMS norm of the condition before its projection (mmdit only; single_stream always has one).
+    condition_norm: bool = False
+    # Rotary positions (mmdit only). corner: rows and columns of the image count from 0, condition
+    # tokens are not rotated | centred: they count from the middle of the image, and condition
+    # token i is at max(rows // 2, columns // 2) + i on every axis
+    positions: str = "corner"
 
     def __post_init__(self) -> None:
         choice("generator.kind", self.kind, ("mmdit", "single_stream"))
+        choice("generator.positions", self.positions, ("corner", "centred"))
         if min(self.width, self.num_heads, self.num_blocks, self.token_dim, self.condition_dim) < 1:
             raise InputError(f"generator sizes must be >= 1, got {self}")
         if self.width % self.num_heads:
@@ -65,6 +72,8 @@ class GeneratorConfig:
                 "generator.num_single_blocks is only for kind mmdit. "
                 "Set the layers of a single_stream with num_blocks."
             )
+        if self.kind == "single_stream" and (self.condition_norm or self.positions != "corner"):
+            raise InputError("generator.condition_norm and positions are only for kind mmdit")
         if self.kind == "mmdit" and (self.num_refiner_blocks or not self.norm_affine):
             raise InputError(
                 "generator.num_refiner_blocks and norm_affine are only for kind single_stream"
@@ -109,6 +118,14 @@ PRESETS = {
         num_blocks=30,
         num_refiner_blocks=2,
         rope_theta=256.0,
+    ),
+    "qwen-image": GeneratorConfig(
+        width=3072,
+        num_heads=24,
+        num_blocks=60,
+        condition_dim=3584,
+        condition_norm=True,
+        positions="centred",
     ),
 }
 
@@ -195,6 +212,54 @@ class AdapterConfig:
             raise InputError(f"adapter.connector_layers must be >= 0, got {self.connector_layers}")
         if self.kind == "none" and self.conditions == "query":
             raise InputError("adapter.kind none has no queries. Set adapter.conditions=all.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouteConfig:
+    """Token routing in training (TREAD, arXiv 2501.04765): latent tokens skip the middle blocks.
+
+    Each draw of a sample has its own tokens. Sampling and evaluation run all tokens through all
+    blocks. It is beyond the paper and off by default.
+    """
+
+    # Share of the latent tokens that skip the blocks; 0 turns routing off.
+    ratio: float = 0.0
+    # First block that they skip, counted from 1.
+    first: int = 3
+    # Last block that they skip; 0: the third from the end.
+    last: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.ratio < 1.0:
+            raise InputError(f"route.ratio must be at least 0 and below 1, got {self.ratio}")
+        if self.first < 1 or self.last < 0:
+            raise InputError(
+                f"route.first must be >= 1 and route.last >= 0, got {self.first} and {self.last}"
+            )
+
+    def blocks_in(self, generator: GeneratorConfig) -> tuple[int, int]:
+        """Return the first and the last block that tokens skip in a generator.
+
+        Raises:
+            InputError: the generator has no such blocks, or is not an mmdit.
+        """
+        first, last, depth = self.first, self.last or generator.num_blocks - 2, generator.num_blocks
+        if generator.kind != "mmdit":
+            raise InputError(
+                f"route.ratio works with generators of kind mmdit, got {generator.kind}: set "
+                "route.ratio=0"
+            )
+        # The last dual-stream block may return no condition, and all tokens must leave it.
+        if not first <= last < depth:
+            raise InputError(
+                f"route.first and route.last must be blocks from 1 to {depth - 1} in this order, "
+                f"got {first} and {last}"
+            )
+        return first, last
+
+    def num_kept(self, num_latents: int) -> int:
+        """Return how many of a sample's latent tokens run through all blocks."""
+        return max(1, round((1 - self.ratio) * num_latents))
 
 
 @dataclass(frozen=True, kw_only=True)

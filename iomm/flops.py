@@ -94,7 +94,7 @@ def flops_by_part(
         "ViT": vit,
         "MLLM": prefix + forward + (0 if frozen else backward),
         "generator": recipe.noise_draws
-        * model.generator.flops_per_image(grid, num_condition, training=True),
+        * model.generator.flops_per_image(grid, num_condition, training=True, route=recipe.route),
     }
     if model.adapter is not None:
         parts["adapter"] = (1 if frozen else 3) * model.adapter.flops(num_prefix)

@@ -91,7 +91,7 @@ def loss_by_time(loss_B: Tensor, t_B: Tensor, num_buckets: int = 4) -> tuple[Ten
     Divide only where the count is not zero.
     """
     bucket_B = (t_B * num_buckets).long().clamp(0, num_buckets - 1)
-    sums = torch.zeros(num_buckets, dtype=loss_B.dtype, device=loss_B.device).index_add(
-        0, bucket_B, loss_B
-    )
-    return sums, torch.bincount(bucket_B, minlength=num_buckets)
+    sums = loss_B.new_zeros(num_buckets).index_add(0, bucket_B, loss_B)
+    # bincount would read the largest bucket on the host.
+    counts = bucket_B.new_zeros(num_buckets).index_add(0, bucket_B, torch.ones_like(bucket_B))
+    return sums, counts

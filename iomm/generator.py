@@ -3,8 +3,9 @@
 A generator is called as (noisy_BNK, t_B, condition_BCD, grid, lengths_B=None, tap=0) and returns
 velocity_BNK. grid is (rows, columns) of latent tokens, t runs from 1 (noise) to 0 (image), and the
 velocity is noise - image. With tap, the number of a block counted from 1, the result is
-(velocity_BNK, latents_BND after that block). A generator also has `config`, `block_classes`,
-`init_weights(seed)` and `flops_per_image(grid, num_condition, training=False)`.
+(velocity_BNK, latents_BND after that block). An mmdit also takes a `Route`. A generator also has
+`config`, `block_classes`, `init_weights(seed)` and `flops_per_image(grid, num_condition,
+training=False, route=None)`.
 """
 
 import torch

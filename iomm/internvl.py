@@ -14,6 +14,7 @@ import torch
 
 from iomm.config import RECONSTRUCT, InputError, choice
 from iomm.mllm import MLLM
+from iomm.weights import move_frozen, stored_dtype
 
 if TYPE_CHECKING:
     from transformers import InternVLConfig, PreTrainedTokenizerFast
@@ -43,7 +44,8 @@ def load_mllm(
 ) -> MLLM:
     """Load a frozen InternVL in transformers' own format.
 
-    Only safetensors are read, and no code from the checkpoint is run.
+    Only safetensors are read, and no code from the checkpoint is run. Weights are placed as in
+    `weights.load_frozen`.
 
     Args:
         name: a local folder, a hub id, or random:<shape> for random weights of a known shape
@@ -71,7 +73,12 @@ def load_mllm(
                 "transformers' format, whose hub ids end in -hf."
             )
         internvl, report = InternVLModel.from_pretrained(
-            name, use_safetensors=True, dtype=dtype, output_loading_info=True, **options
+            name,
+            use_safetensors=True,
+            # Other dtypes are cast on the host, all at once.
+            dtype=stored_dtype(name, "model", revision=revision) or dtype,
+            output_loading_info=True,
+            **options,
         )
         # Transformers would initialize missing weights at random.
         if report["missing_keys"]:
@@ -83,7 +90,27 @@ def load_mllm(
             raise
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"model.mllm: cannot load {name}: {reason}") from error
-    return MLLM(internvl.to(device), tokenizer)
+    move_frozen(internvl, device, dtype)
+    return MLLM(internvl, tokenizer)
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> Any:
+    """Return the tokenizer that `load_mllm` would load.
+
+    Raises:
+        InputError: if there is no such checkpoint.
+    """
+    from transformers import AutoTokenizer
+
+    if name.startswith("random:"):
+        return prompt_tokenizer()
+    try:
+        return AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=False, local_files_only=is_folder(name)
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"model.mllm: cannot load the tokenizer of {name}: {reason}") from error
 
 
 # OpenGVLab/InternVL3-2B: InternViT-300M and Qwen2.5-1.5B.

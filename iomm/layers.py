@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iomm.kernels.fp8_linear import MULTIPLE, fp8_linear
+from iomm.kernels.fp8_linear import MULTIPLE, RoundedWeight, fp8_linear, round_weight
 from iomm.kernels.masked_attention.sdpa import dense_attention
 
 # Linear layers that start at zero. Blocks then start as the identity and the velocity as 0.
@@ -37,6 +37,34 @@ def use_fp8(model: nn.Module) -> None:
     for part in model.modules():
         if isinstance(part, TokenLinear):
             part.fp8 = part.in_features % MULTIPLE == 0 and part.out_features % MULTIPLE == 0
+
+
+class RoundedLinear(nn.Module):
+    """A frozen linear layer whose weight is rounded to fp8 once: (..., in) -> (..., out).
+
+    Args:
+        linear: the layer to replace.
+        backward: whether inputs need gradients, which takes a second copy of the fp8 weight.
+    """
+
+    def __init__(self, linear: nn.Linear, *, backward: bool):
+        super().__init__()
+        for name, value in round_weight(linear.weight, backward=backward)._asdict().items():
+            self.register_buffer(name, value)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = RoundedWeight(self.values_OI, self.values_IO, self.scale)
+        return fp8_linear(x, weight, self.bias)
+
+
+@torch.no_grad()
+def round_linears(model: nn.Module, *, backward: bool) -> None:
+    """Replace every nn.Linear whose sizes fp8 products support by a RoundedLinear."""
+    for parent in list(model.modules()):
+        for name, part in list(parent.named_children()):
+            if type(part) is nn.Linear and not any(n % MULTIPLE for n in part.weight.shape):
+                setattr(parent, name, RoundedLinear(part, backward=backward))
 
 
 class FusedLinear(TokenLinear):

@@ -1,8 +1,8 @@
 """Tensor names, shapes and configs of our generators in diffusers' format.
 
-MMDiT maps to FluxTransformer2DModel, SingleStream to ZImageTransformer2DModel. This module holds
-only tables and arithmetic and does not import diffusers. iomm/weights.py reads and writes the
-files.
+MMDiT maps to FluxTransformer2DModel or QwenImageTransformer2DModel, SingleStream to
+ZImageTransformer2DModel. This module holds only tables and arithmetic and does not import
+diffusers. iomm/weights.py reads and writes the files.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -50,6 +50,25 @@ FLUX_SINGLE = {
     "k_norm": "attn.norm_k",
     "linear_out": "proj_out",
 }
+QWEN = {
+    "latents_in": "img_in",
+    "condition_norm": "txt_norm",
+    "condition_in": "txt_in",
+    "time_in.linear_in": "time_text_embed.timestep_embedder.linear_1",
+    "time_in.linear_out": "time_text_embed.timestep_embedder.linear_2",
+    "final_modulation": "norm_out.linear",
+    "final": "proj_out",
+}
+QWEN_LATENT_STREAM = FLUX_LATENT_STREAM | {
+    "modulation": "img_mod.1",
+    "mlp_in": "img_mlp.net.0.proj",
+    "mlp_out": "img_mlp.net.2",
+}
+QWEN_CONDITION_STREAM = FLUX_CONDITION_STREAM | {
+    "modulation": "txt_mod.1",
+    "mlp_in": "txt_mlp.net.0.proj",
+    "mlp_out": "txt_mlp.net.2",
+}
 ZIMAGE_LAYER = {
     "attention_norm_in": "attention_norm1",
     "attention_norm_out": "attention_norm2",
@@ -74,6 +93,25 @@ POOLED_DIM = 768
 Shape = tuple[int, ...]
 
 
+def diffusers_class(config: GeneratorConfig) -> str:
+    """Return the name of the diffusers class that a generator of this shape maps to.
+
+    Raises:
+        InputError: if no class has this shape.
+    """
+    if config.kind == "single_stream":
+        return "ZImageTransformer2DModel"
+    if not config.condition_norm and config.positions == "corner":
+        return "FluxTransformer2DModel"
+    if config.condition_norm and config.positions == "centred" and not config.num_single_blocks:
+        return "QwenImageTransformer2DModel"
+    raise InputError(
+        f"no diffusers model has condition_norm {config.condition_norm}, positions "
+        f"{config.positions} and {config.num_single_blocks} single-stream blocks. Use a shape of "
+        "FLUX.1 or Qwen-Image."
+    )
+
+
 def prefixed(
     ours: str, theirs: str, names: Mapping[str, str | tuple[str, ...]]
 ) -> dict[str, tuple[str, ...]]:
@@ -89,16 +127,14 @@ def prefixed(
 def module_names(config: GeneratorConfig, patch: int) -> dict[str, tuple[str, ...]]:
     """Return {our module: their modules}, in the order in which ours stacks their rows."""
     if config.kind == "mmdit":
-        names = {ours: (theirs,) for ours, theirs in FLUX.items()}
+        ends, latents, condition = FLUX, FLUX_LATENT_STREAM, FLUX_CONDITION_STREAM
+        if diffusers_class(config) == "QwenImageTransformer2DModel":
+            ends, latents, condition = QWEN, QWEN_LATENT_STREAM, QWEN_CONDITION_STREAM
+        names = {ours: (theirs,) for ours, theirs in ends.items()}
         for index in range(config.num_blocks):
-            names |= prefixed(
-                f"blocks.{index}.latent_stream", f"transformer_blocks.{index}", FLUX_LATENT_STREAM
-            )
-            names |= prefixed(
-                f"blocks.{index}.condition_stream",
-                f"transformer_blocks.{index}",
-                FLUX_CONDITION_STREAM,
-            )
+            theirs = f"transformer_blocks.{index}"
+            names |= prefixed(f"blocks.{index}.latent_stream", theirs, latents)
+            names |= prefixed(f"blocks.{index}.condition_stream", theirs, condition)
         for index in range(config.num_single_blocks):
             names |= prefixed(
                 f"single_blocks.{index}", f"single_transformer_blocks.{index}", FLUX_SINGLE
@@ -136,13 +172,13 @@ class Layout:
     """
 
     def __init__(self, config: GeneratorConfig, patch: int):
-        """Build the layout. `patch` is the VAE's and affects only Z-Image.
+        """Build the layout. `patch` is the VAE's and affects only Z-Image's tensors.
 
         Raises:
             InputError: if the patch does not fit the token dim.
         """
         self.config, self.patch = config, patch
-        if config.kind == "single_stream" and config.token_dim % patch**2:
+        if diffusers_class(config) != "FluxTransformer2DModel" and config.token_dim % patch**2:
             raise InputError(
                 f"a token of {config.token_dim} numbers cannot be a patch of {patch} x {patch}. "
                 "Pass the VAE's patch."
@@ -165,7 +201,7 @@ class Layout:
                 }
             present.add(module_name)
         if config.kind == "mmdit":
-            self.fillers = flux_fillers(config)
+            self.fillers = zero_fillers(config, names)
         else:
             self.fillers = {
                 f"{theirs}.weight": ((width,), 1.0)
@@ -176,7 +212,8 @@ class Layout:
     def reorder(self, name: str, tensor: Tensor, back: bool = False) -> Tensor:
         """Reorder the numbers of a latent token from our order to theirs, or back.
 
-        They are (channel, row, column) in ours and in FLUX, but (row, column, channel) in Z-Image.
+        They are (channel, row, column) in ours, FLUX and Qwen-Image, but (row, column, channel) in
+        Z-Image.
         """
         if self.config.kind == "mmdit" or name not in (
             "latents_in.weight",
@@ -216,30 +253,41 @@ class Layout:
 
     def to_ours(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
         """Return our parameter `name`, where `read` returns their tensor of a given name."""
-        stacked = torch.cat([read(their)[:rows] for their, rows in self.pieces[name]])
+        pieces = [read(their)[:rows] for their, rows in self.pieces[name]]
+        # A single piece stays a view, which may be mapped from a file.
+        stacked = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
         return self.reorder(name, stacked, back=True)
 
 
-def flux_fillers(config: GeneratorConfig) -> dict[str, tuple[Shape, float]]:
-    """Return {tensor: (shape, 0)} for the tensors that FLUX has and MMDiT lacks."""
-    width, last = config.width, f"transformer_blocks.{config.num_blocks - 1}"
-    shapes = {
-        "time_text_embed.text_embedder.linear_1": (width, POOLED_DIM),
-        "time_text_embed.text_embedder.linear_2": (width, width),
-    }
-    if not config.num_single_blocks:
+def zero_fillers(
+    config: GeneratorConfig, names: Mapping[str, tuple[str, ...]]
+) -> dict[str, tuple[Shape, float]]:
+    """Return {tensor: (shape, 0)} for the tensors that FLUX or Qwen-Image has and MMDiT lacks.
+
+    They are FLUX's embedding of the pooled text vector, and in both the parts of the last block
+    whose result is discarded.
+    """
+    width, shapes = config.width, {}
+    if diffusers_class(config) == "FluxTransformer2DModel":
         shapes |= {
-            f"{last}.norm1_context.linear": (6 * width, width),
-            f"{last}.attn.to_add_out": (width, width),
-            f"{last}.attn.add_q_proj": (width, width),
-            f"{last}.ff_context.net.0.proj": (4 * width, width),
-            f"{last}.ff_context.net.2": (width, 4 * width),
+            f"{TEXT_EMBEDDER}linear_1": (width, POOLED_DIM),
+            f"{TEXT_EMBEDDER}linear_2": (width, width),
         }
-    weights = {f"{module}.weight": (shape, 0.0) for module, shape in shapes.items()}
-    weights |= {f"{module}.bias": (shape[:1], 0.0) for module, shape in shapes.items()}
+    norms = {}
     if not config.num_single_blocks:
-        weights[f"{last}.attn.norm_added_q.weight"] = ((config.head_dim,), 0.0)
-    return weights
+        stream = f"blocks.{config.num_blocks - 1}.condition_stream"
+        shapes |= {
+            names[f"{stream}.modulation"][0]: (6 * width, width),
+            names[f"{stream}.out"][0]: (width, width),
+            names[f"{stream}.qkv"][0]: (width, width),
+            names[f"{stream}.mlp_in"][0]: (4 * width, width),
+            names[f"{stream}.mlp_out"][0]: (width, 4 * width),
+        }
+        norms = {f"{names[f'{stream}.q_norm'][0]}.weight": ((config.head_dim,), 0.0)}
+    weights = {f"{module}.weight": (shape, 0.0) for module, shape in shapes.items()}
+    return (
+        weights | {f"{module}.bias": (shape[:1], 0.0) for module, shape in shapes.items()} | norms
+    )
 
 
 def norms_without_scale(
@@ -266,14 +314,31 @@ def to_diffusers_config(config: GeneratorConfig, patch: int) -> dict[str, Any]:
     Raises:
         InputError: if diffusers' class does not support the shape.
     """
+    name = diffusers_class(config)
     if config.kind == "mmdit":
         if config.rope_theta != 10000.0:
             raise InputError(
-                "FluxTransformer2DModel has rope theta 10000 and does not support this generator's "
+                f"{name} has rope theta 10000 and does not support this generator's "
                 f"{config.rope_theta}"
             )
+        if name == "QwenImageTransformer2DModel":
+            return {
+                "_class_name": name,
+                "patch_size": patch,
+                "in_channels": config.token_dim,
+                "out_channels": config.token_dim // patch**2,
+                "num_layers": config.num_blocks,
+                "attention_head_dim": config.head_dim,
+                "num_attention_heads": config.num_heads,
+                "joint_attention_dim": config.condition_dim,
+                "guidance_embeds": False,
+                "axes_dims_rope": list(config.rope_axes),
+                "zero_cond_t": False,
+                "use_additional_t_cond": False,
+                "use_layer3d_rope": False,
+            }
         return {
-            "_class_name": "FluxTransformer2DModel",
+            "_class_name": name,
             "patch_size": 1,
             "in_channels": config.token_dim,
             "out_channels": None,
@@ -287,7 +352,7 @@ def to_diffusers_config(config: GeneratorConfig, patch: int) -> dict[str, Any]:
             "axes_dims_rope": list(config.rope_axes),
         }
     description = {
-        "_class_name": "ZImageTransformer2DModel",
+        "_class_name": name,
         "all_patch_size": [patch],
         "all_f_patch_size": [1],
         "in_channels": config.token_dim // patch**2,
@@ -323,6 +388,20 @@ DEFAULTS = {
         "joint_attention_dim": 4096,
         "guidance_embeds": False,
         "axes_dims_rope": [16, 56, 56],
+    },
+    "QwenImageTransformer2DModel": {
+        "patch_size": 2,
+        "in_channels": 64,
+        "out_channels": 16,
+        "num_layers": 60,
+        "attention_head_dim": 128,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 3584,
+        "guidance_embeds": False,
+        "axes_dims_rope": [16, 56, 56],
+        "zero_cond_t": False,
+        "use_additional_t_cond": False,
+        "use_layer3d_rope": False,
     },
     "ZImageTransformer2DModel": {
         "all_patch_size": [2],
@@ -368,6 +447,19 @@ def from_diffusers_config(
                 token_dim=read["in_channels"],
                 condition_dim=read["joint_attention_dim"],
             )
+        elif read.get("_class_name") == "QwenImageTransformer2DModel":
+            patch = read["patch_size"]
+            if not isinstance(patch, int) or patch < 1:
+                raise ValueError(f"patch_size={patch!r}")
+            config = GeneratorConfig(
+                width=read["num_attention_heads"] * read["attention_head_dim"],
+                num_heads=read["num_attention_heads"],
+                num_blocks=read["num_layers"],
+                token_dim=read["in_channels"],
+                condition_dim=read["joint_attention_dim"],
+                condition_norm=True,
+                positions="centred",
+            )
         elif read.get("_class_name") == "ZImageTransformer2DModel":
             (patch,) = read["all_patch_size"]
             config = GeneratorConfig(
@@ -384,20 +476,22 @@ def from_diffusers_config(
         else:
             raise InputError(
                 f"{where} describes {read.get('_class_name', 'no diffusers model')}. "
-                "Expected FluxTransformer2DModel or ZImageTransformer2DModel."
+                f"Expected {', '.join(DEFAULTS)}."
             )
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{where} has a missing or invalid entry: {error}") from error
     expected = to_diffusers_config(config, patch)
-    unchecked = {"axes_lens", "pooled_projection_dim", "out_channels", *ignored}
+    unchecked = {"axes_lens", "pooled_projection_dim", *ignored}
+    if description.get("_class_name") == "FluxTransformer2DModel":
+        unchecked.add("out_channels")
     wrong = [
         f"{key}={read.get(key)!r} (expected {value!r})"
         for key, value in expected.items()
         if key not in unchecked and read.get(key) != value
     ]
-    if read.get("out_channels") not in (None, read.get("in_channels")):
+    if "out_channels" in unchecked and read["out_channels"] not in (None, read["in_channels"]):
         wrong.append(f"out_channels={read['out_channels']!r} (expected in_channels)")
     if wrong:
         raise InputError(f"{where} describes an unsupported shape: {', '.join(wrong)}")

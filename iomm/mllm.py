@@ -9,6 +9,7 @@ attend to it.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Self
 
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from iomm.config import InputError
 from iomm.kernels.image_patches import image_patches, normalised
 from iomm.kernels.masked_attention import masked_attention
+from iomm.layers import round_linears
+from iomm.turns import Turns, pack_turns
 
 # One user turn, then the start of the assistant's turn, where the queries are placed: the Qwen2.5
 # chat format without a system prompt.
@@ -51,21 +54,23 @@ class Condition:
         tokens_TD: embeddings.
         positions_T: position ids (int64), with gaps where tokens were dropped.
         offsets: first row of each sample and the end of the last, (B + 1,) int32.
+        lengths: number of rows of each sample, on the host. Reading them from the GPU would wait
+            for everything queued there.
         end_B: position id of the first token after each sample (int64).
-        end: the largest of end_B, as a Python int. Reading it from the GPU later would wait for
-            everything queued there.
+        end: the largest of end_B, on the host.
     """
 
     tokens_TD: Tensor
     positions_T: Tensor
     offsets: Tensor
+    lengths: tuple[int, ...]
     end_B: Tensor
     end: int
 
     @property
     def batch(self) -> int:
         """Number of samples."""
-        return len(self.end_B)
+        return len(self.lengths)
 
 
 class MLLM(Frozen):
@@ -118,6 +123,15 @@ class MLLM(Frozen):
             torch.compile(half, dynamic=True, fullgraph=True, backend=backend)
             for half in (project_qkv, finish_layer)
         )
+
+    def use_fp8(self) -> None:
+        """Compute the products of the ViT's and the decoder's layers in fp8.
+
+        Weights are rounded once, here. The patch embedding, the projector and the token embeddings
+        keep their dtype. In the decoder the queries need gradients, in the ViT nothing does.
+        """
+        round_linears(self.backbone.vision_tower.encoder, backward=False)
+        round_linears(self.backbone.language_model.layers, backward=True)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -197,7 +211,7 @@ class MLLM(Frozen):
 
     def token_ids(self, text: str) -> list[int]:
         """Tokenize a text. Special tokens in it are recognized, and none are added."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return list(tokenized(self.tokenizer, text))
 
     def vit_flops(self, projector: bool = True) -> int:
         """Return the forward FLOPs of one image through the ViT and, optionally, the projector.
@@ -282,7 +296,54 @@ class MLLM(Frozen):
 
         return run, layer.parameters()
 
-    @torch.no_grad()
+    def turns(
+        self,
+        texts: list[str],
+        has_image: list[bool],
+        visible: Tensor | None = None,
+        *,
+        mode: str = "drop",
+        positions: str = "original",
+        n_B: Tensor | None = None,
+        source: Any = None,
+    ) -> Turns:
+        """Pack the user turn [text, visible image tokens] of each sample on the host.
+
+        Args:
+            texts: B strings. "" is valid and means unconditional.
+            has_image: B bools.
+            visible: bool mask (I * P,) of the image tokens. Defaults to all visible.
+            mode: as in `condition`.
+            positions: as in `condition`.
+            n_B: sample numbers, carried along.
+            source: what drew the texts and the mask, see Turns.
+
+        Raises:
+            InputError: if a text exceeds the decoder's context.
+        """
+        num_image, before, after = self.num_image_tokens, [], []
+        for text, image in zip(texts, has_image, strict=True):
+            opening, closing = IMAGE if image else ("", "")
+            before.append(self.token_ids(TURN[0] + text + opening))
+            after.append(self.token_ids(closing + TURN[1]))
+            length = len(before[-1]) + num_image * image + len(after[-1])
+            if length > self.max_positions:
+                raise InputError(
+                    f"a prompt of {length} tokens exceeds the MLLM's context of "
+                    f"{self.max_positions}. Shorten the prompt."
+                )
+        return pack_turns(
+            before,
+            after,
+            has_image,
+            num_image,
+            None if visible is None else visible.cpu().numpy().reshape(-1, num_image),
+            mode=mode,
+            positions=positions,
+            n_B=n_B,
+            source=source,
+        )
+
     def condition(
         self,
         texts: list[str],
@@ -293,7 +354,7 @@ class MLLM(Frozen):
         mode: str = "drop",
         positions: str = "original",
     ) -> Condition:
-        """Pack the user turn [text, visible image tokens] of each sample, without gradient.
+        """Pack and embed the user turn [text, visible image tokens] of each sample.
 
         Args:
             texts: B strings. "" is valid and means unconditional.
@@ -307,49 +368,31 @@ class MLLM(Frozen):
         Raises:
             InputError: if a text exceeds the decoder's context.
         """
-        device, num_image = self.backbone.device, self.num_image_tokens
         if has_image is None:
             has_image = [image_tokens_IPD is not None] * len(texts)
-        ids, is_image, lengths = [], [], []
-        for text, image in zip(texts, has_image, strict=True):
-            opening, closing = IMAGE if image else ("", "")
-            before = self.token_ids(TURN[0] + text + opening)
-            after = self.token_ids(closing + TURN[1])
-            middle = num_image if image else 0
-            ids += before + [0] * middle + after
-            is_image += [False] * len(before) + [True] * middle + [False] * len(after)
-            lengths.append(len(before) + middle + len(after))
-            if lengths[-1] > self.max_positions:
-                raise InputError(
-                    f"a prompt of {lengths[-1]} tokens exceeds the MLLM's context of "
-                    f"{self.max_positions}. Shorten the prompt."
-                )
-        lengths_B = torch.tensor(lengths, device=device)
-        starts_B = lengths_B.cumsum(0) - lengths_B
-        sample_T = torch.repeat_interleave(torch.arange(len(texts), device=device), lengths_B)
-        positions_T = torch.arange(len(ids), device=device) - starts_B[sample_T]
-        tokens_TD = self.backbone.get_input_embeddings()(torch.tensor(ids, device=device))
-        end_B, end = lengths_B, max(lengths)
-        if any(has_image):
-            image_T = torch.tensor(is_image, device=device)
-            image_TD = image_tokens_IPD.flatten(0, 1).to(tokens_TD.dtype)
-            if visible is not None and mode == "zero":
-                image_TD = image_TD * visible[:, None]
-            tokens_TD = tokens_TD.masked_scatter(image_T[:, None], image_TD)
-            if visible is not None and mode == "drop":
-                keep_T = torch.ones_like(image_T).masked_scatter(image_T, visible)
-                rows = keep_T.nonzero().squeeze(1)
-                lengths_B = torch.zeros_like(lengths_B).index_add(0, sample_T, keep_T.long())
-                tokens_TD = tokens_TD[rows]
-                sample_T = sample_T[rows]
-                positions_T = positions_T[rows]
-                if positions == "compact":
-                    starts_B = lengths_B.cumsum(0) - lengths_B
-                    positions_T = torch.arange(len(rows), device=device) - starts_B[sample_T]
-                    end_B, end = lengths_B, int(lengths_B.max())
-        offsets = F.pad(lengths_B.cumsum(0), (1, 0)).int()
+        turns = self.turns(texts, has_image, visible, mode=mode, positions=positions)
+        return self.embed(turns.to(self.device), image_tokens_IPD)
+
+    @torch.no_grad()
+    def embed(self, turns: Turns, image_tokens_IPD: Tensor | None = None) -> Condition:
+        """Return the condition of packed turns on the MLLM's device, without gradient.
+
+        `image_tokens_IPD` holds the image tokens of the I samples with an image, in order.
+        """
+        parts = turns.parts()
+        tokens_TD = self.backbone.get_input_embeddings()(parts.ids_T)
+        if turns.num_images:
+            image_VD = image_tokens_IPD.flatten(0, 1).to(tokens_TD.dtype)[parts.image_V]
+            if len(parts.kept_V):
+                image_VD = image_VD * parts.kept_V.bool()[:, None]
+            tokens_TD = tokens_TD.index_copy(0, parts.row_V, image_VD)
         return Condition(
-            tokens_TD=tokens_TD, positions_T=positions_T, offsets=offsets, end_B=end_B, end=end
+            tokens_TD=tokens_TD,
+            positions_T=parts.positions_T,
+            offsets=parts.offsets.int(),
+            lengths=turns.lengths,
+            end_B=parts.end_B,
+            end=turns.end,
         )
 
     @torch.no_grad()
@@ -369,7 +412,9 @@ class MLLM(Frozen):
             q, k, v = self.project_qkv(layer, x_TD, rotary, with_query=whole)
             cache.append((k, v))
             if whole:
-                mixed = masked_attention(q, k, v, condition.offsets, causal=True)
+                mixed = masked_attention(
+                    q, k, v, condition.offsets, causal=True, lengths=condition.lengths
+                )
                 x_TD = self.finish_layer(layer, x_TD, mixed)
         return cache, decoder.norm(x_TD) if outputs else None
 
@@ -416,9 +461,18 @@ class MLLM(Frozen):
                 prefix_v=prefix_v,
                 prefix_offsets=condition.offsets,
                 causal=causal,
+                lengths=(num,) * batch,
+                prefix_lengths=condition.lengths,
             )
             x_SD = self.finish_layer(layer, x_SD, mixed)
         return decoder.norm(x_SD).view(batch, num, width)
+
+
+# Images share a few prompts, and a call of the tokenizer takes a tenth of a millisecond.
+@lru_cache(1 << 10)
+def tokenized(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """Return the token ids of a text, without adding special tokens."""
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def project_qkv(

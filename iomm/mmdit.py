@@ -2,17 +2,19 @@
 
 It maps noisy latent tokens, times and condition tokens to a velocity. The architecture is FLUX.1's
 (github.com/black-forest-labs/flux) without the pooled text vector: two streams with separate
-weights meet in joint attention, condition tokens first. iomm/layout.py maps it to diffusers'
-FluxTransformer2DModel.
+weights meet in joint attention, condition tokens first. With `condition_norm` and centred
+`positions` it is Qwen-Image's. iomm/layout.py maps it to diffusers' FluxTransformer2DModel or
+QwenImageTransformer2DModel.
 """
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iomm.config import GeneratorConfig
+from iomm.config import GeneratorConfig, RouteConfig
 from iomm.flops import attention_flops, attention_products, linear_flops
 from iomm.kernels.norm_modulate import norm_modulate
 from iomm.kernels.qk_norm_rope import qk_norm_rope
@@ -28,12 +30,50 @@ from iomm.layers import (
     rope_tables,
 )
 
-# Epsilon of every norm, as in FLUX.
+# Epsilon of every norm, as in FLUX and Qwen-Image.
 EPS = 1e-6
 
 # What qk_norm_rope takes of one stream: qkv or kv (B, L, 3 or 2, A, E), the scale of the queries'
 # norm (None if the stream has no queries) and the scale of the keys' norm.
 Projections = tuple[Tensor, Tensor | None, Tensor]
+
+
+class Route(NamedTuple):
+    """Which latent tokens run through all blocks in a training step (`RouteConfig`).
+
+    kept_BK are the ascending indices (int64) of the K tokens, out of num_latents. The others skip
+    the blocks from `first` to `last`, counted from 1.
+    """
+
+    kept_BK: Tensor
+    num_latents: int
+    first: int
+    last: int
+
+    def take(self, x_BNX: Tensor) -> Tensor:
+        """Return the rows of the kept tokens."""
+        return x_BNX.gather(1, self.kept_BK[..., None].expand(-1, -1, x_BNX.shape[-1]))
+
+    def take_inputs(
+        self, cos: Tensor, sin: Tensor, key_mask_BL: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return rotary tables and key mask of the kept tokens, one table per sample.
+
+        Rows for condition tokens, which come first, stay.
+        """
+        batch, num_kept = self.kept_BK.shape
+        tables = []
+        for table in (cos, sin):
+            first, last = table.split((len(table) - self.num_latents, self.num_latents))
+            tables.append(torch.cat((first.expand(batch, -1, -1), last[self.kept_BK]), dim=1))
+        if key_mask_BL is not None:
+            key_mask_BL = key_mask_BL[:, : key_mask_BL.shape[1] - self.num_latents + num_kept]
+        return *tables, key_mask_BL
+
+    def merge(self, whole_BND: Tensor, kept_BKD: Tensor) -> Tensor:
+        """Return all tokens: the kept ones after the blocks, the others as they were before."""
+        index = self.kept_BK[..., None].expand(-1, -1, whole_BND.shape[-1])
+        return whole_BND.scatter(1, index, kept_BKD)
 
 
 class Stream(nn.Module):
@@ -105,20 +145,21 @@ class DualBlock(nn.Module):
         latents_BND: Tensor,
         condition_BCD: Tensor,
         time_BD: Tensor,
-        cos_NF: Tensor,
-        sin_NF: Tensor,
+        cos: Tensor,
+        sin: Tensor,
         key_mask_BL: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the latents and the condition after the block.
 
-        SiLU has already been applied to `time_BD`. All condition tokens have position 0, where the
-        rotary embedding is the identity. In the joint sequence they come before the latents.
+        SiLU has already been applied to `time_BD`. In the joint sequence the condition tokens come
+        before the latents. `cos` and `sin` are (N, E / 2) if the condition is not rotated, else
+        (L, E / 2).
         """
         latents, latent_modulation = self.latent_stream.pre_attention(latents_BND, time_BD)
         condition, condition_modulation = self.condition_stream.pre_attention(
             condition_BCD, time_BD
         )
-        q, k, v = qk_norm_rope(*latents, cos_NF, sin_NF, condition=condition, eps=EPS)
+        q, k, v = qk_norm_rope(*latents, cos, sin, condition=condition, eps=EPS)
         attended = attend(q, k, v, key_mask_BL)
         if self.last:
             latents_BND = self.latent_stream.post_attention(
@@ -181,12 +222,26 @@ def grid_tables(
     theta: float,
     device: torch.device,
     dtype: torch.dtype,
+    centred: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return rotary cosines and sines (N, E / 2) of the latent tokens at (0, row, column).
 
-    1024 tokens with a head dim of 128 take 0.5 MB.
+    Rows and columns count from 0, or if `centred` from -(rows - rows // 2), so that the middle of
+    the image is at 0. 1024 tokens with a head dim of 128 take 0.5 MB.
     """
-    return rope_tables(grid_positions(0, *grid), axes, theta, device, dtype)
+    positions_NX = grid_positions(0, *grid)
+    if centred:
+        positions_NX -= torch.tensor([0, *(side - side // 2 for side in grid)])
+    return rope_tables(positions_NX, axes, theta, device, dtype)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def line_tables(
+    length: int, axes: tuple[int, ...], theta: float, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return rotary cosines and sines (length, E / 2) of the positions (i, i, i)."""
+    return rope_tables(torch.arange(length)[:, None].expand(-1, 3), axes, theta, device, dtype)
 
 
 class MMDiT(nn.Module):
@@ -200,6 +255,8 @@ class MMDiT(nn.Module):
         width = config.width
         self.config = config
         self.latents_in = nn.Linear(config.token_dim, width)
+        if config.condition_norm:
+            self.condition_norm = nn.RMSNorm(config.condition_dim, eps=EPS)
         self.condition_in = nn.Linear(config.condition_dim, width)
         self.time_in = TimeEmbedding(width, width)
         self.blocks = nn.ModuleList(
@@ -225,6 +282,7 @@ class MMDiT(nn.Module):
         grid: tuple[int, int],
         lengths_B: Tensor | None = None,
         tap: int = 0,
+        route: Route | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return the velocity (B, N, K) = noise - image.
 
@@ -237,20 +295,18 @@ class MMDiT(nn.Module):
                 others are masked out.
             tap: number of a block, counted from 1 and on through the single-stream blocks, whose
                 latents (B, N, D) are returned as well; 0 for none.
+            route: the tokens that run through all blocks, and the first and last block that the
+                others skip; None for all tokens in all blocks.
         """
         num_condition, (rows, columns) = condition_BCD.shape[1], grid
         assert noisy_BNK.shape[1] == rows * columns, (
             f"{noisy_BNK.shape[1]} latent tokens do not fill a grid of {rows} x {columns}"
         )
+        if self.config.condition_norm:
+            condition_BCD = self.condition_norm(condition_BCD)
         latents, condition = self.latents_in(noisy_BNK), self.condition_in(condition_BCD)
         time_BD = F.silu(self.time_in(t_B))
-        cos, sin = grid_tables(
-            (rows, columns),
-            self.config.rope_axes,
-            self.config.rope_theta,
-            latents.device,
-            at_least_float32(latents[:0]).dtype,
-        )
+        cos, sin = self.rotary_tables(grid, num_condition, latents)
         key_mask_BL = None
         if lengths_B is not None:
             key_mask_BL = F.pad(
@@ -258,16 +314,23 @@ class MMDiT(nn.Module):
                 (0, rows * columns),
                 value=True,
             )
-        tapped_BND = None
+        tapped_BND, inputs = None, (cos, sin, key_mask_BL)
         for number, block in enumerate(self.blocks, 1):
-            latents, condition = block(latents, condition, time_BD, cos, sin, key_mask_BL)
+            if route is not None and number == route.first:
+                whole = latents
+                latents, inputs = route.take(latents), route.take_inputs(cos, sin, key_mask_BL)
+            latents, condition = block(latents, condition, time_BD, *inputs)
+            if route is not None and number == route.last:
+                latents, inputs = route.merge(whole, latents), (cos, sin, key_mask_BL)
             if number == tap:
-                tapped_BND = latents
+                inside = route is not None and route.first <= number < route.last
+                tapped_BND = route.merge(whole, latents) if inside else latents
         if self.single_blocks:
             joint = torch.cat((condition, latents), dim=1)
-            # The identity rotation for the condition tokens: cosine 1, sine 0.
-            cos = F.pad(cos, (0, 0, num_condition, 0), value=1.0)
-            sin = F.pad(sin, (0, 0, num_condition, 0))
+            # The identity rotation for condition tokens without a position: cosine 1, sine 0.
+            unrotated = joint.shape[1] - len(cos)
+            cos = F.pad(cos, (0, 0, unrotated, 0), value=1.0)
+            sin = F.pad(sin, (0, 0, unrotated, 0))
             for number, block in enumerate(self.single_blocks, len(self.blocks) + 1):
                 joint = block(joint, time_BD, cos, sin, key_mask_BL)
                 if number == tap:
@@ -277,6 +340,32 @@ class MMDiT(nn.Module):
         velocity_BNK = self.final(norm_modulate(latents, shift, scale, eps=EPS))
         return (velocity_BNK, tapped_BND) if tap else velocity_BNK
 
+    def rotary_tables(
+        self, grid: tuple[int, int], num_condition: int, like: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return rotary cosines and sines, at least float32, on the device of `like`.
+
+        They are (N, E / 2) of the latent tokens, or with centred positions (L, E / 2) of the
+        condition and the latent tokens.
+        """
+        config, centred = self.config, self.config.positions == "centred"
+        shared = (
+            config.rope_axes,
+            config.rope_theta,
+            like.device,
+            at_least_float32(like[:0]).dtype,
+        )
+        tables = grid_tables(tuple(grid), *shared, centred)
+        if not centred:
+            return tables
+        start = max(grid[0] // 2, grid[1] // 2)
+        # Conditions have many lengths. A table of the next power of two serves most of them.
+        lines = line_tables(1 << (start + num_condition).bit_length(), *shared)
+        return tuple(
+            torch.cat((line[start : start + num_condition], table))
+            for line, table in zip(lines, tables, strict=True)
+        )
+
     def init_weights(self, seed: int) -> None:
         """Initialize all weights as a function of the seed.
 
@@ -285,14 +374,23 @@ class MMDiT(nn.Module):
         init_weights(self, seed)
 
     def flops_per_image(
-        self, grid: tuple[int, int], num_condition: float, training: bool = False
+        self,
+        grid: tuple[int, int],
+        num_condition: float,
+        training: bool = False,
+        route: RouteConfig | None = None,
     ) -> float:
         """Return the FLOPs of one image: 2 m n k of every matrix product.
 
-        They are those of a forward pass, or with `training` of both passes.
+        They are those of a forward pass, or with `training` of both passes. With `route`, tokens
+        skip blocks, as they do in training only.
         """
         num_latents, width = grid[0] * grid[1], self.config.width
         num_joint = num_latents + num_condition
+        routed = range(0)
+        if route is not None and route.ratio:
+            first, last = route.blocks_in(self.config)
+            routed = range(first, last + 1)
         total = sum(
             linear_flops(part, 1, training) for part in (self.time_in, self.final_modulation)
         )
@@ -301,15 +399,17 @@ class MMDiT(nn.Module):
             linear_flops(part, num_latents, training) for part in (self.latents_in, self.final)
         )
         # A modulation runs on one row per sample, not on every token.
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks, 1):
+            num_inside = route.num_kept(num_latents) if number in routed else num_latents
             for stream, num_tokens in (
-                (block.latent_stream, num_latents),
+                (block.latent_stream, num_inside),
                 (block.condition_stream, num_condition),
             ):
                 total += linear_flops(stream, num_tokens, training)
                 total -= linear_flops(stream.modulation, num_tokens - 1, training)
-            num_queries = num_latents if block.last else num_joint
-            attention = attention_flops(num_queries, num_joint, width)
+            num_keys = num_inside + num_condition
+            num_queries = num_inside if block.last else num_keys
+            attention = attention_flops(num_queries, num_keys, width)
             total += attention_products(block, training) * attention
         for block in self.single_blocks:
             total += linear_flops(block, num_joint, training)

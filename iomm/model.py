@@ -7,7 +7,7 @@ of step 7). `IOMM.forward` does the rest. iomm/README.md lists the steps.
 import math
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, pairwise
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,14 +16,23 @@ from torch.utils.checkpoint import checkpoint
 
 from iomm import lora
 from iomm.alignment import AlignmentHead, alignment_loss, on_grid
-from iomm.config import AdapterConfig, AlignConfig, LoraConfig, MaskConfig, PromptConfig
+from iomm.config import (
+    AdapterConfig,
+    AlignConfig,
+    LoraConfig,
+    MaskConfig,
+    PromptConfig,
+    RouteConfig,
+)
 from iomm.flow import sample_time, velocity_loss
 from iomm.kernels.noisy_tokens import noisy_tokens
 from iomm.kernels.philox import CAPTION_DROP, PROMPT, TIME, VAE, normal, uniform
 from iomm.layers import use_fp8
-from iomm.masking import visible_mask
+from iomm.masking import kept_tokens, visible_mask
 from iomm.mllm import MLLM, Cache, Condition
+from iomm.mmdit import Route
 from iomm.profiling import named
+from iomm.turns import Turns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +54,7 @@ class Recipe:
     caption_drop: float = 0.1
     # Number of times and noises drawn for each sample.
     noise_draws: int = 1
+    route: RouteConfig = field(default_factory=RouteConfig)
     align: AlignConfig = field(default_factory=AlignConfig)
     # Share of the samples of a global batch that are aligned. The alignment loss is their mean,
     # however the batch is cut into micro-batches.
@@ -66,6 +76,8 @@ class PreparedBatch:
         grid: (rows, columns) of latent tokens.
         condition: packed condition tokens of the B samples.
         prefix: keys and values of every MLLM layer, and the MLLM's outputs or None.
+        kept_RK: ascending indices of the latent tokens that run through all blocks; None without
+            routing.
         align_IND: alignment targets on the latent grid; None without an alignment head.
         aligned_I: batch rows of the aligned samples; None if all are aligned.
     """
@@ -77,6 +89,7 @@ class PreparedBatch:
     grid: tuple[int, int]
     condition: Condition
     prefix: tuple[Cache, Tensor | None]
+    kept_RK: Tensor | None = None
     align_IND: Tensor | None = None
     aligned_I: Tensor | None = None
 
@@ -91,6 +104,7 @@ class PreparedBatch:
             *vars(self.condition).values(),
             *chain(*cache),
             outputs_TD,
+            self.kept_RK,
             self.align_IND,
             self.aligned_I,
         )
@@ -133,26 +147,33 @@ class IOMM(nn.Module):
         captions: list[str] | None = None,
         has_image: list[bool] | None = None,
         image_tokens_IPD: Tensor | None = None,
+        turns: Turns | None = None,
     ) -> PreparedBatch:
         """Run the part of Algorithm 1 that needs no trained weight.
 
         It may run while the generator still trains on the previous batch. Nothing is drawn from a
         global random generator: mask, time, noise and dropped captions depend only on (seed, n).
+        The host waits for nothing that the device computes.
 
         Args:
             pixels_BCHW: VAE pixels in [-1, 1]. May be None with cached latents.
             vit_pixels_I: ViT pixels as `MLLM.vit_states` takes them, in order, of the samples
                 conditioned on their image (of all samples if pairs are aligned too). May be None
                 with cached image tokens.
-            n_B: sample numbers.
+            n_B: sample numbers, best on the CPU, where masks are drawn.
             latents_BCHW: cached latents.
             captions: B texts, needed if some samples are pairs. A pair is conditioned on its
                 caption.
             has_image: B bools, False for a pair. None if there are no pairs.
             image_tokens_IPD: cached image tokens.
+            turns: what `draw_turns` returned ahead of time for these samples. Drawn again if they
+                are of another recipe.
         """
         mllm, vae = self.frozen
-        seed, n_B = self.recipe.seed, n_B.to(mllm.device)
+        if turns is None or turns.source != self.recipe:
+            turns = self.turns(n_B, captions, has_image)
+        turns = turns.to(mllm.device)
+        seed, n_B = self.recipe.seed, turns.parts().n_B
 
         # Steps 1 and 2: latents, time, noise, velocity target.
         if latents_BCHW is None:
@@ -167,9 +188,9 @@ class IOMM(nn.Module):
         tokens_IPD, align_IND, aligned_I = image_tokens_IPD, None, None
         if self.alignment is not None:
             tokens_IPD, align_IND, aligned_I = self.image_tokens_and_target(
-                vit_pixels_I, tokens_IPD, has_image, latent_grid
+                vit_pixels_I, tokens_IPD, turns, latent_grid
             )
-        condition = self.condition(vit_pixels_I, n_B, captions, has_image, tokens_IPD)
+        condition = self.embed(turns, vit_pixels_I, tokens_IPD)
         return PreparedBatch(
             noisy_RNK=noisy_RNK,
             target_RNK=target_RNK,
@@ -179,6 +200,7 @@ class IOMM(nn.Module):
             condition=condition,
             # The part of step 7 that sees no query.
             prefix=self.prefix(condition),
+            kept_RK=kept_tokens(self.recipe.route, seed, n_R, math.prod(latent_grid)),
             align_IND=align_IND,
             aligned_I=aligned_I,
         )
@@ -199,19 +221,27 @@ class IOMM(nn.Module):
         hidden_RCD, lengths_R = self.repeat_draws(hidden_BCD), self.repeat_draws(lengths_B)
         # Step 8.
         generator_inputs = batch.noisy_RNK, batch.t_R, hidden_RCD, lengths_R, batch.grid
+        options = {"n_R": batch.n_R, "route": self.route(batch)}
         if self.alignment is None:
-            velocity_RNK = self.velocity(*generator_inputs, n_R=batch.n_R)
+            velocity_RNK = self.velocity(*generator_inputs, **options)
             loss, loss_R = velocity_loss(velocity_RNK, batch.target_RNK)
             return loss, loss_R.detach(), batch.t_R
         align = self.recipe.align
         velocity_RNK, latents_RND = self.velocity(
-            *generator_inputs, tap=align.block_in(self.generator.config.depth)
+            *generator_inputs, tap=align.block_in(self.generator.config.depth), **options
         )
         loss, loss_R = velocity_loss(velocity_RNK, batch.target_RNK)
         align_I = self.align(latents_RND, batch)
         num_aligned = self.recipe.align_share * batch.condition.batch
         loss = loss + align.weight / num_aligned * align_I.sum()
         return loss, loss_R.detach(), batch.t_R, align_I.detach()
+
+    def route(self, batch: PreparedBatch) -> Route | None:
+        """Return which latent tokens run through all blocks, or None without routing."""
+        if batch.kept_RK is None:
+            return None
+        first, last = self.recipe.route.blocks_in(self.generator.config)
+        return Route(batch.kept_RK, batch.noisy_RNK.shape[1], first, last)
 
     def draw_numbers(self, n_B: Tensor) -> Tensor:
         """Return the numbers (R,) that key each draw's time and noise: n x draws + k."""
@@ -242,7 +272,7 @@ class IOMM(nn.Module):
         self,
         vit_pixels_I: Tensor | None,
         tokens_IPD: Tensor | None,
-        has_image: list[bool] | None,
+        turns: Turns,
         latent_grid: tuple[int, int],
     ) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """Run the ViT once on the whole images, for the condition and for the alignment.
@@ -253,9 +283,8 @@ class IOMM(nn.Module):
         """
         mllm, align = self.frozen[0], self.recipe.align
         device, rows_I = mllm.device, None
-        if has_image is not None and not all(has_image):
-            rows = [row for row, image in enumerate(has_image) if image]
-            rows_I = torch.tensor(rows, dtype=torch.int64, device=device)
+        if turns.num_images < len(turns.lengths):
+            rows_I = turns.parts().sample_I
         aligned_I = None if align.pairs else rows_I
         # Cached image tokens. The config allows them only with align.target=projector.
         if tokens_IPD is not None and len(tokens_IPD):
@@ -280,53 +309,37 @@ class IOMM(nn.Module):
         has_image: list[bool] | None = None,
         tokens_IPD: Tensor | None = None,
     ) -> Condition:
-        """Pack the condition of all samples: steps 3 to 5.
+        """Return the condition of all samples: steps 3 to 5.
 
-        An image's condition is the reconstruction prompt and its visible image tokens. A pair's
-        condition is its caption, replaced by the empty prompt with probability caption_drop. With
-        `tokens_IPD`, the image tokens, the ViT does not run.
+        With `tokens_IPD`, the image tokens, the ViT does not run.
         """
+        turns = self.turns(n_B, captions, has_image).to(self.frozen[0].device)
+        return self.embed(turns, vit_pixels_I, tokens_IPD)
+
+    def turns(
+        self,
+        n_B: Tensor,
+        captions: list[str] | None = None,
+        has_image: list[bool] | None = None,
+    ) -> Turns:
+        """Draw what the condition of these samples consists of, see `draw_turns`."""
+        return draw_turns(self.recipe, self.frozen[0], n_B, captions, has_image)
+
+    def embed(
+        self, turns: Turns, vit_pixels_I: Tensor | None, tokens_IPD: Tensor | None = None
+    ) -> Condition:
+        """Return the condition of packed turns: step 3, unless `tokens_IPD` are given, and 5."""
         mllm, _ = self.frozen
-        mask, prompt, image_n = self.recipe.mask, self.recipe.prompt, n_B
-        texts = self.reconstruct_prompts(n_B)
-        if has_image is not None and not all(has_image):
-            dropped = (
-                uniform(self.recipe.seed, CAPTION_DROP, n_B, 1)[:, 0] < self.recipe.caption_drop
-            ).tolist()
-            texts = [
-                text if image else prompt.empty if drop else prompt.text_of(caption)
-                for text, image, drop, caption in zip(
-                    texts, has_image, dropped, captions, strict=True
-                )
-            ]
-            image_n = n_B[torch.tensor(has_image, device=n_B.device)]
-        else:
-            has_image = [True] * len(n_B)
-        visible = None
-        if not len(image_n):
+        if not turns.num_images:
             tokens_IPD = None
-        else:
-            if tokens_IPD is None:
-                with named("vit"):
-                    tokens_IPD = mllm.image_tokens(vit_pixels_I)
-            visible = visible_mask(mask, self.recipe.seed, image_n, mllm.num_image_tokens)
-        return mllm.condition(
-            texts,
-            tokens_IPD,
-            has_image=has_image,
-            visible=visible,
-            mode=mask.mode,
-            positions=mask.positions,
-        )
+        elif tokens_IPD is None:
+            with named("vit"):
+                tokens_IPD = mllm.image_tokens(vit_pixels_I)
+        return mllm.embed(turns, tokens_IPD)
 
     def reconstruct_prompts(self, n_B: Tensor) -> list[str]:
-        """Return the prompt of each image. With several to draw from, it depends on (seed, n)."""
-        prompts = self.recipe.prompt.reconstruct
-        if len(prompts) == 1:
-            return [prompts[0]] * len(n_B)
-        index_B = uniform(self.recipe.seed, PROMPT, n_B, 1)[:, 0].mul(len(prompts)).long()
-        # Rounding of the product may reach len(prompts).
-        return [prompts[min(i, len(prompts) - 1)] for i in index_B.tolist()]
+        """Return the prompt of each image, see `draw_prompts`."""
+        return draw_prompts(self.recipe, n_B)
 
     def encode(self, pixels_BCHW: Tensor, n_B: Tensor) -> Tensor:
         """Return latents (B, channels, H / factor, W / factor) of pixels.
@@ -374,7 +387,7 @@ class IOMM(nn.Module):
                     causal=self.recipe.adapter.attention == "causal",
                 )
         if self.recipe.adapter.conditions == "all":
-            hidden_BCD, lengths_B = pad_outputs(outputs_TD, condition.offsets, hidden_BCD)
+            hidden_BCD, lengths_B = pad_outputs(outputs_TD, condition, hidden_BCD)
         if self.connector is not None:
             with named("connector"):
                 hidden_BCD = self.connector(hidden_BCD.to(self.dtype), lengths_B)
@@ -441,35 +454,100 @@ class IOMM(nn.Module):
         grid: tuple[int, int],
         tap: int = 0,
         n_R: Tensor | None = None,
+        route: Route | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return the generator's velocity in its weights' dtype.
 
         With `tap`, return the latents after that block as well. `n_R` numbers the rows in training;
-        LoRA has no dropout without it.
+        LoRA has no dropout without it. `route` is as in MMDiT.forward.
         """
         if self.recipe.lora.dropout:
             lora.number_rows(self.generator, n_R)
+        options = {} if route is None else {"route": route}
         with named("generator"):
             return self.generator(
-                noisy_BNK.to(self.dtype), t_B, condition_BCD.to(self.dtype), grid, lengths_B, tap
+                noisy_BNK.to(self.dtype),
+                t_B,
+                condition_BCD.to(self.dtype),
+                grid,
+                lengths_B,
+                tap,
+                **options,
             )
 
 
+def draw_turns(
+    recipe: Recipe,
+    mllm: MLLM,
+    n_B: Tensor,
+    captions: list[str] | None = None,
+    has_image: list[bool] | None = None,
+) -> Turns:
+    """Draw mask and texts of samples on the host, and pack their turns (step 4).
+
+    An image's condition is the reconstruction prompt and its visible image tokens. A pair's
+    condition is its caption, replaced by the empty prompt with probability caption_drop.
+
+    Args:
+        recipe: seed, mask and prompts.
+        mllm: its tokenizer is used, and no weight.
+        n_B: sample numbers.
+        captions: as in `IOMM.prepare`.
+        has_image: as in `IOMM.prepare`.
+    """
+    mask, prompt, n_B = recipe.mask, recipe.prompt, n_B.cpu()
+    texts, image_n = draw_prompts(recipe, n_B), n_B
+    if has_image is None:
+        has_image = [True] * len(n_B)
+    if not all(has_image):
+        dropped = uniform(recipe.seed, CAPTION_DROP, n_B, 1)[:, 0] < recipe.caption_drop
+        texts = [
+            text if image else prompt.empty if drop else prompt.text_of(caption)
+            for text, image, drop, caption in zip(
+                texts, has_image, dropped.tolist(), captions, strict=True
+            )
+        ]
+        image_n = n_B[torch.tensor(has_image)]
+    visible = None
+    if len(image_n):
+        visible = visible_mask(mask, recipe.seed, image_n, mllm.num_image_tokens)
+    return mllm.turns(
+        texts,
+        has_image,
+        visible,
+        mode=mask.mode,
+        positions=mask.positions,
+        n_B=n_B,
+        source=recipe,
+    )
+
+
+def draw_prompts(recipe: Recipe, n_B: Tensor) -> list[str]:
+    """Return the prompt of each image. With several to draw from, it depends on (seed, n)."""
+    prompts = recipe.prompt.reconstruct
+    if len(prompts) == 1:
+        return [prompts[0]] * len(n_B)
+    index_B = uniform(recipe.seed, PROMPT, n_B.cpu(), 1)[:, 0].mul(len(prompts)).long()
+    # Rounding of the product may reach len(prompts).
+    return [prompts[min(i, len(prompts) - 1)] for i in index_B.tolist()]
+
+
 def pad_outputs(
-    outputs_TD: Tensor, offsets: Tensor, hidden_BQD: Tensor | None
+    outputs_TD: Tensor, condition: Condition, hidden_BQD: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Unpack each sample's outputs, append its queries' outputs, zero-pad: (B, C, D).
 
     Returns the lengths (B,) as well, or None if all samples have the same length.
     """
-    rows = [outputs_TD[start:stop] for start, stop in pairwise(offsets.tolist())]
+    rows = outputs_TD.split(condition.lengths)
+    num = 0
     if hidden_BQD is not None:
+        num = hidden_BQD.shape[1]
         rows = [torch.cat((row, hidden)) for row, hidden in zip(rows, hidden_BQD, strict=True)]
-    lengths = [len(row) for row in rows]
     padded_BCD = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    if len(set(lengths)) == 1:
+    if len(set(condition.lengths)) == 1:
         return padded_BCD, None
-    return padded_BCD, torch.tensor(lengths, device=outputs_TD.device)
+    return padded_BCD, condition.offsets.diff().long() + num
 
 
 def grid(latents_BCHW: Tensor, patch: int) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib import resources
 from pathlib import Path
 from typing import Any, Self
 
@@ -65,8 +66,8 @@ class Pipeline:
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        mllm: str | None = None,
-        vae: str | None = None,
+        mllm: Path | str | None = None,
+        vae: Path | str | None = None,
     ) -> Self:
         """Load a folder written by `save_pretrained`.
 
@@ -80,7 +81,8 @@ class Pipeline:
             vae: VAE to use instead of the one that the folder names.
 
         Raises:
-            InputError: if a file is missing or damaged, or MLLM or VAE do not fit the generator.
+            InputError: if a file is missing or damaged, MLLM or VAE do not fit the generator, or
+                the folder does not say where they are.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -89,7 +91,11 @@ class Pipeline:
         try:
             config, size_px = AdapterConfig(**card["adapter"]), int(card["size_px"])
             prompt = PromptConfig(**card.get("prompt", {}))
-            mllm_name, vae_name = mllm or card["mllm"], vae or card["vae"]
+            names = [
+                str(given) if given else frozen_name(card, key, folder)
+                for key, given in (("mllm", mllm), ("vae", vae))
+            ]
+            mllm_name, vae_name = map(shipped, names, ("mllm", "vae"))
             revision = card["mllm_revision"]
         except (KeyError, TypeError) as error:
             raise InputError(f"{folder / CARD} is not an IOMM card: {error}") from error
@@ -139,8 +145,9 @@ class Pipeline:
 
         Args:
             folder: folder to write.
-            mllm: folder or hub id of the MLLM that the model needs.
-            vae: folder or hub id of the VAE that the model needs.
+            mllm: folder or hub id of the MLLM that the model needs, or "shapes". Only the last part
+                of a folder's name is recorded, since the path means nothing on another machine.
+            vae: folder or hub id of the VAE that the model needs, or "shapes".
             mllm_revision: commit of the MLLM's hub checkpoint.
             dtype: dtype of the files. Defaults to that of the weights.
 
@@ -161,14 +168,27 @@ class Pipeline:
             "adapter": asdict(model.recipe.adapter),
             "prompt": asdict(model.recipe.prompt),
             "size_px": self.size_px,
-            "mllm": str(mllm),
             "mllm_revision": mllm_revision,
-            "vae": str(vae),
             "patch": patch,
-            "origin": self.origin,
+            "origin": self.portable_origin(),
         }
+        for key, name in (("mllm", str(mllm)), ("vae", str(vae))):
+            local = name != "shapes" and Path(name).is_dir()
+            card[key] = None if local else name
+            if local:
+                card[f"{key}_folder"] = Path(name).resolve().name
         (folder / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
         return folder
+
+    def portable_origin(self) -> dict[str, Any]:
+        """Return where the weights come from, with folders by their last name only.
+
+        A path means nothing on another machine.
+        """
+        return {
+            key: Path(value).name if key in ("run", "base") else value
+            for key, value in self.origin.items()
+        }
 
     def save_lora(self, folder: Path | str, *, dtype: torch.dtype | None = None) -> Path:
         """Write only the LoRA, for load_lora_weights of diffusers' pipelines and for ComfyUI.
@@ -182,7 +202,7 @@ class Pipeline:
         """
         patch = self.model.frozen[1].patch
         return lora.save_lora(
-            self.model.generator, folder, patch=patch, origin=self.origin, dtype=dtype
+            self.model.generator, folder, patch=patch, origin=self.portable_origin(), dtype=dtype
         )
 
     def __call__(
@@ -411,6 +431,34 @@ def sample_pixels(
         shift=shift,
     )
     return vae.decode(unpatch(tokens_BNK, rows * vae.patch, columns * vae.patch, vae.patch)).float()
+
+
+def frozen_name(card: dict[str, Any], key: str, folder: Path) -> str:
+    """Return the name of the MLLM or VAE that an exported folder needs.
+
+    Raises:
+        InputError: it was in a folder of the machine that exported the model.
+    """
+    name = card[key]
+    # Earlier versions recorded the path.
+    if name is not None and not (Path(name).is_absolute() and not Path(name).is_dir()):
+        return name
+    local = card.get(f"{key}_folder") or Path(name or "unknown").name
+    raise InputError(
+        f"{folder} needs the {key.upper()} of its training run, which was in a folder named "
+        f"{local!r}. Give its path here with --{key}, or {key}= of from_pretrained"
+    )
+
+
+def shipped(name: str, kind: str) -> str:
+    """Return the folder of the MLLM or VAE that ships with the package for "shapes", else `name`.
+
+    kind: "mllm" or "vae".
+    """
+    if name != "shapes":
+        return name
+    weights = resources.files("iomm.engine.shapes") / "weights"
+    return str(weights if kind == "mllm" else weights / "vae")
 
 
 def height_width(size_px: Size) -> tuple[int, int]:

@@ -116,9 +116,10 @@ class Clock:
         other_streams, self.other_streams = self.other_streams, []
         spans = [(name, start, stop) for (name, start), (_, stop) in pairwise(marks)]
         if self.cuda:
-            marks[-1][1].synchronize()
-            for _, _, stop in other_streams:
-                stop.synchronize()
+            # After a read of the step's figures the device has nothing left to do.
+            for event in (marks[-1][1], *(stop for _, _, stop in other_streams)):
+                if not event.query():
+                    event.synchronize()
         own_seconds, other_seconds = self.summed(spans), self.summed(other_streams)
         if self.cuda:
             self.free_events += [start for _, start, _ in spans]

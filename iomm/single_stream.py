@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iomm.config import GeneratorConfig
+from iomm.config import GeneratorConfig, RouteConfig
 from iomm.flops import attention_flops, attention_products, linear_flops
 from iomm.kernels.qk_norm_rope import qk_norm_rope
 from iomm.layers import (
@@ -266,7 +266,11 @@ class SingleStream(nn.Module):
             )
 
     def flops_per_image(
-        self, grid: tuple[int, int], num_condition: float, training: bool = False
+        self,
+        grid: tuple[int, int],
+        num_condition: float,
+        training: bool = False,
+        route: RouteConfig | None = None,
     ) -> float:
         """Return the FLOPs of one image: 2 m n k of every matrix product.
 

@@ -1,4 +1,4 @@
-"""The frozen VAE between pixels and latents: the FLUX autoencoder, or pixels as they are.
+"""The frozen VAE between pixels and latents: FLUX's or Qwen-Image's, or pixels as they are.
 
 A latent token is `patch` x `patch` latents; kernels/noisy_tokens packs and unpacks them. Of this
 package, only this module may import diffusers.
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from iomm.config import InputError, choice
 from iomm.mllm import Frozen
+from iomm.weights import STEM, move_frozen, stored_dtype
 
 
 class Latents:
@@ -76,12 +77,64 @@ class PixelVAE(Latents, nn.Module):
         return 0
 
 
-class FluxVAE(Latents, Frozen):
-    """A frozen AutoencoderKL of diffusers, between pixels in [-1, 1] and latents.
+class Autoencoder(Latents, Frozen):
+    """A frozen autoencoder of diffusers, between pixels in [-1, 1] and latents.
 
-    Pixels are (B, 3, H, W). Latents are (z - shift) * scale, with about unit variance. Scale and
-    shift are read from the checkpoint; FLUX's are 0.3611 and 0.1159. The shift is 0 if the
-    checkpoint has none.
+    Pixels are (B, 3, H, W). Latents have about unit variance: subclasses standardize those of the
+    autoencoder with the statistics of its checkpoint.
+    """
+
+    def compile_parts(self, backend: str = "inductor") -> None:
+        """Compile the encoder into one graph with torch.compile."""
+        self.backbone.encoder.compile(fullgraph=True, backend=backend)
+
+    @torch.no_grad()
+    def encode(self, pixels_BCHW: Tensor, noise_BCHW: Tensor | None = None) -> Tensor:
+        """Return latents (B, channels, H / factor, W / factor) in the input's dtype.
+
+        They are the posterior's mean or, with standard normal noise of the latents' shape, a sample
+        of the posterior.
+
+        Raises:
+            InputError: unless factor x patch divides both sides.
+        """
+        self.grid(*pixels_BCHW.shape[-2:])
+        posterior = self.backbone.encode(self.to_backbone(pixels_BCHW)).latent_dist
+        latents = self.from_backbone(posterior.mean).to(pixels_BCHW.dtype)
+        if noise_BCHW is not None:
+            std = self.from_backbone(posterior.std).to(latents.dtype)
+            latents = latents + std * noise_BCHW.to(latents.dtype)
+        return self.standardize(latents).contiguous()
+
+    @torch.no_grad()
+    def decode(self, latents_BCHW: Tensor) -> Tensor:
+        """Return pixels (B, 3, H, W) in the latents' dtype, in about [-1, 1]."""
+        latents = self.to_backbone(self.destandardize(latents_BCHW))
+        pixels = self.from_backbone(self.backbone.decode(latents).sample)
+        return pixels.to(latents_BCHW.dtype).contiguous()
+
+    def to_backbone(self, x_BCHW: Tensor) -> Tensor:
+        """Return a batch as the autoencoder takes it, in the dtype of its weights."""
+        raise NotImplementedError
+
+    def from_backbone(self, x: Tensor) -> Tensor:
+        """Return (B, C, H, W) of what the autoencoder returns."""
+        raise NotImplementedError
+
+    def standardize(self, latents_BCHW: Tensor) -> Tensor:
+        """Return the autoencoder's latents with about unit variance."""
+        raise NotImplementedError
+
+    def destandardize(self, latents_BCHW: Tensor) -> Tensor:
+        """Invert `standardize`."""
+        raise NotImplementedError
+
+
+class FluxVAE(Autoencoder):
+    """A frozen AutoencoderKL of diffusers.
+
+    Latents are (z - shift) * scale. Scale and shift are read from the checkpoint; FLUX's are 0.3611
+    and 0.1159. The shift is 0 if the checkpoint has none. Decoded pixels are not clipped.
     """
 
     def __init__(self, autoencoder: nn.Module, patch: int = 2, tiling: bool = False):
@@ -103,38 +156,21 @@ class FluxVAE(Latents, Frozen):
         if tiling:
             autoencoder.enable_tiling()
 
-    def compile_parts(self, backend: str = "inductor") -> None:
-        """Compile the encoder into one graph with torch.compile."""
-        self.backbone.encoder.compile(fullgraph=True, backend=backend)
-
-    def like_weights(self, x_BCHW: Tensor) -> Tensor:
+    def to_backbone(self, x_BCHW: Tensor) -> Tensor:
         """Return a batch in the memory format and dtype of the weights."""
         return x_BCHW.to(dtype=self.backbone.dtype, memory_format=torch.channels_last)
 
-    @torch.no_grad()
-    def encode(self, pixels_BCHW: Tensor, noise_BCHW: Tensor | None = None) -> Tensor:
-        """Return latents (B, channels, H / factor, W / factor) in the input's dtype.
+    def from_backbone(self, x_BCHW: Tensor) -> Tensor:
+        """Return the batch unchanged."""
+        return x_BCHW
 
-        They are the posterior's mean or, with standard normal noise of the latents' shape, a sample
-        of the posterior.
+    def standardize(self, latents_BCHW: Tensor) -> Tensor:
+        """Return (z - shift) * scale."""
+        return (latents_BCHW - self.shift) * self.scale
 
-        Raises:
-            InputError: unless factor x patch divides both sides.
-        """
-        self.grid(*pixels_BCHW.shape[-2:])
-        posterior = self.backbone.encode(self.like_weights(pixels_BCHW)).latent_dist
-        latents = posterior.mean.to(pixels_BCHW.dtype)
-        if noise_BCHW is not None:
-            latents = latents + posterior.std.to(latents.dtype) * noise_BCHW.to(latents.dtype)
-        return ((latents - self.shift) * self.scale).contiguous()
-
-    @torch.no_grad()
-    def decode(self, latents_BCHW: Tensor) -> Tensor:
-        """Return pixels (B, 3, H, W) in the latents' dtype, in about [-1, 1] but not clipped."""
-        pixels = self.backbone.decode(
-            self.like_weights(latents_BCHW / self.scale + self.shift)
-        ).sample
-        return pixels.to(latents_BCHW.dtype).contiguous()
+    def destandardize(self, latents_BCHW: Tensor) -> Tensor:
+        """Return z of its standardized value."""
+        return latents_BCHW / self.scale + self.shift
 
     def flops_per_image(self, size_px: int, decode: bool = False) -> int:
         """Return the forward FLOPs of encoding (or decoding) one square image, without tiling.
@@ -167,6 +203,97 @@ class FluxVAE(Latents, Frozen):
         return total + product_flops(coder.conv_out, side)
 
 
+class QwenVAE(Autoencoder):
+    """A frozen AutoencoderKLQwenImage of diffusers, a video autoencoder, on single images.
+
+    Latents are (z - mean) / std with the mean and standard deviation of each channel in the
+    checkpoint's config. Decoded pixels are clipped to [-1, 1], as in diffusers.
+    """
+
+    def __init__(self, autoencoder: nn.Module, patch: int = 2, tiling: bool = False):
+        """Freeze an autoencoder.
+
+        Args:
+            autoencoder: the AutoencoderKLQwenImage. Its convolutions over time are reduced to the
+                weights that a single image reaches, which changes no result.
+            patch: side of the square of latents in a token. Qwen-Image packs 2 x 2.
+            tiling: encode and decode images above 256 px in overlapping tiles of 256 px. This takes
+                less memory; results are close but not equal.
+        """
+        super().__init__(autoencoder)
+        config = autoencoder.config
+        self.patch = patch
+        self.channels = config.z_dim
+        self.factor = 2 ** len(config.temperal_downsample)
+        # float32, as in diffusers, whatever the dtype of the weights.
+        for name, values in (("mean", config.latents_mean), ("std", config.latents_std)):
+            statistics = torch.tensor(values, dtype=torch.float32)[:, None, None]
+            self.register_buffer(name, statistics, persistent=False)
+        keep_last_frame(autoencoder)
+        if tiling:
+            autoencoder.enable_tiling()
+
+    def to_backbone(self, x_BCHW: Tensor) -> Tensor:
+        """Return a batch as videos of one frame, in the dtype of the weights."""
+        return x_BCHW[:, :, None].to(self.backbone.dtype)
+
+    def from_backbone(self, x_BCTHW: Tensor) -> Tensor:
+        """Return the only frame."""
+        return x_BCTHW[:, :, 0]
+
+    def standardize(self, latents_BCHW: Tensor) -> Tensor:
+        """Return (z - mean) / std."""
+        mean, std = (x.to(latents_BCHW.dtype) for x in (self.mean, self.std))
+        return (latents_BCHW - mean) / std
+
+    def destandardize(self, latents_BCHW: Tensor) -> Tensor:
+        """Return z of its standardized value."""
+        mean, std = (x.to(latents_BCHW.dtype) for x in (self.mean, self.std))
+        return latents_BCHW * std + mean
+
+    def flops_per_image(self, size_px: int, decode: bool = False) -> int:
+        """Return the forward FLOPs of encoding (or decoding) one square image, without tiling.
+
+        Each matrix product counts 2 m n k.
+        """
+        latent_side = size_px // self.factor
+        coder = self.backbone.decoder if decode else self.backbone.encoder
+        quant_conv = self.backbone.post_quant_conv if decode else self.backbone.quant_conv
+        side = latent_side if decode else size_px
+        total = product_flops(quant_conv, latent_side) + product_flops(coder.conv_in, side)
+        if decode:
+            total += product_flops(coder.mid_block, side)
+            for block in coder.up_blocks:
+                total += product_flops(block.resnets, side)
+                if block.upsamplers:
+                    side *= 2
+                    total += product_flops(block.upsamplers[0].resample, side)
+        else:
+            for layer in coder.down_blocks:
+                if hasattr(layer, "resample"):
+                    side //= 2
+                    total += product_flops(layer.resample, side)
+                else:
+                    total += product_flops(layer, side)
+            total += product_flops(coder.mid_block, side)
+        return total + product_flops(coder.conv_out, side)
+
+
+@torch.no_grad()
+def keep_last_frame(autoencoder: nn.Module) -> None:
+    """Reduce the causal convolutions of an AutoencoderKLQwenImage to the last frame they see.
+
+    They pad a single image in front with frames of zeros, so only the last slice of the kernel
+    reaches it: a third of the products. Convolutions that a single image never reaches are left.
+    """
+    for name, part in autoencoder.named_modules():
+        if isinstance(part, nn.Conv3d) and not name.endswith("time_conv"):
+            *sides, front, back = part._padding
+            assert front == part.kernel_size[0] - 1 and not back
+            part.weight = nn.Parameter(part.weight[:, :, -1:].clone(), requires_grad=False)
+            part._padding = (*sides, 0, 0)
+
+
 def product_flops(module: nn.Module, side: int) -> int:
     """Return the FLOPs of every matrix product inside `module` on a side x side map.
 
@@ -174,11 +301,17 @@ def product_flops(module: nn.Module, side: int) -> int:
     """
     total = 0
     for part in module.modules():
-        if isinstance(part, (nn.Conv2d, nn.Linear)):
+        if isinstance(part, (nn.Conv2d, nn.Conv3d, nn.Linear)):
             total += 2 * side**2 * part.weight.numel()
         if hasattr(part, "to_q"):
             total += 4 * side**4 * part.to_q.out_features
+        if hasattr(part, "to_qkv"):
+            total += 4 * side**4 * part.to_qkv.out_channels // 3
     return total
+
+
+# {name of diffusers' class: our class}.
+AUTOENCODERS = {"AutoencoderKL": FluxVAE, "AutoencoderKLQwenImage": QwenVAE}
 
 
 # The autoencoder of FLUX.1, the same in dev and schnell.
@@ -205,14 +338,21 @@ FLUX_AUTOENCODER = dict(
 FLUX_QUARTER = FLUX_AUTOENCODER | dict(
     block_out_channels=(24, 32, 64, 64), layers_per_block=1, norm_num_groups=8, sample_size=256
 )
+# Qwen-Image's autoencoder: the defaults of diffusers' class.
+QWEN_AUTOENCODER = dict(_class_name="AutoencoderKLQwenImage")
 # Shapes of random:<shape>.
-RANDOM_SHAPES = {"flux": FLUX_AUTOENCODER, "flux-quarter": FLUX_QUARTER}
+RANDOM_SHAPES = {
+    "flux": FLUX_AUTOENCODER,
+    "flux-quarter": FLUX_QUARTER,
+    "qwen-image": QWEN_AUTOENCODER,
+}
 
 
-def vae_without_weights(name: str, patch: int = 2) -> PixelVAE | FluxVAE:
+def vae_without_weights(name: str, patch: int = 2) -> PixelVAE | Autoencoder:
     """Return the VAE that `load_vae` would load, on the meta device.
 
-    Any hub id is taken to be the FLUX.1 autoencoder, so no network is needed.
+    A hub id of Qwen/Qwen-Image is taken to be its autoencoder and any other to be FLUX.1's, so no
+    network is needed.
 
     Raises:
         InputError: if `name` can be neither a folder nor a hub id.
@@ -221,15 +361,18 @@ def vae_without_weights(name: str, patch: int = 2) -> PixelVAE | FluxVAE:
         return load_vae(name)
     if name.startswith("random:"):
         return load_vae(name, patch=patch, device="meta")
-    from diffusers import AutoencoderKL
-
-    config = FLUX_AUTOENCODER
+    config = QWEN_AUTOENCODER if name.startswith("Qwen/Qwen-Image") else FLUX_AUTOENCODER
     if Path(name).is_dir():
         config = json.loads((Path(find_autoencoder(Path(name))) / "config.json").read_text())
     elif "/" not in name or name.startswith((".", "/", "~")):
         raise no_folder(name)
     with torch.device("meta"):
-        return FluxVAE(AutoencoderKL.from_config(config), patch)
+        return frozen_vae(new_autoencoder(config), patch)
+
+
+def frozen_vae(autoencoder: nn.Module, patch: int, tiling: bool = False) -> Autoencoder:
+    """Return the frozen VAE around an autoencoder of diffusers."""
+    return AUTOENCODERS[type(autoencoder).__name__](autoencoder, patch, tiling)
 
 
 def load_vae(
@@ -240,14 +383,17 @@ def load_vae(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     tiling: bool = False,
-) -> PixelVAE | FluxVAE:
+) -> PixelVAE | Autoencoder:
     """Load a frozen VAE. Only safetensors are read.
+
+    Weights are placed as in `weights.load_frozen`, but kernels of convolutions are copied to
+    channels_last.
 
     Args:
         name: one of
             - pixel:<patch>;
-            - a local folder that holds an AutoencoderKL of diffusers, itself or in `vae/`. Nothing
-              is downloaded;
+            - a local folder that holds an AutoencoderKL or AutoencoderKLQwenImage of diffusers,
+              itself or in `vae/`. Nothing is downloaded;
             - a hub id owner/name[/subfolder];
             - random:<shape> for random weights of a known shape (RANDOM_SHAPES), which is useful
               only for measurements.
@@ -255,7 +401,7 @@ def load_vae(
         revision: commit of the hub checkpoint.
         dtype: dtype of the weights.
         device: device of the weights.
-        tiling: encode and decode large images in tiles (`FluxVAE`).
+        tiling: encode and decode large images in tiles (`FluxVAE`, `QwenVAE`).
 
     Raises:
         InputError: if there is no such VAE or it has another architecture.
@@ -270,28 +416,30 @@ def load_vae(
         return PixelVAE(int(value)).to(device)
     folder = Path(name)
     if folder.is_dir():
-        options = {
-            "pretrained_model_name_or_path": find_autoencoder(folder),
-            "local_files_only": True,
-        }
+        path, options = find_autoencoder(folder), {"local_files_only": True}
     else:
         owner, *repository = name.split("/", 2)
         if not repository or name.startswith((".", "/", "~")) or not all((owner, *repository)):
             raise no_folder(name)
-        options = {
-            "pretrained_model_name_or_path": f"{owner}/{repository[0]}",
-            "revision": revision,
-        }
+        path, options = f"{owner}/{repository[0]}", {"revision": revision}
         if repository[1:]:
             options["subfolder"] = repository[1]
     # Imported here because it takes seconds and a pixel VAE does not need it.
-    from diffusers import AutoencoderKL
+    import diffusers
 
+    stored = stored_dtype(
+        path, STEM, revision=options.get("revision"), subfolder=options.get("subfolder", "")
+    )
     try:
-        autoencoder, report = AutoencoderKL.from_pretrained(
+        architecture = diffusers.AutoencoderKL.load_config(path, **options).get("_class_name")
+        if architecture not in AUTOENCODERS:
+            raise ValueError(f"it is a {architecture}. Expected {' or '.join(AUTOENCODERS)}")
+        autoencoder, report = getattr(diffusers, architecture).from_pretrained(
+            path,
             **options,
             use_safetensors=True,
-            torch_dtype=dtype,
+            # Other dtypes are cast on the host, all at once.
+            torch_dtype=stored or dtype,
             low_cpu_mem_usage=False,
             output_loading_info=True,
         )
@@ -302,7 +450,8 @@ def load_vae(
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"]))
         raise InputError(f"model.vae: {name} lacks the weights {missing}")
-    return FluxVAE(autoencoder, patch, tiling=tiling).to(device)
+    move_frozen(autoencoder, device, dtype)
+    return frozen_vae(autoencoder, patch, tiling)
 
 
 def no_folder(name: str) -> InputError:
@@ -319,7 +468,7 @@ def random_vae(
     device: torch.device | str,
     patch: int = 2,
     seed: int = 0,
-) -> FluxVAE:
+) -> Autoencoder:
     """Return a VAE of this shape with weights drawn from a seed on `device`.
 
     Nothing is read from or written to the disk.
@@ -327,18 +476,21 @@ def random_vae(
     device = torch.device(device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
         torch.manual_seed(seed)
-        return FluxVAE(new_autoencoder(config), patch).to(dtype)
+        return frozen_vae(new_autoencoder(config).to(dtype), patch)
 
 
 def new_autoencoder(config: dict[str, Any]) -> nn.Module:
-    """Return an AutoencoderKL to be trained, with weights from torch's global generator."""
-    from diffusers import AutoencoderKL
+    """Return the autoencoder that diffusers' config.json describes, by default an AutoencoderKL.
 
-    return AutoencoderKL.from_config(config)
+    Its weights are drawn from torch's global generator.
+    """
+    import diffusers
+
+    return getattr(diffusers, config.get("_class_name", "AutoencoderKL")).from_config(config)
 
 
 def find_autoencoder(folder: Path) -> str:
-    """Return the folder or its `vae/`, whichever holds an AutoencoderKL in safetensors.
+    """Return the folder or its `vae/`, whichever holds an autoencoder in safetensors.
 
     Raises:
         InputError: if neither does.
@@ -354,10 +506,10 @@ def find_autoencoder(folder: Path) -> str:
         architecture = json.loads((here / "config.json").read_text()).get("_class_name")
     except (ValueError, AttributeError) as error:
         raise InputError(f"model.vae: {here / 'config.json'} is not a JSON object") from error
-    if architecture != "AutoencoderKL":
+    if architecture not in AUTOENCODERS:
         raise InputError(
             f"model.vae: {here} holds {architecture or 'no diffusers model'}. "
-            "Expected an AutoencoderKL."
+            f"Expected {' or '.join(AUTOENCODERS)}."
         )
     if not any(here.glob("*.safetensors")):
         raise InputError(

@@ -2,11 +2,17 @@
 
 A generator that is exported and loaded again is bitwise equal. Only safetensors and JSON are read,
 so nothing is ever unpickled. This module does not import diffusers.
+
+Files are memory-mapped, so the ranks of a machine read each one once and share its pages. Frozen
+weights go from the map to their device one tensor at a time, and are cast there. On a CPU they are
+the mapped pages themselves unless they are cast. The map is private: a write to a weight copies
+its page and never reaches the file.
 """
 
 import contextlib
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +37,8 @@ from iomm.single_stream import SingleStream
 CONFIG, STEM = "config.json", "diffusion_pytorch_model"
 INDEX = f"{STEM}.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
+# Floating-point dtypes by their names in safetensors files.
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def export_generator(
@@ -97,16 +105,14 @@ def load_generator(
 ) -> MMDiT | SingleStream:
     """Load the generator in a diffusers folder, in eval mode.
 
-    `dtype` defaults to that of the files.
+    `dtype` defaults to that of the files. Weights are placed as in `load_frozen`.
 
     Raises:
         InputError: if something is missing, unknown, damaged or of an unsupported shape.
     """
     folder = Path(folder)
     config, patch = from_diffusers_config(read_json(folder / CONFIG), folder / CONFIG)
-    tensors, layout = {}, Layout(config, patch)
-    for file in weight_files(folder):
-        tensors |= read_tensors(file)
+    tensors, layout = read_folder(folder), Layout(config, patch)
     pooled = [name for name in tensors if name.startswith(TEXT_EMBEDDER)]
     layout_shapes = layout.shapes | {
         name: tuple(tensors[name].shape) for name in pooled if name in layout.shapes
@@ -119,15 +125,101 @@ def load_generator(
             f"{folder} uses a pooled text vector ({TEXT_EMBEDDER} is not zero). "
             "Models with one are not supported."
         )
-    model = empty_generator(
-        config,
+    model = empty_generator(config, device="meta")
+    load_frozen(
+        model,
+        functools.partial(layout.to_ours, read=tensors.__getitem__),
         device=device,
         dtype=dtype or tensors[layout.pieces["latents_in.weight"][0][0]].dtype,
     )
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(layout.to_ours(name, tensors.__getitem__))
     return model.eval()
+
+
+def load_frozen(
+    module: nn.Module,
+    read: Callable[[str], Tensor],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Give a module on the meta device its weights, one tensor at a time.
+
+    The host never holds more than one tensor that is neither mapped nor on its device. On a CPU, a
+    tensor that `read` takes from a map stays mapped unless it is cast.
+
+    Args:
+        module: the module. Buffers that are not in its state dict are left as they are.
+        read: returns the tensor of a name in the state dict, for example
+            `read_folder(folder).__getitem__`.
+        device: device of the weights.
+        dtype: dtype of the floating-point weights. Defaults to that of each tensor.
+    """
+    state = {name: placed(read(name), device, dtype) for name in module.state_dict()}
+    module.load_state_dict(state, assign=True)
+
+
+def placed(tensor: Tensor, device: torch.device | str, dtype: torch.dtype | None) -> Tensor:
+    """Return a tensor on `device`, cast there to `dtype` if it is floating-point.
+
+    The tensor itself is returned where nothing changes.
+    """
+    there = tensor.to(device)
+    return there.to(dtype) if dtype is not None and there.is_floating_point() else there
+
+
+def move_frozen(module: nn.Module, device: torch.device | str, dtype: torch.dtype) -> None:
+    """Move a module to `device`, one tensor at a time, and cast its state dict there.
+
+    Use it on a module that was loaded in the dtype of its files (`stored_dtype`), whose weights are
+    then still mapped. Buffers that are not in the state dict keep their dtype.
+    """
+    stored = {id(tensor) for tensor in module.state_dict(keep_vars=True).values()}
+    # Module.to() would cast on the host, and the other buffers as well.
+    module._apply(lambda tensor: placed(tensor, device, dtype if id(tensor) in stored else None))
+
+
+def stored_dtype(
+    name: Path | str, stem: str, *, revision: str | None = None, subfolder: str = ""
+) -> torch.dtype | None:
+    """Return the dtype in which a checkpoint can be loaded without a loss, mapped where possible.
+
+    It is the dtype of the floating-point tensors, or the smallest one that represents all of them.
+    Only the headers of the files are read; those of a hub checkpoint are downloaded if needed.
+
+    Args:
+        name: folder or hub id.
+        stem: name of the weight files without number and suffix.
+        revision: commit of the hub checkpoint.
+        subfolder: folder of the files inside the hub checkpoint.
+
+    Returns:
+        The dtype, or None if the files cannot be read. Whoever loads them knows why.
+    """
+    try:
+        folder = Path(name)
+        if not folder.is_dir():
+            from huggingface_hub import snapshot_download
+
+            prefix = f"{subfolder}/" if subfolder else ""
+            patterns = (".safetensors", "-*-of-*.safetensors", ".safetensors.index.json")
+            folder = Path(
+                snapshot_download(
+                    str(name),
+                    revision=revision,
+                    allow_patterns=[f"{prefix}{stem}{pattern}" for pattern in patterns],
+                )
+            )
+            folder /= subfolder
+        found = set()
+        for path in weight_files(folder, stem):
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118 (not a dict)
+                    found.add(FLOATS.get(file.get_slice(key).get_dtype()))
+    # Of any kind: no network, no access, a damaged file, ...
+    except Exception:
+        return None
+    found.discard(None)
+    return functools.reduce(torch.promote_types, found) if found else None
 
 
 class Initialization(NamedTuple):
@@ -145,7 +237,7 @@ class Initialization(NamedTuple):
 def initialize_generator(
     model: MMDiT | SingleStream, folder: Path | str, *, patch: int
 ) -> Initialization:
-    """Copy the weights of a diffusers FLUX or Z-Image model into a generator where they fit.
+    """Copy the weights of a diffusers transformer (see layout.py) into a generator where they fit.
 
     A parameter whose tensors are missing or of another shape keeps its weights; `condition_in`
     usually does, because it reads another encoder. FLUX's pooled text vector is taken as zero: what
@@ -210,19 +302,32 @@ def initialize_generator(
     return Initialization(taken, fresh, unused)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a diffusers folder.
+def weight_files(folder: Path, stem: str = STEM) -> list[Path]:
+    """Return the safetensors files of a diffusers or, with its stem, transformers folder.
 
     Raises:
         InputError: if its index is damaged.
     """
-    if not (folder / INDEX).is_file():
-        return [folder / f"{STEM}.safetensors"]
-    weight_map = read_json(folder / INDEX).get("weight_map")
+    index = folder / f"{stem}.safetensors.index.json"
+    if not index.is_file():
+        return [folder / f"{stem}.safetensors"]
+    weight_map = read_json(index).get("weight_map")
     files = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
     if not files or any(not isinstance(file, str) or Path(file).name != file for file in files):
-        raise InputError(f"{folder / INDEX} has no usable weight_map")
+        raise InputError(f"{index} has no usable weight_map")
     return [folder / file for file in files]
+
+
+def read_folder(folder: Path | str, stem: str = STEM) -> dict[str, Tensor]:
+    """Return {name: mapped tensor} of all safetensors files of a folder, sharded or not.
+
+    Raises:
+        InputError: if a file is missing or damaged.
+    """
+    tensors = {}
+    for file in weight_files(Path(folder), stem):
+        tensors |= read_tensors(file)
+    return tensors
 
 
 def save_module(
@@ -277,7 +382,7 @@ def write_tensors(
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return {name: tensor} of a safetensors file, on the CPU.
+    """Return {name: tensor} of a safetensors file, mapped into memory.
 
     Raises:
         InputError: if the file is missing or damaged.

@@ -3,10 +3,11 @@
 Each operand of a product is divided by one scale, which maps its largest magnitude to the largest
 value of the fp8 format, and is then rounded. Inputs and weights use e4m3 (3 mantissa bits). The
 incoming gradient uses e5m2 (2 mantissa bits and the range of float16). Scales are computed anew
-in each call, so the op keeps no state. Sums are float32, and results have the dtype of x.
+in each call, so the op keeps no state; a frozen weight may be rounded once (`RoundedWeight`). Sums
+are float32, and results have the dtype of x.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,14 +16,44 @@ from torch import Tensor
 from iomm.kernels.dispatch import pick, register
 
 
-def fp8_linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+class RoundedWeight(NamedTuple):
+    """A frozen weight W (O, I) in e4m3, rounded once.
+
+    W is values_OI x scale. values_IO has the same values with O innermost, as the product of the
+    backward pass reads them, or is None where x needs no gradient.
+    """
+
+    values_OI: Tensor
+    values_IO: Tensor | None
+    scale: Tensor
+
+
+def round_weight(weight_OI: Tensor, *, backward: bool) -> RoundedWeight:
+    """Return a weight in fp8, with the copy for gradients of x if `backward`."""
+    values_OI, scale = quantised(weight_OI, FORWARD)
+    return RoundedWeight(values_OI, values_OI.t().contiguous() if backward else None, scale)
+
+
+def fp8_linear(
+    x: Tensor, weight_OI: Tensor | RoundedWeight, bias_O: Tensor | None = None
+) -> Tensor:
     """Return x W^T + b in the dtype of x, differentiable in x, weight and bias.
 
     x has shape (..., I) and the result (..., O). A value that is not finite makes every result NaN.
+    With a RoundedWeight the result and the gradient of x are the same to the bit, and neither
+    weight nor bias gets a gradient.
 
     Raises:
         ValueError: Shapes or dtypes do not match.
     """
+    if isinstance(weight_OI, RoundedWeight):
+        if x.shape[-1] != weight_OI.values_OI.shape[1]:
+            raise ValueError(
+                f"x must be (..., I) for a weight {tuple(weight_OI.values_OI.shape)}, got "
+                f"{tuple(x.shape)}"
+            )
+        run = pick("fp8_linear", x.device, x.dtype)
+        return run(x.reshape(-1, x.shape[-1]), weight_OI, bias_O).unflatten(0, x.shape[:-1])
     if (
         weight_OI.dim() != 2
         or x.shape[-1] != weight_OI.shape[1]
@@ -61,32 +92,46 @@ def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _Reference(torch.autograd.Function):
-    """Gradients of x W^T + b at the rounded operands. Rounding counts as the identity."""
+    """Gradients of x W^T + b at the rounded operands. Rounding counts as the identity.
+
+    `rounded_OI` is W rounded before, or None.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x_MI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x_MI, weight_OI)
-        y_MO = rounded(x_MI, FORWARD) @ rounded(weight_OI, FORWARD).T
+    def forward(
+        ctx: Any,
+        x_MI: Tensor,
+        weight_OI: Tensor | None,
+        bias_O: Tensor | None,
+        rounded_OI: Tensor | None = None,
+    ) -> Tensor:
+        if rounded_OI is None:
+            rounded_OI = rounded(weight_OI, FORWARD)
+        ctx.save_for_backward(x_MI, rounded_OI)
+        y_MO = rounded(x_MI, FORWARD) @ rounded_OI.T
         return (y_MO if bias_O is None else y_MO + bias_O).to(x_MI.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad_MO: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        x_MI, weight_OI = ctx.saved_tensors
+    def backward(ctx: Any, grad_MO: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+        x_MI, rounded_OI = ctx.saved_tensors
+        _, needs_weight, needs_bias, _ = ctx.needs_input_grad
         g_MO = rounded(grad_MO, BACKWARD)
-        dx_MI, dweight_OI = g_MO @ rounded(weight_OI, FORWARD), None
-        # The weights under LoRA are frozen.
-        if ctx.needs_input_grad[1]:
-            dweight_OI = (g_MO.T @ rounded(x_MI, FORWARD)).to(weight_OI.dtype)
         return (
-            dx_MI.to(x_MI.dtype),
-            dweight_OI,
-            grad_MO.sum(0) if ctx.needs_input_grad[2] else None,
+            (g_MO @ rounded_OI).to(x_MI.dtype),
+            (g_MO.T @ rounded(x_MI, FORWARD)).to(x_MI.dtype) if needs_weight else None,
+            grad_MO.sum(0) if needs_bias else None,
+            None,
         )
 
 
-def fp8_linear_reference(x_MI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+def fp8_linear_reference(
+    x_MI: Tensor, weight_OI: Tensor | RoundedWeight, bias_O: Tensor | None
+) -> Tensor:
     """Return (M, O) as defined by `fp8_linear`."""
-    return _Reference.apply(x_MI, weight_OI, bias_O)
+    if isinstance(weight_OI, RoundedWeight):
+        rounded_OI = weight_OI.values_OI.to(weight_OI.scale.dtype) * weight_OI.scale
+        return _Reference.apply(x_MI, None, bias_O, rounded_OI)
+    return _Reference.apply(x_MI, weight_OI, bias_O, None)
 
 
 # cuBLASLt does not add a bias to a float32 result.
@@ -157,7 +202,33 @@ class _Scaled(torch.autograd.Function):
         return dx_MI, dweight_OI, grad_MO.sum(0) if ctx.needs_input_grad[2] else None
 
 
-def fp8_linear_scaled(x_MI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+class _ScaledFrozen(torch.autograd.Function):
+    """`_Scaled` with a weight that was rounded before and needs no gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_MI: Tensor,
+        values_OI: Tensor,
+        values_IO: Tensor | None,
+        scale: Tensor,
+        bias_O: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(values_IO, scale)
+        x8_MI, x_scale = quantised(x_MI, FORWARD)
+        return product(x8_MI, values_OI, (x_scale, scale), bias_O, x_MI.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_MO: Tensor) -> tuple[Tensor, None, None, None, None]:
+        values_IO, scale = ctx.saved_tensors
+        g8_MO, g_scale = quantised(grad_MO, BACKWARD)
+        dx_MI = product(g8_MO, values_IO, (g_scale, scale), None, grad_MO.dtype)
+        return dx_MI, None, None, None, None
+
+
+def fp8_linear_scaled(
+    x_MI: Tensor, weight_OI: Tensor | RoundedWeight, bias_O: Tensor | None
+) -> Tensor:
     """Return (M, O) as defined by `fp8_linear`.
 
     M is padded with zero rows to a multiple of 16, because the gradient of the weight sums over
@@ -166,12 +237,15 @@ def fp8_linear_scaled(x_MI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) ->
     Raises:
         ValueError: I or O is not a multiple of 16.
     """
+    num_rows = len(x_MI)
+    if isinstance(weight_OI, RoundedWeight):
+        # Without a gradient of the weight, rows are only M of the products, which may be any.
+        return _ScaledFrozen.apply(x_MI, *weight_OI, bias_O)
     if any(size % MULTIPLE for size in weight_OI.shape):
         raise ValueError(
             f"both sizes of an fp8 weight must be multiples of {MULTIPLE}, "
             f"got {tuple(weight_OI.shape)}"
         )
-    num_rows = len(x_MI)
     if num_rows % MULTIPLE == 0:
         return _Scaled.apply(x_MI, weight_OI, bias_O)
     return _Scaled.apply(F.pad(x_MI, (0, 0, 0, -num_rows % MULTIPLE)), weight_OI, bias_O)[:num_rows]

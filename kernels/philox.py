@@ -35,7 +35,8 @@ INIT = 9
 SCENE = 10
 EDIT = 11
 PROMPT = 12
-LORA_DROPOUT = 13
+ROUTE = 13
+LORA_DROPOUT = 14
 
 
 def checked_seed(seed: int, n_B: Tensor) -> int:

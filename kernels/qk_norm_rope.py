@@ -34,11 +34,13 @@ def qk_norm_rope(
         qkv_BNPAE: Projections (B, N, 3, A, E) of the main stream.
         q_weight_E: Weight of the q norm. None means 1.
         k_weight_E: Weight of the k norm. None means 1.
-        cos_NF: Cosines (N, E / 2) of the rotation angles, float32 or float64.
-        sin_NF: Sines (N, E / 2) of the rotation angles, float32 or float64.
+        cos_NF: Cosines (N, E / 2) of the rotation angles, float32 or float64. With L = C + N rows
+            instead of N, the first C rotate the condition, which is not rotated otherwise. With
+            (B, N or L, E / 2) each sample has its own angles; only PyTorch's formula has those.
+        sin_NF: Sines of the rotation angles, shaped like the cosines.
         condition: (projections, q weight, k weight) of a second stream, which comes first in the
-            joint sequence of L = C + N and is not rotated. Its projections are qkv (B, C, 3, A,
-            E) or kv (B, C, 2, A, E). With kv it has no queries, and q has N rows.
+            joint sequence of L = C + N. Its projections are qkv (B, C, 3, A, E) or kv (B, C, 2, A,
+            E). With kv it has no queries, and q has N rows.
         eps: Added to the mean square.
 
     Raises:
@@ -47,12 +49,19 @@ def qk_norm_rope(
     if qkv_BNPAE.dim() != 5 or qkv_BNPAE.shape[2] != 3:
         raise ValueError(f"qkv must be (B, N, 3, A, E), got {tuple(qkv_BNPAE.shape)}")
     batch, length, _, heads, dim = qkv_BNPAE.shape
-    if cos_NF.shape != (length, dim // 2) or sin_NF.shape != cos_NF.shape or dim % 2:
+    projections, q_weight, k_weight = condition or (None, None, None)
+    joint = length if projections is None else projections.shape[1] + length
+    if (
+        cos_NF.shape[:-2] not in ((), (batch,))
+        or cos_NF.shape[-2] not in (length, joint)
+        or cos_NF.shape[-1] != dim // 2
+        or sin_NF.shape != cos_NF.shape
+        or dim % 2
+    ):
         raise ValueError(
-            f"cos and sin must be ({length}, {dim // 2}), "
+            f"cos and sin must be ({length} or {joint}, {dim // 2}), "
             f"got {tuple(cos_NF.shape)} and {tuple(sin_NF.shape)}"
         )
-    projections, q_weight, k_weight = condition or (None, None, None)
     if projections is not None and (
         projections.dim() != 5
         or projections.shape[2] not in (2, 3)
@@ -66,7 +75,10 @@ def qk_norm_rope(
     for weight in (q_weight_E, k_weight_E, q_weight, k_weight):
         if weight is not None and weight.shape != (dim,):
             raise ValueError(f"weights must be ({dim},), got {tuple(weight.shape)}")
-    run = pick("qk_norm_rope", qkv_BNPAE.device, qkv_BNPAE.dtype)
+    if cos_NF.dim() == 3:
+        run = qk_norm_rope_torch
+    else:
+        run = pick("qk_norm_rope", qkv_BNPAE.device, qkv_BNPAE.dtype)
     return run(
         qkv_BNPAE, q_weight_E, k_weight_E, cos_NF, sin_NF, projections, q_weight, k_weight, eps
     )
@@ -84,16 +96,31 @@ def _joint(
     condition_k_weight: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = qkv.unbind(2)
+    (first_cos, first_sin), (cos, sin) = _split_tables(cos, sin, qkv.shape[1])
     q, k = rotate(norm(q, q_weight), cos, sin), rotate(norm(k, k_weight), cos, sin)
     if condition is not None:
         *first_q, first_k, first_v = condition.unbind(2)
+        first_q = [norm(x, condition_q_weight) for x in first_q]
+        first_k = norm(first_k, condition_k_weight)
+        if first_cos is not None:
+            first_q = [rotate(x, first_cos, first_sin) for x in first_q]
+            first_k = rotate(first_k, first_cos, first_sin)
         if first_q:
-            q = torch.cat((norm(first_q[0], condition_q_weight), q), dim=1)
-        k, v = (
-            torch.cat((norm(first_k, condition_k_weight), k), dim=1),
-            torch.cat((first_v, v), dim=1),
-        )
+            q = torch.cat((*first_q, q), dim=1)
+        k = torch.cat((first_k, k), dim=1)
+        v = torch.cat((first_v, v), dim=1)
     return q, k, v
+
+
+def _split_tables(
+    cos: Tensor, sin: Tensor, length: int
+) -> tuple[tuple[Tensor | None, Tensor | None], tuple[Tensor, Tensor]]:
+    """Return (cos, sin) of the condition, None if it is not rotated, and of the main stream."""
+    num_first = cos.shape[-2] - length
+    if not num_first:
+        return (None, None), (cos, sin)
+    parts = (table.split((num_first, length), dim=-2) for table in (cos, sin))
+    return tuple(zip(*parts, strict=True))
 
 
 def rotate(x_BLAE: Tensor, cos_LF: Tensor, sin_LF: Tensor) -> Tensor:
@@ -106,7 +133,7 @@ def rotate(x_BLAE: Tensor, cos_LF: Tensor, sin_LF: Tensor) -> Tensor:
         .unflatten(-1, (-1, 2))
         .unbind(-1)
     )
-    cos, sin = cos_LF[:, None], sin_LF[:, None]
+    cos, sin = cos_LF.unsqueeze(-2), sin_LF.unsqueeze(-2)
     return (
         torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
         .flatten(-2)
@@ -190,9 +217,14 @@ def _streams(
     num_condition_queries = (
         num_condition if condition is not None and condition.shape[2] == 3 else 0
     )
-    streams = [_Stream(qkv, q_weight, k_weight, cos, sin, num_condition_queries, num_condition)]
+    first_tables, tables = (None, None), (cos, sin)
+    if cos is not None:
+        first_tables, tables = _split_tables(cos, sin, qkv.shape[1])
+    streams = [_Stream(qkv, q_weight, k_weight, *tables, num_condition_queries, num_condition)]
     if condition is not None:
-        streams.append(_Stream(condition, condition_q_weight, condition_k_weight, None, None, 0, 0))
+        streams.append(
+            _Stream(condition, condition_q_weight, condition_k_weight, *first_tables, 0, 0)
+        )
     return streams, num_condition_queries + qkv.shape[1], num_condition + qkv.shape[1]
 
 

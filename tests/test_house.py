@@ -22,7 +22,9 @@ MAY_IMPORT = {
 # Files and folders of engine/ from bottom to top. Each imports only from those above it in this
 # list and from itself.
 LAYERS = (
+    "cores",
     "config_parser",
+    "arguments",
     "config",
     "data",
     "shapes",
@@ -42,7 +44,12 @@ DOORS = {
     "transformers": ("iomm/internvl.py", "engine/shapes/mllm.py"),
     "diffusers": ("iomm/vae.py", "benchmarks/lib/baseline.py", "tests/"),
     "nvidia": ("engine/data/decode.py",),
-    "deepspeed": ("engine/parallel/zero.py", "engine/parallel/ranks.py", "engine/launch.py"),
+    "deepspeed": (
+        "engine/parallel/zero.py",
+        "engine/parallel/ranks.py",
+        "engine/launch.py",
+        "tests/engine/test_arguments.py",
+    ),
     "triton": ("kernels/", "tests/helpers/offline.py"),
     "wandb": ("engine/observe/metrics.py",),
     "matplotlib": ("engine/observe/report.py", "benchmarks/"),
@@ -176,6 +183,17 @@ def test_no_file_hides_a_module():
             assert path.stem not in WELL_KNOWN, (
                 f"{path.relative_to(ROOT)} hides an installed module"
             )
+
+
+def test_child_processes_import_nothing_from_the_current_folder():
+    wrong = []
+    for path in sources():
+        tree = path.relative_to(ROOT).parts[0]
+        for node in ast.walk(ast.parse(path.read_text())) if tree != "tests" else ():
+            words = [ast.unparse(word) for word in getattr(node, "elts", [])]
+            if "sys.executable" in words and {"'-m'", "'-c'"} & set(words) and "'-P'" not in words:
+                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} needs -P")
+    assert not wrong, "\n".join(wrong)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
-from itertools import islice, pairwise
+from itertools import accumulate, islice, pairwise
 from typing import Any
 
 import torch
@@ -71,7 +71,7 @@ def whole_pass(
     Prompt, image tokens and queries take one pass with ordinary autograd.
     """
     decoder, (batch, num, width) = mllm.backbone.language_model, queries_BQD.shape
-    bounds, device = condition.offsets.tolist(), queries_BQD.device
+    device, bounds = queries_BQD.device, accumulate(condition.lengths, initial=0)
     steps = torch.arange(num, device=device)
     tokens, positions, is_query = [], [], []
     for b, (start, stop) in enumerate(pairwise(bounds)):
@@ -80,9 +80,11 @@ def whole_pass(
         is_query += [torch.zeros(stop - start, dtype=torch.bool), torch.ones(num, dtype=torch.bool)]
     x_SD, rotary = torch.cat(tokens), decoder.rotary_emb(queries_BQD, torch.cat(positions)[None])
     offsets = condition.offsets + num * torch.arange(batch + 1, dtype=torch.int32, device=device)
+    lengths = tuple(length + num for length in condition.lengths)
     for layer in decoder.layers:
         q, k, v = mllm.project_qkv(layer, x_SD, rotary)
-        x_SD = mllm.finish_layer(layer, x_SD, masked_attention(q, k, v, offsets, causal=causal))
+        mixed = masked_attention(q, k, v, offsets, causal=causal, lengths=lengths)
+        x_SD = mllm.finish_layer(layer, x_SD, mixed)
     return decoder.norm(x_SD)[torch.cat(is_query).to(device)].view(batch, num, width)
 
 

@@ -298,6 +298,6 @@ def unsharded_copy(bench: Bench) -> IOMM:
     config, model = bench.config, bench.model
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
     mllm, vae = model.frozen
-    twin = assemble(config, mllm, vae, device=bench.device).to(dtype)
+    twin = assemble(config, mllm, vae, device=bench.device, fresh=False).to(dtype)
     twin.load_state_dict(bench.weights())
     return twin

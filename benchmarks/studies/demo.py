@@ -28,6 +28,7 @@ from PIL import Image
 
 from benchmarks.report import label
 from iomm.engine.config import load_config
+from iomm.engine.config_parser import layered
 from iomm.engine.evaluation.shapes_grades import overall
 from iomm.engine.observe.doctor import machine
 from iomm.engine.parallel.cpu_ranks import free_port
@@ -48,7 +49,7 @@ def launch(*arguments: str, output: IO | None = None) -> int:
         "--master_port",
         str(free_port()),
         str(ROOT / "engine/launch.py"),
-        *arguments,
+        *layered(arguments),
     ]
     return subprocess.run(command, cwd=ROOT, stdout=output, stderr=output).returncode
 

@@ -70,6 +70,7 @@ from benchmarks.report import baseline_name, command, label, positive, time_to_q
 from benchmarks.studies.recipes import write
 from iomm.config import InputError
 from iomm.engine import builders, launch
+from iomm.engine.arguments import add_overrides
 from iomm.engine.config import RunConfig, flat, load_config
 from iomm.engine.data.source import Batch, ImageSource
 from iomm.engine.evaluation.heldout import Evaluation, fixed, losses_at
@@ -808,7 +809,7 @@ def main(argv: list[str] | None = None) -> int:
         "--draw-steps", type=positive(int), default=20, help="Euler steps per picture"
     )
     parser.add_argument("--results", default=str(ROOT / "benchmarks/results"))
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    add_overrides(parser)
     args = parser.parse_intermixed_args(argv)
     args.config = args.config or launch.STAGES[args.stage]
     with tempfile.TemporaryDirectory() as folder:

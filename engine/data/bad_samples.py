@@ -1,6 +1,7 @@
-"""Samples that were good when they were indexed and are unreadable now.
+"""Samples that a run could not use as they are.
 
-They are counted and logged. Too many of them stop the run.
+Those that were good when they were indexed and are unreadable now are replaced, and too many of
+them stop the run. Captions that exceed the MLLM's context are cut. Both are counted and logged.
 """
 
 import json
@@ -19,25 +20,30 @@ logger = logging.getLogger("iomm")
 MAX_ATTEMPTS = 16
 # The fraction of bad samples is taken of at least this number of samples.
 MIN_SAMPLES = 10_000
+# Cut captions that are named. A run may have millions of them, which are only counted.
+MAX_NAMED_CUTS = 10_000
 
 
 @dataclass(frozen=True)
 class Failure:
     """A run position n whose own sample was unreadable and has been replaced.
 
-    `fatal`: the replacements were unreadable as well, and the position holds a black image.
+    `fatal`: the replacements were unreadable as well, and the position holds a black image. `cut`:
+    nothing was replaced, but the caption was too long and was cut.
     """
 
     n: int
     shard: int
     problem: str
     fatal: bool = False
+    cut: bool = False
 
 
 class BadSamples:
-    """Counter of the replaced samples of a whole run.
+    """Counter of the replaced samples and the cut captions of a whole run.
 
-    `total` positions of `shards` were replaced. Both are part of a checkpoint.
+    `total` positions of `shards` were replaced, and `cut_captions` positions have a caption that
+    was cut. All three are part of a checkpoint.
     """
 
     def __init__(
@@ -47,15 +53,22 @@ class BadSamples:
         self.max_shards = max_shards
         self.log_file = log_file
         self.total = 0
+        self.cut_captions = 0
         self.shards: set[int] = set()
 
     def state(self) -> dict[str, Any]:
         """Return the counts as plain values for a checkpoint."""
-        return {"total": self.total, "shards": sorted(self.shards)}
+        return {
+            "total": self.total,
+            "shards": sorted(self.shards),
+            "cut_captions": self.cut_captions,
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         self.total = state["total"]
         self.shards = set(state["shards"])
+        # Checkpoints of earlier versions do not have it.
+        self.cut_captions = state.get("cut_captions", 0)
 
     def record(self, failures: Iterable[Failure], samples_seen: int) -> None:
         """Count the failures of one step. Must be called with the same arguments on all ranks.
@@ -68,11 +81,17 @@ class BadSamples:
             InputError: a sample could not be replaced, or the samples replaced so far are more than
                 max_fraction of max(samples_seen, 10,000), or are of more than max_shards shards.
         """
-        failures = sorted(failures, key=lambda failure: failure.n)
+        found = sorted(failures, key=lambda failure: failure.n)
+        cuts = [failure for failure in found if failure.cut]
+        failures = [failure for failure in found if not failure.cut]
+        named_cuts = cuts[: max(0, MAX_NAMED_CUTS - self.cut_captions)]
         self.total += len(failures)
+        self.cut_captions += len(cuts)
         self.shards |= {failure.shard for failure in failures}
-        if self.log_file and failures:
-            self._log(failures)
+        if self.log_file and (failures or named_cuts):
+            self._log(sorted(failures + named_cuts, key=lambda failure: failure.n))
+        if not failures:
+            return
         fatal = [failure for failure in failures if failure.fatal]
         if fatal:
             raise InputError(

@@ -5,6 +5,7 @@ This is the only file that uses DALI. Where DALI is not installed, Pillow and to
 
 import io
 import logging
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ except ImportError:
     fn = types = Pipeline = None
 
 from iomm.config import InputError, choice
+from iomm.engine.data.image import check_image, on_white
 
 logger = logging.getLogger("iomm")
 
@@ -386,6 +388,16 @@ def upright(data: bytes) -> np.ndarray:
     except Exception as error:
         # Pillow's parsers raise OSError, SyntaxError, struct.error, ValueError and more.
         raise DecodeError(f"{type(error).__name__}: {error}") from None
+
+
+def as_trained(data: bytes) -> Image.Image:
+    """Decode an image of any size to RGB as training sees it: upright, and on white if transparent.
+
+    Raises:
+        Rejected: it is not an image that training would take.
+    """
+    info = check_image(data, min_size_px=1, max_aspect=math.inf)
+    return Image.fromarray(upright(on_white(data) if info.transparent else data))
 
 
 def rgb(image: Image.Image) -> Image.Image:

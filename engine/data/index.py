@@ -3,7 +3,6 @@
 `iomm index` is the command line tool.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -21,7 +20,8 @@ import numpy as np
 from tqdm import tqdm
 
 from iomm.config import InputError
-from iomm.engine.data.atomic import check_replaceable, whole_file, whole_folder
+from iomm.engine.cores import num_cores
+from iomm.engine.data.atomic import check_replaceable, lock, whole_file, whole_folder
 from iomm.engine.data.patterns import expand
 from iomm.engine.data.sizes import describe_edges
 from iomm.engine.data.validate import DEFAULT_RULES, RECORD, Rules
@@ -107,7 +107,7 @@ def build(
         )
         with bar:
             results = validate_shards(
-                [paths[i] for i in todo], rules, workers or os.cpu_count(), _rate(bar)
+                [paths[i] for i in todo], rules, workers or num_cores(), _rate(bar)
             )
             for number, records, rejected, notes, files in results:
                 i = todo[number]
@@ -182,18 +182,18 @@ def _parts_folder(out: str | os.PathLike) -> Iterator[Path]:
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         except FileNotFoundError:
             # The build that held the lock has just removed the folder.
             continue
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock(handle, folder)
             # The locked folder may have been removed, and even created anew, in the meantime.
-            if folder.exists() and os.fstat(lock).st_ino == folder.stat().st_ino:
+            if folder.exists() and os.fstat(handle).st_ino == folder.stat().st_ino:
                 yield folder
                 return
         finally:
-            os.close(lock)
+            os.close(handle)
 
 
 def _part_name(entry: dict[str, Any], rules: Rules) -> str:

@@ -25,6 +25,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from iomm.config import InputError, choice
+from iomm.engine.config import same
 from iomm.engine.data.archive import Tar
 from iomm.engine.data.atomic import whole_file
 from iomm.engine.data.index import Index, records_crc32
@@ -391,7 +392,7 @@ def check(folder: str | os.PathLike, **expected: Any) -> dict[str, Any]:
     different = [
         f"{key} is {header.get(key)!r}, expected {value!r}"
         for key, value in expected.items()
-        if header.get(key) != value
+        if not same(header.get(key), value)
     ]
     if different:
         raise InputError(
@@ -422,12 +423,13 @@ def _claim(out: Path, header: dict[str, Any]) -> None:
         # All ranks write the same header.
         with whole_file(out / HEADER) as partial:
             partial.write_text(json.dumps(header, indent=1), encoding="utf-8")
-    elif existing != header:
-        different = [
-            f"{key} is {existing.get(key)!r}, expected {header.get(key)!r}"
-            for key in header
-            if existing.get(key) != header.get(key)
-        ]
+        return
+    different = [
+        f"{key} is {existing.get(key)!r}, expected {header.get(key)!r}"
+        for key in header
+        if not same(existing.get(key), header.get(key))
+    ]
+    if different:
         raise InputError(
             f"{out} is a cache made with different settings ({'; '.join(different)}); choose "
             "another folder or remove it"

@@ -45,6 +45,19 @@ def expand(shards: str | os.PathLike | Iterable[str | os.PathLike]) -> list[Path
     return [Path(path) for path in sorted(found)]
 
 
+def absolute(shards: str, base: str | os.PathLike = ".") -> str:
+    """Return a pattern, or several separated by commas, with names relative to `base` resolved.
+
+    Braces and globs stay as they are, so files that are added later are found later.
+    """
+    base = os.path.abspath(base)
+    whole = os.path.join(base, os.path.expanduser(shards))
+    if os.path.exists(whole):
+        return os.path.normpath(whole)
+    parts = [os.path.join(base, os.path.expanduser(part)) for part in _parts(shards)]
+    return ",".join(map(os.path.normpath, parts))
+
+
 def _parts(pattern: str) -> list[str]:
     """Split a pattern at commas outside braces, unless it is the name of an existing file."""
     if "," not in pattern or os.path.exists(pattern):

@@ -1,9 +1,17 @@
-"""Sizes of the images of an index: the distribution of shorter edges, and which are upscaled."""
+"""Sizes in an index: shorter edges, images that a run upscales, and captions that it cuts."""
+
+from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+from iomm.config import InputError
+
+if TYPE_CHECKING:
+    from iomm.caption_limit import CaptionLimit
+    from iomm.engine.data.shards import Shards
 
 # Of the shorter edges, in the summary of an index.
 PERCENTILES = (1, 5, 25, 50, 75, 95)
@@ -12,6 +20,8 @@ CHUNK = 1 << 20
 NUM_SIDES = 1 << 16
 # Buckets that a sentence names.
 NAMED_BUCKETS = 3
+# Captions that are tokenized to count the long ones. It takes a few seconds.
+MAX_TOKENIZED = 10_000
 
 
 class Upscaled(NamedTuple):
@@ -59,6 +69,58 @@ def upscaled_squares(records: np.ndarray, size_px: int) -> Upscaled:
     """
     num = sum(int((edges < size_px).sum()) for edges in shorter_edges(records))
     return Upscaled(num, len(records), size_px, size_px, {})
+
+
+class LongCaptions(NamedTuple):
+    """How many captions of an index exceed the MLLM's context, so that a run cuts them."""
+
+    # Captions that are longer, and all captions.
+    num: int
+    total: int
+    # Tokens of the longest caption that fits.
+    max_tokens: int
+    # Shard and member of the first one.
+    example: str
+    # Only some of the captions were tokenized.
+    estimated: bool
+
+    def sentence(self, mllm: str) -> str:
+        """Return the counts in a sentence without a full stop. mllm: name of the MLLM."""
+        about = "about " if self.estimated else ""
+        return (
+            f"{about}{self.num:,} of {self.total:,} captions are longer than the "
+            f"{self.max_tokens:,} tokens that fit into the context of model.mllm={mllm}, and "
+            f"training cuts them; the first is {self.example}"
+        )
+
+
+def count_long(shards: Shards, limit: CaptionLimit) -> LongCaptions:
+    """Count the captions that a run would cut.
+
+    Only those with more bytes than the limit has tokens are read. Of more than MAX_TOKENIZED, so
+    many are tokenized, spread evenly, and the others are counted in proportion. A caption that
+    cannot be read now does not count.
+    """
+    sizes = shards.index.records["caption_bytes"]
+    suspects = np.flatnonzero(sizes > limit.max_tokens)
+    chosen = suspects
+    if len(suspects) > MAX_TOKENIZED:
+        chosen = suspects[np.arange(MAX_TOKENIZED) * len(suspects) // MAX_TOKENIZED]
+    long = []
+    for k in chosen.tolist():
+        try:
+            caption = shards.caption(k)
+        except InputError:
+            continue
+        if limit.cut(caption) != caption:
+            long.append(k)
+    return LongCaptions(
+        num=round(len(long) * len(suspects) / max(1, len(chosen))),
+        total=int((sizes > 0).sum()),
+        max_tokens=limit.max_tokens,
+        example=shards.name(long[0]) if long else "",
+        estimated=len(chosen) < len(suspects),
+    )
 
 
 def percentiles(records: np.ndarray) -> dict[int, int]:

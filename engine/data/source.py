@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain
 from threading import Lock
@@ -26,6 +26,7 @@ from iomm.engine.data.shards import Damaged, Shards
 from iomm.kernels.philox import CROP, FLIP, uniform
 
 if TYPE_CHECKING:
+    from iomm.caption_limit import CaptionLimit
     from iomm.engine.data.latents import EncodedSamples, LatentStore
 
 # Threads that wait for the disk. A photograph of 80 KB costs them 0.04 ms of CPU.
@@ -56,7 +57,9 @@ class Batch:
     latents_BCHW: Tensor | None = None
     # Replaces vit_pixels_BHWC, which is then None.
     image_tokens_IPD: Tensor | None = None
-    # Samples that were replaced.
+    # What the condition consists of, drawn ahead on the host; in pinned memory with a GPU.
+    turns: Any = None
+    # Samples that were replaced, and captions that were cut.
     failures: list[Failure] = field(default_factory=list)
     # Output of IOMM.prepare for the pixels, if it has run ahead of the step.
     prepared: Any = None
@@ -74,6 +77,7 @@ class Batch:
             self.captions,
             self.has_image,
             self.image_tokens_IPD,
+            self.turns,
         )
 
 
@@ -87,7 +91,8 @@ class ImageSource:
 
     A sample that is unreadable now (damaged on disk, refused by DALI) is replaced by the next one
     of its sampler, up to MAX_ATTEMPTS times, and then by a black image. The batch lists it in
-    `failures`, the input of BadSamples. Batches are always full, so ranks stay in step.
+    `failures`, the input of BadSamples. Batches are always full, so ranks stay in step. A caption
+    that exceeds the MLLM's context is cut, and listed there too.
     """
 
     def __init__(
@@ -113,6 +118,8 @@ class ImageSource:
         hw_decoder_load: float = 0.65,
         resize: str = "torch",
         look_at_pairs: bool = False,
+        caption_limit: CaptionLimit | None = None,
+        draw_turns: Callable[[Tensor, list[str], list[bool]], Any] | None = None,
     ) -> None:
         """Check the settings. Reading starts with the iteration.
 
@@ -140,6 +147,10 @@ class ImageSource:
             hw_decoder_load: share of baseline JPEGs decoded in hardware, see Decoder.
             resize: "dali" or "torch", see Decoder.
             look_at_pairs: return ViT pixels of pairs too, in order with those of the images.
+            caption_limit: cuts captions that are too long for the MLLM. None: they stay as they
+                are.
+            draw_turns: called in a reader thread with n_B, captions and has_image of each batch.
+                Batch.turns is its result.
 
         Raises:
             InputError: global_batch is not a multiple of micro_batch x world_size, or exceeds the
@@ -175,6 +186,8 @@ class ImageSource:
         # Latents and image tokens are in memory, and no image is decoded.
         self.encoded = getattr(latents, "tokens", None) is not None
         self.look_at_pairs = look_at_pairs
+        self.caption_limit = caption_limit
+        self.draw_turns = draw_turns
         self.sampler = sampler or FixedSizeSampler(
             EpochPermutation(seed, shards.shard_sizes), size_px
         )
@@ -213,13 +226,16 @@ class ImageSource:
         """Yield one Batch per micro-batch."""
         # Batches that the decoder has read and not returned yet.
         in_flight: deque[list[_Sample]] = deque()
+        # What _draw returns for the batches that were read and not yielded yet.
+        drawn: deque[Future] = deque()
         with ThreadPoolExecutor(NUM_READERS, thread_name_prefix="reader") as readers:
-            read = self._read(readers)
+            read = self._read(readers, drawn)
             if self.encoded:
                 for _ in range(len(self)):
                     started = time.perf_counter()
                     samples = next(read)
-                    yield self._batch(samples, None, None, time.perf_counter() - started)
+                    wait_s = time.perf_counter() - started
+                    yield self._batch(samples, drawn.popleft(), None, None, wait_s)
                 return
             decoded = self.decoder(self._encoded(read, in_flight))
             try:
@@ -238,14 +254,19 @@ class ImageSource:
                             in_flight.clear()
                             decoded = self.decoder(self._encoded(chain(again, read), in_flight))
                     wait_s = time.perf_counter() - started
-                    yield self._batch(in_flight.popleft(), pixels_BCHW, vit_pixels_BHWC, wait_s)
+                    yield self._batch(
+                        in_flight.popleft(), drawn.popleft(), pixels_BCHW, vit_pixels_BHWC, wait_s
+                    )
             finally:
                 decoded.close()
                 read.close()
                 readers.shutdown(wait=True, cancel_futures=True)
 
-    def _read(self, readers: ThreadPoolExecutor) -> Iterator[list[_Sample]]:
-        """Yield the samples of each micro-batch in order, reading BATCHES_READ_AHEAD ahead."""
+    def _read(self, readers: ThreadPoolExecutor, drawn: deque[Future]) -> Iterator[list[_Sample]]:
+        """Yield the samples of each micro-batch in order, reading BATCHES_READ_AHEAD ahead.
+
+        The turns of each batch are appended to `drawn`.
+        """
         reading = deque()
         micro_batches = (
             (step, a)
@@ -263,6 +284,8 @@ class ImageSource:
                 for sample in zip(n.tolist(), entries.tolist(), is_pair.tolist(), strict=True)
             ]
             reading.append([readers.submit(self._fill, sample) for sample in samples])
+            # The executor starts its tasks in order, so these samples are at least being read.
+            drawn.append(readers.submit(self._draw, reading[-1]))
             if len(reading) > BATCHES_READ_AHEAD:
                 yield [sample.result() for sample in reading.popleft()]
         while reading:
@@ -270,6 +293,7 @@ class ImageSource:
 
     def _fill(self, sample: _Sample) -> _Sample:
         """Read the data of a sample, or of its replacement."""
+        sample.cut = None
         while sample.attempt <= MAX_ATTEMPTS:
             k = sample.entry
             try:
@@ -285,6 +309,23 @@ class ImageSource:
         sample.caption = ""
         sample.latents = self.latents.zeros() if self.latents else None
         return sample
+
+    def _draw(self, filled: list[Future]) -> Any:
+        """Return the turns of the samples of a batch as soon as they are read."""
+        return self._turns([sample.result() for sample in filled])
+
+    def _turns(self, samples: list[_Sample]) -> Any:
+        """Cut captions that are too long, and return what draw_turns returns, if it is set."""
+        for sample in samples:
+            self._fit_caption(sample)
+        if self.draw_turns is None:
+            return None
+        turns = self.draw_turns(
+            torch.tensor([sample.n for sample in samples]),
+            [sample.caption for sample in samples],
+            [not sample.is_pair for sample in samples],
+        )
+        return turns.pinned() if self.decoder.device.type == "cuda" else turns
 
     def _replace(self, sample: _Sample, problem: str) -> None:
         """Replace a sample by the next one in order, and record a failure once per position."""
@@ -338,10 +379,14 @@ class ImageSource:
     def _batch(
         self,
         samples: list[_Sample],
+        drawn: Future,
         pixels_BCHW: Tensor | None,
         vit_pixels_BHWC: Tensor | None,
         wait_s: float,
     ) -> Batch:
+        failures = [sample.failure for sample in samples if sample.failure]
+        # A sample that the decoder refused has been replaced since, by one with another caption.
+        turns = self._turns(samples) if failures else drawn.result()
         latents_BCHW = tokens_IPD = None
         if self.latents:
             latents_BCHW = (
@@ -360,8 +405,25 @@ class ImageSource:
             has_image=[not sample.is_pair for sample in samples],
             latents_BCHW=latents_BCHW,
             image_tokens_IPD=tokens_IPD,
-            failures=[sample.failure for sample in samples if sample.failure],
+            turns=turns,
+            failures=[
+                failure for sample in samples for failure in (sample.failure, sample.cut) if failure
+            ],
         )
+
+    def _fit_caption(self, sample: _Sample) -> None:
+        """Cut the caption of a sample if it is too long, and record that in it."""
+        if self.caption_limit is None or not sample.caption:
+            return
+        caption = self.caption_limit.cut(sample.caption)
+        if caption != sample.caption:
+            problem = (
+                f"{self.shards.name(sample.entry)}: its caption of "
+                f"{self.caption_limit.num_tokens(sample.caption):,} tokens was cut to the "
+                f"{self.caption_limit.num_tokens(caption):,} that fit into the MLLM's context"
+            )
+            shard = self.shards.shard(sample.entry)
+            sample.cut, sample.caption = Failure(sample.n, shard, problem, cut=True), caption
 
 
 @dataclass
@@ -377,6 +439,7 @@ class _Sample:
     caption: str = ""
     latents: Tensor | None = None
     failure: Failure | None = None
+    cut: Failure | None = None
 
 
 def _black(width: int, height: int) -> bytes:

@@ -7,6 +7,7 @@ hold threads and a GPU. They exchange JSON and raw records, never pickles.
 """
 
 import contextlib
+import fcntl
 import json
 import mmap
 import os
@@ -34,6 +35,9 @@ MEMORY_BYTES = 512 << 20
 # A photograph takes 0.01 s, the largest image allowed 1 s, a slow disk several seconds.
 SAMPLE_LIMIT_S = 30.0
 IDLE = -1
+# The end of a process's stderr that is read, and the part of its last line that is reported.
+MESSAGE_BYTES = 1 << 16
+MESSAGE_CHARS = 300
 
 
 class ShardResult(NamedTuple):
@@ -179,15 +183,24 @@ class _Worker:
     def __init__(self, rules: Rules) -> None:
         self.rules = rules
         self.shard: _ShardPart | None = None
+        # What end() returns.
+        self.ended: tuple[str, str] | None = None
         self.connection, theirs = Pipe()
         memory = os.memfd_create("iomm-index")
         os.truncate(memory, mmap.PAGESIZE)
         self.at = np.frombuffer(mmap.mmap(memory, mmap.PAGESIZE), dtype=np.float64, count=2)
         root = str(Path(iomm.__file__).resolve().parent.parent)
-        path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+        # An empty entry, as of PYTHONPATH=$PYTHONPATH:/x, is the current folder.
+        given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        path = os.pathsep.join([root, *filter(None, given)])
+        # What the process writes to stderr while it reads its current sample.
+        self.stderr = os.memfd_create("iomm-index-stderr")
+        fcntl.fcntl(self.stderr, fcntl.F_SETFL, os.O_APPEND)
         self.process = subprocess.Popen(
             [
                 sys.executable,
+                # Without it, -m would import modules from the user's current folder.
+                "-P",
                 "-m",
                 __name__,
                 str(theirs.fileno()),
@@ -197,7 +210,7 @@ class _Worker:
             pass_fds=(theirs.fileno(), memory),
             stdin=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": path},
-            stderr=subprocess.DEVNULL,
+            stderr=self.stderr,
         )
         theirs.close()
         os.close(memory)
@@ -227,11 +240,11 @@ class _Worker:
         number = int(self.at[0])
         shard = self.shard
         # A process that crashed exits within the grace period, and its exit code is informative.
-        ended_by = self.end(grace_s=0.2)
+        ended_by, message = self.end(grace_s=0.2)
         detail = (
             f"took over {SAMPLE_LIMIT_S:.0f} s"
             if reason == "timeout"
-            else f"the decoder's process ended with {ended_by}"
+            else f"the decoder's process ended with {ended_by}{message and f': {message}'}"
         )
         if number >= 0:
             shard.known_bad[number] = reason, detail
@@ -243,15 +256,28 @@ class _Worker:
         fresh.take(shard)
         return fresh
 
-    def end(self, grace_s: float = 0.0) -> str:
-        """End the process, and kill it after grace_s. Return its signal or exit code."""
+    def end(self, grace_s: float = 0.0) -> tuple[str, str]:
+        """End the process, and kill it after grace_s.
+
+        Returns:
+            Its signal or exit code, and the last line that it wrote to stderr.
+        """
         self.connection.close()
+        if self.ended is not None:
+            return self.ended
         try:
             code = self.process.wait(grace_s)
         except subprocess.TimeoutExpired:
             self.process.kill()
             code = self.process.wait()
-        return f"signal {-code}" if code < 0 else f"exit code {code}"
+        size = os.fstat(self.stderr).st_size
+        tail = os.pread(self.stderr, MESSAGE_BYTES, max(0, size - MESSAGE_BYTES))
+        os.close(self.stderr)
+        lines = tail.decode(errors="replace").split("\n")
+        message = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        ended_by = f"signal {-code}" if code < 0 else f"exit code {code}"
+        self.ended = ended_by, message[-MESSAGE_CHARS:]
+        return self.ended
 
 
 def main(connection: str, memory: str, rules: str) -> None:
@@ -274,6 +300,7 @@ def main(connection: str, memory: str, rules: str) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
     def begin(number: int) -> None:
+        os.ftruncate(2, 0)
         at[:] = number, time.monotonic()
 
     while True:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from PIL import Image
 from tqdm import tqdm
 
+from iomm.caption_limit import CaptionLimit
 from iomm.config import InputError
 from iomm.engine import builders
 from iomm.engine.config import positive
@@ -49,6 +50,8 @@ def evaluate(
     rank: int | None = None,
     num_ranks: int | None = None,
     check_only: bool = False,
+    mllm: str | None = None,
+    vae: str | None = None,
 ) -> int:
     """Sample this rank's missing files of a benchmark, check the folder, and print the result.
 
@@ -73,6 +76,8 @@ def evaluate(
         rank: number of this process, by default from the environment, as torchrun sets it.
         num_ranks: number of processes, by default from the environment.
         check_only: check the folder without sampling.
+        mllm: MLLM to use instead of the one that `run` names.
+        vae: VAE to use instead of the one that `run` names.
 
     Returns:
         The exit code: 0 if this rank's share is complete, 1 otherwise.
@@ -102,7 +107,7 @@ def evaluate(
         own = items[rank::num_ranks]
         if num_ranks > 1:
             share = f"rank {rank} of {num_ranks}, {len(own)} of "
-        pipe, _ = sample.open_pipeline(run, weights=weights, device=device)
+        pipe, _ = sample.open_pipeline(run, weights=weights, device=device, mllm=mllm, vae=vae)
         pipe.batch, size = batch, height_width(size or pipe.size_px)
         # Raises if the size does not divide.
         pipe.model.frozen[1].grid(*size)
@@ -115,6 +120,11 @@ def evaluate(
             raise InputError(
                 f"--out {out} contains files that do not belong to {bench}, "
                 f"the first is {extra[0]}. Remove them, or choose another folder."
+            )
+        if long := long_prompts(pipe, own):
+            print(
+                f"{len(long)} of {len(own)} prompts exceed the MLLM's context and are cut: "
+                f"{', '.join(long[:NUM_LISTED])}{' ...' if len(long) > NUM_LISTED else ''}"
             )
         settings = dict(steps=steps, seed=seed, guidance=guidance, shift=shift)
         metadata = {"benchmark": name, **sample.sampling_metadata(pipe, size, **settings)}
@@ -155,6 +165,18 @@ def evaluate(
     return 0
 
 
+def caption_limit(pipe: Pipeline, items: Sequence[Item]) -> CaptionLimit:
+    """Return the limit of the prompts of a benchmark, or of its instructions."""
+    recipe, edit = pipe.model.recipe, any(item.image is not None for item in items)
+    return CaptionLimit(pipe.model.frozen[0], recipe.adapter, recipe.prompt, edit=edit)
+
+
+def long_prompts(pipe: Pipeline, items: Sequence[Item]) -> list[str]:
+    """Return the ids of the prompts that the pipeline cannot read as a whole."""
+    limit = caption_limit(pipe, items)
+    return [item.id for item in items if limit.cut(item.prompt) != item.prompt]
+
+
 def sample_files(
     pipe: Pipeline,
     layout: Layout,
@@ -183,6 +205,7 @@ def sample_files(
         quiet: do not show a progress bar.
     """
     todo = []
+    limit = caption_limit(pipe, items)
     for item in items:
         for name, data in item.files:
             content = content_of(data)
@@ -199,12 +222,15 @@ def sample_files(
         for start in range(0, len(todo), files_per_batch):
             part = todo[start : start + files_per_batch]
             wanted = [(item, k) for item, _, indices in part for k in indices]
-            texts = [item.prompt for item, _ in wanted]
+            # Of a prompt that is too long, the part that fits is used.
+            texts = [limit.cut(item.prompt) for item, _ in wanted]
             numbers = [image_number(item.id, k) for item, k in wanted]
             if wanted[0][0].image is None:
                 images = pipe(texts, numbers=numbers, **settings)
             else:
-                sources = [sample.open_image(item.image) for item, _ in wanted]
+                sources = [
+                    sample.open_image(item.image, "the image to edit,") for item, _ in wanted
+                ]
                 images = pipe.edit(sources, texts, numbers=numbers, **settings)
             for item, name, indices in part:
                 own, images = images[: len(indices)], images[len(indices) :]

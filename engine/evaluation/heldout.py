@@ -127,6 +127,14 @@ class Evaluation:
         ]
         if not self.prompts and pairs is not None:
             self.prompts = [shards.caption(k) for k in self.pictured["pair"].tolist()]
+        if source.caption_limit is not None:
+            fitting = [source.caption_limit.cut(prompt) for prompt in self.prompts]
+            if config.evaluate.prompts and fitting != self.prompts and ranks.first:
+                logger.warning(
+                    "warning: evaluate.prompts has prompts that exceed the MLLM's context, and "
+                    "these are cut"
+                )
+            self.prompts = fitting
 
     def due(self, step: int) -> bool:
         """Return whether an evaluation follows this step."""
@@ -190,6 +198,7 @@ class Evaluation:
             dtype=source.decoder.dtype,
             hw_decoder_load=config.data.hw_decoder_load,
             resize=config.data.resize,
+            caption_limit=source.caption_limit,
         )
 
     def loss(self, model: IOMM, kind: str) -> dict[str, Any]:
@@ -232,15 +241,15 @@ class Evaluation:
             prompts = [self.prompts[n % len(self.prompts)] for n in range(num)]
             return Pictures(self.gathered(local, num, "drawn"), prompts)
         for batch in self.batches("image", self.pictured["image"]):
-            n_B = batch.n_B.to(self.ranks.device)
-            condition = model.condition(batch.vit_pixels_BHWC, n_B + FIRST_N)
+            condition = model.condition(batch.vit_pixels_BHWC, batch.n_B + FIRST_N)
             if batch.latents_BCHW is None:
                 pixels_BCHW = batch.pixels_BCHW
             else:
                 pixels_BCHW = model.frozen[1].decode(batch.latents_BCHW)
             originals = to_images(pixels_BCHW)
+            n_B = batch.n_B.to(self.ranks.device)
             samples = to_images(sample_pixels(model, condition, n_B, **settings))
-            visible = visible_parts(model, n_B + FIRST_N, originals)
+            visible = visible_parts(model, batch.n_B + FIRST_N, originals)
             local += zip(batch.n_B.tolist(), originals, visible, samples, strict=True)
         num = len(self.pictured["image"])
         return Pictures(self.gathered(local, num, "original", "visible", "drawn"), [None] * num)
@@ -332,11 +341,12 @@ def losses_at(model: IOMM, batch: Batch) -> Tensor:
 
     The condition of a sample is encoded once for all times.
     """
-    vae, n_B = model.frozen[1], batch.n_B.to(batch.vit_pixels_BHWC.device) + FIRST_N
+    vae, host_n_B = model.frozen[1], batch.n_B + FIRST_N
+    n_B = host_n_B.to(batch.vit_pixels_BHWC.device)
     latents_BCHW = batch.latents_BCHW
     if latents_BCHW is None:
         latents_BCHW = model.encode(batch.pixels_BCHW, n_B)
-    condition = model.condition(batch.vit_pixels_BHWC, n_B, batch.captions, batch.has_image)
+    condition = model.condition(batch.vit_pixels_BHWC, host_n_B, batch.captions, batch.has_image)
     hidden_BCD, lengths_B = model.encode_condition(condition)
     losses = []
     for t in TIMES:

@@ -213,7 +213,8 @@ def read_gedit(paths: Sequence[str], root: str | None) -> tuple[list[Item], str]
         try:
             with Image.open(image) as picture:
                 found = f"{picture.format} in {picture.mode}"
-        except OSError as error:
+        except Exception as error:
+            # Pillow raises exceptions of many types for a damaged file.
             raise InputError(f"--prompts {where}: {image} cannot be read: {error}") from error
         if found != "PNG in RGB":
             # The grader saves it as JPEG. For RGBA this fails and is retried 10,000 times.
@@ -396,6 +397,12 @@ def read_items(layout: Layout, paths: Sequence[str], root: str | None) -> tuple[
     if not items:
         raise InputError(f"--prompts {paths[0]} contains no prompts")
     for item in items:
+        try:
+            item.prompt.encode()
+        except UnicodeEncodeError:
+            raise InputError(
+                f"--prompts {paths[0]}: the prompt {item.prompt!r} is not valid Unicode text"
+            ) from None
         if not re.fullmatch(layout.id_pattern, item.id):
             raise InputError(
                 f"--prompts {paths[0]}: the id {item.id!r} cannot be a file name, "

@@ -4,8 +4,10 @@ Conditions are built as in the run's training. The text chunks of every PNG reco
 settings: prompt, seed, steps, guidance, size, run, step, weights.
 """
 
+import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,12 +15,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 
+from iomm import lora
+from iomm.caption_limit import CaptionLimit
 from iomm.config import InputError
 from iomm.engine import builders
 from iomm.engine.config import RunConfig
+from iomm.engine.data.atomic import whole_file, whole_folder
+from iomm.engine.data.decode import DecodeError, as_trained
+from iomm.engine.data.image import Rejected
 from iomm.engine.data.shards import Shards
 from iomm.engine.data.source import ImageSource
 from iomm.masking import visible_mask
@@ -27,9 +34,16 @@ from iomm.pipeline import CARD, Pipeline, height_width, image_grid, sample_pixel
 
 
 def open_pipeline(
-    run_dir: str | Path, *, weights: str = "ema", device: str | torch.device = "cpu"
+    run_dir: str | Path,
+    *,
+    weights: str = "ema",
+    device: str | torch.device = "cpu",
+    mllm: str | None = None,
+    vae: str | None = None,
 ) -> tuple[Pipeline, RunConfig | None]:
     """Load the pipeline of a run's newest intact checkpoint, or of an exported folder.
+
+    mllm and vae replace the names in the run's config or in the exported folder.
 
     Returns:
         The pipeline, whose `origin` names run, step and weights, and the run's config. The config
@@ -40,10 +54,12 @@ def open_pipeline(
     """
     run_dir = Path(run_dir)
     if (run_dir / CARD).is_file():
-        pipe = Pipeline.from_pretrained(run_dir, device=device)
+        pipe = Pipeline.from_pretrained(run_dir, device=device, mllm=mllm, vae=vae)
         pipe.origin = pipe.origin or {"run": run_dir.as_posix()}
         return pipe, None
-    config, model, manifest = builders.load_run(run_dir, weights=weights, device=device)
+    config, model, manifest = builders.load_run(
+        run_dir, weights=weights, device=device, mllm=mllm, vae=vae
+    )
     origin = {
         "run": run_dir.as_posix(),
         "step": str(manifest["step"]),
@@ -66,6 +82,8 @@ def sample_run(
     device: str | torch.device = "cpu",
     out: str | Path | None = None,
     singles: bool = False,
+    mllm: str | None = None,
+    vae: str | None = None,
 ) -> Path:
     """Sample images from a run, write them as a PNG grid, and return its path.
 
@@ -86,8 +104,10 @@ def sample_run(
         weights: "ema" or "raw".
         device: device of the model.
         out: path of the PNG. The default name in the run's folder contains the first words of the
-            first prompt, so grids of different prompts do not overwrite each other.
+            first prompt and a hash of all settings, so that no grid overwrites another one.
         singles: also write every image as a PNG, into a folder with the name of the grid.
+        mllm: MLLM to use instead of the one that the run names.
+        vae: VAE to use instead of the one that the run names.
 
     Raises:
         InputError: if `run_dir` is not a run, has no intact checkpoint, or if the settings are
@@ -95,7 +115,12 @@ def sample_run(
     """
     if num < 1 or steps < 1:
         raise InputError(f"--num and --steps must be >= 1, got {num} and {steps}")
-    pipe, config = open_pipeline(run_dir, weights=weights, device=device)
+    if len(prompts) > num:
+        raise InputError(
+            f"--num is {num}, but {len(prompts)} prompts were given: give --num {len(prompts)}, or "
+            "leave it out"
+        )
+    pipe, config = open_pipeline(run_dir, weights=weights, device=device, mllm=mllm, vae=vae)
     words = slug(*prompts[:1])
     if not prompts and config is None:
         raise InputError(
@@ -103,7 +128,9 @@ def sample_run(
         )
     if not prompts and config.train.data != "image":
         pairs = Shards(builders.prepare_data(config, progress=False, pairs=True))
-        prompts = [pairs.caption(k) for k in range(min(num, len(pairs)))]
+        builders.check_data(config, pipe.origin["step"], pairs=pairs)
+        limit = CaptionLimit(pipe.model.frozen[0], config.adapter, config.prompt)
+        prompts = [limit.cut(pairs.caption(k)) for k in range(min(num, len(pairs)))]
     if not prompts and (size or guidance != 1.0):
         raise InputError("--size and --guidance apply only to samples from text: give a --prompt")
     if prompts:
@@ -114,12 +141,12 @@ def sample_run(
         }
     else:
         texts = [f"masked image {i} of the run" for i in range(num)]
-        rows = reconstruct(config, pipe.model, num, steps, seed, shift, device)
+        rows = reconstruct(config, pipe.model, num, steps, seed, shift, device, pipe.origin["step"])
     step = f"step-{int(pipe.origin['step']):08d}-" if "step" in pipe.origin else ""
-    path = png_path(out, run_dir, f"{step}{words}seed{seed}")
     metadata = sampling_metadata(
         pipe, size or pipe.size_px, steps=steps, seed=seed, guidance=guidance, shift=shift
     )
+    path = png_path(out, run_dir, f"{step}{words}seed{seed}-{hash_of(metadata, texts)}")
     save_grid(rows, texts, path, {**metadata, "prompt": "\n".join(dict.fromkeys(texts))})
     if singles:
         folder = path.with_suffix("")
@@ -136,8 +163,11 @@ def reconstruct(
     seed: int,
     shift: float | str,
     device: str | torch.device,
+    step: str,
 ) -> dict[str, list[Image.Image]]:
     """Reconstruct the first `num` images of a run's order from their visible parts.
+
+    step: the model's step. Its checkpoint records the images that the run was trained on.
 
     Returns:
         {"original": the images, "visible": the parts that the MLLM sees, "drawn": the model's
@@ -145,6 +175,7 @@ def reconstruct(
     """
     mllm, _ = model.frozen
     shards = Shards(builders.prepare_data(config, progress=False))
+    builders.check_data(config, step, images=shards)
     batch = next(
         iter(
             ImageSource(
@@ -161,14 +192,13 @@ def reconstruct(
             )
         )
     )
-    n_B = batch.n_B.to(device)
-    condition = model.condition(batch.vit_pixels_BHWC, n_B)
+    condition = model.condition(batch.vit_pixels_BHWC, batch.n_B)
     image_B = torch.arange(num, device=device)
     samples = sample_pixels(
         model, condition, image_B, size_px=config.data.size_px, steps=steps, seed=seed, shift=shift
     )
     originals = to_images(batch.pixels_BCHW)
-    visible = visible_parts(model, n_B, originals)
+    visible = visible_parts(model, batch.n_B, originals)
     return {"original": originals, "visible": visible, "drawn": to_images(samples)}
 
 
@@ -180,7 +210,7 @@ def visible_parts(model: IOMM, n_B: Tensor, images: list[Image.Image]) -> list[I
     """
     mask, seed, num = model.recipe.mask, model.recipe.seed, model.frozen[0].num_image_tokens
     side = math.isqrt(num)
-    visible_BYX = visible_mask(mask, seed, n_B, num).view(-1, side, side).cpu().numpy()
+    visible_BYX = visible_mask(mask, seed, n_B.cpu(), num).view(-1, side, side).numpy()
     shown = []
     for image, visible_YX in zip(images, visible_BYX, strict=True):
         pixels_HWC = np.array(image)
@@ -238,6 +268,8 @@ def edit_run(
     weights: str = "ema",
     device: str | torch.device = "cpu",
     out: str | Path | None = None,
+    mllm: str | None = None,
+    vae: str | None = None,
 ) -> Path:
     """Edit an image file by an instruction, write the result as a PNG, and return its path.
 
@@ -253,29 +285,43 @@ def edit_run(
         weights: "ema" or "raw".
         device: device of the model.
         out: path of the PNG, by default in the run's folder.
+        mllm: MLLM to use instead of the one that the run names.
+        vae: VAE to use instead of the one that the run names.
 
     Raises:
         InputError: if `image` is not an image, or as in open_pipeline.
     """
     picture = open_image(image)
-    pipe, _ = open_pipeline(run_dir, weights=weights, device=device)
-    path = png_path(out, run_dir, f"edited-{Path(image).stem}-{slug(instruction)}seed{seed}")
+    pipe, _ = open_pipeline(run_dir, weights=weights, device=device, mllm=mllm, vae=vae)
     edited = pipe.edit(
         picture, instruction, steps=steps, seed=seed, guidance=guidance, shift=shift, size=size
     )
     metadata = sampling_metadata(
         pipe, size or pipe.size_px, steps=steps, seed=seed, guidance=guidance, shift=shift
     )
-    save_png(edited, path, {**metadata, "prompt": instruction, "source": Path(image).name})
+    metadata |= {"prompt": instruction, "source": Path(image).name}
+    name = f"edited-{shortened(Path(image).stem)}-{slug(instruction)}seed{seed}"
+    content = hashlib.sha256(picture.tobytes()).hexdigest()
+    path = png_path(out, run_dir, f"{name}-{hash_of(metadata, content)}")
+    save_png(edited, path, metadata)
     return path
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """Open an image file in RGB, rotated as its EXIF data require. Raises InputError."""
+def open_image(path: str | Path, name: str = "--image") -> Image.Image:
+    """Read an image file in RGB, as training reads its images. Raises InputError.
+
+    name: what the error calls the file.
+    """
     try:
-        return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"--image {path}: {error}") from error
+        return as_trained(Path(path).read_bytes())
+    except OSError as error:
+        raise InputError(f"{name} {path} cannot be read: {error.strerror}") from error
+    except (Rejected, DecodeError) as error:
+        reason = getattr(error, "reason", "damaged").replace("_", " ")
+        raise InputError(
+            f"{name} {path} is not an image that training would read ({reason}: {error}). Convert "
+            "it to a JPEG or PNG file"
+        ) from error
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -321,13 +367,26 @@ def save_png(image: Image.Image, path: Path, metadata: dict[str, Any]) -> None:
     for key, value in metadata.items():
         text.add_text(key, str(value))
     path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, format="PNG", pnginfo=text)
+    with whole_file(path) as partial:
+        image.save(partial, format="PNG", pnginfo=text)
 
 
 def slug(text: str = "") -> str:
     """Return a text as part of a file name: "make it red" -> "make-it-red-", "" -> ""."""
-    words = "-".join(re.findall(r"\w+", text.lower()))[:40]
+    words = shortened("-".join(re.findall(r"\w+", text.lower()))[:40])
     return f"{words}-" if words else ""
+
+
+def shortened(name: str, num_bytes: int = 80) -> str:
+    """Return the start of a name. A file system allows 255 bytes for the name of a file."""
+    return os.fsdecode(os.fsencode(name)[:num_bytes]).encode(errors="ignore").decode()
+
+
+def hash_of(metadata: dict[str, Any], *facts: object) -> str:
+    """Return a short hash of everything that determines a picture but the folder of the run."""
+    known = {key: str(value) for key, value in metadata.items() if key != "run"}
+    text = json.dumps([known, *facts], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def png_path(out: str | Path | None, run_dir: str | Path, name: str) -> Path:
@@ -366,11 +425,14 @@ def export_run(
     folder = Path(out) if out else Path(run_dir) / "export" / name
     if config.lora.rank and not merge:
         pipe.origin["base"] = config.run.init
-        return pipe.save_lora(folder)
-    names = [
-        Path(name).resolve() if Path(name).is_dir() else name
-        for name in (builders.mllm_name(config), builders.vae_name(config))
-    ]
-    return pipe.save_pretrained(
-        folder, mllm=names[0], vae=names[1], mllm_revision=config.model.mllm_revision
-    )
+        with whole_folder(folder, lora.FILE) as fresh:
+            pipe.save_lora(fresh)
+        return folder / lora.FILE
+    with whole_folder(folder, CARD, keep=("samples",)) as fresh:
+        pipe.save_pretrained(
+            fresh,
+            mllm=config.model.mllm,
+            vae=config.model.vae,
+            mllm_revision=config.model.mllm_revision,
+        )
+    return folder

@@ -126,7 +126,7 @@ def grade(
     pictures = []
     for start in range(0, len(wanted.texts), batch):
         part = slice(start, start + batch)
-        n_B = torch.arange(len(wanted.texts), device=device)[part]
+        n_B = torch.arange(len(wanted.texts))[part]
         tokens_BPD = visible = None
         if task != "text":
             shown = [
@@ -148,7 +148,13 @@ def grade(
             positions=model.recipe.mask.positions,
         )
         pixels_BCHW = sample_pixels(
-            model, condition, n_B, size_px=size_px, steps=steps, guidance=guidance, seed=seed
+            model,
+            condition,
+            n_B.to(device),
+            size_px=size_px,
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
         )
         pictures += to_images(pixels_BCHW)
     return score_table(wanted.kinds, pictures, wanted.captions, wanted.edited), pictures

@@ -8,7 +8,6 @@ import datetime
 import importlib.metadata
 import importlib.util
 import json
-import os
 import platform
 import re
 import shutil
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend
 
+from iomm.engine.cores import num_cores
 from iomm.kernels import native
 
 PRESENT, ABSENT, PROBLEM = "present", "absent", "problem"
@@ -98,7 +98,7 @@ def machine() -> dict[str, Any]:
         ":(top,exclude)*.md",
     )
     return {
-        "device": gpu or f"{cpu_name()}, {len(os.sched_getaffinity(0))} cores",
+        "device": gpu or f"{cpu_name()}, {num_cores()} cores",
         "gpu": gpu,
         "date": str(datetime.date.today()),
         "torch": torch.__version__,
@@ -221,7 +221,10 @@ def dali_row() -> Row:
         )
     # In another process, which a wheel that does not fit this machine may crash.
     load = subprocess.run(
-        [sys.executable, "-c", "import nvidia.dali.fn"], capture_output=True, text=True
+        # -P: not from the user's current folder, where a file may hide a module.
+        [sys.executable, "-P", "-c", "import nvidia.dali.fn"],
+        capture_output=True,
+        text=True,
     )
     if load.returncode:
         return (

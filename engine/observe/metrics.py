@@ -201,6 +201,7 @@ class Metrics:
         skipped_steps: int,
         skipped_samples: int,
         align_loss: float | None = None,
+        cut_captions: int = 0,
     ) -> dict[str, Any]:
         """Write the record of a step and return it.
 
@@ -214,6 +215,7 @@ class Metrics:
             skipped_steps: in the whole run.
             skipped_samples: in the whole run.
             align_loss: mean over the aligned samples, None without any.
+            cut_captions: in the whole run.
         """
         split, other_streams = self.clock.read()
         for part, seconds in self.carried.items():
@@ -244,6 +246,7 @@ class Metrics:
             "memory_gib": memory_gib(self.device),
             "skipped_steps": skipped_steps,
             "skipped_samples": skipped_samples,
+            "cut_captions": cut_captions,
             "gpu_hours": self.gpu_hours,
             "gpu_hours_left": typical_s * (self.num_steps - step) * self.size / 3600,
         }
@@ -379,11 +382,12 @@ def line(row: dict[str, Any], num_steps: int) -> str:
         f"  held-out {kind} {loss['mean']:.4f}"
         for kind, loss in row.get("heldout_loss", {}).items()
     )
+    cut = f"  cut captions {row['cut_captions']:,}" if row.get("cut_captions") else ""
     heldout += f"  fits {row['scores']['fits']:.0%}" if "scores" in row else ""
     return (
         f"step {row['step']}/{num_steps}  loss {row['loss']:.4f}{align}{heldout}  "
         f"grad norm {norm}  lr {row['lr']:.2e}  "
         f"{row['images_per_s']:.1f} images/s  {row['tokens_per_s']:,.0f} tokens/s{mfu}  "
-        f"data wait {row['data_wait_s'] * 1e3:.0f} ms  {split}  "
+        f"data wait {row['data_wait_s'] * 1e3:.0f} ms{cut}  {split}  "
         f"GPU-hours {row['gpu_hours']:.2f} used, {row['gpu_hours_left']:.2f} left"
     )

@@ -13,6 +13,7 @@ import io
 import json
 import math
 import re
+import shlex
 import textwrap
 import time
 from collections import Counter
@@ -238,7 +239,7 @@ def read_run(run_dir: str | Path) -> Run:
         for step, path in numbered(folder, r"evaluate-(\d+)").items()
         if step <= last.get("step", step)
     }
-    final = numbered(folder, r"step-(\d+)-seed0")
+    final = numbered(folder, r"step-(\d+)-seed0(?:-[0-9a-f]{8})?")
     return Run(
         name=folder.resolve().name,
         dir=folder,
@@ -257,9 +258,13 @@ def read_run(run_dir: str | Path) -> Run:
 
 
 def numbered(folder: Path, pattern: str) -> dict[int, Path]:
-    """Return {number: path} of the PNGs in samples/ whose stem matches, rising."""
+    """Return {number: path} of the PNGs in samples/ whose stem matches, rising.
+
+    Of several with the same number, the newest one counts.
+    """
     paths = [(re.fullmatch(pattern, path.stem), path) for path in folder.glob("samples/*.png")]
-    return dict(sorted((int(match[1]), path) for match, path in paths if match))
+    found = [(int(match[1]), path) for match, path in paths if match]
+    return dict(sorted(found, key=lambda item: (item[0], item[1].stat().st_mtime_ns, item[1])))
 
 
 def read_log(path: Path) -> tuple[dict, dict, dict[str, float], int]:
@@ -707,7 +712,7 @@ def page(runs: list[Run], curves: Figure | None, sheets: list[Image.Image | None
     if rows:
         names = [run.name for run in runs] if len(runs) > 1 else [""]
         body += ["<h2>Machine and versions</h2>", table(["", *names], rows)]
-    now, where = time.strftime("%Y-%m-%d %H:%M"), " ".join(run.dir.as_posix() for run in runs)
+    now, where = time.strftime("%Y-%m-%d %H:%M"), shlex.join(run.dir.as_posix() for run in runs)
     body += [f"<footer>{quiet(f'Written {now}. To update it: iomm report {where}')}</footer>"]
     title = f"{', '.join(run.name for run in runs)} {DASH} IOMM run report"
     return PAGE.format(title=esc(title), body="\n".join(body))
@@ -780,6 +785,8 @@ def final_values(run: Run) -> dict[str, str]:
     for key in ("skipped_steps", "skipped_samples"):
         if key in run.last:
             found[key.replace("_", " ")] = f"{number(run.last[key]):,.0f}"
+    if run.last.get("cut_captions"):
+        found["cut captions"] = f"{number(run.last['cut_captions']):,.0f}"
     found["warnings"] = f"{run.warnings.total():,}"
     if run.num_damaged:
         found["damaged log lines"] = f"{run.num_damaged:,}"

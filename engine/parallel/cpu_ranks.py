@@ -20,6 +20,7 @@ import time
 from typing import TYPE_CHECKING, Self
 
 from iomm.config import InputError
+from iomm.engine.cores import num_cores
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -74,11 +75,6 @@ def num_ranks(train: TrainSection, device_type: str) -> int:
 def num_threads(train: TrainSection, local_ranks: int) -> int:
     """Return the number of torch threads of each of the `local_ranks` ranks on this machine."""
     return train.threads or max(1, num_cores() // local_ranks)
-
-
-def num_cores() -> int:
-    """Return the number of cores that this process may run on."""
-    return len(os.sched_getaffinity(0))
 
 
 class Peers:

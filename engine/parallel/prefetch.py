@@ -29,10 +29,7 @@ class Prefetcher:
             self.stream.wait_stream(torch.cuda.current_stream(device))
 
     def fetch(self) -> None:
-        """Queue the work on the next batch, if there is one.
-
-        The host waits for the side stream wherever lengths are read.
-        """
+        """Queue the work on the next batch, if there is one."""
         # A stream of None has no effect.
         with torch.cuda.stream(self.stream):
             with named("data"):

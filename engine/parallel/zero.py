@@ -258,9 +258,12 @@ class Sharded:
             dist.all_reduce(finite, op=dist.ReduceOp.MIN)
         return gradients[0].view(-1)[:1].mul_(torch.where(finite > 0, 1.0, float("nan")))
 
-    def grad_norm(self) -> float | None:
-        """Return the gradient norm of the last step before clipping, or None if skipped."""
-        return float(self.engine.get_global_grad_norm()) if self.engine.was_step_applied() else None
+    def grad_norm(self) -> Tensor | float | None:
+        """Return the gradient norm of the last step before clipping, or None if skipped.
+
+        A tensor is still on the device.
+        """
+        return self.engine.get_global_grad_norm() if self.engine.was_step_applied() else None
 
 
 def reduce_dtype(config: RunConfig) -> torch.dtype:

@@ -10,7 +10,6 @@ A run resumes from the newest folder whose manifest and files verify. There is n
 could become stale. Files are safetensors and JSON only.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -29,6 +28,7 @@ import torch
 from torch import Tensor
 
 from iomm.config import InputError
+from iomm.engine.data.atomic import lock
 from iomm.engine.resilience.checkpoint_reader import (
     damage,
     folder_name,
@@ -306,10 +306,9 @@ def lock_run_dir(run_dir: Path | str, timeout_s: float = 10.0) -> None:
     until = time.monotonic() + timeout_s
     while True:
         try:
-            # Not flock, whose lock forked workers would inherit.
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(handle, run_dir, inherited=False, wait=False)
             break
-        except (BlockingIOError, PermissionError):
+        except BlockingIOError:
             if time.monotonic() > until:
                 owner = os.pread(handle, 200, 0).decode(errors="replace")
                 os.close(handle)
@@ -318,12 +317,6 @@ def lock_run_dir(run_dir: Path | str, timeout_s: float = 10.0) -> None:
                     "another run.dir"
                 ) from None
             time.sleep(0.1)
-        except OSError as error:
-            # The file system has no locks.
-            logger.warning(
-                "%s cannot be locked (%s): make sure that no other job trains in it", run_dir, error
-            )
-            break
     os.ftruncate(handle, 0)
     os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
     sweep(Path(run_dir) / "checkpoints")

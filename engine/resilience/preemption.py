@@ -1,22 +1,26 @@
 """Preemption: signals that request the run to save and stop."""
 
+import os
 import signal
 from types import FrameType, TracebackType
 from typing import Self
 
 # Exit code of a run that was stopped by a signal and has saved. It is EX_TEMPFAIL, "try again".
 REQUEUE = 75
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Stop:
-    """Set `requested` on SIGTERM and SIGUSR1 instead of ending the process.
+    """Set `requested` on SIGTERM, SIGUSR1 and Ctrl-C instead of ending the process.
 
-    Use as a context. The signals may arrive any number of times.
+    Use as a context. SIGTERM and SIGUSR1 may arrive any number of times. A second Ctrl-C ends the
+    process without saving.
     """
 
-    def __init__(self) -> None:
-        self.requested = False
+    def __init__(self, reports: bool = False) -> None:
+        """reports: say on Ctrl-C what happens now, on one rank."""
+        self.requested = self.interrupted = False
+        self.reports = reports
         self.before = {}
 
     def __enter__(self) -> Self:
@@ -24,7 +28,21 @@ class Stop:
         return self
 
     def request(self, number: int, frame: FrameType | None) -> None:
-        """Handle a signal."""
+        """Handle a signal.
+
+        Raises:
+            KeyboardInterrupt: it is a second Ctrl-C.
+        """
+        if number == signal.SIGINT:
+            if self.interrupted:
+                raise KeyboardInterrupt
+            self.interrupted = True
+            if self.reports:
+                # Not print: the signal may have interrupted one.
+                os.write(
+                    2,
+                    b"\niomm: stopping after this step and saving it; Ctrl-C again stops at once\n",
+                )
         self.requested = True
 
     def __exit__(

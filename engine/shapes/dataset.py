@@ -247,15 +247,7 @@ def write_dataset(
             "the shapes dataset needs num_images >= 1, shard_size >= 1 and size_px >= 16, "
             f"got num_images={num_images}, shard_size={shard_size}, size_px={size_px}"
         )
-    settings = {
-        "version": VERSION,
-        "num_images": num_images,
-        "size_px": size_px,
-        "seed": seed,
-        "shard_size": shard_size,
-        "split": split,
-    }
-    names = [f"{shard:05d}.tar" for shard in range(-(-num_images // shard_size))]
+    settings, names = _contents(num_images, size_px, seed, shard_size, split)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder_lock(folder.parent):
         if not _is_complete(folder, settings, names):
@@ -269,6 +261,33 @@ def write_dataset(
                     json.dumps({"settings": settings, "bytes": sizes}, indent=1)
                 )
     return [folder / name for name in names]
+
+
+def is_dataset(
+    folder: str | Path,
+    num_images: int = 4096,
+    size_px: int = 64,
+    seed: int = 0,
+    shard_size: int = 1024,
+    split: str = "train",
+) -> bool:
+    """Return whether write_dataset with the same arguments would leave the folder unchanged."""
+    return _is_complete(Path(folder), *_contents(num_images, size_px, seed, shard_size, split))
+
+
+def _contents(
+    num_images: int, size_px: int, seed: int, shard_size: int, split: str
+) -> tuple[dict[str, int | str], list[str]]:
+    """Return the settings of a dataset, as its manifest has them, and the names of its tars."""
+    settings = {
+        "version": VERSION,
+        "num_images": num_images,
+        "size_px": size_px,
+        "seed": seed,
+        "shard_size": shard_size,
+        "split": split,
+    }
+    return settings, [f"{shard:05d}.tar" for shard in range(-(-num_images // shard_size))]
 
 
 def _write_shard(path: Path, seed: int, numbers: range, size_px: int, split: str) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from iomm.kernels.dispatch import pick, register
 from iomm.kernels.masked_attention import varlen
+from iomm.kernels.masked_attention.packing import Lengths
 from iomm.kernels.masked_attention.reference import masked_attention_reference
 from iomm.kernels.masked_attention.sdpa import masked_attention_sdpa
 from iomm.kernels.masked_attention.triton_op import masked_attention_triton
@@ -84,6 +85,12 @@ def _check_offsets(name: str, offsets: Tensor, q: Tensor) -> None:
         )
 
 
+def _check_lengths(name: str, lengths: Lengths, offsets: Tensor | None) -> None:
+    num_samples = 0 if offsets is None else len(offsets) - 1
+    if lengths is not None and len(lengths) != num_samples:
+        raise ValueError(f"{name} must have {num_samples} entries, got {len(lengths)}")
+
+
 def masked_attention(
     q: Tensor,
     k: Tensor | None,
@@ -95,6 +102,8 @@ def masked_attention(
     prefix_offsets: Tensor | None = None,
     causal: bool = True,
     scale: float | None = None,
+    lengths: Lengths = None,
+    prefix_lengths: Lengths = None,
 ) -> Tensor:
     """Return softmax attention (S, A, E), differentiable in q, k, v and the prefix.
 
@@ -113,10 +122,14 @@ def masked_attention(
         prefix_offsets: int32 (B + 1,). Rows of the prefix that belong to each sample.
         causal: If true, query i sees the suffix keys up to i. Otherwise it sees all of them.
         scale: Factor on the scores. The default is 1 / sqrt(E).
+        lengths: The differences of `offsets` on the host. If they are None, most backends read
+            the offsets, for which the host waits until the GPU has computed them.
+        prefix_lengths: The same for `prefix_offsets`.
 
     Raises:
-        ValueError: Shapes or dtypes do not match, or offsets are inconsistent. The triton backend
-            cannot check offsets because it does not read them on the host.
+        ValueError: Shapes or dtypes do not match, or offsets are inconsistent. On a GPU, offsets
+            are not checked if the host knows the lengths or the backend is triton, because they
+            are not read then.
     """
     if q.dim() != 3:
         raise ValueError(f"q must have shape (S, A, E), got {tuple(q.shape)}")
@@ -147,6 +160,20 @@ def masked_attention(
                 f"suffix and prefix must have the same number of key heads, "
                 f"got {k.shape[1]} and {prefix_k.shape[1]}"
             )
+    _check_lengths("lengths", lengths, offsets)
+    _check_lengths("prefix_lengths", prefix_lengths, prefix_offsets)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     run = pick("masked_attention", q.device, q.dtype)
-    return run(q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, causal, scale)
+    return run(
+        q,
+        k,
+        v,
+        offsets,
+        prefix_k,
+        prefix_v,
+        prefix_offsets,
+        causal,
+        scale,
+        lengths,
+        prefix_lengths,
+    )

@@ -1,11 +1,18 @@
-"""Row layouts of a batch for the library backends, computed on the host and cached."""
+"""Row layouts of a batch for the library backends, cached.
+
+Sizes come from lengths that the host knows, so nothing is read from the GPU; rows are computed on
+the device of the offsets. Without host lengths the offsets are read, which waits for the GPU.
+"""
 
 from collections.abc import Callable, Hashable
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# Lengths of the samples, or None to read them from the offsets.
+Lengths = tuple[int, ...] | None
 
 _recent = []
 
@@ -15,7 +22,7 @@ def cached_layout(
 ) -> Any:
     """Return make(offsets, prefix_offsets, *key), cached for the last four batches.
 
-    Computing a layout waits for the GPU, and all layers of a model need the same one.
+    All layers of a model need the same layout.
 
     Args:
         make: Computes the layout.
@@ -41,35 +48,31 @@ def cached_layout(
     return layout
 
 
-def sample_lengths(name: str, offsets: Tensor, num_rows: int | None = None) -> list[int]:
-    """Return the lengths of the samples.
+def sample_lengths(
+    name: str, offsets: Tensor, num_rows: int | None = None, lengths: Lengths = None
+) -> tuple[int, ...]:
+    """Return the lengths of the samples, read from the offsets unless they are given.
 
     Raises:
-        ValueError: Offsets do not start at 0, decrease, or exceed `num_rows`.
+        ValueError: Offsets do not start at 0, decrease, or exceed `num_rows`, or given lengths
+            contradict them. The latter is only checked on a CPU, where reading is free.
     """
-    bounds = offsets.tolist()
-    lengths = [stop - start for start, stop in pairwise(bounds)]
-    if bounds[0] != 0 or min(lengths, default=0) < 0:
+    given = lengths is not None and offsets.device.type != "cpu"
+    bounds = [0, *accumulate(lengths)] if given else offsets.tolist()
+    found = tuple(stop - start for start, stop in pairwise(bounds))
+    if bounds[0] != 0 or min(found, default=0) < 0:
         raise ValueError(f"{name} must start at 0 and never decrease, got {bounds}")
+    if lengths is not None and found != tuple(lengths):
+        raise ValueError(f"lengths of {name} must be {found}, got {tuple(lengths)}")
     if num_rows is not None and bounds[-1] > num_rows:
         raise ValueError(f"{name} end at {bounds[-1]}, but there are only {num_rows} rows")
-    return lengths
+    return found
 
 
-def target_rows(
-    lengths: list[int], strides: Tensor, first: Tensor | int, device: torch.device
-) -> Tensor:
-    """Return the row of each packed token if sample b starts at strides[b] + first[b].
-
-    Args:
-        lengths: Lengths of the samples.
-        strides: First row of each sample's slots.
-        first: First slot within the sample, per sample or one for all.
-        device: Device of the result.
-    """
+def target_rows(offsets: Tensor, total: int, first_B: Tensor) -> Tensor:
+    """Return the row of each of `total` packed tokens if sample b starts at row first_B[b]."""
+    starts_B = offsets[:-1].long()
     sample = torch.repeat_interleave(
-        torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.int64)
+        torch.arange(len(starts_B), device=offsets.device), offsets.diff(), output_size=total
     )
-    starts = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0)
-    base = torch.as_tensor(strides).expand(len(lengths)) + torch.as_tensor(first)
-    return (base[sample] + torch.arange(len(sample)) - starts[sample]).to(device)
+    return (first_B - starts_B)[sample] + torch.arange(total, device=offsets.device)

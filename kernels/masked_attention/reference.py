@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from iomm.kernels.masked_attention.packing import Lengths
+
 
 def masked_attention_reference(
     q: Tensor,
@@ -14,10 +16,12 @@ def masked_attention_reference(
     prefix_offsets: Tensor | None,
     causal: bool,
     scale: float,
+    lengths: Lengths = None,
+    prefix_lengths: Lengths = None,
 ) -> Tensor:
     """Return (S, A, E) as defined by `masked_attention`.
 
-    Arithmetic is float32 (float64 for float64 inputs).
+    Arithmetic is float32 (float64 for float64 inputs). The offsets alone say where samples begin.
     """
     bounds = offsets.tolist()
     prefix_bounds = None if prefix_offsets is None else prefix_offsets.tolist()

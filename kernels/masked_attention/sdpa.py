@@ -11,7 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from iomm.kernels.masked_attention.packing import cached_layout, sample_lengths, target_rows
+from iomm.kernels.masked_attention.packing import (
+    Lengths,
+    cached_layout,
+    sample_lengths,
+    target_rows,
+)
 from iomm.kernels.masked_attention.reference import masked_attention_reference
 
 # cuDNN's backward returns NaN with a mask at lengths % 128 == 64 (pytorch #196678), so masked
@@ -90,13 +95,18 @@ class DenseLayout:
 
 
 def _make_layout(
-    offsets: Tensor, prefix_offsets: Tensor | None, has_suffix: bool, causal: bool
+    offsets: Tensor,
+    prefix_offsets: Tensor | None,
+    has_suffix: bool,
+    causal: bool,
+    lengths: Lengths = None,
+    prefix_lengths: Lengths = None,
 ) -> DenseLayout:
-    lengths = sample_lengths("offsets", offsets)
+    lengths = sample_lengths("offsets", offsets, lengths=lengths)
     prefix_lengths = (
-        [0] * len(lengths)
+        (0,) * len(lengths)
         if prefix_offsets is None
-        else sample_lengths("prefix_offsets", prefix_offsets)
+        else sample_lengths("prefix_offsets", prefix_offsets, lengths=prefix_lengths)
     )
     num_queries, num_prefix = max(lengths, default=0), max(prefix_lengths, default=0)
     equal_lengths = len(set(lengths)) <= 1 and len(set(prefix_lengths)) <= 1
@@ -110,14 +120,20 @@ def _make_layout(
     if equal_lengths and not (causal and has_suffix and num_prefix):
         return DenseLayout(regular=True, **sizes)
     num_slots = num_prefix + (num_queries if has_suffix else 0)
-    device, samples = offsets.device, torch.arange(len(lengths))
-    slot_J = torch.arange(num_slots)
-    visible_BJ = slot_J < torch.tensor(prefix_lengths)[:, None]
+    device = offsets.device
+    if prefix_offsets is None:
+        prefix_offsets = torch.zeros_like(offsets)
+    sample_B = torch.arange(len(lengths), device=device)
+    slot_J = torch.arange(num_slots, device=device)
+    visible_BJ = slot_J < prefix_offsets.diff()[:, None]
     visible = visible_BJ[:, None].repeat(1, num_queries, 1)
     if has_suffix:
         suffix_J = slot_J - num_prefix
-        present_BJ = (suffix_J >= 0) & (suffix_J < torch.tensor(lengths)[:, None])
-        last_I = torch.arange(num_queries) if causal else torch.full((num_queries,), num_queries)
+        present_BJ = (suffix_J >= 0) & (suffix_J < offsets.diff()[:, None])
+        # The last suffix key that each query sees.
+        last_I = torch.full((num_queries,), num_queries, device=device)
+        if causal:
+            last_I = torch.arange(num_queries, device=device)
         visible |= present_BJ[:, None] & (suffix_J <= last_I[:, None])
     # The softmax of a row without visible keys would be 0/0. Such a row sees slot 0 instead,
     # which is zero padding and makes its output zero.
@@ -126,12 +142,12 @@ def _make_layout(
     return DenseLayout(
         regular=False,
         **sizes,
-        mask=visible[:, None].to(device),
-        query_rows=target_rows(lengths, samples * num_queries, 0, device),
-        suffix_rows=target_rows(lengths, samples * num_slots, num_prefix, device)
+        mask=visible[:, None],
+        query_rows=target_rows(offsets, sizes["total_queries"], sample_B * num_queries),
+        suffix_rows=target_rows(offsets, sizes["total_queries"], sample_B * num_slots + num_prefix)
         if has_suffix
         else None,
-        prefix_rows=target_rows(prefix_lengths, samples * num_slots, 0, device),
+        prefix_rows=target_rows(prefix_offsets, sizes["total_prefix"], sample_B * num_slots),
     )
 
 
@@ -149,9 +165,13 @@ def masked_attention_sdpa(
     prefix_offsets: Tensor | None,
     causal: bool,
     scale: float,
+    lengths: Lengths = None,
+    prefix_lengths: Lengths = None,
 ) -> Tensor:
     """Return (S, A, E) from scaled_dot_product_attention."""
-    layout = cached_layout(_make_layout, offsets, prefix_offsets, k is not None, causal)
+    layout = cached_layout(
+        _make_layout, offsets, prefix_offsets, k is not None, causal, lengths, prefix_lengths
+    )
     num_prefix = 0 if prefix_k is None else prefix_k.shape[0]
     if layout.total_queries > q.shape[0] or layout.total_prefix > num_prefix:
         raise ValueError(
@@ -166,7 +186,17 @@ def masked_attention_sdpa(
             None if x is None else x[: layout.total_prefix] for x in (prefix_k, prefix_v)
         )
         own = masked_attention_sdpa(
-            q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, causal, scale
+            q,
+            k,
+            v,
+            offsets,
+            prefix_k,
+            prefix_v,
+            prefix_offsets,
+            causal,
+            scale,
+            lengths,
+            prefix_lengths,
         )
         return torch.cat((own, padding))
     num_keys = num_prefix + (0 if k is None else k.shape[0])

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from iomm.kernels.masked_attention.packing import Lengths
 from iomm.kernels.triton_ops.support import power_of_2
 
 if TYPE_CHECKING:
@@ -59,8 +60,10 @@ def masked_attention_triton(
     prefix_offsets: Tensor | None,
     causal: bool,
     scale: float,
+    lengths: Lengths = None,
+    prefix_lengths: Lengths = None,
 ) -> Tensor:
-    """Return (S, A, E) from the Triton kernels.
+    """Return (S, A, E) from the Triton kernels, which need no lengths on the host.
 
     Raises:
         ValueError: The head dim is not 32, 64 or 128.

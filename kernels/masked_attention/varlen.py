@@ -15,7 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from iomm.kernels.masked_attention.packing import cached_layout, sample_lengths, target_rows
+from iomm.kernels.masked_attention.packing import (
+    Lengths,
+    cached_layout,
+    sample_lengths,
+    target_rows,
+)
 
 DTYPES = torch.bfloat16, torch.float16
 
@@ -39,27 +44,29 @@ def _make_layout(
     num_rows: int,
     num_prefix: int,
     has_suffix: bool,
+    lengths: Lengths = None,
+    prefix_lengths: Lengths = None,
 ) -> PackedLayout:
-    lengths = sample_lengths("offsets", offsets, num_rows)
-    suffix = lengths if has_suffix else [0] * len(lengths)
-    prefix = (
-        [0] * len(lengths)
-        if prefix_offsets is None
-        else sample_lengths("prefix_offsets", prefix_offsets, num_prefix)
-    )
+    lengths = sample_lengths("offsets", offsets, num_rows, lengths)
+    suffix = lengths if has_suffix else (0,) * len(lengths)
+    if prefix_offsets is None:
+        prefix, prefix_offsets = (0,) * len(lengths), torch.zeros_like(offsets)
+    else:
+        prefix = sample_lengths("prefix_offsets", prefix_offsets, num_prefix, prefix_lengths)
     keys = [a + b for a, b in zip(prefix, suffix, strict=True)]
-    bounds = torch.tensor([0, *keys]).cumsum(0)
-    device, starts = offsets.device, bounds[:-1]
+    # The keys of all earlier samples come first, then the prefix, then the suffix.
+    key_offsets = prefix_offsets + offsets if has_suffix else prefix_offsets
+    starts_B = key_offsets[:-1].long()
     return PackedLayout(
-        key_offsets=bounds.int().to(device),
+        key_offsets=key_offsets,
         max_queries=max(lengths, default=0),
         max_keys=max(keys, default=0),
         total_queries=sum(lengths),
         total_keys=sum(keys),
-        suffix_rows=target_rows(suffix, starts, torch.tensor(prefix, dtype=torch.int64), device)
+        suffix_rows=target_rows(offsets, sum(suffix), starts_B + prefix_offsets.diff())
         if has_suffix
         else None,
-        prefix_rows=target_rows(prefix, starts, 0, device),
+        prefix_rows=target_rows(prefix_offsets, sum(prefix), starts_B),
     )
 
 
@@ -87,6 +94,8 @@ def _run(
     prefix_offsets: Tensor | None,
     causal: bool,
     scale: float,
+    lengths: Lengths = None,
+    prefix_lengths: Lengths = None,
 ) -> Tensor:
     """Return the attention of a library function on the joined keys.
 
@@ -95,7 +104,14 @@ def _run(
     """
     num_prefix = 0 if prefix_k is None else prefix_k.shape[0]
     layout = cached_layout(
-        _make_layout, offsets, prefix_offsets, q.shape[0], num_prefix, k is not None
+        _make_layout,
+        offsets,
+        prefix_offsets,
+        q.shape[0],
+        num_prefix,
+        k is not None,
+        lengths,
+        prefix_lengths,
     )
     padding = q.new_zeros(q.shape[0] - layout.total_queries, *q.shape[1:])
     q = q[: layout.total_queries]
@@ -123,7 +139,7 @@ def _run(
     return torch.cat((out, padding)) if padding.shape[0] else out
 
 
-def masked_attention_varlen(*arguments: Tensor | bool | float | None) -> Tensor:
+def masked_attention_varlen(*arguments: Tensor | bool | float | Lengths) -> Tensor:
     """Return (S, A, E) from torch.nn.attention.varlen. CUDA, bf16 and fp16 only.
 
     The arguments are the same as in `masked_attention_reference`.
@@ -175,7 +191,7 @@ def varlen_why_not() -> str | None:
     return None
 
 
-def masked_attention_flash(*arguments: Tensor | bool | float | None) -> Tensor:
+def masked_attention_flash(*arguments: Tensor | bool | float | Lengths) -> Tensor:
     """Return (S, A, E) from the flash-attn package. CUDA, bf16 and fp16 only.
 
     The arguments are the same as in `masked_attention_reference`.

@@ -5,6 +5,7 @@ Its losses are compared with a file, exactly on the kind of machine that the fil
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -81,11 +82,12 @@ def test_run_dir_has_the_files_of_the_readme(demo):
         "next        iomm sample",
     ):
         assert log.count(fragment) == 1, fragment
-    assert sorted(p.name for p in (run_dir / "samples").iterdir()) == [
+    *sheets, final = sorted(p.name for p in (run_dir / "samples").iterdir())
+    assert re.fullmatch(rf"step-{STEPS:08d}-seed0-[0-9a-f]{{8}}\.png", final)
+    assert sheets == [
         "curves.png",
         *(f"evaluate-{step:08d}.png" for step in (STEPS // 2, STEPS)),
         "progress.png",
-        f"step-{STEPS:08d}-seed0.png",
     ]
     assert sorted(p.name for p in run_dir.iterdir()) == [
         ".lock",

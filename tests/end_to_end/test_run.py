@@ -114,6 +114,7 @@ def test_every_step_is_logged_with_all_keys(golden):
             "memory_gib",
             "skipped_steps",
             "skipped_samples",
+            "cut_captions",
             "gpu_hours",
             "gpu_hours_left",
         }
@@ -192,6 +193,7 @@ WITH_AND_WITHOUT = """
 import sys
 from iomm.config import PRESETS, GeneratorConfig
 from iomm.engine.parallel import ranks as group
+from iomm.engine.config_parser import layered
 from iomm.engine.launch import main as launch
 # DeepSpeed creates its process groups only once per process.
 group.stop = lambda: None
@@ -204,7 +206,7 @@ for compiled, stage in stages:
             name = f"{compiled}-{stage}-{precision}-{every}"
             more = [f"zero.stage={stage}", f"precision={precision}", f"train.compile={compiled}"]
             more += [f"run.dir={root}/{name}", f"evaluate.every_steps={every}"]
-            assert launch([*settings, *more]) == 0, name
+            assert launch(layered([*settings, *more])) == 0, name
 """
 
 
@@ -464,13 +466,15 @@ import sys
 from iomm.config import PRESETS, GeneratorConfig
 from iomm.engine.parallel import ranks as group
 from iomm.engine.cli import main as iomm
+from iomm.engine.config_parser import layered
 from iomm.engine.launch import main as launch
 # DeepSpeed creates its process groups only once per process.
 group.stop = lambda: None
 PRESETS["demo"] = GeneratorConfig(width=64, num_heads=2, num_blocks=2)
 root, *settings = sys.argv[1:]
 def run(name, stage, *arguments):
-    assert launch(["--stage", stage, f"run.dir={root}/{name}", *settings, *arguments]) == 0, name
+    words = layered([f"run.dir={root}/{name}", *settings, *arguments])
+    assert launch(["--stage", stage, *words]) == 0, name
 for first in ("image", "pair"):
     run(first, "pretrain", f"train.data={first}")
     for second in ("image", "pair", "mix"):
@@ -601,8 +605,8 @@ def test_muon_matches_on_one_and_two_ranks_and_resumes(settings, tmp_path):
         (["--stage", "pretrian"], "--stage must be one of pretrain"),
         (["--config", ""], "--config is empty"),
         (["--hook", ""], "--hook is empty"),
-        (["--dry-run", "-8"], "--dry-run must be a number of GPUs"),
-        (["--dry-run", "0"], "--dry-run must be a number of GPUs, 1 or more, got 0"),
+        (["--dry-run", "-8"], "--dry-run must be a whole number >= 1, got '-8'"),
+        (["--dry-run", "0"], "--dry-run must be a whole number >= 1, got '0'"),
         (["--config", "dmeo"], "--config dmeo: no such file"),
         (["trian.steps=3"], "unknown key trian.steps; did you mean train.steps?"),
         (["train.steps=ten"], "train.steps must be a whole number, got 'ten'"),
@@ -655,11 +659,12 @@ def test_run_is_complete_if_final_samples_fail(schedule, offered, tmp_path, monk
 MISTAKES = """
 import json, sys
 from iomm.engine.parallel import ranks as group
+from iomm.engine.config_parser import layered
 from iomm.engine.launch import main as launch
 # DeepSpeed creates its process groups only once per process.
 group.stop = lambda: None
 for arguments in json.loads(sys.argv[1]):
-    print(f"exit {launch(arguments)}", file=sys.stderr)
+    print(f"exit {launch(layered(arguments))}", file=sys.stderr)
 """
 
 
@@ -813,7 +818,8 @@ def test_sample_edit_evaluate_and_export_read_a_run(golden, tmp_path, capsys):
         )
         == 0
     )
-    edited = Image.open(golden / "samples/edited-grid-make-it-red-seed0.png")
+    (edited,) = (golden / "samples").glob("edited-grid-make-it-red-seed0-*.png")
+    edited = Image.open(edited)
     assert edited.text == {
         **facts,
         "size": "32x32",
@@ -859,9 +865,8 @@ def test_sample_edit_evaluate_and_export_read_a_run(golden, tmp_path, capsys):
         )
         == 0
     )
-    assert (
-        Image.open(golden / "export/raw/samples/step-00000006-x-seed0.png").text["weights"] == "raw"
-    )
+    (drawn,) = (golden / "export/raw/samples").glob("step-00000006-x-seed0-*.png")
+    assert Image.open(drawn).text["weights"] == "raw"
     assert (golden / "export/raw/diffusion_pytorch_model.safetensors").is_file()
     images = Pipeline.from_pretrained(golden / "export/raw", device="cpu")(
         ["a red circle", ""], steps=2
@@ -870,7 +875,7 @@ def test_sample_edit_evaluate_and_export_read_a_run(golden, tmp_path, capsys):
     capsys.readouterr()
     for arguments, message in [
         (["sample", "--run", str(tmp_path)], "is not a run folder"),
-        (["sample", "--run", str(golden), "--num", "0"], "--num and --steps must be >= 1"),
+        (["sample", "--run", str(golden), "--num", "0"], "--num must be a whole number >= 1"),
         (
             ["sample", "--run", str(golden), "--size", "64"],
             "--size and --guidance apply only to samples from text",

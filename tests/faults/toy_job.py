@@ -27,6 +27,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from namespaces import enter_host
 from tqdm import tqdm
 
 from iomm.config import InputError
@@ -43,6 +44,8 @@ from iomm.engine.resilience import checkpoint_reader, checkpoint_writer
 from iomm.engine.resilience.loss_guard import LossGuard
 from iomm.engine.resilience.preemption import REQUEUE
 from iomm.engine.resilience.watchdog import REFUSED, Watchdog, alive
+
+TESTS = Path(__file__).resolve().parents[1]
 
 # tqdm's own lock would be a semaphore, which a killed process leaves behind.
 tqdm.set_lock(threading.RLock())
@@ -353,7 +356,8 @@ def work(rank, size, run_dir, rendezvous, overrides, options, parent):
     checkpoint_writer.write_safetensors = injecting(write_slowly, "save")
     checkpoint_reader.Reader.piece = injecting(checkpoint_reader.Reader.piece, "load")
     try:
-        with Watchdog(ranks, run_dir, config.guard.hang_s, parent) as watchdog:
+        guard = config.guard
+        with Watchdog(ranks, run_dir, guard.hang_s, guard.lost_s, parent) as watchdog:
             ranks.on_first(lambda: checkpoint_writer.lock_run_dir(run_dir))
             folder = checkpoint_reader.newest(run_dir / "checkpoints", ranks)
             source = Source(ranks, config, options, inject)
@@ -408,17 +412,22 @@ def work(rank, size, run_dir, rendezvous, overrides, options, parent):
     os._exit(code)
 
 
-def launcher(run_dir, rendezvous, size, overrides, options, answers):
+def launcher(run_dir, rendezvous, size, overrides, options, answers, hosts=None):
     """Fork the ranks and write their process ids, and at the end their exit codes, to a pipe.
 
+    hosts: for each rank what namespaces.enter_host() takes. None: all are on this machine.
     Kills the other ranks 15 s after one has failed. DeepSpeed's launcher does so after 1 s, too
     soon to observe what the ranks do by themselves.
     """
     pids, codes, parent = [], {}, os.getpid()
     for rank in range(size):
-        pid = os.fork()
+        fork = os.fork if hosts is None else functools.partial(enter_host, hosts[rank])
+        pid = fork()
         if pid == 0:
             os.close(answers)
+            if hosts is not None:
+                # Processes of another PID namespace do not see their parent.
+                parent = 0
             work(rank, size, run_dir, rendezvous, overrides, options, parent)
         pids.append(pid)
     os.write(answers, (json.dumps(pids) + "\n").encode())
@@ -457,9 +466,7 @@ SERVER_LOCK = threading.Lock()
 
 @functools.cache
 def server():
-    path = os.pathsep.join(
-        [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
-    )
+    path = os.pathsep.join([str(TESTS.parent), str(TESTS), str(TESTS / "helpers")])
     process = subprocess.Popen(
         [sys.executable, "-c", "from faults.toy_job import serve; serve()"],
         text=True,
@@ -478,7 +485,8 @@ class Job:
     `out` is the output of rank 0 in this run directory so far, earlier starts included.
     """
 
-    def __init__(self, run_dir, *overrides, size=2, **options):
+    def __init__(self, run_dir, *overrides, size=2, hosts=None, **options):
+        """`hosts`: namespaces.Hosts with `size` hosts, one rank on each."""
         self.run_dir = Path(run_dir)
         name = f"/tmp/iomm-toy-{uuid.uuid4().hex}"
         os.mkfifo(f"{name}-answers")
@@ -491,6 +499,7 @@ class Job:
             "overrides": overrides,
             "options": options,
             "answers": f"{name}-answers",
+            "hosts": hosts and [hosts.facts(rank % hosts.number) for rank in range(size)],
         }
         with SERVER_LOCK:
             server().stdin.write(json.dumps(request) + "\n")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from forked_ranks import Rank, start_server
 
+from iomm.engine.config_parser import layered
 from iomm.engine.parallel.cpu_ranks import free_port
 from iomm.engine.resilience import checkpoint_reader
 
@@ -25,7 +26,10 @@ BUILDS = Path(tempfile.mkdtemp(prefix="iomm-test-"))
 
 
 def command(ranks, *arguments):
-    """Return the deepspeed command line that starts engine/launch.py."""
+    """Return the deepspeed command line that starts engine/launch.py.
+
+    Here and below, a later setting of a key replaces an earlier one.
+    """
     return [
         str(Path(sys.executable).with_name("deepspeed")),
         "--num_gpus",
@@ -33,7 +37,7 @@ def command(ranks, *arguments):
         "--master_port",
         str(free_port()),
         str(ROOT / "engine/launch.py"),
-        *arguments,
+        *layered(arguments),
     ]
 
 
@@ -92,7 +96,7 @@ def start_ranks(ranks, script, *arguments, output):
     return [
         Rank(
             str(script),
-            arguments,
+            tuple(layered(arguments)),
             {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             str(output),
         )
@@ -105,7 +109,7 @@ def start_processes(ranks, script, *arguments, output):
     shared = group_environment(ranks)
     return [
         subprocess.Popen(
-            [sys.executable, str(script), *arguments],
+            [sys.executable, str(script), *layered(arguments)],
             cwd=ROOT,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -96,6 +96,18 @@ def autoencoder(widths=(8, 8, 16, 16), **changes):
         )
 
 
+def qwen_autoencoder():
+    """Return a random AutoencoderKLQwenImage of diffusers, the same in each call.
+
+    It has Qwen-Image's layout and narrow layers.
+    """
+    from diffusers import AutoencoderKLQwenImage
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoencoderKLQwenImage(base_dim=8, num_res_blocks=1).eval()
+
+
 def walk(value):
     """Yield every tensor inside dataclasses, tuples and lists."""
     if isinstance(value, torch.Tensor):

@@ -167,7 +167,8 @@ class Run:
             self.state.ema.update(self.state.step)
         self.state.step += 1
         dist.all_reduce(total)
-        return float(total), self.sharded.grad_norm(), applied
+        norm = self.sharded.grad_norm()
+        return float(total), None if norm is None else float(norm), applied
 
     def digest(self):
         """Return a hash of this rank's masters, moments, average and unsharded working weights."""

@@ -741,13 +741,15 @@ from iomm.config import PRESETS, GeneratorConfig
 from iomm.engine import loop
 from iomm.engine.parallel import ranks as group
 from iomm.engine.cli import main as iomm
+from iomm.engine.config_parser import layered
 from iomm.engine.launch import main as launch
 group.stop = lambda: None     # DeepSpeed creates its groups once per process
 PRESETS["demo"] = GeneratorConfig(width=64, num_heads=2, num_blocks=2)
 root, *settings = sys.argv[1:]
 on = "align.weight=0.5"
 def run(name, *arguments):
-    assert launch([f"run.dir={root}/{name}", *settings, *arguments]) == 0, name
+    words = layered([f"run.dir={root}/{name}", *settings, *arguments])
+    assert launch(words) == 0, name
 run("mix", on)
 run("again", on, "train.overlap=true", "--resume", f"{root}/mix/checkpoints/step-00000002")
 run("whole", on, "train.micro_batch=4")

@@ -1,6 +1,8 @@
 """Images from an exported folder: round trip, seeds, prompts, editing, invalid input."""
 
 import importlib.util
+import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -33,12 +35,12 @@ def arrays(images):
     return [np.asarray(image) for image in images]
 
 
-def test_exported_folder_samples_the_same_images(folder):
+def test_exported_folder_samples_the_same_images(folder, mllm_folder):
     path, pipe = folder
-    again = Pipeline.from_pretrained(path, device="cpu")
+    again = Pipeline.from_pretrained(path, device="cpu", mllm=mllm_folder)
     for name, tensor in pipe.model.state_dict().items():
         assert torch.equal(tensor, again.model.state_dict()[name]), name
-    assert again.origin == {"run": "runs/tiny"}
+    assert again.origin == {"run": "tiny"}
     prompts = ["a red circle", ""]
     for ours, theirs in zip(
         arrays(pipe(prompts, **SETTINGS)), arrays(again(prompts, **SETTINGS)), strict=True
@@ -52,7 +54,7 @@ def test_card_keeps_the_prompts(folder, tmp_path, mllm_folder):
     pipe.model.recipe = replace(plain, prompt=prompt)
     try:
         path = pipe.save_pretrained(tmp_path / "e", mllm=mllm_folder, vae="pixel:4")
-        again = Pipeline.from_pretrained(path, device="cpu")
+        again = Pipeline.from_pretrained(path, device="cpu", mllm=mllm_folder)
         assert again.model.recipe.prompt == prompt
         # Without guidance the texts that the MLLM reads decide the image.
         settings = SETTINGS | dict(guidance=1.0)
@@ -135,10 +137,10 @@ def test_edits_do_not_depend_on_their_list(folder):
         )
 
 
-def test_bfloat16_images_are_close_to_float32(folder):
+def test_bfloat16_images_are_close_to_float32(folder, mllm_folder):
     exact = arrays(folder[1]("a red circle", **SETTINGS))[0].astype(int)
     half = arrays(
-        Pipeline.from_pretrained(folder[0], device="cpu", dtype=torch.bfloat16)(
+        Pipeline.from_pretrained(folder[0], device="cpu", dtype=torch.bfloat16, mllm=mllm_folder)(
             "a red circle", **SETTINGS
         )
     )[0]
@@ -196,11 +198,26 @@ def test_bad_input_raises_value_error(folder, call, message):
     assert isinstance(error.value, InputError) and message in str(error.value)
 
 
-def test_folder_of_another_model_is_rejected(folder, tmp_path):
+def test_exported_folder_names_no_path_of_its_machine(folder, mllm_folder, tmp_path):
+    path, pipe = folder
+    text = "".join(file.read_text(errors="replace") for file in path.iterdir())
+    assert str(mllm_folder) not in text and "runs/tiny" not in text
+    name = re.escape(repr(mllm_folder.name))
+    with pytest.raises(InputError, match=f"needs the MLLM .*folder named {name}.* with --mllm"):
+        Pipeline.from_pretrained(path, device="cpu")
+    # What ships with the package is named, and found wherever it is installed.
+    shipped = pipe.save_pretrained(tmp_path / "shipped", mllm="shapes", vae="shapes")
+    card = json.loads((shipped / "iomm.json").read_text())
+    assert card["mllm"] == card["vae"] == "shapes"
+    with pytest.raises(InputError, match=r"latent tokens of 48 .* but \S*/shapes/weights/vae and"):
+        Pipeline.from_pretrained(shipped, device="cpu")
+
+
+def test_folder_of_another_model_is_rejected(folder, mllm_folder, tmp_path):
     with pytest.raises(InputError, match=r"iomm\.json"):
         Pipeline.from_pretrained(tmp_path)
     with pytest.raises(InputError, match="was trained with latent tokens of 48"):
-        Pipeline.from_pretrained(folder[0], vae="pixel:8", device="cpu")
+        Pipeline.from_pretrained(folder[0], vae="pixel:8", device="cpu", mllm=mllm_folder)
 
 
 def test_to_images_and_image_grid():
@@ -250,8 +267,8 @@ def test_sampling_rate_becomes_readme_rows(folder):
 
 
 @pytest.mark.slow
-def test_compiled_blocks_sample_the_same_images(folder):
-    pipe = Pipeline.from_pretrained(folder[0], device="cpu")
+def test_compiled_blocks_sample_the_same_images(folder, mllm_folder):
+    pipe = Pipeline.from_pretrained(folder[0], device="cpu", mllm=mllm_folder)
     prompts = ["a red circle", "two", "a red circle"]
     before = arrays(pipe(prompts, **SETTINGS))
     for ours, theirs in zip(arrays(pipe.compile()(prompts, **SETTINGS)), before, strict=True):

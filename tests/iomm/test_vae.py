@@ -1,20 +1,27 @@
-"""FluxVAE on a tiny random AutoencoderKL of diffusers, and PixelVAE."""
+"""FluxVAE and QwenVAE on tiny random autoencoders of diffusers, and PixelVAE."""
 
 import json
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from toy_models import FLUX_VAE, autoencoder
+from toy_models import FLUX_VAE, autoencoder, qwen_autoencoder
 
 from iomm.config import InputError
-from iomm.vae import FluxVAE, load_vae
+from iomm.vae import FluxVAE, QwenVAE, load_vae, vae_without_weights
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vae")
     autoencoder(sample_size=64).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def qwen_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("qwen") / "vae"
+    qwen_autoencoder().save_pretrained(folder)
     return folder
 
 
@@ -105,6 +112,85 @@ def test_flux_encoder_flops_match_the_readme():
     assert vae.flops_per_image(512) / 1e12 == pytest.approx(1.118, abs=1e-3)
 
 
+def test_qwen_vae_equals_diffusers(qwen_folder):
+    vae, raw = load_vae(str(qwen_folder), dtype=torch.float64), qwen_autoencoder().double()
+    assert isinstance(vae, QwenVAE) and not any(p.requires_grad for p in vae.parameters())
+    assert (vae.channels, vae.factor, vae.patch, vae.grid(48, 32)) == (16, 8, 2, (3, 2))
+    mean, std = (
+        torch.tensor(values).view(1, -1, 1, 1, 1).double()
+        for values in (raw.config.latents_mean, raw.config.latents_std)
+    )
+    noise, image = torch.randn(2, 16, 6, 4, dtype=torch.float64), pixels().double()
+    with torch.no_grad():
+        posterior = raw.encode(image[:, :, None]).latent_dist
+        back = raw.decode(posterior.mode()).sample[:, :, 0]
+    sample = posterior.mean + posterior.std * noise[:, :, None]
+    latents = vae.encode(image)
+    assert latents.shape == (2, 16, 6, 4) and latents.is_contiguous()
+    # Measured: 3e-16, 4e-16 and 0.
+    for got, exact in (
+        (latents, (posterior.mode() - mean) / std),
+        (vae.encode(image, noise), (sample - mean) / std),
+    ):
+        assert torch.allclose(got, exact[:, :, 0], rtol=0, atol=1e-13)
+    assert torch.allclose(vae.decode(latents), back, rtol=0, atol=1e-13)
+
+
+def test_qwen_vae_in_bfloat16_is_no_worse_than_diffusers(qwen_folder):
+    vae = load_vae(str(qwen_folder), dtype=torch.bfloat16)
+    exact = load_vae(str(qwen_folder), dtype=torch.float64).encode(pixels().double())
+    raw = qwen_autoencoder().bfloat16()
+    mean, std = (
+        torch.tensor(values).view(1, -1, 1, 1)
+        for values in (raw.config.latents_mean, raw.config.latents_std)
+    )
+    with torch.no_grad():
+        plain = raw.encode(pixels()[:, :, None].bfloat16()).latent_dist.mode()[:, :, 0]
+    error = ((plain.float() - mean) / std - exact).abs().max()
+    latents = vae.encode(pixels())
+    assert latents.dtype == torch.float32 and vae.mean.dtype == torch.float32
+    assert (latents - exact).abs().max() <= 2 * error + torch.finfo(
+        torch.bfloat16
+    ).eps * exact.abs().max()
+
+
+def test_qwen_vae_tiles_and_compiles(qwen_folder):
+    plain, tiled = load_vae(str(qwen_folder)), load_vae(str(qwen_folder), tiling=True)
+    assert torch.equal(plain.encode(pixels(1, 64, 64)), tiled.encode(pixels(1, 64, 64)))
+    large = tiled.encode(pixels(1, 288, 48))
+    assert large.shape == plain.encode(pixels(1, 288, 48)).shape == (1, 16, 36, 6)
+    assert tiled.decode(large).shape == (1, 3, 288, 48)
+    expected = plain.encode(pixels())
+    plain.compile_parts(backend="eager")
+    assert torch.equal(plain.encode(pixels()), expected)
+
+
+@pytest.mark.parametrize("size_px", [64, 96])
+def test_qwen_vae_flops_match_pytorch_flop_counter(size_px):
+    with torch.device("meta"):
+        vae = QwenVAE(qwen_autoencoder())
+        for decode, run, shape in (
+            (False, vae.encode, (1, 3, size_px, size_px)),
+            (True, vae.decode, (1, 16, size_px // 8, size_px // 8)),
+        ):
+            with FlopCounterMode(display=False) as counter:
+                run(torch.empty(shape))
+            assert vae.flops_per_image(size_px, decode) == counter.get_total_flops()
+
+
+def test_qwen_vae_has_the_size_of_the_checkpoint():
+    """127 M parameters with the kernels' frames that a single image does not reach."""
+    from diffusers import AutoencoderKLQwenImage
+
+    with torch.device("meta"):
+        whole = AutoencoderKLQwenImage()
+    assert sum(p.numel() for p in whole.parameters()) == 126_892_531
+    vae = vae_without_weights("Qwen/Qwen-Image/vae")
+    assert isinstance(vae, QwenVAE) and (vae.channels, vae.token_dim) == (16, 64)
+    # diffusers' encoder takes 1.771 TFLOP.
+    assert vae.flops_per_image(512) / 1e12 == pytest.approx(0.6356, abs=1e-4)
+
+
 def test_pixel_vae_is_the_identity():
     vae = load_vae("pixel:4")
     assert (vae.channels, vae.factor, vae.patch, vae.token_dim) == (3, 1, 4, 48)
@@ -123,6 +209,11 @@ def test_vae_of_a_pipeline_folder_is_found(folder, tmp_path):
 def with_config(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     return str(tmp_path)
+
+
+def test_random_vae_of_a_known_shape():
+    vae = load_vae("random:flux-quarter", dtype=torch.bfloat16)
+    assert isinstance(vae, FluxVAE) and vae.backbone.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(

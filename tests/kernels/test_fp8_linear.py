@@ -3,6 +3,7 @@
 import runpy
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,10 @@ from torch import nn
 
 from iomm.config import PRESETS, InputError
 from iomm.engine import launch
+from iomm.engine.dry_run import frozen_bytes
+from iomm.engine.shapes.mllm import WEIGHTS
 from iomm.generator import empty_generator
+from iomm.internvl import load_mllm
 from iomm.kernels import fp8_linear as op
 from iomm.kernels.fp8_linear import (
     BACKWARD,
@@ -22,8 +26,9 @@ from iomm.kernels.fp8_linear import (
     fp8_linear_reference,
     fp8_linear_scaled,
     quantised,
+    round_weight,
 )
-from iomm.layers import TokenLinear, use_fp8
+from iomm.layers import RoundedLinear, TokenLinear, use_fp8
 
 BACKENDS = [fp8_linear_reference, fp8_linear_scaled]
 # rows, inputs, outputs
@@ -294,6 +299,58 @@ def test_demo_in_fp8_matches_bf16_within_seed_spread(tmp_path, monkeypatch):
     assert abs(result["fp8_over_bf16"]) <= abs(result["seed_over_bf16"])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_weight_rounded_once_gives_the_same_bits(backend, shape):
+    """The result and the gradient of x are those of the weight that is rounded in every call."""
+    x, weight, bias, grad = inputs(*shape, torch.bfloat16)
+    y = backend(x, weight, bias)
+    (dx,) = torch.autograd.grad(y, x, grad)
+    rounded = round_weight(weight.detach(), backward=True)
+    again = backend(x, rounded, bias.detach())
+    (dx_again,) = torch.autograd.grad(again, x, grad)
+    torch.testing.assert_close((again, dx_again), (y, dx), rtol=0, atol=0)
+    assert rounded.values_OI.dtype == FORWARD and rounded.values_IO.shape == (shape[1], shape[2])
+
+
+def test_mllm_in_fp8_computes_its_layers_with_fp8_linear():
+    """ViT and decoder equal, to the bit, an MLLM whose layers call fp8_linear on their weights.
+
+    Gradients reach the queries. Other layers keep their weights.
+    """
+
+    def outputs(mllm):
+        pixels = torch.randint(
+            256, (2, mllm.vit_px, mllm.vit_px, 3), generator=torch.Generator().manual_seed(0)
+        ).to(torch.uint8)
+        tokens = mllm.image_tokens(pixels)
+        condition = mllm.condition(["a red circle", "two"], tokens)
+        cache, _ = mllm.prefix(condition)
+        queries = torch.linspace(-1, 1, 2 * 3 * mllm.width).view(2, 3, -1).to(mllm.dtype)
+        hidden = mllm.queries(queries.requires_grad_(), condition, cache)
+        return tokens, hidden, *torch.autograd.grad(hidden.float().square().sum(), queries)
+
+    def shapes_mllm():
+        return load_mllm(str(WEIGHTS), dtype=torch.bfloat16)
+
+    plain, literal, fp8 = shapes_mllm(), shapes_mllm(), shapes_mllm()
+    fp8.use_fp8()
+    chosen = {
+        name for name, part in fp8.backbone.named_modules() if isinstance(part, RoundedLinear)
+    }
+    for name in chosen:
+        part = literal.backbone.get_submodule(name)
+        part.forward = partial(fp8_linear, weight_OI=part.weight, bias_O=part.bias)
+    found = outputs(fp8)
+    torch.testing.assert_close(found, outputs(literal), rtol=0, atol=0)
+    assert not torch.equal(found[1], outputs(plain)[1]) and found[2].isfinite().all()
+    layers = plain.num_layers, len(plain.backbone.vision_tower.encoder.layer)
+    assert len(chosen) == 7 * layers[0] + 6 * layers[1]
+    # What the dry run counts is what the weights take.
+    tensors = [*fp8.parameters(), *(b for b in fp8.buffers() if b.dtype in (FORWARD, fp8.dtype))]
+    assert frozen_bytes(fp8, 2) == sum(t.nbytes for t in tensors)
+
+
 def test_gpu_without_fp8_raises_input_error(monkeypatch):
     launch.check_kernels("fp8")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -306,3 +363,5 @@ def test_gpu_without_fp8_raises_input_error(monkeypatch):
         r".*set precision=bf16",
     ):
         launch.check_kernels("fp8")
+    with pytest.raises(InputError, match=r"set model.mllm_precision=auto"):
+        launch.check_kernels("fp8", "model.mllm_precision")

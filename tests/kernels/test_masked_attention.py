@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from kernel_checks import DEVICE, HALF, cast, check_against, needs_triton
 
-from iomm.kernels.masked_attention import masked_attention, varlen
+from iomm.kernels.masked_attention import masked_attention, sdpa, varlen
 from iomm.kernels.masked_attention import triton_op as fused
 from iomm.kernels.masked_attention.reference import masked_attention_reference
 from iomm.kernels.masked_attention.triton_op import masked_attention_triton
@@ -163,6 +163,39 @@ def test_reference_passes_gradcheck():
         assert torch.autograd.gradcheck(run, (q, k, v, *prefix_kv))
 
 
+@pytest.mark.parametrize("suffix", [True, False])
+@pytest.mark.parametrize(("lengths", "prefix_lengths"), BATCHES)
+def test_layouts_read_no_offsets_if_lengths_are_known(lengths, prefix_lengths, suffix):
+    """Offsets on the meta device have no values, so reading one raises."""
+    known = tuple(lengths), None if prefix_lengths is None else tuple(prefix_lengths)
+    offsets = [offsets_of(lengths), None if prefix_lengths is None else offsets_of(prefix_lengths)]
+    on_meta = [x if x is None else x.to("meta") for x in offsets]
+    num_rows = sum(lengths), sum(prefix_lengths or ())
+    for make, arguments in (
+        (sdpa._make_layout, (suffix, True)),
+        (varlen._make_layout, (*num_rows, suffix)),
+    ):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            make(*on_meta, *arguments)
+        for x, y in zip(
+            vars(make(*on_meta, *arguments, *known)).values(),
+            vars(make(*offsets, *arguments)).values(),
+            strict=True,
+        ):
+            assert (x.shape, x.dtype) == (y.shape, y.dtype) if torch.is_tensor(x) else x == y
+
+
+def test_lengths_change_no_result():
+    arguments, prefix = inputs([3, 0, 5, 1], [2, 6, 0, 0])
+    known = dict(lengths=(3, 0, 5, 1), prefix_lengths=(2, 6, 0, 0))
+    for got, wanted in zip(
+        value_and_gradients(arguments, prefix, **known),
+        value_and_gradients(arguments, prefix),
+        strict=True,
+    ):
+        assert torch.equal(got, wanted)
+
+
 def test_queries_without_keys_return_zeros():
     arguments, prefix = inputs([3, 2, 4], [2, 0, 5], suffix=False)
     out, *gradients = value_and_gradients(arguments, prefix)
@@ -235,6 +268,9 @@ def test_bad_input_raises_value_error():
         ((q, k, v, offsets[:-1]), prefix, "same number of samples"),
         ((q, k, v, offsets.flip(0)), {}, "start at 0"),
         ((q[0], k, v, offsets), {}, "S, A, E"),
+        ((q, k, v, offsets), {"lengths": (5,)}, "lengths must have 2 entries, got 1"),
+        ((q, k, v, offsets), {"prefix_lengths": (4, 1)}, "prefix_lengths must have 0 entries"),
+        ((q, k, v, offsets), {"lengths": (2, 3)}, r"lengths of offsets must be \(3, 2\)"),
     ]
     for arguments, options, message in bad:
         with pytest.raises(ValueError, match=message):

@@ -14,10 +14,11 @@ from iomm.kernels.qk_norm_rope import (
 pytestmark = pytest.mark.usefixtures("poison")
 
 
-def inputs(batch, length, heads, dim, parts=0, num_condition=0, weights=True):
+def inputs(batch, length, heads, dim, parts=0, num_condition=0, weights=True, rotated=False):
     """Return the arguments of a backend without eps.
 
-    parts 3 and 2 add a condition of qkv or kv, 0 adds none.
+    parts 3 and 2 add a condition of qkv or kv, 0 adds none. With rotated, the angles of the
+    condition precede those of the main stream.
     """
     random = torch.Generator().manual_seed(0)
 
@@ -27,7 +28,7 @@ def inputs(batch, length, heads, dim, parts=0, num_condition=0, weights=True):
     def weight():
         return (normal(dim).detach() * 0.3 + 1).requires_grad_() if weights else None
 
-    angles = normal(length, dim // 2).detach() * 3
+    angles = normal(length + rotated * num_condition, dim // 2).detach() * 3
     condition = (
         normal(batch, num_condition, parts, heads, dim),
         weight() if parts == 3 else None,
@@ -49,10 +50,21 @@ CASES = [
     (2, 7, 1, 64, 2, 40),
     (1, 5, 2, 128, 3, 1, False),
     (2, 0, 2, 16, 3, 4),
+    (2, 9, 3, 32, 3, 5, True, True),
+    (1, 33, 2, 16, 2, 7, True, True),
 ]
 
 
-@pytest.mark.parametrize("case", [(1, 2, 1, 4), (2, 2, 1, 4, 3, 1), (1, 2, 2, 4, 2, 3)])
+@pytest.mark.parametrize(
+    "case",
+    [
+        (1, 2, 1, 4),
+        (2, 2, 1, 4, 3, 1),
+        (1, 2, 2, 4, 2, 3),
+        (1, 2, 1, 4, 3, 2, True, True),
+        (1, 2, 1, 4, 2, 1, True, True),
+    ],
+)
 def test_reference_passes_gradcheck_and_matches_torch(case):
     tensors = inputs(*case)
     tensors[3:5] = (x.detach() for x in tensors[3:5])
@@ -91,11 +103,23 @@ def test_formula_matches_value_by_value():
         )
 
 
+@pytest.mark.parametrize("parts", [2, 3])
+def test_rotated_condition_equals_one_stream_of_both(parts):
+    main, q_weight, k_weight, cos, sin, first, *_ = inputs(2, 3, 2, 4, parts, 2, True, True)
+    joint = torch.cat((first if parts == 3 else first[:, :, [0, 0, 1]], main), dim=1)
+    expected = qk_norm_rope(joint, q_weight, k_weight, cos, sin)
+    got = qk_norm_rope(main, q_weight, k_weight, cos, sin, condition=(first, q_weight, k_weight))
+    if parts == 2:
+        expected = expected[0][:, 2:], *expected[1:]
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
 def test_bad_input_raises_value_error():
     qkv, q_weight, k_weight, cos, sin, condition, *weights = inputs(2, 3, 2, 4, 3, 2)
     for arguments, options in [
         ((qkv[:, :, :2], q_weight, k_weight, cos, sin), {}),
         ((qkv, q_weight, k_weight, cos[:2], sin), {}),
+        ((qkv, q_weight, k_weight, cos.repeat(2, 1), sin.repeat(2, 1)), {}),
         ((qkv, q_weight[:2], k_weight, cos, sin), {}),
         ((qkv, q_weight, k_weight, cos, sin), {"condition": (condition[:1], *weights)}),
         ((qkv, q_weight, k_weight, cos, sin), {"condition": (condition.float(), *weights)}),

@@ -78,6 +78,7 @@ def test_failures_are_logged_in_order(tmp_path):
         "shard": 1,
         "problem": "sample 5 is gone",
         "fatal": False,
+        "cut": False,
     }
 
 

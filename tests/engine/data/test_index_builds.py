@@ -420,3 +420,32 @@ def test_ten_million_samples_fit_400_mb_and_start_in_two_seconds(ten_million):
     assert [*counts, sampler.upscaled(512).num] == [0, 10_000_000, 10_000_000]
     print(f"images to upscale, three times: {time.process_time() - started:.2f} s")
     assert EpochPermutation(0, shards.shard_sizes).total == 10_000_000
+
+
+@pytest.fixture
+def own_modules(tmp_path, monkeypatch):
+    """Return the current folder, with files that would hide modules that a worker imports."""
+    for name in ("random.py", "numpy.py", "struct.py", "PIL/__init__.py", "iomm/__init__.py"):
+        path = tmp_path / "here" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"raise ImportError('{name} of the current folder was run')\n")
+    monkeypatch.chdir(tmp_path / "here")
+    # Empty entries are the current folder.
+    monkeypatch.setenv("PYTHONPATH", f":{os.environ.get('PYTHONPATH', '')}:")
+    return tmp_path / "here"
+
+
+def test_workers_import_nothing_from_the_current_folder(own_modules, tmp_path):
+    (tmp_path / "photos").mkdir()
+    for n in range(3):
+        Image.effect_noise((48, 48), 90 + n).convert("RGB").save(tmp_path / f"photos/{n}.jpg")
+    folder = build(str(tmp_path / "photos"), tmp_path / "index", progress=False, workers=1)
+    assert len(load(folder).records) == 3
+
+
+def test_reason_of_a_worker_that_does_not_start_is_reported(own_modules, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(own_modules))
+    (tmp_path / "photos").mkdir()
+    Image.effect_noise((48, 48), 90).convert("RGB").save(tmp_path / "photos/0.jpg")
+    with pytest.raises(InputError, match=r"exit code 1: ImportError: .* current folder was run"):
+        build(str(tmp_path / "photos"), tmp_path / "index", progress=False, workers=1)

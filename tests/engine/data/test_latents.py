@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from launches import PIXELS
+from toy_models import qwen_autoencoder
 
 from iomm.adapter import QueryAdapter
 from iomm.config import PRESETS, AdapterConfig, InputError, MaskConfig
@@ -28,7 +29,7 @@ from iomm.engine.shapes.mllm import WEIGHTS
 from iomm.generator import new_generator
 from iomm.internvl import load_mllm
 from iomm.model import IOMM, Recipe
-from iomm.vae import load_vae
+from iomm.vae import QwenVAE, load_vae
 
 SIZE_PX = 32
 
@@ -201,6 +202,19 @@ def test_cached_batches_match_those_of_pixels(dataset, vae, tmp_path, dtype):
             got.vit_pixels_BHWC, expected.vit_pixels_BHWC
         )
         assert torch.equal(got.latents_BCHW, vae.encode(expected.pixels_BCHW).to(kind).float())
+
+
+def test_cache_of_the_qwen_image_vae_matches_its_latents(dataset, tmp_path):
+    vae = QwenVAE(qwen_autoencoder())
+    out = tmp_path / "cache"
+    assert write(dataset, out, vae, vae_name="qwen", dtype="bf16") == 30
+    cache = LatentStore(out, dataset.index, vae="qwen", size_px=SIZE_PX)
+    for got, expected in zip(
+        batches(dataset, cache, num_steps=2), batches(dataset, num_steps=2), strict=True
+    ):
+        latents = vae.encode(expected.pixels_BCHW)
+        assert got.latents_BCHW.shape == (4, 16, SIZE_PX // 8, SIZE_PX // 8)
+        assert torch.allclose(got.latents_BCHW.float(), latents, rtol=2**-8, atol=1e-6)
 
 
 def test_losses_agree_up_to_the_rounding_of_the_latents(dataset, mllm, vae, tmp_path):

@@ -211,6 +211,28 @@ def test_image_refused_by_dali_is_replaced(index_dir, whole):
     )
 
 
+def test_turns_are_drawn_in_reader_threads_for_the_samples_of_the_batch(index_dir):
+    """A refused sample is replaced, by another caption, after its turn was drawn."""
+    threads = []
+
+    def draw_turns(n_B, captions, has_image):
+        threads.append(threading.current_thread().name)
+        return n_B.tolist(), captions, has_image
+
+    reader = source(index_dir, draw_turns=draw_turns)
+    whole_image, (refused,) = reader.shards.decodable_bytes, reader.sampler(np.array([6]))
+    reader.shards.decodable_bytes = lambda k: whole_image(k)[: 400 if k == refused else None]
+    reader.shards.caption = lambda k: f"caption {k}"
+    reader.sampler.is_pair = lambda n: n % 2 == 0
+    batches = list(reader)
+    for batch in batches:
+        assert batch.turns == (batch.n_B.tolist(), batch.captions, batch.has_image)
+    failed = sum(bool(batch.failures) for batch in batches)
+    assert failed and batches[1].captions[2] not in ("", f"caption {refused}")
+    in_readers = [name for name in threads if name.startswith("reader")]
+    assert len(in_readers) == len(batches) and len(threads) == len(batches) + failed
+
+
 def test_batches_stay_full_when_all_samples_are_unreadable(index_dir):
     reader = source(index_dir, num_steps=1)
 

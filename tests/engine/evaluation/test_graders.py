@@ -23,9 +23,11 @@ BENCHES = ("geneval", "dpg", "wise", "imgedit")
 @pytest.fixture(scope="module")
 def run(mllm, mllm_folder, tmp_path_factory):
     pipe = Pipeline(build(mllm), SIDE, origin={"run": "runs/tiny", "step": "7", "weights": "ema"})
-    return str(
-        pipe.save_pretrained(tmp_path_factory.mktemp("export"), mllm=mllm_folder, vae="pixel:4")
-    )
+    folder = pipe.save_pretrained(tmp_path_factory.mktemp("export"), mllm="shapes", vae="pixel:4")
+    # A folder of an earlier version names the path of its MLLM.
+    card = json.loads((folder / "iomm.json").read_text()) | {"mllm": str(mllm_folder)}
+    (folder / "iomm.json").write_text(json.dumps(card))
+    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -103,13 +105,17 @@ def pictures(folder):
 
 
 def fill(bench, run, arguments, out, *more):
+    """Run `iomm evaluate` with the arguments of a benchmark, of which `more` replaces the last."""
+    own = arguments[bench]
+    if "--origin-img-root" in more:
+        own = own[: own.index("--origin-img-root")]
     return main(
         [
             "evaluate",
             bench,
             "--run",
             run,
-            *arguments[bench],
+            *own,
             "--out",
             str(out),
             "--steps",
@@ -168,7 +174,7 @@ def test_geneval_folders_hold_their_prompt_lines(filled, files):
 def test_png_records_origin_and_settings(filled):
     assert Image.open(filled / "wise/641.png").text == {
         "benchmark": "wise verified",
-        "run": "runs/tiny",
+        "run": "tiny",
         "step": "7",
         "weights": "ema",
         "size": "16x16",
@@ -451,6 +457,23 @@ def test_invalid_prompt_files_give_a_one_line_error(bench, text, message, tmp_pa
 def test_invalid_settings_write_nothing(run, files, bench, more, message, tmp_path, capsys):
     assert fill(bench, run, files[0], tmp_path / "out", *more) == 2
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_prompts_longer_than_the_context_are_cut_and_reported(run, files, tmp_path, capsys):
+    """One prompt of 300 words among three does not end the evaluation."""
+    prompts = tmp_path / "prompts"
+    prompts.mkdir()
+    for name, text in {"a": "a dog", "b": "a dog and a cat " * 60, "c": "a cat"}.items():
+        (prompts / f"{name}.txt").write_text(text)
+    out = tmp_path / "dpg"
+    command = ["evaluate", "dpg", "--run", run, "--prompts", str(prompts), "--out", str(out)]
+    for _ in range(2):
+        assert main([*command, "--steps", "1", "--guidance", "2"]) == 0
+        printed = capsys.readouterr().out
+        assert "1 of 3 prompts exceed the MLLM's context and are cut: b\n" in printed
+    assert sorted(p.stem for p in out.glob("*.png")) == ["a", "b", "c"]
+    with Image.open(out / "b.png") as image:
+        assert image.text["prompt"] == ("a dog and a cat " * 60).strip()
 
 
 def test_num_changes_geneval_and_run_is_required(run, files, tmp_path, capsys):

@@ -89,6 +89,8 @@ def test_record_follows_its_definitions(tmp_path, monkeypatch, no_board):
     assert not {"step", "time_s", "loss_by_time/1"} & set(scalars(row))
     assert all(isinstance(number, int | float) for number in scalars(row).values())
     assert row["align_loss"] is None and "align" not in line(row, STEPS)
+    assert row["cut_captions"] == 0 and "cut" not in line(row, STEPS)
+    assert "  cut captions 1,234  " in line({**row, "cut_captions": 1234}, STEPS)
     assert "loss 1.0000  align 0.5000  grad norm" in line({**row, "align_loss": 0.5}, STEPS)
     text = line(row, STEPS)
     for fragment in ("step 3/10", "images/s", "tokens/s", "mfu", "generator"):

@@ -8,8 +8,10 @@ import os
 import resource
 import shutil
 import subprocess
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -44,6 +46,7 @@ from iomm.engine.data.index import build
 from iomm.engine.data.mixture import Joined
 from iomm.engine.data.shards import Shards
 from iomm.engine.launch import start_from
+from iomm.engine.loop import completed_save
 from iomm.engine.resilience import checkpoint_reader, checkpoint_writer
 from iomm.engine.resilience.checkpoint_interval import plan
 from iomm.engine.resilience.watchdog import DEAD
@@ -70,6 +73,32 @@ def test_save_writes_the_values_at_the_time_of_the_call(tmp_path):
     assert [
         checkpoint_reader.step_of(p) for p in checkpoint_reader.steps(tmp_path / "checkpoints")
     ] == [24, 25]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, InputError])
+def test_error_in_the_loop_waits_for_the_save_in_flight(tmp_path, monkeypatch, error):
+    """A save of half a second has begun when the next step fails on one of two ranks."""
+    write_piece = checkpoint_writer.write_piece
+
+    def slowly(*args):
+        time.sleep(0.5)
+        return write_piece(*args)
+
+    monkeypatch.setattr(checkpoint_writer, "write_piece", slowly)
+    paused = []
+
+    def work(rank):
+        one = saver(tmp_path, rank)
+        one.save(3, pieces(rank.rank, 3), FACTS)
+        if rank.rank:
+            one.wait()
+            return newest_step(tmp_path)
+        watchdog = SimpleNamespace(pause=lambda: paused.append(newest_step(tmp_path)))
+        with pytest.raises(error, match="a step failed"), completed_save(one, watchdog):
+            raise error("a step failed")
+        return newest_step(tmp_path)
+
+    assert Together(2).run(work) == [3, 3] and paused == [0]
 
 
 def test_every_crash_point_of_a_save_is_safe(tmp_path):

@@ -169,25 +169,29 @@ def test_error_before_ranks_join_is_printed_once_per_host(monkeypatch, capsys):
 def test_equal_host_names_do_not_make_the_same_host(monkeypatch, tmp_path):
     """Only process ids of the same host are watched.
 
-    On this host, those of another one would be dead or belong to another process.
+    On this host, those of another one would be dead or belong to another process. Containers may
+    share process ids but not the network.
     """
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    name, boot, namespace = watchdog.host_identity()
-    assert name == socket.gethostname() and len(boot) == 36 and namespace.startswith("pid:[")
+    host = watchdog.host_identity()
+    assert host.name == socket.gethostname() and len(host.boot) == 36
+    assert host.pid_namespace.startswith("pid:[") and host.net_namespace.startswith("net:[")
     others = [
-        (name, boot, namespace),
-        (name, "another boot", namespace),
-        (name, boot, "pid:[another]"),
-        ("another", boot, namespace),
+        host,
+        host._replace(boot="another boot"),
+        host._replace(pid_namespace="pid:[another]"),
+        host._replace(name="another"),
+        host._replace(net_namespace="net:[another]"),
     ]
     ranks = SimpleNamespace(
         first=True,
         rank=0,
-        size=5,
+        size=6,
         all=lambda mine: [mine] + [(host, 1000 + r, 0, "") for r, host in enumerate(others)],
     )
     one = watchdog.Watchdog(ranks, tmp_path, 0)
-    assert one.pids == {1: 1000} and one.hosts == [name] * 4 + ["another"]
+    assert one.pids == {1: 1000, 5: 1004} and one.remote == [2, 3, 4, 5]
+    assert [host.name for host in one.hosts] == [host.name] * 4 + ["another", host.name]
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
-"""Tests of benchmarks/studies/alignment.py: the README rows of its cells."""
+"""Tests of benchmarks/studies/ablation.py: its cells and their README rows."""
 
-from benchmarks.studies.alignment import CELLS, rows
+from benchmarks.studies.ablation import CELLS, cells, rows, step_flops
 
 
 def test_alignment_differences_are_per_seed():
@@ -15,7 +15,7 @@ def test_alignment_differences_are_per_seed():
     assert rows(runs) == {
         "no alignment": "held-out loss 2.0000",
         "weight 1, block 2": (
-            "held-out loss 1.9000, -0.1000 against none (95 % interval -0.1248 to -0.0752)"
+            "held-out loss 1.9000, -0.1000 against no alignment (95 % interval -0.1248 to -0.0752)"
         ),
     }
 
@@ -28,7 +28,7 @@ def test_alignment_rows_skip_incomplete_cells():
     }
     assert rows(runs) == {
         "no alignment": "held-out loss 1.0000",
-        "weight 1, block 2": "held-out loss 0.9000, -0.1000 against none",
+        "weight 1, block 2": "held-out loss 0.9000, -0.1000 against no alignment",
     }
 
 
@@ -36,4 +36,12 @@ def test_alignment_cells_include_the_demo():
     from iomm.engine.config import load_config
 
     align = load_config("demo").align
-    assert (align.weight, align.block) in CELLS.values()
+    settings = [f"align.weight={align.weight}", f"align.block={align.block}"]
+    assert settings in CELLS["alignment"].values()
+
+
+def test_same_work_cells_take_more_steps():
+    plain, *_, longer = cells("routing", 1000).values()
+    assert plain[1] == 1000 < longer[1]
+    work = [step_flops(settings) * steps for settings, steps in (plain, longer)]
+    assert abs(work[1] / work[0] - 1) < 1 / 1000

@@ -173,7 +173,7 @@ def link_s(message: Message, machine: dict[str, float]) -> float:
     hops, over = turns * (group - nodes), turns * (nodes - 1)
     return min(
         (start + hops * near + over * far) * 1e-6
-        + message.sent_bytes / (rate * assumed("share of link rates") * share)
+        + message.sent_bytes() / (rate * assumed("share of link rates") * share)
         for start, near, far, share in PROTOCOLS.values()
     )
 

@@ -524,7 +524,7 @@ def memory(argv: list[str]) -> None:
     size = ["--layers", str(args.layers), "--width", str(args.width)]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        # In a process of its own, whose memory is then free.
+        # In another process, which frees its memory at its end.
         subprocess.run(
             [sys.executable, __file__, "memory", "--write", folder, *size], cwd=ROOT, check=True
         )

@@ -349,7 +349,7 @@ def memory(result: dict) -> Rows:
 
         yield (
             f"host memory of {ranks} rank(s) that build a model on {where}: MLLM of "
-            f"{rows[0]['file_mb']:.0f} MB in {stored}, used in {precision}, and a generator of "
+            f"{rows[0]['file_mb']:.0f} MB in {stored}, used in {precision}, and trained parts of "
             f"{rows[0]['trained_mb']:.0f} MB",
             f"private to the ranks {each('peak_private_mb')} MB at the peak and "
             f"{each('after_private_mb')} MB after it; with shared pages "
@@ -426,6 +426,105 @@ def bounded_loss_in_words(found: dict) -> str:
         for n in (8, 64, 256)
     ]
     return f"at most {', '.join(costs)} with the interval that a run recommends"
+
+
+def first_part(found: dict | list) -> dict:
+    """Return the counts of a trial that may also list its failures."""
+    return found[0] if isinstance(found, list) else found
+
+
+def hosts_train_in_words(found: dict) -> str:
+    """Return one sentence on runs on several hosts."""
+    rows = list(found.values())
+    return (
+        f"{len(rows)} runs on {min_max([key.split()[-2] for key in found])} hosts, of both stages "
+        f"and with both launchers, against one host: {sum(r['samples_in_order'] for r in rows)} "
+        f"with the same samples in the same order, {sum(r['first_loss_bitwise'] for r in rows)} "
+        "with a bitwise equal first loss; the loss drifts by at most "
+        f"{max(r['worst_relative'] for r in rows):.0e} (relative) in 20 steps"
+    )
+
+
+def min_max(numbers: list[str]) -> str:
+    """Return "2 to 4" for the smallest and the largest number."""
+    return f"{min(map(int, numbers))} to {max(map(int, numbers))}"
+
+
+def lost_hosts_in_words(found: dict | list) -> str:
+    """Return one sentence on lost hosts."""
+    found = first_part(found)
+    return (
+        f"{found['trials']} times one of {found['hosts']} hosts was killed or its link cut: in "
+        f"{found['exit_70_and_host_named_on_every_survivor']} every survivor exited with code 70 "
+        f"and named it, at most {found['slowest_s_after_a_kill']} s after a kill and "
+        f"{found['slowest_s_after_a_cut']} s after a cut (guard.lost_s = {found['lost_s']:g})"
+    )
+
+
+def returning_links_in_words(found: dict | list) -> str:
+    """Return one sentence on links that return."""
+    found = first_part(found)
+    cuts = " or ".join(f"{cut:g}" for cut in found["cut_for_s"])
+    return (
+        f"{found['trials']} cuts of {cuts} s in the middle of training: "
+        f"{found['went_on_with_the_same_bits']} runs continued with the same losses and state"
+    )
+
+
+def bad_network_in_words(found: dict) -> str:
+    """Return one sentence on a slow network that loses packets."""
+    return (
+        f"{found['steps']} steps with {found['lost_packets']} of packets lost and each delayed by "
+        f"{found['delay_ms']} ms: {found['alarms']} alarms, losses and state "
+        f"{'bitwise equal to' if found['same_bits'] else 'DIFFERENT FROM'} those without"
+    )
+
+
+def preempted_hosts_in_words(found: dict | list) -> str:
+    """Return one sentence on preempted hosts."""
+    found = first_part(found)
+    good = found["same_step_saved_exit_75_and_same_batches_on_the_hosts_left"]
+    return (
+        f"{found['trials']} times SIGTERM on one of {found['hosts']} hosts: {good} jobs saved the "
+        f"same step, exited with code 75 on all within {found['slowest_exit_s']} s, and resumed on "
+        "the hosts that were left with the same global batches"
+    )
+
+
+def wire_cases(found: dict) -> dict[tuple[int, int], dict]:
+    """Return {(ZeRO stage, hosts): figures} of the trial on bytes."""
+    return {
+        (int(key.split()[1].rstrip(",")), int(key.split()[2])): figures
+        for key, figures in found.items()
+        if isinstance(figures, dict)
+    }
+
+
+def wire_in_words(found: dict) -> str:
+    """Return one sentence on the bytes on the wire."""
+    cases = wire_cases(found)
+    more = [figures["more"] for figures in cases.values()]
+    return (
+        f"{len(cases)} cases (ZeRO stages 0 to 3 on 2 to 4 hosts, {found['steps']} steps each): "
+        f"measured bytes, headers included, are {min(more):.1%} to {max(more):.1%} above the count"
+    )
+
+
+def wire_table() -> str:
+    """Return the Markdown table of counted and measured bytes."""
+    result = json.loads((ROOT / "benchmarks/results/survival.json").read_text())
+    cases = wire_cases(result["trials"].get("wire", {}).get("found", {}))
+    rows = [
+        "| ZeRO stage | hosts | counted MB | measured MB | difference | packets |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (stage, hosts), figures in sorted(cases.items()):
+        counted, measured = (figures[f"{name}_bytes"] / 1e6 for name in ("counted", "measured"))
+        rows.append(
+            f"| {stage} | {hosts} | {counted:.2f} | {measured:.2f} | {figures['more']:+.2%} | "
+            f"{figures['packets']:,} |"
+        )
+    return "\n".join(rows)
 
 
 # Trial of tests/faults/survival.py -> (code and promise, function from its counts to a sentence),
@@ -512,6 +611,12 @@ PROMISES = {
     ),
     "hostile": ("S1: nothing that is loaded runs code", cases_in_words),
     "mistakes": ("S3: a mistake in a config fails at the start", cases_in_words),
+    "hosts_train": ("H1: several hosts train like one, real model", hosts_train_in_words),
+    "lost_hosts": ("H2: a lost host ends the job in seconds", lost_hosts_in_words),
+    "returning_links": ("H3: a link that returns in time costs nothing", returning_links_in_words),
+    "bad_network": ("H4: a bad network is no fault", bad_network_in_words),
+    "preempted_hosts": ("H5: preemption of one host saves all", preempted_hosts_in_words),
+    "wire": ("H6: counted bytes are the bytes on the wire, real model", wire_in_words),
     "bounded_loss": (
         "O3: the cost of a single fault is bounded",
         bounded_loss_in_words,
@@ -654,7 +759,10 @@ def ops_table() -> str:
 def parts() -> dict[str, dict[str, str]]:
     """Return {README: {name of a generated part: its Markdown}}."""
     return {
-        "benchmarks/README.md": {section: table(section) for section in SECTIONS},
+        "benchmarks/README.md": {
+            **{section: table(section) for section in SECTIONS},
+            "wire": wire_table(),
+        },
         "engine/README.md": {"config keys": keys_table()},
         "kernels/README.md": {"ops": ops_table()},
     }

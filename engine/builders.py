@@ -34,6 +34,7 @@ from iomm.engine.data.index import (
     find_index,
     is_index,
     load,
+    omissions,
     records_crc32,
     warnings_on,
 )
@@ -92,7 +93,7 @@ def resolved(config: RunConfig, base: str | Path = ".") -> RunConfig:
         named = name == "shapes" or not (base / Path(name).expanduser()).is_dir()
         return name if named else path(name)
 
-    def shards(name: str | None) -> str | None:
+    def shards(name: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
         return name if name in (None, "shapes") else absolute(name, base)
 
     return replace(
@@ -193,8 +194,11 @@ def prepare_data(config: RunConfig, progress: bool = True, pairs: bool = False) 
             shards, cache / "index", rules=data_rules(config, pairs), progress=progress
         )
     if progress:
-        for sentence in warnings_on(load(index_dir)):
+        index = load(index_dir)
+        for sentence in warnings_on(index):
             logger.warning(sentence)
+        for sentence in omissions(index):
+            logger.info(f"{index_dir}: {sentence}")
     return str(index_dir)
 
 
@@ -209,7 +213,7 @@ def is_rendered(config: RunConfig, pairs: bool) -> bool:
     return (config.data.pairs if pairs else config.data.shards) == "shapes"
 
 
-def data_shards(config: RunConfig, pairs: bool, cache: Path) -> str | None:
+def data_shards(config: RunConfig, pairs: bool, cache: Path) -> str | tuple[str, ...] | None:
     """Return data.shards or data.pairs, where "shapes" is a folder of rendered data in `cache`."""
     if not is_rendered(config, pairs):
         return config.data.pairs if pairs else config.data.shards

@@ -128,10 +128,11 @@ class ModelSection:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSection:
-    # Images: tars, globs or folders, separated by commas. "shapes": the rendered dataset.
-    shards: str = "shapes"
+    # Images: tars, globs or folders, separated by commas or as a YAML list. "shapes": the rendered
+    # dataset.
+    shards: str | tuple[str, ...] = "shapes"
     # Text-image pairs, in the same form as data.shards.
-    pairs: str | None = None
+    pairs: str | tuple[str, ...] | None = None
     # With train.data=mix: share of images without text in every global batch.
     mix: float = 0.5
     # Folder written by `iomm cache`: read VAE latents instead of pixels. "memory": compute the
@@ -174,6 +175,15 @@ class DataSection:
     heldout: int = 0
 
     def __post_init__(self) -> None:
+        for key in ("shards", "pairs"):
+            value = getattr(self, key)
+            if isinstance(value, tuple):
+                if not value or not all(value):
+                    raise InputError(
+                        f"data.{key} must be a list of texts, none empty, got {list(value)}"
+                    )
+                # One form for a single pattern, so that "shapes" and an index are recognised.
+                object.__setattr__(self, key, value[0] if len(value) == 1 else value)
         positive("data.size_px", self.size_px, 16)
         choice("data.upscale", self.upscale, ("allow", "warn", "refuse"))
         choice("data.crop", self.crop, ("center", "random"))

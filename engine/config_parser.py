@@ -254,16 +254,21 @@ def documented(cls: type, prefix: str = "") -> Iterator[Documented]:
                 words.insert(0, own_line[line][1])
                 line -= 1
         kind = ast.unparse(node.annotation).replace(" | None", " or null")
+        kind = kind.replace(" | tuple[str, ...]", " or list")
         yield Documented(prefix + name, kind, members[name].default, " ".join(words))
 
 
 def value_of(kind: Any, node: yaml.Node, where: str) -> Any:
     """Return a YAML node as `kind`. Raises InputError for lists, sections and quoted numbers."""
     if isinstance(node, yaml.SequenceNode):
-        if typing.get_origin(kind) is not tuple:
+        kinds = (kind, *typing.get_args(kind))
+        listed = next((k for k in kinds if typing.get_origin(k) is tuple), None)
+        if listed is None:
             raise InputError(f"{where} must be {spell(kind)}, got a list")
+        if not all(isinstance(item, yaml.ScalarNode) for item in node.value):
+            raise InputError(f"{where} must be {spell(kind)}, got a nested list")
         items = [str(item.value) for item in node.value]
-        return tuple(items) if is_texts(kind) else scalar(kind, ",".join(items), where)
+        return tuple(items) if is_texts(listed) else scalar(listed, ",".join(items), where)
     if not isinstance(node, yaml.ScalarNode):
         raise InputError(f"{where} must be {spell(kind)}, got a section")
     if node.style in ("'", '"') and str not in (kind, *typing.get_args(kind)):
@@ -274,7 +279,7 @@ def value_of(kind: Any, node: yaml.Node, where: str) -> Any:
 def scalar(kind: Any, text: str, where: str) -> Any:
     """Return `text` as `kind`. Raises InputError unless it is written exactly as that type."""
     if typing.get_origin(kind) is types.UnionType:
-        if text in ("null", "~", ""):
+        if text in ("null", "~", "") and types.NoneType in typing.get_args(kind):
             return None
         kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
     try:
@@ -310,7 +315,11 @@ def is_texts(kind: Any) -> bool:
 def spell(kind: Any) -> str:
     """Return the name of a type in errors."""
     if typing.get_origin(kind) is types.UnionType:
-        return " or ".join(spell(k) for k in typing.get_args(kind))
+        kinds = typing.get_args(kind)
+        # "a text or a list of texts" includes text.
+        if any(is_texts(k) for k in kinds):
+            kinds = [k for k in kinds if k is not str]
+        return " or ".join(spell(k) for k in kinds)
     if is_texts(kind):
         return "a text or a list of texts"
     if typing.get_origin(kind) is tuple:

@@ -42,7 +42,7 @@ logger = logging.getLogger("iomm")
 class StepResult(NamedTuple):
     """What one rank computed in a step. Reading a tensor would wait for the device."""
 
-    # Mean velocity loss of this rank's samples, ().
+    # Mean velocity loss of this rank's samples in float64, ().
     loss: Tensor
     # Sums and counts of the velocity loss in equal intervals of t, (2, intervals).
     by_time: Tensor
@@ -115,7 +115,7 @@ def train_step(
         data_wait_s += batch.wait_s
         failures += batch.failures
     return StepResult(
-        loss=torch.stack(losses).mean(),
+        loss=torch.stack(losses).double().mean(),
         by_time=by_time,
         applied=applied,
         data_wait_s=data_wait_s,
@@ -230,7 +230,9 @@ def reduce_over_ranks(
 
     Takes one collective and one copy from the device, the step's only wait for it: the loss guard,
     skipped steps and a requested stop decide whether the next step runs. A stop requested on any
-    rank stops all of them after the same step. The gradient norm is of all ranks already.
+    rank stops all of them after the same step. The gradient norm is of all ranks already. Sums are
+    in float64, where their order has no effect on the float32 result: equal weights give the same
+    loss on any number of ranks.
     """
     loss, by_time, align_sums = result.loss, result.by_time, result.align_sums
     # Filled by kernels. A tensor of a list would be copied from the host.
@@ -238,7 +240,7 @@ def reduce_over_ranks(
     sums = torch.cat((loss[None] / ranks.size, by_time.flatten(), align_sums, *flags))
     dist.all_reduce(sums)
     # float64 holds every float32 exactly.
-    values = [sums.double()]
+    values = [sums.float().double()]
     if torch.is_tensor(grad_norm):
         values.append(grad_norm.double().reshape(1))
     mean_loss, *parts = torch.cat(values).tolist()

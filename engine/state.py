@@ -115,7 +115,9 @@ def restore(state: State, folder: Path | str) -> None:
     state.sharded.finish_restore(reader.manifest["optimizer_step"])
     state.step, state.gpu_hours = reader.manifest["step"], reader.manifest["gpu_hours"]
     state.loss_guard.restore(reader.manifest["guard"])
-    state.bad_samples.restore(reader.manifest["skipped_samples"])
+    state.bad_samples.restore(
+        reader.manifest["skipped_samples"], reader.manifest.get("samples_seen")
+    )
 
 
 def changes(saved: dict[str, Any], current: dict[str, Any]) -> str:

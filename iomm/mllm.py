@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from iomm.config import InputError
 from iomm.kernels.image_patches import image_patches, normalised
 from iomm.kernels.masked_attention import masked_attention
+from iomm.kernels.masked_attention.sdpa import DenseLayout, padded_attention, ragged_layout
 from iomm.layers import round_linears
 from iomm.turns import Turns, pack_turns
 
@@ -110,18 +111,22 @@ class MLLM(Frozen):
         # Functions of the module, or their compiled versions.
         self.project_qkv = project_qkv
         self.finish_layer = finish_layer
+        # Only as one graph. The eager prefix runs the halves around the attention.
+        self.ragged_layer = None
 
     def compile_parts(self, backend: str = "inductor") -> None:
-        """Compile each ViT layer and both halves of a decoder layer with torch.compile.
+        """Compile each ViT layer and the decoder layers with torch.compile.
 
-        All layers of a kind share one graph. The halves are compiled for any number of tokens, as
-        prefixes are ragged.
+        All layers of a kind share one graph. A decoder layer of the prefix, which has no gradient,
+        is one graph with its attention. Around the attention of the queries, and where no layout
+        pads the prefix, both halves of the layer are graphs. All are compiled for any number of
+        tokens, as prefixes are ragged.
         """
         for layer in self.backbone.vision_tower.encoder.layer:
             layer.forward = torch.compile(layer.forward, fullgraph=True, backend=backend)
-        self.project_qkv, self.finish_layer = (
-            torch.compile(half, dynamic=True, fullgraph=True, backend=backend)
-            for half in (project_qkv, finish_layer)
+        self.project_qkv, self.finish_layer, self.ragged_layer = (
+            torch.compile(part, dynamic=True, fullgraph=True, backend=backend)
+            for part in (project_qkv, finish_layer, ragged_layer)
         )
 
     def use_fp8(self) -> None:
@@ -406,9 +411,16 @@ class MLLM(Frozen):
         decoder = self.backbone.language_model
         x_TD = condition.tokens_TD
         rotary = decoder.rotary_emb(x_TD, condition.positions_T[None])
+        layout = None
+        if self.ragged_layer is not None:
+            layout = ragged_layout(condition.offsets, condition.lengths, x_TD.dtype)
         cache = []
         for i, layer in enumerate(decoder.layers):
             whole = outputs or i < len(decoder.layers) - 1
+            if whole and layout is not None:
+                k, v, x_TD = self.ragged_layer(layer, x_TD, rotary, layout)
+                cache.append((k, v))
+                continue
             q, k, v = self.project_qkv(layer, x_TD, rotary, with_query=whole)
             cache.append((k, v))
             if whole:
@@ -501,6 +513,15 @@ def finish_layer(layer: nn.Module, x_TD: Tensor, mixed_TAE: Tensor) -> Tensor:
     """Run a decoder layer after its attention: output projection, residual, feed-forward."""
     x_TD = x_TD + layer.self_attn.o_proj(mixed_TAE.flatten(-2))
     return x_TD + layer.mlp(layer.post_attention_layernorm(x_TD))
+
+
+def ragged_layer(
+    layer: nn.Module, x_TD: Tensor, rotary: Rotary, layout: DenseLayout
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run a decoder layer on ragged samples. Return its keys, its values and its output."""
+    q, k, v = project_qkv(layer, x_TD, rotary)
+    mixed = padded_attention(q, k, v, None, None, layout, q.shape[-1] ** -0.5)
+    return k, v, finish_layer(layer, x_TD, mixed)
 
 
 def rotate(x_TAE: Tensor, rotary: Rotary) -> Tensor:

@@ -64,7 +64,7 @@ class Turns:
         return TurnParts(*self.buffer.split(self.sizes))
 
     def pinned(self) -> Self:
-        """Return the turns in pinned memory, from which `to` copies while the host goes on."""
+        """Return the turns in pinned memory, from which `to` copies without a wait."""
         return replace(self, buffer=self.buffer.pin_memory())
 
     def to(self, device: torch.device) -> Self:

@@ -193,7 +193,7 @@ def stored_dtype(
         subfolder: folder of the files inside the hub checkpoint.
 
     Returns:
-        The dtype, or None if the files cannot be read. Whoever loads them knows why.
+        The dtype, or None if the files cannot be read; loading them raises the reason.
     """
     try:
         folder = Path(name)
@@ -293,10 +293,11 @@ def initialize_generator(
         ]
         if "time_in.linear_out.bias" in taken and all(theirs in source for theirs in embedder):
             bias = model.time_in.linear_out.bias
+            # On the CPU, so that the result does not depend on the device.
             bias_1, weight_2, bias_2 = (
-                source[theirs].get_tensor(theirs).to(bias) for theirs in embedder[1:]
+                source[theirs].get_tensor(theirs).to(bias.dtype) for theirs in embedder[1:]
             )
-            bias += F.linear(F.silu(bias_1), weight_2, bias_2)
+            bias += F.linear(F.silu(bias_1), weight_2, bias_2).to(bias.device)
             used |= set(embedder)
         unused = sorted(set(source) - used - set(layout.fillers))
     return Initialization(taken, fresh, unused)

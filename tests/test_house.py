@@ -37,6 +37,7 @@ LAYERS = (
     "state",
     "loop",
     "launch",
+    "torchrun",
     "cli",
 )
 # Where each third-party library may be imported: files, or folders that end in a slash.

@@ -121,6 +121,10 @@ def check_command(words: list[str], monkeypatch) -> None:
         )
     elif "engine/launch.py" in words:
         check_engine(words[words.index("engine/launch.py") + 1 :])
+    elif program == "sbatch":
+        script = next(word for word in arguments if word.endswith(".sh"))
+        assert script == "engine/slurm.sh" and (ROOT / script).is_file()
+        check_engine(words[words.index(script) + 1 :])
     elif program == "iomm":
         check_console(arguments, monkeypatch)
     elif program == "python" and arguments[:1] == ["-m"]:

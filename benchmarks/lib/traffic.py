@@ -1,17 +1,18 @@
-"""Count what ZeRO-3 sends in an optimizer step, and what the row kernels move through memory.
+"""Count what ZeRO sends in an optimizer step, and what the row kernels move through memory.
 
 The messages are counted from the modules by DeepSpeed's own rules, without running anything. The
 row kernels are those between the matrix products.
 
-The rules are those of deepspeed/runtime/zero/partitioned_param_coordinator.py (0.19) once its trace
-is complete, which is from the second micro-batch on. A module's weights are gathered when it is
-entered, and up to prefetch_bucket_size more are prefetched. They are released when the module is
-left, unless they are used again within max_reuse_distance. tests/benchmarks/test_traffic.py
-compares the count with the bytes that two ranks send.
+At stage 3 the rules are those of deepspeed/runtime/zero/partitioned_param_coordinator.py (0.19)
+once its trace is complete, which is from the second micro-batch on. A module's weights are gathered
+when it is entered, and up to prefetch_bucket_size more are prefetched. They are released when the
+module is left, unless they are used again within max_reuse_distance. The count is compared with the
+collectives of two ranks by tests/benchmarks/test_traffic.py, and with the bytes that two to four
+hosts put on the wire by tests/faults/wire.py.
 
 Known limits: every parameter is assumed to get a gradient (single-stream pad tokens get none at
 lengths that are multiples of 32), and with max_live_parameters below one block the gathers were
-counted 1.3 % too low.
+counted 1.3 % too low. Muon is counted at stage 3 only.
 """
 
 import math
@@ -41,6 +42,14 @@ DEFAULTS = {
 }
 
 
+# How often a rank's share of a message passes each rank. NCCL's rings send the least; gloo, which
+# joins CPUs, scatters a sum by summing everything everywhere.
+PASSES = {
+    "nccl": {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "all_to_all": 1},
+    "gloo": {"all_gather": 1, "reduce_scatter": 2, "all_reduce": 2, "all_to_all": 1},
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Message:
     """One collective over `group` ranks.
@@ -55,13 +64,9 @@ class Message:
     issued: int = 0
     needed: int = 0
 
-    @property
-    def sent_bytes(self) -> int:
-        """Return the bytes that one rank sends.
-
-        By the ring algorithm every rank's share passes every other rank once.
-        """
-        passes = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2, "all_to_all": 1}[self.kind]
+    def sent_bytes(self, backend: str = "nccl") -> int:
+        """Return the bytes that one rank sends, without headers."""
+        passes = PASSES[backend][self.kind]
         return passes * self.size_bytes * (self.group - 1) // self.group
 
 
@@ -73,8 +78,8 @@ class Traffic:
         visits: (is backward, number of weights used) for every module in the order of a
             micro-batch.
         first: messages of a step's first micro-batch.
-        later: messages of each later micro-batch. They differ from the first one's only with
-            hierarchical partitioning.
+        later: messages of each later micro-batch. At stage 3, they differ from the first one's only
+            with hierarchical partitioning.
         step: messages of the optimizer's step.
     """
 
@@ -83,12 +88,12 @@ class Traffic:
     later: list[Message]
     step: list[Message]
 
-    def sent_bytes(self, accumulation: int) -> dict[str, int]:
+    def sent_bytes(self, accumulation: int, backend: str = "nccl") -> dict[str, int]:
         """Return {kind: bytes that one rank sends in a step of `accumulation` micro-batches}."""
         sent = Counter()
         for messages, times in ((self.first, 1), (self.later, accumulation - 1), (self.step, 1)):
             for message in messages:
-                sent[message.kind] += times * message.sent_bytes
+                sent[message.kind] += times * message.sent_bytes(backend)
         return dict(sent)
 
 
@@ -172,6 +177,9 @@ def count_traffic(model: IOMM, config: RunConfig, ranks: int, **settings: Any) -
 
     trace = trace_of(model)
     visits = [visit for visit, entered in trace if entered]
+    weights = [(visit.backward, sum(numel[p] for p in visit.own)) for visit in visits]
+    if config.zero.stage < 3:
+        return replicated_weights(model, config, ranks, weights, reduced)
     shared = settings["zero_hpz_partition_size"] > 1
     after = [
         message("all_gather", [id(p)], itemsize, group=ranks)
@@ -191,11 +199,66 @@ def count_traffic(model: IOMM, config: RunConfig, ranks: int, **settings: Any) -
                 Message(kind="all_to_all", size_bytes=4 * sum(part), group=ranks) for part in parts
             ] * 2
     return Traffic(
-        visits=[(visit.backward, sum(numel[p] for p in visit.own)) for visit in visits],
+        visits=weights,
         first=micro_batch(set()),
         later=micro_batch(set(numel) if shared else set()),
         step=after,
     )
+
+
+def replicated_weights(
+    model: IOMM, config: RunConfig, ranks: int, visits: list[tuple[bool, int]], reduced: int
+) -> Traffic:
+    """Count the messages at stages 0 to 2, where weights are whole on every rank.
+
+    Gradients are summed on all ranks: at stage 2 in every micro-batch, else once in a step. From
+    stage 1 on, the new weights are gathered.
+
+    Args:
+        model: its weights may be on the meta device.
+        config: the run.
+        ranks: number of ranks.
+        visits: those of the result.
+        reduced: size of a gradient's value in bytes.
+
+    Raises:
+        ValueError: The optimizer is Muon, whose messages are counted at stage 3 only.
+    """
+    stage, groups = config.zero.stage, make_optimizer(model, config.optim).param_groups
+    if any(group["kind"] == "muon" for group in groups):
+        raise ValueError(f"optim.kind muon is not counted at zero.stage {stage}: set zero.stage 3")
+    numels = [sum(p.numel() for p in group["params"]) for group in groups]
+
+    def all_reduce(size_bytes: int) -> Message:
+        last = len(visits)
+        return Message(
+            kind="all_reduce", size_bytes=size_bytes, group=ranks, issued=last - 1, needed=last
+        )
+
+    gradients = [all_reduce(reduced * numel) for numel in numels]
+    # The check that all gradients are finite.
+    after = [all_reduce(4)]
+    if stage < 2:
+        after += gradients
+    # The norm of the gradient. At stage 1 with bf16, DeepSpeed's optimizer is another one, which
+    # computes the norm of the whole gradient on every rank.
+    if stage == 2 or (stage == 1 and config.dtype == torch.float32):
+        after.append(all_reduce(4))
+    if stage == 2 and config.dtype == torch.bfloat16:
+        # DeepSpeed's own check for overflow.
+        after.append(all_reduce(1))
+    if stage > 0:
+        # DeepSpeed pads a group to an even number of values on each rank.
+        after += [
+            Message(
+                kind="all_gather",
+                size_bytes=config.dtype.itemsize * -(-numel // (2 * ranks)) * 2 * ranks,
+                group=ranks,
+            )
+            for numel in numels
+        ]
+    micro_batch = gradients if stage == 2 else []
+    return Traffic(visits=visits, first=micro_batch, later=micro_batch, step=after)
 
 
 def sub_groups(cuts: list[int], size: int) -> list[list[int]]:

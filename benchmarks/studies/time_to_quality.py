@@ -24,7 +24,7 @@ constant learning rate train.steps is ignored and --seconds is 600 by default.
 All variants train in this process, on the shapes dataset, from the same weights, on the same
 samples in the same order with the same masks, times and noise, with the same optimizer and learning
 rate. They take turns of --slice seconds on the same cores in a rotating order, which spreads the
-noise of a shared machine evenly. A variant's time is the sum of its own turns. Evaluation is not
+noise of a shared machine evenly. A variant's time is the sum of its turns. Evaluation is not
 counted. Encoding before training is counted once and reported separately.
 
 After every turn the averaged (EMA) weights are evaluated by the same model and function for all

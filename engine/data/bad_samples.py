@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from iomm.config import InputError
+from iomm.engine.data.atomic import whole_file
 
 logger = logging.getLogger("iomm")
 
@@ -64,11 +65,18 @@ class BadSamples:
             "cut_captions": self.cut_captions,
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: dict[str, Any], samples_seen: int | None = None) -> None:
+        """Restore the counts of a checkpoint.
+
+        samples_seen: samples of the run up to the checkpoint. Later ones are read again, so their
+        lines are removed from the log. None: the log stays as it is.
+        """
         self.total = state["total"]
         self.shards = set(state["shards"])
         # Checkpoints of earlier versions do not have it.
         self.cut_captions = state.get("cut_captions", 0)
+        if self.log_file and samples_seen is not None:
+            self._trim(samples_seen)
 
     def record(self, failures: Iterable[Failure], samples_seen: int) -> None:
         """Count the failures of one step. Must be called with the same arguments on all ranks.
@@ -111,6 +119,20 @@ class BadSamples:
                 f"({self.max_shards}) allows; last failure: {failures[-1].problem}"
             )
 
+    def _trim(self, samples_seen: int) -> None:
+        path = Path(self.log_file)
+        try:
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            kept = [line for line in lines if _position(line) < samples_seen]
+            if kept != lines:
+                with whole_file(path) as partial:
+                    partial.write_text("".join(kept), encoding="utf-8")
+        except FileNotFoundError:
+            # Nothing was skipped so far.
+            pass
+        except OSError as error:
+            logger.warning("could not write %s: %s", path, error)
+
     def _log(self, failures: list[Failure]) -> None:
         try:
             with open(Path(self.log_file), "a", encoding="utf-8") as f:
@@ -119,3 +141,11 @@ class BadSamples:
         except OSError as error:
             # A full disk must not end the run.
             logger.warning("could not write %s: %s", self.log_file, error)
+
+
+def _position(line: str) -> float:
+    """Return the run position of a line of the log, or infinity if a kill has cut the line."""
+    try:
+        return json.loads(line)["n"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

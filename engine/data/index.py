@@ -12,28 +12,33 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from iomm.config import InputError
 from iomm.engine.cores import num_cores
+from iomm.engine.data.archive import COMPRESSED_SUFFIXES, IMAGE_SUFFIXES, LeftOut
 from iomm.engine.data.atomic import check_replaceable, lock, whole_file, whole_folder
-from iomm.engine.data.patterns import expand
+from iomm.engine.data.patterns import expand, resolve
 from iomm.engine.data.sizes import describe_edges
-from iomm.engine.data.validate import DEFAULT_RULES, RECORD, Rules
-from iomm.engine.data.workers import validate_shards
+from iomm.engine.data.validate import DEFAULT_RULES, RECORD, Rules, rejection
+from iomm.engine.data.workers import ShardResult, validate_shards
 
 VERSION = 2
 HEADER = "index.json"
 RECORDS = "index.bin"
 REJECTED = "rejected.jsonl"
+# Version of the files that an interrupted build leaves behind.
+PART_VERSION = 1
 FORMAT = {"format": "iomm-index", "version": VERSION, "record_bytes": RECORD.itemsize}
 # A dataset with a larger share of padded squares was made with img2dataset's border mode.
 PADDED_SHARE = 0.05
+# Reasons in the error that no sample is usable.
+NUM_REASONS = 3
 
 # A path, a glob or a brace list, or several of them. See patterns.expand.
 Patterns = str | os.PathLike | Iterable[str | os.PathLike]
@@ -54,6 +59,10 @@ class Index:
     # no_caption.
     notes: dict[str, int]
     rules: Rules
+    # What was found and not read: reason -> [how many, an example]. Empty in earlier indexes.
+    left_out: dict[str, list] = field(default_factory=dict)
+    # Shards that could not be read. When one of them is back, the index is out of date.
+    unreadable: list[str] = field(default_factory=list)
 
 
 def build(
@@ -67,10 +76,11 @@ def build(
 ) -> Path:
     """Index shards into the folder `out`, which appears only when complete. Return its path.
 
-    A good sample is an image (jpg, jpeg, png or webp by name; JPEG, PNG or WebP by its bytes) that
-    decodes fully. If it has a caption of the same key (txt, else the "caption" of json), that must
-    be readable. All others are listed in rejected.jsonl by shard, key, reason and detail. Good
-    samples are ordered shard by shard, by the first appearance of their key.
+    A good sample is an image (by its suffix; JPEG, PNG or WebP by its bytes) that decodes fully.
+    With captions="required" it also has a readable caption of the same key (txt, else the "caption"
+    of json). All others are listed in rejected.jsonl by shard, key, reason and detail. Good samples
+    are ordered shard by shard, by the first appearance of their key. A shard that a glob finds and
+    that cannot be read is rejected.
 
     Finished shards are kept in a folder next to `out`. A build that was stopped therefore resumes
     where it was. A second build of the same index waits for the first.
@@ -86,8 +96,15 @@ def build(
     Raises:
         InputError: no shard matches, no sample is good, or `out` may not be replaced.
     """
-    paths = expand(shards)
-    entries = [_entry(path) for path in paths]
+    resolved = resolve(shards)
+    paths, entries, unreadable = [], [], []
+    for path in resolved.paths:
+        try:
+            entries.append(_entry(path))
+            paths.append(path)
+        except InputError as error:
+            detail = str(error.__cause__.strerror)
+            unreadable.append(rejection(path, "", "unreadable", detail))
     check_replaceable(out, HEADER)
     with _parts_folder(out) as parts:
         # Another process may have built it while this one waited for the lock.
@@ -109,29 +126,43 @@ def build(
             results = validate_shards(
                 [paths[i] for i in todo], rules, workers or num_cores(), _rate(bar)
             )
-            for number, records, rejected, notes, files in results:
-                i = todo[number]
-                _write_part(names[i], records, rejected, notes, files)
+            for result in results:
+                i = todo[result.number]
+                _write_part(names[i], result)
                 bar.update(entries[i]["bytes"])
         with whole_folder(out, HEADER) as fresh:
-            num_samples, rejected = _join(names, entries, rules, fresh)
-            if not num_samples:
+            joined = _join(names, entries, rules, fresh, unreadable, resolved.left_out)
+            if not joined.num_samples:
                 shutil.rmtree(parts)
-                raise InputError(_no_good_sample(paths, rejected))
+                raise InputError(_no_good_sample(resolved.paths, joined))
         shutil.rmtree(parts)
     return Path(out)
 
 
 def _is_current(folder: str | os.PathLike, rules: Rules) -> bool:
     try:
-        return load(folder).rules == rules
+        index = load(folder)
     except InputError:
         return False
+    return index.rules == rules and not any(map(os.path.exists, index.unreadable))
+
+
+class _Joined(NamedTuple):
+    """The counts of an index: good samples, and the others by reason, as in LeftOut."""
+
+    num_samples: int
+    rejected: LeftOut
+    left_out: LeftOut
 
 
 def _join(
-    names: list[Path], entries: list[dict[str, Any]], rules: Rules, fresh: Path
-) -> tuple[int, Counter]:
+    names: list[Path],
+    entries: list[dict[str, Any]],
+    rules: Rules,
+    fresh: Path,
+    unreadable: list[dict[str, str]],
+    left_out: LeftOut,
+) -> _Joined:
     """Join the parts of all shards into the three files of an index.
 
     Args:
@@ -139,12 +170,20 @@ def _join(
         entries: what the index stores of each shard. num_samples is added, and files of a folder.
         rules: rules for good samples.
         fresh: an empty folder for the files.
-
-    Returns:
-        The number of good samples, and the number of rejected ones by reason.
+        unreadable: rejections of shards without a part.
+        left_out: what was found beside the shards.
     """
-    rejected_counts = Counter()
+    rejected_counts = LeftOut()
+    left_out = LeftOut(left_out)
     note_counts = Counter()
+
+    def reject(line: dict[str, str]) -> None:
+        example = f"{line['shard']}: {line['key']}" if line["key"] else line["shard"]
+        rejected_counts.add(
+            line["reason"], f"{example}: {line['detail']}" if line["detail"] else example
+        )
+        rejected_file.write(json.dumps(line) + "\n")
+
     with (
         open(fresh / RECORDS, "wb") as records_file,
         open(fresh / REJECTED, "w", encoding="utf-8") as rejected_file,
@@ -156,19 +195,24 @@ def _join(
             if head["files"] is not None:
                 entry["files"] = head["files"]
             note_counts.update(head["notes"])
+            for reason, (num, example) in head["left_out"].items():
+                left_out.add(reason, f"{entry['path']}: {example}", num)
             for line in head["rejected"]:
-                rejected_counts[line["reason"]] += 1
-                rejected_file.write(json.dumps(line) + "\n")
+                reject(line)
+        for line in unreadable:
+            reject(line)
     num_samples = sum(entry["num_samples"] for entry in entries)
     header = FORMAT | {
         "num_samples": num_samples,
         "rules": asdict(rules),
         "notes": dict(note_counts.most_common()),
-        "rejected": dict(rejected_counts.most_common()),
+        "rejected": {reason: num for reason, (num, _) in rejected_counts.by_count()},
+        "left_out": left_out,
+        "unreadable": [line["shard"] for line in unreadable],
         "shards": entries,
     }
     (fresh / HEADER).write_text(json.dumps(header), encoding="utf-8")
-    return num_samples, rejected_counts
+    return _Joined(num_samples, rejected_counts, left_out)
 
 
 @contextmanager
@@ -197,20 +241,15 @@ def _parts_folder(out: str | os.PathLike) -> Iterator[Path]:
 
 
 def _part_name(entry: dict[str, Any], rules: Rules) -> str:
-    facts = json.dumps([FORMAT, entry, asdict(rules)], sort_keys=True)
+    facts = json.dumps([FORMAT, PART_VERSION, entry, asdict(rules)], sort_keys=True)
     return hashlib.sha256(facts.encode("utf-8", "surrogateescape")).hexdigest()[:24] + ".part"
 
 
-def _write_part(
-    path: Path,
-    records: np.ndarray,
-    rejected: list[dict[str, str]],
-    notes: dict[str, int],
-    files: list[str] | None,
-) -> None:
-    head = json.dumps({"rejected": rejected, "notes": notes, "files": files})
+def _write_part(path: Path, result: ShardResult) -> None:
+    keys = ("rejected", "notes", "left_out", "files")
+    head = json.dumps({key: getattr(result, key) for key in keys})
     with whole_file(path) as partial:
-        partial.write_bytes(head.encode() + b"\n" + records.tobytes())
+        partial.write_bytes(head.encode() + b"\n" + result.records.tobytes())
 
 
 def load(folder: str | os.PathLike) -> Index:
@@ -245,6 +284,8 @@ def load(folder: str | os.PathLike) -> Index:
         records=records,
         rules=Rules(**header["rules"]),
         **{key: header[key] for key in ("shards", "rejected", "notes")},
+        left_out=header.get("left_out", {}),
+        unreadable=header.get("unreadable", []),
     )
 
 
@@ -335,7 +376,15 @@ def summary(folder: str | os.PathLike) -> str:
     if index.rejected:
         lines.append(f"  listed in {index.folder / REJECTED}")
     lines += [f"  {count:>9,}  good, but {note}" for note, count in index.notes.items()]
-    return "\n".join(lines + warnings_on(index))
+    return "\n".join(lines + warnings_on(index) + omissions(index))
+
+
+def omissions(index: Index) -> list[str]:
+    """Return a line on what was found and not used, by reason, or nothing."""
+    unused = LeftOut(index.left_out)
+    for reason, num in index.rejected.items():
+        unused.add(f"rejected as {reason}", "", num)
+    return [f"not used: {unused.describe()}"] if unused else []
 
 
 def warnings_on(index: Index) -> list[str]:
@@ -359,7 +408,7 @@ def _entry(path: str | os.PathLike) -> dict[str, Any]:
     try:
         status = os.stat(path)
     except OSError as error:
-        raise InputError(f"the shard {path} cannot be read: {error.strerror}") from None
+        raise InputError(f"the shard {path} cannot be read: {error.strerror}") from error
     is_file = not os.path.isdir(path)
     return {
         "path": str(path),
@@ -382,9 +431,28 @@ def _rate(bar: tqdm) -> Callable[[int], None]:
     return progress
 
 
-def _no_good_sample(paths: list[Path], counts: Counter) -> str:
+def _no_good_sample(paths: list[Path], joined: _Joined) -> str:
+    """Return an error with the three most frequent reasons and an example of each."""
     where = str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
-    if not counts or set(counts) <= {"incomplete"}:
-        return f"{where}: no images inside (expected members named *.jpg, *.jpeg, *.png or *.webp)"
-    reasons = ", ".join(f"{reason} ({count})" for reason, count in counts.most_common())
-    return f"{where}: no usable image; rejected as {reasons}"
+    reasons = LeftOut(joined.rejected)
+    reasons.update_from(joined.left_out)
+    problem = "no usable image"
+    if set(joined.rejected) <= {"incomplete"}:
+        suffixes = ", ".join(f"*.{suffix}" for suffix in IMAGE_SUFFIXES)
+        problem = f"no images inside (expected files named {suffixes})"
+    most = [
+        f"{num:,} {reason}, e.g. {example}{_advice(reason)}"
+        for reason, (num, example) in reasons.by_count()[:NUM_REASONS]
+    ]
+    return f"{where}: {problem}" + (f". Found {'; '.join(most)}" if most else "")
+
+
+def _advice(reason: str) -> str:
+    """Return what to do about something that was left out, to append to an example, or ""."""
+    if reason == "named *.tar":
+        return " (a tar in a subfolder; name that folder, or use a glob such as FOLDER/*/*.tar)"
+    if reason.removeprefix("named *.") in COMPRESSED_SUFFIXES:
+        return " (compressed; make it a tar first)"
+    if reason == "in a hidden or thumbnail folder":
+        return " (name that folder itself to use it)"
+    return ""

@@ -19,7 +19,14 @@ from torch import Tensor
 
 from iomm.config import InputError, choice
 from iomm.engine.data.bad_samples import MAX_ATTEMPTS, Failure
-from iomm.engine.data.decode import CENTRE, DecodeError, Decoder, Encoded, decoded_sizes
+from iomm.engine.data.decode import (
+    CENTRE,
+    DecodeError,
+    Decoder,
+    Encoded,
+    decoded_sizes,
+    send,
+)
 from iomm.engine.data.mixture import Joined
 from iomm.engine.data.samplers import EpochPermutation, FixedSizeSampler, Sampler
 from iomm.engine.data.shards import Damaged, Shards
@@ -389,12 +396,11 @@ class ImageSource:
         turns = self._turns(samples) if failures else drawn.result()
         latents_BCHW = tokens_IPD = None
         if self.latents:
-            latents_BCHW = (
-                torch.stack([sample.latents for sample in samples]).to(self.decoder.device).float()
-            )
+            latents_BCHW = torch.stack([sample.latents for sample in samples])
+            latents_BCHW = send(latents_BCHW, self.decoder.device).float()
         if self.encoded:
             entries = [sample.entry for sample in samples if not sample.is_pair]
-            tokens_IPD = self.latents.tokens(entries).to(self.decoder.device)
+            tokens_IPD = send(self.latents.tokens(entries), self.decoder.device)
         return Batch(
             torch.tensor([sample.n for sample in samples]),
             torch.tensor([sample.entry for sample in samples]),

@@ -16,8 +16,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from iomm.config import InputError, choice
-from iomm.engine.data.archive import SUFFIXES, Folder, Member, Tar
-from iomm.engine.data.caption import caption_of_json, caption_of_text
+from iomm.engine.data.archive import (
+    OTHER_IMAGE_SUFFIXES,
+    Folder,
+    LeftOut,
+    Member,
+    Tar,
+    reason_to_leave_out,
+)
+from iomm.engine.data.caption import BadCaption, caption_of_json, caption_of_text, check_size
 from iomm.engine.data.image import MAX_PIXELS, ImageInfo, Rejected, check_image
 
 # Bits of `flags`.
@@ -44,10 +51,14 @@ CAPTIONS = {"txt": (CAPTION_TXT, caption_of_text), "json": (CAPTION_JSON, captio
 HEADER_BYTES = 1 << 16
 # Samples reported at a time. After a crash at most this many are validated again.
 CHUNK = 256
+# In a sample's members: its key has several captions with the same suffix.
+TWO_CAPTIONS = "two captions"
+# Why a mask or a depth map is left out.
+MORE_PICTURES = "of the form K.x.png beside K.jpg"
 
 # Called with key, reason and detail of a rejected sample.
 Reject = Callable[..., None]
-# Suffix, or "image", -> (offset, num_bytes).
+# Suffix of a caption, "image" or TWO_CAPTIONS -> (offset, num_bytes).
 Members = dict[str, tuple[int, int]]
 
 
@@ -89,6 +100,8 @@ class Chunk(NamedTuple):
     rejected: list[dict[str, str]]
     # Counts of remarks on the good samples.
     notes: dict[str, int]
+    # See LeftOut. In the first chunk of a shard.
+    left_out: dict[str, list]
 
 
 def validate_shard(
@@ -103,8 +116,9 @@ def validate_shard(
 ) -> Generator[Chunk, None, list[str] | None]:
     """Yield the results for a shard in chunks of CHUNK samples, or of one second.
 
-    Damage is returned as rejections and not raised. Damage of the shard itself has the key "". It
-    is reported only if start and part are 0.
+    Damage is returned as rejections and not raised. A file that cannot be read costs its sample.
+    Damage of the shard itself has the key "". It is reported only if start and part are 0, except
+    that every part reports a shard that cannot be read at all.
 
     Args:
         path: a tar or a folder.
@@ -123,12 +137,20 @@ def validate_shard(
     records = []
     rejected = []
     notes = Counter()
+    left_out = LeftOut()
 
     def reject(key: str, reason: str, detail: object = "") -> None:
-        rejected.append({"shard": str(path), "key": key, "reason": reason, "detail": str(detail)})
+        rejected.append(rejection(path, key, reason, detail))
 
     def take_chunk(num_validated: int) -> Chunk:
-        chunk = Chunk(num_validated, np.array(records, dtype=RECORD), rejected[:], dict(notes))
+        chunk = Chunk(
+            num_validated,
+            np.array(records, dtype=RECORD),
+            rejected[:],
+            dict(notes),
+            dict(left_out),
+        )
+        left_out.clear()
         records.clear()
         rejected.clear()
         notes.clear()
@@ -140,13 +162,16 @@ def validate_shard(
     try:
         shard = Folder(path) if os.path.isdir(path) else Tar(path)
         samples = group_by_key(
-            shard.members(lambda reason, message: reject("", reason, message)), reject
+            shard.members(lambda reason, message: reject("", reason, message), left_out),
+            reject,
+            left_out,
         )
         missing = missing_samples(path, len(samples) + sum(line["key"] != "" for line in rejected))
         if missing:
             reject("", "missing", missing)
         if start or part:
             rejected.clear()
+            left_out.clear()
         for num, (key, members) in enumerate(samples.items(), start=1):
             if num <= start or (num - 1) // CHUNK % num_parts != part:
                 continue
@@ -163,39 +188,79 @@ def validate_shard(
                 yield take_chunk(num)
                 last_chunk_s = time.monotonic()
     except OSError as error:
-        reject("", "unreadable", error)
+        reject("", "unreadable", error.strerror or error)
     yield take_chunk(num)
     return getattr(shard, "files", None)
 
 
-def group_by_key(members: Iterable[Member], reject: Reject) -> dict[str, Members]:
+def rejection(
+    path: str | os.PathLike, key: str, reason: str, detail: object = ""
+) -> dict[str, str]:
+    """Return a line of rejected.jsonl. key: "" for the shard itself."""
+    return {"shard": str(path), "key": key, "reason": reason, "detail": str(detail)}
+
+
+def group_by_key(
+    members: Iterable[Member], reject: Reject, left_out: LeftOut
+) -> dict[str, Members]:
     """Return {key: {suffix: (offset, num_bytes)}} in the order in which keys first appear.
 
-    Unsafe names, duplicates and captions without an image are passed to `reject`.
+    Unsafe names, duplicate images and captions without an image are passed to `reject`. Members
+    that belong to no sample are counted in `left_out`: see reason_to_leave_out, and K.x.png where
+    K.jpg is an image, which is another picture of that sample, such as a mask.
     """
     samples = {}
+    # Images with unusual suffixes.
+    others = {}
     duplicates = set()
     for name, offset, num_bytes in members:
-        key, _, suffix = name.rpartition(".")
-        suffix = suffix.lower()
-        if suffix not in SUFFIXES:
+        reason = reason_to_leave_out(name)
+        if reason:
+            left_out.add(reason, name)
             continue
         if not is_safe(name):
             reject(repr(name), "bad_name", "absolute, with .., or with unprintable characters")
             continue
+        key, _, suffix = name.rpartition(".")
+        suffix = suffix.lower()
         sample = samples.setdefault(key, {})
+        if suffix in OTHER_IMAGE_SUFFIXES:
+            others.setdefault(key, []).append((name, offset, num_bytes))
+            continue
         slot = suffix if suffix in CAPTIONS else "image"
-        if slot in sample:
+        if slot not in sample:
+            sample[slot] = offset, num_bytes
+        elif slot == "image":
             duplicates.add(key)
-        sample[slot] = offset, num_bytes
+        else:
+            sample[TWO_CAPTIONS] = offset, num_bytes
+    for key, found in others.items():
+        if "image" not in samples[key]:
+            _, *samples[key]["image"] = found.pop(0)
+        for name, _, _ in found:
+            left_out.add(MORE_PICTURES, name)
+    for key in [key for key in samples if _is_picture_of(key, samples)]:
+        left_out.add(MORE_PICTURES, key, len(samples.pop(key)))
+        duplicates.discard(key)
     for key in duplicates:
         # It is unknown which image belongs to which caption.
         del samples[key]
-        reject(key, "duplicate", "the key has several images or captions")
+        reject(key, "duplicate", "the key has several images")
     for key in [key for key, sample in samples.items() if "image" not in sample]:
         del samples[key]
         reject(key, "incomplete", "a caption without an image")
     return samples
+
+
+def _is_picture_of(key: str, samples: dict[str, Members]) -> bool:
+    """Return whether a key like 0.seg belongs to the image of the key 0."""
+    start = key.rfind("/") + 1
+    end = key.find(".", start + 1)
+    while end > 0:
+        if "image" in samples.get(key[:end], ()):
+            return True
+        end = key.find(".", end + 1)
+    return False
 
 
 def is_safe(name: str) -> bool:
@@ -239,22 +304,36 @@ def validate_sample(
     caption = (0, 0)
     caption_crc32 = 0
     text = ""
-    for suffix in ("txt", "json"):
-        if suffix in members:
-            bit, parse = CAPTIONS[suffix]
-            caption_data = read_exactly(shard, *members[suffix])
-            text = parse(caption_data)
-            flags |= bit
+    problem = None
+    if TWO_CAPTIONS in members:
+        problem = BadCaption("duplicate", "the key has several captions", "duplicate")
+    for suffix, (bit, parse) in CAPTIONS.items():
+        if suffix not in members or TWO_CAPTIONS in members:
+            continue
+        try:
+            caption_data = _read_caption(shard, *members[suffix])
+            found = parse(caption_data)
+        except BadCaption as error:
+            problem = problem or error
+            continue
+        # The first caption with a text counts, or else the first readable one.
+        if found or not flags & (CAPTION_TXT | CAPTION_JSON):
+            flags = flags & ~(CAPTION_TXT | CAPTION_JSON) | bit
             caption = members[suffix]
             caption_crc32 = zlib.crc32(caption_data)
+            text = found
+        if text:
             break
     if not text:
         if rules.captions == "required":
-            raise Rejected(
-                "incomplete" if not flags & (CAPTION_TXT | CAPTION_JSON) else "caption",
-                "no caption",
-            )
+            if problem:
+                raise problem
+            if flags & (CAPTION_TXT | CAPTION_JSON):
+                raise Rejected("caption", "no caption")
+            raise Rejected("incomplete", "no caption")
         remarks.append("no_caption")
+    if problem:
+        remarks.append(f"caption_{problem.kind}")
     return (
         offset,
         num_bytes,
@@ -265,6 +344,15 @@ def validate_sample(
         caption_crc32,
         flags,
     ), remarks
+
+
+def _read_caption(shard: Tar | Folder, offset: int, num_bytes: int) -> bytes:
+    """Return the bytes of a caption. Raises BadCaption."""
+    check_size(num_bytes)
+    try:
+        return read_exactly(shard, offset, num_bytes)
+    except Rejected as error:
+        raise BadCaption("unreadable", error, error.reason) from None
 
 
 def _header(
@@ -305,7 +393,7 @@ def read_exactly(shard: Tar | Folder, offset: int, num_bytes: int) -> bytes:
     try:
         data = shard.read(offset, num_bytes)
     except OSError as error:
-        raise Rejected("unreadable", error.strerror) from None
+        raise Rejected("unreadable", error.strerror or error) from None
     if len(data) < num_bytes:
         raise Rejected("unreadable", "the file changed while it was read")
     return data[:num_bytes]

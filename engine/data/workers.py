@@ -28,6 +28,7 @@ import numpy as np
 
 import iomm
 from iomm.config import InputError
+from iomm.engine.data.archive import LeftOut
 from iomm.engine.data.validate import RECORD, Chunk, Rules, validate_shard
 
 # Address space that a worker may add, plus 8 bytes per pixel of the largest image allowed.
@@ -51,6 +52,8 @@ class ShardResult(NamedTuple):
     rejected: list[dict[str, str]]
     # Counts of remarks on the good samples.
     notes: dict[str, int]
+    # See archive.LeftOut.
+    left_out: dict[str, list]
     # The files of a folder, None for a tar.
     files: list[str] | None
 
@@ -141,7 +144,13 @@ class _ShardPart:
     def add(self, message: dict[str, Any], records: np.ndarray) -> None:
         self.num_validated = message["num_validated"]
         self.chunks.append(
-            Chunk(self.num_validated, records, message["rejected"], message["notes"])
+            Chunk(
+                self.num_validated,
+                records,
+                message["rejected"],
+                message["notes"],
+                message["left_out"],
+            )
         )
 
     def task(self) -> dict[str, Any]:
@@ -157,20 +166,25 @@ class _ShardPart:
 
 def _joined(
     parts: list[_ShardPart],
-) -> tuple[np.ndarray, list[dict[str, str]], dict[str, int]]:
-    """Return (records, rejected, notes) of a whole shard."""
+) -> tuple[np.ndarray, list[dict[str, str]], dict[str, int], dict[str, list]]:
+    """Return (records, rejected, notes, left_out) of a whole shard."""
     parts = sorted(parts, key=lambda part: part.part)
     chunks = sorted(
         (chunk for part in parts for chunk in part.chunks), key=lambda chunk: chunk.num_validated
     )
-    notes = Counter()
+    notes, left_out, rejected, is_unreadable = Counter(), LeftOut(), [], False
     for chunk in chunks:
         notes.update(chunk.notes)
-    return (
-        np.concatenate([chunk.records for chunk in chunks]),
-        [line for chunk in chunks for line in chunk.rejected],
-        dict(notes),
-    )
+        left_out.update_from(chunk.left_out)
+        for line in chunk.rejected:
+            # Each part of a shard that cannot be read reports it.
+            if not line["key"] and line["reason"] == "unreadable":
+                if is_unreadable:
+                    continue
+                is_unreadable = True
+            rejected.append(line)
+    records = np.concatenate([chunk.records for chunk in chunks])
+    return records, rejected, dict(notes), dict(left_out)
 
 
 class _Worker:
@@ -313,12 +327,17 @@ def main(connection: str, memory: str, rules: str) -> None:
         )
         while True:
             try:
-                num_validated, records, rejected, notes = next(chunks)
+                num_validated, records, rejected, notes, left_out = next(chunks)
             except StopIteration as done:
                 at[0] = IDLE
                 connection.send_bytes(json.dumps({"files": done.value}).encode())
                 break
-            message = {"num_validated": num_validated, "rejected": rejected, "notes": notes}
+            message = {
+                "num_validated": num_validated,
+                "rejected": rejected,
+                "notes": notes,
+                "left_out": left_out,
+            }
             connection.send_bytes(json.dumps(message).encode())
             connection.send_bytes(records.tobytes())
 

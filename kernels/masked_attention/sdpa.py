@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from iomm.kernels.dispatch import pick
 from iomm.kernels.masked_attention.packing import (
     Lengths,
     cached_layout,
@@ -205,8 +206,9 @@ def masked_attention_sdpa(
         return masked_attention_reference(
             q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, causal, scale
         )
-    run = _regular if layout.regular else _padded
-    return run(layout, q, k, v, prefix_k, prefix_v, causal, scale)
+    if layout.regular:
+        return _regular(layout, q, k, v, prefix_k, prefix_v, causal, scale)
+    return padded_attention(q, k, v, prefix_k, prefix_v, layout, scale)
 
 
 def _regular(
@@ -238,38 +240,55 @@ def _regular(
     return out.transpose(1, 2).flatten(0, 1)
 
 
-def _padded(
-    layout: DenseLayout,
+def padded_attention(
     q: Tensor,
     k: Tensor | None,
     v: Tensor | None,
     prefix_k: Tensor | None,
     prefix_v: Tensor | None,
-    causal: bool,
+    layout: DenseLayout,
     scale: float,
 ) -> Tensor:
-    num_slots = layout.mask.shape[-1]
+    """Return (S, A, E) of ragged samples, padded to the dense layout.
+
+    All sizes are read from shapes, so that torch.compile makes one graph for all batches.
+    """
+    num_samples, _, num_queries, num_slots = layout.mask.shape
     repeat = q.shape[1] // (prefix_k if k is None else k).shape[1]
 
     def dense(prefix: Tensor | None, suffix: Tensor | None) -> Tensor:
         example = prefix if suffix is None else suffix
-        slots = example.new_zeros(layout.num_samples * num_slots, *example.shape[1:])
+        slots = example.new_zeros(num_samples * num_slots, *example.shape[1:])
         if prefix is not None:
             slots = slots.index_copy(0, layout.prefix_rows, prefix)
         if suffix is not None:
             slots = slots.index_copy(0, layout.suffix_rows, suffix)
         # Heads are repeated explicitly because the CUDA kernels that take a mask do not take
         # grouped heads.
-        return _heads_first(slots, layout.num_samples).repeat_interleave(repeat, dim=1)
+        return _heads_first(slots, num_samples).repeat_interleave(repeat, dim=1)
 
-    queries = q.new_zeros(layout.num_samples * layout.num_queries, *q.shape[1:]).index_copy(
+    queries = q.new_zeros(num_samples * num_queries, *q.shape[1:]).index_copy(
         0, layout.query_rows, q
     )
     out = dense_attention(
-        _heads_first(queries, layout.num_samples),
+        _heads_first(queries, num_samples),
         dense(prefix_k, k),
         dense(prefix_v, v),
         layout.mask,
         scale=scale,
     )
     return out.transpose(1, 2).flatten(0, 1).index_select(0, layout.query_rows)
+
+
+def ragged_layout(
+    offsets: Tensor, lengths: tuple[int, ...], dtype: torch.dtype
+) -> DenseLayout | None:
+    """Return the layout with which `padded_attention` is `masked_attention` without prefix.
+
+    None if another backend was chosen, or if nothing has to be padded because all samples have
+    equal lengths.
+    """
+    if pick("masked_attention", offsets.device, dtype) is not masked_attention_sdpa:
+        return None
+    layout = cached_layout(_make_layout, offsets, None, True, True, lengths, None)
+    return None if layout.regular else layout

@@ -76,7 +76,7 @@ def test_link_seconds_match_arithmetic(budget):
     ):
         message = Message(kind="all_gather", size_bytes=64 << 30, group=ranks)
         assert budget.link_s(message, budget.MACHINES[gpu]) == pytest.approx(
-            message.sent_bytes / rate / share, rel=0.01
+            message.sent_bytes() / rate / share, rel=0.01
         )
     small = [
         budget.link_s(Message(kind="all_gather", size_bytes=512, group=n), budget.MACHINES["H200"])

@@ -70,6 +70,16 @@ CASES = {
         {**SMALL, "stage3_max_reuse_distance": 250_000},
     ),
 }
+# The same at the stages at which weights are whole on every rank.
+WHOLE = {
+    f"stage {stage}, {precision}": (
+        "mmdit",
+        [f"zero.stage={stage}", f"precision={precision}", "optim.kind=adamw"],
+        {},
+    )
+    for stage in (0, 1, 2)
+    for precision in ("fp32", "bf16")
+}
 
 
 def make_model(mllm, kind, dtype, align):
@@ -158,7 +168,8 @@ def worker(rank, port, folder, cases):
     ranks = group.start(60)
     configured = zero.deepspeed_config
     for case in cases:
-        kind, overrides, settings = CASES[case]
+        kind, overrides, settings = {**CASES, **WHOLE}[case]
+        stage = [] if case in WHOLE else ["zero.stage=3"]
 
         def with_settings(*args, settings=settings):
             whole = configured(*args)
@@ -166,7 +177,7 @@ def worker(rank, port, folder, cases):
             return whole
 
         zero.deepspeed_config = with_settings
-        config = load_config(PIXELS, ["zero.stage=3", *overrides])
+        config = load_config(PIXELS, [*stage, *overrides])
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         model = make_model(load_mllm(f"{folder}/mllm", dtype=dtype), kind, dtype, config.align)
         expected = count_traffic(model, config, SIZE, **settings).sent_bytes(ACCUMULATION)
@@ -181,12 +192,12 @@ def worker(rank, port, folder, cases):
             accumulation=ACCUMULATION,
         )
         # DeepSpeed must have taken every setting, and not know one of them by another name.
-        actual = sharded.engine._config.zero_config
+        actual = None if case in WHOLE else sharded.engine._config.zero_config
         expected_settings = {
             **DEFAULTS,
             **with_settings(config, ranks.device, 1, 1)["zero_optimization"],
         }
-        assert all(
+        assert case in WHOLE or all(
             getattr(actual, key.removeprefix("stage3_")) == expected_settings[key]
             for key in DEFAULTS
         )
@@ -264,3 +275,9 @@ def test_sent_bytes_match_the_count(tmp_path):
 @pytest.mark.slow
 def test_sent_bytes_match_the_count_for_other_settings(tmp_path):
     check(measure(tmp_path, list(CASES)[2:]))
+
+
+def test_sent_bytes_match_the_count_where_weights_are_whole(tmp_path):
+    for case, (sent, counted) in measure(tmp_path, list(WHOLE)).items():
+        assert sent == counted, case
+        assert ("all_gather" in sent) == (not case.startswith("stage 0")), case

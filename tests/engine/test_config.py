@@ -7,6 +7,7 @@ import pytest
 
 from iomm.config import InputError
 from iomm.engine.config import CONFIGS, RunConfig, all_keys, differences, flat, load_config, parse
+from iomm.engine.data.patterns import expand
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
@@ -182,3 +183,24 @@ def test_differences_ignore_free_keys():
         "optim.lr: 0.0001 became 0.5"
     ]
     assert set(flat(config)) == set(all_keys(RunConfig))
+
+
+def test_shards_may_be_a_list(tmp_path):
+    text = 'data:\n  shards: ["/a, b/*.tar", /c.tar]\n  pairs:\n  - shapes\n'
+    config = parse(text)
+    assert config.data.shards == ("/a, b/*.tar", "/c.tar") and config.data.pairs == "shapes"
+    assert parse(config.to_yaml()) == config and not differences(config, parse(config.to_yaml()))
+    assert parse(text, "config", ["data.shards=/d.tar"]).data.shards == "/d.tar"
+    assert parse("data: {pairs: null}").data.pairs is None
+    # Names with commas of a list are not split where they exist.
+    (tmp_path / "a, b").mkdir()
+    names = [tmp_path / "a, b" / "0.tar", tmp_path / "1.tar"]
+    for name in names:
+        name.touch()
+    listed = parse(f"data: {{shards: ['{tmp_path}/a, b/*.tar', '{tmp_path}/1.tar']}}")
+    assert sorted(expand(listed.data.shards)) == sorted(names)
+    for wrong in ("[a, ['b']]", "['']", "[]", "{a: b}"):
+        with pytest.raises(InputError, match=r"data\.shards must be a (text or a )?list of texts"):
+            parse(f"data: {{shards: {wrong}}}")
+    with pytest.raises(InputError, match=r"data\.latents must be text or null, got a list"):
+        parse("data: {latents: [a]}")

@@ -4,21 +4,26 @@ Most run the toy job, one rank on each host. Each function injects a fault n tim
 counts, or raises.
 """
 
+import json
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from faults.real import entries, small_run
 from faults.toy_job import Job
 from faults.trials import final_files, log_rows, newest_logged_commit, newest_step, samples_of
+from launches import LIMIT_S, ROOT, environment, rows
 from namespaces import Hosts
 
 from iomm.engine.resilience.preemption import REQUEUE
 from iomm.engine.resilience.watchdog import DEAD, alive
 
-# Trials wait most of the time, therefore several run side by side, each on hosts of its own.
+# Trials wait most of the time, therefore several run side by side, each with separate hosts.
 SIDE_BY_SIDE = 4
 # Exit codes and names are due so long after guard.lost_s.
 BEYOND_S = 5.0
@@ -265,3 +270,185 @@ def preempted_hosts(folder, num_trials, number=3, seed=0):
         "same_step_saved_exit_75_and_same_batches_on_the_hosts_left": num_trials - len(failures),
         "slowest_exit_s": round(max(seconds for seconds, _ in found), 2),
     }, failures
+
+
+class HostsRun:
+    """A run of engine/launch.py on all hosts, one rank on each, with a launcher on each host.
+
+    `launcher` is "deepspeed" (with --no_ssh) or "torchrun" (engine/torchrun.py).
+    """
+
+    def __init__(
+        self, hosts, launcher, run_dir, *arguments, options=(), script=("engine/launch.py",)
+    ):
+        self.run_dir = Path(run_dir)
+        self.run_dir.parent.mkdir(parents=True, exist_ok=True)
+        self.launcher = launcher
+        self.processes, self.paths = {}, {}
+        hostfile = Path(f"{run_dir}.hostfile")
+        hostfile.write_text("".join(f"{name} slots=1\n" for name in hosts.names))
+        for i in range(hosts.number):
+            if launcher == "deepspeed":
+                line = [
+                    str(Path(sys.executable).with_name("deepspeed")),
+                    *("--hostfile", str(hostfile), "--no_ssh", "--node_rank", str(i)),
+                    *("--master_addr", hosts.addresses[0], "--master_port", "29500"),
+                ]
+            else:
+                line = [
+                    *(sys.executable, str(ROOT / "engine/torchrun.py"), "--nproc-per-node", "1"),
+                    *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{hosts.addresses[0]}:29500"),
+                    *("--local-addr", hosts.addresses[i], "--nnodes", str(hosts.number), *options),
+                ]
+            line += [str(ROOT / script[0]), *script[1:], *arguments, f"run.dir={run_dir}"]
+            self.paths[i] = Path(f"{run_dir}.h{i}.out")
+            with open(self.paths[i], "ab") as file:
+                self.processes[i] = hosts.start(
+                    i,
+                    line,
+                    env={**environment(), **hosts.environment()},
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                )
+
+    def output(self, i):
+        """Return what host i has printed."""
+        return self.paths[i].read_text(errors="replace")
+
+    def wait_for_steps(self, number):
+        """Wait until the run has logged a number of steps."""
+        until = time.monotonic() + LIMIT_S
+        while len(rows(self.run_dir / "log.jsonl")) < number:
+            running = all(process.poll() is None for process in self.processes.values())
+            assert running and time.monotonic() < until, self.output(0)[-3000:]
+            time.sleep(0.05)
+
+    def wait(self, limit_s=LIMIT_S):
+        """Return {host: exit code of its launcher}; None for one that had to be killed."""
+        until, codes = time.monotonic() + limit_s, {}
+        for i, process in self.processes.items():
+            try:
+                codes[i] = process.wait(max(0.1, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                codes[i] = None
+                process.kill()
+        return codes
+
+
+def hosts_train(folder, sizes=(1, 2, 3, 4)):
+    """Train 20 steps on one to four hosts.
+
+    Stage 1 runs with both launchers, stage 2 (a mixture of images and pairs) with DeepSpeed's, both
+    under ZeRO-3 in fp32. The samples must have the order of one host, and the first loss, of the
+    same weights, must be bitwise equal; later ones differ by the rounding of sums over ranks.
+    """
+    small = [
+        *small_run(folder),
+        "zero.stage=3",
+        "train.steps=20",
+        "train.global_batch=12",
+        "train.micro_batch=1",
+    ]
+    small.remove("train.global_batch=4")
+    stages = {
+        "stage 1": small,
+        "stage 2": [*small, "train.data=mix", f"data.pairs={folder}/shapes"],
+    }
+    found, golden = {}, {}
+    for stage, launcher, number in [
+        *(("stage 1", "deepspeed", number) for number in sizes),
+        *(("stage 1", "torchrun", number) for number in sizes[1:]),
+        *(("stage 2", "deepspeed", number) for number in sizes[:2]),
+    ]:
+        run_dir = Path(folder) / f"{stage}-{launcher}-{number}".replace(" ", "-")
+        with Hosts(number) as hosts:
+            script = ("tests/faults/broken.py", "none", "0", "0")
+            run = HostsRun(hosts, launcher, run_dir, *stages[stage], script=script)
+            codes = run.wait(LIMIT_S * 2)
+        assert set(codes.values()) == {0}, (codes, run.output(0)[-3000:])
+        losses = [float.fromhex(row[1]) for row in log_rows(run_dir)]
+        samples = entries(run_dir)
+        if stage not in golden:
+            golden[stage] = samples, losses
+            continue
+        expected, reference = golden[stage]
+        found[f"{stage}, {launcher}, {number} hosts"] = {
+            "samples_in_order": samples == expected and len(losses) == 20,
+            "first_loss_bitwise": losses[0] == reference[0],
+            "worst_relative": max(
+                abs(a - b) / abs(b) for a, b in zip(losses, reference, strict=True)
+            ),
+        }
+    return found
+
+
+def bad_network(folder, num_steps=200, delay_s=0.1, loss=0.01):
+    """Train where every packet takes delay_s and a share of them is lost.
+
+    No alarm may be raised, and losses and state must be those of an undisturbed run.
+    """
+    settings = (f"train.steps={num_steps}", "checkpoint.every_steps=50")
+    assert Job(Path(folder) / "golden", *settings, width=10_000).wait(120) == [0, 0]
+    run_dir, started = Path(folder) / "run", time.monotonic()
+    with Hosts(2, delay_s=delay_s, loss=loss) as hosts:
+        job = Job(run_dir, *settings, hosts=hosts, width=10_000)
+        codes = job.wait(60 + 8 * num_steps)
+    golden = Path(folder) / "golden"
+    alarms = [
+        line for rank in (0, 1) for line in output_of(job, rank).splitlines() if "iomm: " in line
+    ]
+    assert codes == [0, 0], (codes, alarms)
+    return {
+        "steps": num_steps,
+        "delay_ms": round(delay_s * 1000),
+        "lost_packets": f"{loss:.0%}",
+        "alarms": len(alarms),
+        "same_bits": final_files(run_dir) == final_files(golden)
+        and log_rows(run_dir) == log_rows(golden),
+        "seconds": round(time.monotonic() - started),
+    }
+
+
+# Small enough that weights are gathered and gradients are reduced in several messages.
+WIRE = (
+    "optim.kind=adamw",
+    "zero.max_live_parameters=1000000",
+    "zero.prefetch_bucket_size=300000",
+    "zero.reduce_bucket_size=400000",
+)
+
+
+def wire(folder, steps=20, sizes=(2, 3, 4), stages=(0, 1, 2, 3), precision="fp32"):
+    """Compare the bytes on the wire with the count of benchmarks/lib/traffic.py.
+
+    Measures 20 steps of two micro-batches at each ZeRO stage. Bytes are those of one host and step,
+    a mean over hosts; measured ones include headers.
+    """
+    found = {"steps": steps, "precision": precision}
+    for number in sizes:
+        results = Path(folder) / str(number)
+        results.mkdir(parents=True)
+        with Hosts(number) as hosts:
+            facts = {
+                "hosts": [hosts.facts(i) for i in range(number)],
+                "folder": str(results),
+                "stages": stages,
+                "steps": steps,
+                "overrides": [f"precision={precision}", *WIRE],
+            }
+            subprocess.run(
+                [sys.executable, str(ROOT / "tests/faults/wire.py"), json.dumps(facts)],
+                env=environment(),
+                check=True,
+            )
+        by_rank = [json.loads((results / f"{rank}.json").read_text()) for rank in range(number)]
+        for stage, of_ranks in zip(stages, zip(*by_rank, strict=True), strict=True):
+            measured = sum(rank["bytes"] for rank in of_ranks) / number / steps
+            counted = sum(of_ranks[0]["counted"].values())
+            found[f"stage {stage}, {number} hosts"] = {
+                "counted_bytes": counted,
+                "measured_bytes": round(measured),
+                "more": round(measured / counted - 1, 4),
+                "packets": round(sum(rank["packets"] for rank in of_ranks) / number / steps),
+            }
+    return found

@@ -31,7 +31,7 @@ ROOT = enter(__file__)
 sys.path[1:1] = [str(ROOT / "tests"), str(ROOT / "tests/helpers")]
 
 import torch
-from faults import disk, real, trials
+from faults import disk, hosts, real, trials
 
 from benchmarks.micro import measure_saves
 from iomm.engine.observe.doctor import cpu_name, git
@@ -125,6 +125,12 @@ TRIALS = {
         tests("tests/engine/test_config.py", "-k", "name_file_line_and_key"),
         None,
     ),
+    "hosts_train": ("H1 several hosts train like one", hosts.hosts_train, None),
+    "lost_hosts": ("H2 a lost host ends the job in seconds", hosts.lost_hosts, 20),
+    "returning_links": ("H3 a link that returns in time costs nothing", hosts.returning_links, 10),
+    "bad_network": ("H4 a bad network is no fault", hosts.bad_network, 200),
+    "preempted_hosts": ("H5 preemption of one host saves all", hosts.preempted_hosts, 20),
+    "wire": ("H6 counted bytes are the bytes on the wire", hosts.wire, 20),
     "bounded_loss": ("O3 what a fault may cost is bounded", bounded_loss, 10),
 }
 

@@ -1,25 +1,36 @@
 """Several hosts on one machine.
 
 A host is a network, UTS, PID and mount namespace with one interface, eth0. A bridge in another
-network namespace joins them. All of it hangs on processes that end with this one, so that nothing
-is left behind, and the machine's own interfaces are not touched. Needs root and iproute2.
+network namespace joins them, or a process that loses and delays packets, because not every kernel
+has netem. All of it hangs on processes that end with this one, so that nothing is left behind, and
+the machine's own interfaces are not touched. Needs root and iproute2.
 """
 
+import collections
 import contextlib
 import ctypes
+import fcntl
 import functools
 import json
 import os
+import random
+import select
 import shlex
 import shutil
 import signal
+import socket
+import struct
 import subprocess
+import sys
 import tempfile
+import time
 from pathlib import Path
 
 from iomm.engine.parallel.cpu_ranks import PR_SET_PDEATHSIG
 
 INTERFACE = "eth0"
+# From linux/if_tun.h.
+TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
 
 
 @functools.cache
@@ -68,11 +79,14 @@ def hold(*namespaces, script="exec sleep infinity"):
 class Hosts:
     """`number` hosts, h0, h1, ... at 10.77.0.1, 10.77.0.2, ... Use as a context.
 
-    With shared_pids, the hosts have the same name and PID namespace, as containers of one pod.
+    With shared_pids, the hosts have the same name and PID namespace, as containers of one pod. With
+    delay_s, every packet takes that long and the share `loss` of them is lost.
     """
 
-    def __init__(self, number, shared_pids=False):
+    def __init__(self, number, shared_pids=False, delay_s=0.0, loss=0.0):
         self.number = number
+        self.delay_s = delay_s
+        self.loss = loss
         self.shared_pids = shared_pids
         self.names = [f"h{i}" for i in range(number)]
         self.addresses = [f"10.77.0.{i + 1}" for i in range(number)]
@@ -83,10 +97,22 @@ class Hosts:
         self.holders, self.processes = [0] * number, [None] * number
 
     def __enter__(self):
-        self.switch, self.switch_process = hold("--net")
-        self.on_switch("ip link add br0 type bridge", "ip link set br0 up")
+        if not self.delay_s:
+            self.switch, self.switch_process = hold("--net")
+            self.on_switch("ip link add br0 type bridge", "ip link set br0 up")
         for i in range(self.number):
             self.boot(i)
+        if self.delay_s:
+            facts = [self.holders, self.addresses, self.delay_s, self.loss]
+            self.switch_process = subprocess.Popen(
+                [sys.executable, __file__, json.dumps(facts)],
+                stdout=subprocess.PIPE,
+                text=True,
+                preexec_fn=die_with_parent,
+            )
+            assert self.switch_process.stdout.readline(), "the network could not be created"
+            for i in range(self.number):
+                self.configure(i)
         return self
 
     def __exit__(self, *_):
@@ -117,10 +143,16 @@ class Hosts:
                 "--kill-child",
                 script=f"hostname {self.names[i]}; {script}",
             )
+        if self.delay_s:
+            return
         self.on_switch(
             f"ip link add p{i} type veth peer name {INTERFACE} netns {self.holders[i]}",
             f"ip link set p{i} master br0 up",
         )
+        self.configure(i)
+
+    def configure(self, i):
+        """Give the interface of host i its address."""
         for command in (
             "ip link set lo up",
             f"ip address add {self.addresses[i]}/24 dev {INTERFACE}",
@@ -190,23 +222,60 @@ class Hosts:
         return counters["bytes"], counters["packets"]
 
 
+def set_namespace(path):
+    """Move this process (or its children, for a PID namespace) into the namespace at a path."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open(path) as file:
+        if libc.setns(file.fileno(), 0):
+            raise OSError(ctypes.get_errno(), f"{path} cannot be entered")
+
+
 def enter_host(facts):
     """Fork a process on a host, as os.fork() does. facts: Hosts.facts()."""
-    libc = ctypes.CDLL(None, use_errno=True)
-
-    def enter(kinds):
-        # All are opened first: afterwards /proc is that of another PID namespace.
-        handles = [os.open(f"/proc/{facts['holder']}/ns/{kind}", os.O_RDONLY) for kind in kinds]
-        for handle in handles:
-            if libc.setns(handle, 0):
-                raise OSError(ctypes.get_errno(), "setns failed")
-            os.close(handle)
-
+    folder = f"/proc/{facts['holder']}/ns"
     if "pid" in facts["kinds"]:
-        # Holds for the children of this process.
-        enter(["pid"])
+        set_namespace(f"{folder}/pid")
     pid = os.fork()
     if pid == 0:
-        enter([kind for kind in facts["kinds"] if kind != "pid"])
+        # The mount namespace last: afterwards /proc is that of the host.
+        for kind in sorted(facts["kinds"], key="uts net mnt".find):
+            if kind != "pid":
+                set_namespace(f"{folder}/{kind}")
         os.environ.update(facts["environment"])
     return pid
+
+
+def open_tunnel(holder):
+    """Create the interface of a host, and return the file with its IP packets."""
+    own = f"/proc/{os.getpid()}/ns/net"
+    with open(own) as back:
+        set_namespace(f"/proc/{holder}/ns/net")
+        tunnel = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
+        request = struct.pack("16sH22x", INTERFACE.encode(), IFF_TUN | IFF_NO_PI)
+        fcntl.ioctl(tunnel, TUNSETIFF, request)
+        ctypes.CDLL(None).setns(back.fileno(), 0)
+    return tunnel
+
+
+def impaired_network(holders, addresses, delay_s, loss):
+    """Pass packets between hosts, each after delay_s, and lose a share of them."""
+    tunnels = [open_tunnel(holder) for holder in holders]
+    print("ready", flush=True)
+    by_address = dict(zip(map(socket.inet_aton, addresses), tunnels, strict=True))
+    rng, waiting = random.Random(0), collections.deque()
+    while True:
+        wait_s = max(0.0, waiting[0][0] - time.monotonic()) if waiting else None
+        for tunnel in select.select(tunnels, [], [], wait_s)[0]:
+            packet = os.read(tunnel, 65536)
+            # The destination of an IPv4 packet. Others, of IPv6, are of no interest.
+            out = by_address.get(packet[16:20]) if packet[0] >> 4 == 4 else None
+            if out is not None and rng.random() >= loss:
+                waiting.append((time.monotonic() + delay_s, out, packet))
+        while waiting and waiting[0][0] <= time.monotonic():
+            _, out, packet = waiting.popleft()
+            with contextlib.suppress(OSError):
+                os.write(out, packet)
+
+
+if __name__ == "__main__":
+    impaired_network(*json.loads(sys.argv[1]))

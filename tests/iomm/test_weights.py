@@ -269,7 +269,7 @@ def large_folders(tmp_path_factory):
 
 
 def test_loading_holds_no_private_copy_on_the_host(large_folders):
-    """The meta device stands for a GPU: what is moved there leaves the host."""
+    """On the meta device, in place of a GPU: what is moved there leaves the host."""
     done = subprocess.run(
         [sys.executable, host_memory.__file__, *map(str, large_folders)],
         cwd=Path(__file__).parents[2],

@@ -5,7 +5,7 @@ import json
 import corrupt_samples
 import pytest
 import torch
-from launches import PIXELS
+from launches import PIXELS, launch, rows
 
 from iomm.caption_limit import CaptionLimit
 from iomm.config import AdapterConfig, PromptConfig
@@ -121,6 +121,53 @@ def test_only_some_of_many_cut_captions_are_named(tmp_path, monkeypatch):
     assert [line["n"] for line in lines if not line["cut"]] == [0, 2, 4]
 
 
+def test_resume_removes_the_lines_of_samples_that_are_read_again(tmp_path):
+    counter = BadSamples(1.0, 5, tmp_path / "skipped.jsonl")
+    counter.restore({"total": 0, "shards": []}, 8)
+    assert not list(tmp_path.iterdir())
+    counter.record([Failure(n, 0, "was cut", cut=True) for n in range(4)], 4)
+    state = counter.state()
+    counter.record([Failure(n, 0, "was cut", cut=True) for n in (4, 5)], 8)
+    with open(tmp_path / "skipped.jsonl", "a") as file:
+        # A kill has cut the last line.
+        file.write('{"n": 6, "sha')
+    resumed = BadSamples(1.0, 5, tmp_path / "skipped.jsonl")
+    resumed.restore(state, 4)
+    resumed.record([Failure(n, 0, "was cut", cut=True) for n in (4, 5, 6)], 8)
+    lines = (tmp_path / "skipped.jsonl").read_text().splitlines()
+    assert [json.loads(line)["n"] for line in lines] == [*range(7)]
+    assert resumed.cut_captions == 7
+
+
+# Launches one and two ranks.
+@pytest.mark.slow
+def test_cut_captions_are_the_same_on_two_ranks_and_after_resume(tar, tmp_path):
+    settings = [
+        "--config",
+        PIXELS,
+        f"data.pairs={tar}",
+        "data.size_px=32",
+        "train.data=pair",
+        "train.global_batch=4",
+        "train.threads=1",
+        "checkpoint.every_steps=2",
+        "log.sample_images=0",
+    ]
+    for size, name, steps in ((1, "whole", 6), (2, "parts", 3), (1, "parts", 6)):
+        resume = ["--resume", "auto", f"run.dir={tmp_path}/{name}", f"train.steps={steps}"]
+        done = launch(size, *settings, *resume)
+        assert done.returncode == 0, done.stdout
+        assert "warning: 2 of 8 captions are longer than the" in done.stdout
+    counts = {
+        name: [row["cut_captions"] for row in rows(tmp_path / name / "log.jsonl")]
+        for name in ("whole", "parts")
+    }
+    # Two epochs of three are complete, and the last one began.
+    assert counts["whole"] == counts["parts"] and counts["whole"][3] == 4
+    named = [(tmp_path / name / "skipped.jsonl").read_text() for name in ("whole", "parts")]
+    assert named[0] == named[1] and len(named[0].splitlines()) == counts["whole"][-1]
+
+
 def test_index_and_dry_run_warn_of_long_captions(tar, tmp_path, capsys):
     words = "warning: 2 of 8 captions are longer than the 4"
     command = ["index", str(tar), "--out", str(tmp_path / "index")]
@@ -158,7 +205,7 @@ def test_many_long_captions_are_estimated(index_dir, limit, monkeypatch):
 
 
 def test_unreachable_tokenizer_does_not_fail_the_count(index_dir, monkeypatch):
-    config = load_config(PIXELS, ["model.mllm=nobody/nothing"])
+    config = load_config(PIXELS, ["model.mllm=unknown/nothing"])
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (line,) = builders.long_captions(config, index_dir)
     assert line.startswith("captions that exceed the MLLM's context were not counted: model.mllm")

@@ -219,16 +219,23 @@ def test_25_captions(tmp_path):
         for member in ((f"{name}.jpg", jpeg), (f"{name}.{suffix}", data))
     ]
     path = write(tmp_path / "a.tar", corrupt_samples.tar_of(members))
-    shards = Shards(build(path, tmp_path / "index", progress=False))
-    assert rejections(tmp_path / "index")[0] == {
-        name: "caption" for name, (_, _, text) in cases.items() if text is None
-    }
-    texts = [text for _, _, text in cases.values() if text is not None]
-    assert [shards.caption(k) for k in range(len(shards))] == texts
+    texts = [text for _, _, text in cases.values()]
     required = Shards(
         build(path, tmp_path / "required", progress=False, rules=Rules(captions="required"))
     )
+    assert rejections(tmp_path / "required")[0] == {
+        name: "caption" for name, (_, _, text) in cases.items() if not text
+    }
     assert [required.caption(k) for k in range(len(required))] == [text for text in texts if text]
+    # Images that need no caption are all kept, and the bad captions are counted by their kind.
+    shards = Shards(build(path, tmp_path / "index", progress=False))
+    assert not rejections(tmp_path / "index")[0]
+    assert [shards.caption(k) for k in range(len(shards))] == [text or "" for text in texts]
+    kinds = {note: num for note, num in shards.index.notes.items() if note.startswith("caption_")}
+    assert sum(kinds.values()) == texts.count(None) and set(kinds) == {
+        f"caption_{kind}"
+        for kind in ("too_large", "not_utf8", "not_json", "not_text", "nul", "surrogate")
+    }
 
 
 @pytest.mark.parametrize("name", corrupt_samples.tars())
@@ -238,7 +245,8 @@ def test_tars(name, tmp_path):
     path = write(tmp_path / "a.tar", data)
     jpeg = corrupt_samples.encode(corrupt_samples.smooth_image(48, 40))
     try:
-        folder = build(path, tmp_path / "index", progress=False)
+        rules = Rules(captions="required" if name in ("bad_caption", "bad_json") else "optional")
+        folder = build(path, tmp_path / "index", progress=False, rules=rules)
     except InputError as error:
         assert num_good == 0 and "\n" not in str(error)
         assert sorted(os.listdir(tmp_path)) == ["a.tar"]

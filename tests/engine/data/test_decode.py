@@ -1,6 +1,8 @@
 """Decoding with DALI compared to Pillow: photographs, colour modes, orientation, batches."""
 
 import io
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 
 from iomm.config import InputError
+from iomm.engine.data import decode as decode_module
 from iomm.engine.data.decode import DecodeError, Decoder, Encoded, decoded_sizes
 from iomm.engine.data.image import check_image
 
@@ -262,6 +265,73 @@ def test_bf16_is_rounded_float32_and_vae_pixels_are_optional(resize):
     ((no_pixels, vit_only),) = Decoder(3, 56, CPU, vae_pixels=False, resize=resize)([encoded])
     # The ViT sees two of the three samples.
     assert no_pixels is None and torch.equal(vit_only, vit_pixels) and len(vit_only) == 2
+
+
+@pytest.fixture
+def sent(monkeypatch):
+    """Run as for a GPU without DALI; "copies" stay on the CPU. Return the tensors sent so far."""
+    found = []
+    monkeypatch.setattr("iomm.engine.data.decode.fn", None)
+    monkeypatch.setattr(
+        "iomm.engine.data.decode.send", lambda host, device: found.append(host) or host.clone()
+    )
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gpu_gets_bytes_and_computes_the_same_pixels(sent, dtype):
+    """A quarter of the bytes of float32 pixels, and the same bits."""
+    images = [encode(photograph(120 + 7 * seed, 150, seed)) for seed in range(3)]
+    encoded = batch(
+        images,
+        (64, 96),
+        [True, False, True],
+        places=[(0.0, 0.0), (1.0, 1.0), (0.3, 0.6)],
+        has_image=[True, False, True],
+    )
+    ((pixels, vit_pixels),) = Decoder(3, 56, "meta", dtype=dtype)([encoded])
+    assert [host.dtype for host in sent] == [torch.uint8] * 2
+    assert sum(host.nbytes for host in sent) == 3 * (3 * 64 * 96) + 2 * (3 * 56 * 56)
+    ((expected, vit_expected),) = Decoder(3, 56, CPU, dtype=dtype)([encoded])
+    assert torch.equal(vit_pixels, vit_expected)
+    assert pixels.dtype == dtype and pixels.is_contiguous() and torch.equal(pixels, expected)
+    ((none, vit_only),) = Decoder(3, 56, "meta", vae_pixels=False)([encoded])
+    assert none is None and torch.equal(vit_only, vit_expected)
+
+
+def test_every_byte_is_scaled_as_on_the_cpu():
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 4, 64, 1).expand(1, 4, 64, 3)
+    expected = torch.empty(3, 4, 64)
+    decode_module.write_vae(levels.permute(0, 3, 1, 2), False, expected)
+    assert torch.equal(decode_module.scaled(levels, torch.float32)[0], expected)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_threads_resize_ahead_and_errors_come_with_their_batch(sent, device, monkeypatch):
+    """The next `prefetch` batches are ready before they are asked for, and the next one is sent."""
+    finished = threading.Semaphore(0)
+    write = Decoder._write_vit
+
+    def count(*args):
+        write(*args)
+        finished.release()
+
+    monkeypatch.setattr(Decoder, "_write_vit", count)
+    good, bad = encode(photograph(80, 60)), encode(photograph(80, 60))[:300]
+    batches = [*[batch([good] * 2, 48)] * 3, batch([good, bad], 48)]
+    decoded = Decoder(2, 32, device, prefetch=2)(batches)
+    first = next(decoded)
+    for _ in range(6):
+        assert finished.acquire(timeout=60)
+    # The last image is written, but its thread may not have returned.
+    time.sleep(0.1)
+    second = next(decoded)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    # Three batches of two tensors, though only two batches were asked for.
+    assert len(sent) == (6 if device == "meta" else 0)
+    next(decoded)
+    with pytest.raises(DecodeError):
+        next(decoded)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])

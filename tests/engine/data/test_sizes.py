@@ -201,7 +201,9 @@ def test_refusal_says_what_to_do_and_that_helps(tmp_path, tars):
     chosen = config_of(tmp_path, tars, refuse, "data.min_size_px=64")
     assert builders.check_upscaling(chosen, *prepared(chosen)) == []
     # An index that is given has its own rules.
-    given = config_of(tmp_path, (build(tars[0], tmp_path / "index", progress=False), ""), refuse)
+    given = config_of(
+        tmp_path, (build(tars[0], tmp_path / "index", progress=False), "null"), refuse
+    )
     with pytest.raises(InputError, match="Set --min-size=64 of `iomm index` to leave them out, a"):
         builders.check_upscaling(given, given.data.shards)
     # Without the images that are too small for this size none would be left.

@@ -20,6 +20,7 @@ SECONDS = {
     "test_checkpoint.py": 65,
     "test_cpu_ranks.py": 59,
     "test_demo.py": 52,
+    "test_rehearsal.py": 48,
     "test_interpreter.py": 46,
     "test_alignment.py": 33,
     "test_shapes.py": 29,

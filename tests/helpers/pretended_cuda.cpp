@@ -1,6 +1,6 @@
 // A CUDA device for a CPU build of PyTorch.
 //
-// Tensors report the device cuda:0 and lie in host memory; every op runs the CPU's kernel, or, in a
+// Tensors report the device cuda:0 and are in host memory; every op runs the CPU's kernel, or, in a
 // dry run, only allocates its outputs. Streams are numbers. The library has to be loaded before
 // torch is imported (pretended_cuda_build.py); pretended_cuda.py is the Python half.
 #include <ATen/ATen.h>

@@ -6,6 +6,7 @@ are numbers, NCCL is gloo on the same memory, and the CUDA ops of csrc/ run thei
 """
 
 import contextlib
+import functools
 import os
 import sys
 import threading
@@ -26,7 +27,7 @@ from torch.utils._python_dispatch import (  # noqa: E402
     TorchDispatchMode,
     _disable_current_modes,
 )
-from torch.utils._pytree import tree_leaves, tree_map_only  # noqa: E402
+from torch.utils._pytree import tree_map_only  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = torch.ops.pretended_cuda
@@ -318,8 +319,14 @@ def legacy_constructor(dtype):
 
 
 def cuda_tensors(values):
-    """Return the tensors of a nested structure that are on the device."""
-    return [x for x in tree_leaves(values) if isinstance(x, torch.Tensor) and x.is_cuda]
+    """Return the tensors of an op's arguments or results that are on the device."""
+    if isinstance(values, torch.Tensor):
+        return [values] if values.is_cuda else []
+    if isinstance(values, dict):
+        values = values.values()
+    elif not isinstance(values, list | tuple):
+        return []
+    return [tensor for value in values for tensor in cuda_tensors(value)]
 
 
 # ---- NCCL --------------------------------------------------------------------------------------
@@ -642,16 +649,10 @@ def host_wait(function, args, kwargs, out) -> str | None:
     if non_blocking and host.is_pinned():
         return None
     way = "device to host" if source.is_cuda else "host to device"
-    return f"copy {way}{' from or to pageable memory' if non_blocking else ''}"
+    return f"copy {way}{' with pageable memory' if non_blocking else ''}"
 
 
-def frames_outwards():
-    frame = sys._getframe(2)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
+@functools.cache
 def project_name(filename: str) -> str | None:
     """Return the path of a file of the project or of DeepSpeed, or None for any other."""
     if filename.startswith(f"{ROOT}/"):
@@ -663,9 +664,11 @@ def project_name(filename: str) -> str | None:
 
 def project_frames():
     """Yield "file:function:line" of the project's and DeepSpeed's frames, innermost first."""
-    for frame in frames_outwards():
+    frame = sys._getframe(1)
+    while frame is not None:
         if name := project_name(frame.f_code.co_filename):
             yield f"{name}:{frame.f_code.co_qualname}:{frame.f_lineno}"
+        frame = frame.f_back
 
 
 def short_place() -> str:

@@ -22,7 +22,7 @@ def why_not() -> str | None:
     if shutil.which("g++") is None:
         return "no g++"
     if "+cpu" not in version("torch"):
-        return "needs a CPU build of torch, because a CUDA build has a device of its own"
+        return "needs a CPU build of torch, because a CUDA build has its own device"
     return None
 
 

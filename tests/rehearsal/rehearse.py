@@ -2,24 +2,28 @@
 
     python tests/rehearsal/rehearse.py [CASE] [KEY=VALUE ...]      # one case, waits by place
     python tests/rehearsal/rehearse.py --record                    # rewrite host_waits.json
+    python tests/rehearsal/rehearse.py --report FILE [CASE ...]    # for the tests, as JSON
 
 The first form prints every wait of one step with the line numbers of the frames around it. Waits
 of "micro-batch" occur in each micro-batch, those of "step" once more per step.
 """
 
+import argparse
+import contextlib
+import dataclasses
 import json
 import os
 import sys
 import tempfile
 import traceback
 from collections import Counter
-from contextlib import nullcontext
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 HOST_WAITS = Path(__file__).with_name("host_waits.json")
-# Micro-batches in a step, steps in a run, and the step whose waits count: the first one allocates.
-ACCUMULATION, STEPS, COUNTED = 2, 3, 2
+# Micro-batches in a step. The waits of step 2 count, since step 1 allocates.
+ACCUMULATION, COUNTED = 2, 2
 COMMON = (
     "data.num_images=64",
     "data.pairs=shapes",
@@ -28,20 +32,54 @@ COMMON = (
     "data.threads=1",
     "train.data=mix",
     "train.noise_draws=1",
-    f"train.steps={STEPS}",
-    "train.timeout_s=120",
+    "train.steps=3",
+    "train.micro_batch=4",
+    "train.threads=1",
+    "train.timeout_s=200",
     "precision=bf16",
     "checkpoint.background=false",
     "evaluate.every_steps=0",
-    "zero.reduce_bucket_size=1000000",
+    # Buckets as small as the model, so that there are several.
+    "zero.reduce_bucket_size=100000",
+    "zero.prefetch_bucket_size=100000",
 )
+# As iomm-b-512.yaml has it: the VAE runs in the step, and ZeRO-3 shards the parameters.
+ZERO_3 = ("zero.stage=3", "data.latents=null", "train.compile=false")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """A run, by its config keys and what is watched."""
+
+    keys: tuple[str, ...]
+    ranks: int = 1
+    slow: bool = False
+    # Steps that are watched.
+    watched: tuple[int, ...] = (COUNTED,)
+    # Last step; 0: the run trains to its end and saves a checkpoint.
+    last_step: int = 0
+    # Step in which faults are planted: a read of the loss in both micro-batches, and a tensor on
+    # the wrong device in the second one.
+    faults_in: int = 0
+
+
 CASES = {
-    # As iomm-b-512.yaml has it: the VAE runs in the step, and ZeRO-3 shards the parameters.
-    "zero-3": ("zero.stage=3", "data.latents=null", "train.compile=false"),
+    "zero-3": Case(keys=ZERO_3),
     # As demo.yaml has it, with images encoded in advance.
-    "zero-0": ("zero.stage=0", "train.compile=false"),
-    "compiled": ("zero.stage=3", "data.latents=null", "train.compile=true"),
+    "zero-0": Case(keys=("zero.stage=0", "train.compile=false"), watched=(COUNTED, 3), faults_in=3),
+    "two-ranks": Case(keys=ZERO_3, ranks=2, last_step=2),
+    "compiled": Case(
+        keys=(*ZERO_3, "data.latents=memory", "train.compile=true"), watched=(), last_step=1
+    ),
 }
+
+
+# Cases whose waits are in host_waits.json.
+RECORDED = ["zero-3", "zero-0", "two-ranks"]
+
+
+class Over(Exception):
+    """The run has reached the last step of its case."""
 
 
 def start() -> None:
@@ -55,41 +93,67 @@ def start() -> None:
     torch.set_num_threads(1)
     from forked_ranks import MODULES
 
-    for name in MODULES:
+    # DeepSpeed imports the last one, and Inductor with it, when it is initialised.
+    for name in (*MODULES, "deepspeed.runtime.zero.muon.muon_optimizer"):
         __import__(name)
+    from iomm.config import PRESETS
     from iomm.engine.data import decode
 
+    # A first, a middle and a last block.
+    PRESETS["demo"] = dataclasses.replace(PRESETS["demo"], num_blocks=3)
     # DALI's own kernels need a GPU.
     decode.fn = None
 
 
-def run(folder, *keys: str, ranks: int = 1, watched: bool = True) -> dict:
+def run(folder: Path, case: Case, rank: int = 0, port: int = 0) -> dict:
     """Run engine/launch.py without its last samples, and return what was seen.
 
     Returns:
-        code: its exit code. waits: [step, micro-batch, place, what, frames] each.
-        races: {text: number}. calls: calls of ops on the device. breaks: graph breaks of
-        torch.compile.
+        code: its exit code, None if it was ended after case.last_step.
+        error: of a planted fault.
+        losses: of this rank, per step.
+        waits: [step, micro-batch, place, what, frames] each.
+        races: {text: number}.
+        calls: watched calls of ops on the device.
+        graphs, breaks: of torch.compile.
     """
     import pretended_cuda
+    import torch
     from torch._dynamo.utils import counters
 
     from iomm.engine import launch, loop
+    from iomm.engine.parallel.zero import Sharded
     from iomm.engine.resilience.watchdog import Watchdog
 
-    position, waits = [0, 0], []
-    watch = pretended_cuda.Watch() if watched else None
-    heartbeat, named_each, finish = Watchdog.heartbeat, loop.named_each, launch.finish
+    if case.ranks > 1:
+        # Each as if alone on its machine, since there is one device.
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK="0",
+            WORLD_SIZE=str(case.ranks),
+            LOCAL_SIZE="1",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
+    use_backend("aot_eager")
+    position, waits, losses, watching = [0, 0], [], [], contextlib.ExitStack()
+    watch = pretended_cuda.Watch()
+    heartbeat, named_each, train_step = Watchdog.heartbeat, loop.named_each, loop.train_step
+    backward = Sharded.backward
 
     def take_waits():
-        if watch is not None:
-            waits.extend([*position, *wait] for wait in watch.waits)
-            watch.waits.clear()
+        waits.extend([*position, *wait] for wait in watch.waits)
+        watch.waits.clear()
 
-    def on_heartbeat(self, number):
+    def on_heartbeat(self, step):
         take_waits()
-        position[:] = number, 0
-        heartbeat(self, number)
+        position[:] = step, 0
+        watching.close()
+        if step - 1 == case.last_step > 0:
+            raise Over
+        if step in case.watched:
+            watching.enter_context(watch)
+        heartbeat(self, step)
 
     def each_micro_batch(name, batches):
         for batch in named_each(name, batches):
@@ -97,39 +161,156 @@ def run(folder, *keys: str, ranks: int = 1, watched: bool = True) -> dict:
             take_waits()
             position[1] += 1
 
-    Watchdog.heartbeat, loop.named_each = on_heartbeat, each_micro_batch
+    def on_train_step(*args):
+        result = train_step(*args)
+        losses.append(result.loss)
+        return result
+
+    def on_backward(self, loss):
+        if position[0] == case.faults_in:
+            loss.item()
+            if position[1] == 1:
+                loss = loss + torch.ones(1)
+        backward(self, loss)
+
+    Watchdog.heartbeat, loop.named_each, loop.train_step = (
+        on_heartbeat,
+        each_micro_batch,
+        on_train_step,
+    )
+    Sharded.backward = on_backward
     launch.finish = lambda *_: take_waits()
+    code = error = None
+    batch = 4 * ACCUMULATION * case.ranks
     try:
-        micro_batch = 4
-        with watch or nullcontext():
+        with watching:
             code = launch.main(
-                [
-                    f"run.dir={folder}/run",
-                    *COMMON,
-                    f"train.micro_batch={micro_batch}",
-                    f"train.global_batch={micro_batch * ACCUMULATION * ranks}",
-                    *keys,
-                ]
+                [f"run.dir={folder}", *COMMON, f"train.global_batch={batch}", *case.keys]
             )
-    finally:
-        Watchdog.heartbeat, loop.named_each, launch.finish = heartbeat, named_each, finish
-    rows = [json.loads(line) for line in (Path(folder) / "run/log.jsonl").open()]
+    except Over:
+        pass
+    except RuntimeError as raised:
+        if not case.faults_in:
+            raise
+        error = str(raised)
     return {
         "code": code,
-        "losses": [row["loss"] for row in rows],
+        "error": error,
+        "losses": [loss.item() for loss in losses],
         "waits": waits,
-        "races": dict(watch.races) if watch else {},
-        "calls": watch.calls if watch else 0,
-        "breaks": dict(counters["graph_break"]),
+        "races": dict(watch.races),
+        "calls": watch.calls,
         "graphs": counters["stats"]["unique_graphs"],
+        "breaks": dict(counters["graph_break"]),
     }
 
 
-def host_waits(report: dict) -> dict[str, dict[str, int]]:
-    """Return the waits of the counted step as {"micro-batch" or "step": {"place: what": n}}."""
+def use_backend(name: str) -> None:
+    """Let torch.compile use a backend that needs no GPU."""
+    import torch
+
+    compile_function, compile_module = torch.compile, torch.nn.Module.compile
+
+    def compile_(function=None, **kwargs):
+        return compile_function(function, **{**kwargs, "backend": name})
+
+    torch.compile = compile_
+    torch.nn.Module.compile = lambda self, **kwargs: compile_module(
+        self, **{**kwargs, "backend": name}
+    )
+
+
+def prefetcher_races(without: str | None = None) -> dict:
+    """Return the races of engine/parallel/prefetch.py, `without` one of its calls."""
+    import pretended_cuda
+    import torch
+
+    from iomm.engine.data.source import Batch
+    from iomm.engine.parallel.prefetch import Prefetcher
+
+    device = torch.device("cuda", 0)
+
+    class Prepared:
+        def __init__(self, pixels, *_):
+            self.noisy = pixels + 1
+
+        def tensors(self):
+            return [] if without == "record_stream" else [self.noisy]
+
+    def batches():
+        for _ in range(3):
+            yield Batch(torch.zeros(1), torch.zeros(1), torch.ones(8, device=device), None, 0.0)
+
+    if without == "wait_stream":
+        pretended_cuda.Stream.wait_stream = lambda *_: None
+    with pretended_cuda.Watch() as watch:
+        prefetcher = Prefetcher(batches(), Prepared, device)
+        for batch in prefetcher:
+            batch.prepared.noisy.square()
+            # Its memory goes back to the side stream, where it may be used again at once.
+            batch.prepared = None
+            prefetcher.fetch()
+    return {"races": list(watch.races)}
+
+
+def toy_waits() -> dict:
+    """Return what the host waits for in calls that wait, after calls that do not."""
+    import pretended_cuda
+    import torch
+
+    x = torch.arange(6.0, device="cuda")
+    pinned, pageable = torch.ones(6).pin_memory(), torch.ones(6)
+    counts = torch.tensor([1, 2], device="cuda")
+    free, waiting = pretended_cuda.Watch(), pretended_cuda.Watch()
+    with free:
+        x.copy_(pinned, non_blocking=True)
+        pinned.copy_(x, non_blocking=True)
+        x.to("cpu", non_blocking=True)
+        counts.repeat_interleave(counts, output_size=3)
+        x[counts]
+    with waiting:
+        x.copy_(pageable, non_blocking=True)
+        x.to("cpu")
+        torch.tensor([1.0], device="cuda")
+        x[x > 2]
+        counts.repeat_interleave(counts)
+        x.sum().tolist()
+        x.add(1)
+        event = torch.cuda.current_stream().record_event()
+        event.synchronize()
+        # Both are known to be over.
+        event.synchronize()
+        torch.cuda.current_stream().synchronize()
+        x.add(1)
+        torch.cuda.synchronize()
+    return {"free": [w.what for w in free.waits], "waits": [w.what for w in waiting.waits]}
+
+
+def mixed_devices() -> dict:
+    """Return the error of a matrix product of tensors on two devices."""
+    import torch
+
+    try:
+        torch.ones(2, 2, device="cuda") @ torch.ones(2, 2)
+    except RuntimeError as error:
+        return {"error": str(error)}
+    return {"error": None}
+
+
+TOYS = {
+    "prefetcher": prefetcher_races,
+    "prefetcher without wait_stream": lambda: prefetcher_races("wait_stream"),
+    "prefetcher without record_stream": lambda: prefetcher_races("record_stream"),
+    "waits": toy_waits,
+    "mixed devices": mixed_devices,
+}
+
+
+def host_waits(report: dict, step: int = COUNTED) -> dict[str, dict[str, int]]:
+    """Return the waits of a step as {"micro-batch" or "step": {"place: what": number}}."""
     total, first = Counter(), Counter()
-    for step, micro_batch, place, what, _ in report["waits"]:
-        if step == COUNTED:
+    for when, micro_batch, place, what, _ in report["waits"]:
+        if when == step:
             total[f"{place}: {what}"] += 1
             first[f"{place}: {what}"] += micro_batch == 0
     rest = {wait: number - ACCUMULATION * first[wait] for wait, number in total.items()}
@@ -139,26 +320,48 @@ def host_waits(report: dict) -> dict[str, dict[str, int]]:
     }
 
 
-def forked(work, *arguments, **options):
-    """Return work(...) of a forked process, whose memory and modules are its own."""
-    with tempfile.TemporaryDirectory(prefix="iomm-rehearsal-") as folder:
-        answer = Path(folder) / "answer.json"
+def forked(answers: list[Path], work) -> list[dict]:
+    """Return [work(0), work(1), ...] of one forked process per answer, run at the same time.
+
+    An error is returned as {"failed": text}.
+    """
+    processes = []
+    for rank, path in enumerate(answers):
         process = os.fork()
-        if not process:
-            code = 1
-            try:
-                answer.write_text(json.dumps(work(folder, *arguments, **options)))
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        _, status = os.waitpid(process, 0)
-        if status:
-            raise RuntimeError(f"the rehearsal ended with status {status}")
-        return json.loads(answer.read_text())
+        if process:
+            processes.append(process)
+            continue
+        try:
+            answer = work(rank)
+        except BaseException:
+            answer = {"failed": traceback.format_exc()}
+        path.write_text(json.dumps(answer))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # DeepSpeed's engines take seconds to be destroyed.
+        os._exit(0)
+    for process in processes:
+        os.waitpid(process, 0)
+    return [json.loads(path.read_text()) for path in answers]
+
+
+def reports(names: list[str], *keys: str) -> dict[str, list[dict]]:
+    """Return {case: reports of its ranks}. Cases share the rendered and indexed data."""
+    from iomm.engine.parallel.cpu_ranks import free_port
+
+    found = {}
+    with tempfile.TemporaryDirectory(prefix="iomm-rehearsal-") as folder:
+        folder = Path(folder)
+        for name in names:
+            case = CASES[name]
+            case = dataclasses.replace(case, keys=(*case.keys, *keys))
+            answers = [folder / f"{name}-{rank}.json" for rank in range(case.ranks)]
+            port = free_port()
+            found[name] = forked(
+                answers,
+                lambda rank, name=name, case=case, port=port: run(folder / name, case, rank, port),
+            )
+    return found
 
 
 def print_waits(report: dict) -> None:
@@ -177,20 +380,37 @@ def print_waits(report: dict) -> None:
     print(f"\nraces: {report['races'] or 'none'}")
 
 
-def main(arguments: list[str]) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--record", action="store_true", help=f"rewrite {HOST_WAITS.name}")
+    parser.add_argument("--report", metavar="FILE", help="write the reports of cases as JSON")
+    parser.add_argument("words", nargs="*", metavar="CASE | KEY=VALUE", help=", ".join(CASES))
+    args = parser.parse_intermixed_args()
+    keys = [word for word in args.words if "=" in word]
+    names = [word for word in args.words if "=" not in word]
+    if unknown := set(names) - CASES.keys():
+        parser.error(f"no case {', '.join(unknown)}; choose from {', '.join(CASES)}")
     start()
-    if arguments == ["--record"]:
-        import deepspeed
-        import torch
-
-        record = {"torch": torch.__version__, "deepspeed": deepspeed.__version__}
-        for name in ("zero-3", "zero-0"):
-            record[name] = host_waits(forked(run, *CASES[name]))
-        HOST_WAITS.write_text(json.dumps(record, indent=1) + "\n")
-        return
-    name = arguments.pop(0) if arguments and arguments[0] in CASES else "zero-3"
-    print_waits(forked(run, *CASES[name], *arguments))
+    versions = {name: version(name) for name in ("torch", "deepspeed")}
+    if args.record:
+        found = reports(RECORDED)
+        waits = {name: host_waits(ranks[0]) for name, ranks in found.items()}
+        HOST_WAITS.write_text(json.dumps(versions | waits, indent=1) + "\n")
+    elif args.report:
+        found = reports(names or [name for name, case in CASES.items() if not case.slow], *keys)
+        with tempfile.TemporaryDirectory() as folder:
+            for name, toy in () if names else TOYS.items():
+                found[name] = forked([Path(folder) / "answer"], lambda _, toy=toy: toy())
+        Path(args.report).write_text(json.dumps(versions | found))
+    else:
+        for report in next(iter(reports(names or ["zero-3"], *keys).values())):
+            if "failed" in report:
+                print(report["failed"])
+            else:
+                print_waits(report)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -100,8 +100,8 @@ class Peers:
         """
         if self.size == 1:
             return self
-        # All ranks are on this machine, so they need no port that another run could use, and not the
-        # store that torchrun serves for the one rank that it started.
+        # All ranks are on this machine, so they need no port that another run could use, and not
+        # the store that torchrun serves for the one rank that it started.
         os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
         os.environ.update(
             RANK="0",

@@ -735,7 +735,8 @@ def differences(config: RunConfig, other: RunConfig) -> list[str]:
 def same(one: Any, other: Any) -> bool:
     """Return whether two values are equal, or are spellings of one existing file or folder.
 
-    A relative name counts as the end of an absolute one, because a config.yaml of earlier versions
+    `other` may be the place where a file or folder of the same name was, and is no longer. A
+    relative name counts as the end of an absolute one, because a config.yaml of earlier versions
     has names relative to the folder in which the run was started.
     """
     if one == other or not (isinstance(one, str) and isinstance(other, str)):
@@ -743,6 +744,9 @@ def same(one: Any, other: Any) -> bool:
     if os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other):
         return True
     names = [Path(os.path.normpath(name)) for name in (one, other)]
+    if all(name.is_absolute() for name in names):
+        # A folder that was moved since, with the run.
+        return names[0].name == names[1].name and names[0].exists() > names[1].exists()
     absolute = [name for name in names if name.is_absolute()]
     relative = [name for name in names if not name.is_absolute() and ".." not in name.parts]
     return bool(

@@ -392,7 +392,7 @@ def check(folder: str | os.PathLike, **expected: Any) -> dict[str, Any]:
     different = [
         f"{key} is {header.get(key)!r}, expected {value!r}"
         for key, value in expected.items()
-        if not same(header.get(key), value)
+        if not same(value, header.get(key))
     ]
     if different:
         raise InputError(
@@ -427,7 +427,7 @@ def _claim(out: Path, header: dict[str, Any]) -> None:
     different = [
         f"{key} is {existing.get(key)!r}, expected {header.get(key)!r}"
         for key in header
-        if not same(existing.get(key), header.get(key))
+        if not same(header.get(key), existing.get(key))
     ]
     if different:
         raise InputError(

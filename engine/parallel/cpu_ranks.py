@@ -100,11 +100,17 @@ class Peers:
         """
         if self.size == 1:
             return self
-        if "RANK" not in os.environ:
-            os.environ.update(
-                RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
-            )
-        os.environ.update(WORLD_SIZE=str(self.size), LOCAL_SIZE=str(self.size))
+        # All ranks are on this machine, so they need no port that another run could use, and not
+        # the store that torchrun serves for the one rank that it started.
+        os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
+        os.environ.update(
+            RANK="0",
+            LOCAL_RANK="0",
+            WORLD_SIZE=str(self.size),
+            LOCAL_SIZE=str(self.size),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(free_port()),
+        )
         for rank in range(1, self.size):
             own = {
                 "RANK": str(rank),

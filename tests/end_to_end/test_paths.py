@@ -108,6 +108,9 @@ def test_resuming_compares_names_by_what_they_lead_to(started, monkeypatch):
         new = builders.resolved(parse(old.to_yaml(), overrides=[f"run.init={init}"]))
         assert differences(new, old) == [], init
     assert differences(parse(old.to_yaml(), overrides=["run.init=runs/y"]), old)
+    # A project that was moved, and one in which another run has the place.
+    moved = parse(old.to_yaml(), overrides=["run.init=/old/place/runs/x"])
+    assert differences(new, moved) == [] and differences(moved, new)
     assert differences(parse(old.to_yaml(), overrides=["data.shards=x", "cache.dir=y"]), old) == []
 
 

@@ -3,12 +3,14 @@
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from launches import ROOT, environment
 
 from iomm.config import InputError
 from iomm.engine import launch
+from iomm.engine.parallel import cpu_ranks
 from iomm.engine.parallel import ranks as group
 from iomm.engine.parallel.cpu_ranks import free_port
 
@@ -88,6 +90,7 @@ def test_a_port_in_use_names_the_option(variables, taken):
 
 JOIN = """
 import sys
+from types import SimpleNamespace
 from iomm.config import InputError
 from iomm.engine.parallel import ranks
 try:
@@ -127,3 +130,23 @@ def test_an_unreachable_rank_0_ends_with_a_sentence():
     (line,) = [line for line in printed.splitlines() if line.startswith("REFUSED")]
     assert f"rank 1 could not join the 1 other rank(s) at 127.0.0.1:{port} within" in line
     assert "check --master_addr, --master_port and the network" in line
+
+
+def test_ranks_that_rank_0_starts_need_no_fixed_port(variables, taken, monkeypatch):
+    """Neither the port of DeepSpeed's launcher nor the store that torchrun serves for one rank."""
+    started = []
+
+    def popen(words, env):
+        started.append(env)
+        return SimpleNamespace(poll=lambda: 0, wait=lambda limit: 0, kill=lambda: None)
+
+    monkeypatch.setattr(cpu_ranks.subprocess, "Popen", popen)
+    rank_0 = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_SIZE": 1}
+    variables(**rank_0, MASTER_ADDR="10.0.0.1", MASTER_PORT=taken)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with cpu_ranks.Peers(2, 1):
+        group.check_variables()
+        group.check_address()
+    (peer,) = started
+    assert peer["RANK"] == "1" and peer["WORLD_SIZE"] == "2" and peer["MASTER_ADDR"] == "127.0.0.1"
+    assert int(peer["MASTER_PORT"]) != taken and "TORCHELASTIC_USE_AGENT_STORE" not in peer

@@ -199,8 +199,9 @@ def test_prompts_of_the_config_are_checked_at_the_start(mllm):
     """With several prompts to draw from, the long one could end the run at any step."""
     for key, others in (("reconstruct", "Generate | "), ("empty", "")):
         config = load_config(PIXELS, [f"prompt.{key}={others}{'word ' * 200}"])
-        message = rf"prompt\.{key} has a prompt of (999|1,000) tokens, but "
-        with pytest.raises(InputError, match=message):
+        with pytest.raises(
+            InputError, match=rf"prompt\.{key} has a prompt of (999|1,000) tokens, but "
+        ):
             builders.check_prompts(config, mllm)
     builders.check_prompts(load_config(PIXELS), mllm)
     # A run on pairs does not read the prompts of images.

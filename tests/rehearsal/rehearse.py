@@ -71,7 +71,7 @@ CASES = {
     "zero-0": Case(keys=("zero.stage=0", "train.compile=false"), watched=(COUNTED, 3), faults_in=3),
     "two-ranks": Case(keys=ZERO_3, ranks=2, last_step=2),
     "compiled": Case(
-        keys=(*ZERO_3, "data.latents=memory", "train.compile=true"), watched=(), last_step=1
+        keys=("zero.stage=3", "data.latents=memory", "train.compile=true"), watched=(), last_step=1
     ),
     "overlap": Case(keys=(*ZERO_3, "train.overlap=true"), watched=ALL, slow=True),
     "zero-2": Case(

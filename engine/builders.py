@@ -55,7 +55,7 @@ from iomm.generator import empty_generator
 from iomm.internvl import load_mllm, load_tokenizer, mllm_without_weights
 from iomm.layout import from_diffusers_config
 from iomm.model import IOMM, Recipe, draw_turns
-from iomm.vae import load_vae, vae_without_weights
+from iomm.vae import Autoencoder, load_vae, vae_without_weights
 from iomm.weights import initialize_generator, load_module, read_json
 
 if TYPE_CHECKING:
@@ -430,7 +430,7 @@ def open_source(
         crop=data.crop,
         sampler=make_order(config, images, pairs, vae),
         latents=latents,
-        dtype=torch.bfloat16 if data.precision == "bf16" else torch.float32,
+        dtype=pixel_dtype(config, vae, ranks.device),
         hw_decoder_load=data.hw_decoder_load,
         resize=data.resize,
         look_at_pairs=config.align.weight > 0 and config.align.pairs,
@@ -438,6 +438,18 @@ def open_source(
         # Not the model's own method: an evaluation changes the model's recipe for a while.
         draw_turns=partial(draw_turns, make_recipe(config), mllm),
     )
+
+
+def pixel_dtype(config: RunConfig, vae: Latents, device: torch.device) -> torch.dtype:
+    """Return the type of a run's decoded pixels.
+
+    On a GPU, an autoencoder in bf16 gets bf16 whatever data.precision is: it rounds its input
+    first, so its latents are the same, and the pixels take half of the memory.
+    """
+    rounds = isinstance(vae, Autoencoder) and vae.backbone.dtype == torch.bfloat16
+    if config.data.precision == "bf16" or (rounds and device.type == "cuda"):
+        return torch.bfloat16
+    return torch.float32
 
 
 def make_order(

@@ -155,7 +155,8 @@ class DataSection:
     buckets: bool = False
     # Mirror half of the images, but none with a caption.
     flip: bool = False
-    # fp32 | bf16: type of the decoded pixels.
+    # fp32 | bf16: type of the decoded pixels. Latents are always fp32. On a GPU an autoencoder in
+    # bf16 gets bf16 in any case, which gives the same latents.
     precision: str = "fp32"
     # torch | dali: library that resizes on a CPU; torch is faster. A GPU always uses DALI.
     resize: str = "torch"

@@ -34,7 +34,7 @@ from iomm.generator import empty_generator
 from iomm.internvl import mllm_without_weights
 from iomm.layers import RoundedLinear, use_fp8
 from iomm.lora import add_lora, freeze, frozen_weights
-from iomm.vae import vae_without_weights
+from iomm.vae import PixelVAE, vae_without_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -465,8 +465,8 @@ def num_aligned(config: RunConfig, micro_batch: int) -> int:
 def prepared_bytes(model: IOMM, config: RunConfig, micro_batch: int) -> float:
     """Return the bytes of a micro-batch that train.overlap has encoded in advance.
 
-    Noisy tokens and their targets have the dtype of the pixels; the condition, its prefix and the
-    alignment target have that of the MLLM.
+    Noisy tokens and their targets are fp32, or have the dtype of the pixels where these are the
+    latents; the condition, its prefix and the alignment target have that of the MLLM.
     """
     mllm, vae = model.frozen
     rows, columns = vae.grid(config.data.size_px, config.data.size_px)
@@ -480,7 +480,7 @@ def prepared_bytes(model: IOMM, config: RunConfig, micro_batch: int) -> float:
         * rows
         * columns
         * vae.token_dim
-        * (2 if config.data.precision == "bf16" else 4)
+        * (2 if config.data.precision == "bf16" and isinstance(vae, PixelVAE) else 4)
     )
     prefix = mllm.num_prefix_elements(num_prefix, cached=model.adapter is not None)
     target = 0

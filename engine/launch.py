@@ -224,7 +224,7 @@ def check_run_dir(run_dir: Path) -> None:
     if not (run_dir / "config.yaml").is_file():
         raise InputError(
             f"run.dir is {run_dir}, which is the current folder or one above it. Give the run a "
-            "folder of its own such as runs/NAME; a shell variable may be unset"
+            "separate folder such as runs/NAME; a shell variable may be unset"
         )
 
 

@@ -90,9 +90,10 @@ class Autoencoder(Latents, Frozen):
 
     @torch.no_grad()
     def encode(self, pixels_BCHW: Tensor, noise_BCHW: Tensor | None = None) -> Tensor:
-        """Return latents (B, channels, H / factor, W / factor) in the input's dtype.
+        """Return latents (B, channels, H / factor, W / factor) in at least float32.
 
-        They are the posterior's mean or, with standard normal noise of the latents' shape, a sample
+        Pixels that are rounded to the backbone's dtype already give the same latents. They are the
+        posterior's mean or, with standard normal noise of the latents' shape, a sample
         of the posterior.
 
         Raises:
@@ -100,7 +101,8 @@ class Autoencoder(Latents, Frozen):
         """
         self.grid(*pixels_BCHW.shape[-2:])
         posterior = self.backbone.encode(self.to_backbone(pixels_BCHW)).latent_dist
-        latents = self.from_backbone(posterior.mean).to(pixels_BCHW.dtype)
+        dtype = torch.promote_types(pixels_BCHW.dtype, torch.float32)
+        latents = self.from_backbone(posterior.mean).to(dtype)
         if noise_BCHW is not None:
             std = self.from_backbone(posterior.std).to(latents.dtype)
             latents = latents + std * noise_BCHW.to(latents.dtype)

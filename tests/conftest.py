@@ -24,6 +24,8 @@ SECONDS = {
     "test_interpreter.py": 46,
     "test_alignment.py": 33,
     "test_shapes.py": 29,
+    "test_hosts.py": 30,
+    "test_torchrun.py": 30,
     "test_zero.py": 26,
     "test_budget.py": 23,
     "test_counts.py": 21,

@@ -182,6 +182,9 @@ class Watchdog:
         if isinstance(error, RuntimeError):
             self.beats = 0
             self.failed = True
+            if self.remote and threading.current_thread() is threading.main_thread():
+                # A launcher that lost the same host must not end this rank before it is named.
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
             # If so, the thread names the rank and ends this process.
             self.thread.join((2 * DEAD_S if self.remote else GRACE_S) + 1.5)
         self.over.set()

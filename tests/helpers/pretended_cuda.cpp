@@ -83,7 +83,8 @@ struct Block {
 std::mutex lock;
 std::unordered_map<const void*, Block> blocks;
 std::unordered_set<const void*> pinned_blocks;
-// Per freed block: number, stream, number of recorded streams, those streams.
+// Per freed block: its number, its stream, the newest block's number at that time, the number of
+// recorded streams, those streams.
 std::vector<int64_t> freed_blocks;
 int64_t last_number = 0, bytes_now = 0, bytes_peak = 0;
 // Dry run: ops on floating-point tensors with more values than this only allocate their outputs.
@@ -110,7 +111,8 @@ void free_block(void* start) {
       bytes_now -= block.bytes;
       const auto& streams = block.recorded_streams;
       freed_blocks.insert(freed_blocks.end(),
-                          {block.number, block.stream, static_cast<int64_t>(streams.size())});
+                          {block.number, block.stream, last_number,
+                           static_cast<int64_t>(streams.size())});
       freed_blocks.insert(freed_blocks.end(), streams.begin(), streams.end());
       blocks.erase(found);
     }

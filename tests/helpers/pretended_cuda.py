@@ -481,8 +481,8 @@ class Watch(TorchDispatchMode):
     of a size, a copy between device and pageable host memory, or a synchronisation with an event or
     stream that was not known to have finished already. torch.compile does not compile under it.
 
-    A race is an access that no order of streams puts after the last one on another stream, or a
-    block that is freed before another stream is known to have read it.
+    A race is an access that no order of streams puts after the last one on another stream. The
+    memory of a freed block counts as accessed by every later block of its stream.
     """
 
     active = None
@@ -493,6 +493,8 @@ class Watch(TorchDispatchMode):
         self.races: Counter[str] = Counter()
         self.reads: dict[int, dict[int, Access]] = {}
         self.writes: dict[int, Access] = {}
+        # Per stream: (last use on another stream, newest block at the time of the free).
+        self.freed: defaultdict[int, list[tuple[Access, int]]] = defaultdict(list)
         # Calls of ops on the device.
         self.calls = 0
         self.depth = 0
@@ -563,39 +565,52 @@ class Watch(TorchDispatchMode):
 
     def check(self, what: str, read: set, written: set, stream: int | None) -> None:
         with CLOCKS.lock:
+            self.take_freed()
             stream = DEVICE.current_stream() if stream is None else stream
             access = Access(what, stream, CLOCKS.launch(stream), short_place())
+            clock = CLOCKS.streams[stream]
             for block in read | written:
                 before = [self.writes[block]] if block in self.writes else []
                 if block in written:
                     before += self.reads.get(block, {}).values()
                 for last in before:
-                    if last.launch > CLOCKS.streams[stream].get(last.stream, 0):
+                    if last.launch > clock.get(last.stream, 0):
                         self.races[describe(access, last)] += 1
+            self.check_reuse(access, clock, written)
             for block in read:
                 self.reads.setdefault(block, {})[stream] = access
             for block in written:
                 self.reads.pop(block, None)
                 self.writes[block] = access
-            self.check_freed()
 
-    def check_freed(self) -> None:
-        """Check that a freed block, which its stream may use again, is no longer in use."""
+    def take_freed(self) -> None:
+        """Remember who may still use the blocks that were freed since the last call."""
         freed = DEVICE.take_freed()
         while freed:
-            block, owner, count = freed[:3]
-            recorded, freed = freed[3 : 3 + count], freed[3 + count :]
+            block, owner, newest, count = freed[:4]
+            recorded, freed = freed[4 : 4 + count], freed[4 + count :]
             users = list(self.reads.pop(block, {}).values())
             if block in self.writes:
                 users.append(self.writes.pop(block))
-            for last in users:
-                # PyTorch keeps what a collective uses until its end.
-                safe = last.stream in (owner, NCCL, *recorded)
-                if not safe and last.launch > CLOCKS.streams[owner].get(last.stream, 0):
-                    self.races[
-                        f"block of stream {owner} freed while {last.what} on stream {last.stream} "
-                        f"({last.place}) may use it: no record_stream"
-                    ] += 1
+            # PyTorch keeps what a collective uses until its end.
+            safe = {owner, NCCL, *recorded}
+            self.freed[owner] += [(user, newest) for user in users if user.stream not in safe]
+
+    def check_reuse(self, access: Access, clock: dict[int, int], written: set) -> None:
+        """Check that freed memory, which later blocks of its stream may get, is not in use."""
+        in_use = [
+            (last, newest)
+            for last, newest in self.freed[access.stream]
+            if last.launch > clock.get(last.stream, 0)
+        ]
+        self.freed[access.stream] = in_use
+        for last, newest in in_use:
+            if any(block > newest for block in written):
+                self.races[
+                    f"{access.what} on stream {access.stream} ({access.place}) may get memory that "
+                    f"{last.what} on stream {last.stream} ({last.place}) still uses: no "
+                    "record_stream"
+                ] += 1
 
 
 def describe(access: Access, last: Access) -> str:

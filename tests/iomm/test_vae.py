@@ -64,6 +64,9 @@ def test_vae_is_frozen_in_channels_last_and_bfloat16(folder):
         and not latents.requires_grad
         and vae.backbone.dtype == torch.bfloat16
     )
+    # The loader may round pixels already. Latents, and with them noise and targets, stay float32.
+    rounded = vae.encode(pixels().bfloat16())
+    assert rounded.dtype == torch.float32 and torch.equal(rounded, latents)
     with torch.no_grad():
         plain = (
             autoencoder().bfloat16().encode(pixels().bfloat16()).latent_dist.mean.float() - 0.1159

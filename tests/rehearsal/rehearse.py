@@ -43,7 +43,9 @@ COMMON = (
     "zero.reduce_bucket_size=100000",
     "zero.prefetch_bucket_size=100000",
 )
+ALL = (0, 1, 2, 3)
 # As iomm-b-512.yaml has it: the VAE runs in the step, and ZeRO-3 shards the parameters.
+
 ZERO_3 = ("zero.stage=3", "data.latents=null", "train.compile=false")
 
 
@@ -54,7 +56,7 @@ class Case:
     keys: tuple[str, ...]
     ranks: int = 1
     slow: bool = False
-    # Steps that are watched.
+    # Steps that are watched; 0 is all that precedes step 1.
     watched: tuple[int, ...] = (COUNTED,)
     # Last step; 0: the run trains to its end and saves a checkpoint.
     last_step: int = 0
@@ -69,7 +71,41 @@ CASES = {
     "zero-0": Case(keys=("zero.stage=0", "train.compile=false"), watched=(COUNTED, 3), faults_in=3),
     "two-ranks": Case(keys=ZERO_3, ranks=2, last_step=2),
     "compiled": Case(
-        keys=(*ZERO_3, "data.latents=memory", "train.compile=true"), watched=(), last_step=1
+        keys=("zero.stage=3", "data.latents=memory", "train.compile=true"), watched=(), last_step=1
+    ),
+    "overlap": Case(keys=(*ZERO_3, "train.overlap=true"), watched=ALL, slow=True),
+    "zero-2": Case(
+        keys=(
+            *("zero.stage=2", "train.compile=false", "optim.kind=adamw", "optim.lr=1e-3"),
+            *("train.data=pair", "data.latents=null", "align.weight=0"),
+            *("adapter.kind=none", "adapter.conditions=all", "adapter.connector_layers=1"),
+        ),
+        watched=ALL,
+        slow=True,
+    ),
+    "zero-1": Case(
+        keys=(
+            *("zero.stage=1", "train.compile=false", "data.latents=null", "guard.skip_spikes=true"),
+            *("data.flip=true", "data.crop=random", "adapter.attention=bidirectional"),
+            *("mask.count=fixed", "mask.positions=compact", "model.vae_sample=true"),
+        ),
+        watched=ALL,
+        slow=True,
+    ),
+    "recompute": Case(keys=(*ZERO_3, "train.recompute=2", "precision=fp8"), watched=ALL, slow=True),
+    "recompute-compiled": Case(
+        keys=(*ZERO_3, "train.recompute=2", "precision=fp8", "train.compile=true"),
+        watched=(),
+        last_step=2,
+        slow=True,
+    ),
+    "evaluation": Case(
+        keys=(
+            *(*ZERO_3, "evaluate.every_steps=2", "evaluate.steps=2", "checkpoint.every_steps=1"),
+            "checkpoint.background=true",
+        ),
+        watched=ALL,
+        slow=True,
     ),
 }
 
@@ -182,6 +218,8 @@ def run(folder: Path, case: Case, rank: int = 0, port: int = 0) -> dict:
     launch.finish = lambda *_: take_waits()
     code = error = None
     batch = 4 * ACCUMULATION * case.ranks
+    if 0 in case.watched:
+        watching.enter_context(watch)
     try:
         with watching:
             code = launch.main(

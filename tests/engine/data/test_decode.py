@@ -7,12 +7,17 @@ import time
 import numpy as np
 import pytest
 import torch
+from launches import PIXELS
 from PIL import Image, ImageFilter, ImageOps
+from toy_models import autoencoder
 
 from iomm.config import InputError
+from iomm.engine.builders import pixel_dtype
+from iomm.engine.config import load_config
 from iomm.engine.data import decode as decode_module
 from iomm.engine.data.decode import DecodeError, Decoder, Encoded, decoded_sizes
 from iomm.engine.data.image import check_image
+from iomm.vae import FluxVAE, load_vae
 
 CPU = torch.device("cpu")
 
@@ -297,6 +302,24 @@ def test_gpu_gets_bytes_and_computes_the_same_pixels(sent, dtype):
     assert pixels.dtype == dtype and pixels.is_contiguous() and torch.equal(pixels, expected)
     ((none, vit_only),) = Decoder(3, 56, "meta", vae_pixels=False)([encoded])
     assert none is None and torch.equal(vit_only, vit_expected)
+
+
+@pytest.mark.parametrize(
+    ("device", "vae", "precision", "expected"),
+    [
+        ("cuda", torch.bfloat16, "fp32", torch.bfloat16),
+        ("cuda", torch.float32, "fp32", torch.float32),
+        ("cuda", None, "fp32", torch.float32),
+        ("cpu", torch.bfloat16, "fp32", torch.float32),
+        ("cpu", None, "bf16", torch.bfloat16),
+    ],
+)
+def test_pixels_are_bf16_where_the_autoencoder_rounds_them(device, vae, precision, expected):
+    """Otherwise they keep float32, as pixels may be the latents, and a CPU would copy them."""
+    config = load_config(PIXELS, [f"data.precision={precision}"])
+    # None: no autoencoder.
+    vae = load_vae("pixel:4") if vae is None else FluxVAE(autoencoder().to(vae))
+    assert pixel_dtype(config, vae, torch.device(device)) == expected
 
 
 def test_every_byte_is_scaled_as_on_the_cpu():

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from toy_models import build
 
-from iomm.config import InputError
+from iomm.caption_limit import CaptionLimit
+from iomm.config import AdapterConfig, InputError, PromptConfig
 from iomm.engine.config import RunConfig, all_keys, parse
 from iomm.engine.data.index import build as build_index
 from iomm.engine.data.mixture import Joined, MixtureSampler
@@ -274,9 +275,27 @@ def test_evaluation_returns_a_log_row_with_grid_and_hook(source, mllm, tmp_path,
     )
 
 
+def test_prompts_longer_than_the_context_are_cut(source, mllm, tmp_path, monkeypatch, caplog):
+    limit = CaptionLimit(mllm, AdapterConfig(num_queries=8, head_dim=16), PromptConfig())
+    monkeypatch.setattr(source, "caption_limit", limit)
+    long = "a dog and a cat " * 60
+    with caplog.at_level("WARNING", logger="iomm"):
+        evaluator = evaluation(source, f"run.dir={tmp_path}", f"evaluate.prompts=a dog | {long}")
+    assert evaluator.prompts == ["a dog", limit.cut(long.strip())] and "are cut" in caplog.text
+    monkeypatch.setattr(source.shards, "caption", lambda k: long)
+    evaluator = evaluation(source, f"run.dir={tmp_path}")
+    assert set(evaluator.prompts) == {limit.cut(long)}
+    row = evaluator(state_of(build(mllm), 25))
+    assert row["samples"] and row["heldout_loss"]["pair"]["mean"] > 0
+
+
 def test_run_on_images_samples_from_masked_images(source, mllm, tmp_path):
     bare = SimpleNamespace(
-        shards=source.shards.images, latents=None, encoded=False, decoder=source.decoder
+        shards=source.shards.images,
+        latents=None,
+        encoded=False,
+        decoder=source.decoder,
+        caption_limit=None,
     )
     evaluator = evaluation(bare, f"run.dir={tmp_path}", "data.heldout=0")
     model = build(mllm)
@@ -327,7 +346,13 @@ def test_visible_parts_match_the_image_tokens(mllm):
 
 def test_samples_are_scored_against_prompt_or_caption(source, mllm, tmp_path):
     shards = source.shards.images
-    bare = SimpleNamespace(shards=shards, latents=None, encoded=False, decoder=source.decoder)
+    bare = SimpleNamespace(
+        shards=shards,
+        latents=None,
+        encoded=False,
+        decoder=source.decoder,
+        caption_limit=None,
+    )
     evaluator = evaluation(bare, f"run.dir={tmp_path}")
     entries = evaluator.pictured["image"].tolist()
     real = [Image.open(io.BytesIO(shards.image_bytes(k))).convert("RGB") for k in entries]

@@ -78,8 +78,9 @@ def test_wait_for_other_ranks_is_reported_once_per_host(monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
-@pytest.mark.parametrize("what", ["kill", "cut"])
-def test_lost_host_ends_the_launchers_with_70_and_its_name(what, launcher, tmp_path):
+@pytest.mark.parametrize("what, lost", [("kill", 1), ("cut", 1), ("kill", 0)])
+def test_lost_host_ends_the_launchers_with_70_and_its_name(what, lost, launcher, tmp_path):
+    """Host 0 has the store of the ranks, and the rendezvous of torchrun."""
     with Hosts(2) as hosts:
         run = HostsRun(
             hosts,
@@ -90,9 +91,11 @@ def test_lost_host_ends_the_launchers_with_70_and_its_name(what, launcher, tmp_p
             "guard.lost_s=5",
         )
         run.wait_for_steps(3)
-        getattr(hosts, what)(1)
-        assert run.wait()[0] == watchdog.DEAD, run.output(0)[-3000:]
-        assert "rank 1 (h1)" in run.output(0) and "Traceback" not in run.output(0)
+        getattr(hosts, what)(lost)
+        assert run.wait()[1 - lost] == watchdog.DEAD, run.output(1 - lost)[-3000:]
+        out = run.output(1 - lost)
+        assert f"iomm: rank {lost} (h{lost})" in out or f"from rank {lost} (h{lost})" in out, out
+        assert "Traceback" not in out, out
 
 
 @pytest.mark.slow

@@ -162,7 +162,10 @@ def format_counts(found):
     """Return the counts of a trial as one line."""
     found = found[0] if isinstance(found, tuple) else found
     if any(isinstance(value, dict) for value in found.values()):
-        return "; ".join(f"{key}: {format_counts(value)}" for key, value in found.items())
+        return "; ".join(
+            f"{key}: {format_counts(value) if isinstance(value, dict) else value}"
+            for key, value in found.items()
+        )
     small = {
         key: f"{value:.1e}" if isinstance(value, float) and value < 1e-3 else value
         for key, value in found.items()

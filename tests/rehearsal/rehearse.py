@@ -71,7 +71,7 @@ CASES = {
     "zero-0": Case(keys=("zero.stage=0", "train.compile=false"), watched=(COUNTED, 3), faults_in=3),
     "two-ranks": Case(keys=ZERO_3, ranks=2, last_step=2),
     "compiled": Case(
-        keys=("zero.stage=3", "data.latents=memory", "train.compile=true"), watched=(), last_step=1
+        keys=(*ZERO_3, "data.latents=memory", "train.compile=true"), watched=(), last_step=1
     ),
     "overlap": Case(keys=(*ZERO_3, "train.overlap=true"), watched=ALL, slow=True),
     "zero-2": Case(
@@ -223,7 +223,7 @@ def run(folder: Path, case: Case, rank: int = 0, port: int = 0) -> dict:
     try:
         with watching:
             code = launch.main(
-                [f"run.dir={folder}", *COMMON, f"train.global_batch={batch}", *case.keys]
+                given_once(f"run.dir={folder}", *COMMON, f"train.global_batch={batch}", *case.keys)
             )
     except Over:
         pass
@@ -241,6 +241,11 @@ def run(folder: Path, case: Case, rank: int = 0, port: int = 0) -> dict:
         "graphs": counters["stats"]["unique_graphs"],
         "breaks": dict(counters["graph_break"]),
     }
+
+
+def given_once(*keys: str) -> list[str]:
+    """Return section.key=value words, of each key only the last. The engine refuses repetitions."""
+    return list({word.partition("=")[0]: word for word in keys}.values())
 
 
 def use_backend(name: str) -> None:

@@ -85,6 +85,14 @@ def main(argv: list[str] | None = None) -> int:
     )
     command.add_argument("--ranks", type=arguments.whole(1))
 
+    def add_frozen(command: argparse.ArgumentParser) -> None:
+        for part, meaning in (("mllm", "MLLM"), ("vae", "VAE")):
+            command.add_argument(
+                f"--{part}",
+                type=arguments.path,
+                help=f"folder or hub id of the {meaning}; default: the one that the run names",
+            )
+
     def add_run_command(name: str, text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text)
         command.add_argument(
@@ -97,15 +105,10 @@ def main(argv: list[str] | None = None) -> int:
         command.add_argument(
             "--out", type=arguments.path, help="where to write; default: inside the run folder"
         )
+        add_frozen(command)
         return command
 
     def add_sampling(command: argparse.ArgumentParser, guidance: float) -> None:
-        for part, meaning in (("mllm", "MLLM"), ("vae", "VAE")):
-            command.add_argument(
-                f"--{part}",
-                type=arguments.path,
-                help=f"folder or hub id of the {meaning}; default: the one that the run names",
-            )
         command.add_argument("--steps", type=arguments.whole(1), default=20, help="Euler steps")
         command.add_argument("--seed", type=arguments.seed, default=0)
         command.add_argument(
@@ -123,6 +126,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         command.add_argument(
             "--size",
+            type=arguments.path,
             metavar="PX",
             help="side of an image in pixels, or WIDTHxHEIGHT; default: the run's data.size_px",
         )
@@ -173,9 +177,12 @@ def main(argv: list[str] | None = None) -> int:
         help="compare the scores in the grader's result files with the paper's; needs no --run",
     )
     command.add_argument(
-        "--model", help="with --graded: a model of the paper, such as iomm-b-512; default: all"
+        "--model",
+        type=arguments.path,
+        help="with --graded: a model of the paper, such as iomm-b-512; default: all",
     )
     command.add_argument("--run", type=arguments.path, help="run folder, or an exported folder")
+    add_frozen(command)
     command.add_argument("--weights", choices=("ema", "raw"), default="ema")
     command.add_argument(
         "--check", action="store_true", help="only check the folder, generate nothing"
@@ -377,7 +384,16 @@ def evaluate(args: argparse.Namespace) -> int:
 def export(args: argparse.Namespace) -> int:
     from iomm.engine.evaluation.sample import export_run
 
-    print(export_run(args.run, weights=args.weights, out=args.out, merge=args.merge))
+    print(
+        export_run(
+            args.run,
+            weights=args.weights,
+            out=args.out,
+            merge=args.merge,
+            mllm=args.mllm,
+            vae=args.vae,
+        )
+    )
     return 0
 
 

@@ -6,8 +6,19 @@ deepspeed engine/launch.py --stage pretrain [--config NAME] [--resume auto] [KEY
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":
+
+    def interrupted(*_: object) -> None:
+        """End on Ctrl-C during the imports, which take seconds, without their traceback."""
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, b"\niomm: interrupted before the start. Start it again\n")
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, interrupted)
 
 if __name__ == "__main__" and "RANK" in os.environ:
     # Before torch is imported, which takes seconds: the launcher may have died by then.
@@ -568,4 +579,5 @@ def next_commands(config: RunConfig, args: argparse.Namespace) -> list[str]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main(start_peers=True))

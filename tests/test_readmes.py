@@ -33,7 +33,7 @@ READMES = [
     ),
 ]
 # Programs of others, whose arguments are not checked.
-FOREIGN = {"ruff", "srun", "tensorboard", "python3", ".", "git"}
+FOREIGN = {"hf", "ruff", "srun", "tensorboard", "python3", ".", "git"}
 SOURCE = re.compile(r"[\w./-]*\w\.(?:py|cpp|cu|h|toml|md)")
 
 

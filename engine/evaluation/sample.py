@@ -406,11 +406,14 @@ def export_run(
     weights: str = "ema",
     out: str | Path | None = None,
     merge: bool = False,
+    mllm: str | None = None,
+    vae: str | None = None,
 ) -> Path:
     """Export a run for diffusers' from_pretrained and for Pipeline.from_pretrained.
 
     Of a run with LoRA, only A and B are exported, as a file for diffusers' load_lora_weights. With
-    `merge` they are merged into the base, and the result is that of a run without LoRA.
+    `merge` they are merged into the base, and the result is that of a run without LoRA. mllm and
+    vae replace the names in the run's config.
 
     Returns:
         The folder, by default run_dir/export/<weights> or run_dir/export/<weights>-merged, or the
@@ -419,7 +422,7 @@ def export_run(
     Raises:
         InputError: run_dir is an exported folder, or `merge` is given and the run has no LoRA.
     """
-    pipe, config = open_pipeline(run_dir, weights=weights)
+    pipe, config = open_pipeline(run_dir, weights=weights, mllm=mllm, vae=vae)
     if config is None:
         raise InputError(f"{run_dir} is already an exported folder: give the folder of a run")
     if merge and not config.lora.rank:

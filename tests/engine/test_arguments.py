@@ -105,6 +105,10 @@ def test_empty_options_of_training_are_refused(option, monkeypatch, capsys):
         (["evaluate", "imgedit", "--origin-img-root", ""], "--origin-img-root"),
         (["export", "--run", "x", "--out", ""], "--out"),
         (["report", ""], "RUN"),
+        (["sample", "--run", "x", "--size", ""], "--size"),
+        (["sample", "--run", "x", "--mllm", ""], "--mllm"),
+        (["export", "--run", "x", "--vae", ""], "--vae"),
+        (["evaluate", "dpg", "--graded", "x", "--model", ""], "--model"),
     ],
 )
 def test_empty_arguments_of_iomm_are_refused(words, name, capsys):

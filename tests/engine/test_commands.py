@@ -136,6 +136,21 @@ def test_signals_request_a_stop(number, capfd):
     assert signal.getsignal(number) == before
 
 
+def test_ctrl_c_during_the_imports_ends_with_a_sentence(tmp_path):
+    (tmp_path / "torch.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "engine/launch.py"), f"run.dir={tmp_path}/x"],
+        cwd=ROOT,
+        env={**environment(), "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 130
+    assert done.stderr.strip() == "iomm: interrupted before the start. Start it again"
+
+
 def test_ctrl_c_saves_the_step_and_names_the_command_that_continues(tmp_path):
     run_dir = tmp_path / "my runs/x"
     script = os.path.relpath(ROOT / "engine/launch.py", ROOT)

@@ -19,6 +19,7 @@ from iomm.engine.dry_run import (
     kept_bytes,
     make_plan,
     memory,
+    parameters,
     prepared_bytes,
     tokens,
     work,
@@ -101,6 +102,55 @@ def test_shipped_configs_have_the_papers_values(name):
         config.adapter.kind,
         config.adapter.num_queries,
     ) == ("drop", "bernoulli", "rqa", 256)
+
+
+@pytest.mark.parametrize("size_px", [512, 1024])
+def test_qwen_image_configs_have_the_papers_values(size_px):
+    """Values of table 2 and appendix B.3 of the paper."""
+    config = load_config(f"qwen-image-{size_px}-lora")
+    train, optim = config.train, config.optim
+    assert (config.lora.rank, config.lora.alpha, config.lora.dropout) == (64, 64, 0)
+    assert (train.global_batch, train.data, config.data.mix) == (48, "mix", 0.5)
+    # 5 epochs of 210 k samples.
+    assert train.steps * train.global_batch == 5 * 210_000
+    assert (optim.kind, optim.lr, optim.betas, optim.clip, optim.weight_decay) == (
+        "adamw",
+        1e-4,
+        (0.9, 0.95),
+        1.0,
+        0,
+    )
+    assert (config.mask.ratio, config.ema.decay, config.data.size_px) == (0.85, 0, size_px)
+    assert (config.adapter.kind, config.adapter.conditions, config.prompt.empty) == (
+        "none",
+        "all",
+        " ",
+    )
+
+
+@pytest.mark.parametrize(
+    "size_px, tflop, gib",
+    [(512, 36.2, 57), pytest.param(1024, 161.4, 60, marks=pytest.mark.slow)],
+)
+def test_qwen_image_configs_have_the_counts_of_the_readme(size_px, tflop, gib):
+    config = load_config(f"qwen-image-{size_px}-lora")
+    model = build_without_weights(config)
+    counts = {name: number / 1e6 for name, number in parameters(model).items()}
+    assert counts == {
+        "LoRA": pytest.approx(422.5, abs=0.1),
+        "generator (frozen)": pytest.approx(20_298.2, abs=0.1),
+        "MLLM (frozen)": pytest.approx(7_747.2, abs=0.1),
+        "VAE (frozen)": pytest.approx(46.9, abs=0.1),
+    }
+    assert sum(work(model, config).values()) / 1e12 == pytest.approx(tflop, abs=0.1)
+    needed = sum(memory(model, config, 8, config.train.micro_batch).values())
+    assert needed / 2**30 == pytest.approx(gib, abs=1)
+
+
+def test_z_image_config_is_stage_2_of_its_shape_from_its_weights():
+    ours, xl = load_config("z-image-512"), load_config("iomm-xl-512-finetune")
+    assert ours.run.init == "models/Z-Image"
+    assert replace(ours, run=xl.run) == xl
 
 
 def test_pair_counts_the_caption_and_not_the_vit(model):

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launches import ROOT, environment, rows
+from launches import LIMIT_S, ROOT, environment, rows
 
 from iomm.engine.parallel.cpu_ranks import free_port
 from iomm.engine.resilience.preemption import REQUEUE
@@ -171,15 +171,19 @@ def test_unattended_run_survives_kills_and_a_preemption(tmp_path):
 
     def act(start):
         def steps(number):
+            until = time.monotonic() + LIMIT_S
             while len(rows(run_dir / "log.jsonl")) < number:
-                time.sleep(0.1)
+                assert time.monotonic() < until, f"step {number} was not reached"
+                time.sleep(0.05)
 
         first = len(rows(run_dir / "log.jsonl"))
         if start == 0:
             steps(4)
             os.kill(next(find("engine/launch.py")), signal.SIGKILL)
             steps(8)
-            os.kill(next(find("engine/torchrun.py")), signal.SIGKILL)
+            # SLURM kills whatever else belongs to the step.
+            for script in ("engine/torchrun.py", "engine/launch.py"):
+                os.kill(next(find(script)), signal.SIGKILL)
         elif start == 1:
             steps(first + 3)
             os.kill(next(find("engine/torchrun.py")), signal.SIGTERM)
@@ -189,7 +193,7 @@ def test_unattended_run_survives_kills_and_a_preemption(tmp_path):
         ROOT,
         [
             *small_run(tmp_path),
-            "train.steps=30",
+            "train.steps=40",
             "checkpoint.every_steps=2",
             "train.micro_batch=4",
             f"run.dir={run_dir}",
@@ -198,4 +202,4 @@ def test_unattended_run_survives_kills_and_a_preemption(tmp_path):
     )
     assert codes == [128 + signal.SIGKILL, REQUEUE, 0], output
     steps = [row["step"] for row in rows(run_dir / "log.jsonl")]
-    assert steps[-1] == 30 and set(steps) == set(range(1, 31))
+    assert steps[-1] == 40 and set(steps) == set(range(1, 41))

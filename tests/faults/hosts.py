@@ -335,6 +335,35 @@ class HostsRun:
         return codes
 
 
+def toy_hosts(folder, steps=20, sizes=(1, 2, 3, 4)):
+    """Train 20 steps of the toy job on one to four hosts, in micro-batches of one sample.
+
+    Returns the figures of hosts_train().
+    """
+    found, golden = {}, None
+    settings = (f"train.steps={steps}", "train.global_batch=12", "train.micro_batch=1")
+    for number in sizes:
+        run_dir = Path(folder) / str(number)
+        with Hosts(number) as hosts:
+            job = Job(run_dir, *settings, size=number, hosts=hosts, record=True)
+            assert job.wait(120) == [0] * number, job.out[-2000:]
+        result = samples_of(run_dir), [float.fromhex(row[1]) for row in log_rows(run_dir)]
+        golden = golden or result
+        if number > 1:
+            found[f"{number} hosts"] = like_golden(result, golden, steps)
+    return found
+
+
+def like_golden(result, golden, steps):
+    """Compare (samples, losses) with those of one host."""
+    (samples, losses), (expected, reference) = result, golden
+    return {
+        "samples_in_order": samples == expected and len(losses) == steps,
+        "first_loss_bitwise": losses[0] == reference[0],
+        "worst_relative": max(abs(a - b) / abs(b) for a, b in zip(losses, reference, strict=True)),
+    }
+
+
 def hosts_train(folder, sizes=(1, 2, 3, 4)):
     """Train 20 steps on one to four hosts.
 
@@ -366,19 +395,11 @@ def hosts_train(folder, sizes=(1, 2, 3, 4)):
             run = HostsRun(hosts, launcher, run_dir, *stages[stage], script=script)
             codes = run.wait(LIMIT_S * 2)
         assert set(codes.values()) == {0}, (codes, run.output(0)[-3000:])
-        losses = [float.fromhex(row[1]) for row in log_rows(run_dir)]
-        samples = entries(run_dir)
+        result = entries(run_dir), [float.fromhex(row[1]) for row in log_rows(run_dir)]
         if stage not in golden:
-            golden[stage] = samples, losses
+            golden[stage] = result
             continue
-        expected, reference = golden[stage]
-        found[f"{stage}, {launcher}, {number} hosts"] = {
-            "samples_in_order": samples == expected and len(losses) == 20,
-            "first_loss_bitwise": losses[0] == reference[0],
-            "worst_relative": max(
-                abs(a - b) / abs(b) for a, b in zip(losses, reference, strict=True)
-            ),
-        }
+        found[f"{stage}, {launcher}, {number} hosts"] = like_golden(result, golden[stage], 20)
     return found
 
 

@@ -125,7 +125,8 @@ TRIALS = {
         tests("tests/engine/test_config.py", "-k", "name_file_line_and_key"),
         None,
     ),
-    "hosts_train": ("H1 several hosts train like one", hosts.hosts_train, None),
+    "toy_hosts": ("H1 several hosts train like one", hosts.toy_hosts, 20),
+    "hosts_train": ("H1 several hosts train like one, ZeRO-3", hosts.hosts_train, None),
     "lost_hosts": ("H2 a lost host ends the job in seconds", hosts.lost_hosts, 20),
     "returning_links": ("H3 a link that returns in time costs nothing", hosts.returning_links, 10),
     "bad_network": ("H4 a bad network is no fault", hosts.bad_network, 200),
@@ -162,7 +163,10 @@ def format_counts(found):
     """Return the counts of a trial as one line."""
     found = found[0] if isinstance(found, tuple) else found
     if any(isinstance(value, dict) for value in found.values()):
-        return "; ".join(f"{key}: {format_counts(value)}" for key, value in found.items())
+        return "; ".join(
+            f"{key}: {format_counts(value) if isinstance(value, dict) else value}"
+            for key, value in found.items()
+        )
     small = {
         key: f"{value:.1e}" if isinstance(value, float) and value < 1e-3 else value
         for key, value in found.items()

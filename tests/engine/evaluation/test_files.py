@@ -177,7 +177,7 @@ def test_an_export_is_whole_and_keeps_samples(export, tmp_path, monkeypatch):
     config = sample.builders.load_config(
         "demo", ["model.vae=pixel:4", f"model.mllm={export[1][3]}"]
     )
-    monkeypatch.setattr(sample, "open_pipeline", lambda run, weights: (pipe, config))
+    monkeypatch.setattr(sample, "open_pipeline", lambda run, **names: (pipe, config))
     out = sample.export_run(tmp_path / "run")
     assert out == tmp_path / "run/export/ema" and json.loads((out / "iomm.json").read_text())
     (out / "samples").mkdir()

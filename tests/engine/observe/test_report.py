@@ -69,6 +69,7 @@ def make_run(
             "time_s": {"generator": 0.3, "backward": 0.6, "data": 0.1},
             "skipped_steps": 2,
             "skipped_samples": 7,
+            "cut_captions": 1234,
             "gpu_hours": 0.01 * step,
             "gpu_hours_left": 0.0,
         }
@@ -185,6 +186,7 @@ def test_page_shows_the_whole_run_in_one_file(tmp_path):
         "0.300 GPU-hours",
         "2 skipped steps",
         "7 skipped samples",
+        "1,234 cut captions",
         "4 warnings",
         "3.25 sharpness",
         "counting 25% 100%",

@@ -12,6 +12,7 @@ from faults.hosts import (
     lost_hosts,
     preempted_hosts,
     returning_links,
+    toy_hosts,
     wire,
 )
 from faults.real import small_run
@@ -117,9 +118,11 @@ def test_signal_to_torchrun_of_one_host_ends_all_with_75(tmp_path):
         assert newest_step(run_dir) == log_rows(run_dir)[-1][0]
 
 
-@pytest.mark.slow
-def test_hosts_train_like_one(tmp_path):
-    for case, found in hosts_train(tmp_path, sizes=(1, 2)).items():
+@pytest.mark.parametrize(
+    "trial", [toy_hosts, pytest.param(hosts_train, marks=pytest.mark.slow)], ids=["toy", "real"]
+)
+def test_hosts_train_like_one(trial, tmp_path):
+    for case, found in trial(tmp_path, sizes=(1, 3)).items():
         assert found["samples_in_order"] and found["first_loss_bitwise"], (case, found)
         assert found["worst_relative"] < 1e-3, (case, found)
 

@@ -32,7 +32,6 @@ RUNS = {
     **{f"plain-stage-{stage}": [f"zero.stage={stage}"] for stage in range(4)},
     "dropout-stage-3": ["zero.stage=3", "lora.dropout=0.1"],
     "dropout-stage-3-recomputed": ["zero.stage=3", *RECOMPUTED],
-    "dropout-stage-2-recomputed": ["zero.stage=2", *RECOMPUTED],
     "dropout-stage-3-compiled-recomputed": ["zero.stage=3", *RECOMPUTED, "train.compile=true"],
     "muon-stage-0": ["zero.stage=0", "optim.kind=muon"],
     "muon-stage-3": ["zero.stage=3", "optim.kind=muon"],
@@ -86,6 +85,7 @@ def main(folder, names, *settings):
         rest, end = train(state, source, STEPS - 1), digest(state)
         run_state.restore(state, folder_1)
         again = train(state, source, STEPS - 1)
+        print(f"{name}: done", flush=True)
         report[name] = {
             "rows": first + rest,
             "resumed": again == rest and digest(state) == end,

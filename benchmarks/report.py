@@ -505,7 +505,8 @@ def wire_in_words(found: dict) -> str:
     cases = wire_cases(found)
     more = [figures["more"] for figures in cases.values()]
     return (
-        f"{len(cases)} cases (ZeRO stages 0 to 3 on 2 to 4 hosts, {found['steps']} steps each): "
+        f"{len(cases)} cases (ZeRO stages 0 to 3 on {min_max([str(n) for _, n in cases])} hosts, "
+        f"{found['steps']} steps each): "
         f"measured bytes, headers included, are {min(more):.1%} to {max(more):.1%} above the count"
     )
 

@@ -141,8 +141,8 @@ def held_out(shard_sizes: list[int] | np.ndarray, num: int) -> np.ndarray:
     total = int(np.sum(shard_sizes))
     if num >= total:
         raise InputError(
-            f"data.heldout must leave samples to train on: got {num} of {total}. Set it to a smaller "
-            "number, or to 0 for no held-out loss"
+            f"data.heldout must leave samples to train on: got {num} of {total}. Set it to a "
+            "smaller number, or to 0 for no held-out loss"
         )
     return np.diff(np.cumsum(shard_sizes, dtype=np.int64) * num // total, prepend=0)
 

@@ -95,12 +95,12 @@ def main(argv: list[str] | None = None, start_peers: bool = False) -> int:
     start_peers: this process may start the other ranks of train.cpu_ranks with its own command
     line.
     """
-    rank, reports_errors, args = 0, True, None
+    rank, args = 0, None
+    # One rank per machine until the ranks have joined; then the watchdog decides.
+    reports_errors = "0" in (os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0"))
     try:
         group.check_variables()
         rank = int(os.environ.get("RANK", 0))
-        # One rank per machine until the ranks have joined; then the watchdog decides.
-        reports_errors = rank == 0 or os.environ.get("LOCAL_RANK") == "0"
         args = parse_args(argv)
         check_args(args)
         overrides = list(args.overrides)

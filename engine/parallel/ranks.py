@@ -110,10 +110,10 @@ def check_variables() -> None:
     whole_variable("LOCAL_RANK", 0)
     missing = {"RANK", "WORLD_SIZE"} - os.environ.keys()
     if len(missing) == 1 and (rank or size > 1):
+        given = f"RANK is {rank}" if "RANK" in os.environ else f"WORLD_SIZE is {size}"
         raise InputError(
-            f"{missing.pop()} is not set, but RANK is {os.environ.get('RANK', 'not set')} and "
-            f"WORLD_SIZE is {os.environ.get('WORLD_SIZE', 'not set')}. Start with deepspeed or "
-            "torchrun, which set both, or unset both to train with one rank"
+            f"{missing.pop()} is not set, but {given}. Start with deepspeed or torchrun, which set "
+            "both, or unset both to train with one rank"
         )
     if rank >= max(size, 1):
         raise InputError(

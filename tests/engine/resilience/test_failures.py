@@ -161,6 +161,7 @@ def test_error_before_ranks_join_is_printed_once_per_host(monkeypatch, capsys):
     ):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        monkeypatch.setenv("WORLD_SIZE", "16")
         assert main(["--config", "dmeo"]) == REFUSED
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and err.startswith(who) if who else not err

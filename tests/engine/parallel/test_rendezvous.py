@@ -47,7 +47,7 @@ def taken():
         ({"RANK": -1, "WORLD_SIZE": 2}, "variable RANK must be a whole number >= 0, got '-1'"),
         ({"RANK": "one", "WORLD_SIZE": 2}, "variable RANK must be a whole number >= 0, got 'one'"),
         ({"RANK": 1}, "WORLD_SIZE is not set, but RANK is 1"),
-        ({"WORLD_SIZE": 8}, "RANK is not set, but RANK is not set and WORLD_SIZE is 8"),
+        ({"WORLD_SIZE": 8}, "RANK is not set, but WORLD_SIZE is 8"),
         ({"RANK": 0, "WORLD_SIZE": ""}, "variable WORLD_SIZE must be a whole number"),
         ({"LOCAL_RANK": "x"}, "variable LOCAL_RANK must be a whole number"),
     ],

@@ -20,7 +20,6 @@ from iomm.engine.config import load_config
 from iomm.engine.dry_run import build_without_weights, check_paths, describe, make_plan
 from iomm.engine.resilience import checkpoint_reader
 from iomm.engine.shapes.dataset import write_dataset
-from iomm.engine.shapes.mllm import WEIGHTS
 from iomm.pipeline import Pipeline
 from iomm.weights import load_generator
 
@@ -37,7 +36,7 @@ def base_model(seed=0, **changes):
 
 
 def save_base(folder, **changes):
-    base_model(**changes).save_pretrained(folder, mllm=WEIGHTS, vae="pixel:2")
+    base_model(**changes).save_pretrained(folder, mllm="shapes", vae="pixel:2")
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +117,7 @@ def test_sample_and_exports_use_base_and_lora(run_dir, folder, tmp_path, capsys)
     assert capsys.readouterr().out.split()[-1] == str(path)
     with safe_open(path, "pt") as file:
         origin = json.loads(file.metadata()["iomm"])
-        assert origin["step"] == "3" and origin["base"] == str(folder / "base")
+        assert origin["step"] == "3" and origin["base"] == "base"
         tensor = file.get_tensor("transformer.transformer_blocks.1.attn.to_k.lora_A.weight")
     A = model.generator.blocks[1].latent_stream.qkv.lora.A.weight
     assert torch.equal(tensor, A[4:8])

@@ -50,7 +50,7 @@ def train(state, source, num):
         state.step += 1
         loss = result.loss / state.ranks.size
         dist.all_reduce(loss)
-        found.append((loss.item(), state.sharded.grad_norm()))
+        found.append((loss.item(), float(state.sharded.grad_norm())))
     return found
 
 

@@ -3,6 +3,7 @@
 import json
 
 import corrupt_samples
+import huggingface_hub
 import pytest
 import torch
 from launches import PIXELS, launch, rows
@@ -220,6 +221,7 @@ def test_many_long_captions_are_estimated(index_dir, limit, monkeypatch):
 
 def test_unreachable_tokenizer_does_not_fail_the_count(index_dir, monkeypatch):
     config = load_config(PIXELS, ["model.mllm=unknown/nothing"])
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # The environment variable is read at import. Without it the hub is tried for 20 s.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     (line,) = builders.long_captions(config, index_dir)
     assert line.startswith("captions that exceed the MLLM's context were not counted: model.mllm")

@@ -108,7 +108,8 @@ def test_losses_are_equal_at_every_stage_recomputed_and_on_2_ranks(reports):
             for name, run in report.items()
             if name.split("-")[0] == kind
         }
-        # Sums over ranks and recomputed blocks are rounded differently.
+        # Sums over ranks and recomputed blocks are rounded differently. Measured on a Xeon in
+        # float32: 3e-7 in 24 comparisons; other processors multiply in another order.
         assert_equal(runs, rel=1e-2 if kind == "bf16" else 2e-5)
     dropped, plain = (reports[2, 0][f"{kind}-stage-3"]["rows"] for kind in ("dropout", "plain"))
     assert plain[2][0] != plain[1][0] != plain[0][0]

@@ -21,7 +21,7 @@ warm-up run that does not count creates the shapes dataset and its index.
 model: a random InternVL from a file, and a trained generator. "Private" is memory that a rank does
 not share (Anonymous in /proc/PID/smaps_rollup); "with shared pages" adds each rank's part of the
 pages that it maps from the weight file (Pss). The ranks are fresh interpreters, not connected.
-In place of a GPU, which has memory of its own, they use PyTorch's meta device, which has none: what
+PyTorch's meta device, which has no memory, takes the place of a GPU with its separate memory: what
 is moved there leaves the host just as on a GPU. What CUDA itself takes is not measured.
 
 Results are written to benchmarks/results/<subcommand>-<device>-<date>.json.

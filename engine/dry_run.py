@@ -210,13 +210,8 @@ def check_paths(config: RunConfig, model: IOMM) -> None:
 
 def size(module: nn.Module) -> int:
     """Return the number of parameters, with those that were rounded to fp8."""
-    return sum(p.numel() for p in module.parameters()) + rounded_size(module)
-
-
-def rounded_size(module: nn.Module) -> int:
-    """Return the number of weights that were rounded to fp8."""
-    rounded = (m for m in module.modules() if isinstance(m, RoundedLinear))
-    return sum(m.values_OI.numel() for m in rounded)
+    rounded = (m.values_OI for m in module.modules() if isinstance(m, RoundedLinear))
+    return sum(x.numel() for x in chain(module.parameters(), rounded))
 
 
 def frozen_bytes(module: nn.Module, width: int) -> int:
@@ -224,12 +219,9 @@ def frozen_bytes(module: nn.Module, width: int) -> int:
 
     The layers whose inputs need gradients hold their fp8 weights twice.
     """
-    copies = sum(
-        m.values_OI.numel()
-        for m in module.modules()
-        if isinstance(m, RoundedLinear) and m.values_IO is not None
-    )
-    return width * (size(module) - rounded_size(module)) + rounded_size(module) + copies
+    rounded = (m for m in module.modules() if isinstance(m, RoundedLinear))
+    values = (x for m in rounded for x in (m.values_OI, m.values_IO) if x is not None)
+    return width * sum(p.numel() for p in module.parameters()) + sum(x.nbytes for x in values)
 
 
 def frozen_size(model: IOMM) -> int:

@@ -71,32 +71,15 @@ def test_images_equal_the_pipeline_of_diffusers(pipeline, model, guidance):
         latents=noise.double(),
         output_type="pt",
     ).images
-    got = sample_pixels(
-        model,
-        model.frozen[0].condition(PROMPTS),
-        numbers,
-        size_px=SIZE,
-        steps=4,
-        guidance=guidance,
-        seed=7,
-        shift="qwen-image",
-    )
+    settings = dict(size_px=SIZE, steps=4, guidance=guidance, seed=7, shift="qwen-image")
+    condition = model.frozen[0].condition(PROMPTS)
+    got = sample_pixels(model, condition, numbers, **settings)
     exact = expected * 2 - 1
     assert got.shape == exact.shape == (2, 3, *SIZE)
     # Sampled in float32 in both. Measured: 4e-7.
     assert (got - exact).abs().max() <= 1e-6
     if guidance > 1:
-        other = sample_pixels(
-            model,
-            model.frozen[0].condition(PROMPTS),
-            numbers,
-            size_px=SIZE,
-            steps=4,
-            guidance=guidance,
-            seed=7,
-            shift="qwen-image",
-            keep_norm=False,
-        )
+        other = sample_pixels(model, condition, numbers, keep_norm=False, **settings)
         # Measured: 8e-3.
         assert (other - exact).abs().max() > 1e-3
 

@@ -88,18 +88,23 @@ def test_tiling_affects_only_larger_images(folder):
     )
 
 
+def check_flops(vae, size_px):
+    """Compare the FLOPs of both passes with PyTorch's counter, on the meta device."""
+    for decode, run, shape in (
+        (False, vae.encode, (1, 3, size_px, size_px)),
+        (True, vae.decode, (1, 16, size_px // 8, size_px // 8)),
+    ):
+        with FlopCounterMode(display=False) as counter:
+            run(torch.empty(shape))
+        assert vae.flops_per_image(size_px, decode) == counter.get_total_flops()
+
+
 @pytest.mark.parametrize("size_px", [64, 96])
 @pytest.mark.parametrize("quant_conv", [False, True])
 def test_flops_match_pytorch_flop_counter(size_px, quant_conv):
     with torch.device("meta"):
         vae = FluxVAE(autoencoder(use_quant_conv=quant_conv, use_post_quant_conv=quant_conv))
-        for decode, run, shape in (
-            (False, vae.encode, (1, 3, size_px, size_px)),
-            (True, vae.decode, (1, 16, size_px // 8, size_px // 8)),
-        ):
-            with FlopCounterMode(display=False) as counter:
-                run(torch.empty(shape))
-            assert vae.flops_per_image(size_px, decode) == counter.get_total_flops()
+        check_flops(vae, size_px)
 
 
 def test_flux_encoder_flops_match_the_readme():
@@ -172,13 +177,7 @@ def test_qwen_vae_tiles_and_compiles(qwen_folder):
 def test_qwen_vae_flops_match_pytorch_flop_counter(size_px):
     with torch.device("meta"):
         vae = QwenVAE(qwen_autoencoder())
-        for decode, run, shape in (
-            (False, vae.encode, (1, 3, size_px, size_px)),
-            (True, vae.decode, (1, 16, size_px // 8, size_px // 8)),
-        ):
-            with FlopCounterMode(display=False) as counter:
-                run(torch.empty(shape))
-            assert vae.flops_per_image(size_px, decode) == counter.get_total_flops()
+        check_flops(vae, size_px)
 
 
 def test_qwen_vae_has_the_size_of_the_checkpoint():

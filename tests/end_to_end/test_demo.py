@@ -1,4 +1,4 @@
-"""The default command, shortened.
+"""The default command, shortened to a quarter of its images and a few steps.
 
 Its losses are compared with a file, exactly on the kind of machine that the file names.
 """
@@ -18,7 +18,7 @@ from iomm.engine.observe.doctor import cpu_name
 
 LOSSES = Path(__file__).parent / "demo_losses.json"
 # Ranks have one thread each. Always two, whatever the number of cores: losses depend on it.
-STEPS, RANKS = 30, 2
+STEPS, RANKS, IMAGES = 30, 2, 1024
 # Mean over t of the squared velocity error of the best prediction that is linear in the latents.
 LINEAR = math.pi / 2
 
@@ -42,6 +42,7 @@ def demo(tmp_path_factory):
         "pretrain",
         f"run.dir={run_dir}",
         f"train.steps={STEPS}",
+        f"data.num_images={IMAGES}",
         f"train.cpu_ranks={RANKS}",
         f"evaluate.every_steps={STEPS // 2}",
         "evaluate.num_images=4",
@@ -109,8 +110,8 @@ def test_run_dir_has_the_files_of_the_readme(demo):
         set(json.loads((run_dir / "scores.json").read_text())) == {"image", "text", "real"}
         and "samples from captions, guidance 2" in output
     )
-    tars = sorted((run_dir.parent / "shared").glob("shapes-4096-*/*.tar"))
-    assert len(tars) == 4
+    tars = sorted((run_dir.parent / "shared").glob(f"shapes-{IMAGES}-*/*.tar"))
+    assert len(tars) == 1
 
 
 def test_benchmark_figure_shows_both_stages(tmp_path):

@@ -57,16 +57,25 @@ def environment():
 
 
 def launch(ranks, *arguments):
-    """Run to the end, and return the completed process with its output as text."""
-    return subprocess.run(
+    """Run to the end, and return the completed process with its output as text.
+
+    After LIMIT_S all of its processes are killed.
+    """
+    process = subprocess.Popen(
         command(ranks, *arguments),
         cwd=ROOT,
         env=environment(),
         text=True,
-        timeout=LIMIT_S,
+        start_new_session=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
+    try:
+        output, _ = process.communicate(timeout=LIMIT_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return subprocess.CompletedProcess(arguments, process.returncode, output)
 
 
 def group_environment(ranks):

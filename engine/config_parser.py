@@ -254,7 +254,7 @@ def documented(cls: type, prefix: str = "") -> Iterator[Documented]:
                 words.insert(0, own_line[line][1])
                 line -= 1
         kind = ast.unparse(node.annotation).replace(" | None", " or null")
-        kind = kind.replace(" | tuple[str, ...]", " or list")
+        kind = kind.replace(" | tuple[str, ...]", " or list").replace(" | str", " or str")
         yield Documented(prefix + name, kind, members[name].default, " ".join(words))
 
 

@@ -15,7 +15,14 @@ from torch import Tensor
 from iomm.adapter import Connector, QueryAdapter
 from iomm.alignment import AlignmentHead, alignment_loss
 from iomm.config import InputError
-from iomm.engine.activations import kept_by_blocks, kept_bytes, partitioned, peak_bytes
+from iomm.engine.activations import (
+    counted_once,
+    kept_by_blocks,
+    kept_bytes,
+    partitioned,
+    peak_bytes,
+    signature,
+)
 from iomm.engine.builders import (
     assemble,
     check_upscaling,
@@ -120,10 +127,9 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
             images are smaller than data.upscale=refuse allows.
     """
     batch, micro_batch = config.train.global_batch, config.train.micro_batch
-    auto = micro_batch == "auto"
-    if auto or micro_batch is None:
-        micro_batch = max(1, batch // ranks)
-    if batch % (micro_batch * ranks):
+    if not config.train.number_given:
+        check_shares(batch, ranks)
+    elif batch % (micro_batch * ranks):
         raise InputError(
             f"train.global_batch must be a multiple of train.micro_batch x ranks, got {batch} and "
             f"{micro_batch} x {ranks}"
@@ -132,7 +138,9 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
     model = build_without_weights(config)
     check_paths(config, model)
     upscaling, memory = upscaled_images(config), Memory(model, config)
-    if auto:
+    if micro_batch is None:
+        micro_batch = batch // ranks
+    elif micro_batch == "auto":
         device_bytes = GPUS["H200"]
         if torch.cuda.is_available():
             device_bytes = torch.cuda.get_device_properties(0).total_memory
@@ -383,6 +391,14 @@ def micro_batches(config: RunConfig, ranks: int) -> list[int]:
     return [number for number in range(1, share + 1) if share % number == 0]
 
 
+def check_shares(batch: int, ranks: int) -> None:
+    """Raise InputError if a global batch cannot be divided over the ranks."""
+    if batch % ranks:
+        raise InputError(
+            f"train.global_batch must be a multiple of the number of ranks, got {batch} and {ranks}"
+        )
+
+
 def largest_that_fits(needed: Mapping[int, float], device_bytes: float) -> int | None:
     """Return the largest micro-batch that fits into the usable part of a device's memory.
 
@@ -398,11 +414,7 @@ def auto_micro_batch(memory: Memory, ranks: int, device_bytes: float) -> tuple[i
     Raises:
         InputError: the global batch cannot be divided over the ranks, or not one sample fits.
     """
-    batch = memory.config.train.global_batch
-    if batch % ranks:
-        raise InputError(
-            f"train.global_batch must be a multiple of the number of ranks, got {batch} and {ranks}"
-        )
+    check_shares(memory.config.train.global_batch, ranks)
     sizes, gib = micro_batches(memory.config, ranks), device_bytes / GIB
     needed = {number: memory.total(ranks, number) for number in sizes}
     number = largest_that_fits(needed, device_bytes)
@@ -607,7 +619,9 @@ def query_bytes(mllm: MLLM, config: RunConfig, condition: Condition, compiled: b
         )
         return finish(x_SD, mixed)
 
-    return kept_bytes(run, [*layer.parameters(), prefix, *rotary])
+    own = [*layer.parameters(), prefix, *rotary]
+    key = type(layer), signature([*own, x_SD]), condition.lengths, config.adapter.attention
+    return counted_once((*key, compiled), lambda: kept_bytes(run, own))
 
 
 def encoder_bytes(model: IOMM, config: RunConfig, micro_batch: int) -> float:

@@ -58,12 +58,24 @@ class KeptInput(torch.autograd.Function):
         return x.new_empty(*x.shape[:-1], len(weight_OI))
 
 
-class FusedAttention(TorchFunctionMode):
-    """Replaces PyTorch's attention by one that keeps what a GPU's fused kernels keep.
+class KeptNorm(torch.autograd.Function):
+    """Keeps what the fused RMS norm of a GPU keeps: the input and one float per row."""
 
-    These are queries, keys, values, output and one float per row, and a mask as a bias in the
-    dtype of the queries.
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+
+class FusedKernels(TorchFunctionMode):
+    """Replaces PyTorch's attention and RMS norm by ones that keep what a GPU's fused kernels keep.
+
+    Of attention these are queries, keys, values, output and one float per row, and a mask as a bias
+    in the dtype of the queries.
     """
+
+    # torch.compile takes RMS norms apart.
+    norms = True
 
     def __torch_function__(
         self,
@@ -77,6 +89,8 @@ class FusedAttention(TorchFunctionMode):
             q, k, v, *_ = args
             mask = kwargs.get("attn_mask")
             return attention(q, k, v, None if mask is None else mask.to(q.dtype))[0]
+        if function is F.rms_norm and self.norms:
+            return KeptNorm.apply(args[0], kwargs["weight"])
         return function(*args, **kwargs)
 
 
@@ -93,7 +107,7 @@ def as_on_gpu(deepspeed_linear: bool = False) -> Iterator[None]:
         return KeptInput.apply(x, weight) if trained else original(x, weight, bias)
 
     # DeepSpeed may have replaced the function already.
-    with patch.object(F, "linear", linear), FusedAttention():
+    with patch.object(F, "linear", linear), FusedKernels():
         yield
 
 
@@ -196,7 +210,8 @@ def partitioned(module: nn.Module, function: Callable[..., Any]) -> Callable[...
             ),
             decompositions=select_decomp_table(),
         )
-        return traced(state, *(leaves[i] for i in at))
+        with patch.object(FusedKernels, "norms", False):
+            return traced(state, *(leaves[i] for i in at))
 
     return call
 

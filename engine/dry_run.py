@@ -38,7 +38,7 @@ from iomm.engine.data.patterns import expand
 from iomm.engine.resilience import checkpoint_reader
 from iomm.flops import condition_tokens, flops_by_part, tokens_per_image
 from iomm.generator import empty_generator
-from iomm.internvl import mllm_without_weights
+from iomm.internvl import InternVL, mllm_without_weights
 from iomm.kernels.masked_attention.sdpa import masked_attention_sdpa
 from iomm.layers import RoundedLinear, use_fp8
 from iomm.lora import add_lora, freeze, frozen_weights
@@ -627,7 +627,8 @@ def query_bytes(mllm: MLLM, config: RunConfig, condition: Condition, compiled: b
 def encoder_bytes(model: IOMM, config: RunConfig, micro_batch: int) -> float:
     """Return the bytes that the frozen VAE or ViT has of one micro-batch while it runs.
 
-    Counted without torch.compile, with which FLUX's VAE needs a fifth less.
+    Counted without torch.compile, with which FLUX's VAE needs a fifth less. A Qwen2.5-VL's ViT,
+    which cannot run on the meta device, is left out: with the same images its VAE needs more.
     """
     (mllm, vae), dtype = model.frozen, config.dtype
     needed = [0]
@@ -636,7 +637,8 @@ def encoder_bytes(model: IOMM, config: RunConfig, micro_batch: int) -> float:
         vit_pixels = torch.empty(micro_batch, 3, mllm.vit_px, mllm.vit_px)
     if config.data.latents is None and not isinstance(vae, PixelVAE):
         needed.append(peak_bytes(vae, vae.encode, pixels, dtype=dtype))
-    if config.data.latents != "memory" and config.train.data != "pair":
+    sees = config.data.latents != "memory" and config.train.data != "pair"
+    if sees and isinstance(mllm, InternVL):
         needed.append(peak_bytes(mllm, mllm.vit_states, vit_pixels, dtype=dtype))
     return max(needed)
 

@@ -8,6 +8,7 @@ fused kernels of a GPU keep it, because on the meta device PyTorch takes the unf
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -96,7 +97,7 @@ class FusedKernels(TorchFunctionMode):
 
 @contextmanager
 def as_on_gpu(deepspeed_linear: bool = False) -> Iterator[None]:
-    """Run code on the meta device as a GPU would keep it.
+    """Run code on the meta device as a GPU would keep it, with PyTorch's backends of all ops.
 
     deepspeed_linear: trained linear layers are DeepSpeed's.
     """
@@ -106,8 +107,10 @@ def as_on_gpu(deepspeed_linear: bool = False) -> Iterator[None]:
         trained = deepspeed_linear and weight.requires_grad
         return KeptInput.apply(x, weight) if trained else original(x, weight, bias)
 
-    # DeepSpeed may have replaced the function already.
-    with patch.object(F, "linear", linear), FusedKernels():
+    # Backends that IOMM_KERNELS selects may not run on the meta device. DeepSpeed may have replaced
+    # the linear function already.
+    with patch.dict(os.environ), patch.object(F, "linear", linear), FusedKernels():
+        os.environ.pop("IOMM_KERNELS", None)
         yield
 
 

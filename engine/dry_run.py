@@ -99,6 +99,8 @@ class Plan:
     captions: list[str]
     # What train.micro_batch=auto takes on the GPUS, in a sentence.
     auto: str
+    # Bytes that the frozen encoders have while they run, before there are activations.
+    encoders: float
 
     def gpu_hours(self, flops_per_s: float) -> float:
         """Return the GPU-hours of the whole run at this many FLOP/s per GPU."""
@@ -156,6 +158,7 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
         upscaling=upscaling,
         captions=captions_to_cut(config),
         auto=describe_auto(memory, ranks),
+        encoders=memory.encoders * micro_batch,
     )
 
 
@@ -707,6 +710,12 @@ def describe(plan: Plan, config: RunConfig) -> str:
             *table("parameters", plan.parameters, "M", 1e6, 1),
             "",
             *memory_table(plan.memory),
+            f"VAE and ViT take up to {plan.encoders / GIB:.2f} GiB while they run, "
+            + (
+                "which train.overlap adds to the peak"
+                if config.train.overlap
+                else "when no activations exist"
+            ),
             plan.auto,
             "",
             *table(

@@ -55,6 +55,7 @@ def install() -> Kernels:
 
     triton.runtime.driver.set_active(Driver())
     triton_helpers.set_driver_to_gpu = lambda: None
+    # Part of the keys of caches.
     torch.version.cuda = "13.0"
     torch._C._dynamo.guards._empty_strided_cuda = lambda size, stride, dtype: torch.empty_strided(
         size, stride, dtype=dtype, device="cuda"

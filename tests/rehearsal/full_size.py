@@ -106,9 +106,10 @@ class Recorder:
 
     def start_step(self, sharded) -> None:
         """Start to record a step, in which the optimizer's state exists as in all later ones."""
-        self.built = self.device.allocated()
+        self.built = self.built or self.device.allocated()
         sharded.slots()
         self.static = self.device.allocated()
+        self.calls.clear()
         self.reset_peak()
         self.step_peak = 0
 

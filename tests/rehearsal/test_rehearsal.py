@@ -229,5 +229,5 @@ def test_spills_and_graph_breaks_are_found(tmp_path):
     pytest.importorskip("triton")
     case = "spill and break"
     [report] = reports_of(rehearse(tmp_path, case), case)
-    assert report["breaks"] > 0 and report["launches"] == len(report["stacks"]) > 0
+    assert report["breaks"] > 0 and report["launches"] >= len(report["stacks"]) > 0
     assert any(min(stacks) > 0 for stacks in report["stacks"].values())

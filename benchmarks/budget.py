@@ -180,7 +180,7 @@ class Levers:
     Attributes:
         attention: backend of masked_attention, "sdpa" or "triton".
         rope: backend of qk_norm_rope, "torch" or "triton".
-        vae_products: the VAE's attention as two products and a softmax; no code does this yet.
+        vae_products: the VAE's attention as two products and a softmax.
         fp8: precision=fp8.
         frozen_fp8: model.mllm_precision=fp8.
         draws: train.noise_draws.
@@ -750,7 +750,7 @@ def lever_rows(name: str, gpu: str) -> list[tuple[str, float]]:
         ("48 fit, but do not divide 1,024", 48, {}),
         ("masked_attention:triton", auto, {"attention": "triton"}),
         ("qk_norm_rope:triton", auto, {"rope": "triton"}),
-        ("VAE's attention as two products (no code yet)", auto, {"vae_products": True}),
+        ("VAE's attention as two products", auto, {"vae_products": True}),
         ("precision=fp8", auto, {"fp8": True}),
         ("model.mllm_precision=fp8", auto, {"frozen_fp8": True}),
     ]
@@ -770,7 +770,7 @@ def goals(name: str, gpu: str) -> list[str]:
     """Return our goals beside what the budget predicts."""
     rows = dict(lever_rows(name, gpu))
     auto = estimate(name, gpu, 1)["micro_batch"]
-    bf16 = rows["VAE's attention as two products (no code yet)"]
+    bf16 = rows["VAE's attention as two products"]
     latents = images_per_s(name, gpu, auto, Levers(latents=True))
 
     def verdict(goal: float, predicted: float) -> str:

@@ -13,13 +13,17 @@
 #include <ATen/native/transformers/sdp_utils_cpp.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <sys/mman.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <string>
+#include <tuple>
 #include <unordered_map>
 #include <unordered_set>
 #include <vector>
@@ -77,6 +81,8 @@ struct Block {
   int64_t number;
   int64_t bytes;
   int64_t stream;
+  // Of pages from the system, not of the heap.
+  bool mapped;
   std::vector<int64_t> recorded_streams;
 };
 
@@ -92,8 +98,11 @@ int64_t last_number = 0, bytes_now = 0, bytes_peak = 0;
 std::atomic<int64_t> dry_numel{0};
 // Whether attention reports the backend that an H200 takes instead of the unfused one.
 std::atomic<bool> fused_attention{false};
-// Blocks of fresh pages from the system are zero and take no memory until they are written.
-constexpr int64_t FRESH_BYTES = 1 << 22;
+// In a dry run, blocks from this size on are fresh pages from the system: zero, and without memory
+// until they are written.
+constexpr size_t MAPPED_BYTES = 1 << 22;
+// Calls of ops on the device that are neither views nor only allocate, by name.
+std::unordered_map<std::string, int64_t> calls;
 
 Block* block_of(const Tensor& tensor) {
   if (!tensor.is_cuda() || !tensor.has_storage()) return nullptr;
@@ -103,11 +112,13 @@ Block* block_of(const Tensor& tensor) {
 
 void free_block(void* start) {
   if (start == nullptr) return;
+  size_t mapped_bytes = 0;
   {
     std::lock_guard<std::mutex> held(lock);
     const auto found = blocks.find(start);
     if (found != blocks.end()) {
       const Block& block = found->second;
+      if (block.mapped) mapped_bytes = block.bytes;
       bytes_now -= block.bytes;
       const auto& streams = block.recorded_streams;
       freed_blocks.insert(freed_blocks.end(),
@@ -117,22 +128,29 @@ void free_block(void* start) {
       blocks.erase(found);
     }
   }
-  std::free(start);
+  if (mapped_bytes)
+    munmap(start, mapped_bytes);
+  else
+    std::free(start);
 }
 
 struct DeviceMemory final : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
     void* start = nullptr;
     if (bytes) {
-      if (posix_memalign(&start, 512, bytes)) throw std::bad_alloc();
-      if (!dry_numel) {
-        // NaN in every floating-point type, so that unwritten memory is seen.
-        std::memset(start, 0xFF, std::min<size_t>(bytes, 1 << 20));
-      } else if (static_cast<int64_t>(bytes) < FRESH_BYTES) {
-        std::memset(start, 0, bytes);
+      const bool mapped = dry_numel && bytes >= MAPPED_BYTES;
+      if (mapped) {
+        start = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (start == MAP_FAILED) throw std::bad_alloc();
+      } else {
+        if (posix_memalign(&start, 512, bytes)) throw std::bad_alloc();
+        // Else NaN in every floating-point type, so that unwritten memory is seen.
+        std::memset(start, dry_numel ? 0 : 0xFF,
+                    dry_numel ? bytes : std::min<size_t>(bytes, 1 << 20));
       }
       std::lock_guard<std::mutex> held(lock);
-      blocks[start] = {++last_number, static_cast<int64_t>(bytes), Guard::current, {}};
+      blocks[start] = {++last_number, static_cast<int64_t>(bytes), Guard::current, mapped, {}};
       bytes_now += bytes;
       bytes_peak = std::max(bytes_peak, bytes_now);
     }
@@ -264,7 +282,13 @@ bool runs_dry(const Tensor& tensor) {
   return dry_numel && tensor.is_floating_point() && tensor.numel() > dry_numel;
 }
 
+void count_call(const std::string& name) {
+  std::lock_guard<std::mutex> held(lock);
+  ++calls[name];
+}
+
 Tensor& copy_(Tensor& self, const Tensor& source, bool) {
+  count_call("aten::copy_");
   if (!runs_dry(self)) host_view(self).copy_(host_view(source));
   return self;
 }
@@ -432,8 +456,33 @@ void run_on_cpu(const c10::OperatorHandle& op, Stack* stack) {
   }
   TORCH_CHECK(!(on_gpu && on_host) || takes_host_indices(schema.name()), schema.name(),
               " got tensors on cuda:0 and on cpu");
+  count_call(schema.name());
   if (dry && run_dry(op, stack)) return;
   at::native::cpu_fallback(op, stack);
+}
+
+// Its forward op has a kernel for CUDA alone as well, and is computed by others on a CPU.
+std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& input,
+                                             at::IntArrayRef shape, const Tensor& rstd,
+                                             const std::optional<Tensor>& weight,
+                                             std::array<bool, 2> wanted) {
+  count_call("aten::_fused_rms_norm_backward");
+  const bool weighted = weight && weight->defined();
+  const Tensor grad_input = wanted[0] ? at::empty_like(input) : Tensor();
+  const Tensor grad_weight = wanted[1] && weighted ? at::empty_like(*weight) : Tensor();
+  if (runs_dry(input)) return {grad_input, grad_weight};
+  const auto dtype = at::promote_types(input.scalar_type(), at::kFloat);
+  const Tensor scale = host_view(rstd), out = host_view(grad).to(dtype);
+  const Tensor normed = host_view(input).to(dtype) * scale;
+  const Tensor inner = weighted ? out * host_view(*weight) : out;
+  std::vector<int64_t> rows, columns;
+  for (int64_t i = 0; i < input.dim(); ++i)
+    (i < input.dim() - static_cast<int64_t>(shape.size()) ? rows : columns).push_back(i);
+  if (grad_input.defined())
+    host_view(grad_input).copy_(scale * (inner - normed * (inner * normed).mean(columns, true)));
+  if (grad_weight.defined())
+    host_view(grad_weight).copy_(rows.empty() ? out * normed : (out * normed).sum(rows));
+  return {grad_input, grad_weight};
 }
 
 // ---- for pretended_cuda.py ---------------------------------------------------------------------
@@ -447,6 +496,14 @@ int64_t block_number(const Tensor& tensor) {
 std::vector<int64_t> take_freed() {
   std::lock_guard<std::mutex> held(lock);
   return std::exchange(freed_blocks, {});
+}
+
+c10::Dict<std::string, int64_t> take_calls() {
+  std::lock_guard<std::mutex> held(lock);
+  c10::Dict<std::string, int64_t> counts;
+  for (const auto& [name, count] : calls) counts.insert(name, count);
+  calls.clear();
+  return counts;
 }
 
 int64_t allocated() {
@@ -499,17 +556,22 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
   library.impl("set_.source_Tensor", set_tensor);
   library.impl("set_", set_empty);
   library.impl("record_stream", record_stream);
-  // Otherwise they are decomposed for the CPU before a dry run can ask for their shapes.
-  library.impl("convolution", torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
-  library.impl("convolution_backward", torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
+  // CUDA has kernels for these. Otherwise they are composed of other ops, which allocate and keep
+  // more, before a dry run can ask for their shapes.
+  for (const char* name : {"convolution", "convolution_backward", "native_group_norm",
+                           "native_layer_norm", "_fused_rms_norm"})
+    library.impl(name, torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
+  library.impl("_fused_rms_norm_backward", rms_norm_backward);
 }
 
 TORCH_LIBRARY(pretended_cuda, library) {
   library.def("host_view(Tensor tensor) -> Tensor", host_view);
   library.def("block_number(Tensor tensor) -> int", block_number);
   library.def("take_freed() -> int[]", take_freed);
+  library.def("take_calls() -> Dict(str, int)", take_calls);
   library.def("allocated() -> int", allocated);
   library.def("peak(bool reset=False) -> int", peak);
   library.def("current_stream() -> int", current_stream);
+  library.def("runs_dry(Tensor tensor) -> bool", runs_dry);
   library.def("run_dry_above(int numel, bool fused=False) -> ()", run_dry_above);
 }

@@ -220,7 +220,9 @@ def test_activations_kept_in_vain_are_found(tmp_path):
     if recorded is None:
         pytest.skip("the counts were recorded with other versions of torch or DeepSpeed")
     seen, clean = full_size.counts(report["full_size"])["bytes"], recorded["full-b"]["bytes"]
-    assert seen["kept for the backward pass"] - clean["kept for the backward pass"] > 3 * 2**30
+    # Of all 28 layers at least the last product's input: 16 x 256 queries, 8960 wide, in bf16.
+    least = 28 * 16 * 256 * 8960 * 2
+    assert seen["kept for the backward pass"] - clean["kept for the backward pass"] > least
     assert seen["peak"] > clean["peak"]
 
 

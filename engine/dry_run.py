@@ -28,6 +28,7 @@ from iomm.engine.builders import (
 )
 from iomm.engine.data import latents
 from iomm.engine.data.patterns import expand
+from iomm.engine.parallel import base_shards
 from iomm.engine.resilience import checkpoint_reader
 from iomm.flops import condition_tokens, flops_by_part, tokens_per_image
 from iomm.generator import empty_generator
@@ -50,6 +51,8 @@ NUM_CAPTION = 64
 MATMUL_FLOPS = 790e12
 # Share of that rate assumed for the expected GPU-hours.
 UTILISATION = 0.6
+# GPUs of a node, over which lora.shard_base shards, unless there are fewer.
+NODE = 8
 GIB = 2**30
 
 
@@ -72,6 +75,8 @@ class Plan:
     upscaling: list[str]
     # Sentences on captions that are longer than the MLLM's context.
     captions: list[str]
+    # Sentences on lora.shard_base.
+    sharding: list[str]
 
     def gpu_hours(self, flops_per_s: float) -> float:
         """Return the GPU-hours of the whole run at this many FLOP/s per GPU."""
@@ -120,6 +125,7 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
         parameters=parameters(model),
         upscaling=upscaling,
         captions=captions_to_cut(config),
+        sharding=base_sharding(model, config, ranks, batch // (micro_batch * ranks)),
     )
 
 
@@ -268,10 +274,72 @@ def tokens(model: IOMM, config: RunConfig) -> float:
     )
 
 
-def memory(model: IOMM, config: RunConfig, ranks: int, micro_batch: int) -> dict[str, float]:
+def base_parts(model: IOMM, config: RunConfig, node: int) -> list[int]:
+    """Return the bytes of each block's base that a rank of `node` ranks keeps, with padding."""
+    width = config.dtype.itemsize
+    return [
+        base_shards.part_bytes(frozen_weights(block).values(), node, width)
+        for block in generator_blocks(model)
+    ]
+
+
+def base_bytes(model: IOMM, config: RunConfig) -> int:
+    """Return the bytes of all blocks' base."""
+    weights = (w for block in generator_blocks(model) for w in frozen_weights(block).values())
+    return config.dtype.itemsize * sum(map(Tensor.numel, weights))
+
+
+def generator_blocks(model: IOMM) -> list[nn.Module]:
+    """Return the blocks of the generator in the order of its forward pass."""
+    classes = model.generator.block_classes
+    return [module for module in model.generator.modules() if isinstance(module, classes)]
+
+
+def base_gathers(model: IOMM) -> list[tuple[int, int]]:
+    """Return base_shards.gathers() of a micro-batch of a model with LoRA."""
+    blocks = generator_blocks(model)
+    # A layer has one product if its block is before everything that is trained.
+    backward = (any(getattr(m, "products", 0) > 1 for m in block.modules()) for block in blocks)
+    return base_shards.gathers(len(blocks), list(backward).index(True))
+
+
+def base_sharding(model: IOMM, config: RunConfig, ranks: int, micro_batches: int) -> list[str]:
+    """Return a sentence on the memory and the messages of lora.shard_base, if there is LoRA.
+
+    Raises:
+        InputError: lora.shard_base is set, but there is one GPU.
+    """
+    node = min(ranks, NODE)
+    if config.lora.shard_base and node == 1:
+        raise InputError(
+            "lora.shard_base shards the base of LoRA over the GPUs of a node, but this run has one "
+            "GPU: set lora.shard_base=false"
+        )
+    if not config.lora.rank or node == 1:
+        return []
+    parts, whole = base_parts(model, config, node), base_bytes(model, config)
+    sharded = sum(parts) + 2 * node * max(parts)
+    received = sum(parts[block] for _, block in base_gathers(model)) * (node - 1) * micro_batches
+    return [
+        f"Frozen blocks take {whole / GIB:.2f} GiB per GPU, and {sharded / GIB:.2f} GiB with "
+        f"lora.shard_base=true on {node} GPUs of a node, each of which then receives "
+        f"{received / 1e9:,.2f} GB from the others per step"
+    ]
+
+
+def memory(
+    model: IOMM, config: RunConfig, ranks: int, micro_batch: int, node: int | None = None
+) -> dict[str, float]:
     """Return {part: bytes per GPU} of a run of this model, which is not sharded yet.
 
     Not included: activations of the frozen encoders, and what communication and the allocator keep.
+
+    Args:
+        model: the model.
+        config: the run's config.
+        ranks: number of GPUs.
+        micro_batch: samples per GPU and forward pass.
+        node: ranks of this GPU's node; None: all, up to NODE.
     """
     trained, width = size(model), config.dtype.itemsize
     base = frozen_size(model) - sum(map(size, model.frozen))
@@ -280,8 +348,15 @@ def memory(model: IOMM, config: RunConfig, ranks: int, micro_batch: int) -> dict
         trained / (ranks if zero.stage >= stage else 1) for stage in (3, 2, 1)
     )
     block = max(size(module) for module in model.modules() if isinstance(module, leaves))
+    kept_base, node, gathered = width * base, node or min(ranks, NODE), {}
+    if config.lora.shard_base and node > 1:
+        parts = base_parts(model, config, node)
+        kept_base += sum(parts) - base_bytes(model, config)
+        # The block in use and the next one.
+        gathered = {"gathered base": 2 * node * max(parts)}
     return {
-        "frozen weights": sum(frozen_bytes(part, width) for part in model.frozen) + width * base,
+        "frozen weights": sum(frozen_bytes(part, width) for part in model.frozen) + kept_base,
+        **gathered,
         "working weights": width * weights
         + (width * trained / zero.hpz_partition_size if zero.hpz_partition_size > 1 else 0),
         # At least one block in use and the next one; up to max_live_parameters are kept for the
@@ -528,5 +603,6 @@ def describe(plan: Plan, config: RunConfig) -> str:
             "it",
             *(["", ". ".join(plan.upscaling)] if plan.upscaling else []),
             *(["", *plan.captions] if plan.captions else []),
+            *(["", *plan.sharding] if plan.sharding else []),
         ]
     )

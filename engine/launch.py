@@ -403,7 +403,7 @@ def describe_start(config: RunConfig, ranks: Ranks, model: IOMM, source: ImageSo
     threads, steps = torch.get_num_threads(), source.accumulation_steps
     trained, frozen = dry_run.size(model), dry_run.frozen_size(model)
     what = "trained (LoRA)" if config.lora.rank else "trained"
-    memory = dry_run.memory(model, config, ranks.size, source.micro_batch)
+    memory = dry_run.memory(model, config, ranks.size, source.micro_batch, ranks.local_size)
     return "\n".join(
         [
             f"data        {len(source.shards):,} samples, {config.data.size_px} px",

@@ -297,8 +297,8 @@ class LoraConfig:
             raise InputError(f"lora.dropout must be in [0, 1), got {self.dropout}")
         if self.shard_base and not self.rank:
             raise InputError(
-                "lora.shard_base shards the frozen base of LoRA, but lora.rank is 0: set lora.rank, "
-                "or lora.shard_base=false"
+                "lora.shard_base shards the frozen base of LoRA, but lora.rank is 0: set lora.rank "
+                "or leave lora.shard_base out"
             )
 
 

@@ -1,7 +1,8 @@
-"""Count what ZeRO sends in an optimizer step, and what the row kernels move through memory.
+"""Count what is sent in an optimizer step, and what the row kernels move through memory.
 
-The messages are counted from the modules by DeepSpeed's own rules, without running anything. The
-row kernels are those between the matrix products.
+ZeRO's messages are counted from the modules by DeepSpeed's own rules, without running anything,
+and those of lora.shard_base by the rules of engine/parallel/base_shards.py. The row kernels are
+those between the matrix products.
 
 At stage 3 the rules are those of deepspeed/runtime/zero/partitioned_param_coordinator.py (0.19)
 once its trace is complete, which is from the second micro-batch on. A module's weights are gathered
@@ -18,13 +19,14 @@ counted 1.3 % too low. Muon is counted at stage 3 only.
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from iomm.engine.config import RunConfig
+from iomm.engine.dry_run import NODE, base_gathers, base_parts, generator_blocks
 from iomm.engine.parallel.optim import make_optimizer
 from iomm.engine.parallel.zero import deepspeed_config
 from iomm.model import IOMM
@@ -137,9 +139,46 @@ def count_traffic(model: IOMM, config: RunConfig, ranks: int, **settings: Any) -
     Args:
         model: its weights may be on the meta device.
         config: the run.
-        ranks: number of ranks.
+        ranks: number of ranks. With lora.shard_base, NODE of them are on a node.
         settings: keys of DeepSpeed's zero_optimization that override the config's.
     """
+    traffic = count_zero(model, config, ranks, **settings)
+    base = base_messages(model, config, min(ranks, NODE)) if config.lora.shard_base else []
+    return replace(traffic, first=base + traffic.first, later=base + traffic.later)
+
+
+def base_messages(model: IOMM, config: RunConfig, node: int) -> list[Message]:
+    """Return the messages with which `node` ranks gather the frozen base of LoRA.
+
+    They are issued and needed where a block is visited for its A and B. A block without any counts
+    to the one before it.
+    """
+    blocks = generator_blocks(model)
+    visits = [visit for visit, entered in trace_of(model) if entered]
+    at, passes = [], [(False, blocks), (True, blocks[::-1])]
+    for backward, ordered in passes:
+        for block in ordered:
+            inside = tuple(map(id, block.parameters()))
+            found = (
+                i for i, v in enumerate(visits) if (v.backward, v.inside) == (backward, inside)
+            )
+            at.append(next(found, at[-1] if at else 0))
+    order = [*range(len(blocks)), *reversed(range(len(blocks)))]
+    parts = base_parts(model, config, node)
+    return [
+        Message(
+            kind="all_gather",
+            size_bytes=node * parts[block],
+            group=node,
+            issued=at[visit],
+            needed=at[visit + (order[visit] != block)],
+        )
+        for visit, block in base_gathers(model)
+    ]
+
+
+def count_zero(model: IOMM, config: RunConfig, ranks: int, **settings: Any) -> Traffic:
+    """Count the messages that ZeRO sends, as count_traffic does."""
     whole = deepspeed_config(config, torch.device("cuda"), 1, 1)
     settings = {**DEFAULTS, **whole["zero_optimization"], **settings}
     itemsize = config.dtype.itemsize
@@ -280,7 +319,9 @@ def trace_of(model: IOMM) -> Trace:
     order of their creation; the backward pass visits them in reverse.
     """
     # IOMM.dtype reads generator.final.weight, so DeepSpeed treats it as a parameter of IOMM itself.
-    leaves, direct_of_model = model.leaves, (id(model.generator.final.weight),)
+    # With LoRA it is none.
+    leaves, final = model.leaves, model.generator.final.weight
+    direct_of_model = (id(final),) if isinstance(final, nn.Parameter) else ()
 
     def walk(
         module: nn.Module, children: Callable[[nn.Module], list[nn.Module]], backward: bool

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from iomm.generator import empty_generator
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from iomm.config import GeneratorConfig
     from iomm.engine.parallel.ranks import Ranks
     from iomm.lora import Generator
@@ -33,11 +35,42 @@ def rounded_up(num_bytes: int) -> int:
     return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 
-def part_bytes(block: nn.Module, num_parts: int) -> int:
-    """Return the bytes of each of the equal parts of a block's weights, with padding."""
-    weights = [*block.parameters(), *block.buffers()]
-    total = sum(rounded_up(weight.numel() * weight.element_size()) for weight in weights)
+def part_bytes(weights: Iterable[Tensor], num_parts: int, width: int | None = None) -> int:
+    """Return the bytes of each of the equal parts of a block's weights, with padding.
+
+    Args:
+        weights: the block's weights.
+        num_parts: number of ranks of the node.
+        width: bytes of a number; None: those of the weights' dtypes.
+    """
+    total = sum(rounded_up(w.numel() * (width or w.element_size())) for w in weights)
     return rounded_up(-(-total // num_parts))
+
+
+def needed(index: int, step: int, num_blocks: int) -> set[int]:
+    """Return the blocks that are gathered while one is used: itself and the one `step` further."""
+    return {index, index + step} & set(range(num_blocks))
+
+
+def gathers(num_blocks: int, first: int = 0) -> list[tuple[int, int]]:
+    """Return (visit, block) of every gather of a micro-batch that follows another one.
+
+    Visits number the blocks of the forward pass and then those of the backward pass.
+
+    Args:
+        num_blocks: number of blocks.
+        first: first block that has a backward pass; the blocks after it have one, too.
+    """
+    visits = [(block, 1) for block in range(num_blocks)]
+    visits += [(block, -1) for block in reversed(range(first, num_blocks))]
+    live, found = set(), []
+    for _ in range(2):
+        found = []
+        for visit, (block, step) in enumerate(visits):
+            wanted = needed(block, step, num_blocks)
+            found += [(visit, other) for other in sorted(wanted - live)]
+            live = wanted
+    return found
 
 
 class ShardedBlock:
@@ -55,7 +88,7 @@ class ShardedBlock:
         """
         self.group = group
         self.rank = dist.get_rank(group)
-        num_bytes = part_bytes(block, dist.get_world_size(group))
+        num_bytes = part_bytes(block.parameters(), dist.get_world_size(group))
         self.part = torch.empty(num_bytes, dtype=torch.uint8, device=device)
         self.whole = self.part.new_empty(num_bytes * dist.get_world_size(group))
         self.storage = self.whole.untyped_storage()
@@ -144,7 +177,9 @@ class BaseShards:
             )
         # to_empty() would also replace the blocks' weights.
         return generator._apply(
-            lambda weight: torch.empty_like(weight, device=self.device) if weight.is_meta else weight
+            lambda weight: (
+                torch.empty_like(weight, device=self.device) if weight.is_meta else weight
+            )
         )
 
     def use(self, index: int, step: int) -> None:
@@ -153,7 +188,7 @@ class BaseShards:
         Autograd runs what was computed last first. So when a gradient of a block's outputs is
         there, the backward pass of the next block is through, and its weights can be freed.
         """
-        wanted = {index, index + step} & set(range(len(self.blocks)))
+        wanted = needed(index, step, len(self.blocks))
         for other in self.live - wanted:
             self.blocks[other].free()
         self.live = wanted

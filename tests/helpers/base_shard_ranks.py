@@ -18,6 +18,7 @@ from parity import randomize
 
 from iomm import lora
 from iomm.config import GeneratorConfig, LoraConfig
+from iomm.engine.dry_run import base_gathers
 from iomm.engine.parallel import ranks as group
 from iomm.engine.parallel.base_shards import BaseShards, ShardedBlock
 from iomm.generator import new_generator
@@ -63,15 +64,17 @@ def with_lora(generator, targets, recompute):
     return model.to(next(iter(generator.buffers())).dtype)
 
 
-def losses_and_gradients(model, dtype):
-    """Return what two steps compute, the second one after a pass without gradient."""
+def losses_and_gradients(model, dtype, counts=None):
+    """Return what a pass without gradient and two steps compute."""
     found = []
     for seed in range(2):
+        if counts is not None:
+            counts.clear()
         draw = torch.Generator().manual_seed(10 * dist.get_rank() + seed)
         config = model.generator.config
         shapes = (2, 12, config.token_dim), (2,), (2, 5, config.condition_dim)
         noisy, t, condition = (torch.rand(shape, generator=draw).to(dtype) for shape in shapes)
-        if seed:
+        if not seed:
             with torch.no_grad():
                 found.append(model.generator(noisy, t, condition, (3, 4)))
         loss = model.generator(noisy, t, condition, (3, 4)).square().mean()
@@ -82,27 +85,19 @@ def losses_and_gradients(model, dtype):
 
 
 @contextmanager
-def counted(report):
-    """Count the gathers, their bytes, and the most memory that gathered blocks take at once."""
-    gather, blocks = dist.all_gather_into_tensor, []
-    init = ShardedBlock.__init__
+def recorded(blocks):
+    """Yield a list of (bytes of each gather, bytes of all gathered blocks at that moment)."""
+    gather, sizes = dist.all_gather_into_tensor, []
 
-    def counting_init(self, *args):
-        init(self, *args)
-        blocks.append(self)
-
-    def counting(whole, part, **settings):
-        report["gathers"] += 1
-        report["gathered_bytes"] += whole.nbytes
-        report["most_bytes"] = max(report["most_bytes"], sum(b.storage.nbytes() for b in blocks))
+    def recording(whole, part, **settings):
+        sizes.append((whole.nbytes, sum(block.storage.nbytes() for block in blocks)))
         return gather(whole, part, **settings)
 
-    report |= dict.fromkeys(("gathers", "gathered_bytes", "most_bytes"), 0)
-    ShardedBlock.__init__, dist.all_gather_into_tensor = counting_init, counting
+    dist.all_gather_into_tensor = recording
     try:
-        yield
+        yield sizes
     finally:
-        ShardedBlock.__init__, dist.all_gather_into_tensor = init, gather
+        dist.all_gather_into_tensor = gather
 
 
 @contextmanager
@@ -128,42 +123,40 @@ def without_second_gather(shards):
 
 def compare(ranks, shape, dtype, recompute, targets):
     """Return what a case gives, as plain values."""
-    report = {}
     reference = randomize(new_generator(shape, 0, dtype=dtype))
-    with counted(report):
-        shards = BaseShards(ranks, 60)
-        generator = shards.empty_generator(shape, dtype)
-        with torch.no_grad():
-            for name, p in generator.named_parameters():
-                shards.copy(p, reference.get_parameter(name))
-        model = with_lora(generator, targets, recompute)
-        report["checksum"] = lora.checksum(model, gather=shards.gather)
-        report["checksum_gathers"] = report["gathers"]
-        report |= dict.fromkeys(("gathers", "gathered_bytes"), 0)
-        found = losses_and_gradients(model, dtype)
+    shards = BaseShards(ranks, 60)
+    generator = shards.empty_generator(shape, dtype)
+    with torch.no_grad():
+        for name, p in generator.named_parameters():
+            shards.copy(p, reference.get_parameter(name))
+    model = with_lora(generator, targets, recompute)
+    checksum = lora.checksum(model, gather=shards.gather)
+    with recorded(shards.blocks) as sizes:
+        found = losses_and_gradients(model, dtype, sizes)
     blocks = [m for m in reference.modules() if isinstance(m, reference.block_classes)]
-    sizes = [sum(p.nbytes for p in block.parameters()) for block in blocks]
+    weights = [sum(p.nbytes for p in block.parameters()) for block in blocks]
     whole = with_lora(reference, targets, recompute)
     expected = losses_and_gradients(whole, dtype)
     with without_second_gather(shards):
         faulty = losses_and_gradients(model, dtype)
-
-    def same(ours):
-        # A and B whose gradient is None are equal to each other.
-        return [
-            a is b or torch.equal(a, b) for a, b in zip(ours, expected, strict=True)
-        ]
-
-    return report | {
-        "equal": same(found),
-        "faulty_equal": same(faulty),
-        "expected_checksum": lora.checksum(whole),
-        "trained": sum(x is not None and bool(x.any()) for x in expected),
+    return {
+        "equal": same(found, expected),
+        "faulty_equal": same(faulty, expected),
+        "checksums": [checksum, lora.checksum(whole)],
+        "gathers": base_gathers(model),
+        # Of the second step.
+        "gathered_bytes": [gathered for gathered, _ in sizes],
+        "most_bytes": max(live for _, live in sizes),
         "parts": [len(block.part) for block in shards.blocks],
-        "sizes": sizes,
-        "left": sum(block.storage.nbytes() > 0 for block in shards.blocks),
+        "weights": weights,
         "ranks_of_nodes": shards.sizes,
     }
+
+
+def same(found, expected):
+    """Return whether each tensor is equal to the expected one to the bit."""
+    # Two gradients may be None.
+    return [a is b or torch.equal(a, b) for a, b in zip(found, expected, strict=True)]
 
 
 def main(folder):

@@ -28,7 +28,7 @@ from iomm.engine.builders import (
 )
 from iomm.engine.data import latents
 from iomm.engine.data.patterns import expand
-from iomm.engine.parallel import base_shards
+from iomm.engine.parallel.base_shards import NODE, base_bytes, base_gathers, base_parts
 from iomm.engine.resilience import checkpoint_reader
 from iomm.flops import condition_tokens, flops_by_part, tokens_per_image
 from iomm.generator import empty_generator
@@ -51,8 +51,6 @@ NUM_CAPTION = 64
 MATMUL_FLOPS = 790e12
 # Share of that rate assumed for the expected GPU-hours.
 UTILISATION = 0.6
-# GPUs of a node, over which lora.shard_base shards, unless there are fewer.
-NODE = 8
 GIB = 2**30
 
 
@@ -274,35 +272,6 @@ def tokens(model: IOMM, config: RunConfig) -> float:
     )
 
 
-def base_parts(model: IOMM, config: RunConfig, node: int) -> list[int]:
-    """Return the bytes of each block's base that a rank of `node` ranks keeps, with padding."""
-    width = config.dtype.itemsize
-    return [
-        base_shards.part_bytes(frozen_weights(block).values(), node, width)
-        for block in generator_blocks(model)
-    ]
-
-
-def base_bytes(model: IOMM, config: RunConfig) -> int:
-    """Return the bytes of all blocks' base."""
-    weights = (w for block in generator_blocks(model) for w in frozen_weights(block).values())
-    return config.dtype.itemsize * sum(map(Tensor.numel, weights))
-
-
-def generator_blocks(model: IOMM) -> list[nn.Module]:
-    """Return the blocks of the generator in the order of its forward pass."""
-    classes = model.generator.block_classes
-    return [module for module in model.generator.modules() if isinstance(module, classes)]
-
-
-def base_gathers(model: IOMM) -> list[tuple[int, int]]:
-    """Return base_shards.gathers() of a micro-batch of a model with LoRA."""
-    blocks = generator_blocks(model)
-    # A layer has one product if its block is before everything that is trained.
-    backward = (any(getattr(m, "products", 0) > 1 for m in block.modules()) for block in blocks)
-    return base_shards.gathers(len(blocks), list(backward).index(True))
-
-
 def base_sharding(model: IOMM, config: RunConfig, ranks: int, micro_batches: int) -> list[str]:
     """Return a sentence on the memory and the messages of lora.shard_base, if there is LoRA.
 
@@ -317,7 +286,8 @@ def base_sharding(model: IOMM, config: RunConfig, ranks: int, micro_batches: int
         )
     if not config.lora.rank or node == 1:
         return []
-    parts, whole = base_parts(model, config, node), base_bytes(model, config)
+    width = config.dtype.itemsize
+    parts, whole = base_parts(model, node, width), base_bytes(model, width)
     sharded = sum(parts) + 2 * node * max(parts)
     received = sum(parts[block] for _, block in base_gathers(model)) * (node - 1) * micro_batches
     return [
@@ -350,8 +320,8 @@ def memory(
     block = max(size(module) for module in model.modules() if isinstance(module, leaves))
     kept_base, node, gathered = width * base, node or min(ranks, NODE), {}
     if config.lora.shard_base and node > 1:
-        parts = base_parts(model, config, node)
-        kept_base += sum(parts) - base_bytes(model, config)
+        parts = base_parts(model, node, width)
+        kept_base += sum(parts) - base_bytes(model, width)
         # The block in use and the next one.
         gathered = {"gathered base": 2 * node * max(parts)}
     return {

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from iomm.engine.config import RunConfig
-from iomm.engine.dry_run import NODE, base_gathers, base_parts, generator_blocks
+from iomm.engine.parallel.base_shards import NODE, base_gathers, base_parts, blocks_of
 from iomm.engine.parallel.optim import make_optimizer
 from iomm.engine.parallel.zero import deepspeed_config
 from iomm.model import IOMM
@@ -153,7 +153,7 @@ def base_messages(model: IOMM, config: RunConfig, node: int) -> list[Message]:
     They are issued and needed where a block is visited for its A and B. A block without any counts
     to the one before it.
     """
-    blocks = generator_blocks(model)
+    blocks = blocks_of(model)
     visits = [visit for visit, entered in trace_of(model) if entered]
     at, passes = [], [(False, blocks), (True, blocks[::-1])]
     for backward, ordered in passes:
@@ -164,7 +164,7 @@ def base_messages(model: IOMM, config: RunConfig, node: int) -> list[Message]:
             )
             at.append(next(found, at[-1] if at else 0))
     order = [*range(len(blocks)), *reversed(range(len(blocks)))]
-    parts = base_parts(model, config, node)
+    parts = base_parts(model, node, config.dtype.itemsize)
     return [
         Message(
             kind="all_gather",

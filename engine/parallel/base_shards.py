@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from iomm.generator import empty_generator
+from iomm.lora import frozen_weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -24,10 +25,13 @@ if TYPE_CHECKING:
     from iomm.config import GeneratorConfig
     from iomm.engine.parallel.ranks import Ranks
     from iomm.lora import Generator
+    from iomm.model import IOMM
 
 # Every weight begins at a multiple of this many bytes, as in memory that CUDA allocates: kernels
 # choose their path by the alignment.
 ALIGNMENT = 512
+# Ranks of a node where nothing else is known, as in a dry run.
+NODE = 8
 
 
 def rounded_up(num_bytes: int) -> int:
@@ -35,16 +39,40 @@ def rounded_up(num_bytes: int) -> int:
     return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 
-def part_bytes(weights: Iterable[Tensor], num_parts: int, width: int | None = None) -> int:
+def part_bytes(weights: Iterable[Tensor], num_parts: int, width: int) -> int:
     """Return the bytes of each of the equal parts of a block's weights, with padding.
 
     Args:
         weights: the block's weights.
         num_parts: number of ranks of the node.
-        width: bytes of a number; None: those of the weights' dtypes.
+        width: bytes of a number.
     """
-    total = sum(rounded_up(w.numel() * (width or w.element_size())) for w in weights)
+    total = sum(rounded_up(weight.numel() * width) for weight in weights)
     return rounded_up(-(-total // num_parts))
+
+
+def blocks_of(model: IOMM) -> list[nn.Module]:
+    """Return the blocks of the generator in the order of its forward pass."""
+    classes = model.generator.block_classes
+    return [module for module in model.generator.modules() if isinstance(module, classes)]
+
+
+def base_parts(model: IOMM, num_ranks: int, width: int) -> list[int]:
+    """Return the bytes of each block's base that a rank of a node keeps, with padding.
+
+    Args:
+        model: a model with LoRA.
+        num_ranks: number of ranks of the node.
+        width: bytes of a number.
+    """
+    weights = (frozen_weights(block).values() for block in blocks_of(model))
+    return [part_bytes(of_block, num_ranks, width) for of_block in weights]
+
+
+def base_bytes(model: IOMM, width: int) -> int:
+    """Return the bytes of all blocks' base, as `base_parts` but whole."""
+    blocks = blocks_of(model)
+    return width * sum(w.numel() for block in blocks for w in frozen_weights(block).values())
 
 
 def needed(index: int, step: int, num_blocks: int) -> set[int]:
@@ -73,6 +101,14 @@ def gathers(num_blocks: int, first: int = 0) -> list[tuple[int, int]]:
     return found
 
 
+def base_gathers(model: IOMM) -> list[tuple[int, int]]:
+    """Return gathers() of a micro-batch of a model with LoRA."""
+    blocks = blocks_of(model)
+    # A layer has one product if neither it nor anything before it is trained.
+    backward = [any(getattr(m, "products", 1) > 1 for m in block.modules()) for block in blocks]
+    return gathers(len(blocks), backward.index(True))
+
+
 class ShardedBlock:
     """The weights of a block: `part` on this rank, and `whole` while the block is gathered.
 
@@ -88,7 +124,8 @@ class ShardedBlock:
         """
         self.group = group
         self.rank = dist.get_rank(group)
-        num_bytes = part_bytes(block.parameters(), dist.get_world_size(group))
+        width = next(block.parameters()).element_size()
+        num_bytes = part_bytes(block.parameters(), dist.get_world_size(group), width)
         self.part = torch.empty(num_bytes, dtype=torch.uint8, device=device)
         self.whole = self.part.new_empty(num_bytes * dist.get_world_size(group))
         self.storage = self.whole.untyped_storage()
@@ -98,10 +135,10 @@ class ShardedBlock:
             for name, weight in list(module.named_parameters(recurse=False)):
                 # Not `whole[...].view()`: autograd would see one tensor with many views.
                 view = torch.empty(0, dtype=weight.dtype, device=device).set_(
-                    self.storage, offset // weight.element_size(), weight.shape, weight.stride()
+                    self.storage, offset // width, weight.shape, weight.stride()
                 )
                 setattr(module, name, nn.Parameter(view, requires_grad=False))
-                offset += rounded_up(weight.numel() * weight.element_size())
+                offset += rounded_up(weight.numel() * width)
         self.free()
 
     def write(self, weight: Tensor, source: Tensor) -> None:

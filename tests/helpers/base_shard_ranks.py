@@ -18,9 +18,8 @@ from parity import randomize
 
 from iomm import lora
 from iomm.config import GeneratorConfig, LoraConfig
-from iomm.engine.dry_run import base_gathers
 from iomm.engine.parallel import ranks as group
-from iomm.engine.parallel.base_shards import BaseShards, ShardedBlock
+from iomm.engine.parallel.base_shards import BaseShards, ShardedBlock, base_gathers
 from iomm.generator import new_generator
 from iomm.model import IOMM, Recipe
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from launches import PIXELS, ROOT, finish, start_ranks
+from launches import LIMIT_S, PIXELS, ROOT, finish, start_ranks
 from lora_ranks import RUNS
 from parity import randomize
 
@@ -63,11 +63,11 @@ def arguments(tmp_path_factory):
     ]
 
 
-def train(size, names, folder, settings):
+def train(size, names, folder, settings, limit_s=LIMIT_S):
     """Return the reports of all ranks, {name: what helpers/lora_ranks.py writes}."""
     output, script = folder / f"{size}.txt", ROOT / "tests/helpers/lora_ranks.py"
     given = [str(folder), ",".join(names), *settings]
-    codes = finish(start_ranks(size, script, *given, output=str(output)))
+    codes = finish(start_ranks(size, script, *given, output=str(output)), limit_s)
     assert not any(codes), output.read_text()[-4000:]
     return [json.loads((folder / f"{size}-rank{rank}.json").read_text()) for rank in range(size)]
 
@@ -183,7 +183,11 @@ def test_bf16_is_as_exact_as_plain_pytorch(reports):
 
 @pytest.mark.slow
 def test_compiled_blocks_and_muon_match(reports, arguments):
-    for rank, report in enumerate(train(2, SLOW, *arguments)):
+    """Measured on a Xeon: compiled blocks give the bits of eager ones, Muon differs by 8e-8.
+
+    Tracing takes most of the time: 110 s on two cores that other work shared.
+    """
+    for rank, report in enumerate(train(2, SLOW, *arguments, limit_s=4 * LIMIT_S)):
         losses = {name: run["rows"] for name, run in report.items()}
         assert_equal({n: losses[n] for n in losses if n.startswith("muon")}, rel=2e-5)
         eager = {"eager": reports[2, 0]["dropout-stage-3"]["rows"]}

@@ -4,9 +4,9 @@
 
 Counted are FLOPs (engine/dry_run.py), the bytes of everything except matrix products, ZeRO-3's
 messages (benchmarks/lib/traffic.py), optimizer, EMA and checkpoint. Assumed are the rates; they are
-all in ASSUMED and MACHINES, each with its source. The result is step time, GPU-hours and the limits
-of scaling, as printed tables and, with --out, as budget.json and budget.png in that folder. Nothing
-is measured here.
+all in ASSUMED and MACHINES, each with its source. The result is the time of every part of a
+micro-batch, step time, GPU-hours and the limits of scaling, as printed tables and, with --out, as
+budget.json and budget.png in that folder. Nothing is measured here.
 """
 
 from pathlib import Path
@@ -19,17 +19,34 @@ import argparse
 import json
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
 
 from torch import nn
 
 from benchmarks.lib.counts import PAPER_EPOCHS, PAPER_HOURS, paper_rate
-from benchmarks.lib.traffic import Message, Traffic, count_traffic, row_bytes
+from benchmarks.lib.traffic import (
+    Message,
+    Traffic,
+    count_traffic,
+    padding_elements,
+    row_bytes,
+)
 from benchmarks.report import pyplot
 from iomm.engine.config import RunConfig, load_config
-from iomm.engine.dry_run import build_without_weights, largest, make_plan, memory
+from iomm.engine.dry_run import (
+    GPUS as MEMORY,
+)
+from iomm.engine.dry_run import (
+    USABLE,
+    Memory,
+    build_without_weights,
+    largest_that_fits,
+    micro_batches,
+    packed_condition,
+    work,
+)
 from iomm.engine.observe.doctor import machine
 from iomm.engine.parallel.optim import make_optimizer, spread
 from iomm.engine.resilience.checkpoint_interval import plan as checkpoint_plan
@@ -55,9 +72,17 @@ ASSUMED = {
         "cuDNN in the same tables, which count 2.5 x the forward FLOPs",
     ),
     "share of the copy rate, row kernels": (0.80, "ours: the predictions of LOG.md, 78 to 87 %"),
-    "share of a GPU's time lost between kernels": (
-        0.05,
-        "ours: ragged prefixes make the host wait for the GPU twice per pass",
+    "attention of the ViT, FLOP/s": (450e12, "ours: between the two, head dim 64, 1k tokens"),
+    "memory-efficient attention, FLOP/s": (
+        85e12,
+        "ours: PyTorch takes it for masks and for the VAE's head dim of 512; forward, and backward "
+        "with 2.5 x the FLOPs",
+    ),
+    "fp8 products, FLOP/s": (1e15, "ours: half of the 1,979 TFLOP/s of an H100's data sheet"),
+    "seconds without work a micro-batch": (
+        2e-3,
+        "ours: DeepSpeed waits for the last gradients after each backward pass (the only host wait "
+        "left, LOG.md 2026-11-30), and the host then issues the next micro-batch",
     ),
     "host seconds a launch": (
         5e-6,
@@ -78,8 +103,8 @@ ASSUMED = {
         "ours: one shared file system, all ranks together, and reading back for the check",
     ),
     "share of memory that a run may fill": (
-        0.95,
-        "ours: the rest is the context and the allocator's gaps, as in benchmarks/lib/harness.py",
+        USABLE,
+        "ours: the rest is the context and the allocator's gaps, as in engine/dry_run.py",
     ),
     "CPU cores a GPU": (12, "ours: 96 cores for 8 GPUs; data.threads of them decode"),
 }
@@ -87,7 +112,7 @@ ASSUMED = {
 # 4.3 TB/s read + write, of 4.8). H100 and H800 are the same chip (989 TFLOP/s dense bf16) with
 # 3.35 TB/s, so their copy rate is scaled accordingly. NVLink is from data sheets: 900 GB/s in both
 # directions together, 400 on the H800, half of it each way. Network: one 400 Gb/s InfiniBand port
-# per GPU, 50 GB/s each way (DGX H100). Memory is what nvidia-smi reports for these cards.
+# per GPU, 50 GB/s each way (DGX H100).
 GIB = 2**30
 MACHINES = {
     "H200": {
@@ -95,21 +120,21 @@ MACHINES = {
         "copy": 4.3e12,
         "nvlink": 450e9,
         "network": 50e9,
-        "memory": 140 * GIB,
+        "memory": MEMORY["H200"],
     },
     "H100": {
         "matmul": 769e12,
         "copy": 3.0e12,
         "nvlink": 450e9,
         "network": 50e9,
-        "memory": 79 * GIB,
+        "memory": MEMORY["H100"],
     },
     "H800": {
         "matmul": 769e12,
         "copy": 3.0e12,
         "nvlink": 200e9,
         "network": 50e9,
-        "memory": 79 * GIB,
+        "memory": MEMORY["H800"],
     },
 }
 NODE = 8
@@ -124,8 +149,15 @@ PROTOCOLS = {
 # Multiprocessors of the chip; a product is split into tiles of 128 x 128.
 SMS, TILE = 132, 128
 CONFIGS, GPUS = ("iomm-b-512", "iomm-l-512", "iomm-xl-512"), (1, 8, 16, 32, 64, 128, 256, 512)
+# Micro-batches per step where the optimizer is shared out, as in benchmarks/throughput.py.
+PASSES = 4
 # Our goals for images/s per GPU online and with cached latents.
 GOALS = 61, 80
+# Our goal online with everything on, fp8 included.
+GOAL_ALL = 70
+# Bytes that fp8 products of a generator's block add: per value of an input 2 reads in bf16 and a
+# write, per value of an incoming gradient both layouts are written.
+FP8_BYTES = 5, 8
 # Settings that differ from the defaults: keep 4 GB of bf16 weights, and a second copy of the
 # weights within each node (if there are several).
 TUNED = {"max_live_parameters": 2_000_000_000, "hpz_partition_size": NODE}
@@ -139,6 +171,29 @@ class Inputs(NamedTuple):
     model: IOMM
     # FLOPs per image by part.
     flops: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Levers:
+    """What a run may do faster than by default.
+
+    Attributes:
+        attention: backend of masked_attention, "sdpa" or "triton".
+        rope: backend of qk_norm_rope, "torch" or "triton".
+        vae_products: the VAE's attention as two products and a softmax; no code does this yet.
+        fp8: precision=fp8.
+        frozen_fp8: model.mllm_precision=fp8.
+        draws: train.noise_draws.
+        latents: the latents come from a cache and the VAE does not run.
+    """
+
+    attention: str = "sdpa"
+    rope: str = "torch"
+    vae_products: bool = False
+    fp8: bool = False
+    frozen_fp8: bool = False
+    draws: int = 1
+    latents: bool = False
 
 
 class PassSeconds(NamedTuple):
@@ -191,7 +246,8 @@ def filled(rows: int, width: int) -> float:
 def inputs(name: str) -> Inputs:
     """Return what a config's budget is counted from."""
     config = load_config(name, ["data.shards=shapes"])
-    return Inputs(config, build_without_weights(config), make_plan(config, NODE).flops)
+    model = build_without_weights(config)
+    return Inputs(config, model, work(model, config))
 
 
 def configured(name: str, ranks: int, tuned: bool) -> RunConfig:
@@ -213,33 +269,80 @@ def messages_of(name: str, ranks: int, tuned: bool = False) -> Traffic:
 
 
 @cache
+def memory_counts(name: str, tuned: bool) -> Memory:
+    """Return the memory of a config; TUNED settings for one machine."""
+    return Memory(inputs(name).model, configured(name, NODE, tuned))
+
+
 def memory_of(name: str, ranks: int, tuned: bool, micro_batch: int) -> float:
-    """Return the bytes on a GPU, without what the frozen encoders need while they run.
+    """Return the bytes on a GPU at the peak. engine/dry_run.py counts them."""
+    counted = memory_counts(name, tuned)
+    counted.config = configured(name, ranks, tuned)
+    return counted.total(ranks, micro_batch)
 
-    engine/dry_run.py counts them.
+
+def attention_s(
+    name: str, micro_batch: int, machine: dict[str, float], levers: Levers
+) -> tuple[float, float]:
+    """Return the seconds of the MLLM's attention over a micro-batch, forward and backward.
+
+    The prefix runs forward. With sdpa, samples are padded to the longest and keys are repeated for
+    all heads; masked kernels then compute the whole rectangle.
     """
-    config = configured(name, ranks, tuned)
-    return sum(memory(inputs(name).model, config, ranks, micro_batch).values())
+    config, model, _ = inputs(name)
+    mllm = model.frozen[0]
+    text, num = mllm.backbone.config.text_config, config.adapter.num_queries
+    longest = packed_condition(model, config, 2).end
+    heads = text.num_attention_heads, text.num_key_value_heads
+    copy = machine["copy"] * assumed("share of the copy rate, row kernels")
+    prefix, queries = (
+        attention_flops(n, keys, heads[0] * mllm.head_dim)
+        for n, keys in ((longest, longest), (num, longest + num))
+    )
+    forward_rate, backward_rate = (
+        assumed(f"attention {direction}, FLOP/s") for direction in ("forward", "backward")
+    )
+    # Queries, keys, values and outputs; backward their gradients and what is kept, too.
+    elements = [
+        (4 * n * heads[0] * mllm.head_dim, 8 * n * heads[0] * mllm.head_dim) for n in (longest, num)
+    ]
+    if levers.attention == "sdpa":
+        forward_rate = backward_rate = assumed("memory-efficient attention, FLOP/s")
+        elements = [
+            padding_elements(n, keys, *heads, mllm.head_dim)
+            for n, keys in ((longest, longest), (num, longest + num))
+        ]
+    (once, _), (forward, backward) = elements
+    times = micro_batch * text.num_hidden_layers
+    return (
+        times * ((prefix + queries) / forward_rate + 2 * (once + forward) / copy),
+        times * (2.5 * queries / backward_rate + 2 * backward / copy),
+    )
 
 
-def micro_batch_s(
-    name: str, micro_batch: int, machine: dict[str, float], latents: bool = False
-) -> PassSeconds:
-    """Return the seconds of compute of one micro-batch.
+def micro_batch_parts(
+    name: str,
+    micro_batch: int,
+    machine: dict[str, float],
+    levers: Levers = Levers(),
+    ranks: int = 1,
+) -> dict[str, PassSeconds]:
+    """Return {part: seconds of compute} of one micro-batch, in the order in which parts run.
 
-    latents: the latents come from a cache and the VAE does not run.
+    A measured profile can be laid beside it line by line.
     """
     config, model, flops = inputs(name)
-    generator, grid = model.generator, model.frozen[1].grid(*[config.data.size_px] * 2)
+    (mllm, vae), generator = model.frozen, model.generator
+    grid = vae.grid(*[config.data.size_px] * 2)
     rows = {"latent_stream": math.prod(grid), "condition_stream": config.adapter.num_queries}
     tokens, width = sum(rows.values()), generator.config.width
     blocks = [m for m in generator.modules() if isinstance(m, generator.block_classes)]
     # FLUX's last block does a fifth less, which is 0.1 % of the sum.
     attention = len(blocks) * attention_flops(tokens, tokens, width)
-    products, rate = (
-        flops["generator"] / 3 - attention,
-        machine["matmul"] * assumed("share of the matmul rate, transformer products"),
-    )
+    matmul = machine["matmul"]
+    rate = matmul * assumed("share of the matmul rate, transformer products")
+    fp8_rate = assumed("fp8 products, FLOP/s")
+    copy = machine["copy"] * assumed("share of the copy rate, row kernels")
     linears = [
         (micro_batch * rows.get(path.partition(".")[0], tokens), m)
         for path, m in blocks[0].named_modules()
@@ -249,32 +352,109 @@ def micro_batch_s(
         n * m.weight.numel() / filled(n, m.out_features) for n, m in linears
     )
     moved = {
-        part: [n / (machine["copy"] * assumed("share of the copy rate, row kernels")) for n in pair]
-        for part, pair in row_bytes(model, config).items()
+        part: [micro_batch * n / copy for n in pair]
+        for part, pair in row_bytes(model, config, levers.rope).items()
     }
-    once = (
-        products / (rate * busy)
-        + attention / assumed("attention forward, FLOP/s")
-        + moved["generator"][0]
+    encoded = 0 if levers.latents else micro_batch / levers.draws
+    latents = (config.data.size_px // vae.factor) ** 2
+    mid = attention_flops(latents, latents, vae.backbone.config.block_out_channels[-1])
+    mid_s = mid / assumed("memory-efficient attention, FLOP/s")
+    if levers.vae_products:
+        # The scores are written, read, written as weights and read again.
+        mid_s = mid / rate + 8 * latents**2 / copy
+    vit_attention = attention_flops(*[vit_tokens(model)] * 2, mllm.vit_width)
+    vit_attention *= mllm.backbone.config.vision_config.num_hidden_layers
+    frozen_rate = fp8_rate if levers.frozen_fp8 else rate
+    vit_s = (
+        (flops["ViT"] - vit_attention) / frozen_rate
+        + vit_attention / assumed("attention of the ViT, FLOP/s")
+        + moved["ViT"][0] / micro_batch
     )
-    again = (
-        2 * products / (rate * busy)
-        + 2.5 * attention / assumed("attention backward, FLOP/s")
-        + moved["generator"][1]
-    )
-    again += once * min(config.train.recompute, len(blocks)) / len(blocks)
-    # The queries take as long forward as backward, and the prefix is small.
-    mllm = (flops["MLLM"] + flops["adapter"]) / 2
-    frozen = (flops["ViT"] + mllm) / rate + sum(moved[part][0] for part in ("ViT", "MLLM"))
-    if not latents:
-        frozen += (
-            flops["VAE"]
-            / (machine["matmul"] * assumed("share of the matmul rate, VAE convolutions"))
-            + moved["VAE"][0]
-        )
-    seconds = frozen, once, mllm / rate + moved["MLLM"][1], again
-    lost = assumed("share of a GPU's time lost between kernels")
-    return PassSeconds(*(micro_batch * s / (1 - lost) for s in seconds))
+    # The queries take as long forward as backward, and the prefix is small. Attention is apart.
+    mllm_s = micro_batch * (flops["MLLM"] + flops["adapter"]) / 2 / frozen_rate
+    mllm_attention = attention_s(name, micro_batch, machine, levers)
+    once = micro_batch * (flops["generator"] / 3 - attention)
+    added = 0.0
+    if levers.fp8:
+        # Values of the inputs and of the gradients of qkv, out and a feed-forward of 4 x.
+        num_values = tokens * width * len(blocks)
+        added = micro_batch * num_values * (7 * FP8_BYTES[0] + 9 * FP8_BYTES[1]) / copy
+    product_rate = (fp8_rate if levers.fp8 else rate) * busy
+    generator_parts = {
+        "generator products": (once / product_rate, 2 * once / product_rate),
+        "generator attention": (
+            micro_batch * attention / assumed("attention forward, FLOP/s"),
+            2.5 * micro_batch * attention / assumed("attention backward, FLOP/s"),
+        ),
+        "generator rows": (moved["generator"][0], moved["generator"][1] + added),
+    }
+    again = min(config.train.recompute, len(blocks)) / len(blocks)
+    trained = sum(p.numel() for p in model.parameters())
+    return {
+        "VAE convolutions": PassSeconds(
+            encoded
+            * (flops["VAE"] - mid)
+            / (matmul * assumed("share of the matmul rate, VAE convolutions")),
+            0,
+            0,
+            0,
+        ),
+        "VAE rows": PassSeconds(encoded * moved["VAE"][0] / micro_batch, 0, 0, 0),
+        "VAE mid attention": PassSeconds(encoded * mid_s, 0, 0, 0),
+        "ViT": PassSeconds(micro_batch / levers.draws * vit_s, 0, 0, 0),
+        "MLLM products": PassSeconds(mllm_s, 0, mllm_s, 0),
+        "MLLM rows": PassSeconds(moved["MLLM"][0], 0, moved["MLLM"][1], 0),
+        "MLLM attention": PassSeconds(mllm_attention[0], 0, mllm_attention[1], 0),
+        "prefix, idle": PassSeconds(
+            prefix_idle_s(name, encoded * flops["VAE"] / matmul + vit_s * micro_batch), 0, 0, 0
+        ),
+        **{
+            part: PassSeconds(0, forward, 0, backward + again * forward)
+            for part, (forward, backward) in generator_parts.items()
+        },
+        "gradient copies": PassSeconds(0, 0, 0, gradient_bytes(ranks) * trained / copy),
+        "waits, hand-over": PassSeconds(assumed("seconds without work a micro-batch"), 0, 0, 0),
+    }
+
+
+def vit_tokens(model: IOMM) -> int:
+    """Return the tokens of an image in the ViT, with the class token."""
+    vision = model.frozen[0].backbone.config.vision_config
+    return (vision.image_size[0] // vision.patch_size[0]) ** 2 + 1
+
+
+def prefix_idle_s(name: str, before_s: float) -> float:
+    """Return the seconds for which the GPU waits for the host in the prefix.
+
+    The host waits for nothing (LOG.md, 2026-11-30), so it issues VAE, ViT and prefix while the GPU
+    still computes the first two, in at least before_s seconds.
+    """
+    mllm = inputs(name).model.frozen[0].backbone.config
+    layers = mllm.text_config.num_hidden_layers + mllm.vision_config.num_hidden_layers
+    launches = layers * assumed("launches a block and pass")
+    return max(0.0, launches * assumed("host seconds a launch") - before_s)
+
+
+def gradient_bytes(ranks: int) -> float:
+    """Return the bytes that DeepSpeed's stage 3 moves per gradient value and micro-batch.
+
+    On every rank: copy into the bucket 4, concatenation 4, division 4. On a rank's share: cast to
+    fp32 and addition 18. A single rank also copies what NCCL would send, 4. They run on a stream
+    of their own, but compete for the same memory.
+    """
+    return 12 + 18 / ranks + (4 if ranks == 1 else 0)
+
+
+def micro_batch_s(
+    name: str,
+    micro_batch: int,
+    machine: dict[str, float],
+    levers: Levers = Levers(),
+    ranks: int = 1,
+) -> PassSeconds:
+    """Return the seconds of compute of one micro-batch, the sum of micro_batch_parts."""
+    parts = micro_batch_parts(name, micro_batch, machine, levers, ranks).values()
+    return PassSeconds(*map(sum, zip(*parts, strict=True)))
 
 
 def host_s(name: str, visits: list[tuple[bool, int]]) -> float:
@@ -324,15 +504,15 @@ def pass_s(
     return max(clock, link)
 
 
-def update_s(name: str, ranks: int, accumulation: int, machine: dict[str, float]) -> float:
-    """Return the seconds of optimizer, EMA and fp32 accumulation on one rank's shard.
+def update_s(name: str, ranks: int, machine: dict[str, float]) -> float:
+    """Return the seconds of optimizer and EMA on one rank's shard.
 
-    Bytes per value: accumulation 10 per micro-batch; norm 4, clip 8, flattening 8, check of masters
-    and moments 12, AdamW 28, working copy 6, EMA 12.
+    Bytes per value: norm 4, clip 8, flattening 8, check of masters and moments 12, AdamW 28,
+    working copy 6, EMA 12.
     """
     config, model, _ = inputs(name)
     values = sum(p.numel() for p in model.parameters()) / ranks
-    moved = values * (10 * accumulation + 66 + (12 if config.ema.decay else 0))
+    moved = values * (66 + (12 if config.ema.decay else 0))
     # FLOPs of Newton-Schulz; fused matrices are counted as one.
     costs = [
         5 * (4 * min(p.shape) ** 2 * max(p.shape) + 2 * min(p.shape) ** 3)
@@ -348,12 +528,19 @@ def update_s(name: str, ranks: int, accumulation: int, machine: dict[str, float]
     ) / (machine["matmul"] * assumed("share of the matmul rate, transformer products"))
 
 
+def sizes_of(config: RunConfig, batch: int, ranks: int) -> list[int]:
+    """Return the micro-batches that a run may have, in ascending order."""
+    train = replace(config.train, global_batch=batch)
+    most = train.micro_batch if train.number_given else batch
+    return [num for num in micro_batches(replace(config, train=train), ranks) if num <= most]
+
+
 def estimate(
     name: str,
     gpu: str,
     ranks: int,
     tuned: bool = False,
-    latents: bool = False,
+    levers: Levers = Levers(),
     batch: int | None = None,
     micro_batch: int | None = None,
     **measured: float,
@@ -365,9 +552,10 @@ def estimate(
         gpu: key of MACHINES.
         ranks: number of GPUs.
         tuned: use the settings TUNED.
-        latents: the latents come from a cache.
+        levers: what is faster than by default.
         batch: global batch; default: the config's.
-        micro_batch: default: the config's, halved until it fits into memory.
+        micro_batch: default: the largest that fits into memory (train.micro_batch=auto), at most
+            the config's if that is a number.
         measured: rates that replace those of MACHINES.
 
     Returns:
@@ -377,15 +565,14 @@ def estimate(
     (config, model, flops), traffic = inputs(name), messages_of(name, ranks, tuned)
     kind, batch = {**MACHINES[gpu], **measured}, batch or config.train.global_batch
     if micro_batch is None:
-        micro_batch = largest(
-            min(config.train.micro_batch, batch // ranks),
-            lambda num: memory_of(name, ranks, tuned, num),
-            assumed("share of memory that a run may fill") * kind["memory"],
+        micro_batch = largest_that_fits(
+            {num: memory_of(name, ranks, tuned, num) for num in sizes_of(config, batch, ranks)},
+            kind["memory"],
         )
-        if not micro_batch:
+        if micro_batch is None:
             return None
     accumulation = batch // (micro_batch * ranks)
-    seconds = micro_batch_s(name, micro_batch, kind, latents)
+    seconds = micro_batch_s(name, micro_batch, kind, levers, ranks)
     passes = [
         pass_s(traffic, messages, seconds, kind) for messages in (traffic.first, traffic.later)
     ]
@@ -393,7 +580,7 @@ def estimate(
     issued = [max(s, host) for s in passes]
     after, update = (
         sum(link_s(message, kind) for message in traffic.step),
-        update_s(name, ranks, accumulation, kind),
+        update_s(name, ranks, kind),
     )
     step = issued[0] + (accumulation - 1) * issued[1] + after + update
     state = sum(p.numel() for p in model.parameters()) * (
@@ -427,7 +614,9 @@ def estimate(
         "checkpoint_write_s": write,
         "checkpoint_interval_s": saves.interval_s,
         "images_per_s": rate,
-        "of_matmul_rate": (sum(flops.values()) - latents * flops["VAE"]) * rate / kind["matmul"],
+        "of_matmul_rate": (sum(flops.values()) - levers.latents * flops["VAE"])
+        * rate
+        / kind["matmul"],
         "memory_gib": memory_of(name, ranks, tuned, micro_batch) / GIB,
         "gpu_hours": config.train.steps * batch / rate / 3600,
         "sent_bytes": traffic.sent_bytes(accumulation),
@@ -456,7 +645,7 @@ def scaling_limits(name: str, gpu: str, runs: list[dict]) -> list[str]:
     runs: estimates as configured, by number of GPUs.
     """
     config = inputs(name).config
-    batch, micro_batch = config.train.global_batch, config.train.micro_batch
+    batch = config.train.global_batch
     save_steps = config.checkpoint.every_steps
     num_whole = sum(message.kind == "all_gather" for message in messages_of(name, NODE).step)
     limits: dict[str, Callable[[dict], bool]] = {
@@ -472,8 +661,8 @@ def scaling_limits(name: str, gpu: str, runs: list[dict]) -> list[str]:
         "the host issues work more slowly than the GPU executes it": lambda r: (
             r["host_needed_s"] > r["compute_s"] + r["exposed_s"]
         ),
-        f"the global batch of {batch} leaves micro-batches below {micro_batch}": lambda r: (
-            batch < micro_batch * r["gpus"]
+        f"the global batch of {batch} leaves micro-batches below 16": lambda r: (
+            batch < 16 * r["gpus"]
         ),
         f"a checkpoint every {save_steps} steps is not on disk before the next one": lambda r: (
             r["checkpoint_write_s"] > save_steps * r["step_s"]
@@ -484,19 +673,10 @@ def scaling_limits(name: str, gpu: str, runs: list[dict]) -> list[str]:
         at = next((run["gpus"] for run in runs if holds(run)), None)
         where = f"from {at} GPUs on" if at else f"nowhere up to {runs[-1]['gpus']} GPUs"
         sentences.append(f"{what}: {where}")
-    small = [
-        run["gpus"] for run in runs if run["micro_batch"] < min(micro_batch, batch // run["gpus"])
-    ]
     missing = sorted(set(GPUS) - {run["gpus"] for run in runs})
-    where = "nowhere"
-    if small or missing:
-        none_fits = f"with {', '.join(map(str, missing))} not even one image fits, "
-        where = (
-            f"{none_fits if missing else ''}halved until they fit with {', '.join(map(str, small))}"
-        )
-    sentences.append(
-        f"micro-batches of {micro_batch} need more memory than this number of GPUs has: {where}"
-    )
+    sizes = [f"{run['micro_batch']} with {run['gpus']}" for run in runs]
+    none_fits = f"; with {', '.join(map(str, missing))} not even one image fits" if missing else ""
+    sentences.append(f"micro-batches by number of GPUs: {', '.join(sizes)}{none_fits}")
     cores, most = (
         max(r["cores_per_gpu"] for r in runs),
         max(runs, key=lambda r: r["read_bytes_per_s"]),
@@ -527,6 +707,84 @@ def table(runs: list[dict]) -> str:
             f"{r['gpu_hours']:>11,.0f}{r['memory_gib']:>6.0f}"
         )
     return "\n".join(lines)
+
+
+def parts_table(name: str, gpu: str, sizes: tuple[int, ...] = (16, 32, 48)) -> str:
+    """Return the milliseconds of every part of a micro-batch on one GPU, by micro-batch.
+
+    The optimizer's step is shared by PASSES micro-batches.
+    """
+    machine = MACHINES[gpu]
+    columns = [micro_batch_parts(name, size, machine) for size in sizes]
+    update = update_s(name, 1, machine) / PASSES
+    lines = [f"{'ms a micro-batch of':<30}" + "".join(f"{size:>9}" for size in sizes)]
+    for part in columns[0]:
+        lines.append(
+            f"  {part:<28}" + "".join(f"{1e3 * sum(column[part]):>9.1f}" for column in columns)
+        )
+    lines.append(
+        f"  {f'optimizer, 1/{PASSES} of a step':<28}" + f"{1e3 * update:>9.1f}" * len(sizes)
+    )
+    totals = [sum(map(sum, column.values())) + update for column in columns]
+    lines.append(f"  {'sum':<28}" + "".join(f"{1e3 * total:>9.1f}" for total in totals))
+    lines.append(
+        f"  {'images/s':<28}"
+        + "".join(f"{size / total:>9.1f}" for size, total in zip(sizes, totals, strict=True))
+    )
+    return "\n".join(lines)
+
+
+def images_per_s(name: str, gpu: str, micro_batch: int, levers: Levers) -> float:
+    """Return the images/s of one GPU, with PASSES micro-batches a step."""
+    machine = MACHINES[gpu]
+    seconds = sum(micro_batch_s(name, micro_batch, machine, levers))
+    return micro_batch / (seconds + update_s(name, 1, machine) / PASSES)
+
+
+def lever_rows(name: str, gpu: str) -> list[tuple[str, float]]:
+    """Return (what was changed last, images/s of one GPU) with one lever after the other."""
+    auto = estimate(name, gpu, 1)["micro_batch"]
+    steps = [
+        ("as configured before: micro-batch 16", 16, {}),
+        (f"train.micro_batch=auto: {auto}", auto, {}),
+        ("48 fit, but do not divide 1,024", 48, {}),
+        ("masked_attention:triton", auto, {"attention": "triton"}),
+        ("qk_norm_rope:triton", auto, {"rope": "triton"}),
+        ("VAE's attention as two products (no code yet)", auto, {"vae_products": True}),
+        ("precision=fp8", auto, {"fp8": True}),
+        ("model.mllm_precision=fp8", auto, {"frozen_fp8": True}),
+    ]
+    on, rows = {}, []
+    for what, micro_batch, changes in steps:
+        on |= changes
+        rows.append((what, images_per_s(name, gpu, micro_batch, Levers(**on))))
+    for what, changes in (
+        ("... and cached latents", {"latents": True}),
+        ("... or, online, train.noise_draws=2", {"draws": 2}),
+    ):
+        rows.append((what, images_per_s(name, gpu, auto, Levers(**on, **changes))))
+    return rows
+
+
+def goals(name: str, gpu: str) -> list[str]:
+    """Return our goals beside what the budget predicts."""
+    rows = dict(lever_rows(name, gpu))
+    auto = estimate(name, gpu, 1)["micro_batch"]
+    bf16 = rows["VAE's attention as two products (no code yet)"]
+    latents = images_per_s(name, gpu, auto, Levers(latents=True))
+
+    def verdict(goal: float, predicted: float) -> str:
+        return f"{predicted:.1f} predicted, {'reached' if predicted >= goal else 'not reached'}"
+
+    return [
+        f"at least {GOALS[0]} online: with the kernels in bf16 {verdict(GOALS[0], bf16)}; with "
+        f"precision=fp8 {verdict(GOALS[0], rows['precision=fp8'])}",
+        f"at least {GOALS[1]} with cached latents: by default {verdict(GOALS[1], latents)}; with "
+        f"everything on {verdict(GOALS[1], rows['... and cached latents'])}",
+        f"beyond {GOAL_ALL} online with everything on: "
+        f"{verdict(GOAL_ALL, rows['model.mllm_precision=fp8'])}; with two draws an image "
+        f"{verdict(GOAL_ALL, rows['... or, online, train.noise_draws=2'])}",
+    ]
 
 
 def draw(results: dict, path: Path) -> None:
@@ -620,7 +878,10 @@ def main(argv: list[str] | None = None) -> None:
                     )
         limits += scaling_limits(name, "H800", by_gpu["H800"]["as configured"])
     one = {gpu: results[CONFIGS[0]][gpu]["as configured"][0]["images_per_s"] for gpu in MACHINES}
-    cached = {gpu: estimate(CONFIGS[0], gpu, 1, latents=True)["images_per_s"] for gpu in MACHINES}
+    cached = {
+        gpu: estimate(CONFIGS[0], gpu, 1, levers=Levers(latents=True))["images_per_s"]
+        for gpu in MACHINES
+    }
     limits.append(
         f"{CONFIGS[0]} on one GPU: "
         + ", ".join(
@@ -632,6 +893,13 @@ def main(argv: list[str] | None = None) -> None:
         + "; our goals are "
         f"{GOALS[0]} online and {GOALS[1]} with latents"
     )
+    for gpu in ("H200", "H100"):
+        print(f"\n{CONFIGS[0]} on one {gpu}\n{parts_table(CONFIGS[0], gpu)}")
+    levers = lever_rows(CONFIGS[0], "H200")
+    print(f"\n{CONFIGS[0]} on one H200, images/s, one lever after the other")
+    for what, rate in levers:
+        print(f"  {what:<50}{rate:>6.1f}")
+    print("\nGoals on one H200\n" + "\n".join(f"  {goal}" for goal in goals(CONFIGS[0], "H200")))
     print("\nLimits of scaling\n" + "\n".join(f"  {sentence}" for sentence in limits))
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -644,6 +912,7 @@ def main(argv: list[str] | None = None) -> None:
                     "protocols": PROTOCOLS,
                     "tuned": TUNED,
                     "breaks": limits,
+                    "levers": levers,
                     "results": results,
                 },
                 indent=1,

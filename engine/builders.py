@@ -402,7 +402,10 @@ def open_source(
 
     They hold images of index_dir, pairs of pairs_dir, or both in the ratio data.mix.
     """
-    data, batch = config.data, config.train.global_batch
+    data, batch, micro_batch = config.data, config.train.global_batch, config.train.micro_batch
+    assert micro_batch != "auto", "dry_run.with_micro_batch comes first"
+    if micro_batch is None:
+        micro_batch = max(1, batch // ranks.size)
     check_prompts(config, mllm)
     images, pairs = (Shards(folder) if folder else None for folder in (index_dir, pairs_dir))
     shards = images if pairs is None else Joined(images, pairs)
@@ -419,7 +422,7 @@ def open_source(
         shards,
         seed=config.run.seed,
         global_batch=batch,
-        micro_batch=config.train.micro_batch or max(1, batch // ranks.size),
+        micro_batch=micro_batch,
         rank=ranks.rank,
         world_size=ranks.size,
         size_px=data.size_px,

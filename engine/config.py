@@ -243,8 +243,10 @@ class TrainSection:
     steps: int = 1000
     # Samples per optimizer step over all ranks.
     global_batch: int = 1024
-    # Samples per rank and forward pass; null: global_batch / ranks.
-    micro_batch: int | None = None
+    # Samples per rank and forward pass; null: global_batch / ranks. auto: the largest divisor of
+    # that number for which the counted memory fills at most 92 % of the GPU (`--dry-run` lists it
+    # for several GPUs); on a CPU as null.
+    micro_batch: int | str | None = None
     # CPU threads of torch per rank; null: cores / ranks of this machine.
     threads: int | None = None
     # Number of ranks if a run is started as one rank on a machine without a GPU, lowered to a
@@ -267,11 +269,20 @@ class TrainSection:
         positive("train.noise_draws", self.noise_draws)
         positive("train.steps", self.steps)
         positive("train.global_batch", self.global_batch)
-        positive("train.micro_batch", self.micro_batch if self.micro_batch is not None else 1)
+        if isinstance(self.micro_batch, str) and self.micro_batch != "auto":
+            raise InputError(
+                f"train.micro_batch must be a number, auto or null, got {self.micro_batch!r}"
+            )
+        positive("train.micro_batch", self.micro_batch if self.number_given else 1)
         positive("train.threads", self.threads if self.threads is not None else 1)
         positive("train.cpu_ranks", self.cpu_ranks, 0)
         positive("train.timeout_s", self.timeout_s)
         positive("train.recompute", self.recompute, 0)
+
+    @property
+    def number_given(self) -> bool:
+        """Whether micro_batch is a number."""
+        return self.micro_batch not in (None, "auto")
 
     def compiled(self, device: torch.device) -> bool:
         """Return whether blocks are compiled on this device."""

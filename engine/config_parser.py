@@ -254,7 +254,7 @@ def documented(cls: type, prefix: str = "") -> Iterator[Documented]:
                 words.insert(0, own_line[line][1])
                 line -= 1
         kind = ast.unparse(node.annotation).replace(" | None", " or null")
-        kind = kind.replace(" | tuple[str, ...]", " or list")
+        kind = kind.replace(" | tuple[str, ...]", " or list").replace(" | str", " or str")
         yield Documented(prefix + name, kind, members[name].default, " ".join(words))
 
 
@@ -283,7 +283,11 @@ def scalar(kind: Any, text: str, where: str) -> Any:
     if typing.get_origin(kind) is types.UnionType:
         if text in ("null", "~", "") and types.NoneType in typing.get_args(kind):
             return None
-        kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
+        kinds = [k for k in typing.get_args(kind) if k is not types.NoneType]
+        # A number or a word, which the section checks.
+        if kinds == [int, str] and not text.lstrip("+-").isdigit():
+            return text
+        kind = kinds[0]
     try:
         if kind is bool:
             return {"true": True, "false": False}[text]

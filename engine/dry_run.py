@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from iomm.adapter import Connector
+from iomm.adapter import Connector, QueryAdapter
 from iomm.alignment import AlignmentHead, alignment_loss
 from iomm.config import InputError
+from iomm.engine.activations import (
+    counted_once,
+    kept_by_blocks,
+    kept_bytes,
+    partitioned,
+    peak_bytes,
+    signature,
+)
 from iomm.engine.builders import (
     assemble,
     check_upscaling,
@@ -33,16 +40,22 @@ from iomm.engine.resilience import checkpoint_reader
 from iomm.flops import condition_tokens, flops_by_part, tokens_per_image
 from iomm.generator import empty_generator
 from iomm.internvl import mllm_without_weights
+from iomm.kernels.masked_attention.sdpa import masked_attention_sdpa
 from iomm.layers import RoundedLinear, use_fp8
 from iomm.lora import add_lora, freeze, frozen_weights
+from iomm.masking import visible_mask
+from iomm.mllm import Condition, finish_layer, project_qkv
+from iomm.mmdit import Route
 from iomm.vae import PixelVAE, vae_without_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Mapping
 
     from torch import nn
 
     from iomm.engine.config import RunConfig
+    from iomm.engine.parallel.ranks import Ranks
+    from iomm.mllm import MLLM
     from iomm.model import IOMM
 
 # Tokens of a caption. An assumption, not counted: 64 more are 2 % more work for a pair of IOMM-B.
@@ -52,6 +65,18 @@ MATMUL_FLOPS = 790e12
 # Share of that rate assumed for the expected GPU-hours.
 UTILISATION = 0.6
 GIB = 2**30
+# Share of a GPU's memory that a plan may fill. The rest is for what the plan does not count: 1 to 3
+# GiB of CUDA context, NCCL, cuBLAS and DALI, gaps of the allocator, and the plan's own error of up
+# to 5 % of the activations. 48 images of IOMM-B per pass, 128 GiB, are 92 % of an H200.
+USABLE = 0.92
+# Bytes of memory as PyTorch reports them.
+GPUS = {"H200": 139.8 * GIB, "H100": 79.1 * GIB, "H800": 79.1 * GIB}
+# Samples for which activations are counted.
+COUNTED = 4
+# Largest number of values that DeepSpeed's optimizer handles at once; its default at stage 3.
+SUB_GROUP = 1_000_000_000
+# Samples among whose masks the longest prefix is looked for.
+LENGTHS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +100,8 @@ class Plan:
     captions: list[str]
     # Sentences on lora.shard_base.
     sharding: list[str]
+    # What train.micro_batch=auto takes on the GPUS, in a sentence.
+    auto: str
 
     def gpu_hours(self, flops_per_s: float) -> float:
         """Return the GPU-hours of the whole run at this many FLOP/s per GPU."""
@@ -102,9 +129,10 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
         InputError: the batch cannot be divided over the ranks, data or weights are missing, or
             images are smaller than data.upscale=refuse allows.
     """
-    batch = config.train.global_batch
-    micro_batch = config.train.micro_batch or max(1, batch // ranks)
-    if batch % (micro_batch * ranks):
+    batch, micro_batch = config.train.global_batch, config.train.micro_batch
+    if not config.train.number_given:
+        check_shares(batch, ranks)
+    elif batch % (micro_batch * ranks):
         raise InputError(
             f"train.global_batch must be a multiple of train.micro_batch x ranks, got {batch} and "
             f"{micro_batch} x {ranks}"
@@ -112,18 +140,26 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
     config.zero.check_ranks(ranks)
     model = build_without_weights(config)
     check_paths(config, model)
-    upscaling = upscaled_images(config)
+    upscaling, memory = upscaled_images(config), Memory(model, config)
+    if micro_batch is None:
+        micro_batch = batch // ranks
+    elif micro_batch == "auto":
+        device_bytes = GPUS["H200"]
+        if torch.cuda.is_available():
+            device_bytes = torch.cuda.get_device_properties(0).total_memory
+        micro_batch, _ = auto_micro_batch(memory, ranks, device_bytes)
     return Plan(
         ranks=ranks,
         micro_batch=micro_batch,
         accumulation=batch // (micro_batch * ranks),
         samples=config.train.steps * batch,
         flops=work(model, config),
-        memory=memory(model, config, ranks, micro_batch),
+        memory=memory.parts(ranks, micro_batch),
         parameters=parameters(model),
         upscaling=upscaling,
         captions=captions_to_cut(config),
         sharding=base_sharding(model, config, ranks, batch // (micro_batch * ranks)),
+        auto=describe_auto(memory, ranks),
     )
 
 
@@ -297,132 +333,212 @@ def base_sharding(model: IOMM, config: RunConfig, ranks: int, micro_batches: int
     ]
 
 
-def memory(
-    model: IOMM, config: RunConfig, ranks: int, micro_batch: int, node: int | None = None
-) -> dict[str, float]:
-    """Return {part: bytes per GPU} of a run of this model, which is not sharded yet.
+class Memory:
+    """The memory that a run needs on a device, as a function of ranks and micro-batch.
 
-    Not included: activations of the frozen encoders, and what communication and the allocator keep.
+    Activations are counted once, for COUNTED samples: all of them grow with the micro-batch.
+    """
+
+    def __init__(self, model: IOMM, config: RunConfig, device: str = "cuda") -> None:
+        """Count the activations of a model that is not sharded yet.
+
+        Args:
+            model: on any device; only its shapes are read.
+            config: the run.
+            device: type of the device, which decides whether torch.compile is used.
+        """
+        self.model, self.config = model, config
+        compiled = config.train.compiled(torch.device(device))
+        counted = activation_bytes(model, config, COUNTED, compiled)
+        self.activations = {part: kept / COUNTED for part, kept in counted.items()}
+        self.encoders = encoder_bytes(model, config, COUNTED) / COUNTED
+
+    def parts(self, ranks: int, micro_batch: int) -> dict[str, float]:
+        """Return {part: bytes per rank} at the peak, which is at the end of the forward pass.
+
+        Not included: the CUDA context, NCCL's buffers, and gaps of the allocator (USABLE).
+        """
+        model, config = self.model, self.config
+        trained, width = size(model), config.dtype.itemsize
+        base, gathered = width * (frozen_size(model) - sum(map(size, model.frozen))), {}
+        if config.lora.shard_base and (node := min(ranks, NODE)) > 1:
+            parts = base_parts(model, node, width)
+            base += sum(parts) - base_bytes(model, width)
+            # The block in use and the next one.
+            gathered = {"gathered base": 2 * node * max(parts)}
+        zero, leaves = config.zero, model.leaves
+        weights, gradients, state = (
+            trained / (ranks if zero.stage >= stage else 1) for stage in (3, 2, 1)
+        )
+        block = max(size(module) for module in model.modules() if isinstance(module, leaves))
+        activations = {part: kept * micro_batch for part, kept in self.activations.items()}
+        kept, encoders = sum(activations.values()), self.encoders * micro_batch
+        if config.train.overlap:
+            ahead = {
+                "prefetched batch": prepared_bytes(model, config, micro_batch),
+                "encoders at work": encoders,
+            }
+        else:
+            # They run while no activations are kept. A step makes a flat copy of a part's
+            # gradients, and two more of Muon's updates.
+            step = {"adamw": 4, "muon": 12}[config.optim.kind] * min(state, SUB_GROUP)
+            ahead = {"encoders or step, if more": max(0.0, encoders - kept, step - kept)}
+        return {
+            "frozen weights": sum(frozen_bytes(part, width) for part in model.frozen) + base,
+            **gathered,
+            "working weights": width * weights
+            + (width * trained / zero.hpz_partition_size if zero.hpz_partition_size > 1 else 0),
+            # At least one block in use and the next one; up to max_live_parameters are kept for the
+            # backward pass. A single rank uses its own weights.
+            "gathered blocks": width * min(trained, max(2 * block, zero.max_live_parameters))
+            if zero.stage == 3 and ranks > 1
+            else 0,
+            "masters": 4 * state,
+            # Accumulated in fp32.
+            "gradients": 4 * gradients,
+            # DeepSpeed's. At stage 2 one is filled while the other is sent.
+            "gradient buckets": {2: 2, 3: 1}.get(zero.stage, 0) * width * zero.reduce_bucket_size,
+            "optimizer moments": {"adamw": 8, "muon": 4}[config.optim.kind] * state,
+            "EMA": 4 * state if config.ema.decay else 0,
+            **{f"activations, {part}": number for part, number in activations.items()},
+            **ahead,
+        }
+
+    def total(self, ranks: int, micro_batch: int) -> float:
+        """Return the bytes per rank at the peak."""
+        return sum(self.parts(ranks, micro_batch).values())
+
+
+def memory(
+    model: IOMM, config: RunConfig, ranks: int, micro_batch: int, device: str = "cuda"
+) -> dict[str, float]:
+    """Return {part: bytes per rank} at the peak of a run, see Memory."""
+    return Memory(model, config, device).parts(ranks, micro_batch)
+
+
+def micro_batches(config: RunConfig, ranks: int) -> list[int]:
+    """Return the possible micro-batches of a run, in ascending order.
+
+    All micro-batches of all ranks together are the global batch.
+    """
+    share = config.train.global_batch // ranks
+    return [number for number in range(1, share + 1) if share % number == 0]
+
+
+def check_shares(batch: int, ranks: int) -> None:
+    """Raise InputError if a global batch cannot be divided over the ranks."""
+    if batch % ranks:
+        raise InputError(
+            f"train.global_batch must be a multiple of the number of ranks, got {batch} and {ranks}"
+        )
+
+
+def largest_that_fits(needed: Mapping[int, float], device_bytes: float) -> int | None:
+    """Return the largest micro-batch that fits into the usable part of a device's memory.
+
+    needed: {micro-batch: bytes}. None if none fits.
+    """
+    room = USABLE * device_bytes
+    return max((number for number, total in needed.items() if total <= room), default=None)
+
+
+def auto_micro_batch(memory: Memory, ranks: int, device_bytes: float) -> tuple[int, str]:
+    """Return the micro-batch of train.micro_batch=auto, and a sentence that gives the reason.
+
+    Raises:
+        InputError: the global batch cannot be divided over the ranks, or not one sample fits.
+    """
+    check_shares(memory.config.train.global_batch, ranks)
+    sizes, gib = micro_batches(memory.config, ranks), device_bytes / GIB
+    needed = {number: memory.total(ranks, number) for number in sizes}
+    number = largest_that_fits(needed, device_bytes)
+    if number is None:
+        raise InputError(
+            f"train.micro_batch=auto: one sample needs {needed[1] / GIB:.1f} GiB on {ranks} "
+            f"rank(s), but {USABLE:.0%} of {gib:.1f} GiB may be filled. Use more GPUs or a larger "
+            "train.recompute"
+        )
+    reason = "it is a rank's whole share of the global batch"
+    larger = next((size for size in sizes if size > number), None)
+    if larger is not None:
+        reason = f"{larger}, the next divisor of {sizes[-1]}, needs {needed[larger] / GIB:.1f}"
+    return number, (
+        f"train.micro_batch=auto takes {number}: it needs {needed[number] / GIB:.1f} of "
+        f"{gib:.1f} GiB, {USABLE:.0%} of which may be filled; {reason}"
+    )
+
+
+def describe_auto(memory: Memory, ranks: int) -> str:
+    """Return what train.micro_batch=auto takes on known GPUs, in a sentence."""
+    needed = {number: memory.total(ranks, number) for number in micro_batches(memory.config, ranks)}
+    found = [
+        f"{largest_that_fits(needed, device_bytes) or 'none'} on {name} ({device_bytes / GIB:.1f} "
+        "GiB)"
+        for name, device_bytes in GPUS.items()
+    ]
+    return f"train.micro_batch=auto takes {', '.join(found)}, filling at most {USABLE:.0%}"
+
+
+def with_micro_batch(config: RunConfig, ranks: Ranks) -> tuple[RunConfig, str | None]:
+    """Return the config with a number for train.micro_batch=auto, and why it is that number.
+
+    Called by all ranks together. The GPU with the least memory decides. On a CPU it is a rank's
+    whole share of the global batch, as with null.
+
+    Raises:
+        InputError: see auto_micro_batch.
+    """
+    if config.train.micro_batch != "auto":
+        return config, None
+    if ranks.device.type == "cuda":
+        total = torch.cuda.get_device_properties(ranks.device).total_memory
+        device_bytes = min(ranks.all(total))
+        number, why = ranks.on_first(
+            lambda: auto_micro_batch(
+                Memory(build_without_weights(config), config), ranks.size, device_bytes
+            )
+        )
+    else:
+        number = max(1, config.train.global_batch // ranks.size)
+        why = f"train.micro_batch=auto takes {number} on a CPU: global_batch / ranks"
+    return replace(config, train=replace(config.train, micro_batch=number)), why
+
+
+def activation_bytes(
+    model: IOMM, config: RunConfig, micro_batch: int, compiled: bool = False
+) -> dict[str, float]:
+    """Return {part: bytes} that autograd keeps of one micro-batch on a GPU, at the peak.
+
+    The generator, the adapter, the connector, the alignment head and one decoder layer of the MLLM
+    run on the meta device. Of the train.recompute blocks only the inputs are kept, and all
+    activations of one block while it runs.
 
     Args:
-        model: the model.
-        config: the run's config.
-        ranks: number of GPUs.
-        micro_batch: samples per GPU and forward pass.
-        node: ranks of this GPU's node; None: all, up to NODE.
-    """
-    trained, width = size(model), config.dtype.itemsize
-    base = frozen_size(model) - sum(map(size, model.frozen))
-    zero, leaves = config.zero, model.leaves
-    weights, gradients, state = (
-        trained / (ranks if zero.stage >= stage else 1) for stage in (3, 2, 1)
-    )
-    block = max(size(module) for module in model.modules() if isinstance(module, leaves))
-    kept_base, node, gathered = width * base, node or min(ranks, NODE), {}
-    if config.lora.shard_base and node > 1:
-        parts = base_parts(model, node, width)
-        kept_base += sum(parts) - base_bytes(model, width)
-        # The block in use and the next one.
-        gathered = {"gathered base": 2 * node * max(parts)}
-    return {
-        "frozen weights": sum(frozen_bytes(part, width) for part in model.frozen) + kept_base,
-        **gathered,
-        "working weights": width * weights
-        + (width * trained / zero.hpz_partition_size if zero.hpz_partition_size > 1 else 0),
-        # At least one block in use and the next one; up to max_live_parameters are kept for the
-        # backward pass.
-        "gathered blocks": width * min(trained, max(2 * block, zero.max_live_parameters))
-        if zero.stage == 3
-        else 0,
-        "masters": 4 * state,
-        # Accumulated in fp32.
-        "gradients": 4 * gradients,
-        "optimizer moments": {"adamw": 8, "muon": 4}[config.optim.kind] * state,
-        "EMA": 4 * state if config.ema.decay else 0,
-        **{
-            f"activations, {part}": kept
-            for part, kept in activation_bytes(model, config, micro_batch).items()
-        },
-        **(
-            {"prefetched batch": prepared_bytes(model, config, micro_batch)}
-            if config.train.overlap
-            else {}
-        ),
-    }
-
-
-def largest(micro_batch: int, needed: Callable[[int], float], room: float) -> int:
-    """Halve the micro-batch until needed(micro_batch) bytes fit into `room`.
-
-    Return 0 if not even one image fits.
-    """
-    while micro_batch and needed(micro_batch) > room:
-        micro_batch //= 2
-    return micro_batch
-
-
-class Attended(torch.autograd.Function):
-    """Keeps what a fused attention keeps: queries, keys, values, output and one float per row.
-
-    For counting bytes on the meta device; it computes nothing.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, out, torch.empty(q.shape[:-1], device=q.device))
-        return out
-
-
-class FusedAttention(TorchFunctionMode):
-    """Replaces PyTorch's attention by Attended.
-
-    On the meta device PyTorch takes the unfused one, whose matrices no GPU ever keeps.
-    """
-
-    def __torch_function__(
-        self,
-        function: Callable,
-        types: Any,
-        args: tuple = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if function is F.scaled_dot_product_attention:
-            return Attended.apply(*args[:3])
-        return function(*args, **(kwargs or {}))
-
-
-def kept_bytes(run: Callable[[], Any], own: Iterable[Tensor]) -> int:
-    """Return the bytes that autograd keeps for the backward pass of run(), without `own`."""
-    kept, own = {}, {id(p) for p in own}
-
-    def keep(tensor: Tensor) -> Tensor:
-        base = tensor if tensor._base is None else tensor._base
-        if id(base) not in own:
-            kept[id(base)] = base, base.numel() * base.element_size()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), FusedAttention():
-        run()
-    return sum(number for _, number in kept.values())
-
-
-def activation_bytes(model: IOMM, config: RunConfig, micro_batch: int) -> dict[str, float]:
-    """Return {part: bytes} that autograd keeps of one micro-batch.
-
-    Counted by running the generator, the connector, the alignment head and one decoder layer of the
-    MLLM on the meta device without torch.compile, which would keep less. Of the train.recompute
-    blocks only the inputs are kept, and all activations of one block while it runs. The adapter's
-    are small and left out.
+        model: on any device; only its shapes are read.
+        config: the run.
+        micro_batch: samples of the micro-batch.
+        compiled: whether torch.compile is used.
     """
     mllm, vae = model.frozen
     dtype = config.dtype
+    # DeepSpeed's linear, see deepspeed_config.
+    options = {
+        "compiled": compiled,
+        "deepspeed_linear": config.zero.stage == 3 and not compiled,
+    }
     rows, columns = grid = vae.grid(config.data.size_px, config.data.size_px)
     num_condition = max(
         round(condition_tokens(model, kind["num_text"], kind.get("image", True))[1])
         for _, kind in kinds(model, config)
     )
     drawn = micro_batch * config.train.noise_draws
+    generator = empty_generator(model.generator.config, device="meta", dtype=dtype)
+    if config.lora.rank:
+        freeze(generator)
+        add_lora(generator, config.lora, patch=vae.patch)
+        generator.to(dtype)
+    if config.precision == "fp8":
+        use_fp8(generator)
     with torch.device("meta"):
         noisy_RNK = torch.empty(drawn, rows * columns, vae.token_dim, dtype=dtype)
         # With LoRA nothing before the generator is trained.
@@ -430,39 +546,21 @@ def activation_bytes(model: IOMM, config: RunConfig, micro_batch: int) -> dict[s
             drawn, num_condition, mllm.width, dtype=dtype, requires_grad=not config.lora.rank
         )
         t_R = torch.empty(drawn)
-
-    def kept_by(num_blocks: int) -> int:
-        generator = empty_generator(
-            replace(model.generator.config, num_blocks=num_blocks), device="meta", dtype=dtype
+        route = {}
+        num_routed = config.route.num_kept(rows * columns)
+        if num_routed < rows * columns:
+            kept_RK = torch.empty(drawn, num_routed, dtype=torch.long)
+            blocks = config.route.blocks_in(generator.config)
+            route["route"] = Route(kept_RK, rows * columns, *blocks)
+    kept = {
+        "generator": kept_by_blocks(
+            generator,
+            generator.block_classes,
+            lambda generator: generator(noisy_RNK, t_R, condition_RCD, grid, **route),
+            recompute=config.train.recompute,
+            **options,
         )
-        if config.lora.rank:
-            freeze(generator)
-            # Targets may name blocks that this smaller generator does not have.
-            add_lora(generator, config.lora, patch=vae.patch, check=False)
-            generator.to(dtype)
-        if config.precision == "fp8":
-            use_fp8(generator)
-        return kept_bytes(
-            lambda: generator(noisy_RNK, t_R, condition_RCD, grid),
-            chain(generator.parameters(), generator.buffers()),
-        )
-
-    # All blocks but the last keep the same: models of 2 and 3 blocks are enough, which takes a
-    # quarter of a second.
-    two, three = kept_by(2), kept_by(3)
-    everything = two + (model.generator.config.num_blocks - 2) * (three - two)
-    blocks = sum(
-        isinstance(module, model.generator.block_classes) for module in model.generator.modules()
-    )
-    recomputed = min(config.train.recompute, blocks)
-    inputs = (
-        recomputed
-        * drawn
-        * (rows * columns + num_condition)
-        * model.generator.config.width
-        * dtype.itemsize
-    )
-    kept = {"generator": everything * (blocks - max(recomputed - 1, 0)) // blocks + inputs}
+    }
     if config.lora.rank:
         return kept
     if model.connector is not None:
@@ -486,12 +584,95 @@ def activation_bytes(model: IOMM, config: RunConfig, micro_batch: int) -> dict[s
             own.append(latents_IND)
         kept["align"] = kept_bytes(lambda: alignment_loss(head(latents_IND), target_IND), own)
     if model.adapter is not None:
-        kept["MLLM queries"] = mllm.num_layers * kept_bytes(
-            *mllm.layer_without_weights(
-                micro_batch * config.adapter.num_queries, dtype, Attended.apply
-            )
-        )
+        condition = packed_condition(model, config, micro_batch)
+        with torch.device("meta"):
+            adapter = QueryAdapter(config.adapter, mllm.width).to(dtype)
+        kept["adapter"] = kept_bytes(lambda: adapter(condition), adapter.parameters())
+        kept["MLLM queries"] = mllm.num_layers * query_bytes(mllm, config, condition, compiled)
     return kept
+
+
+def packed_condition(model: IOMM, config: RunConfig, micro_batch: int) -> Condition:
+    """Return a condition on the meta device, as long as that of the run's first samples.
+
+    Attention pads all samples to the longest, which is found among the first LENGTHS samples
+    of the run.
+    """
+    mllm = model.frozen[0]
+    lengths = [
+        round(condition_tokens(model, kind["num_text"], kind.get("image", True))[0])
+        for _, kind in kinds(model, config)
+    ]
+    if config.train.data != "pair":
+        first, num_tokens = torch.arange(LENGTHS), mllm.num_image_tokens
+        visible = visible_mask(config.mask, config.run.seed, first, num_tokens)
+        shown = visible.view(LENGTHS, -1).sum(1)
+        if config.mask.mode == "drop":
+            text = lengths[0] - round((1 - config.mask.ratio) * num_tokens)
+            lengths += [text + int(number) for number in shown]
+    longest = max(lengths)
+    # Samples of unequal lengths: the last one is a token shorter unless all are equal.
+    short = len(set(lengths)) > 1 and micro_batch > 1
+    lengths = (longest,) * (micro_batch - 1) + (longest - short,)
+    with torch.device("meta"):
+        return Condition(
+            tokens_TD=torch.empty(sum(lengths), mllm.width, dtype=config.dtype),
+            positions_T=torch.empty(sum(lengths), dtype=torch.long),
+            offsets=torch.empty(micro_batch + 1, dtype=torch.int32),
+            lengths=lengths,
+            end_B=torch.empty(micro_batch, dtype=torch.long),
+            end=longest,
+            skipped=(0,) * micro_batch,
+            skipped_B=torch.empty(micro_batch, dtype=torch.long),
+        )
+
+
+def query_bytes(mllm: MLLM, config: RunConfig, condition: Condition, compiled: bool) -> float:
+    """Return the bytes that one decoder layer of the MLLM keeps of the queries."""
+    dtype, num = config.dtype, config.adapter.num_queries
+    layer, x_SD, rotary = mllm.layer_without_weights(condition.batch * num, dtype)
+    keys, head_dim = layer.self_attn.k_proj.out_features, mllm.head_dim
+    with torch.device("meta"):
+        prefix = torch.empty(sum(condition.lengths), keys // head_dim, head_dim, dtype=dtype)
+        offsets = torch.empty(condition.batch + 1, dtype=torch.int32)
+    project, finish = partial(project_qkv, layer), partial(finish_layer, layer)
+    if compiled:
+        project, finish = partitioned(layer, project), partitioned(layer, finish)
+
+    def run() -> Tensor:
+        mixed = masked_attention_sdpa(
+            *project(x_SD, rotary),
+            offsets,
+            prefix,
+            prefix,
+            condition.offsets,
+            config.adapter.attention == "causal",
+            head_dim**-0.5,
+            (num,) * condition.batch,
+            condition.lengths,
+        )
+        return finish(x_SD, mixed)
+
+    own = [*layer.parameters(), prefix, *rotary]
+    key = type(layer), signature([*own, x_SD]), condition.lengths, config.adapter.attention
+    return counted_once((*key, compiled), lambda: kept_bytes(run, own))
+
+
+def encoder_bytes(model: IOMM, config: RunConfig, micro_batch: int) -> float:
+    """Return the bytes that the frozen VAE or ViT has of one micro-batch while it runs.
+
+    Counted without torch.compile, with which FLUX's VAE needs a fifth less.
+    """
+    (mllm, vae), dtype = model.frozen, config.dtype
+    needed = [0]
+    with torch.device("meta"):
+        pixels = torch.empty(micro_batch, 3, config.data.size_px, config.data.size_px)
+        vit_pixels = torch.empty(micro_batch, 3, mllm.vit_px, mllm.vit_px)
+    if config.data.latents is None and not isinstance(vae, PixelVAE):
+        needed.append(peak_bytes(vae, vae.encode, pixels, dtype=dtype))
+    if config.data.latents != "memory" and config.train.data != "pair":
+        needed.append(peak_bytes(mllm, mllm.vit_states, vit_pixels, dtype=dtype))
+    return max(needed)
 
 
 def num_aligned(config: RunConfig, micro_batch: int) -> int:
@@ -537,7 +718,7 @@ def table(title: str, rows: Mapping[str, float], unit: str, scale: float, digits
 
 def memory_table(memory: dict[str, float]) -> list[str]:
     """Return the lines of a table of {part: bytes per rank}."""
-    title = "memory per rank, estimated (without activations of the frozen encoders)"
+    title = "memory per rank at the peak, estimated (without CUDA context and allocator gaps)"
     return table(title, memory | {"total": sum(memory.values())}, "GiB", GIB, 2)
 
 
@@ -558,6 +739,7 @@ def describe(plan: Plan, config: RunConfig) -> str:
             *table("parameters", plan.parameters, "M", 1e6, 1),
             "",
             *memory_table(plan.memory),
+            plan.auto,
             "",
             *table(
                 f"work per sample{mean}",

@@ -249,8 +249,11 @@ def check_kernels(precision: str, key: str = "precision") -> None:
 def run(config: RunConfig, args: argparse.Namespace, ranks: Ranks, watchdog: Watchdog) -> bool:
     """Build all parts of the run and train. Return False if a signal stopped it before the end."""
     prepare_process(config, ranks)
+    config, why = dry_run.with_micro_batch(config, ranks)
     hook = load_hook(args.hook) if args.hook else None
     ranks.on_first(lambda: open_run_dir(config, args))
+    if why is not None and ranks.first:
+        logger.info(why)
     folder = choose_checkpoint(config, args, ranks)
     state, source, flops = build(config, ranks, folder)
     # Only now are the data known to be the run's.
@@ -403,7 +406,7 @@ def describe_start(config: RunConfig, ranks: Ranks, model: IOMM, source: ImageSo
     threads, steps = torch.get_num_threads(), source.accumulation_steps
     trained, frozen = dry_run.size(model), dry_run.frozen_size(model)
     what = "trained (LoRA)" if config.lora.rank else "trained"
-    memory = dry_run.memory(model, config, ranks.size, source.micro_batch, ranks.local_size)
+    memory = dry_run.memory(model, config, ranks.size, source.micro_batch, ranks.device.type)
     return "\n".join(
         [
             f"data        {len(source.shards):,} samples, {config.data.size_px} px",

@@ -6,7 +6,6 @@ over the decoder are implemented here because no library runs a packed, gradient
 followed by queries that attend to it.
 """
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Self
@@ -249,28 +248,23 @@ class MLLM(Frozen):
         return self.backbone.config.text_config.num_hidden_layers
 
     def layer_without_weights(
-        self, num_queries: int, dtype: torch.dtype, attention: Callable[..., Tensor]
-    ) -> tuple[Callable[[], Tensor], Iterator[nn.Parameter]]:
+        self, num_queries: int, dtype: torch.dtype
+    ) -> tuple[nn.Module, Tensor, Rotary]:
         """Build one decoder layer on the meta device, to count what its backward pass keeps.
 
         Args:
             num_queries: number of packed queries that the layer runs on.
             dtype: dtype of weights and activations.
-            attention: maps (q, k, v) to a tensor shaped like q.
 
         Returns:
-            A function that runs the layer, and the layer's parameters.
+            The layer, the queries (S, D) with gradient, and their rotary cosines and sines.
         """
         decoder = self.backbone.language_model
         with torch.device("meta"):
             layer = type(decoder.layers[0])(decoder.config, 0).to(dtype).requires_grad_(False)
             x_SD = torch.empty(num_queries, self.width, dtype=dtype, requires_grad=True)
-            rotary = (torch.empty(1, num_queries, layer.self_attn.head_dim, dtype=dtype),) * 2
-
-        def run() -> Tensor:
-            return finish_layer(layer, x_SD, attention(*project_qkv(layer, x_SD, rotary)))
-
-        return run, layer.parameters()
+            rotary = tuple(torch.empty(1, num_queries, self.head_dim, dtype=dtype) for _ in "cs")
+        return layer, x_SD, rotary
 
     def turns(
         self,

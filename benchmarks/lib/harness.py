@@ -21,7 +21,14 @@ from iomm.engine import launch, loop
 from iomm.engine.builders import assemble
 from iomm.engine.config import RunConfig, load_config
 from iomm.engine.data.source import Batch
-from iomm.engine.dry_run import build_without_weights, largest, memory, size
+from iomm.engine.dry_run import (
+    USABLE,
+    Memory,
+    build_without_weights,
+    largest_that_fits,
+    micro_batches,
+    size,
+)
 from iomm.engine.parallel.optim import learning_rate
 from iomm.engine.parallel.ranks import Ranks
 from iomm.model import IOMM
@@ -79,31 +86,42 @@ def prepare(args: argparse.Namespace, device: str, folder: Path) -> tuple[RunCon
     ):
         changes.append(f"data.shards={draw_photographs(folder / 'photographs', 64)}")
     config = load_config(args.config, [*args.overrides, *changes])
-    micro_batch = config.train.micro_batch or config.train.global_batch
+    micro_batch = config.train.global_batch
+    if config.train.number_given:
+        micro_batch = config.train.micro_batch
     if device == "cuda":
         model = build_without_weights(config)
 
-        def needed(num: int) -> float:
-            return memory_needed(model, config, num, args.against)
+        counted = Memory(model, config)
 
-        # The CUDA context and the allocator's gaps take the rest.
-        available = torch.cuda.get_device_properties(0).total_memory * 0.95
-        available_gib = f"{available / 2**30:.0f} GiB"
-        requested = micro_batch
-        micro_batch = largest(requested, needed, available)
+        def needed(num: int) -> float:
+            return memory_needed(counted, num, args.against)
+
+        total = torch.cuda.get_device_properties(0).total_memory
+        available_gib = f"{USABLE * total / 2**30:.0f} GiB"
+        sizes = micro_batches(config, 1)
+        if config.train.number_given:
+            # Halved until it fits.
+            sizes = [micro_batch >> n for n in range(micro_batch.bit_length())]
+        requested = max(sizes)
+
+        def largest() -> int | None:
+            return largest_that_fits({num: needed(num) for num in sizes}, total)
+
+        micro_batch = largest()
         if not micro_batch and args.against:
             print(
                 f"no comparison: our run and the baseline need {needed(1) / 2**30:.0f} GiB for one "
                 f"image, this GPU has {available_gib}"
             )
             args.against = None
-            micro_batch = largest(requested, needed, available)
+            micro_batch = largest()
         if not micro_batch:
             raise InputError(
                 f"one image per pass needs {needed(1) / 2**30:.0f} GiB, this GPU has "
                 f"{available_gib}. Choose a smaller model"
             )
-        if micro_batch < requested:
+        if micro_batch < requested and config.train.micro_batch != "auto":
             print(
                 f"micro-batch reduced from {requested} to {micro_batch}: "
                 f"{needed(requested) / 2**30:.0f} GiB do not fit into {available_gib}",
@@ -116,7 +134,7 @@ def prepare(args: argparse.Namespace, device: str, folder: Path) -> tuple[RunCon
     return load_config(args.config, [*args.overrides, *changes]), changes
 
 
-def memory_needed(model: IOMM, config: RunConfig, micro_batch: int, against: str | None) -> float:
+def memory_needed(memory: Memory, micro_batch: int, against: str | None) -> float:
     """Return the bytes that a measurement needs on one GPU.
 
     These are the run's own bytes and the larger of two additions. Timing parts alone adds an
@@ -124,7 +142,7 @@ def memory_needed(model: IOMM, config: RunConfig, micro_batch: int, against: str
     moments and average in fp32, the weights once more in bf16, and activations half as large again
     as ours (assumed, because autocast keeps norms in fp32).
     """
-    parts, trained = memory(model, config, 1, micro_batch), size(model)
+    parts, trained = memory.parts(1, micro_batch), size(memory.model)
     kept = sum(number for part, number in parts.items() if part.startswith("activations"))
     return sum(parts.values()) + max(12 * trained, 22 * trained + 0.5 * kept if against else 0)
 

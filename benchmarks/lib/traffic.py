@@ -456,11 +456,40 @@ def scattered(trace: Trace, numel: dict[int, int], bucket: int) -> list[tuple[li
     return [*found, (waiting, step - 1)] if waiting else found
 
 
-def row_bytes(model: IOMM, config: RunConfig) -> dict[str, tuple[float, float]]:
+# Passes over a (tokens x width) tensor of a generator's block, forward and backward, outside matrix
+# products and attention. Those of the dual-stream block are read off the code that Inductor
+# generates for sm_90 (LOG.md, 2026-11-30), in this order: norms and modulation, gated residuals,
+# slices of the attention's output, GELU at 4 x, sums for biases and modulations.
+GENERATED = {
+    "mmdit": (
+        2 + 3 + 4 + 3 + 8,
+        # GELU's backward also sums its bias; a norm's backward also adds the residual.
+        5.3 + 8 + 5 + 2 + 12 + 8.2,
+    ),
+    # 4 RMS norms, 2 gated residuals and SwiGLU at 8/3 x; backward also residual sums. Counted from
+    # the formulas: this block's generated code has not been looked at.
+    "single_stream": (4 * 2 + 2 * 3 + 3 * 8 / 3, 4 * 3 + 2 * 3 + 5 * 8 / 3 + 2 * 3),
+}
+# The same of qk_norm_rope: generated, where two streams are concatenated, and in our Triton kernel.
+# For the joint stream both are counted from the formulas.
+ROPE = {
+    "mmdit": {"torch": (17.3, 20.7), "triton": (6.0, 9.5)},
+    "single_stream": {"torch": (6.0, 8.0), "triton": (6.0, 8.0)},
+}
+
+
+def row_bytes(
+    model: IOMM, config: RunConfig, rope: str = "torch"
+) -> dict[str, tuple[float, float]]:
     """Return {part: (bytes forward, bytes backward)} of an image without the matrix products.
 
-    Every tensor that a kernel reads or writes is counted once, in bf16. The small numbers are
-    passes over a (tokens x width) tensor, counted as in benchmarks/lib/op_cases.py.
+    These are the reads and writes of the kernels that torch.compile generates, in bf16, without
+    attention and without the masks and padding of the MLLM's attention (`padding_elements`).
+
+    Args:
+        model: the model, on any device.
+        config: the run.
+        rope: backend of qk_norm_rope, "torch" or "triton".
     """
     (mllm, vae), generator = model.frozen, model.generator
     width, tokens = (
@@ -468,12 +497,8 @@ def row_bytes(model: IOMM, config: RunConfig) -> dict[str, tuple[float, float]]:
         math.prod(vae.grid(*[config.data.size_px] * 2)) + config.adapter.num_queries,
     )
     blocks = sum(isinstance(module, generator.block_classes) for module in generator.modules())
-    # 2 norms, rope, 2 gated residuals, GELU at 4 x; backward also bias and residual sums.
-    if generator.config.kind == "mmdit":
-        forward, backward = 2 * 2 + 6 + 2 * 3 + 2 * 4, 2 * 3 + 8 + 2 * 3 + 3 * 4 + 9 + 2 * 3
-    else:
-        # 4 RMS norms, rope, 2 gated residuals, SwiGLU at 8/3 x; backward also residual sums.
-        forward, backward = 4 * 2 + 6 + 2 * 3 + 3 * 8 / 3, 4 * 3 + 8 + 2 * 3 + 5 * 8 / 3 + 2 * 3
+    kind = generator.config.kind
+    passes = [sum(pair) for pair in zip(GENERATED[kind], ROPE[kind][rope], strict=True)]
     text, vision = mllm.backbone.config.text_config, mllm.backbone.config.vision_config
     prefix, queries = (
         mllm.num_text + mllm.num_image_tokens * (1 - config.mask.ratio),
@@ -483,30 +508,56 @@ def row_bytes(model: IOMM, config: RunConfig) -> dict[str, tuple[float, float]]:
         2 * text.hidden_size * text.num_hidden_layers,
         text.intermediate_size / text.hidden_size,
     )
+    rotary = 2 * (1 + text.num_key_value_heads / text.num_attention_heads)
     patches = (vision.image_size[0] // vision.patch_size[0]) ** 2 + 1
-    maps, side = 0, config.data.size_px
-    # A residual block has 2 group norms, each read twice and written once, and a sum.
-    for down in vae.backbone.encoder.down_blocks:
-        maps += sum(
-            side**2 * (3 * resnet.norm1.num_channels + 6 * resnet.norm2.num_channels)
-            for resnet in down.resnets
-        )
-        side //= 2 if down.downsamplers else 1
     return {
-        "generator": tuple(2 * tokens * width * blocks * passes for passes in (forward, backward)),
-        # 2 norms, rope, 2 residual sums, SwiGLU.
+        "generator": tuple(2 * tokens * width * blocks * number for number in passes),
+        # 2 norms with their residual sums, rope, SwiGLU.
         "MLLM": (
-            layers * (prefix + queries) * (2 * 2 + 4 + 2 * 3 + 3 * gate),
-            layers * queries * (2 * 3 + 4 + 2 * 2 + 5 * gate),
+            layers * (prefix + queries) * (2 * 2 + rotary + 3 * gate),
+            layers * queries * (2 * 4 + rotary + 4 * gate),
         ),
-        # 2 norms, splitting into heads, 2 scaled residuals, GELU at 4 x.
-        "ViT": (
-            2
-            * patches
-            * vision.hidden_size
-            * vision.num_hidden_layers
-            * (2 * 2 + 6 + 2 * 3 + 2 * 4),
-            0,
-        ),
-        "VAE": (2 * maps, 0),
+        # 2 norms, one with a residual sum, GELU at 4 x, a residual sum.
+        "ViT": (2 * patches * vision.hidden_size * vision.num_hidden_layers * (2 + 3 + 4 + 3), 0),
+        "VAE": (2 * vae_elements(vae, config.data.size_px), 0),
     }
+
+
+def vae_elements(vae: nn.Module, size_px: int) -> float:
+    """Return the elements that the VAE encoder's kernels between convolutions read and write."""
+    encoder, side, total = vae.backbone.encoder, size_px, 0
+
+    def of(resnets: Iterable[nn.Module]) -> int:
+        # 2 group norms, each read twice and written once, and a sum.
+        return sum(
+            side**2 * (3 * resnet.norm1.num_channels + 6 * resnet.norm2.num_channels)
+            for resnet in resnets
+        )
+
+    for down in encoder.down_blocks:
+        total += of(down.resnets)
+        if down.downsamplers:
+            # A padded copy.
+            total += side**2 * down.resnets[-1].norm2.num_channels
+            side //= 2
+    return total + of(encoder.mid_block.resnets)
+
+
+def padding_elements(
+    queries: int, keys: int, num_heads: int, num_key_heads: int, head_dim: int
+) -> tuple[float, float]:
+    """Return the elements that the padded attention of one sample moves, forward and backward.
+
+    sdpa.padded_attention copies queries, keys and values into zeros, repeats the heads of keys and
+    values, and gathers the outputs. What the attention itself reads and writes is included.
+
+    Args:
+        queries: length of the longest sample's queries.
+        keys: length of the longest sample's keys.
+        num_heads: heads of the queries.
+        num_key_heads: heads of the keys.
+        head_dim: size of a head.
+    """
+    q, k = queries * num_heads * head_dim, keys * num_key_heads * head_dim
+    repeated = keys * num_heads * head_dim
+    return 9 * q + 12 * k + 4 * repeated, 9 * q + 8 * k + 6 * repeated

@@ -68,7 +68,7 @@ def num_ranks(train: TrainSection, device_type: str) -> int:
     if device_type != "cpu" or int(os.environ.get("WORLD_SIZE", 1)) > 1:
         return 1
     most = train.cpu_ranks or min(num_cores(), train.global_batch // LEAST_IMAGES)
-    images = train.micro_batch or 1
+    images = train.micro_batch if train.number_given else 1
     return max([n for n in range(1, most + 1) if train.global_batch % (n * images) == 0], default=1)
 
 

@@ -5,6 +5,7 @@ Its FLOPs are compared with FlopCounterMode, its links with arithmetic, its step
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -127,14 +128,64 @@ def test_budget_writes_only_to_out(budget, tmp_path, monkeypatch, capsys):
 
 
 def test_estimate_respects_gpu_memory(budget):
-    """IOMM-XL does not fit on one H800 and needs half the micro-batch on 8.
+    """IOMM-XL does not fit on one H800, and 32 images per pass do not on 8.
 
     An explicit micro_batch is not checked.
     """
     assert budget.estimate("iomm-xl-512", "H800", 1) is None
     run = budget.estimate("iomm-xl-512", "H800", 8)
-    assert run["micro_batch"] == 8 and run["memory_gib"] < 0.95 * 79
-    assert budget.estimate("iomm-xl-512", "H800", 8, micro_batch=16)["memory_gib"] > 79
+    assert run["micro_batch"] == 16 and run["memory_gib"] < 0.92 * 79.1
+    assert budget.estimate("iomm-xl-512", "H800", 8, micro_batch=32)["memory_gib"] > 79.1
+    # A number in the config is a limit, and what does not fit is still reduced.
+    config = budget.inputs("iomm-b-512").config
+    fixed = replace(config, train=replace(config.train, micro_batch=4))
+    assert budget.sizes_of(fixed, 1024, 8) == [1, 2, 4]
+    assert budget.sizes_of(config, 1024, 8)[-1] == 128
+
+
+def test_parts_sum_to_a_micro_batch(budget):
+    """And hold what earlier budgets lacked: milliseconds of IOMM-B on one H200 with 16 images."""
+    machine = budget.MACHINES["H200"]
+    parts = budget.micro_batch_parts("iomm-b-512", 16, machine)
+    seconds = budget.micro_batch_s("iomm-b-512", 16, machine)
+    assert sum(seconds) == pytest.approx(sum(map(sum, parts.values())))
+    ms = {part: 1e3 * sum(columns) for part, columns in parts.items()}
+    assert ms["gradient copies"] == pytest.approx(34 * 1.6204e9 / 3.44e12 * 1e3, rel=0.001)
+    # 34 GFLOP an image.
+    assert ms["VAE mid attention"] == pytest.approx(16 * 4 * 4096**2 * 512 / 85e12 * 1e3)
+    # 7.36 and 2.28 GB an image are generated (LOG.md, 2026-11-30).
+    assert ms["generator rows"] == pytest.approx(16 * 7.36e9 / 3.44e12 * 1e3, rel=0.01)
+    assert ms["VAE rows"] == pytest.approx(16 * 2.28e9 / 3.44e12 * 1e3, rel=0.02)
+    # No lever makes a part slower, but fp8 casts its operands.
+    levers = budget.Levers(
+        attention="triton", rope="triton", vae_products=True, frozen_fp8=True, draws=2
+    )
+    faster = budget.micro_batch_parts("iomm-b-512", 16, machine, levers)
+    assert all(sum(faster[part]) <= sum(columns) for part, columns in parts.items())
+    changed = {part for part, columns in parts.items() if sum(faster[part]) < sum(columns)}
+    assert changed == {
+        *("VAE convolutions", "VAE rows", "VAE mid attention", "ViT", "MLLM products"),
+        *("MLLM attention", "generator rows"),
+    }
+    fp8 = budget.micro_batch_parts("iomm-b-512", 16, machine, budget.Levers(fp8=True))
+    assert sum(fp8["generator products"]) < sum(parts["generator products"])
+    assert sum(fp8["generator rows"]) > sum(parts["generator rows"])
+    latents = budget.micro_batch_parts("iomm-b-512", 16, machine, budget.Levers(latents=True))
+    assert sum(sum(c) for p, c in latents.items() if p.startswith("VAE")) == 0
+
+
+def test_readme_has_the_parts_and_levers(budget):
+    """benchmarks/README.md quotes what the command prints."""
+    text = (ROOT / "benchmarks/README.md").read_text()
+    machine = budget.MACHINES["H200"]
+    columns = [budget.micro_batch_parts("iomm-b-512", size, machine) for size in (16, 32)]
+    for part in columns[0]:
+        values = " | ".join(f"{1e3 * sum(column[part]):.1f}" for column in columns)
+        assert f"| {part} | {values} |" in text
+    for what, rate in budget.lever_rows("iomm-b-512", "H200"):
+        assert f"| {what} | {rate:.1f} |" in text
+    for goal in budget.goals("iomm-b-512", "H200"):
+        assert f"- {goal}\n" in text
 
 
 def test_message_costs_only_exposed_time(budget):

@@ -102,6 +102,15 @@ def test_overrides_win_over_the_file():
             "guard:\n  skip_spikes: 1\n",
             "f.yaml:2: guard.skip_spikes must be true or false, got '1'",
         ),
+        (
+            "train:\n  micro_batch: most\n",
+            "f.yaml:2: train.micro_batch must be a number, auto or null, got 'most'",
+        ),
+        (
+            "train:\n  micro_batch: 1.5\n",
+            "f.yaml:2: train.micro_batch must be a number, auto or null, got '1.5'",
+        ),
+        ("train:\n  micro_batch: 0\n", "f.yaml:2: train.micro_batch must be >= 1, got 0"),
         ("checkpoint:\n  keep: 1\n", "f.yaml:2: checkpoint.keep must be >= 2, got 1"),
         ("checkpoint:\n  every_steps: 0\n", "f.yaml:2: checkpoint.every_steps must be >= 1"),
         (

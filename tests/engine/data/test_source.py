@@ -111,10 +111,11 @@ def test_samples_are_the_same_on_any_number_of_ranks(index_dir, whole, world_siz
         assert_equal(joined(parts), joined(whole[2 * step : 2 * step + 2]))
 
 
-@pytest.mark.parametrize("start_step", [1, 4, 8])
-def test_resume_continues_the_same_sequence(index_dir, whole, start_step):
-    tail = list(source(index_dir, start_step=start_step))
-    assert len(tail) == 2 * (STEPS - start_step)
+@pytest.mark.parametrize("start_step, micro_batch", [(1, 4), (4, 8), (8, 2)])
+def test_resume_continues_the_same_sequence(index_dir, whole, start_step, micro_batch):
+    """Also with another micro-batch: n decides about a sample's mask, time and noise as well."""
+    tail = list(source(index_dir, micro_batch=micro_batch, start_step=start_step))
+    assert len(tail) == G // micro_batch * (STEPS - start_step)
     assert_equal(joined(tail), joined(whole[2 * start_step :]))
 
 

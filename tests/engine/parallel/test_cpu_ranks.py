@@ -197,6 +197,7 @@ def test_peer_that_cannot_be_started_is_named(monkeypatch):
         (3, None, None, "cpu", 3),
         (5, None, None, "cpu", 4),
         (4, 8, None, "cpu", 3),
+        (3, "auto", None, "cpu", 3),
         (8, 24, None, "cpu", 1),
         (7, 9, None, "cpu", 1),
         (0, None, "2", "cpu", 1),

@@ -29,6 +29,7 @@ from iomm.engine.config import RunConfig
 from iomm.engine.parallel.base_shards import NODE, base_gathers, base_parts, blocks_of
 from iomm.engine.parallel.optim import make_optimizer
 from iomm.engine.parallel.zero import deepspeed_config
+from iomm.lora import layers_with_lora
 from iomm.model import IOMM
 
 # DeepSpeed's defaults for settings that deepspeed_config leaves out (runtime/zero/config.py).
@@ -492,13 +493,7 @@ def row_bytes(
         rope: backend of qk_norm_rope, "torch" or "triton".
     """
     (mllm, vae), generator = model.frozen, model.generator
-    width, tokens = (
-        generator.config.width,
-        math.prod(vae.grid(*[config.data.size_px] * 2)) + config.adapter.num_queries,
-    )
-    blocks = sum(isinstance(module, generator.block_classes) for module in generator.modules())
-    kind = generator.config.kind
-    passes = [sum(pair) for pair in zip(GENERATED[kind], ROPE[kind][rope], strict=True)]
+    tokens = math.prod(vae.grid(*[config.data.size_px] * 2)) + config.adapter.num_queries
     text, vision = mllm.backbone.config.text_config, mllm.backbone.config.vision_config
     prefix, queries = (
         mllm.num_text + mllm.num_image_tokens * (1 - config.mask.ratio),
@@ -511,7 +506,7 @@ def row_bytes(
     rotary = 2 * (1 + text.num_key_value_heads / text.num_attention_heads)
     patches = (vision.image_size[0] // vision.patch_size[0]) ** 2 + 1
     return {
-        "generator": tuple(2 * tokens * width * blocks * number for number in passes),
+        "generator": generator_row_bytes(generator, tokens, rope),
         # 2 norms with their residual sums, rope, SwiGLU.
         "MLLM": (
             layers * (prefix + queries) * (2 * 2 + rotary + 3 * gate),
@@ -521,6 +516,38 @@ def row_bytes(
         "ViT": (2 * patches * vision.hidden_size * vision.num_hidden_layers * (2 + 3 + 4 + 3), 0),
         "VAE": (2 * vae_elements(vae, config.data.size_px), 0),
     }
+
+
+def generator_row_bytes(
+    generator: nn.Module, tokens: float, rope: str = "torch"
+) -> tuple[float, float]:
+    """Return the generator's entry of `row_bytes` for a number of joint tokens."""
+    blocks = sum(isinstance(module, generator.block_classes) for module in generator.modules())
+    kind = generator.config.kind
+    passes = (sum(pair) for pair in zip(GENERATED[kind], ROPE[kind][rope], strict=True))
+    return tuple(2 * tokens * generator.config.width * blocks * number for number in passes)
+
+
+def lora_row_bytes(generator: nn.Module, latents: float, condition: float) -> tuple[float, float]:
+    """Return the bytes (forward, backward) that the branches of LoRA move for these tokens.
+
+    Per layer and token, in bf16: forward A reads the input, B writes the update, and the sum reads
+    both outputs and writes one. Backward the gradient of the output is read twice and the input
+    once, and the gradient of the input is written, read twice and written. What has only `rank`
+    columns is left out.
+    """
+    forward = backward = 0
+    for name, linear in layers_with_lora(generator).items():
+        tokens = latents + condition
+        if "latent_stream" in name:
+            tokens = latents
+        elif "condition_stream" in name:
+            tokens = condition
+        elif name.startswith("time_in"):
+            tokens = 1
+        forward += 2 * tokens * (linear.in_features + 4 * linear.out_features)
+        backward += 2 * tokens * (5 * linear.in_features + 2 * linear.out_features)
+    return forward, backward
 
 
 def vae_elements(vae: nn.Module, size_px: int) -> float:

@@ -107,6 +107,10 @@ def ablations(bench: Bench) -> dict[str, Callable[[], float]]:
                 queries=lambda *args, **kind: whole_pass(mllm, *args, **kind),
             )
         ],
+        # Twice the generator's rows for the same images.
+        "two times and noises for each image (train.noise_draws=2)": lambda: [
+            swapped(model, recipe=replace(recipe, noise_draws=2))
+        ],
     }
     late = {}
     own = [

@@ -269,7 +269,7 @@ def test_throughput_command_end_to_end(gpu_config, tmp_path):
         "baseline, all outputs",
         *(["baseline, no compile"] if gpu_config else []),
     }
-    assert len(result["ablations"]) == 5 + gpu_config and (tmp_path / "traces").is_dir()
+    assert len(result["ablations"]) == 6 + gpu_config and (tmp_path / "traces").is_dir()
     assert abs(result["loss"]["ours"] - result["loss"]["baseline"]) < 1e-4
     assert all(row["s"] > 0 and row["bytes"] > 0 for row in result["parts"].values())
     if not gpu_config:

@@ -23,6 +23,7 @@ from launches import (
     launch_and_kill,
     rows,
     start,
+    start_and_kill,
 )
 from PIL import Image
 
@@ -150,16 +151,19 @@ def test_every_step_is_logged_with_all_keys(golden):
 def survivor(settings, tmp_path_factory):
     """The same run, killed, resumed and evaluated: its folder and the last process."""
     run_dir = tmp_path_factory.mktemp("survivor") / "run"
-    return run_dir, killed_and_resumed(run_dir, (3,), settings)
+    return run_dir, killed_and_resumed(run_dir, (3,), settings, start_and_kill, start)
 
 
-def killed_and_resumed(run_dir, kill_after, settings):
-    """Kill a run after each of these steps, then finish it. Starts alternate train.overlap."""
+def killed_and_resumed(run_dir, kill_after, settings, kill, finish):
+    """Kill a run after each of these steps, then finish it. Starts alternate train.overlap.
+
+    kill and finish start the ranks: with DeepSpeed's launcher, or forked, which is faster.
+    """
     arguments = ["--resume", "auto", f"run.dir={run_dir}", *settings, *EVALUATED]
     overlap = cycle(("train.overlap=true", "train.overlap=false"))
     for step in kill_after:
-        launch_and_kill(2, run_dir / "log.jsonl", step, *arguments, next(overlap))
-    return launch(2, *arguments, next(overlap))
+        kill(2, run_dir / "log.jsonl", step, *arguments, next(overlap))
+    return finish(2, *arguments, next(overlap))
 
 
 def assert_bitwise(run_dir, golden):
@@ -184,7 +188,7 @@ def test_resume_after_kill_with_evaluation_is_bitwise(golden, survivor):
 @pytest.mark.slow
 def test_resume_after_several_kills_is_bitwise(golden, settings, tmp_path):
     """Kills before the first checkpoint and while one is written."""
-    done = killed_and_resumed(tmp_path / "run", (1, 2, 4, 5), settings)
+    done = killed_and_resumed(tmp_path / "run", (1, 2, 4, 5), settings, launch_and_kill, launch)
     assert done.returncode == 0, done.stdout
     assert_bitwise(tmp_path / "run", golden)
 
@@ -508,15 +512,8 @@ def test_six_recipes_and_a_larger_size_train(dataset, tmp_path, monkeypatch):
         "optim.warmup_steps=0",
         "ema.decay=0",
     ]
-    done = subprocess.run(
-        [sys.executable, "-c", RECIPES, str(tmp_path), *settings],
-        cwd=ROOT,
-        env=environment(),
-        text=True,
-        timeout=LIMIT_S,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    (tmp_path / "recipes.py").write_text(RECIPES)
+    done = start(1, str(tmp_path), *settings, script=tmp_path / "recipes.py")
     assert done.returncode == 0, done.stdout
     seen = {}
     for name in (
@@ -663,8 +660,8 @@ from iomm.engine.config_parser import layered
 from iomm.engine.launch import main as launch
 # DeepSpeed creates its process groups only once per process.
 group.stop = lambda: None
-for arguments in json.loads(sys.argv[1]):
-    print(f"exit {launch(layered(arguments))}", file=sys.stderr)
+for arguments in json.load(open(sys.argv[1])):
+    print(f"exit {launch(layered(arguments))}", file=sys.stderr, flush=True)
 """
 
 
@@ -687,18 +684,13 @@ def test_user_errors_are_one_line_and_exit_2(golden, settings, tmp_path):
         [f"run.dir={tmp_path / str(n)}", *settings, *arguments]
         for n, (arguments, _) in enumerate(mistakes)
     ]
-    done = subprocess.run(
-        [sys.executable, "-c", MISTAKES, json.dumps(given)],
-        cwd=ROOT,
-        env=environment(),
-        text=True,
-        capture_output=True,
-        timeout=LIMIT_S,
-    )
-    errors = [line for line in done.stderr.splitlines() if line.startswith(("iomm: ", "exit "))]
+    (tmp_path / "mistakes.py").write_text(MISTAKES)
+    (tmp_path / "given.json").write_text(json.dumps(given))
+    done = start(1, str(tmp_path / "given.json"), script=tmp_path / "mistakes.py")
+    errors = [line for line in done.stdout.splitlines() if line.startswith(("iomm: ", "exit "))]
     assert (
-        done.returncode == 0 and "Traceback" not in done.stderr and len(errors) == 2 * len(mistakes)
-    ), done.stderr
+        done.returncode == 0 and "Traceback" not in done.stdout and len(errors) == 2 * len(mistakes)
+    ), done.stdout
     for (_, message), line, code in zip(mistakes, errors[::2], errors[1::2], strict=True):
         assert line.startswith("iomm: ") and message in line and code == "exit 2"
 

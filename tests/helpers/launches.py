@@ -131,12 +131,19 @@ def finish(processes, limit_s=LIMIT_S):
             process.kill()
 
 
-def start(ranks, *arguments):
+def start(ranks, *arguments, script=ROOT / "engine/launch.py"):
     """Do the same as launch() with forked ranks and without DeepSpeed's launcher."""
     with tempfile.NamedTemporaryFile("r") as output:
-        script = ROOT / "engine/launch.py"
         codes = finish(start_ranks(ranks, script, *arguments, output=output.name))
         return subprocess.CompletedProcess(arguments, max(codes, key=abs), output.read())
+
+
+def wait_for_step(log, step, running):
+    """Wait until `log` has the step; fail when running() is false or LIMIT_S has passed."""
+    deadline = time.monotonic() + LIMIT_S
+    while not any(row["step"] >= step for row in rows(log)):
+        assert running() and time.monotonic() < deadline, "the run ended before it could be killed"
+        time.sleep(0.02)
 
 
 def launch_and_kill(ranks, log, after_step, *arguments):
@@ -149,14 +156,19 @@ def launch_and_kill(ranks, log, after_step, *arguments):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + LIMIT_S
-    while not any(row["step"] >= after_step for row in rows(log)):
-        assert process.poll() is None and time.monotonic() < deadline, (
-            "the run ended before it could be killed"
-        )
-        time.sleep(0.02)
+    wait_for_step(log, after_step, lambda: process.poll() is None)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def start_and_kill(ranks, log, after_step, *arguments):
+    """Do the same as launch_and_kill() with forked ranks and without DeepSpeed's launcher."""
+    processes = start_ranks(ranks, ROOT / "engine/launch.py", *arguments, output=os.devnull)
+    wait_for_step(log, after_step, lambda: all(rank.poll() is None for rank in processes))
+    for rank in processes:
+        rank.kill()
+    for rank in processes:
+        rank.wait(LIMIT_S)
 
 
 def rows(log):

@@ -8,6 +8,7 @@ fused kernels of a GPU keep it, because on the meta device PyTorch takes the unf
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,12 +59,24 @@ class KeptInput(torch.autograd.Function):
         return x.new_empty(*x.shape[:-1], len(weight_OI))
 
 
-class FusedAttention(TorchFunctionMode):
-    """Replaces PyTorch's attention by one that keeps what a GPU's fused kernels keep.
+class KeptNorm(torch.autograd.Function):
+    """Keeps what the fused RMS norm of a GPU keeps: the input and one float per row."""
 
-    These are queries, keys, values, output and one float per row, and a mask as a bias in the
-    dtype of the queries.
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+
+class FusedKernels(TorchFunctionMode):
+    """Replaces PyTorch's attention and RMS norm by ones that keep what a GPU's fused kernels keep.
+
+    Of attention these are queries, keys, values, output and one float per row, and a mask as a bias
+    in the dtype of the queries.
     """
+
+    # torch.compile takes RMS norms apart.
+    norms = True
 
     def __torch_function__(
         self,
@@ -77,12 +90,14 @@ class FusedAttention(TorchFunctionMode):
             q, k, v, *_ = args
             mask = kwargs.get("attn_mask")
             return attention(q, k, v, None if mask is None else mask.to(q.dtype))[0]
+        if function is F.rms_norm and self.norms:
+            return KeptNorm.apply(args[0], kwargs["weight"])
         return function(*args, **kwargs)
 
 
 @contextmanager
 def as_on_gpu(deepspeed_linear: bool = False) -> Iterator[None]:
-    """Run code on the meta device as a GPU would keep it.
+    """Run code on the meta device as a GPU would keep it, with PyTorch's backends of all ops.
 
     deepspeed_linear: trained linear layers are DeepSpeed's.
     """
@@ -92,8 +107,10 @@ def as_on_gpu(deepspeed_linear: bool = False) -> Iterator[None]:
         trained = deepspeed_linear and weight.requires_grad
         return KeptInput.apply(x, weight) if trained else original(x, weight, bias)
 
-    # DeepSpeed may have replaced the function already.
-    with patch.object(F, "linear", linear), FusedAttention():
+    # Backends that IOMM_KERNELS selects may not run on the meta device. DeepSpeed may have replaced
+    # the linear function already.
+    with patch.dict(os.environ), patch.object(F, "linear", linear), FusedKernels():
+        os.environ.pop("IOMM_KERNELS", None)
         yield
 
 
@@ -196,7 +213,8 @@ def partitioned(module: nn.Module, function: Callable[..., Any]) -> Callable[...
             ),
             decompositions=select_decomp_table(),
         )
-        return traced(state, *(leaves[i] for i in at))
+        with patch.object(FusedKernels, "norms", False):
+            return traced(state, *(leaves[i] for i in at))
 
     return call
 

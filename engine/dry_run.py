@@ -39,14 +39,13 @@ from iomm.engine.parallel.base_shards import NODE, base_bytes, base_gathers, bas
 from iomm.engine.resilience import checkpoint_reader
 from iomm.flops import condition_tokens, flops_by_part, tokens_per_image
 from iomm.generator import empty_generator
-from iomm.internvl import mllm_without_weights
+from iomm.internvl import InternVL, mllm_without_weights
 from iomm.kernels.masked_attention.sdpa import masked_attention_sdpa
 from iomm.layers import RoundedLinear, use_fp8
 from iomm.lora import add_lora, freeze, frozen_weights
 from iomm.masking import visible_mask
 from iomm.mllm import Condition, finish_layer, project_qkv
 from iomm.mmdit import Route
-from iomm.qwen_vl import QwenVL
 from iomm.vae import PixelVAE, vae_without_weights
 
 if TYPE_CHECKING:
@@ -103,6 +102,8 @@ class Plan:
     sharding: list[str]
     # What train.micro_batch=auto takes on the GPUS, in a sentence.
     auto: str
+    # Bytes that the frozen encoders have while they run, before there are activations.
+    encoders: float
 
     def gpu_hours(self, flops_per_s: float) -> float:
         """Return the GPU-hours of the whole run at this many FLOP/s per GPU."""
@@ -161,6 +162,7 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
         captions=captions_to_cut(config),
         sharding=base_sharding(model, config, ranks, batch // (micro_batch * ranks)),
         auto=describe_auto(memory, ranks),
+        encoders=memory.encoders * micro_batch,
     )
 
 
@@ -662,7 +664,8 @@ def query_bytes(mllm: MLLM, config: RunConfig, condition: Condition, compiled: b
 def encoder_bytes(model: IOMM, config: RunConfig, micro_batch: int) -> float:
     """Return the bytes that the frozen VAE or ViT has of one micro-batch while it runs.
 
-    Counted without torch.compile, with which FLUX's VAE needs a fifth less.
+    Counted without torch.compile, with which FLUX's VAE needs a fifth less. A Qwen2.5-VL's ViT,
+    which cannot run on the meta device, is left out: with the same images its VAE needs more.
     """
     (mllm, vae), dtype = model.frozen, config.dtype
     needed = [0]
@@ -671,10 +674,8 @@ def encoder_bytes(model: IOMM, config: RunConfig, micro_batch: int) -> float:
         vit_pixels = torch.empty(micro_batch, 3, mllm.vit_px, mllm.vit_px)
     if config.data.latents is None and not isinstance(vae, PixelVAE):
         needed.append(peak_bytes(vae, vae.encode, pixels, dtype=dtype))
-    # The ViT of Qwen2.5-VL reads positions on the host, which the meta device has not. At 448 px it
-    # needs a tenth of what its VAE needs at 512 px.
-    counted = not isinstance(mllm, QwenVL)
-    if config.data.latents != "memory" and config.train.data != "pair" and counted:
+    sees = config.data.latents != "memory" and config.train.data != "pair"
+    if sees and isinstance(mllm, InternVL):
         needed.append(peak_bytes(mllm, mllm.vit_states, vit_pixels, dtype=dtype))
     return max(needed)
 
@@ -743,6 +744,12 @@ def describe(plan: Plan, config: RunConfig) -> str:
             *table("parameters", plan.parameters, "M", 1e6, 1),
             "",
             *memory_table(plan.memory),
+            f"VAE and ViT take up to {plan.encoders / GIB:.2f} GiB while they run, "
+            + (
+                "which train.overlap adds to the peak"
+                if config.train.overlap
+                else "when no activations exist"
+            ),
             plan.auto,
             "",
             *table(

@@ -33,6 +33,7 @@ LAYERS = (
     "observe",
     "builders",
     "evaluation",
+    "activations",
     "dry_run",
     "state",
     "loop",

@@ -7,6 +7,9 @@
     step        aten calls (without views), bytes that they read and write, new tensors and FLOPs of
                 one training step of demo-cpu on two images, in eager mode on a CPU, by part; and
                 the graph breaks of a generator's blocks
+    full size   bytes on the device, calls of ops, and launches, graphs and spills of torch.compile
+                in a step of the published configs; recorded by tests/rehearsal/rehearse.py, which
+                needs minutes for each
 
 benchmarks/lib/counts.json holds these counts, and tests/benchmarks/test_counts.py compares them
 exactly. --write rewrites the file; a change that moves the counts commits the new ones. The counts
@@ -255,6 +258,7 @@ def main() -> None:
             "graph_breaks": graph_breaks(),
         },
     }
+    found["full size"] = json.loads(FILE.read_text())["full size"]
     text = json.dumps(found, indent=1) + "\n"
     if args.write:
         FILE.write_text(text)

@@ -186,7 +186,7 @@ def test_attempt_reports_failures_and_does_not_raise(capsys):
     )
 
 
-@pytest.mark.parametrize("gib, against, micro_batch", [(139.8, "baseline", 16), (79.2, None, 4)])
+@pytest.mark.parametrize("gib, against, micro_batch", [(139.8, "baseline", 16), (79.2, None, 8)])
 def test_prepare_fits_the_micro_batch_to_gpu_memory(
     gib, against, micro_batch, monkeypatch, tmp_path
 ):

@@ -338,6 +338,14 @@ def test_mllm_query_bytes_match_a_real_pass():
     assert counted == pytest.approx(sum(kept.values()), rel=0.15)
 
 
+def test_selected_kernels_do_not_change_the_count(monkeypatch):
+    config = load_config(PIXELS, ["precision=bf16"])
+    model = build_without_weights(config)
+    counted = activation_bytes(model, config, 4)
+    monkeypatch.setenv("IOMM_KERNELS", "masked_attention:triton,qk_norm_rope:triton")
+    assert activation_bytes(model, config, 4) == counted
+
+
 @pytest.fixture(scope="module")
 def compiled(model):
     """Memory of IOMM-B, compiled."""

@@ -8,13 +8,19 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Compiled:
-    """PTX and resource usage of a compiled kernel."""
+class Resources:
+    """What a thread of a kernel takes."""
 
-    ptx: str
     registers: int
     # Spills, and arrays that do not fit in registers.
     stack_bytes: int
+
+
+@dataclass(frozen=True)
+class Compiled(Resources):
+    """Resource usage and PTX of a compiled kernel."""
+
+    ptx: str
     shared_bytes: int
 
 
@@ -50,14 +56,24 @@ def compile_for(kernel, types, constants, *, capability, warps, stages):
     )
     options = {"num_warps": warps, "num_stages": stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    found = resources(compiled.asm["cubin"])
+    return Compiled(
+        found.registers, found.stack_bytes, compiled.asm["ptx"], compiled.metadata.shared
+    )
+
+
+def resources(cubin):
+    """Return the Resources of a compiled kernel's machine code."""
+    import triton
+
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
         output = subprocess.run(
-            [tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
     registers, stack, local = map(
         int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", output).groups()
     )
-    return Compiled(compiled.asm["ptx"], registers, stack + local, compiled.metadata.shared)
+    return Resources(registers, stack + local)

@@ -13,6 +13,7 @@
 #include <ATen/native/transformers/sdp_utils_cpp.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <sys/mman.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -77,6 +78,8 @@ struct Block {
   int64_t number;
   int64_t bytes;
   int64_t stream;
+  // Of pages from the system, not of the heap.
+  bool mapped;
   std::vector<int64_t> recorded_streams;
 };
 
@@ -92,8 +95,11 @@ int64_t last_number = 0, bytes_now = 0, bytes_peak = 0;
 std::atomic<int64_t> dry_numel{0};
 // Whether attention reports the backend that an H200 takes instead of the unfused one.
 std::atomic<bool> fused_attention{false};
-// Blocks of fresh pages from the system are zero and take no memory until they are written.
-constexpr int64_t FRESH_BYTES = 1 << 22;
+// In a dry run, blocks from this size on are fresh pages from the system: zero, and without memory
+// until they are written.
+constexpr size_t MAPPED_BYTES = 1 << 22;
+// Calls of ops on the device that are neither views nor only allocate, by name.
+std::unordered_map<std::string, int64_t> calls;
 
 Block* block_of(const Tensor& tensor) {
   if (!tensor.is_cuda() || !tensor.has_storage()) return nullptr;
@@ -103,11 +109,13 @@ Block* block_of(const Tensor& tensor) {
 
 void free_block(void* start) {
   if (start == nullptr) return;
+  size_t mapped_bytes = 0;
   {
     std::lock_guard<std::mutex> held(lock);
     const auto found = blocks.find(start);
     if (found != blocks.end()) {
       const Block& block = found->second;
+      if (block.mapped) mapped_bytes = block.bytes;
       bytes_now -= block.bytes;
       const auto& streams = block.recorded_streams;
       freed_blocks.insert(freed_blocks.end(),
@@ -117,22 +125,29 @@ void free_block(void* start) {
       blocks.erase(found);
     }
   }
-  std::free(start);
+  if (mapped_bytes)
+    munmap(start, mapped_bytes);
+  else
+    std::free(start);
 }
 
 struct DeviceMemory final : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
     void* start = nullptr;
     if (bytes) {
-      if (posix_memalign(&start, 512, bytes)) throw std::bad_alloc();
-      if (!dry_numel) {
-        // NaN in every floating-point type, so that unwritten memory is seen.
-        std::memset(start, 0xFF, std::min<size_t>(bytes, 1 << 20));
-      } else if (static_cast<int64_t>(bytes) < FRESH_BYTES) {
-        std::memset(start, 0, bytes);
+      const bool mapped = dry_numel && bytes >= MAPPED_BYTES;
+      if (mapped) {
+        start = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (start == MAP_FAILED) throw std::bad_alloc();
+      } else {
+        if (posix_memalign(&start, 512, bytes)) throw std::bad_alloc();
+        // Else NaN in every floating-point type, so that unwritten memory is seen.
+        std::memset(start, dry_numel ? 0 : 0xFF,
+                    dry_numel ? bytes : std::min<size_t>(bytes, 1 << 20));
       }
       std::lock_guard<std::mutex> held(lock);
-      blocks[start] = {++last_number, static_cast<int64_t>(bytes), Guard::current, {}};
+      blocks[start] = {++last_number, static_cast<int64_t>(bytes), Guard::current, mapped, {}};
       bytes_now += bytes;
       bytes_peak = std::max(bytes_peak, bytes_now);
     }
@@ -264,7 +279,13 @@ bool runs_dry(const Tensor& tensor) {
   return dry_numel && tensor.is_floating_point() && tensor.numel() > dry_numel;
 }
 
+void count_call(const std::string& name) {
+  std::lock_guard<std::mutex> held(lock);
+  ++calls[name];
+}
+
 Tensor& copy_(Tensor& self, const Tensor& source, bool) {
+  count_call("aten::copy_");
   if (!runs_dry(self)) host_view(self).copy_(host_view(source));
   return self;
 }
@@ -432,6 +453,7 @@ void run_on_cpu(const c10::OperatorHandle& op, Stack* stack) {
   }
   TORCH_CHECK(!(on_gpu && on_host) || takes_host_indices(schema.name()), schema.name(),
               " got tensors on cuda:0 and on cpu");
+  count_call(schema.name());
   if (dry && run_dry(op, stack)) return;
   at::native::cpu_fallback(op, stack);
 }
@@ -447,6 +469,14 @@ int64_t block_number(const Tensor& tensor) {
 std::vector<int64_t> take_freed() {
   std::lock_guard<std::mutex> held(lock);
   return std::exchange(freed_blocks, {});
+}
+
+c10::Dict<std::string, int64_t> take_calls() {
+  std::lock_guard<std::mutex> held(lock);
+  c10::Dict<std::string, int64_t> counts;
+  for (const auto& [name, count] : calls) counts.insert(name, count);
+  calls.clear();
+  return counts;
 }
 
 int64_t allocated() {
@@ -508,8 +538,10 @@ TORCH_LIBRARY(pretended_cuda, library) {
   library.def("host_view(Tensor tensor) -> Tensor", host_view);
   library.def("block_number(Tensor tensor) -> int", block_number);
   library.def("take_freed() -> int[]", take_freed);
+  library.def("take_calls() -> Dict(str, int)", take_calls);
   library.def("allocated() -> int", allocated);
   library.def("peak(bool reset=False) -> int", peak);
   library.def("current_stream() -> int", current_stream);
+  library.def("runs_dry(Tensor tensor) -> bool", runs_dry);
   library.def("run_dry_above(int numel, bool fused=False) -> ()", run_dry_above);
 }

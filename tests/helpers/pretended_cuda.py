@@ -7,6 +7,7 @@ are numbers, NCCL is gloo on the same memory, and the CUDA ops of csrc/ run thei
 
 import contextlib
 import functools
+import inspect
 import os
 import sys
 import threading
@@ -352,6 +353,13 @@ COLLECTIVES = (
 )
 
 
+class Done:
+    """A collective of a dry run, which has nothing to compute."""
+
+    def wait(self, *timeout):
+        return True
+
+
 class Work:
     """A collective in flight. wait() makes the current stream wait for NCCL's, not the host."""
 
@@ -371,6 +379,8 @@ def replace_nccl() -> None:
     """Let NCCL's collectives be gloo's on host views of the same memory."""
 
     def wrapped(collective):
+        signature = inspect.signature(collective)
+
         def run(*args, **kwargs):
             tensors = cuda_tensors((args, kwargs))
             if not tensors:
@@ -378,11 +388,15 @@ def replace_nccl() -> None:
             CLOCKS.wait(NCCL, CLOCKS.streams[DEVICE.current_stream()])
             Watch.launched(collective.__name__, [], tensors, NCCL)
             clock = dict(CLOCKS.streams[NCCL])
-            args, kwargs = tree_map_only(
-                torch.Tensor, lambda t: DEVICE.host_view(t.detach()), (args, kwargs)
-            )
-            with _disable_current_modes():
-                work = collective(*args, **kwargs)
+            if any(map(DEVICE.runs_dry, tensors)):
+                async_op = signature.bind(*args, **kwargs).arguments.get("async_op")
+                work = Done() if async_op else None
+            else:
+                args, kwargs = tree_map_only(
+                    torch.Tensor, lambda t: DEVICE.host_view(t.detach()), (args, kwargs)
+                )
+                with _disable_current_modes():
+                    work = collective(*args, **kwargs)
             if work is None:
                 CLOCKS.wait(DEVICE.current_stream(), clock)
                 return None

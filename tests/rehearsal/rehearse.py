@@ -1,24 +1,30 @@
 """Run the engine on a pretended CUDA device, and report what the host waits for.
 
     python tests/rehearsal/rehearse.py [CASE] [KEY=VALUE ...]      # one case, waits by place
-    python tests/rehearsal/rehearse.py --record                    # rewrite host_waits.json
+    python tests/rehearsal/rehearse.py --record [CASE ...]         # rewrite host_waits.json
     python tests/rehearsal/rehearse.py --report FILE [CASE ...]    # for the tests, as JSON
 
 The first form prints every wait of one step with the line numbers of the frames around it. Waits
-of "micro-batch" occur in each micro-batch, those of "step" once more per step.
+of "micro-batch" occur in each micro-batch, those of "step" once more per step. Cases "full-..." are
+the published configs at full size (full_size.py): their memory and launches are printed as well,
+and --record writes these to benchmarks/lib/counts.json.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import os
 import sys
 import tempfile
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+
+import full_size
 
 ROOT = Path(__file__).resolve().parents[2]
 HOST_WAITS = Path(__file__).with_name("host_waits.json")
@@ -56,13 +62,23 @@ class Case:
     keys: tuple[str, ...]
     ranks: int = 1
     slow: bool = False
+    # Config that runs at full size, without values (full_size.py). Empty: the demo, with values.
+    config: str = ""
     # Steps that are watched; 0 is all that precedes step 1.
     watched: tuple[int, ...] = (COUNTED,)
+    # The watched step whose waits are reported.
+    counted: int = COUNTED
     # Last step; 0: the run trains to its end and saves a checkpoint.
     last_step: int = 0
     # Step in which faults are planted: a read of the loss in both micro-batches, and a tensor on
     # the wrong device in the second one.
     faults_in: int = 0
+    # Plants another fault, before the start.
+    plant: Callable[[], None] | None = None
+
+    @property
+    def compiled(self) -> bool:
+        return "train.compile=true" in self.keys
 
 
 CASES = {
@@ -109,6 +125,15 @@ CASES = {
     ),
 }
 
+FULL_SIZE = []
+for size in "b", "l", "xl":
+    full = dict(config=f"iomm-{size}-512", last_step=1, counted=1, slow=True)
+    CASES[f"full-{size}"] = Case(keys=("train.compile=false",), watched=(1,), **full)
+    CASES[f"full-{size}-compiled"] = Case(keys=("train.compile=true",), watched=(), **full)
+    FULL_SIZE += [f"full-{size}", f"full-{size}-compiled"]
+CASES["full-b-planted"] = dataclasses.replace(
+    CASES["full-b"], watched=(), plant=full_size.keep_frozen_inputs
+)
 
 # Cases whose waits are in host_waits.json.
 RECORDED = ["zero-3", "zero-0", "two-ranks"]
@@ -147,10 +172,12 @@ def run(folder: Path, case: Case, rank: int = 0, port: int = 0) -> dict:
     Returns:
         code: its exit code, None if it was ended after case.last_step.
         error: of a planted fault.
+        counted: the step whose waits are reported.
         losses: of this rank, per step.
         waits: [step, micro-batch, place, what, frames] each.
         races: {text: number}.
         calls: watched calls of ops on the device.
+        full_size: what full_size.Recorder saw, or None.
         graphs, breaks: of torch.compile.
     """
     import pretended_cuda
@@ -171,7 +198,18 @@ def run(folder: Path, case: Case, rank: int = 0, port: int = 0) -> dict:
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(port),
         )
-    use_backend("aot_eager")
+    keys = given_once(f"run.dir={folder}", *(full_size.KEYS if case.config else COMMON), *case.keys)
+    settings = dict(key.split("=", 1) for key in keys)
+    batch = int(settings["train.micro_batch"]) * ACCUMULATION * case.ranks
+    if case.config:
+        keys += [f"--config={case.config}", f"data.num_images={max(64, batch)}"]
+        recorder = full_size.Recorder(compiled=case.compiled)
+        recorder.install()
+    else:
+        recorder = None
+        use_backend("aot_eager")
+    if case.plant is not None:
+        case.plant()
     position, waits, losses, watching = [0, 0], [], [], contextlib.ExitStack()
     watch = pretended_cuda.Watch()
     heartbeat, named_each, train_step = Watchdog.heartbeat, loop.named_each, loop.train_step
@@ -193,12 +231,18 @@ def run(folder: Path, case: Case, rank: int = 0, port: int = 0) -> dict:
 
     def each_micro_batch(name, batches):
         for batch in named_each(name, batches):
+            if recorder is not None:
+                recorder.start_micro_batch()
             yield batch
+            if recorder is not None:
+                recorder.end_micro_batch()
             take_waits()
             position[1] += 1
 
-    def on_train_step(*args):
-        result = train_step(*args)
+    def on_train_step(sharded, *args):
+        if recorder is not None:
+            recorder.start_step(sharded)
+        result = train_step(sharded, *args)
         losses.append(result.loss)
         return result
 
@@ -217,14 +261,11 @@ def run(folder: Path, case: Case, rank: int = 0, port: int = 0) -> dict:
     Sharded.backward = on_backward
     launch.finish = lambda *_: take_waits()
     code = error = None
-    batch = 4 * ACCUMULATION * case.ranks
     if 0 in case.watched:
         watching.enter_context(watch)
     try:
         with watching:
-            code = launch.main(
-                given_once(f"run.dir={folder}", *COMMON, f"train.global_batch={batch}", *case.keys)
-            )
+            code = launch.main([*keys, f"train.global_batch={batch}"])
     except Over:
         pass
     except RuntimeError as raised:
@@ -234,10 +275,12 @@ def run(folder: Path, case: Case, rank: int = 0, port: int = 0) -> dict:
     return {
         "code": code,
         "error": error,
+        "counted": case.counted,
         "losses": [loss.item() for loss in losses],
         "waits": waits,
         "races": dict(watch.races),
         "calls": watch.calls,
+        "full_size": recorder.report() if recorder is not None else None,
         "graphs": counters["stats"]["unique_graphs"],
         "breaks": dict(counters["graph_break"]),
     }
@@ -347,10 +390,13 @@ TOYS = {
     "waits": toy_waits,
     "mixed devices": mixed_devices,
 }
+# Of the slow lane.
+SLOW_TOYS = {"spill and break": full_size.spill_and_break}
 
 
-def host_waits(report: dict, step: int = COUNTED) -> dict[str, dict[str, int]]:
+def host_waits(report: dict, step: int | None = None) -> dict[str, dict[str, int]]:
     """Return the waits of a step as {"micro-batch" or "step": {"place: what": number}}."""
+    step = step or report["counted"]
     total, first = Counter(), Counter()
     for when, micro_batch, place, what, _ in report["waits"]:
         if when == step:
@@ -397,7 +443,7 @@ def reports(names: list[str], *keys: str) -> dict[str, list[dict]]:
         folder = Path(folder)
         for name in names:
             case = CASES[name]
-            case = dataclasses.replace(case, keys=(*case.keys, *keys))
+            case = dataclasses.replace(case, keys=tuple(given_once(*case.keys, *keys)))
             answers = [folder / f"{name}-{rank}.json" for rank in range(case.ranks)]
             port = free_port()
             found[name] = forked(
@@ -407,12 +453,30 @@ def reports(names: list[str], *keys: str) -> dict[str, list[dict]]:
     return found
 
 
+def record(versions: dict[str, str], found: dict[str, dict]) -> None:
+    """Write the waits of cases to host_waits.json, and counts of full size to counts.json."""
+    for name, report in found.items():
+        if "failed" in report:
+            raise SystemExit(f"{name}: {report['failed']}")
+    recorded = json.loads(HOST_WAITS.read_text())
+    waits = {name: host_waits(report) for name, report in found.items() if CASES[name].watched}
+    recorded |= {name: versions[name] for name in ("torch", "deepspeed")} | waits
+    HOST_WAITS.write_text(json.dumps(recorded, indent=1) + "\n")
+    counted = {
+        name: full_size.counts(report["full_size"])
+        for name, report in found.items()
+        if report["full_size"]
+    }
+    if counted:
+        full_size.record(versions, counted)
+
+
 def print_waits(report: dict) -> None:
     """Print every wait of the counted step with its frames, the most frequent first."""
     counts = Counter(
         "\n      ".join([what, *frames[:4]])
         for step, _, _, what, frames in report["waits"]
-        if step == COUNTED
+        if step == report["counted"]
     )
     for text, number in counts.most_common():
         print(f"{number:4d}  {text}")
@@ -433,26 +497,35 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     keys = [word for word in args.words if "=" in word]
     names = [word for word in args.words if "=" not in word]
-    if unknown := set(names) - CASES.keys():
+    if unknown := set(names) - CASES.keys() - SLOW_TOYS.keys():
         parser.error(f"no case {', '.join(unknown)}; choose from {', '.join(CASES)}")
     start()
-    versions = {name: version(name) for name in ("torch", "deepspeed")}
+    versions = {
+        name: version(name)
+        for name in ("torch", "deepspeed", "triton")
+        if importlib.util.find_spec(name) is not None
+    }
     if args.record:
-        found = reports(RECORDED)
-        waits = {name: host_waits(ranks[0]) for name, ranks in found.items()}
-        HOST_WAITS.write_text(json.dumps(versions | waits, indent=1) + "\n")
+        found = {name: ranks[0] for name, ranks in reports(names or RECORDED).items()}
+        record(versions, found)
     elif args.report:
-        found = reports(names or [name for name, case in CASES.items() if not case.slow], *keys)
+        toys = {name: SLOW_TOYS[name] for name in names if name in SLOW_TOYS} if names else TOYS
+        cases = [name for name in names if name in CASES]
+        if not names:
+            cases = [name for name, case in CASES.items() if not case.slow]
+        found = reports(cases, *keys)
         with tempfile.TemporaryDirectory() as folder:
-            for name, toy in () if names else TOYS.items():
+            for name, toy in toys.items():
                 found[name] = forked([Path(folder) / "answer"], lambda _, toy=toy: toy())
         Path(args.report).write_text(json.dumps(versions | found))
     else:
         for report in next(iter(reports(names or ["zero-3"], *keys).values())):
             if "failed" in report:
                 print(report["failed"])
-            else:
-                print_waits(report)
+                continue
+            if report["full_size"]:
+                full_size.print_report(report["full_size"])
+            print_waits(report)
 
 
 if __name__ == "__main__":

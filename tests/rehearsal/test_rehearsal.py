@@ -9,23 +9,27 @@ host waits for the device is recorded in host_waits.json:
 Not seen: times, and the kernels of cuBLAS, cuDNN, NCCL, Triton and DALI.
 """
 
+import importlib.util
 import json
 import math
 import subprocess
 import sys
 
+import full_size
 import pretended_cuda_build
 import pytest
 from launches import environment
-from rehearse import CASES, COUNTED, HOST_WAITS, RECORDED, ROOT, host_waits
+from rehearse import CASES, COUNTED, FULL_SIZE, HOST_WAITS, RECORDED, ROOT, host_waits
 
 LIMIT_S = 900
+# A micro-batch of IOMM-XL is ten thousands of calls, and compiling it takes minutes.
+FULL_SIZE_LIMIT_S = 3600
 pytestmark = pytest.mark.skipif(
     bool(pretended_cuda_build.why_not()), reason=str(pretended_cuda_build.why_not())
 )
 
 
-def rehearse(folder, *cases):
+def rehearse(folder, *cases, limit_s=LIMIT_S):
     """Return {case: reports of its ranks} of one process that forks a process per rank."""
     arguments = ["--report", folder / "report", *cases]
     with open(folder / "output.txt", "w") as output:
@@ -34,7 +38,7 @@ def rehearse(folder, *cases):
             env={**environment(), "PYTHONPATH": str(ROOT)},
             stdout=output,
             stderr=subprocess.STDOUT,
-            timeout=LIMIT_S,
+            timeout=limit_s,
         ).returncode
     assert code == 0, (folder / "output.txt").read_text()[-4000:]
     return json.loads((folder / "report").read_text())
@@ -78,6 +82,10 @@ def test_accesses_are_ordered_between_streams(rehearsed, case):
 
 @pytest.mark.parametrize("case", RECORDED)
 def test_host_waits_are_the_recorded_ones(rehearsed, case):
+    assert_recorded_waits(rehearsed, case)
+
+
+def assert_recorded_waits(rehearsed, case):
     recorded = json.loads(HOST_WAITS.read_text())
     found = host_waits(reports_of(rehearsed, case)[0])
     same_libraries = all(recorded[name] == rehearsed[name] for name in ("torch", "deepspeed"))
@@ -92,7 +100,7 @@ def test_host_waits_are_the_recorded_ones(rehearsed, case):
 
     for name in ("micro-batch", "step"):
         assert comparable(found[name]) == comparable(recorded[case][name]), (
-            "run `python tests/rehearsal/rehearse.py --record` if the change is intended"
+            f"run `python tests/rehearsal/rehearse.py --record {case}` if the change is intended"
         )
 
 
@@ -142,7 +150,9 @@ def test_waits_are_told_from_calls_that_return_at_once(rehearsed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [name for name, case in CASES.items() if case.slow])
+@pytest.mark.parametrize(
+    "case", [name for name, case in CASES.items() if case.slow and not case.config]
+)
 def test_variants(case, tmp_path):
     [report] = reports_of(rehearse(tmp_path, case), case)
     assert report["code"] == (None if CASES[case].last_step else 0)
@@ -157,3 +167,62 @@ def test_overlap_and_evaluation_do_not_change_losses(tmp_path):
     found = rehearse(tmp_path, *cases)
     expected, *others = (losses_of(found, case) for case in cases)
     assert others == [expected] * len(others)
+
+
+def rehearse_full_size(folder, case):
+    """Return the report of a published config, and what benchmarks/lib/counts.json has of it.
+
+    The latter is None if it was recorded with other versions.
+    """
+    if CASES[case].compiled and importlib.util.find_spec("triton") is None:
+        pytest.skip("no triton, which compiles what Inductor generates")
+    rehearsed = rehearse(folder, case, limit_s=FULL_SIZE_LIMIT_S)
+    recorded = json.loads(full_size.COUNTS.read_text())["full size"]
+    libraries = ["torch", "deepspeed", *(["triton"] if CASES[case].compiled else [])]
+    same = all(recorded["versions"].get(name) == rehearsed[name] for name in libraries)
+    return rehearsed, recorded if same else None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", FULL_SIZE)
+def test_full_size(case, tmp_path):
+    rehearsed, recorded = rehearse_full_size(tmp_path, case)
+    [report] = reports_of(rehearsed, case)
+    assert all(map(math.isfinite, report["losses"])) and len(report["losses"]) == 1
+    assert report["races"] == {} and report["breaks"] == {}
+    if CASES[case].watched:
+        assert report["calls"] > 10000
+        assert_recorded_waits(rehearsed, case)
+    seen = report["full_size"]
+    counts = full_size.counts(seen)
+    if CASES[case].compiled:
+        assert counts["compiled"]["spilling kernels"] == 0
+        # The condition of the second micro-batch has other lengths.
+        first, second = seen["graphs"]
+        assert first == second > 0
+    if recorded is None:
+        pytest.skip("the counts were recorded with other versions of torch, DeepSpeed or Triton")
+    assert counts == recorded[case], (
+        f"run `python tests/rehearsal/rehearse.py --record {case}` if the change is intended"
+    )
+
+
+@pytest.mark.slow
+def test_activations_kept_in_vain_are_found(tmp_path):
+    """DeepSpeed's own linear keeps the inputs of frozen layers, see engine/parallel/zero.py."""
+    rehearsed, recorded = rehearse_full_size(tmp_path, "full-b-planted")
+    [report] = reports_of(rehearsed, "full-b-planted")
+    if recorded is None:
+        pytest.skip("the counts were recorded with other versions of torch or DeepSpeed")
+    seen, clean = full_size.counts(report["full_size"])["bytes"], recorded["full-b"]["bytes"]
+    assert seen["kept for the backward pass"] - clean["kept for the backward pass"] > 3 * 2**30
+    assert seen["peak"] > clean["peak"]
+
+
+@pytest.mark.slow
+def test_spills_and_graph_breaks_are_found(tmp_path):
+    pytest.importorskip("triton")
+    case = "spill and break"
+    [report] = reports_of(rehearse(tmp_path, case), case)
+    assert report["breaks"] > 0 and report["launches"] == len(report["stacks"]) > 0
+    assert any(min(stacks) > 0 for stacks in report["stacks"].values())

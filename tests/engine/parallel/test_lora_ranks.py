@@ -121,9 +121,9 @@ def test_sharded_base_takes_half_the_memory_and_the_counted_messages(reports, ar
         parts, whole = base_parts(model, 2, width), base_bytes(model, width)
         # These blocks are so small that padding takes 3 % in float32 and 7 % in bf16.
         assert whole / 2 <= sum(parts) <= 1.08 * whole / 2
-        planned = memory(model, config, 2, 2)
+        planned = memory(model, config, 2, 2, "cpu")
         unsharded = replace(config, lora=replace(config.lora, shard_base=False))
-        before = memory(model, unsharded, 2, 2)
+        before = memory(model, unsharded, 2, 2, "cpu")
         assert planned["frozen weights"] == before["frozen weights"] - whole + sum(parts)
         assert planned["gathered base"] == 4 * max(parts) and "gathered base" not in before
         messages = [count_traffic(model, c, 2).sent_bytes(1) for c in (config, unsharded)]

@@ -36,6 +36,7 @@ from iomm.engine.builders import (
 from iomm.engine.data import latents
 from iomm.engine.data.patterns import expand
 from iomm.engine.parallel.base_shards import NODE, base_bytes, base_gathers, base_parts
+from iomm.engine.parallel.optim import STATE, make_optimizer
 from iomm.engine.resilience import checkpoint_reader
 from iomm.flops import condition_tokens, flops_by_part, tokens_per_image
 from iomm.generator import empty_generator
@@ -401,7 +402,8 @@ class Memory:
             "gradients": 4 * gradients,
             # DeepSpeed's. At stage 2 one is filled while the other is sent.
             "gradient buckets": {2: 2, 3: 1}.get(zero.stage, 0) * width * zero.reduce_bucket_size,
-            "optimizer moments": {"adamw": 8, "muon": 4}[config.optim.kind] * state,
+            # Muon leaves what is no matrix of a layer to AdamW.
+            "optimizer moments": state / trained * moment_bytes(model, config),
             "EMA": 4 * state if config.ema.decay else 0,
             **{f"activations, {part}": number for part, number in activations.items()},
             **ahead,
@@ -410,6 +412,14 @@ class Memory:
     def total(self, ranks: int, micro_batch: int) -> float:
         """Return the bytes per rank at the peak."""
         return sum(self.parts(ranks, micro_batch).values())
+
+
+def moment_bytes(model: IOMM, config: RunConfig) -> int:
+    """Return the bytes of the optimizer's state of all trained parameters."""
+    return sum(
+        4 * len(STATE[group["kind"]]) * sum(p.numel() for p in group["params"])
+        for group in make_optimizer(model, config.optim).param_groups
+    )
 
 
 def memory(

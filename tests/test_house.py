@@ -52,7 +52,7 @@ DOORS = {
         "engine/launch.py",
         "tests/engine/test_arguments.py",
     ),
-    "triton": ("kernels/", "tests/helpers/offline.py"),
+    "triton": ("kernels/", "tests/helpers/offline.py", "tests/helpers/pretended_inductor.py"),
     "wandb": ("engine/observe/metrics.py",),
     "matplotlib": ("engine/observe/report.py", "benchmarks/"),
 }

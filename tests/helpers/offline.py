@@ -77,3 +77,18 @@ def resources(cubin):
         int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", output).groups()
     )
     return Resources(registers, stack + local)
+
+
+def pretend_driver(capability):
+    """Make Triton compile for a compute capability wherever it asks for the current device."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    class Driver:
+        def get_current_target(self):
+            return GPUTarget("cuda", capability, 32)
+
+        def get_current_device(self):
+            return 0
+
+    triton.runtime.driver.set_active(Driver())

@@ -17,10 +17,13 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <string>
+#include <tuple>
 #include <unordered_map>
 #include <unordered_set>
 #include <vector>
@@ -458,6 +461,30 @@ void run_on_cpu(const c10::OperatorHandle& op, Stack* stack) {
   at::native::cpu_fallback(op, stack);
 }
 
+// Its forward op has a kernel for CUDA alone as well, and is computed by others on a CPU.
+std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& input,
+                                             at::IntArrayRef shape, const Tensor& rstd,
+                                             const std::optional<Tensor>& weight,
+                                             std::array<bool, 2> wanted) {
+  count_call("aten::_fused_rms_norm_backward");
+  const bool weighted = weight && weight->defined();
+  const Tensor grad_input = wanted[0] ? at::empty_like(input) : Tensor();
+  const Tensor grad_weight = wanted[1] && weighted ? at::empty_like(*weight) : Tensor();
+  if (runs_dry(input)) return {grad_input, grad_weight};
+  const auto dtype = at::promote_types(input.scalar_type(), at::kFloat);
+  const Tensor scale = host_view(rstd), out = host_view(grad).to(dtype);
+  const Tensor normed = host_view(input).to(dtype) * scale;
+  const Tensor inner = weighted ? out * host_view(*weight) : out;
+  std::vector<int64_t> rows, columns;
+  for (int64_t i = 0; i < input.dim(); ++i)
+    (i < input.dim() - static_cast<int64_t>(shape.size()) ? rows : columns).push_back(i);
+  if (grad_input.defined())
+    host_view(grad_input).copy_(scale * (inner - normed * (inner * normed).mean(columns, true)));
+  if (grad_weight.defined())
+    host_view(grad_weight).copy_(rows.empty() ? out * normed : (out * normed).sum(rows));
+  return {grad_input, grad_weight};
+}
+
 // ---- for pretended_cuda.py ---------------------------------------------------------------------
 
 int64_t block_number(const Tensor& tensor) {
@@ -529,9 +556,12 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
   library.impl("set_.source_Tensor", set_tensor);
   library.impl("set_", set_empty);
   library.impl("record_stream", record_stream);
-  // Otherwise they are decomposed for the CPU before a dry run can ask for their shapes.
-  library.impl("convolution", torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
-  library.impl("convolution_backward", torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
+  // CUDA has kernels for these. Otherwise they are composed of other ops, which allocate and keep
+  // more, before a dry run can ask for their shapes.
+  for (const char* name : {"convolution", "convolution_backward", "native_group_norm",
+                           "native_layer_norm", "_fused_rms_norm"})
+    library.impl(name, torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
+  library.impl("_fused_rms_norm_backward", rms_norm_backward);
 }
 
 TORCH_LIBRARY(pretended_cuda, library) {

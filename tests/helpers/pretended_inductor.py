@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import pretended_cuda
 import torch
-from offline import resources
+from offline import pretend_driver, resources
 from torch._inductor.runtime import triton_helpers, triton_heuristics
 
 
@@ -36,25 +36,9 @@ class Kernels(triton_heuristics.CachingAutotunerPlugin):
 
 def install() -> Kernels:
     """Let Inductor generate code for the pretended device, and return what it records."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-
-    target = GPUTarget("cuda", 10 * pretended_cuda.H200.major + pretended_cuda.H200.minor, 32)
-
-    class Driver:
-        """Triton's driver of the device."""
-
-        def get_current_target(self):
-            return target
-
-        def get_current_device(self):
-            return 0
-
-        def get_active_torch_device(self):
-            return torch.device("cuda", 0)
-
-    triton.runtime.driver.set_active(Driver())
+    pretend_driver(10 * pretended_cuda.H200.major + pretended_cuda.H200.minor)
     triton_helpers.set_driver_to_gpu = lambda: None
+    # Part of the keys of caches.
     torch.version.cuda = "13.0"
     torch._C._dynamo.guards._empty_strided_cuda = lambda size, stride, dtype: torch.empty_strided(
         size, stride, dtype=dtype, device="cuda"

@@ -106,9 +106,10 @@ class Recorder:
 
     def start_step(self, sharded) -> None:
         """Start to record a step, in which the optimizer's state exists as in all later ones."""
-        self.built = self.device.allocated()
+        self.built = self.built or self.device.allocated()
         sharded.slots()
         self.static = self.device.allocated()
+        self.calls.clear()
         self.reset_peak()
         self.step_peak = 0
 
@@ -187,22 +188,25 @@ def keep_frozen_inputs() -> None:
 
 
 def spill_and_break() -> dict:
-    """Return what is seen of a graph break, and of a kernel that spills registers."""
+    """Return what is seen of a graph break, and of kernels that get too few registers."""
     import pretended_cuda
     import pretended_inductor
     import torch
     from torch._dynamo.utils import counters
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
     pretended_cuda.DEVICE.run_dry_above(DRY_NUMEL, True)
     kernels = pretended_inductor.install()
+    options = CachingAutotuner._create_compile_options
+    CachingAutotuner._create_compile_options = lambda *args: options(*args) | {"maxnreg": 24}
 
-    def softmax(*xs):
-        powers = [x.exp() for x in xs]
-        total = sum(powers)
+    def function(x, weight):
+        x = torch.nn.functional.layer_norm(x, x.shape[-1:], weight)
         torch._dynamo.graph_break()
-        return [power / total for power in powers]
+        return x.exp().sum(0)
 
-    torch.compile(softmax)(*(torch.empty(1 << 20, device="cuda") for _ in range(96)))
+    x = torch.empty(4096, 1024, device="cuda", dtype=torch.bfloat16)
+    torch.compile(function)(x, torch.empty(1024, device="cuda", dtype=torch.bfloat16))
     return {
         "breaks": sum(counters["graph_break"].values()),
         "stacks": kernels.stacks,

@@ -119,6 +119,10 @@ def test_a_tensor_on_another_device_is_refused(rehearsed):
     assert report["error"] == "aten::mm got tensors on cuda:0 and on cpu"
 
 
+def test_gradients_of_an_op_that_only_cuda_has(rehearsed):
+    assert reports_of(rehearsed, "rms norm") == [{"passed": True}]
+
+
 def test_a_missing_wait_between_streams_is_found(rehearsed):
     assert reports_of(rehearsed, "prefetcher") == [{"races": []}]
     [report] = reports_of(rehearsed, "prefetcher without wait_stream")
@@ -188,7 +192,8 @@ def rehearse_full_size(folder, case):
 def test_full_size(case, tmp_path):
     rehearsed, recorded = rehearse_full_size(tmp_path, case)
     [report] = reports_of(rehearsed, case)
-    assert all(map(math.isfinite, report["losses"])) and len(report["losses"]) == 1
+    assert all(map(math.isfinite, report["losses"]))
+    assert len(report["losses"]) == CASES[case].last_step
     assert report["races"] == {} and report["breaks"] == {}
     if CASES[case].watched:
         assert report["calls"] > 10000
@@ -224,5 +229,5 @@ def test_spills_and_graph_breaks_are_found(tmp_path):
     pytest.importorskip("triton")
     case = "spill and break"
     [report] = reports_of(rehearse(tmp_path, case), case)
-    assert report["breaks"] > 0 and report["launches"] == len(report["stacks"]) > 0
+    assert report["breaks"] > 0 and report["launches"] >= len(report["stacks"]) > 0
     assert any(min(stacks) > 0 for stacks in report["stacks"].values())

@@ -187,6 +187,7 @@ def test_index_and_dry_run_warn_of_long_captions(tar, tmp_path, capsys):
             "train.data=pair",
             "train.global_batch=4",
             "train.micro_batch=4",
+            "train.compile=false",
         ],
     )
     assert dry_run.make_plan(config, ranks=1).captions == []

@@ -151,6 +151,8 @@ def config_of(tmp_path, tars, *overrides):
             "data.size_px=64",
             "train.data=mix",
             "train.global_batch=4",
+            # Compiled blocks take seconds to count.
+            "train.compile=false",
             *overrides,
         ],
     )

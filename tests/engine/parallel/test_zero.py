@@ -246,7 +246,10 @@ def test_invalid_keys_are_named(overrides, message):
 def test_planned_memory_depends_on_the_stage(stage, weights, gradients, state):
     """Each part is split over 1 or 8 ranks. Only stage 3 gathers blocks, up to the limit."""
     plan = make_plan(
-        load_config("iomm-b-512", ["data.shards=shapes", f"zero.stage={stage}"]), ranks=8
+        load_config(
+            "iomm-b-512", ["data.shards=shapes", f"zero.stage={stage}", "train.compile=false"]
+        ),
+        ranks=8,
     )
     trained = sum(plan.parameters[name] for name in ("generator", "adapter"))
     assert (

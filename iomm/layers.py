@@ -158,12 +158,39 @@ def attend(
 ) -> Tensor:
     """Return softmax attention (B, L, D) of q, k and v (B, L, A, E).
 
-    `key_mask_BL` is True for keys that may be attended to. Only ragged conditions need it.
+    It is sequence-first in memory if q is and PyTorch's kernel keeps the layout of q, as cuDNN's
+    and FlashAttention do. `key_mask_BL` is True for keys that may be attended to. Only ragged
+    conditions need it.
     """
     q, k, v = (x.transpose(1, 2) for x in (q_BLAE, k_BLAE, v_BLAE))
     mask = None if key_mask_BL is None else key_mask_BL[:, None, None]
     heads_BALE = dense_attention(q, k, v, mask)
     return heads_BALE.transpose(1, 2).flatten(2)
+
+
+def project_parts(attended_BLD: Tensor, parts: Sequence[tuple[TokenLinear, int]]) -> list[Tensor]:
+    """Apply a linear layer to each of the consecutive parts of a sequence.
+
+    If `attended_BLD` is sequence-first in memory (L, B, D), as `attend` returns it on a GPU, a part
+    is the rows of one matrix and nothing is copied. Slices of a batch-first tensor are no matrix,
+    so their rows are copied. The gradient of a split is one concatenation, whose pieces
+    torch.compile computes in place; that of slices would be sums of padded copies.
+
+    Args:
+        attended_BLD: the sequence.
+        parts: (layer, number of tokens) of each part.
+    """
+    layers, lengths = zip(*parts, strict=True)
+    if attended_BLD.stride(0) > attended_BLD.stride(1):
+        split = attended_BLD.split(lengths, dim=1)
+        return [layer(part_BLD) for layer, part_BLD in zip(layers, split, strict=True)]
+    batch = attended_BLD.shape[0]
+    rows_XD = attended_BLD.transpose(0, 1).flatten(0, 1)
+    split = rows_XD.split([length * batch for length in lengths])
+    return [
+        layer(part_XD).unflatten(0, (-1, batch)).transpose(0, 1)
+        for layer, part_XD in zip(layers, split, strict=True)
+    ]
 
 
 def gate_residual(x_BLD: Tensor, gate_BD: Tensor, y_BLD: Tensor) -> Tensor:

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from iomm.config import InputError
-from iomm.kernels.masked_attention import masked_attention
-from iomm.kernels.masked_attention.sdpa import DenseLayout, padded_attention, ragged_layout
+from iomm.kernels.masked_attention import Plan, masked_attention, plan
 from iomm.layers import round_linears
 from iomm.turns import Turns, pack_turns
 
@@ -112,8 +111,8 @@ class MLLM(Frozen):
         # Functions of the module, or their compiled versions.
         self.project_qkv = project_qkv
         self.finish_layer = finish_layer
-        # Only as one graph. The eager prefix runs the halves around the attention.
-        self.ragged_layer = None
+        # Only as graphs. Without them, the halves run around the attention.
+        self.prefix_layer = self.query_layer = None
 
     def vit_states(self, vit_pixels: Tensor) -> Tensor:
         """Return the ViT's last hidden states (B, patches, W), without gradient.
@@ -164,14 +163,13 @@ class MLLM(Frozen):
     def compile_parts(self, backend: str = "inductor") -> None:
         """Compile the decoder layers with torch.compile.
 
-        All layers share one graph. A decoder layer of the prefix, which has no gradient, is one
-        graph with its attention. Around the attention of the queries, and where no layout pads the
-        prefix, both halves of the layer are graphs. All are compiled for any number of tokens, as
-        prefixes are ragged.
+        All layers share the graphs. A decoder layer is one graph with its attention where the
+        attention has a plan (`kernels.masked_attention.plan`), else its two halves around the
+        attention are graphs. All are compiled for any number of tokens, as prefixes are ragged.
         """
-        self.project_qkv, self.finish_layer, self.ragged_layer = (
+        self.project_qkv, self.finish_layer, self.prefix_layer, self.query_layer = (
             torch.compile(part, dynamic=True, fullgraph=True, backend=backend)
-            for part in (project_qkv, finish_layer, ragged_layer)
+            for part in (project_qkv, finish_layer, prefix_layer, query_layer)
         )
 
     def use_fp8(self) -> None:
@@ -390,14 +388,16 @@ class MLLM(Frozen):
         """
         decoder = self.backbone.language_model
         x_TD = condition.tokens_TD
-        rotary, layout = self.rotary(x_TD, condition.positions_T), None
-        if self.ragged_layer is not None:
-            layout = ragged_layout(condition.offsets, condition.lengths, x_TD.dtype)
+        rotary, attention = self.rotary(x_TD, condition.positions_T), None
+        if self.prefix_layer is not None:
+            attention = plan(
+                condition.offsets, x_TD.dtype, self.head_dim, lengths=condition.lengths
+            )
         cache = []
         for i, layer in enumerate(decoder.layers):
             whole = outputs or i < len(decoder.layers) - 1
-            if whole and layout is not None:
-                k, v, x_TD = self.ragged_layer(layer, x_TD, rotary, layout)
+            if whole and attention is not None:
+                k, v, x_TD = self.prefix_layer(layer, x_TD, rotary, attention)
                 if cached:
                     cache.append((k, v))
                 continue
@@ -443,7 +443,21 @@ class MLLM(Frozen):
         offsets = torch.arange(
             0, batch * num + 1, num, dtype=torch.int32, device=queries_BQD.device
         )
+        lengths, attention = (num,) * batch, None
+        if self.query_layer is not None:
+            attention = plan(
+                offsets,
+                x_SD.dtype,
+                self.head_dim,
+                prefix_offsets=condition.offsets,
+                causal=causal,
+                lengths=lengths,
+                prefix_lengths=condition.lengths,
+            )
         for layer, (prefix_k, prefix_v) in zip(decoder.layers, cache, strict=True):
+            if attention is not None:
+                x_SD = self.query_layer(layer, x_SD, rotary, attention, prefix_k, prefix_v)
+                continue
             q, k, v = self.project_qkv(layer, x_SD, rotary)
             mixed = masked_attention(
                 q,
@@ -454,7 +468,7 @@ class MLLM(Frozen):
                 prefix_v=prefix_v,
                 prefix_offsets=condition.offsets,
                 causal=causal,
-                lengths=(num,) * batch,
+                lengths=lengths,
                 prefix_lengths=condition.lengths,
             )
             x_SD = self.finish_layer(layer, x_SD, mixed)
@@ -496,13 +510,25 @@ def finish_layer(layer: nn.Module, x_TD: Tensor, mixed_TAE: Tensor) -> Tensor:
     return x_TD + layer.mlp(layer.post_attention_layernorm(x_TD))
 
 
-def ragged_layer(
-    layer: nn.Module, x_TD: Tensor, rotary: Rotary, layout: DenseLayout
+def prefix_layer(
+    layer: nn.Module, x_TD: Tensor, rotary: Rotary, attention: Plan
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run a decoder layer on ragged samples. Return its keys, its values and its output."""
+    """Run a decoder layer without prefix. Return its keys, its values and its output."""
     q, k, v = project_qkv(layer, x_TD, rotary)
-    mixed = padded_attention(q, k, v, None, None, layout, q.shape[-1] ** -0.5)
-    return k, v, finish_layer(layer, x_TD, mixed)
+    return k, v, finish_layer(layer, x_TD, attention.attend(q, k, v))
+
+
+def query_layer(
+    layer: nn.Module,
+    x_SD: Tensor,
+    rotary: Rotary,
+    attention: Plan,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+) -> Tensor:
+    """Run a decoder layer on queries after a prefix."""
+    mixed = attention.attend(*project_qkv(layer, x_SD, rotary), prefix_k, prefix_v)
+    return finish_layer(layer, x_SD, mixed)
 
 
 def rotate(x_TAE: Tensor, rotary: Rotary) -> Tensor:

@@ -27,6 +27,7 @@ from iomm.layers import (
     gate_residual,
     grid_positions,
     init_weights,
+    project_parts,
     rope_tables,
 )
 
@@ -97,12 +98,13 @@ class Stream(nn.Module):
         qkv = qkv.unflatten(-1, (3, self.num_heads, -1))
         return (qkv, self.q_norm.weight, self.k_norm.weight), modulation
 
-    def post_attention(
-        self, x_BLD: Tensor, attended_BLD: Tensor, modulation: list[Tensor]
-    ) -> Tensor:
-        """Add the gated attention and the gated MLP to the residual stream."""
+    def post_attention(self, x_BLD: Tensor, branch_BLD: Tensor, modulation: list[Tensor]) -> Tensor:
+        """Add the gated attention and the gated MLP to the residual stream.
+
+        `branch_BLD` is the attention after the projection `out`.
+        """
         gate, mlp_shift, mlp_scale, mlp_gate = modulation
-        x_BLD = gate_residual(x_BLD, gate, self.out(attended_BLD))
+        x_BLD = gate_residual(x_BLD, gate, branch_BLD)
         hidden = self.mlp_in(norm_modulate(x_BLD, mlp_shift, mlp_scale, eps=EPS))
         hidden = F.gelu(hidden, approximate="tanh")
         return gate_residual(x_BLD, mlp_gate, self.mlp_out(hidden))
@@ -162,17 +164,22 @@ class DualBlock(nn.Module):
         q, k, v = qk_norm_rope(*latents, cos, sin, condition=condition, eps=EPS)
         attended = attend(q, k, v, key_mask_BL)
         if self.last:
+            [branch_BND] = project_parts(attended, [(self.latent_stream.out, attended.shape[1])])
             latents_BND = self.latent_stream.post_attention(
-                latents_BND, attended, latent_modulation
+                latents_BND, branch_BND, latent_modulation
             )
             return latents_BND, None
-        num_condition = condition_BCD.shape[1]
+        branch_BCD, branch_BND = project_parts(
+            attended,
+            [
+                (self.condition_stream.out, condition_BCD.shape[1]),
+                (self.latent_stream.out, latents_BND.shape[1]),
+            ],
+        )
         condition_BCD = self.condition_stream.post_attention(
-            condition_BCD, attended[:, :num_condition], condition_modulation
+            condition_BCD, branch_BCD, condition_modulation
         )
-        latents_BND = self.latent_stream.post_attention(
-            latents_BND, attended[:, num_condition:], latent_modulation
-        )
+        latents_BND = self.latent_stream.post_attention(latents_BND, branch_BND, latent_modulation)
         return latents_BND, condition_BCD
 
 

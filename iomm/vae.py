@@ -12,8 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from iomm.config import InputError, choice
+from iomm.layers import at_least_float32
 from iomm.mllm import Frozen
 from iomm.weights import STEM, move_frozen, stored_dtype
+
+# cuDNN's and FlashAttention's attention take heads of at most this width.
+FUSED_HEAD_DIM = 256
+# Query-key pairs of one sample whose scores exist at a time: those of 96 x 96 latents, an image of
+# 768 px.
+MAX_PAIRS = 96**4
 
 
 class Latents:
@@ -132,6 +139,78 @@ class Autoencoder(Latents, Frozen):
         raise NotImplementedError
 
 
+def wide_attention(q_BLE: Tensor, k_BLE: Tensor, v_BLE: Tensor) -> Tensor:
+    """Return softmax attention (B, L, E) of one head by two products and a softmax. No gradient.
+
+    Scores are float32 and weights are rounded to the dtype of v, as in fused kernels. Both are kept
+    at a time for at most MAX_PAIRS query-key pairs per sample, 6 bytes each with 16-bit inputs:
+    96 MiB per sample at 64 x 64 latents (512 px), 384 MiB at 128 x 128 and at most 486 MiB. An
+    encoder of FLUX's shape needs more than that at its first level (254 MiB per image at 512 px,
+    and as many as there are pixels), so this does not raise its peak.
+    """
+    length = q_BLE.shape[1]
+    if length * k_BLE.shape[1] > MAX_PAIRS:
+        halves = q_BLE[:, : length // 2], q_BLE[:, length // 2 :]
+        return torch.cat([wide_attention(half, k_BLE, v_BLE) for half in halves], dim=1)
+    keys_BEL = k_BLE.transpose(1, 2)
+    if q_BLE.is_cuda and q_BLE.dtype.itemsize == 2:
+        scores_BLL = torch.bmm(q_BLE, keys_BEL, out_dtype=torch.float32)
+    else:
+        scores_BLL = at_least_float32(q_BLE) @ at_least_float32(keys_BEL)
+    weights_BLL = (scores_BLL * q_BLE.shape[-1] ** -0.5).softmax(-1)
+    return weights_BLL.to(v_BLE.dtype) @ v_BLE
+
+
+class WideHead:
+    """A processor of diffusers' Attention over a feature map with one head above FUSED_HEAD_DIM.
+
+    In 16 bits on a GPU, PyTorch's attention falls back to its memory-efficient kernel for such a
+    head; `wide_attention` computes the same. Elsewhere the original processor runs.
+    """
+
+    def __init__(self, original: Any):
+        self.original = original
+
+    def __call__(
+        self,
+        attention: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """Return the feature map (B, C, H, W) after attention. It takes diffusers' arguments."""
+        x_BCHW = hidden_states
+        if not (x_BCHW.is_cuda and x_BCHW.dtype.itemsize == 2):
+            return self.original(
+                attention, x_BCHW, encoder_hidden_states, attention_mask, temb=temb
+            )
+        return self.attend(attention, x_BCHW)
+
+    def attend(self, attention: nn.Module, x_BCHW: Tensor) -> Tensor:
+        """Return the same by `wide_attention`."""
+        x_BCL = x_BCHW.flatten(2)
+        x_BLC = attention.group_norm(x_BCL).transpose(1, 2)
+        q_BLC, k_BLC, v_BLC = (
+            linear(x_BLC) for linear in (attention.to_q, attention.to_k, attention.to_v)
+        )
+        # The second layer of to_out is a dropout, which a frozen VAE does not apply.
+        y_BLC = attention.to_out[0](wide_attention(q_BLC, k_BLC, v_BLC))
+        y_BCHW = y_BLC.transpose(1, 2).unflatten(2, x_BCHW.shape[2:])
+        return (x_BCHW + y_BCHW) / attention.rescale_output_factor
+
+
+def use_wide_heads(autoencoder: nn.Module) -> None:
+    """Let `WideHead` run the self-attention of an AutoencoderKL where its head is that wide."""
+    for part in autoencoder.modules():
+        if not (hasattr(part, "set_processor") and hasattr(part, "to_q")):
+            continue
+        is_wide = part.heads == 1 and part.to_q.out_features > FUSED_HEAD_DIM
+        others = part.spatial_norm, part.norm_q, part.norm_k
+        if is_wide and part.residual_connection and part.group_norm and others == (None,) * 3:
+            part.set_processor(WideHead(part.processor))
+
+
 class FluxVAE(Autoencoder):
     """A frozen AutoencoderKL of diffusers.
 
@@ -155,6 +234,7 @@ class FluxVAE(Autoencoder):
         self.factor = 2 ** (len(config.block_out_channels) - 1)
         self.scale = config.scaling_factor
         self.shift = config.shift_factor or 0.0
+        use_wide_heads(autoencoder)
         if tiling:
             autoencoder.enable_tiling()
 

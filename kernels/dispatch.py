@@ -4,12 +4,12 @@ The first registered backend that can run is used, unless IOMM_KERNELS overrides
 `IOMM_KERNELS=op:backend[,op:backend]` forces a backend; naming one that cannot run is an error.
 `table()` lists the chosen backends and why the others were skipped. A run logs it at startup.
 
-Backends are registered in order of measured speed. A backend that no benchmark has shown to be
-faster on its target device comes after the library or PyTorch's formula, unless those cannot do
-the work at all. A backend that a benchmark has shown to be slower is removed, and its number is
-kept in benchmarks/LOG.md. As of 2026-11-23 every Triton backend therefore comes second: they pass
-their tests in the interpreter and compile, but have not been timed on a GPU (`python
-benchmarks/ops.py --gpu`).
+Backends are registered in order of measured speed. Where nothing has been timed yet, the order is
+that of counted work: a backend comes first if it moves fewer bytes in fewer launches, and its
+products, if it has any, are a library's (benchmarks/LOG.md, 2026-11-30). Speed of our own products
+cannot be counted, so masked_attention:triton comes after the libraries. A backend that a benchmark
+has shown to be slower is removed, and its number is kept in benchmarks/LOG.md. `python
+benchmarks/ops.py --gpu` times all of them.
 """
 
 import importlib
@@ -46,16 +46,22 @@ class Backend:
     devices: tuple[str, ...] = ()
     # Supported torch dtypes. Empty means any.
     dtypes: tuple[torch.dtype, ...] = ()
+    # Supported head dims, for attention and its inputs. Empty means any.
+    head_dims: tuple[int, ...] = ()
     why_not: Callable[[], str | None] | None = None
     # Why this backend is not the default where it can run.
     note: str = ""
 
-    def refusal(self, device: str, dtype: torch.dtype | None = None) -> str | None:
-        """Return why this backend cannot run on a device type with a dtype, or None if it can."""
+    def refusal(
+        self, device: str, dtype: torch.dtype | None = None, head_dim: int | None = None
+    ) -> str | None:
+        """Return why this backend cannot run with these arguments, or None if it can."""
         if self.devices and device not in self.devices:
             return f"supports only {', '.join(self.devices)}"
         if dtype is not None and self.dtypes and dtype not in self.dtypes:
             return f"supports only {self.dtype_names}"
+        if head_dim is not None and self.head_dims and head_dim not in self.head_dims:
+            return f"does not support a head dim of {head_dim}"
         return self.why_not() if self.why_not else None
 
     @property
@@ -73,6 +79,7 @@ def register(
     *,
     devices: tuple[str, ...] = (),
     dtypes: tuple[torch.dtype, ...] = (),
+    head_dims: tuple[int, ...] = (),
     why_not: Callable[[], str | None] | None = None,
     note: str = "",
 ) -> None:
@@ -84,10 +91,19 @@ def register(
         fn: The function to call.
         devices: Supported device types. Empty means any.
         dtypes: Supported dtypes. Empty means any.
+        head_dims: Supported head dims. Empty means any.
         why_not: Returns the reason the backend cannot run on this machine, or None if it can.
         note: Why the backend is not preferred over the ones registered before it.
     """
-    backend = Backend(name=name, fn=fn, devices=devices, dtypes=dtypes, why_not=why_not, note=note)
+    backend = Backend(
+        name=name,
+        fn=fn,
+        devices=devices,
+        dtypes=dtypes,
+        head_dims=head_dims,
+        why_not=why_not,
+        note=note,
+    )
     _backends.setdefault(op, []).append(backend)
 
 
@@ -121,7 +137,9 @@ def overrides() -> dict[str, str]:
     return chosen
 
 
-def _choose(op: str, device: str, dtype: torch.dtype | None = None) -> Backend:
+def _choose(
+    op: str, device: str, dtype: torch.dtype | None = None, head_dim: int | None = None
+) -> Backend:
     backends = _backends[op]
     forced = overrides().get(op) if os.environ.get("IOMM_KERNELS") else None
     if forced is not None:
@@ -131,27 +149,34 @@ def _choose(op: str, device: str, dtype: torch.dtype | None = None) -> Backend:
             raise ValueError(
                 f"IOMM_KERNELS names an unknown backend {forced!r} of {op}. Known backends: {names}"
             )
-        if refusal := backend.refusal(device, dtype):
+        if refusal := backend.refusal(device, dtype, head_dim):
             raise ValueError(
                 f"IOMM_KERNELS selects {op}:{forced}, which cannot run on {device}: {refusal}"
             )
         return backend
     for backend in backends:
-        if backend.refusal(device, dtype) is None:
+        if backend.refusal(device, dtype, head_dim) is None:
             return backend
-    reasons = "; ".join(f"{backend.name}: {backend.refusal(device, dtype)}" for backend in backends)
+    reasons = "; ".join(
+        f"{backend.name}: {backend.refusal(device, dtype, head_dim)}" for backend in backends
+    )
     raise ValueError(f"{op} has no backend for {dtype} on {device} ({reasons})")
 
 
 # torch.compile evaluates the choice once and traces only the chosen backend.
 @torch.compiler.assume_constant_result
-def _chosen_index(op: str, device: str, dtype: torch.dtype | None) -> int:
-    return _backends[op].index(_choose(op, device, dtype))
+def _chosen_index(op: str, device: str, dtype: torch.dtype | None, head_dim: int | None) -> int:
+    return _backends[op].index(_choose(op, device, dtype, head_dim))
 
 
-def pick(op: str, device: torch.device, dtype: torch.dtype | None = None) -> Callable[..., Any]:
-    """Return the function that runs `op` on a device, for a dtype if given."""
-    return _backends[op][_chosen_index(op, device.type, dtype)].fn
+def pick(
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    head_dim: int | None = None,
+) -> Callable[..., Any]:
+    """Return the function that runs `op` on a device, for a dtype and a head dim if given."""
+    return _backends[op][_chosen_index(op, device.type, dtype, head_dim)].fn
 
 
 class TableRow(NamedTuple):
@@ -176,10 +201,12 @@ def table(device: torch.device | str = "cpu") -> list[TableRow]:
                 reason = backend.refusal(device)
                 if reason is None and op in overrides():
                     reason = f"IOMM_KERNELS selects {picked.name}"
+                elif reason is None and backend.note:
+                    reason = backend.note
                 elif reason is None and picked.dtypes:
                     reason = f"for dtypes other than {picked.dtype_names}"
                 elif reason is None:
-                    reason = backend.note or f"{picked.name} is preferred"
+                    reason = f"{picked.name} is preferred"
                 others.append((backend.name, reason))
         rows.append(TableRow(op, device, picked.name, others))
     return rows

@@ -91,8 +91,8 @@ def whole_pass(
 def ablations(bench: Bench) -> dict[str, Callable[[], float]]:
     """Return {row: step with one thing changed}.
 
-    Rows for which torch.compile makes new graphs come last. The Triton backends of the row kernels
-    have no rows, because compiled blocks have already chosen theirs (benchmarks/ops.py --gpu times
+    Rows for which torch.compile makes new graphs come last. Other backends of the row kernels have
+    no rows, because compiled blocks have already chosen theirs (benchmarks/ops.py --gpu times
     them).
     """
     model, mllm, recipe = bench.model, bench.model.frozen[0], bench.model.recipe
@@ -125,11 +125,17 @@ def ablations(bench: Bench) -> dict[str, Callable[[], float]]:
     if bench.compiled:
         rows["no torch.compile"] = lambda: [torch.compiler.set_stance("force_eager")]
     if bench.device.type == "cuda":
-        for backend in ("triton", "varlen"):
-            if dict(refusals("masked_attention", bench.device)).get(backend, "unknown") is None:
-                late[f"masked_attention by {backend}"] = lambda backend=backend: [
-                    kernel_choice(f"masked_attention:{backend}")
-                ]
+        runnable = [
+            backend.name
+            for backend in dispatch._backends["masked_attention"]
+            if backend.name != "reference"
+            and backend.refusal("cuda", torch.bfloat16, mllm.head_dim) is None
+        ]
+        # The first is the default.
+        for backend in runnable[1:]:
+            late[f"masked_attention by {backend}"] = lambda backend=backend: [
+                kernel_choice(f"masked_attention:{backend}")
+            ]
         if fp8_linear.why_not() is None and bench.config.precision != "fp8":
             late["fp8 in the generator's blocks (precision=fp8)"] = lambda: [
                 in_fp8(model.generator)
@@ -166,11 +172,3 @@ def ablations(bench: Bench) -> dict[str, Callable[[], float]]:
             islice(prefetch, bench.source.accumulation_steps), prefetch.fetch
         )
     return steps | {name: inside(contexts) for name, contexts in late.items()}
-
-
-def refusals(op: str, device: torch.device) -> list[tuple[str, str | None]]:
-    """Return [(backend, why it cannot run here, or None)]."""
-    return [
-        (backend.name, backend.refusal(device.type, torch.bfloat16))
-        for backend in dispatch._backends[op]
-    ]

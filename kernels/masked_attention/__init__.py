@@ -3,36 +3,41 @@
 The project has one mask rule. Query i of a sample sees all of that sample's prefix keys and, of
 its suffix keys, the ones up to i (causal) or all (bidirectional).
 
-Backends, in order of preference until benchmarks/ops.py has timed them on a GPU:
-    sdpa        any device and dtype. Pads ragged batches. First, as it is tested everywhere
-    varlen      CUDA, bf16 and fp16. torch.nn.attention.varlen on concatenated keys
-    flash       CUDA, bf16 and fp16. The flash-attn package on concatenated keys
-    triton      CUDA, bf16 and fp16, head dim 32, 64 or 128. Two key segments, prefix without
-                gradient, no host synchronisation
+Backends, in order of preference:
+    varlen      CUDA, bf16 and fp16, head dim up to 192. torch.nn.attention.varlen on joined keys
+    flash       CUDA, bf16 and fp16, head dim up to 192. The flash-attn package on joined keys
+    sdpa        any device, dtype and head dim. Pads ragged batches
+    triton      CUDA, bf16 and fp16, head dim 32, 64 or 128. Two key segments, no copies, prefix
+                without gradient, no lengths
     reference   the specification
-They differ only in rounding. `IOMM_KERNELS=masked_attention:triton` selects one.
+They differ only in rounding. `IOMM_KERNELS=masked_attention:triton` selects one. The libraries come
+before sdpa because they neither pad nor repeat heads nor read a mask: for a layer of IOMM-B's query
+pass they move 137 instead of 436 MB, for one of the prefix 7 instead of 46 MB
+(benchmarks/LOG.md, 2026-11-30). Triton's counts are lower still (91 and 7 MB), but the speed of its
+products is not known until benchmarks/ops.py has timed them on a GPU.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from iomm.kernels.dispatch import pick, register
-from iomm.kernels.masked_attention import varlen
+from iomm.kernels.masked_attention import sdpa, triton_op, varlen
 from iomm.kernels.masked_attention.packing import Lengths
 from iomm.kernels.masked_attention.reference import masked_attention_reference
-from iomm.kernels.masked_attention.sdpa import masked_attention_sdpa
-from iomm.kernels.masked_attention.triton_op import masked_attention_triton
 from iomm.kernels.triton_ops import support
 
-register("masked_attention", "sdpa", masked_attention_sdpa)
 register(
     "masked_attention",
     "varlen",
     varlen.masked_attention_varlen,
     devices=("cuda",),
     dtypes=varlen.DTYPES,
+    head_dims=varlen.HEAD_DIMS,
     why_not=varlen.varlen_why_not,
-    note=support.NOTE,
 )
 register(
     "masked_attention",
@@ -40,19 +45,85 @@ register(
     varlen.masked_attention_flash,
     devices=("cuda",),
     dtypes=varlen.DTYPES,
+    head_dims=varlen.HEAD_DIMS,
     why_not=varlen.flash_why_not,
-    note=support.NOTE,
 )
+register("masked_attention", "sdpa", sdpa.masked_attention_sdpa)
 register(
     "masked_attention",
     "triton",
-    masked_attention_triton,
+    triton_op.masked_attention_triton,
     devices=support.DEVICES,
     dtypes=support.DTYPES,
+    head_dims=triton_op.HEAD_DIMS,
     why_not=support.why_not,
     note=support.NOTE,
 )
 register("masked_attention", "reference", masked_attention_reference)
+
+# Backend -> (its layout of a batch, its attention with that layout in a graph).
+_IN_GRAPH = {
+    sdpa.masked_attention_sdpa: (sdpa.padded_layout, sdpa.padded_in_graph),
+    varlen.masked_attention_varlen: (varlen.packed_layout, varlen.varlen_in_graph),
+    varlen.masked_attention_flash: (varlen.packed_layout, varlen.flash_in_graph),
+    triton_op.masked_attention_triton: (triton_op.triton_layout, triton_op.triton_in_graph),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Masked attention of one batch with suffix keys, for all layers of a model.
+
+    torch.compile traces `attend` into one graph for all batches: lengths are not part of a plan.
+    """
+
+    layout: Any
+    run: Callable[..., Tensor]
+    causal: bool
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        prefix_k: Tensor | None = None,
+        prefix_v: Tensor | None = None,
+    ) -> Tensor:
+        """Return softmax attention (S, A, E), as `masked_attention` does with all rows in use."""
+        scale = q.shape[-1] ** -0.5
+        return self.run(self.layout, q, k, v, prefix_k, prefix_v, self.causal, scale)
+
+
+def plan(
+    offsets: Tensor,
+    dtype: torch.dtype,
+    head_dim: int,
+    *,
+    prefix_offsets: Tensor | None = None,
+    causal: bool = True,
+    lengths: tuple[int, ...],
+    prefix_lengths: Lengths = None,
+) -> Plan | None:
+    """Return the plan of the chosen backend for one batch, which reads nothing from the GPU.
+
+    None where a backend has to be called outside of a graph, by `masked_attention`: the reference,
+    sdpa with a prefix or with samples of equal lengths, and batches without rows.
+
+    Args:
+        offsets: as in `masked_attention`, like all further arguments.
+        dtype: dtype of queries, keys and values.
+        head_dim: E.
+        prefix_offsets: None without prefix.
+        causal: whether query i sees only the suffix keys up to i.
+        lengths: differences of `offsets`.
+        prefix_lengths: differences of `prefix_offsets`.
+    """
+    backend = pick("masked_attention", offsets.device, dtype, head_dim)
+    if backend not in _IN_GRAPH:
+        return None
+    make, run = _IN_GRAPH[backend]
+    layout = make(offsets, prefix_offsets, causal, lengths, prefix_lengths)
+    return None if layout is None else Plan(layout, run, causal)
 
 
 def _check_keys(name: str, k: Tensor, v: Tensor, q: Tensor) -> None:
@@ -122,8 +193,8 @@ def masked_attention(
         prefix_offsets: int32 (B + 1,). Rows of the prefix that belong to each sample.
         causal: If true, query i sees the suffix keys up to i. Otherwise it sees all of them.
         scale: Factor on the scores. The default is 1 / sqrt(E).
-        lengths: The differences of `offsets` on the host. If they are None, most backends read
-            the offsets, for which the host waits until the GPU has computed them.
+        lengths: The differences of `offsets` on the host. If they are None, all backends but
+            triton read the offsets, for which the host waits until the GPU has computed them.
         prefix_lengths: The same for `prefix_offsets`.
 
     Raises:
@@ -163,7 +234,7 @@ def masked_attention(
     _check_lengths("lengths", lengths, offsets)
     _check_lengths("prefix_lengths", prefix_lengths, prefix_offsets)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    run = pick("masked_attention", q.device, q.dtype)
+    run = pick("masked_attention", q.device, q.dtype, q.shape[-1])
     return run(
         q,
         k,

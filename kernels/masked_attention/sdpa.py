@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from iomm.kernels.dispatch import pick
 from iomm.kernels.masked_attention.packing import (
     Lengths,
     cached_layout,
@@ -280,15 +279,33 @@ def padded_attention(
     return out.transpose(1, 2).flatten(0, 1).index_select(0, layout.query_rows)
 
 
-def ragged_layout(
-    offsets: Tensor, lengths: tuple[int, ...], dtype: torch.dtype
-) -> DenseLayout | None:
-    """Return the layout with which `padded_attention` is `masked_attention` without prefix.
+def padded_in_graph(
+    layout: DenseLayout,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: None,
+    prefix_v: None,
+    causal: bool,
+    scale: float,
+) -> Tensor:
+    """Return `padded_attention` of samples without prefix. The mask of the layout is causal."""
+    return padded_attention(q, k, v, prefix_k, prefix_v, layout, scale)
 
-    None if another backend was chosen, or if nothing has to be padded because all samples have
-    equal lengths.
+
+def padded_layout(
+    offsets: Tensor,
+    prefix_offsets: Tensor | None,
+    causal: bool,
+    lengths: tuple[int, ...],
+    prefix_lengths: Lengths,
+) -> DenseLayout | None:
+    """Return the layout for `padded_in_graph`.
+
+    None if there is a prefix, or if nothing has to be padded because all samples have equal
+    lengths.
     """
-    if pick("masked_attention", offsets.device, dtype) is not masked_attention_sdpa:
+    if prefix_offsets is not None:
         return None
-    layout = cached_layout(_make_layout, offsets, None, True, True, lengths, None)
+    layout = cached_layout(_make_layout, offsets, None, True, causal, lengths, None)
     return None if layout.regular else layout

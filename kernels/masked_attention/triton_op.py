@@ -7,6 +7,7 @@ grouped heads, and do not make the host wait for lengths.
 """
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,21 +64,47 @@ def masked_attention_triton(
     lengths: Lengths = None,
     prefix_lengths: Lengths = None,
 ) -> Tensor:
-    """Return (S, A, E) from the Triton kernels, which need no lengths on the host.
-
-    Raises:
-        ValueError: The head dim is not 32, 64 or 128.
-    """
-    if q.shape[2] not in HEAD_DIMS:
-        raise ValueError(
-            f"masked_attention:triton supports head dims {HEAD_DIMS}, got {q.shape[2]}. "
-            "Select another backend in IOMM_KERNELS."
-        )
+    """Return (S, A, E) from the Triton kernels, which need no lengths on the host."""
     contiguous = (
         None if x is None else x.contiguous()
         for x in (q, k, v, offsets, prefix_k, prefix_v, prefix_offsets)
     )
     return _forward(*contiguous, causal, float(scale))[0]
+
+
+@dataclass(frozen=True)
+class RaggedOffsets:
+    """All that the kernels need to know of a batch."""
+
+    offsets: Tensor
+    prefix_offsets: Tensor | None
+
+
+def triton_layout(
+    offsets: Tensor,
+    prefix_offsets: Tensor | None,
+    causal: bool,
+    lengths: tuple[int, ...],
+    prefix_lengths: Lengths,
+) -> RaggedOffsets:
+    """Return the layout for `triton_in_graph`."""
+    return RaggedOffsets(offsets, prefix_offsets)
+
+
+def triton_in_graph(
+    layout: RaggedOffsets,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> Tensor:
+    """Return `masked_attention_triton` of a layout."""
+    return masked_attention_triton(
+        q, k, v, layout.offsets, prefix_k, prefix_v, layout.prefix_offsets, causal, scale
+    )
 
 
 @torch.library.custom_op("iomm::masked_attention", mutates_args=(), device_types=("cpu", "cuda"))

@@ -93,7 +93,8 @@ def norm_rope_backward(
 @triton.jit
 def part_offsets(
     num_tokens,
-    num_joint,
+    sample_stride,
+    token_stride,
     first,
     part: tl.constexpr,
     PARTS: tl.constexpr,
@@ -101,13 +102,17 @@ def part_offsets(
     E: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Return (projection offsets, joint offsets, mask) of a part's rows."""
+    """Return (projection offsets, joint offsets, mask) of a part's rows.
+
+    In the joint tensor, sample_stride and token_stride count tokens.
+    """
     sample = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     e = tl.arange(0, E)[None, :]
     token, head = row // HEADS, row % HEADS
     source = (((sample * num_tokens + token) * PARTS + part) * HEADS + head)[:, None] * E + e
-    joint = ((sample * num_joint + first) * HEADS + row)[:, None] * E + e
+    joint_token = sample * sample_stride + (first + token).to(tl.int64) * token_stride
+    joint = (joint_token * HEADS + head)[:, None] * E + e
     return source, joint, (row < num_tokens * HEADS)[:, None]
 
 
@@ -139,7 +144,13 @@ def load_angles(
 
 
 @triton.jit(
-    do_not_specialize=["num_tokens", "num_queries", "num_joint", "num_first_query", "num_first"]
+    do_not_specialize=[
+        "num_tokens",
+        "sample_stride",
+        "token_stride",
+        "num_first_query",
+        "num_first",
+    ]
 )
 def forward_kernel(
     x_ptr,
@@ -151,8 +162,8 @@ def forward_kernel(
     k_ptr,
     v_ptr,
     num_tokens,
-    num_queries,
-    num_joint,
+    sample_stride,
+    token_stride,
     num_first_query,
     num_first,
     eps,
@@ -166,30 +177,37 @@ def forward_kernel(
 ):
     """Compute ROWS vectors of q, k and v for one stream. The grid is (ROWS vectors, sample).
 
-    The stream's tokens begin at num_first_query in q and at num_first in k and v.
+    The stream's tokens begin at num_first_query in q and at num_first in k and v, whose samples and
+    tokens are sample_stride and token_stride tokens apart.
     """
     cos, sin = load_angles(cos_ptr, sin_ptr, num_tokens, HEADS, E, ROWS, ROTATE)
     if PARTS == 3:
         source, joint, mask = part_offsets(
-            num_tokens, num_queries, num_first_query, 0, PARTS, HEADS, E, ROWS
+            num_tokens, sample_stride, token_stride, num_first_query, 0, PARTS, HEADS, E, ROWS
         )
         x = tl.load(x_ptr + source, mask=mask, other=0.0)
         x = norm_rope(x, q_weight, cos, sin, eps, ROWS, E, Q_WEIGHT, ROTATE)
         tl.store(q_ptr + joint, x.to(q_ptr.dtype.element_ty), mask=mask)
     source, joint, mask = part_offsets(
-        num_tokens, num_joint, num_first, PARTS - 2, PARTS, HEADS, E, ROWS
+        num_tokens, sample_stride, token_stride, num_first, PARTS - 2, PARTS, HEADS, E, ROWS
     )
     x = tl.load(x_ptr + source, mask=mask, other=0.0)
     x = norm_rope(x, k_weight, cos, sin, eps, ROWS, E, K_WEIGHT, ROTATE)
     tl.store(k_ptr + joint, x.to(k_ptr.dtype.element_ty), mask=mask)
     source, joint, mask = part_offsets(
-        num_tokens, num_joint, num_first, PARTS - 1, PARTS, HEADS, E, ROWS
+        num_tokens, sample_stride, token_stride, num_first, PARTS - 1, PARTS, HEADS, E, ROWS
     )
     tl.store(v_ptr + joint, tl.load(x_ptr + source, mask=mask, other=0.0), mask=mask)
 
 
 @triton.jit(
-    do_not_specialize=["num_tokens", "num_queries", "num_joint", "num_first_query", "num_first"]
+    do_not_specialize=[
+        "num_tokens",
+        "sample_stride",
+        "token_stride",
+        "num_first_query",
+        "num_first",
+    ]
 )
 def backward_kernel(
     x_ptr,
@@ -204,8 +222,8 @@ def backward_kernel(
     partial_q,
     partial_k,
     num_tokens,
-    num_queries,
-    num_joint,
+    sample_stride,
+    token_stride,
     num_first_query,
     num_first,
     eps,
@@ -227,7 +245,7 @@ def backward_kernel(
     partial = (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * E + f
     if PARTS == 3:
         source, joint, mask = part_offsets(
-            num_tokens, num_queries, num_first_query, 0, PARTS, HEADS, E, ROWS
+            num_tokens, sample_stride, token_stride, num_first_query, 0, PARTS, HEADS, E, ROWS
         )
         x = tl.load(x_ptr + source, mask=mask, other=0.0)
         grad = tl.load(dq_ptr + joint, mask=mask, other=0.0)
@@ -239,7 +257,7 @@ def backward_kernel(
             tl.store(partial_q + partial, even)
             tl.store(partial_q + partial + E // 2, odd)
     source, joint, mask = part_offsets(
-        num_tokens, num_joint, num_first, PARTS - 2, PARTS, HEADS, E, ROWS
+        num_tokens, sample_stride, token_stride, num_first, PARTS - 2, PARTS, HEADS, E, ROWS
     )
     x = tl.load(x_ptr + source, mask=mask, other=0.0)
     grad = tl.load(dk_ptr + joint, mask=mask, other=0.0)
@@ -249,6 +267,6 @@ def backward_kernel(
         tl.store(partial_k + partial, even)
         tl.store(partial_k + partial + E // 2, odd)
     source, joint, mask = part_offsets(
-        num_tokens, num_joint, num_first, PARTS - 1, PARTS, HEADS, E, ROWS
+        num_tokens, sample_stride, token_stride, num_first, PARTS - 1, PARTS, HEADS, E, ROWS
     )
     tl.store(dx_ptr + source, tl.load(dv_ptr + joint, mask=mask, other=0.0), mask=mask)

@@ -49,6 +49,8 @@ def test_gpu_cases_have_targets(ops):
         "image_patches",
         "visible_tokens",
         "adamw",
+        "attend",
+        "wide_attention",
     }
     assert all(case.targets or "joint" in case.name for case in rows)
     assert len({(case.op, case.name) for case in rows}) == len(rows)

@@ -14,6 +14,7 @@ import threading
 import time
 import types
 from collections import Counter, defaultdict
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -303,9 +304,12 @@ def install() -> None:
             setattr(torch._C, name, value)
     torch.backends.cuda.is_built = lambda: True
     torch.backends.cudnn.is_available = lambda: True
+    torch.backends.cuda.is_flash_attention_available = lambda: True
     os.environ["DS_ACCELERATOR"] = "cuda"
     replace_nccl()
     replace_native_library()
+    replace_flash_attention()
+    replace_triton_ops()
 
 
 def legacy_constructor(dtype):
@@ -449,6 +453,128 @@ def replace_native_library() -> None:
         Watch.launched(entry, [], cuda_tensors(arguments))
 
     native.load, native.launch = load, launch
+
+
+# ---- kernels of libraries and of Triton ---------------------------------------------------------
+
+
+def on_host(values):
+    """Return host views of the device's tensors, in float32 if they are floating-point."""
+    views = [None if t is None else DEVICE.host_view(t.detach()) for t in values]
+    return [t.float() if t is not None and t.is_floating_point() else t for t in views]
+
+
+def on_device(host, dtype=None):
+    """Return a copy on the device."""
+    out = torch.empty(host.shape, dtype=dtype or host.dtype, device="cuda")
+    DEVICE.host_view(out).copy_(host)
+    return out
+
+
+# Keeps the registrations alive.
+LIBRARIES = []
+
+
+def replace_flash_attention() -> None:
+    """Let FlashAttention's kernels for ragged batches run the formula, one sample at a time."""
+
+    def samples(q, k, v, offsets, key_offsets, causal, scale):
+        """Yield (rows of queries, rows of keys, keys and values of all heads, weights)."""
+        repeat = q.shape[1] // k.shape[1]
+        bounds = zip(*(pairwise(x.tolist()) for x in (offsets, key_offsets)), strict=True)
+        for (first, last), (first_key, last_key) in bounds:
+            rows, keys = slice(first, last), slice(first_key, last_key)
+            whole = [x[keys].repeat_interleave(repeat, 1) for x in (k, v)]
+            scores = torch.einsum("iae,jae->aij", q[rows], whole[0]) * scale
+            if causal:
+                # The last query sees the last key.
+                after = 1 + scores.shape[2] - scores.shape[1]
+                hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(after)
+                scores = scores.masked_fill(hidden, float("-inf"))
+            yield rows, keys, whole, scores.softmax(-1).nan_to_num()
+
+    def forward(query, key, value, offsets, key_offsets, _, __, ___, causal, *____, **options):
+        q, k, v, *bounds = on_host((query, key, value, offsets, key_offsets))
+        out = torch.zeros_like(q)
+        for rows, _, (_, values), weights in samples(q, k, v, *bounds, causal, options["scale"]):
+            out[rows] = torch.einsum("aij,jae->iae", weights, values)
+        # The backward pass below needs no sums of exponentials.
+        lse = torch.zeros(q.shape[1], q.shape[0], device="cuda")
+        unused = [torch.zeros(0, device="cuda") for _ in range(3)]
+        return on_device(out, query.dtype), lse, *unused
+
+    def backward(grad, query, key, value, out, lse, offsets, key_offsets, *rest, **options):
+        causal = rest[3]
+        g, q, k, v, o, *bounds = on_host((grad, query, key, value, out, offsets, key_offsets))
+        dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
+        scale, group = options["scale"], (k.shape[1], -1)
+        for rows, keys, (whole_k, whole_v), weights in samples(q, k, v, *bounds, causal, scale):
+            delta = (g[rows] * o[rows]).sum(-1).T[..., None]
+            d_scores = weights * (torch.einsum("iae,jae->aij", g[rows], whole_v) - delta) * scale
+            dq[rows] = torch.einsum("aij,jae->iae", d_scores, whole_k)
+            dk[keys] = torch.einsum("aij,iae->jae", d_scores, q[rows]).unflatten(1, group).sum(2)
+            dv[keys] = torch.einsum("aij,iae->jae", weights, g[rows]).unflatten(1, group).sum(2)
+        return tuple(on_device(x, query.dtype) for x in (dq, dk, dv))
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("_flash_attention_forward", forward, "CUDA")
+    library.impl("_flash_attention_backward", backward, "CUDA")
+    LIBRARIES.append(library)
+
+
+def replace_triton_ops() -> None:
+    """Let the Triton op that is a default on GPUs run its formula."""
+    from iomm.kernels import qk_norm_rope as op
+
+    def joint(x, condition):
+        """Return a joint tensor as the kernels lay it out, or back."""
+        return x if condition is None else x.transpose(0, 1).contiguous()
+
+    def forward(*arguments):
+        *tensors, eps = arguments
+        host = on_host(tensors)
+        outputs = op.qk_norm_rope_reference(*host, eps)
+        return tuple(on_device(joint(x, host[5]), tensors[0].dtype) for x in outputs)
+
+    def gradients(grads, x, weights, tables, eps):
+        """Return the gradients of a stream's projections and of its weights."""
+        parts, sums = [], []
+        norms = weights[-1:] if x.shape[2] == 2 else weights
+        for g, part, weight in zip(grads, x.unbind(2), norms, strict=False):
+            if tables is not None:
+                g = op.rotate(g, tables[0], -tables[1])
+            rstd = torch.rsqrt(part.square().mean(-1, keepdim=True) + eps)
+            normed = part * rstd
+            sums.append((g * normed).sum((0, 1, 2)))
+            g = g if weight is None else g * weight
+            parts.append((g - normed * (g * normed).mean(-1, keepdim=True)) * rstd)
+        if len(sums) == 1:
+            sums.insert(0, torch.zeros_like(sums[0]))
+        return torch.stack([*parts, grads[-1]], dim=2), sums
+
+    def backward(dq, dk, dv, *arguments):
+        *tensors, eps = arguments
+        x, q_weight, k_weight, cos, sin, first, first_q, first_k = on_host(tensors)
+        grads = [joint(g, first) for g in on_host((dq, dk, dv))]
+        first_tables, tables = op._split_tables(cos, sin, x.shape[1])
+        streams = [(x, (q_weight, k_weight), tables, [g[:, -x.shape[1] :] for g in grads])]
+        if first is not None:
+            own = [g[:, : first.shape[1]] for g in grads[3 - first.shape[2] :]]
+            tables = None if first_tables[0] is None else first_tables
+            streams.append((first, (first_q, first_k), tables, own))
+        out = []
+        for stream, weights, tables, grads in streams:
+            dx, sums = gradients(grads, stream, weights, tables, eps)
+            out.append(on_device(dx, tensors[0].dtype))
+            for total, weight in zip(sums, weights, strict=True):
+                rows = torch.zeros(0 if weight is None else op._sums_shape(stream))
+                if weight is not None:
+                    rows[0] = total.unflatten(0, (-1, 2)).T
+                out.append(on_device(rows))
+        return tuple(out + [torch.zeros(0, device="cuda") for _ in range(6 - len(out))])
+
+    op._forward._backend_fns["cuda"] = forward
+    op._backward._backend_fns["cuda"] = backward
 
 
 # ---- what the host waits for, and races --------------------------------------------------------

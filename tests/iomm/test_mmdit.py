@@ -8,9 +8,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from counted_ops import Counter
 from parity import inputs, randomize, relative_error, true_float64
 from torch.utils.flop_counter import FlopCounterMode
 
+from iomm import layers, mmdit
 from iomm.config import PRESETS, GeneratorConfig, InputError, RouteConfig
 from iomm.generator import empty_generator, new_generator
 from iomm.kernels.norm_modulate import norm_modulate
@@ -163,6 +165,66 @@ def test_bfloat16_error_is_no_worse_than_diffusers(config):
     theirs = run_twin(twin(ours, torch.bfloat16), arguments[0], t.float(), arguments[1], (4, 4))
     budget = 2 * (theirs - exact).abs().max() + torch.finfo(torch.bfloat16).eps * exact.abs().max()
     assert got.dtype == torch.bfloat16 and (got - exact).abs().max() <= budget
+
+
+def sequence_first(x, dims):
+    """Return x with `dims`, those before the channels in the order of memory, sequence first."""
+    order = [*dims, *range(len(dims), x.ndim)]
+    return x.permute(order).contiguous().permute(torch.tensor(order).argsort().tolist())
+
+
+@pytest.mark.parametrize("config", [SMALL, MIXED, QWEN], ids=["dual", "dual+single", "qwen"])
+def test_memory_layout_of_attention_changes_no_result(config, monkeypatch):
+    """On GPUs qk_norm_rope and attention are sequence-first in memory (L, B, A, E)."""
+    model = randomize(MMDiT(config).double())
+    tensors = inputs(config, (3, 5), 7)
+    wanted = model(*tensors, (3, 5))
+    leaves = [tensors[0], tensors[2], *model.parameters()]
+    gradients = torch.autograd.grad(wanted.square().sum(), leaves)
+    real_rope, real_attention, seen = mmdit.qk_norm_rope, layers.dense_attention, []
+
+    def rope(*arguments, condition=None, **options):
+        joint = real_rope(*arguments, condition=condition, **options)
+        return joint if condition is None else [sequence_first(x, (1, 0)) for x in joint]
+
+    def attention(q, *rest):
+        out = real_attention(q, *rest)
+        seen.append(q.stride(2) > q.stride(0))
+        return sequence_first(out, (2, 0, 1)) if seen[-1] else out
+
+    monkeypatch.setattr(mmdit, "qk_norm_rope", rope)
+    monkeypatch.setattr(layers, "dense_attention", attention)
+    got = model(*tensors, (3, 5))
+    assert seen == [True] * config.num_blocks + [False] * config.num_single_blocks
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+    for actual, expected in zip(
+        torch.autograd.grad(got.square().sum(), leaves), gradients, strict=True
+    ):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_parts_of_sequence_first_attention_are_projected_without_copies():
+    linears = [layers.TokenLinear(6, 6).double() for _ in range(2)]
+    parts = list(zip(linears, (3, 5), strict=True))
+    attended_BLD = torch.randn(2, 8, 6, dtype=torch.float64)
+    found = []
+    for order in ((0, 1), (1, 0)):
+        leaf = sequence_first(attended_BLD, order).requires_grad_()
+        with Counter() as forward:
+            outputs = layers.project_parts(leaf, parts)
+        weights = [sequence_first(x.detach().cos(), order) for x in outputs]
+        with Counter() as backward:
+            gradients = torch.autograd.grad(
+                outputs, [leaf, *linears[0].parameters(), *linears[1].parameters()], weights
+            )
+        found.append((outputs, gradients, forward.names, backward.names))
+    (outputs, gradients, *copied), (others, other_gradients, forward, backward) = found
+    for got, wanted in zip((*others, *other_gradients), (*outputs, *gradients), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+    assert forward == ["addmm"] * 2
+    assert sorted(backward) == ["cat", *["mm"] * 4, *["sum"] * 2]
+    # Slices of a batch-first tensor are no matrices.
+    assert "clone" in copied[0]
 
 
 @pytest.mark.parametrize(

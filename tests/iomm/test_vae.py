@@ -4,11 +4,20 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from toy_models import FLUX_VAE, autoencoder, qwen_autoencoder
 
+from iomm import vae as vae_module
 from iomm.config import InputError
-from iomm.vae import FluxVAE, QwenVAE, load_vae, vae_without_weights
+from iomm.vae import (
+    FluxVAE,
+    QwenVAE,
+    WideHead,
+    load_vae,
+    vae_without_weights,
+    wide_attention,
+)
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +95,51 @@ def test_tiling_affects_only_larger_images(folder):
         128,
         96,
     )
+
+
+def rows(batch, length, width, seed):
+    random = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, length, width, generator=random, dtype=torch.float64)
+
+
+def attention(q, k, v):
+    return F.scaled_dot_product_attention(*(x[:, None] for x in (q, k, v)))[:, 0]
+
+
+@pytest.mark.parametrize("length", [64, 65])
+def test_wide_attention_is_no_worse_than_pytorch(length, monkeypatch):
+    """Also where the queries are halved, here twice."""
+    exact = [2 * rows(2, length, 512, seed) for seed in range(3)]
+    wanted = attention(*exact)
+    monkeypatch.setattr(vae_module, "MAX_PAIRS", 20 * 65)
+    torch.testing.assert_close(wide_attention(*exact), wanted, rtol=1e-12, atol=1e-12)
+    for dtype in (torch.bfloat16, torch.float32):
+        low = [x.to(dtype) for x in exact]
+        wanted = attention(*(x.double() for x in low))
+        got, theirs = wide_attention(*low), attention(*low)
+        ulp = torch.finfo(dtype).eps * wanted.abs().max()
+        assert got.dtype == dtype
+        assert (got - wanted).abs().max() <= 2 * (theirs - wanted).abs().max() + ulp
+
+
+def wide_heads(vae):
+    parts = [part for part in vae.modules() if hasattr(part, "processor")]
+    return [part for part in parts if isinstance(part.processor, WideHead)]
+
+
+@torch.no_grad()
+def test_wide_heads_equal_the_original_processor_which_runs_on_cpus():
+    """FLUX's VAE has a head of 512, the small one of most tests has none above 256."""
+    assert not wide_heads(FluxVAE(autoencoder()))
+    parts = wide_heads(FluxVAE(autoencoder(widths=(288,), layers_per_block=1).double()))
+    assert len(parts) == 2
+    random = torch.Generator().manual_seed(0)
+    x_BCHW = torch.randn(2, 288, 3, 5, generator=random, dtype=torch.float64)
+    for part in parts:
+        wanted = part.processor.original(part, x_BCHW)
+        assert torch.equal(part(x_BCHW), wanted)
+        got = part.processor.attend(part, x_BCHW.contiguous(memory_format=torch.channels_last))
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
 
 
 def check_flops(vae, size_px):

@@ -3,9 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from counted_ops import counted
 from kernel_checks import DEVICE, HALF, cast, check_against, needs_triton
+from torch._dynamo.testing import CompileCounter
 
-from iomm.kernels.masked_attention import masked_attention, sdpa, varlen
+from iomm.kernels import dispatch
+from iomm.kernels.masked_attention import masked_attention, plan, sdpa, varlen
 from iomm.kernels.masked_attention import triton_op as fused
 from iomm.kernels.masked_attention.reference import masked_attention_reference
 from iomm.kernels.masked_attention.triton_op import masked_attention_triton
@@ -342,6 +345,132 @@ def test_varlen_key_packing_matches_reference(lengths, prefix_lengths, causal):
             torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
+@torch.library.custom_op("iomm_test::attend_like_flash", mutates_args=())
+def attend_in_graph(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    offsets: torch.Tensor,
+    key_offsets: torch.Tensor,
+    max_queries: int,
+    max_keys: int,
+    causal: bool,
+    scale: float,
+) -> torch.Tensor:
+    return attend_like_flash(
+        q, k, v, offsets, key_offsets, max_queries, max_keys, causal, scale
+    ).contiguous()
+
+
+@attend_in_graph.register_fake
+def _(q, k, v, offsets, key_offsets, max_queries, max_keys, causal, scale):
+    return torch.empty_like(q)
+
+
+def check_plan_in_graph(dtype, compare, dim=8):
+    """Compare the chosen backend in one graph with the reference for several batches."""
+    graphs = CompileCounter()
+    attend = torch.compile(
+        lambda planned, *x: planned.attend(*x), dynamic=True, fullgraph=True, backend=graphs
+    )
+    for lengths, prefix_lengths in (
+        ([5, 2, 9], [3, 4, 0]),
+        ([4, 4], [1, 7]),
+        ([3, 2, 1], [2, 8, 5]),
+    ):
+        # Six heads, as torch.compile gives equal sizes of the first batch one symbol.
+        arguments, prefix = inputs(lengths, prefix_lengths, (6, 2), dim)
+        q, k, v, offsets, prefix_k, prefix_v, prefix_offsets = (
+            x.detach().to(DEVICE, dtype) if x.is_floating_point() else x.to(DEVICE)
+            for x in (*arguments, *prefix.values())
+        )
+        planned = plan(
+            offsets,
+            dtype,
+            dim,
+            prefix_offsets=prefix_offsets,
+            lengths=tuple(lengths),
+            prefix_lengths=tuple(prefix_lengths),
+        )
+        compare(
+            attend(planned, q, k, v, prefix_k, prefix_v),
+            masked_attention_reference(
+                q, k, v, offsets, prefix_k, prefix_v, prefix_offsets, True, dim**-0.5
+            ),
+        )
+    assert graphs.frame_count == 1
+
+
+def test_varlen_plan_is_one_graph_for_all_batches(monkeypatch):
+    backend = next(b for b in dispatch._backends["masked_attention"] if b.name == "varlen")
+    monkeypatch.setattr(dispatch, "_choose", lambda *_: backend)
+    monkeypatch.setattr(varlen, "_torch_varlen", attend_in_graph)
+    check_plan_in_graph(torch.float64, torch.testing.assert_close)
+
+
+def test_plan_is_none_where_a_backend_runs_outside_of_graphs(monkeypatch):
+    offsets = offsets_of([2, 3])
+    both = dict(lengths=(2, 3), prefix_offsets=offsets, prefix_lengths=(2, 3))
+    assert plan(offsets, torch.float64, 8, lengths=(2, 3)) is not None
+    assert plan(offsets_of([2, 2]), torch.float64, 8, lengths=(2, 2)) is None
+    assert plan(offsets, torch.float64, 8, **both) is None
+    monkeypatch.setenv("IOMM_KERNELS", "masked_attention:reference")
+    assert plan(offsets, torch.float64, 8, lengths=(2, 3)) is None
+
+
+@pytest.mark.skipif(bool(varlen.varlen_why_not()), reason=str(varlen.varlen_why_not()))
+def test_gpus_take_varlen_where_it_supports_the_arguments():
+    def chosen(*arguments):
+        return dispatch._choose("masked_attention", *arguments).name
+
+    assert chosen("cuda", torch.bfloat16, 128) == "varlen"
+    assert chosen("cuda", torch.float32, 128) == chosen("cpu", torch.bfloat16, 128) == "sdpa"
+    others = {"flash", "sdpa"}
+    assert chosen("cuda", torch.bfloat16, 256) == chosen("cuda", torch.bfloat16, 20) == "sdpa"
+    assert {b.name for b in dispatch._backends["masked_attention"][1:3]} == others
+
+
+# What IOMM-B's MLLM and adapter call: 16 samples, 256 queries, prefixes of 40 to 86 tokens.
+PREFIXES = [62 + (37 * i) % 47 - 22 for i in range(16)]
+CALLS = {
+    "prefix": ((PREFIXES, None, (12, 2), 128, True), False),
+    "queries": (([256] * 16, PREFIXES, (12, 2), 128, True), True),
+    "adapter": (([256] * 16, PREFIXES, (12, 12), 128, False), True),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_fewer_launches_and_bytes_by_backend(call):
+    """Counted on the meta device: varlen does less than the padding sdpa, and Triton less again."""
+    (lengths, prefixes, heads, dim, suffix), gradients = CALLS[call]
+    arguments, prefix = inputs(lengths, prefixes, heads, dim, suffix)
+    known = tuple(lengths), None if prefixes is None else tuple(prefixes)
+    counts = {}
+    for name, backend in (
+        ("sdpa", sdpa.masked_attention_sdpa),
+        ("varlen", varlen.masked_attention_varlen),
+        ("triton", masked_attention_triton),
+    ):
+        needs = {"prefix_k": not suffix, "prefix_v": not suffix}
+        tensors = [
+            x
+            if x is None
+            else x.detach().to("meta", torch.bfloat16).requires_grad_(gradients and needed)
+            if x.is_floating_point()
+            else x.to("meta")
+            for x, needed in (
+                *((x, True) for x in arguments),
+                *((x, needs.get(key, False)) for key, x in prefix.items()),
+                *[(None, False)] * (3 - len(prefix)),
+            )
+        ]
+        counts[name] = counted(backend, (*tensors, suffix, dim**-0.5, *known))
+    assert counts["varlen"].launches < counts["sdpa"].launches
+    assert counts["triton"].launches <= counts["varlen"].launches
+    assert counts["varlen"].bytes < counts["sdpa"].bytes
+    assert counts["triton"].bytes <= counts["varlen"].bytes
+
+
 # Triton batches with lengths around the tile sizes: (lengths, prefix lengths, heads, head dim).
 TRITON_BATCHES = [
     ([1, 63, 64], None, (2, 2), 32),
@@ -473,5 +602,11 @@ def test_triton_compiles_as_one_graph(monkeypatch):
 def test_triton_unsupported_head_dim_raises_value_error(monkeypatch):
     monkeypatch.setenv("IOMM_KERNELS", "masked_attention:triton")
     arguments, prefix = inputs([3, 2], None, dim=8)
-    with pytest.raises(ValueError, match="head dims"):
+    with pytest.raises(ValueError, match="does not support a head dim of 8"):
         masked_attention(*cast(arguments), **prefix)
+
+
+@needs_triton
+def test_triton_plan_is_one_graph_for_all_batches(monkeypatch):
+    monkeypatch.setenv("IOMM_KERNELS", "masked_attention:triton")
+    check_plan_in_graph(HALF, torch.testing.assert_close, dim=32)

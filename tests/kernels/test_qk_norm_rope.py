@@ -4,12 +4,14 @@ import pytest
 import torch
 from kernel_checks import cast, check_against, needs_triton
 
+from iomm.kernels import dispatch
 from iomm.kernels.qk_norm_rope import (
     qk_norm_rope,
     qk_norm_rope_reference,
     qk_norm_rope_torch,
     qk_norm_rope_triton,
 )
+from iomm.kernels.triton_ops import support as triton_support
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -169,6 +171,30 @@ def test_default_backend_compiles_as_one_graph():
 
 
 @needs_triton
-def test_triton_unsupported_head_dim_raises_value_error():
-    with pytest.raises(ValueError, match="head dim"):
-        qk_norm_rope_triton(*cast(inputs(1, 2, 1, 24)), 1e-6)
+def test_triton_unsupported_head_dim_falls_back_unless_it_is_forced(monkeypatch):
+    tensors = cast(inputs(1, 2, 1, 24)[:5])
+    for got, expected in zip(
+        qk_norm_rope(*tensors), qk_norm_rope_torch(*tensors, None, None, None, 1e-6), strict=True
+    ):
+        assert torch.equal(got, expected)
+    monkeypatch.setenv("IOMM_KERNELS", "qk_norm_rope:triton")
+    with pytest.raises(ValueError, match="does not support a head dim of 24"):
+        qk_norm_rope(*tensors)
+
+
+@needs_triton
+@pytest.mark.parametrize("parts", [0, 2, 3])
+def test_triton_joins_two_streams_sequence_first(parts):
+    for x in qk_norm_rope_triton(*cast(inputs(3, 4, 2, 16, parts, 5)), 1e-6):
+        assert (x.transpose(0, 1) if parts else x).is_contiguous()
+
+
+@pytest.mark.skipif(triton_support.why_not() is not None, reason=str(triton_support.why_not()))
+@pytest.mark.skipif(triton_support.INTERPRETED, reason="GPUs are not chosen from here")
+def test_gpus_take_the_fused_kernels_where_they_support_the_arguments():
+    def chosen(*arguments):
+        return dispatch._choose("qk_norm_rope", *arguments).name
+
+    assert chosen("cuda", torch.bfloat16, 128) == "triton"
+    assert {chosen("cuda", torch.float32, 128), chosen("cuda", torch.bfloat16, 24)} == {"torch"}
+    assert chosen("cpu", torch.bfloat16, 128) == "torch"

@@ -38,6 +38,7 @@ def train(num_steps=3):
 
 @needs_triton
 def test_triton_training_matches_pytorch(monkeypatch):
+    monkeypatch.setenv("IOMM_KERNELS", ",".join(f"{op}:torch" for op in OPS))
     losses, gradients = train()
     monkeypatch.setenv("IOMM_KERNELS", ",".join(f"{op}:triton" for op in OPS))
     triton_losses, triton_gradients = train()

@@ -30,6 +30,8 @@ from benchmarks.lib.traffic import (
     Message,
     Traffic,
     count_traffic,
+    generator_row_bytes,
+    lora_row_bytes,
     padding_elements,
     row_bytes,
 )
@@ -42,15 +44,17 @@ from iomm.engine.dry_run import (
     USABLE,
     Memory,
     build_without_weights,
+    kinds,
     largest_that_fits,
     micro_batches,
     packed_condition,
     work,
 )
 from iomm.engine.observe.doctor import machine
+from iomm.engine.parallel.base_shards import NODE, blocks_of
 from iomm.engine.parallel.optim import make_optimizer, spread
 from iomm.engine.resilience.checkpoint_interval import plan as checkpoint_plan
-from iomm.flops import attention_flops
+from iomm.flops import attention_flops, condition_tokens
 from iomm.model import IOMM
 
 # Everything that is not counted, with its source. "ours" is our own estimate, not yet measured.
@@ -137,7 +141,6 @@ MACHINES = {
         "memory": MEMORY["H800"],
     },
 }
-NODE = 8
 # NCCL's own model of a ring (src/graph/tuning.cc, 2.18 and later): microseconds at the start, for a
 # hop over NVLink, and for a hop over the network; share of the bandwidth. NCCL uses the fastest of
 # the three protocols.
@@ -148,6 +151,14 @@ PROTOCOLS = {
 }
 # Multiprocessors of the chip; a product is split into tiles of 128 x 128.
 SMS, TILE = 132, 128
+# What is fine-tuned from other people's models, and the settings of LoRA that are compared.
+TUNED_MODELS = "qwen-image-512-lora", "qwen-image-1024-lora", "z-image-512"
+SHARDING = (
+    "",
+    " lora.shard_base=true",
+    " train.recompute=0",
+    " lora.shard_base=true train.recompute=0",
+)
 CONFIGS, GPUS = ("iomm-b-512", "iomm-l-512", "iomm-xl-512"), (1, 8, 16, 32, 64, 128, 256, 512)
 # Micro-batches per step where the optimizer is shared out, as in benchmarks/throughput.py.
 PASSES = 4
@@ -244,8 +255,12 @@ def filled(rows: int, width: int) -> float:
 
 @cache
 def inputs(name: str) -> Inputs:
-    """Return what a config's budget is counted from."""
-    config = load_config(name, ["data.shards=shapes"])
+    """Return what a config's budget is counted from.
+
+    name: the config, and settings after it: "qwen-image-512-lora lora.shard_base=true".
+    """
+    config, *settings = name.split()
+    config = load_config(config, ["data.shards=shapes", *settings])
     model = build_without_weights(config)
     return Inputs(config, model, work(model, config))
 
@@ -333,6 +348,8 @@ def micro_batch_parts(
     """
     config, model, flops = inputs(name)
     (mllm, vae), generator = model.frozen, model.generator
+    if config.lora.rank:
+        return lora_parts(name, micro_batch, machine)
     grid = vae.grid(*[config.data.size_px] * 2)
     rows = {"latent_stream": math.prod(grid), "condition_stream": config.adapter.num_queries}
     tokens, width = sum(rows.values()), generator.config.width
@@ -417,6 +434,49 @@ def micro_batch_parts(
     }
 
 
+def lora_parts(name: str, micro_batch: int, machine: dict[str, float]) -> dict[str, PassSeconds]:
+    """Return micro_batch_parts of a config that trains LoRA without an adapter, as Qwen-Image does.
+
+    Frozen weights have no gradient, so a backward pass takes a little more than a forward one.
+    Samples differ in the length of their condition, so attention has a mask. What the frozen
+    encoders do between their products is left out.
+    """
+    config, model, flops = inputs(name)
+    generator, vae = model.generator, model.frozen[1]
+    grid = vae.grid(*[config.data.size_px] * 2)
+    latents = math.prod(grid)
+    condition = sum(
+        share * condition_tokens(model, kind["num_text"], kind.get("image", True))[1]
+        for share, kind in kinds(model, config)
+    )
+    num_blocks = len(blocks_of(model))
+    attention = num_blocks * attention_flops(*[latents + condition] * 2, generator.config.width)
+    forward = generator.flops_per_image(grid, condition)
+    backward = generator.flops_per_image(grid, condition, training=True) - forward
+    rate = machine["matmul"] * assumed("share of the matmul rate, transformer products")
+    copy = machine["copy"] * assumed("share of the copy rate, row kernels")
+    masked = assumed("memory-efficient attention, FLOP/s")
+    convolutions = machine["matmul"] * assumed("share of the matmul rate, VAE convolutions")
+    generator_parts = {
+        "generator products": ((forward - attention) / rate, (backward - 2 * attention) / rate),
+        "generator attention": (attention / masked, 2.5 * attention / masked),
+        "generator rows": [n / copy for n in generator_row_bytes(generator, latents + condition)],
+        "LoRA rows": [n / copy for n in lora_row_bytes(generator, latents, condition)],
+    }
+    again = min(config.train.recompute, num_blocks) / num_blocks
+    return {
+        "VAE convolutions": PassSeconds(micro_batch * flops["VAE"] / convolutions, 0, 0, 0),
+        "ViT and MLLM products": PassSeconds(
+            micro_batch * (flops["ViT"] + flops["MLLM"]) / rate, 0, 0, 0
+        ),
+        **{
+            part: PassSeconds(0, micro_batch * once, 0, micro_batch * (back + again * once))
+            for part, (once, back) in generator_parts.items()
+        },
+        "waits, hand-over": PassSeconds(assumed("seconds without work a micro-batch"), 0, 0, 0),
+    }
+
+
 def vit_tokens(model: IOMM) -> int:
     """Return the tokens of an image in the ViT, with the class token."""
     vision = model.frozen[0].backbone.config.vision_config
@@ -460,11 +520,12 @@ def micro_batch_s(
 def host_s(name: str, visits: list[tuple[bool, int]]) -> float:
     """Return the seconds that the host needs to issue one micro-batch."""
     model = inputs(name).model
-    text, vision = (
-        getattr(model.frozen[0].backbone.config, part) for part in ("text_config", "vision_config")
-    )
-    blocks = sum(isinstance(m, model.leaves) for m in model.modules())
-    passes = 3 * blocks + (1 + 3) * text.num_hidden_layers + vision.num_hidden_layers
+    config = model.frozen[0].backbone.config.vision_config
+    # Qwen2.5-VL calls it depth.
+    vision = getattr(config, "num_hidden_layers", None) or config.depth
+    leaves = model.leaves
+    blocks = sum(isinstance(m, leaves) for m in model.modules())
+    passes = 3 * blocks + (1 + 3) * model.frozen[0].num_layers + vision
     launches = passes * assumed("launches a block and pass")
     return launches * assumed("host seconds a launch") + len(visits) * assumed(
         "host seconds a ZeRO-3 visit"
@@ -709,6 +770,30 @@ def table(runs: list[dict]) -> str:
     return "\n".join(lines)
 
 
+@cache
+def fine_tuning_rows(name: str) -> list[str]:
+    """Return the rows of engine/README.md for a config of TUNED_MODELS, on 8 GPUs of a machine.
+
+    An entry without a GPU's figures means that not even one sample fits.
+    """
+    rows = []
+    for settings in SHARDING if inputs(name).config.lora.rank else SHARDING[:1]:
+        found = {gpu: estimate(name + settings, gpu, NODE) for gpu in ("H200", "H100")}
+        work_flops = sum(inputs(name + settings).flops.values())
+        sizes = [f"{run['micro_batch']}" if run else "none" for run in found.values()]
+        cells = [
+            f"{run['images_per_s']:.1f}; {run['gpu_hours']:,.0f}" if run else "none fits"
+            for run in found.values()
+        ]
+        memory = " / ".join(f"{run['memory_gib']:.0f}" if run else "-" for run in found.values())
+        named = " ".join((f"`{name}`", *(f"`{setting}`" for setting in settings.split())))
+        rows.append(
+            f"| {named} | {work_flops / 1e12:.1f} | {' / '.join(sizes)} | {memory} | "
+            f"{' | '.join(cells)} |"
+        )
+    return rows
+
+
 def parts_table(name: str, gpu: str, sizes: tuple[int, ...] = (16, 32, 48)) -> str:
     """Return the milliseconds of every part of a micro-batch on one GPU, by micro-batch.
 
@@ -893,6 +978,9 @@ def main(argv: list[str] | None = None) -> None:
         + "; our goals are "
         f"{GOALS[0]} online and {GOALS[1]} with latents"
     )
+    print("\nFine-tuning on 8 GPUs: config | TFLOP/sample | micro-batch | GiB | H200 | H100")
+    for name in TUNED_MODELS:
+        print("\n".join(fine_tuning_rows(name)))
     for gpu in ("H200", "H100"):
         print(f"\n{CONFIGS[0]} on one {gpu}\n{parts_table(CONFIGS[0], gpu)}")
     levers = lever_rows(CONFIGS[0], "H200")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from iomm import lora
@@ -46,6 +47,7 @@ from iomm.engine.data.shards import Shards
 from iomm.engine.data.sizes import Upscaled, count_long, upscaled_squares
 from iomm.engine.data.source import ImageSource
 from iomm.engine.data.validate import Rules
+from iomm.engine.parallel.base_shards import BaseShards
 from iomm.engine.resilience import checkpoint_reader
 from iomm.engine.shapes import check_weights
 from iomm.engine.shapes import mllm as shapes_mllm
@@ -59,7 +61,7 @@ from iomm.vae import Autoencoder, load_vae, vae_without_weights
 from iomm.weights import initialize_generator, load_module, read_json
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from iomm.engine.config import RunConfig
     from iomm.engine.parallel.ranks import Ranks
@@ -691,6 +693,7 @@ def build_model(
     ranks: Ranks | None = None,
     *,
     dtype: torch.dtype | None = None,
+    shards: BaseShards | None = None,
 ) -> IOMM:
     """Return the model on `device`, with trained parts drawn from run.seed.
 
@@ -702,6 +705,8 @@ def build_model(
         device: device of all parts.
         ranks: with LoRA, all ranks call this together if given, as in read_run.
         dtype: dtype of the base of LoRA, by default the run's.
+        shards: with LoRA, cuts the base over the ranks of the node, and reads only this rank's
+            part of it.
     """
     mllm = load_mllm(
         mllm_name(config),
@@ -713,10 +718,36 @@ def build_model(
     vae = new_vae(config, device)
     if not config.lora.rank:
         return assemble(config, mllm, vae, device=device)
-    model = assemble(config, mllm, vae, device=device, fresh=False, dtype=dtype or config.dtype)
-    logger.info(load_base(model, config, ranks))
+    model = assemble(
+        config,
+        mllm,
+        vae,
+        device=device,
+        fresh=False,
+        dtype=dtype or config.dtype,
+        shards=shards,
+    )
+    copy = Tensor.copy_ if shards is None else shards.copy
+    logger.info(load_base(model, config, ranks, copy))
     model.add_lora()
     return model
+
+
+def base_shards(config: RunConfig, ranks: Ranks) -> BaseShards | None:
+    """Return what shards the base of LoRA over the ranks of this node.
+
+    None without lora.shard_base, or if this rank is the only one of its node. Called by all ranks
+    together.
+    """
+    if not config.lora.shard_base:
+        return None
+    shards = BaseShards(ranks, config.train.timeout_s)
+    if min(shards.sizes) == 1:
+        logger.warning(
+            "warning: lora.shard_base changes nothing on a node with one rank, such as "
+            f"{shards.sizes.count(1)} of this run's {len(shards.sizes)}"
+        )
+    return shards if shards.size > 1 else None
 
 
 def assemble(
@@ -727,6 +758,7 @@ def assemble(
     device: torch.device | str = "cpu",
     fresh: bool = True,
     dtype: torch.dtype = torch.float32,
+    shards: BaseShards | None = None,
 ) -> IOMM:
     """Return the IOMM of a run around its frozen parts, still without LoRA.
 
@@ -738,6 +770,7 @@ def assemble(
         fresh: draw the trained parts from run.seed. The numbers do not depend on the device: one
             weight at a time is drawn on the CPU. Otherwise the weights are still to be loaded.
         dtype: dtype of the trained parts.
+        shards: cuts the generator's blocks over the ranks of the node.
 
     Raises:
         InputError: data.size_px is not a multiple of the VAE's patch.
@@ -754,7 +787,10 @@ def assemble(
             connector = Connector(config.adapter, mllm.width)
         if config.align.weight:
             alignment = AlignmentHead(config.align, shape.width, mllm)
-    generator = empty_generator(shape, device=device, dtype=dtype)
+    if shards is None:
+        generator = empty_generator(shape, device=device, dtype=dtype)
+    else:
+        generator = shards.empty_generator(shape, dtype)
     for part in (generator, adapter, connector, alignment):
         if part is not None:
             part.to(dtype)
@@ -821,10 +857,15 @@ def load_foreign_weights(model: IOMM, folder: Path) -> str:
     return "\n".join(lines)
 
 
-def load_base(model: IOMM, config: RunConfig, ranks: Ranks | None = None) -> str:
+def load_base(
+    model: IOMM,
+    config: RunConfig,
+    ranks: Ranks | None = None,
+    copy: Callable[[Tensor, Tensor], Any] = Tensor.copy_,
+) -> str:
     """Load the weights of run.init as the base of LoRA, and return a description.
 
-    Called by all ranks together if `ranks` is given.
+    Called by all ranks together if `ranks` is given. `copy` copies a tensor to a parameter.
 
     Raises:
         InputError: run.init does not have all weights of the model, or it is a run with LoRA.
@@ -837,9 +878,10 @@ def load_base(model: IOMM, config: RunConfig, ranks: Ranks | None = None) -> str
                 f"run.init: {init} is itself a run with LoRA and cannot be a base: write it with "
                 f"`iomm export --run {init} --merge` and give the exported folder"
             )
-        averaged = load_weights(model, folder, config.run.init_weights)["ema"]
+        averaged = load_weights(model, folder, config.run.init_weights, copy)["ema"]
         return f"LoRA base: {config.run.init_weights if averaged else 'raw'} weights of {folder}"
-    missing = initialize_generator(model.generator, folder, patch=model.frozen[1].patch).fresh
+    patch = model.frozen[1].patch
+    missing = initialize_generator(model.generator, folder, patch=patch, copy=copy).fresh
     for name in ("adapter", "connector"):
         part, path = getattr(model, name), folder / f"{name}.safetensors"
         if part is not None and path.is_file():
@@ -856,14 +898,17 @@ def load_base(model: IOMM, config: RunConfig, ranks: Ranks | None = None) -> str
     return f"LoRA base: {folder}"
 
 
-def base_facts(config: RunConfig, model: IOMM) -> dict[str, str] | None:
+def base_facts(
+    config: RunConfig, model: IOMM, shards: BaseShards | None = None
+) -> dict[str, str] | None:
     """Return what identifies the base of LoRA, for a checkpoint: its source and its checksum.
 
-    None for a run without LoRA.
+    None for a run without LoRA. Called by all ranks together if the base is sharded.
     """
     if not config.lora.rank:
         return None
-    return {"source": config.run.init, "checksum": lora.checksum(model)}
+    gather = None if shards is None else shards.gather
+    return {"source": config.run.init, "checksum": lora.checksum(model, gather=gather)}
 
 
 def check_base(
@@ -943,7 +988,10 @@ def load_run(
 
 @torch.no_grad()
 def load_weights(
-    model: torch.nn.Module, folder: str | Path, weights: str = "ema"
+    model: torch.nn.Module,
+    folder: str | Path,
+    weights: str = "ema",
+    copy: Callable[[Tensor, Tensor], Any] = Tensor.copy_,
 ) -> dict[str, Any]:
     """Load a checkpoint, written by any number of ranks, into a model that is not sharded.
 
@@ -954,6 +1002,7 @@ def load_weights(
         folder: the checkpoint.
         weights: "ema", or "raw" for the fp32 masters, which are also used if the run has no
             average.
+        copy: copies a tensor of the checkpoint to a parameter.
 
     Returns:
         The checkpoint's manifest.
@@ -972,7 +1021,7 @@ def load_weights(
         )
     for name, parameter in parameters.items():
         if name in wanted or shapes.get(name) == list(parameter.shape):
-            parameter.copy_(reader.full(slot, name))
+            copy(parameter, reader.full(slot, name))
     return reader.manifest
 
 

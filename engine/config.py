@@ -629,6 +629,7 @@ FREE_KEYS = (
     "data.pairs",
     "cache.dir",
     "optim.adamw",
+    "lora.shard_base",
     "zero.stage",
     "zero.reduce_precision",
     "zero.overlap_comm",

@@ -35,6 +35,7 @@ from iomm.engine.builders import (
 )
 from iomm.engine.data import latents
 from iomm.engine.data.patterns import expand
+from iomm.engine.parallel.base_shards import NODE, base_bytes, base_gathers, base_parts
 from iomm.engine.parallel.optim import STATE, make_optimizer
 from iomm.engine.resilience import checkpoint_reader
 from iomm.flops import condition_tokens, flops_by_part, tokens_per_image
@@ -98,6 +99,8 @@ class Plan:
     upscaling: list[str]
     # Sentences on captions that are longer than the MLLM's context.
     captions: list[str]
+    # Sentences on lora.shard_base.
+    sharding: list[str]
     # What train.micro_batch=auto takes on the GPUS, in a sentence.
     auto: str
     # Bytes that the frozen encoders have while they run, before there are activations.
@@ -158,6 +161,7 @@ def make_plan(config: RunConfig, ranks: int) -> Plan:
         parameters=parameters(model),
         upscaling=upscaling,
         captions=captions_to_cut(config),
+        sharding=base_sharding(model, config, ranks, batch // (micro_batch * ranks)),
         auto=describe_auto(memory, ranks),
         encoders=memory.encoders * micro_batch,
     )
@@ -308,6 +312,31 @@ def tokens(model: IOMM, config: RunConfig) -> float:
     )
 
 
+def base_sharding(model: IOMM, config: RunConfig, ranks: int, micro_batches: int) -> list[str]:
+    """Return a sentence on the memory and the messages of lora.shard_base, if there is LoRA.
+
+    Raises:
+        InputError: lora.shard_base is set, but there is one GPU.
+    """
+    node = min(ranks, NODE)
+    if config.lora.shard_base and node == 1:
+        raise InputError(
+            "lora.shard_base shards the base of LoRA over the GPUs of a node, but this run has one "
+            "GPU: set lora.shard_base=false"
+        )
+    if not config.lora.rank or node == 1:
+        return []
+    width = config.dtype.itemsize
+    parts, whole = base_parts(model, node, width), base_bytes(model, width)
+    sharded = sum(parts) + 2 * node * max(parts)
+    received = sum(parts[block] for _, block in base_gathers(model)) * (node - 1) * micro_batches
+    return [
+        f"Frozen blocks take {whole / GIB:.2f} GiB per GPU, and {sharded / GIB:.2f} GiB with "
+        f"lora.shard_base=true on {node} GPUs of a node, each of which then receives "
+        f"{received / 1e9:,.2f} GB from the others per step"
+    ]
+
+
 class Memory:
     """The memory that a run needs on a device, as a function of ranks and micro-batch.
 
@@ -335,7 +364,12 @@ class Memory:
         """
         model, config = self.model, self.config
         trained, width = size(model), config.dtype.itemsize
-        base = frozen_size(model) - sum(map(size, model.frozen))
+        base, gathered = width * (frozen_size(model) - sum(map(size, model.frozen))), {}
+        if config.lora.shard_base and (node := min(ranks, NODE)) > 1:
+            parts = base_parts(model, node, width)
+            base += sum(parts) - base_bytes(model, width)
+            # The block in use and the next one.
+            gathered = {"gathered base": 2 * node * max(parts)}
         zero, leaves = config.zero, model.leaves
         weights, gradients, state = (
             trained / (ranks if zero.stage >= stage else 1) for stage in (3, 2, 1)
@@ -354,8 +388,8 @@ class Memory:
             step = {"adamw": 4, "muon": 12}[config.optim.kind] * min(state, SUB_GROUP)
             ahead = {"encoders or step, if more": max(0.0, encoders - kept, step - kept)}
         return {
-            "frozen weights": sum(frozen_bytes(part, width) for part in model.frozen)
-            + width * base,
+            "frozen weights": sum(frozen_bytes(part, width) for part in model.frozen) + base,
+            **gathered,
             "working weights": width * weights
             + (width * trained / zero.hpz_partition_size if zero.hpz_partition_size > 1 else 0),
             # At least one block in use and the next one; up to max_live_parameters are kept for the
@@ -742,5 +776,6 @@ def describe(plan: Plan, config: RunConfig) -> str:
             "it",
             *(["", ". ".join(plan.upscaling)] if plan.upscaling else []),
             *(["", *plan.captions] if plan.captions else []),
+            *(["", *plan.sharding] if plan.sharding else []),
         ]
     )

@@ -341,7 +341,8 @@ def build(
     for sentence in builders.foreign_data(config):
         logger.warning(sentence)
     ranks.on_first(lambda: builders.report_upscaling(config, index_dir, pairs_dir))
-    model = builders.build_model(config, ranks.device, ranks)
+    shards = builders.base_shards(config, ranks)
+    model = builders.build_model(config, ranks.device, ranks, shards=shards)
     mllm, vae = model.frozen
     if pairs_dir is not None:
         for sentence in ranks.on_first(lambda: builders.long_captions(config, pairs_dir, mllm)):
@@ -359,7 +360,7 @@ def build(
             "from bf16's (python benchmarks/studies/precision.py compares them)"
         )
     flops = sum(dry_run.work(model, config).values())
-    base = builders.base_facts(config, model)
+    base = builders.base_facts(config, model, shards)
     compiled = config.train.compiled(ranks.device)
     if compiled:
         from torch._inductor.runtime.cache_dir_utils import cache_dir

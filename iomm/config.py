@@ -282,6 +282,9 @@ class LoraConfig:
     # separated by " | "; * matches any text. Empty: attention, MLPs and time embedding, as in
     # TwinFlow by the paper's authors (TARGETS in iomm/lora.py).
     targets: tuple[str, ...] = ()
+    # Each rank of a node keeps an equal part of the frozen blocks, which are gathered one at a time
+    # for their forward and their backward pass. Saves memory, costs messages within the node.
+    shard_base: bool = False
 
     def __post_init__(self) -> None:
         # JSON has lists, and an empty text is no target.
@@ -292,6 +295,11 @@ class LoraConfig:
             raise InputError(f"lora.alpha must be > 0, got {self.alpha}")
         if not 0 <= self.dropout < 1:
             raise InputError(f"lora.dropout must be in [0, 1), got {self.dropout}")
+        if self.shard_base and not self.rank:
+            raise InputError(
+                "lora.shard_base shards the frozen base of LoRA, but lora.rank is 0: set lora.rank "
+                "or leave lora.shard_base out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,10 +12,11 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -382,14 +383,19 @@ def save_lora(
 
 
 @torch.no_grad()
-def checksum(model: nn.Module, part: int = 1 << 24) -> str:
+def checksum(
+    model: nn.Module, part: int = 1 << 24, gather: Callable[[Tensor], Any] | None = None
+) -> str:
     """Return a checksum of all frozen weights: 16 hex digits.
 
     It is the same on every device and in every dtype that holds bfloat16, to which the weights are
-    rounded. `part` numbers are summed at once.
+    rounded. `part` numbers are summed at once. `gather` is called with each weight before it is
+    read.
     """
     facts = []
     for name, tensor in sorted(frozen_weights(model).items()):
+        if gather is not None:
+            gather(tensor)
         sums = torch.zeros(2, dtype=torch.int64, device=tensor.device)
         for start, piece in enumerate(tensor.flatten().split(part)):
             bits = piece.to(torch.bfloat16).view(torch.int16).long()

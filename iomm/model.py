@@ -435,7 +435,9 @@ class IOMM(nn.Module):
         # default), fullgraph compilation fails.
         if compiled:
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        blocks = [module for module in self.modules() if isinstance(module, self.leaves)]
+        # Every access to `leaves` walks over all modules, of which Qwen-Image with LoRA has 4,000.
+        leaves = self.leaves
+        blocks = [module for module in self.modules() if isinstance(module, leaves)]
         for i, block in enumerate(blocks):
             forward = torch.compile(block.forward, fullgraph=True) if compiled else block.forward
             block.forward = (

@@ -235,7 +235,11 @@ class Initialization(NamedTuple):
 
 @torch.no_grad()
 def initialize_generator(
-    model: MMDiT | SingleStream, folder: Path | str, *, patch: int
+    model: MMDiT | SingleStream,
+    folder: Path | str,
+    *,
+    patch: int,
+    copy: Callable[[Tensor, Tensor], Any] = Tensor.copy_,
 ) -> Initialization:
     """Copy the weights of a diffusers transformer (see layout.py) into a generator where they fit.
 
@@ -248,6 +252,7 @@ def initialize_generator(
         model: the generator, with fresh weights.
         folder: folder with config.json and safetensors.
         patch: side of the patch of VAE latents that forms a token.
+        copy: copies a tensor of the folder to a parameter.
 
     Raises:
         InputError: if the folder is damaged, or has no weights for any block of the model.
@@ -277,7 +282,7 @@ def initialize_generator(
                 fresh[name] = reason
                 continue
             tensor = layout.to_ours(name, lambda theirs: source[theirs].get_tensor(theirs))
-            parameter.copy_(tensor)
+            copy(parameter, tensor)
             taken.append(name)
             used |= {theirs for theirs, _ in layout.pieces[name]}
         matrices = {name for name, parameter in model.named_parameters() if parameter.ndim > 1}

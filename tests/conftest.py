@@ -43,6 +43,7 @@ SECONDS = {
     "test_optim.py": 13,
     "test_index_builds.py": 11,
     "test_recipes.py": 11,
+    "test_base_shards.py": 10,
 }
 # torch caches which functions create tensors. This fills the cache before any of them is poisoned
 # below.

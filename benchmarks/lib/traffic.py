@@ -1,7 +1,8 @@
-"""Count what ZeRO sends in an optimizer step, and what the row kernels move through memory.
+"""Count what is sent in an optimizer step, and what the row kernels move through memory.
 
-The messages are counted from the modules by DeepSpeed's own rules, without running anything. The
-row kernels are those between the matrix products.
+ZeRO's messages are counted from the modules by DeepSpeed's own rules, without running anything,
+and those of lora.shard_base by the rules of engine/parallel/base_shards.py. The row kernels are
+those between the matrix products.
 
 At stage 3 the rules are those of deepspeed/runtime/zero/partitioned_param_coordinator.py (0.19)
 once its trace is complete, which is from the second micro-batch on. A module's weights are gathered
@@ -18,15 +19,17 @@ counted 1.3 % too low. Muon is counted at stage 3 only.
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from iomm.engine.config import RunConfig
+from iomm.engine.parallel.base_shards import NODE, base_gathers, base_parts, blocks_of
 from iomm.engine.parallel.optim import make_optimizer
 from iomm.engine.parallel.zero import deepspeed_config
+from iomm.lora import layers_with_lora
 from iomm.model import IOMM
 
 # DeepSpeed's defaults for settings that deepspeed_config leaves out (runtime/zero/config.py).
@@ -137,9 +140,46 @@ def count_traffic(model: IOMM, config: RunConfig, ranks: int, **settings: Any) -
     Args:
         model: its weights may be on the meta device.
         config: the run.
-        ranks: number of ranks.
+        ranks: number of ranks. With lora.shard_base, NODE of them are on a node.
         settings: keys of DeepSpeed's zero_optimization that override the config's.
     """
+    traffic = count_zero(model, config, ranks, **settings)
+    base = base_messages(model, config, min(ranks, NODE)) if config.lora.shard_base else []
+    return replace(traffic, first=base + traffic.first, later=base + traffic.later)
+
+
+def base_messages(model: IOMM, config: RunConfig, node: int) -> list[Message]:
+    """Return the messages with which `node` ranks gather the frozen base of LoRA.
+
+    They are issued and needed where a block is visited for its A and B. A block without any counts
+    to the one before it.
+    """
+    blocks = blocks_of(model)
+    visits = [visit for visit, entered in trace_of(model) if entered]
+    at, passes = [], [(False, blocks), (True, blocks[::-1])]
+    for backward, ordered in passes:
+        for block in ordered:
+            inside = tuple(map(id, block.parameters()))
+            found = (
+                i for i, v in enumerate(visits) if (v.backward, v.inside) == (backward, inside)
+            )
+            at.append(next(found, at[-1] if at else 0))
+    order = [*range(len(blocks)), *reversed(range(len(blocks)))]
+    parts = base_parts(model, node, config.dtype.itemsize)
+    return [
+        Message(
+            kind="all_gather",
+            size_bytes=node * parts[block],
+            group=node,
+            issued=at[visit],
+            needed=at[visit + (order[visit] != block)],
+        )
+        for visit, block in base_gathers(model)
+    ]
+
+
+def count_zero(model: IOMM, config: RunConfig, ranks: int, **settings: Any) -> Traffic:
+    """Count the messages that ZeRO sends, as count_traffic does."""
     whole = deepspeed_config(config, torch.device("cuda"), 1, 1)
     settings = {**DEFAULTS, **whole["zero_optimization"], **settings}
     itemsize = config.dtype.itemsize
@@ -280,7 +320,9 @@ def trace_of(model: IOMM) -> Trace:
     order of their creation; the backward pass visits them in reverse.
     """
     # IOMM.dtype reads generator.final.weight, so DeepSpeed treats it as a parameter of IOMM itself.
-    leaves, direct_of_model = model.leaves, (id(model.generator.final.weight),)
+    # With LoRA it is none.
+    leaves, final = model.leaves, model.generator.final.weight
+    direct_of_model = (id(final),) if isinstance(final, nn.Parameter) else ()
 
     def walk(
         module: nn.Module, children: Callable[[nn.Module], list[nn.Module]], backward: bool
@@ -451,13 +493,7 @@ def row_bytes(
         rope: backend of qk_norm_rope, "torch" or "triton".
     """
     (mllm, vae), generator = model.frozen, model.generator
-    width, tokens = (
-        generator.config.width,
-        math.prod(vae.grid(*[config.data.size_px] * 2)) + config.adapter.num_queries,
-    )
-    blocks = sum(isinstance(module, generator.block_classes) for module in generator.modules())
-    kind = generator.config.kind
-    passes = [sum(pair) for pair in zip(GENERATED[kind], ROPE[kind][rope], strict=True)]
+    tokens = math.prod(vae.grid(*[config.data.size_px] * 2)) + config.adapter.num_queries
     text, vision = mllm.backbone.config.text_config, mllm.backbone.config.vision_config
     prefix, queries = (
         mllm.num_text + mllm.num_image_tokens * (1 - config.mask.ratio),
@@ -470,7 +506,7 @@ def row_bytes(
     rotary = 2 * (1 + text.num_key_value_heads / text.num_attention_heads)
     patches = (vision.image_size[0] // vision.patch_size[0]) ** 2 + 1
     return {
-        "generator": tuple(2 * tokens * width * blocks * number for number in passes),
+        "generator": generator_row_bytes(generator, tokens, rope),
         # 2 norms with their residual sums, rope, SwiGLU.
         "MLLM": (
             layers * (prefix + queries) * (2 * 2 + rotary + 3 * gate),
@@ -480,6 +516,38 @@ def row_bytes(
         "ViT": (2 * patches * vision.hidden_size * vision.num_hidden_layers * (2 + 3 + 4 + 3), 0),
         "VAE": (2 * vae_elements(vae, config.data.size_px), 0),
     }
+
+
+def generator_row_bytes(
+    generator: nn.Module, tokens: float, rope: str = "torch"
+) -> tuple[float, float]:
+    """Return the generator's entry of `row_bytes` for a number of joint tokens."""
+    blocks = sum(isinstance(module, generator.block_classes) for module in generator.modules())
+    kind = generator.config.kind
+    passes = (sum(pair) for pair in zip(GENERATED[kind], ROPE[kind][rope], strict=True))
+    return tuple(2 * tokens * generator.config.width * blocks * number for number in passes)
+
+
+def lora_row_bytes(generator: nn.Module, latents: float, condition: float) -> tuple[float, float]:
+    """Return the bytes (forward, backward) that the branches of LoRA move for these tokens.
+
+    Per layer and token, in bf16: forward A reads the input, B writes the update, and the sum reads
+    both outputs and writes one. Backward the gradient of the output is read twice and the input
+    once, and the gradient of the input is written, read twice and written. What has only `rank`
+    columns is left out.
+    """
+    forward = backward = 0
+    for name, linear in layers_with_lora(generator).items():
+        tokens = latents + condition
+        if "latent_stream" in name:
+            tokens = latents
+        elif "condition_stream" in name:
+            tokens = condition
+        elif name.startswith("time_in"):
+            tokens = 1
+        forward += 2 * tokens * (linear.in_features + 4 * linear.out_features)
+        backward += 2 * tokens * (5 * linear.in_features + 2 * linear.out_features)
+    return forward, backward
 
 
 def vae_elements(vae: nn.Module, size_px: int) -> float:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from iomm.config import InputError
 from iomm.engine.arguments import sentence, whole_variable
 from iomm.engine.parallel.cpu_ranks import free_port
-from iomm.engine.resilience.watchdog import reported_wait
+from iomm.engine.resilience.watchdog import host_identity, reported_wait
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +65,13 @@ class Ranks:
         values = [None] * self.size
         dist.all_gather_object(values, value, group=self.control_group)
         return values
+
+    def by_host(self) -> list[list[int]]:
+        """Return the ranks of each host, the same lists on every rank."""
+        members = {}
+        for rank, host in enumerate(self.all(host_identity())):
+            members.setdefault(host, []).append(rank)
+        return list(members.values())
 
     def with_own_group(self) -> Self:
         """Return the same ranks with a new control group.

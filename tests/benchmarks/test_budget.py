@@ -234,3 +234,35 @@ def test_estimate_of_one_gpu_matches_the_measurement(budget):
         copy=measured["copy_bytes_per_s"],
     )
     assert run["images_per_s"] == pytest.approx(measured["rows"]["ours"]["images_per_s"], rel=0.15)
+
+
+@pytest.mark.slow
+def test_engine_readme_has_the_rows_of_fine_tuning(budget):
+    """engine/README.md quotes what the command prints for Qwen-Image and Z-Image."""
+    text = (ROOT / "engine/README.md").read_text()
+    for name in budget.TUNED_MODELS:
+        for row in budget.fine_tuning_rows(name):
+            assert row in text.splitlines(), row
+
+
+@pytest.mark.slow
+def test_parts_of_lora_hold_all_flops_and_hidden_gathers(budget):
+    """The generator's seconds, times their rates, are its FLOPs; gathers cost no time."""
+    name, machine = "qwen-image-512-lora", budget.MACHINES["H200"]
+    unrecomputed = f"{name} train.recompute=0"
+    parts = budget.micro_batch_parts(unrecomputed, 6, machine)
+    rate = machine["matmul"] * budget.assumed("share of the matmul rate, transformer products")
+    masked = budget.assumed("memory-efficient attention, FLOP/s")
+    _, forward, _, backward = parts["generator products"]
+    _, once, _, again = parts["generator attention"]
+    flops = (forward + backward) * rate + (once + again / 2.5 * 2) * masked
+    # The budget takes the mean length of a condition, the count the mean over lengths.
+    assert flops / 6 == pytest.approx(budget.inputs(name).flops["generator"], rel=0.002)
+    whole, sharded = (
+        budget.estimate(name + settings, "H200", 8) for settings in budget.SHARDING[:2]
+    )
+    assert sharded["step_s"] == pytest.approx(whole["step_s"], rel=0.001)
+    assert sharded["memory_gib"] < whole["memory_gib"] - 31
+    sent = sharded["sent_bytes"]["all_gather"] - whole["sent_bytes"]["all_gather"]
+    # 118 gathers of a block, an eighth of which is kept. The last block is smaller.
+    assert sent == pytest.approx(118 * 679.67e6 * 7 / 8, rel=0.005)

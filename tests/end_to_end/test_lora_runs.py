@@ -17,7 +17,12 @@ from iomm.config import GeneratorConfig, InputError
 from iomm.engine.builders import build_model, load_run
 from iomm.engine.cli import main
 from iomm.engine.config import load_config
-from iomm.engine.dry_run import build_without_weights, check_paths, describe, make_plan
+from iomm.engine.dry_run import (
+    build_without_weights,
+    check_paths,
+    describe,
+    make_plan,
+)
 from iomm.engine.resilience import checkpoint_reader
 from iomm.engine.shapes.dataset import write_dataset
 from iomm.pipeline import Pipeline
@@ -80,8 +85,11 @@ def run_dir(folder, settings):
     assert done.returncode == 0, done.stdout
     assert f"LoRA base: {folder / 'base'}" in done.stdout
     assert " M trained (LoRA) and " in done.stdout
-    done = start(1, *arguments, "train.steps=3", "--resume", "auto")
+    # Sharding may be switched on at a resume.
+    more = "train.steps=3", "lora.shard_base=true", "--resume", "auto"
+    done = start(1, *arguments, *more)
     assert done.returncode == 0 and "resumed from" in done.stdout, done.stdout
+    assert "lora.shard_base changes nothing on a node with one rank" in done.stdout
     return run_dir
 
 
@@ -150,6 +158,7 @@ def test_base_that_changed_is_rejected(run_dir, folder, settings, tmp_path):
         (["lora.rank=4"], "run.init does not name the base"),
         (["lora.rank=4", "run.init=x", "align.weight=0.5"], "align.weight trains an alignment"),
         (["lora.rank=-4"], "lora.rank must be >= 0"),
+        (["lora.shard_base=true"], "shards the frozen base of LoRA, but lora.rank is 0"),
         (["lora.dropout=1"], r"lora.dropout must be in \[0, 1\), got 1"),
     ],
 )
@@ -216,15 +225,18 @@ def test_dry_run_counts_lora_apart_from_its_base(folder, settings):
     assert counted.memory["optimizer moments"] == 8 * trained
     assert "activations, MLLM queries" not in counted.memory
     assert counted.flops["generator"] < full.flops["generator"]
-    assert "LoRA" in describe(counted, config) and "generator (frozen)" in describe(counted, config)
+    text = describe(counted, config)
+    assert "LoRA" in text and "generator (frozen)" in text and "Frozen blocks take" in text
+    assert "Frozen blocks" not in describe(full, config)
 
 
 @pytest.mark.slow
 def test_lora_on_a_tiny_qwen_image_learns_the_mixture(tmp_path):
     """From a random base to a file in diffusers' pipeline.
 
-    Two ranks train on images and pairs at ZeRO stage 3 with recomputed blocks, are killed once and
-    resumed, bit by bit as if nothing had happened. The held-out losses of both kinds fall.
+    Two ranks train on images and pairs at ZeRO stage 3 with recomputed blocks and a sharded base,
+    are killed once and resumed, and sample on one rank at the end. All is bit by bit as without a
+    kill and with a whole base. The held-out losses of both kinds fall.
     """
     from diffusers import (
         FlowMatchEulerDiscreteScheduler,
@@ -263,12 +275,17 @@ def test_lora_on_a_tiny_qwen_image_learns_the_mixture(tmp_path):
     )
     done = start(2, *whole)
     assert done.returncode == 0, done.stdout
+    killed += ["lora.shard_base=true", "log.sample_images=2", "log.sample_steps=1"]
     launch_and_kill(2, tmp_path / "killed/log.jsonl", 50, *killed)
     done = start(2, *killed, "--resume", "auto")
+    assert list((tmp_path / "killed/samples").glob("step-00000120-*.png")), done.stdout
     assert done.returncode == 0 and "resumed from" in done.stdout, done.stdout
     assert hashes(tmp_path / "killed") == hashes(tmp_path / "whole")
     found = [
         row["heldout_loss"] for row in rows(tmp_path / "whole/log.jsonl") if row["step"] % 40 == 0
+    ]
+    assert found == [
+        row["heldout_loss"] for row in rows(tmp_path / "killed/log.jsonl") if row["step"] % 40 == 0
     ]
     means = {kind: [losses[kind]["mean"] for losses in found] for kind in ("image", "pair")}
     assert all(a > b > c for a, b, c in means.values()), means

@@ -22,6 +22,7 @@ from iomm.engine.dry_run import (
     Memory,
     activation_bytes,
     auto_micro_batch,
+    base_sharding,
     build_without_weights,
     check_paths,
     describe,
@@ -140,10 +141,10 @@ def test_qwen_image_configs_have_the_papers_values(size_px):
 
 
 @pytest.mark.parametrize(
-    "size_px, tflop, gib",
-    [(512, 36.2, 57), pytest.param(1024, 161.4, 60, marks=pytest.mark.slow)],
+    "size_px, tflop, gib, sharded_gib",
+    [(512, 36.2, 58, 26), pytest.param(1024, 161.4, 60, 29, marks=pytest.mark.slow)],
 )
-def test_qwen_image_configs_have_the_counts_of_the_readme(size_px, tflop, gib):
+def test_qwen_image_configs_have_the_counts_of_the_readme(size_px, tflop, gib, sharded_gib):
     config = load_config(f"qwen-image-{size_px}-lora", ["train.compile=false"])
     model = build_without_weights(config)
     counts = {name: number / 1e6 for name, number in parameters(model).items()}
@@ -154,8 +155,18 @@ def test_qwen_image_configs_have_the_counts_of_the_readme(size_px, tflop, gib):
         "VAE (frozen)": pytest.approx(46.9, abs=0.1),
     }
     assert sum(work(model, config).values()) / 1e12 == pytest.approx(tflop, abs=0.1)
-    needed = sum(memory(model, config, 8, config.train.micro_batch).values())
-    assert needed / 2**30 == pytest.approx(gib, abs=1)
+    sharded = replace(config, lora=replace(config.lora, shard_base=True))
+    for settings, expected in ((config, gib), (sharded, sharded_gib)):
+        needed = sum(memory(model, settings, 8, config.train.micro_batch).values())
+        assert needed / 2**30 == pytest.approx(expected, abs=1)
+    # A rank keeps an eighth of 37.73 GiB and two gathered blocks of 0.63 GiB. It receives 7 / 8 of
+    # 118 blocks in two micro-batches: all but the last one in each direction.
+    (sentence,) = base_sharding(model, config, 8, 2)
+    assert "take 37.73 GiB per GPU, and 5.98 GiB with" in sentence
+    assert "receives 139.89 GB from the others per step" in sentence
+    assert base_sharding(model, config, 1, 2) == []
+    with pytest.raises(InputError, match=r"has one GPU: set lora\.shard_base=false"):
+        base_sharding(model, sharded, 1, 2)
 
 
 def test_z_image_config_is_stage_2_of_its_shape_from_its_weights():

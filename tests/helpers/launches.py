@@ -128,13 +128,13 @@ def start_processes(ranks, script, *arguments, output):
     ]
 
 
-def finish(processes):
+def finish(processes, limit_s=LIMIT_S):
     """Wait for all processes and return their exit codes.
 
-    If one has not ended within LIMIT_S, all are killed.
+    If one has not ended within limit_s, all are killed.
     """
     try:
-        return [process.wait(LIMIT_S) for process in processes]
+        return [process.wait(limit_s) for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -193,7 +193,11 @@ def test_merged_export_is_a_generator_like_any_other(config, tmp_path):
     with lora.merged(generator) as state:
         expected = generator(*arguments(config))
         export_generator(generator, tmp_path, patch=PATCH, state=state)
-    back = load_generator(tmp_path)
+    back = load_generator(tmp_path).requires_grad_(False)
+    # The bits of a product depend on the alignment of mapped weights, and on whether they are
+    # trained (AMD EPYC, torch 2.13.0).
+    for parameter in back.parameters():
+        parameter.data = parameter.data.clone()
     assert torch.equal(back(*arguments(config)), expected)
     changed = {
         name for name, p in back.named_parameters() if not torch.equal(p, base.get_parameter(name))

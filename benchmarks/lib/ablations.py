@@ -103,7 +103,7 @@ def ablations(bench: Bench) -> dict[str, Callable[[], float]]:
         "no prefix split": lambda: [
             swapped(
                 mllm,
-                prefix=lambda condition, outputs=False: (None, None),
+                prefix=lambda condition, **options: (None, None),
                 queries=lambda *args, **kind: whole_pass(mllm, *args, **kind),
             )
         ],

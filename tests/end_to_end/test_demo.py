@@ -74,7 +74,8 @@ def test_loss_falls_below_a_linear_prediction(demo):
 def test_run_dir_has_the_files_of_the_readme(demo):
     run_dir, output = demo
     assert f"step 10/{STEPS}  loss" in output and "next        iomm sample --run" in output
-    for label in ("data    ", "devices ", "training ", "model   ", "kernels ", "memory per rank at "):
+    labels = "data    ", "devices ", "training ", "model   ", "kernels ", "memory per rank at "
+    for label in labels:
         assert output.count(f"\n{label}") == 1, label
     log = (run_dir / "logs/rank-00000.txt").read_text()
     for fragment in (

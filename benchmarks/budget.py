@@ -51,10 +51,11 @@ from iomm.engine.dry_run import (
     work,
 )
 from iomm.engine.observe.doctor import machine
-from iomm.engine.parallel.base_shards import NODE, blocks_of
+from iomm.engine.parallel.base_shards import NODE
 from iomm.engine.parallel.optim import make_optimizer, spread
 from iomm.engine.resilience.checkpoint_interval import plan as checkpoint_plan
 from iomm.flops import attention_flops, condition_tokens
+from iomm.generator import blocks_of
 from iomm.model import IOMM
 
 # Everything that is not counted, with its source. "ours" is our own estimate, not yet measured.
@@ -361,7 +362,7 @@ def micro_batch_parts(
     grid = vae.grid(*[config.data.size_px] * 2)
     rows = {"latent_stream": math.prod(grid), "condition_stream": config.adapter.num_queries}
     tokens, width = sum(rows.values()), generator.config.width
-    blocks = [m for m in generator.modules() if isinstance(m, generator.block_classes)]
+    blocks = blocks_of(generator)
     # FLUX's last block does a fifth less, which is 0.1 % of the sum.
     attention = len(blocks) * attention_flops(tokens, tokens, width)
     matmul = machine["matmul"]
@@ -457,7 +458,7 @@ def lora_parts(name: str, micro_batch: int, machine: dict[str, float]) -> dict[s
         share * condition_tokens(model, kind["num_text"], kind.get("image", True))[1]
         for share, kind in kinds(model, config)
     )
-    num_blocks = len(blocks_of(model))
+    num_blocks = len(blocks_of(generator))
     attention = num_blocks * attention_flops(*[latents + condition] * 2, generator.config.width)
     forward = generator.flops_per_image(grid, condition)
     backward = generator.flops_per_image(grid, condition, training=True) - forward

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 import torch
@@ -159,11 +159,12 @@ def kept_bytes(run: Callable[[], Any], own: Iterable[Tensor]) -> int:
     return kept.num_bytes()
 
 
-# {what identifies a count: bytes}. Tracing takes a second or two.
-_counted: dict[Any, int] = {}
+T = TypeVar("T")
+# {what identifies a count: its result}. Tracing takes a second or two.
+_counted: dict[Any, Any] = {}
 
 
-def counted_once(key: Any, count: Callable[[], int]) -> int:
+def counted_once(key: Any, count: Callable[[], T]) -> T:
     """Return count(), remembered for as long as the process runs."""
     if key not in _counted:
         _counted[key] = count()
@@ -230,10 +231,6 @@ class Call:
     outputs: Any
 
 
-# {what identifies a call: Call}.
-_calls: dict[Any, Call] = {}
-
-
 def signature(tree: Any) -> tuple:
     """Return shapes, strides, dtypes and requirements of gradients of the tensors in a tree."""
     return tuple(
@@ -255,19 +252,21 @@ def call_of(
         compiled,
         deepspeed_linear,
     )
-    if key not in _calls:
+
+    def count() -> Call:
         forward = type(block).forward.__get__(block)
         run = partitioned(block, forward) if compiled else forward
         own = [*block.parameters(), *block.buffers()]
         with as_on_gpu(deepspeed_linear), Kept(own) as kept:
             outputs = run(*args)
         tensors = [x for x in args if isinstance(x, Tensor)]
-        _calls[key] = Call(
+        return Call(
             kept.num_bytes(without=tensors),
             tuple(i for i, x in enumerate(args) if isinstance(x, Tensor) and kept.holds(x)),
             outputs,
         )
-    return _calls[key]
+
+    return counted_once(key, count)
 
 
 def kept_by_blocks(

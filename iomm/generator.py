@@ -9,6 +9,7 @@ training=False, route=None)`.
 """
 
 import torch
+from torch import nn
 
 from iomm.config import GeneratorConfig
 from iomm.mmdit import MMDiT
@@ -30,6 +31,11 @@ def empty_generator(
     with torch.device("meta"):
         generator = GENERATORS[config.kind](config)
     return generator.to(dtype).to_empty(device=device)
+
+
+def blocks_of(generator: MMDiT | SingleStream) -> list[nn.Module]:
+    """Return the blocks of a generator in the order of its forward pass."""
+    return [m for m in generator.modules() if isinstance(m, generator.block_classes)]
 
 
 def new_generator(

@@ -26,9 +26,10 @@ import torch
 from torch import nn
 
 from iomm.engine.config import RunConfig
-from iomm.engine.parallel.base_shards import NODE, base_gathers, base_parts, blocks_of
+from iomm.engine.parallel.base_shards import NODE, base_gathers, base_parts
 from iomm.engine.parallel.optim import make_optimizer
 from iomm.engine.parallel.zero import deepspeed_config
+from iomm.generator import blocks_of
 from iomm.lora import layers_with_lora
 from iomm.model import IOMM
 
@@ -154,7 +155,7 @@ def base_messages(model: IOMM, config: RunConfig, node: int) -> list[Message]:
     They are issued and needed where a block is visited for its A and B. A block without any counts
     to the one before it.
     """
-    blocks = blocks_of(model)
+    blocks = blocks_of(model.generator)
     visits = [visit for visit, entered in trace_of(model) if entered]
     at, passes = [], [(False, blocks), (True, blocks[::-1])]
     for backward, ordered in passes:
@@ -522,8 +523,7 @@ def generator_row_bytes(
     generator: nn.Module, tokens: float, rope: str = "torch"
 ) -> tuple[float, float]:
     """Return the generator's entry of `row_bytes` for a number of joint tokens."""
-    blocks = sum(isinstance(module, generator.block_classes) for module in generator.modules())
-    kind = generator.config.kind
+    blocks, kind = len(blocks_of(generator)), generator.config.kind
     passes = (sum(pair) for pair in zip(GENERATED[kind], ROPE[kind][rope], strict=True))
     return tuple(2 * tokens * generator.config.width * blocks * number for number in passes)
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from iomm.generator import empty_generator
+from iomm.generator import blocks_of, empty_generator
 from iomm.lora import frozen_weights
 
 if TYPE_CHECKING:
@@ -51,12 +51,6 @@ def part_bytes(weights: Iterable[Tensor], num_parts: int, width: int) -> int:
     return rounded_up(-(-total // num_parts))
 
 
-def blocks_of(model: IOMM) -> list[nn.Module]:
-    """Return the blocks of the generator in the order of its forward pass."""
-    classes = model.generator.block_classes
-    return [module for module in model.generator.modules() if isinstance(module, classes)]
-
-
 def base_parts(model: IOMM, num_ranks: int, width: int) -> list[int]:
     """Return the bytes of each block's base that a rank of a node keeps, with padding.
 
@@ -65,13 +59,13 @@ def base_parts(model: IOMM, num_ranks: int, width: int) -> list[int]:
         num_ranks: number of ranks of the node.
         width: bytes of a number.
     """
-    weights = (frozen_weights(block).values() for block in blocks_of(model))
+    weights = (frozen_weights(block).values() for block in blocks_of(model.generator))
     return [part_bytes(of_block, num_ranks, width) for of_block in weights]
 
 
 def base_bytes(model: IOMM, width: int) -> int:
     """Return the bytes of all blocks' base, as `base_parts` but whole."""
-    blocks = blocks_of(model)
+    blocks = blocks_of(model.generator)
     return width * sum(w.numel() for block in blocks for w in frozen_weights(block).values())
 
 
@@ -103,7 +97,7 @@ def gathers(num_blocks: int, first: int = 0) -> list[tuple[int, int]]:
 
 def base_gathers(model: IOMM) -> list[tuple[int, int]]:
     """Return gathers() of a micro-batch of a model with LoRA."""
-    blocks = blocks_of(model)
+    blocks = blocks_of(model.generator)
     # A layer has one product if neither it nor anything before it is trained.
     backward = [any(getattr(m, "products", 1) > 1 for m in block.modules()) for block in blocks]
     return gathers(len(blocks), backward.index(True))
@@ -205,8 +199,7 @@ class BaseShards:
         The order of the blocks in it is that of the forward pass.
         """
         generator = empty_generator(config, device="meta", dtype=dtype)
-        blocks = [m for m in generator.modules() if isinstance(m, generator.block_classes)]
-        for index, block in enumerate(blocks):
+        for index, block in enumerate(blocks_of(generator)):
             self.blocks.append(ShardedBlock(block, self.group, self.device))
             block.register_forward_pre_hook(lambda *_, index=index: self.use(index, 1))
             block.register_forward_hook(

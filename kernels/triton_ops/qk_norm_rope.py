@@ -7,6 +7,9 @@ written once, to where attention reads it. Gradients of the weights are two-pass
 import triton
 import triton.language as tl
 
+# Arguments that vary from batch to batch: one kernel serves all their values.
+SIZES = ["num_tokens", "sample_stride", "token_stride", "num_first_query", "num_first"]
+
 
 @triton.jit
 def deinterleave(x, ROWS: tl.constexpr, E: tl.constexpr):
@@ -143,15 +146,7 @@ def load_angles(
     return cos, sin
 
 
-@triton.jit(
-    do_not_specialize=[
-        "num_tokens",
-        "sample_stride",
-        "token_stride",
-        "num_first_query",
-        "num_first",
-    ]
-)
+@triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     x_ptr,
     q_weight,
@@ -200,15 +195,7 @@ def forward_kernel(
     tl.store(v_ptr + joint, tl.load(x_ptr + source, mask=mask, other=0.0), mask=mask)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "num_tokens",
-        "sample_stride",
-        "token_stride",
-        "num_first_query",
-        "num_first",
-    ]
-)
+@triton.jit(do_not_specialize=SIZES)
 def backward_kernel(
     x_ptr,
     q_weight,

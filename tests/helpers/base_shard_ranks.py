@@ -20,7 +20,7 @@ from iomm import lora
 from iomm.config import GeneratorConfig, LoraConfig
 from iomm.engine.parallel import ranks as group
 from iomm.engine.parallel.base_shards import BaseShards, ShardedBlock, base_gathers
-from iomm.generator import new_generator
+from iomm.generator import blocks_of, new_generator
 from iomm.model import IOMM, Recipe
 
 HOSTS = ("a", "b", "a")
@@ -132,8 +132,7 @@ def compare(ranks, shape, dtype, recompute, targets):
     checksum = lora.checksum(model, gather=shards.gather)
     with recorded(shards.blocks) as sizes:
         found = losses_and_gradients(model, dtype, sizes)
-    blocks = [m for m in reference.modules() if isinstance(m, reference.block_classes)]
-    weights = [sum(p.nbytes for p in block.parameters()) for block in blocks]
+    weights = [sum(p.nbytes for p in block.parameters()) for block in blocks_of(reference)]
     whole = with_lora(reference, targets, recompute)
     expected = losses_and_gradients(whole, dtype)
     with without_second_gather(shards):

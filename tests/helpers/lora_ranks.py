@@ -24,6 +24,7 @@ from iomm.engine import state as run_state
 from iomm.engine.config import load_config
 from iomm.engine.parallel import ranks as group
 from iomm.engine.resilience import checkpoint_writer
+from iomm.generator import blocks_of
 
 STEPS = 3
 RECOMPUTED = ["train.recompute=99", "lora.dropout=0.1"]
@@ -78,7 +79,7 @@ def base_bytes(module, shards):
     if shards is not None:
         blocks = shards.blocks
         return sum(len(b.part) for b in blocks), sum(b.storage.nbytes() for b in blocks)
-    blocks = [m for m in module.modules() if isinstance(m, module.generator.block_classes)]
+    blocks = blocks_of(module.generator)
     return sum(w.nbytes for b in blocks for w in lora.frozen_weights(b).values()), 0
 
 

@@ -78,8 +78,7 @@ from iomm.engine.shapes import dataset, scorer
 
 # The config of each stage.
 STAGES = {"pretrain": "demo", "finetune": "demo-finetune"}
-# Steps of stage 1 and of stage 2 in a cpu-night, so that at least half of the captions are fully
-# right in the default cell.
+# Steps of stage 1 and of stage 2 in a cpu-night, as in the default run.
 NIGHT_STEPS = (1500, 1500)
 # Seconds per step of two concurrent runs, until a run below --out has measured it.
 NIGHT_STEP_S = 0.65

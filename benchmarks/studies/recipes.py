@@ -23,8 +23,9 @@ and verdicts.
 For each seed all cells run before the next seed begins, the default cell first, and the results are
 written after every cell. Runs and scores are kept below --out under a name made from everything
 that changes them. To resume a killed command, start it again: complete runs are kept, other runs
-resume from their last checkpoint, and a run that is still training is waited for. --status prints
-what is done and the hours left.
+resume from their last checkpoint, and a run that is still training is waited for. Cells whose
+scores are in the result file are not run again, so a night can be continued on another machine.
+--status prints what is done and the hours left.
 """
 
 import sys
@@ -245,10 +246,14 @@ def read(path: Path) -> dict:
 
 
 class Runs:
-    """The runs and scores of a budget below a folder; existing ones are reused."""
+    """The runs and scores of a budget below a folder; existing ones are reused.
 
-    def __init__(self, folder: str | Path, budget: Budget):
+    published: {name of a run: {"machine": facts, "scores": scores}} of a result file.
+    """
+
+    def __init__(self, folder: str | Path, budget: Budget, published: dict | None = None):
         self.folder, self.budget, self.locks = Path(folder), budget, {}
+        self.published = published or {}
 
     def locked(self, name: Hashable) -> Lock:
         """Return the lock of that name; concurrent cells may need the same run or score."""
@@ -314,6 +319,17 @@ class Runs:
                     f"a run failed with exit code {code}. Its output is in {run.dir}/said.txt"
                 )
 
+    def record(self, run: Run) -> dict:
+        """Return {"machine": facts, "scores": scores} of a run, {} for what does not exist.
+
+        What the run's folder lacks is taken from the result file.
+        """
+        published = self.published.get(run.dir.name, {})
+        return {
+            what: read(run.dir / file) or published.get(what, {})
+            for what, file in (("machine", "machine.json"), ("scores", SCORES))
+        }
+
     def scored_with(self) -> dict:
         """Return what scores depend on besides the run; scores with other values are redone."""
         return {
@@ -329,7 +345,7 @@ class Runs:
 
         None if any of them is missing.
         """
-        kept = read(run.dir / SCORES)
+        kept = self.record(run)["scores"]
         names = [f"{way}, {split}" for way in ways for split in SPLITS]
         if names and (kept.get("settings") != self.scored_with() or not set(names) <= set(kept)):
             return None
@@ -370,6 +386,8 @@ class Runs:
 
     def do(self, cell: Cell, seed: int) -> None:
         """Train and score a cell; complete runs and scores are kept."""
+        if self.scores(cell, seed) is not None:
+            return
         first, second = self.both(cell, seed)
         self.train(first)
         self.score(first, cell.after_first, seed)
@@ -397,24 +415,23 @@ class Runs:
         }
         return {cell: seeds for cell, seeds in rows.items() if seeds}
 
-    def commits(self, name: str) -> str:
-        """Return the commits at which an experiment's runs were made, in order."""
-        runs = [
-            run
-            for cell in EXPERIMENTS[name].values()
+    def records(self, name: str) -> dict[str, dict]:
+        """Return {name of the run: its record} of an experiment's complete cells."""
+        return {
+            run.dir.name: self.record(run)
             for seed in range(self.budget.seeds)
+            for cell in EXPERIMENTS[name].values()
             if self.scores(cell, seed)
             for run in self.both(cell, seed)
-        ]
-        return ", ".join(
-            dict.fromkeys(read(run.dir / "machine.json").get("commit", "unknown") for run in runs)
-        )
+        }
 
     def hours_left(self, names: Iterable[str]) -> tuple[float, float]:
         """Return the expected hours left for these experiments, and the seconds per step."""
         runs, unscored = {}, set()
         for name in names:
             for cell, seed in product(EXPERIMENTS[name].values(), range(self.budget.seeds)):
+                if self.scores(cell, seed):
+                    continue
                 ways_after = (cell.after_first, cell.after_second)
                 for run, ways in zip(self.both(cell, seed), ways_after, strict=True):
                     runs[run.dir] = run
@@ -539,7 +556,7 @@ def publish(
 
     Experiments that were not requested are included once they have two cells to compare.
     """
-    here, rows, of = machine(), {}, {}
+    here, rows, of, facts_of, records = machine(), {}, {}, {}, {}
     found = {
         name: cells
         for name in EXPERIMENTS
@@ -548,14 +565,21 @@ def publish(
     for name, cells in found.items():
         mine = quoted(name, cells, runs.budget)
         rows |= mine
-        facts = {**here, "commit": runs.commits(name)}
-        of |= dict.fromkeys(mine, facts)
+        records |= (made := runs.records(name))
+        # The runs may have been made on other machines, at other commits.
+        facts_of[name] = here | {
+            key: ", ".join(
+                dict.fromkeys(run["machine"].get(key, "unknown") for run in made.values())
+            )
+            for key in ("device", "commit")
+        }
+        of |= dict.fromkeys(mine, facts_of[name])
     findings = compared(found)
     for row in findings:
         if row["seen"]:
             what = f"paper, {row['experiment']}: {row['what']} ({row['paper']})"
             rows[what] = "; ".join(f"{shown}: {in_words(row[shown])}" for shown in SPLITS.values())
-            of[what] = {**here, "commit": runs.commits(row["experiment"])}
+            of[what] = facts_of[row["experiment"]]
     rows["shapes dataset, real pictures through the VAE scored as right: limit for any model"] = (
         "; ".join(
             f"{way}, {SPLITS[split]} {share:.2f}"
@@ -574,6 +598,7 @@ def publish(
             "of": of,
             "findings": findings,
             "experiments": {name: summary(cells) for name, cells in found.items()},
+            "runs": records,
         },
     )
     draw(
@@ -674,14 +699,14 @@ def main(argv: list[str] | None = None) -> int:
     """Run the experiments; return the exit code."""
     args = parse_args(argv)
     budget, names = args.effective_budget, args.experiments
-    runs = Runs(Path(args.out) / args.budget, budget)
+    path = Path(args.results) / f"{results_name(args.budget, budget)}.json"
+    runs = Runs(Path(args.out) / args.budget, budget, read(path).get("runs"))
     print(status(runs, names), flush=True)
     if args.status:
         return 0
     if budget.jobs > 1:
         torch.set_num_threads(1)
     real = real_limits(runs)
-    path = Path(args.results) / f"{results_name(args.budget, budget)}.json"
     given = {**asdict(budget), "name": args.budget, **runs.scored_with()}
     failed = 0
     pool = ThreadPoolExecutor(budget.jobs)

@@ -279,7 +279,9 @@ def fake_engine(monkeypatch):
     A launch writes a checkpoint of its last step. Launch number `dies_at` writes one of half that
     step, and then the command ends. Half of the pictures are right.
     """
-    record = SimpleNamespace(commit="a" * 40, launched=[], drawn=[], dies_at=None, error=None)
+    record = SimpleNamespace(
+        commit="a" * 40, device="first", launched=[], drawn=[], dies_at=None, error=None
+    )
 
     def launched(*arguments, output):
         steps = int(next(a for a in arguments if a.startswith("train.steps=")).partition("=")[2])
@@ -288,7 +290,9 @@ def fake_engine(monkeypatch):
             # The command is already dead.
             raise KeyboardInterrupt
         record.launched.append((run_dir.name, *arguments))
-        (run_dir / "machine.json").write_text(json.dumps({"commit": record.commit}))
+        (run_dir / "machine.json").write_text(
+            json.dumps({"commit": record.commit, "device": record.device})
+        )
         dies = len(record.launched) == record.dies_at
         (run_dir / f"checkpoints/step-{steps // 2 if dies else steps:08d}").mkdir(
             parents=True, exist_ok=True
@@ -313,7 +317,7 @@ def fake_engine(monkeypatch):
         "grade": draw_and_score,
         "draw": lambda *_: None,
         "checkpoint_reader.newest": newest,
-        "machine": lambda: {"date": "2026-01-02", "commit": record.commit},
+        "machine": lambda: {"date": "2026-01-02", "commit": record.commit, "device": record.device},
         "real_limits": lambda runs: {way: {"train": 1.0, "test": 1.0} for way in ("text", "edit")},
         "builders.load_run": lambda *_, **__: (load_config("demo"), None, None),
     }.items():
@@ -404,6 +408,35 @@ def test_recipes_resume_after_kill_without_repeating(tmp_path, fake_engine, dies
     )
     before = len(fake_engine.launched)
     assert results(tmp_path) == whole and len(fake_engine.launched) == before
+
+
+def test_night_continues_on_another_machine(tmp_path, fake_engine, capsys):
+    """The second machine has the result file, but none of the runs."""
+    whole = results(tmp_path, "recipes")
+    path = tmp_path / "results/recipes-cpu-smoke.json"
+    found = json.loads(path.read_text())
+    lost = found["runs"].popitem()[0]
+    path.write_text(json.dumps(found))
+    fake_engine.launched.clear()
+    fake_engine.device, elsewhere = "second", ("recipes", "--out", str(tmp_path / "elsewhere"))
+    again = results(tmp_path, *elsewhere)
+    launched = [name for name, *_ in fake_engine.launched]
+    # Stage 1 again as well, because the lost stage 2 starts from it.
+    assert launched[1:] == [lost] and len(launched) == 2
+    (old,), (new,) = whole.values(), again.values()
+    assert new["experiments"] == old["experiments"] and new["runs"].keys() == old["runs"].keys()
+    assert {facts["device"] for facts in new["of"].values()} == {"first, second"}
+    capsys.readouterr()
+    assert main(["--budget", "cpu-smoke", "--results", str(path.parent), "--status"]) == 0
+    assert "expected: 0.0 hours left" in capsys.readouterr().out
+    # Scores of another judge or world are not taken over.
+    found = json.loads(path.read_text())
+    for run in found["runs"].values():
+        run["scores"] |= {"settings": {}}
+    path.write_text(json.dumps(found))
+    fake_engine.launched.clear()
+    results(tmp_path, "recipes", "--out", str(tmp_path / "third"))
+    assert len(fake_engine.launched) == 8
 
 
 def test_wait_until_free_waits_for_a_training_run(tmp_path):
@@ -547,7 +580,14 @@ def test_rows_name_the_commits_of_their_runs(tmp_path, fake_engine):
     # Results that are written later still name the commits of their runs.
     fake_engine.commit = "b" * 40
     assert commits() == {"a" * 40}
+    # A run whose commit is in the result file only.
     sorted((tmp_path / "runs/cpu-smoke").glob("finetune-*"))[0].joinpath("machine.json").unlink()
+    assert commits() == {"a" * 40}
+    (path,) = (tmp_path / "results").iterdir()
+    found = json.loads(path.read_text())
+    for run in found["runs"].values():
+        run["machine"] = {}
+    path.write_text(json.dumps(found))
     assert {*commits().pop().split(", ")} == {"a" * 40, "unknown"}
     assert (
         short_commits(f"{'a' * 40}, {'b' * 40} and changes") == "aaaaaaaaa, bbbbbbbbb+"

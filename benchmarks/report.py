@@ -35,7 +35,7 @@ Rows = Iterator[tuple[str, str]]
 SECTIONS = {
     "speed": ("throughput", "precision", "ops", "loader", "sampling", "startup", "memory"),
     "reliability": ("survival", "data-reliability", "checkpoint"),
-    "learning": ("demo", "alignment", "routing", "recipes", "time-to-quality"),
+    "learning": ("demo", "alignment", "routing", "noise", "recipes", "time-to-quality"),
 }
 
 
@@ -669,6 +669,7 @@ def table(section: str) -> str:
         "recipes": rows_of,
         "alignment": rows_of,
         "routing": rows_of,
+        "noise": rows_of,
         "time-to-quality": time_to_quality,
     }
     rows = ["| what | figure | measured |", "|---|---|---|"]

@@ -2,12 +2,13 @@
 
     python benchmarks/studies/ablation.py alignment --steps 250 --seeds 3 [section.key=value ...]
     python benchmarks/studies/ablation.py routing
+    python benchmarks/studies/ablation.py noise
 
 Each cell trains the default run's model from the same weights, on the same samples with the same
 masks, times and noise, and evaluates its average (EMA) on held-out images at fixed times. Every
-cell sees the same number of samples; "same work" cells take so many more steps that they do as many
-counted FLOPs as the first cell. Differences to the first cell are taken seed by seed, which cancels
-what a seed changes in all cells.
+cell sees the same number of samples; "same work" cells take so many more or fewer steps that they
+do as many counted FLOPs as the first cell. Differences to the first cell are taken seed by seed,
+which cancels what a seed changes in all cells. The time of training is the median over the seeds.
 
 Writes benchmarks/results/<ablation>-<config>-<device>-<date>.json after every run. A killed command
 resumes when it is started again on the same day with the same arguments.
@@ -23,6 +24,7 @@ import math
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from benchmarks.lib.harness import Bench
@@ -57,30 +59,36 @@ CELLS: dict[str, dict[str, list[str]]] = {
             "route.last=5",
         ],
     },
+    "noise": {
+        "one time and noise per image": ["train.noise_draws=1"],
+        "two": ["train.noise_draws=2"],
+    },
 }
-# Cells of which a second one takes more steps, for the same work as the first cell.
-SAME_WORK = {"routing": ["half of the tokens skip blocks 2 to 5"]}
+# Cells of which a second one takes other steps, for the same work as the first cell.
+SAME_WORK = {"routing": ["half of the tokens skip blocks 2 to 5"], "noise": ["two"]}
 
 
 def heldout_loss(overrides: list[str], seed: int, steps: int, ranks: group.Ranks) -> dict:
-    """Train a cell and return the held-out velocity loss of its average, {"mean", "by_time"}."""
+    """Train a cell; return the held-out loss of its average, {"mean", "by_time", "training_s"}."""
     config = load_config("demo", layered([*overrides, f"run.seed={seed}", f"train.steps={steps}"]))
     bench = Bench(config, ranks, fresh=True)
     evaluation = Evaluation(config, bench.source, ranks)
+    started = time.perf_counter()
     for _ in range(steps):
         bench.step()
+    training_s = time.perf_counter() - started
     # Ends the reader threads.
     bench.batches.close()
-    return evaluation(bench.state)["heldout_loss"]["image"]
+    return evaluation(bench.state)["heldout_loss"]["image"] | {"training_s": training_s}
 
 
 def cells(ablation: str, steps: int) -> dict[str, tuple[list[str], int]]:
-    """Return {cell: (settings, steps)} of an ablation, with the cells of the same work."""
+    """Return {cell: (settings, steps)} of an ablation, including the cells of the same work."""
     found = {cell: (settings, steps) for cell, settings in CELLS[ablation].items()}
     first, *_ = CELLS[ablation].values()
     for cell in SAME_WORK.get(ablation, ()):
-        longer = round(steps * step_flops(first) / step_flops(CELLS[ablation][cell]))
-        found[f"{cell}, same work"] = CELLS[ablation][cell], longer
+        others = round(steps * step_flops(first) / step_flops(CELLS[ablation][cell]))
+        found[f"{cell}, same work"] = CELLS[ablation][cell], others
     return found
 
 
@@ -114,6 +122,7 @@ def rows(runs: dict) -> dict[str, str]:
             text += f", {change.mean:+.4f} against {reference}"
             if len(changes) > 1:
                 text += f" (95 % interval {change.low:+.4f} to {change.high:+.4f})"
+        text += f"; {statistics.median(by_seed[seed]['training_s'] for seed in without):.0f} s"
         found[cell] = text
     return found
 

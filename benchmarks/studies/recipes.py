@@ -322,13 +322,10 @@ class Runs:
     def record(self, run: Run) -> dict:
         """Return {"machine": facts, "scores": scores} of a run, {} for what does not exist.
 
-        What the run's folder lacks is taken from the result file.
+        The result file's record is used while the run's folder has no scores.
         """
-        published = self.published.get(run.dir.name, {})
-        return {
-            what: read(run.dir / file) or published.get(what, {})
-            for what, file in (("machine", "machine.json"), ("scores", SCORES))
-        }
+        here = {"machine": read(run.dir / "machine.json"), "scores": read(run.dir / SCORES)}
+        return here if here["scores"] else self.published.get(run.dir.name, here)
 
     def scored_with(self) -> dict:
         """Return what scores depend on besides the run; scores with other values are redone."""
@@ -556,7 +553,7 @@ def publish(
 
     Experiments that were not requested are included once they have two cells to compare.
     """
-    here, rows, of, facts_of, records = machine(), {}, {}, {}, {}
+    here, rows, of, facts_of, records = machine(), {}, {}, {}, dict(runs.published)
     found = {
         name: cells
         for name in EXPERIMENTS

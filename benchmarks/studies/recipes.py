@@ -383,13 +383,18 @@ class Runs:
 
     def do(self, cell: Cell, seed: int) -> None:
         """Train and score a cell; complete runs and scores are kept."""
-        if self.scores(cell, seed) is not None:
-            return
+        for run, ways in self.left(cell, seed):
+            self.train(run)
+            self.score(run, ways, seed)
+
+    def left(self, cell: Cell, seed: int) -> list[tuple[Run, tuple]]:
+        """Return the runs that a cell still needs, each with the ways in which it is scored."""
         first, second = self.both(cell, seed)
-        self.train(first)
-        self.score(first, cell.after_first, seed)
-        self.train(second)
-        self.score(second, cell.after_second, seed)
+        if self.known(second, cell.after_second) is None:
+            return [(first, cell.after_first), (second, cell.after_second)]
+        # Stage 1 is not needed for its weights.
+        is_known = self.known(first, cell.after_first) is not None
+        return [] if is_known else [(first, cell.after_first)]
 
     def scores(self, cell: Cell, seed: int) -> dict | None:
         """Return all scores of a cell, or None if it is not complete."""
@@ -427,10 +432,7 @@ class Runs:
         runs, unscored = {}, set()
         for name in names:
             for cell, seed in product(EXPERIMENTS[name].values(), range(self.budget.seeds)):
-                if self.scores(cell, seed):
-                    continue
-                ways_after = (cell.after_first, cell.after_second)
-                for run, ways in zip(self.both(cell, seed), ways_after, strict=True):
+                for run, ways in self.left(cell, seed):
                     runs[run.dir] = run
                     unscored |= {(run.dir, way) for way in ways if self.known(run, (way,)) is None}
         pictures = len(unscored) * len(SPLITS) * self.budget.per_kind * len(dataset.KINDS)

@@ -432,6 +432,10 @@ def test_night_continues_on_another_machine(tmp_path, fake_engine, capsys):
     capsys.readouterr()
     assert main(["--budget", "cpu-smoke", "--results", str(path.parent), "--status"]) == 0
     assert "expected: 0.0 hours left" in capsys.readouterr().out
+    # The default cell of `adapter` lacks only the score of its stage 1.
+    runs = Runs(tmp_path / "fourth", BUDGETS["cpu-smoke"], json.loads(path.read_text())["runs"])
+    cell = EXPERIMENTS["adapter"]["rqa"]
+    assert runs.left(cell, 0) == [(runs.both(cell, 0)[0], ("image",))]
     # Scores of another judge or world are not taken over.
     found = json.loads(path.read_text())
     for run in found["runs"].values():

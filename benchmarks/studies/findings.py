@@ -220,6 +220,8 @@ FINDINGS = (
         paper="ImgEdit 2.82, 2.61",
     ),
 )
+# (experiment, cell) of every cell that a finding compares.
+COMPARED = {(found.experiment, cell) for found in FINDINGS for cell in (found.one, found.other)}
 
 # An experiment: {cell: {seed: {"text, train": {"fits": share, ..., "pictures": number}, ...}}}.
 Cells = dict[str, dict[int, dict[str, dict[str, float]]]]

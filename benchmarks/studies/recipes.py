@@ -20,12 +20,13 @@ engine/evaluation/shapes_grades.py scores seen and unseen combinations on scenes
 cell's seed, which are the same for every cell. benchmarks/studies/findings.py computes intervals
 and verdicts.
 
-For each seed all cells run before the next seed begins, the default cell first, and the results are
-written after every cell. Runs and scores are kept below --out under a name made from everything
-that changes them. To resume a killed command, start it again: complete runs are kept, other runs
-resume from their last checkpoint, and a run that is still training is waited for. Cells whose
-scores are in the result file are not run again, so a night can be continued on another machine.
---status prints what is done and the hours left.
+First run the cells that the paper's findings compare, so that all verdicts exist before the other
+points of the curves. In both groups all cells of a seed run before the next seed begins, the
+default cell first. The results are written after every cell. Runs and scores are kept below --out
+under a name made from everything that changes them. To resume a killed command, start it again:
+complete runs are kept, other runs resume from their last checkpoint, and a run that is still
+training is waited for. Cells whose scores are in the result file are not run again, so a night can
+be continued on another machine. --status prints what is done and the hours left.
 """
 
 import sys
@@ -55,6 +56,7 @@ import torch
 from benchmarks.report import positive
 from benchmarks.studies.demo import launch
 from benchmarks.studies.findings import (
+    COMPARED,
     SPLITS,
     T_95,
     Cells,
@@ -710,11 +712,12 @@ def main(argv: list[str] | None = None) -> int:
     failed = 0
     pool = ThreadPoolExecutor(budget.jobs)
     try:
+        cells = [(name, label) for name in names for label in EXPERIMENTS[name]]
         waiting = {
-            pool.submit(runs.do, cell, seed): f"{name}, {label}, seed {seed}"
-            for seed in range(budget.seeds)
-            for name in names
-            for label, cell in EXPERIMENTS[name].items()
+            pool.submit(runs.do, EXPERIMENTS[name][label], seed): f"{name}, {label}, seed {seed}"
+            for seed, (name, label) in sorted(
+                product(range(budget.seeds), cells), key=lambda job: job[1] not in COMPARED
+            )
         }
         for done, label in waiting.items():
             try:

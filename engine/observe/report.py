@@ -117,6 +117,7 @@ PARTS = {
     "suffix": "MLLM over the queries, frozen, with gradient",
     "connector": "layers between MLLM and generator",
     "generator": "diffusion transformer, forward",
+    "align": "comparison of a middle block with the ViT's tokens",
     "backward": "backward pass of generator, queries and adapter",
     "optimizer": "gradient exchange and update",
     "ema": "moving average of the weights",
@@ -553,7 +554,7 @@ def figure(
             # Placed by hand: matplotlib's own layouts take as long as everything else together.
             left = i % columns * wide / columns + 0.5
             bottom = (rows - 1 - i // columns) * height + 0.5
-            place = left / wide, bottom / high, 1 / columns - 0.65 / wide, (height - 0.9) / high
+            place = left / wide, bottom / high, 1 / columns - 0.8 / wide, (height - 0.9) / high
             axes = whole.add_axes(place)
             handles |= draw_panel(axes, title, lines)
             axes.set_xlim(0, 1.01 * last_step)

@@ -20,13 +20,13 @@ engine/evaluation/shapes_grades.py scores seen and unseen combinations on scenes
 cell's seed, which are the same for every cell. benchmarks/studies/findings.py computes intervals
 and verdicts.
 
-First run the cells that the paper's findings compare, so that all verdicts exist before the other
-points of the curves. In both groups all cells of a seed run before the next seed begins, the
-default cell first. The results are written after every cell. Runs and scores are kept below --out
-under a name made from everything that changes them. To resume a killed command, start it again:
-complete runs are kept, other runs resume from their last checkpoint, and a run that is still
-training is waited for. Cells whose scores are in the result file are not run again, so a night can
-be continued on another machine. --status prints what is done and the hours left.
+First run the cells that the paper's findings compare, the default cell before all others, so that
+all verdicts exist before the other points of the curves. In both groups all cells of a seed run
+before the next seed begins. The results are written after every cell. Runs and scores are kept
+below --out under a name made from everything that changes them. To resume a killed command, start
+it again: complete runs are kept, other runs resume from their last checkpoint, and a run that is
+still training is waited for. Cells whose scores are in the result file are not run again, so a
+night can be continued on another machine. --status prints what is done and the hours left.
 """
 
 import sys

@@ -548,7 +548,7 @@ def finish(
         )
         print(f"            {advice(config, metrics, saver, ranks.size)}")
     print(f"log         {run_dir}/log.jsonl; tensorboard --logdir {shlex.quote(f'{run_dir}/tb')}")
-    print(f"GPU-hours   {metrics.gpu_hours:.3f}")
+    print(f"{metrics.hours:<12}{metrics.gpu_hours:.3f}")
     print("\n".join(next_commands(config, args)), flush=True)
 
 

@@ -208,7 +208,7 @@ def train(
             if metrics is not None and (
                 state.step % config.log.every_steps == 0 or state.step == 1 or evaluated
             ):
-                logger.info(line(row, num_steps))
+                logger.info(line(row, num_steps, metrics.hours))
             bar.update()
             if window is not None:
                 window.after(state.step)

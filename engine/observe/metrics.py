@@ -115,6 +115,8 @@ class Metrics:
         self.global_batch, self.num_steps = global_batch, num_steps
         self.size, self.device, self.peak = ranks.size, ranks.device, peak_flops(ranks.device)
         self.gpu_hours = gpu_hours
+        # Their name for people.
+        self.hours = "GPU-hours" if ranks.device.type == "cuda" else "rank-hours"
         self.recent, self.carried = [], {}
         # Sinks whose failure was logged.
         self.failed = set()
@@ -371,8 +373,11 @@ def halves(values: list[float]) -> tuple[list[float], list[float]]:
     return values[: len(values) // 2], values[len(values) // 2 :]
 
 
-def line(row: dict[str, Any], num_steps: int) -> str:
-    """Return a record as a line for the terminal, with the three parts that took longest."""
+def line(row: dict[str, Any], num_steps: int, hours: str = "GPU-hours") -> str:
+    """Return a record as a line for the terminal, with the three parts that took longest.
+
+    hours: as Metrics.hours.
+    """
     mfu = f"  mfu {row['mfu']:.1%}" if row["mfu"] is not None else ""
     norm = f"{row['grad_norm']:.3f}" if row["grad_norm"] is not None else "skipped"
     longest = sorted(row["time_s"].items(), key=lambda part: -part[1])[:3]
@@ -389,5 +394,5 @@ def line(row: dict[str, Any], num_steps: int) -> str:
         f"grad norm {norm}  lr {row['lr']:.2e}  "
         f"{row['images_per_s']:.1f} images/s  {row['tokens_per_s']:,.0f} tokens/s{mfu}  "
         f"data wait {row['data_wait_s'] * 1e3:.0f} ms{cut}  {split}  "
-        f"GPU-hours {row['gpu_hours']:.2f} used, {row['gpu_hours_left']:.2f} left"
+        f"{hours} {row['gpu_hours']:.2f} used, {row['gpu_hours_left']:.2f} left"
     )

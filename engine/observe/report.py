@@ -96,8 +96,13 @@ LOOK = {
     "axes.titleweight": "bold",
     "font.size": 10,
     "grid.color": "#eaeef2",
+    "legend.borderaxespad": 0,
+    "legend.borderpad": 0,
+    "legend.columnspacing": 1,
     "legend.fontsize": 9,
     "legend.frameon": False,
+    "legend.handlelength": 1,
+    "legend.handletextpad": 0.4,
     "lines.linewidth": 1.6,
     "svg.fonttype": "none",
     "svg.hashsalt": "iomm",
@@ -545,6 +550,9 @@ def figure(
 
     columns = 2 if len(panels) == 4 and max_columns == 3 else min(max_columns, len(panels))
     rows = -(-len(panels) // columns)
+    # Room for the legends of one run, between title and panel: inside it they cover the curves.
+    room = 0.0 if several or max(map(len, panels.values())) == 1 else 0.22
+    height += room
     wide, high = 11.5, rows * height + 0.35 * several
     last_step = max(1, *(steps[-1] for lines in panels.values() for *_, steps, _ in lines))
     handles = {}
@@ -554,19 +562,25 @@ def figure(
             # Placed by hand: matplotlib's own layouts take as long as everything else together.
             left = i % columns * wide / columns + 0.5
             bottom = (rows - 1 - i // columns) * height + 0.5
-            place = left / wide, bottom / high, 1 / columns - 0.8 / wide, (height - 0.9) / high
+            place = (
+                left / wide,
+                bottom / high,
+                1 / columns - 0.8 / wide,
+                (height - room - 0.9) / high,
+            )
             axes = whole.add_axes(place)
-            handles |= draw_panel(axes, title, lines)
+            handles |= draw_panel(axes, lines)
             axes.set_xlim(0, 1.01 * last_step)
+            axes.set_title(title, pad=LOOK["axes.titlepad"] + 72 * room)
             if not several and len(lines) > 1:
-                axes.legend()
+                axes.legend(loc="lower left", bbox_to_anchor=(0, 1.03), ncols=4)
         if several:
             names = [name if len(name) <= 40 else f"…{name[-39:]}" for name in handles]
-            whole.legend(handles.values(), names, loc="upper left", ncols=4, borderaxespad=0)
+            whole.legend(handles.values(), names, loc="upper left", ncols=4, borderpad=0.5)
     return whole
 
 
-def draw_panel(axes: Axes, title: str, lines: list[Line]) -> dict[str, Line2D]:
+def draw_panel(axes: Axes, lines: list[Line]) -> dict[str, Line2D]:
     """Draw the lines of a panel and return {label: its artist}.
 
     Curves with a value per step are drawn faintly and, smoothed, on top; others point by point.
@@ -585,7 +599,6 @@ def draw_panel(axes: Axes, title: str, lines: list[Line]) -> dict[str, Line2D]:
             (handles[label],) = axes.plot(steps, calm, color=colour, label=label)
         seen.append(values)
     low, high = np.concatenate(seen).min(), np.concatenate(seen).max()
-    axes.set_title(title)
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
@@ -782,7 +795,8 @@ def final_values(run: Run) -> dict[str, str]:
     if "memory_gib" in run.curves:
         found["peak memory"] = f"{run.curves['memory_gib'][1].max():.2f} GiB"
     if "gpu_hours" in run.last:
-        found["GPU-hours"] = f"{number(run.last['gpu_hours']):,.3f}"
+        hours = "GPU-hours" if run.machine.get("gpu") else "rank-hours"
+        found[hours] = f"{number(run.last['gpu_hours']):,.3f}"
     for key in ("skipped_steps", "skipped_samples"):
         if key in run.last:
             found[key.replace("_", " ")] = f"{number(run.last[key]):,.0f}"

@@ -65,7 +65,7 @@ def advice(config: RunConfig, metrics: Any, saver: Saver, num_gpus: int) -> str:
     """Return one line that recommends a checkpoint.every_steps for this run.
 
     It follows from the times that the run has measured: saver.stall_s, saver.write_s and
-    metrics.recent, the seconds of recent steps.
+    metrics.recent, the seconds of recent steps. metrics.hours names the hours.
     """
     found = plan(
         num_gpus=num_gpus,
@@ -76,6 +76,6 @@ def advice(config: RunConfig, metrics: Any, saver: Saver, num_gpus: int) -> str:
     step_s = sorted(metrics.recent)[len(metrics.recent) // 2]
     return (
         f"recommended: checkpoint.every_steps={max(1, round(found.interval_s / step_s))}; "
-        f"one fault then loses at most {found.lost_gpu_hours:.2g} GPU-hours, and training waits "
-        f"for saves {found.stall:.2%} of the time"
+        f"one fault then loses at most {found.lost_gpu_hours:.2g} {metrics.hours}, and training "
+        f"waits for saves {found.stall:.2%} of the time"
     )

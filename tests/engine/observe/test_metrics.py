@@ -93,8 +93,9 @@ def test_record_follows_its_definitions(tmp_path, monkeypatch, no_board):
     assert "  cut captions 1,234  " in line({**row, "cut_captions": 1234}, STEPS)
     assert "loss 1.0000  align 0.5000  grad norm" in line({**row, "align_loss": 0.5}, STEPS)
     text = line(row, STEPS)
-    for fragment in ("step 3/10", "images/s", "tokens/s", "mfu", "generator"):
+    for fragment in ("step 3/10", "images/s", "tokens/s", "mfu", "generator", "  GPU-hours 1.00"):
         assert fragment in text
+    assert one.hours == "rank-hours" and "  rank-hours 1.00 used" in line(row, STEPS, one.hours)
 
 
 def test_evaluation_is_added_to_the_row_without_its_time(tmp_path):

@@ -183,7 +183,7 @@ def test_page_shows_the_whole_run_in_one_file(tmp_path):
         "30% samples that match",
         "21.0 images/s, median",
         "1.25 GiB peak memory",
-        "0.300 GPU-hours",
+        "0.300 rank-hours",
         "2 skipped steps",
         "7 skipped samples",
         "1,234 cut captions",
@@ -223,7 +223,7 @@ def test_page_shows_the_whole_run_in_one_file(tmp_path):
     )
     assert Image.open(run / "samples/curves.png").size == (
         1380,
-        336,
+        362,
         # loss, scores and the hook's metric in a row
     )
     assert not list(run.rglob(".*.partial"))
@@ -504,6 +504,25 @@ def test_alignment_loss_has_its_own_panel(tmp_path):
     )
     page = Page(report.write_run(run))
     assert "Alignment loss" in page.texts and "0.5000 alignment loss, last 20" in page.text
+
+
+def test_legends_cover_neither_curves_nor_titles(tmp_path):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    pairs = '"heldout_loss": {"pair": {"mean": 1.7, "by_time": []}, '
+    run = make_run(
+        tmp_path / "run",
+        rows=lambda lines: [line.replace('"heldout_loss": {', pairs) for line in lines],
+    )
+    whole = report.curves_of([report.read_run(run)])
+    FigureCanvasAgg(whole).draw()
+    found = {axes.get_title("left"): axes for axes in whole.axes}
+    assert [len(found[title].get_legend().texts) for title in ("Loss", "Scores")] == [3, 4]
+    for axes, right in zip(whole.axes[:2], whole.axes[1:], strict=False):
+        legend = axes.get_legend().get_window_extent()
+        assert axes.get_window_extent().y1 <= legend.y0
+        assert legend.y1 <= axes.title.get_window_extent().y0
+        assert legend.x1 < right.get_tightbbox().x0
 
 
 def test_long_curves_are_thinned_and_keep_their_mean():

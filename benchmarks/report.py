@@ -88,26 +88,27 @@ def pyplot() -> ModuleType | None:
 
 
 def demo(result: dict) -> Rows:
-    """Yield a row per stage, and the share of correct samples per kind of condition."""
-    one, two = result["pretrain"], result["finetune"]
+    """Yield a row per stage, and the share of correct samples per kind of condition.
+
+    A result without "pretrain" is of a stage 2 that began with the stage 1 of another result.
+    """
+    stages = {"stage 1": result.get("pretrain"), "stage 2": result["finetune"]}
+    stages = {stage: found for stage, found in stages.items() if found}
     given = "".join(f" {setting}" for setting in result.get("settings", ()))
     given = f" ({given.strip()})" if given else ""
-    for name, found in (
-        (f"default run{given}, stage 1", one),
-        (f"default run{given}, stage 2", two),
-    ):
+    for stage, found in stages.items():
         yield (
-            f"{name}: {found['steps']} steps of {found['global_batch']} images, "
-            f"{found['precision']}",
+            f"default run{given}, {stage}: {found['steps']} steps of "
+            f"{found['global_batch']} images, {found['precision']}",
             f"{found['command_s']:.0f} s in total, {found['training_s']:.0f} s of them training, "
             f"{found['images_per_s']:.0f} images/s, loss {found['first_loss']:.2f} -> "
             f"{found['last_loss']:.2f}",
         )
     for way, shown in (("image", "masked images"), ("text", "captions")):
         yield (
-            f"correct samples from {shown}{given}, after stage 1 and after stage 2",
+            f"correct samples from {shown}{given}, after {' and after '.join(stages)}",
             "; ".join(
-                f"{words} {one[key][way]:.0%} and {two[key][way]:.0%}"
+                f"{words} " + " and ".join(f"{found[key][way]:.0%}" for found in stages.values())
                 for key, words in (
                     ("fits", "whole caption"),
                     ("number", "number of shapes"),

@@ -629,7 +629,9 @@ def test_run_is_complete_if_final_samples_fail(schedule, offered, tmp_path, monk
         "", overrides=[f"run.dir={tmp_path}", f"optim.schedule={schedule}", "train.steps=10"]
     )
     metrics, closed = (
-        SimpleNamespace(gpu_hours=1.0, report=lambda: None, close=lambda: closed.append(True)),
+        SimpleNamespace(
+            gpu_hours=1.0, hours="GPU-hours", report=str, close=lambda: closed.append(True)
+        ),
         [],
     )
     launch_module.finish(

@@ -507,15 +507,13 @@ def test_alignment_loss_has_its_own_panel(tmp_path):
 
 
 def test_legends_cover_neither_curves_nor_titles(tmp_path):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
     pairs = '"heldout_loss": {"pair": {"mean": 1.7, "by_time": []}, '
     run = make_run(
         tmp_path / "run",
         rows=lambda lines: [line.replace('"heldout_loss": {', pairs) for line in lines],
     )
     whole = report.curves_of([report.read_run(run)])
-    FigureCanvasAgg(whole).draw()
+    whole.draw_without_rendering()
     found = {axes.get_title("left"): axes for axes in whole.axes}
     assert [len(found[title].get_legend().texts) for title in ("Loss", "Scores")] == [3, 4]
     for axes, right in zip(whole.axes[:2], whole.axes[1:], strict=False):

@@ -18,6 +18,7 @@ import torch
 
 from iomm.config import InputError
 from iomm.engine.data.atomic import whole_file
+from iomm.engine.observe.report import hours_name
 from iomm.profiling import Clock, named
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ class Metrics:
         self.size, self.device, self.peak = ranks.size, ranks.device, peak_flops(ranks.device)
         self.gpu_hours = gpu_hours
         # Their name for people.
-        self.hours = "GPU-hours" if ranks.device.type == "cuda" else "rank-hours"
+        self.hours = hours_name(ranks.device.type == "cuda")
         self.recent, self.carried = [], {}
         # Sinks whose failure was logged.
         self.failed = set()

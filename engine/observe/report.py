@@ -552,8 +552,8 @@ def figure(
     rows = -(-len(panels) // columns)
     # Room for the legends of one run, between title and panel: inside it they cover the curves.
     room = 0.0 if several or max(map(len, panels.values())) == 1 else 0.22
-    height += room
-    wide, high = 11.5, rows * height + 0.35 * several
+    pitch = height + room
+    wide, high = 11.5, rows * pitch + 0.35 * several
     last_step = max(1, *(steps[-1] for lines in panels.values() for *_, steps, _ in lines))
     handles = {}
     with rc_context(LOOK):
@@ -561,13 +561,8 @@ def figure(
         for i, (title, lines) in enumerate(panels.items()):
             # Placed by hand: matplotlib's own layouts take as long as everything else together.
             left = i % columns * wide / columns + 0.5
-            bottom = (rows - 1 - i // columns) * height + 0.5
-            place = (
-                left / wide,
-                bottom / high,
-                1 / columns - 0.8 / wide,
-                (height - room - 0.9) / high,
-            )
+            bottom = (rows - 1 - i // columns) * pitch + 0.5
+            place = left / wide, bottom / high, 1 / columns - 0.8 / wide, (height - 0.9) / high
             axes = whole.add_axes(place)
             handles |= draw_panel(axes, lines)
             axes.set_xlim(0, 1.01 * last_step)
@@ -770,6 +765,11 @@ def state_of(run: Run) -> str:
     return " · ".join(str(word) for word in words if word)
 
 
+def hours_name(gpu: object) -> str:
+    """Return what the hours of all ranks are called on a machine with a GPU or without."""
+    return "GPU-hours" if gpu else "rank-hours"
+
+
 def final_values(run: Run) -> dict[str, str]:
     """Return {name: value} of the run's final values, as text."""
     found = {}
@@ -795,8 +795,7 @@ def final_values(run: Run) -> dict[str, str]:
     if "memory_gib" in run.curves:
         found["peak memory"] = f"{run.curves['memory_gib'][1].max():.2f} GiB"
     if "gpu_hours" in run.last:
-        hours = "GPU-hours" if run.machine.get("gpu") else "rank-hours"
-        found[hours] = f"{number(run.last['gpu_hours']):,.3f}"
+        found[hours_name(run.machine.get("gpu"))] = f"{number(run.last['gpu_hours']):,.3f}"
     for key in ("skipped_steps", "skipped_samples"):
         if key in run.last:
             found[key.replace("_", " ")] = f"{number(run.last[key]):,.0f}"

@@ -630,7 +630,10 @@ def test_run_is_complete_if_final_samples_fail(schedule, offered, tmp_path, monk
     )
     metrics, closed = (
         SimpleNamespace(
-            gpu_hours=1.0, hours="GPU-hours", report=str, close=lambda: closed.append(True)
+            gpu_hours=1.0,
+            hours="GPU-hours",
+            report=lambda: None,
+            close=lambda: closed.append(True),
         ),
         [],
     )
